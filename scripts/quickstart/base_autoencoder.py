@@ -1,0 +1,205 @@
+"""Stage one and two of the embedded base model: an f=8 autoencoder with 8 latent channels, then a sharper decoder.
+
+The first phase fits encoder and decoder with L1, image-gradient and perceptual losses and a small KL term. The second
+freezes the encoder, so the latents stay what they are, and adds a patch discriminator (hinge loss, weight set from the
+ratio of gradients at the last layer as in VQGAN, Esser et al. 2021, eq. 7): without it grain and fine cracks come out
+blurred. Images are greyscale photographs repeated to three channels, ``(B, 3, 128, 128)`` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from base_training import Ema, Progress, cosine, load_state, save_state
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from semantic_aug.seeding import torch_rng
+
+SIZE, ZOOM = 128, 160
+BATCH = 16
+KL_WEIGHT, PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 3e-4, 0.1, 0.4
+
+
+def make_autoencoder() -> AutoencoderKL:
+    """The untrained autoencoder: 128 px images to 16x16x8 latents, one million parameters."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=8,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
+    )
+
+
+class Perceptual(nn.Module):
+    """Squared distance of unit-normalised EfficientNet-Lite0 features at strides 2, 4 and 8 (Johnson et al. 2016)."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.stem = nn.Sequential(backbone.conv_stem, backbone.bn1)
+        self.blocks = nn.ModuleList(backbone.blocks[:3])
+        self.eval().requires_grad_(False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """``(B, 3, H, W)`` in [-1, 1] to three normalised maps."""
+        x, maps = self.stem(images), []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(x.float() / (x.float().pow(2).mean(1, keepdim=True) + 1e-4).sqrt())
+        return maps
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.features(targets)
+        return sum(F.mse_loss(got, want) for got, want in zip(self.features(images), wanted, strict=True))
+
+
+def draw_batch(images: Tensor, zoomed: Tensor, rng: torch.Generator) -> Tensor:
+    """Half whole cells, half crops of a 1.25x enlargement, each flipped at random; ``(B, 3, 128, 128)`` in [-1, 1]."""
+    views = []
+    for index in torch.randint(len(images), (BATCH,), generator=rng).tolist():
+        crop, top, left, flip, flop = torch.rand(5, generator=rng).tolist()
+        view = images[index]
+        if crop < 0.5:
+            top, left = int(top * (ZOOM - SIZE + 1)), int(left * (ZOOM - SIZE + 1))
+            view = zoomed[index, top : top + SIZE, left : left + SIZE]
+        dims = [d for d, value in ((0, flip), (1, flop)) if value < 0.5]
+        views.append(view.flip(dims) if dims else view)
+    return (torch.stack(views).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
+    """L1 distance of horizontal and vertical finite differences: keeps thin lines from being averaged away."""
+    return F.l1_loss(images.diff(dim=-1), targets.diff(dim=-1)) + F.l1_loss(images.diff(dim=-2), targets.diff(dim=-2))
+
+
+def train_autoencoder(images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp) -> AutoencoderKL:
+    """Phase one. ``images``, ``zoomed``: uint8 ``(N, 128, 128)`` and ``(N, 160, 160)``. Returns the EMA weights' model."""
+    torch.manual_seed(0)  # initial weights; every batch below has a generator of its own
+    model = make_autoencoder().to(images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = Ema(model, 0.999)
+    state = folder / "autoencoder.pt"
+    start = load_state(state, model=model, ema=ema, optimizer=optimizer)
+    with Progress("autoencoder", start, steps, folder) as progress:
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(step, steps, peak=2e-3, warmup=100)
+            rng = torch_rng("base", "autoencoder", step)
+            x = draw_batch(images, zoomed, rng)
+            with amp():
+                posterior = model.encode(x).latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=rng).to(x.device)
+                y = model.decode(posterior.mean + posterior.std * noise).sample
+                p = perceptual(y, x)
+            y = y.float()
+            l1, grad, kl = F.l1_loss(y, x), gradient_loss(y, x), posterior.kl().mean() / posterior.mean[0].numel()
+            loss = l1 + grad + PERCEPTUAL_WEIGHT * p + KL_WEIGHT * kl
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model, step)
+            progress.step(l1=l1, gradient=grad, perceptual=p, kl=kl)
+            if progress.time_to_save():
+                save_state(state, step + 1, model=model, ema=ema, optimizer=optimizer)
+    save_state(state, steps, model=model, ema=ema, optimizer=optimizer)
+    ema.copy_to(model)
+    return model.eval()
+
+
+class PatchDiscriminator(nn.Module):
+    """Scores overlapping 38-pixel patches of the grey image; ``(B, 3, H, W)`` to ``(B, 1, H/8, W/8)``."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        sizes = (1, width, 2 * width, 4 * width)
+        layers = []
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            conv = nn.Conv2d(before, after, 4, stride=2, padding=1)
+            layers += [nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.2)]
+        layers.append(nn.utils.parametrizations.spectral_norm(nn.Conv2d(sizes[-1], 1, 3, padding=1)))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images.mean(1, keepdim=True))
+
+
+def sharpen_decoder(
+    model: AutoencoderKL, images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp
+) -> AutoencoderKL:
+    """Phase two: trains only the decoder, against a discriminator. Returns the EMA weights' model."""
+    torch.manual_seed(1)
+    model.requires_grad_(False)
+    decoder = nn.ModuleList([model.post_quant_conv, model.decoder]).requires_grad_(True)
+    critic = PatchDiscriminator().to(images.device)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-4, betas=(0.5, 0.9), weight_decay=0.01)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(0.5, 0.9), weight_decay=0.01)
+    ema = Ema(decoder, 0.999)
+    state = folder / "decoder.pt"
+    parts = dict(decoder=decoder, critic=critic, ema=ema, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    start = load_state(state, **parts)
+    last = model.decoder.conv_out.weight
+    with Progress("decoder", start, steps, folder) as progress:
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(step, steps, peak=3e-4, warmup=100)
+            rng = torch_rng("base", "decoder", step)
+            x = draw_batch(images, zoomed, rng)
+            with amp():
+                with torch.no_grad():
+                    posterior = model.encode(x).latent_dist
+                    noise = torch.randn(posterior.mean.shape, generator=rng).to(x.device)
+                    z = posterior.mean + posterior.std * noise
+                y = model.decode(z).sample
+                p = perceptual(y, x)
+                verdict = critic(y).float().mean()
+            y = y.float()
+            l1 = F.l1_loss(y, x)
+            fidelity = l1 + gradient_loss(y, x) + PERCEPTUAL_WEIGHT * p
+            pull = torch.autograd.grad(fidelity, last, retain_graph=True)[0].norm()
+            push = torch.autograd.grad(-verdict, last, retain_graph=True)[0].norm()
+            weight = (pull / (push + 1e-6)).clamp(0, 100).detach() * ADVERSARIAL_WEIGHT * min(1.0, step / 300)
+            (fidelity - weight * verdict).backward()
+            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()  # the generator's pass left gradients there
+            with amp():
+                real, fake = critic(x), critic(y.detach())
+            hinge = F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
+            hinge.backward()
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            ema.update(decoder, step)
+            progress.step(l1=l1, perceptual=p, critic=hinge, weight=weight)
+            if progress.time_to_save():
+                save_state(state, step + 1, **parts)
+    save_state(state, steps, **parts)
+    ema.copy_to(decoder)
+    return model.requires_grad_(True).eval()
+
+
+@torch.no_grad()
+def reconstruct(model: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images through the autoencoder (posterior mode); uint8 ``(N, 128, 128)`` in and out."""
+    out = []
+    for chunk in images.split(32):
+        x = (chunk.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+        y = model.decode(model.encode(x).latent_dist.mode()).sample.mean(1)
+        out.append(((y.clamp(-1, 1) + 1) * 127.5).round().byte())
+    return torch.cat(out)
+
+
+def psnr(images: Tensor, references: Tensor) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB; uint8 ``(N, H, W)``."""
+    mse = (images.float() - references.float()).div(255).pow(2).flatten(1).mean(1).clamp_min(1e-10)
+    return float((-10 * mse.log10()).mean())

@@ -1,0 +1,1 @@
+"""Augmentation strategies: a table, and the one engine behind its rows."""

@@ -1,0 +1,96 @@
+"""The strategy table: which weights, where denoising starts, and how sources and targets pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from semantic_aug.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way of making synthetic images.
+
+    Attributes:
+        name: the word given to ``--sample_strategy``.
+        weights: ``base`` (the pre-trained model), ``tokens``, or ``tokens+lora``.
+        start: ``image`` (img2img) or ``noise``.
+        pairing: ``mixed`` (the target is another class than the source's) or ``same``.
+        strengths: strengths the strategy itself draws from, or None for ``--aug_strength``.
+        paper: where it comes from.
+    """
+
+    name: str
+    weights: str
+    start: str
+    pairing: str
+    strengths: tuple[float, ...] | None = None
+    paper: str = ""
+
+
+STRATEGIES = {
+    row.name: row
+    for row in (
+        Strategy("diff-mix", "tokens+lora", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("diff-aug", "tokens+lora", "image", "same", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("diff-gen", "tokens+lora", "noise", "same", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("real-mix", "base", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("real-guidance", "base", "image", "same", paper="Real Guidance (He et al. 2023)"),
+        Strategy("real-gen", "base", "noise", "same", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("ti-mix", "tokens", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("ti-aug", "tokens", "image", "same", paper="Diff-Mix (Wang et al. 2024)"),
+    )
+}
+ALIASES = {"real-aug": "real-guidance"}
+
+
+def names() -> list[str]:
+    """Every word ``--sample_strategy`` takes."""
+    return [*STRATEGIES, *ALIASES]
+
+
+def find(name: str) -> Strategy:
+    """The row of a strategy's name or alias.
+
+    Raises:
+        UserError: unknown.
+    """
+    row = STRATEGIES.get(ALIASES.get(name, name))
+    if row is None:
+        raise unknown("--sample_strategy", name, names(), "choose one of these")
+    return row
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Which parts of a checkpoint a strategy uses."""
+
+    use_lora: bool
+    use_tokens: bool
+
+
+def weights_for(row: Strategy, has_lora: bool, has_tokens: bool, checkpoint: str) -> WeightPlan:
+    """Which parts of a checkpoint record a strategy takes.
+
+    A ``db`` checkpoint has no tokens (class names stand in the prompts), a ``ti`` checkpoint no LoRA.
+
+    Args:
+        row: of the table.
+        has_lora: the record names a LoRA.
+        has_tokens: the record names class tokens.
+        checkpoint: the record, for errors.
+
+    Raises:
+        UserError: the record lacks what the strategy needs.
+    """
+    if row.weights == "base":
+        return WeightPlan(False, False)
+    if row.weights == "tokens":
+        if not has_tokens:
+            raise UserError(f"strategy {row.name} needs class tokens, {checkpoint} has none (embed_path): use a checkpoint "
+                            "trained with --finetune_strategy ti or ti_db")
+        return WeightPlan(False, True)
+    if not (has_lora or has_tokens):
+        raise UserError(f"strategy {row.name} needs a fine-tuned checkpoint, {checkpoint} has neither a LoRA (lora_path) nor "
+                        "class tokens (embed_path): use another --finetune_model_key, or a real-* strategy")
+    return WeightPlan(has_lora, has_tokens)

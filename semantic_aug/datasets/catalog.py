@@ -1,0 +1,184 @@
+"""From the word given to ``--dataset`` to the splits of a data set under a setting.
+
+The word is a registered name, a name of ``config/datasets.yaml``, or ``folder:PATH``, ``csv:PATH``, ``hf:ID``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semantic_aug import registry
+from semantic_aug.datasets import sources
+from semantic_aug.datasets.spec import DatasetSpec
+from semantic_aug.datasets.subsets import Setting, apply_setting, hold_out
+from semantic_aug.datasets.table import ImageTable
+from semantic_aug.errors import UserError, unknown
+from semantic_aug.meta_csv import slug, slugs
+from semantic_aug.prompts import RULES, clean_class_name
+
+log = logging.getLogger(__name__)
+
+REGISTERED = ("aircraft", "cub", "elpv")
+"""Each has a module of its name in this folder that declares ``SPEC``."""
+
+_SCHEMES = ("folder", "csv", "hf")
+_ENTRY_FIELDS = {
+    "folder", "csv", "root", "hub", "local", "image_column", "label_column",
+    "super_class", "class_name_rules", "class_names", "license", "citation", "homepage",
+}
+
+
+@dataclass(frozen=True)
+class LoadedDataset:
+    """A data set under one setting.
+
+    Attributes:
+        spec: what it is.
+        setting: which part of it is used.
+        source_names: class names as the source spells them; the ones ``meta.csv`` records.
+        class_names: the same cleaned up, as prompts speak them; all different.
+        folders: folder name of each class, safe and unique.
+        train: training images of the setting.
+        val: validation images, from the source or held out of train; None with ``val_fraction`` 0.
+        test: test images, or None where the source has none.
+    """
+
+    spec: DatasetSpec
+    setting: Setting
+    source_names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    folders: tuple[str, ...]
+    train: ImageTable
+    val: ImageTable | None
+    test: ImageTable | None
+
+    @property
+    def name(self) -> str:
+        """The data set's name in the registry and in output folders."""
+        return self.spec.name
+
+    def describe(self) -> str:
+        """One line: classes and images of each split."""
+        parts = [f"{split} {len(t)}" for split, t in (("train", self.train), ("val", self.val), ("test", self.test)) if t]
+        return f"{self.name}{self.setting.suffix}: {len(self.class_names)} classes, images: {', '.join(parts)}"
+
+
+def known_names(config_dir: Path = registry.CONFIG_DIR) -> list[str]:
+    """Every name ``--dataset`` takes, without the ``scheme:PATH`` forms."""
+    return sorted({*REGISTERED, *map(str, registry.read_yaml(config_dir / registry.DATASETS))})
+
+
+def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
+    """The spec of a ``--dataset`` word.
+
+    Raises:
+        UserError: an unknown name or scheme, or a damaged entry of ``datasets.yaml``.
+    """
+    scheme, colon, rest = word.partition(":")
+    if colon:
+        if scheme not in _SCHEMES or not rest:
+            raise unknown("data set scheme", scheme, _SCHEMES, "expected folder:PATH, csv:PATH or hf:ID")
+        field = "hub" if scheme == "hf" else scheme
+        name = slug(Path(rest).expanduser().absolute().stem if scheme != "hf" else rest.replace("/", "-"))
+        return spec_of_entry(name, {field: rest if scheme == "hf" else str(Path(rest).expanduser().absolute())})
+    entries = registry.read_yaml(config_dir / registry.DATASETS)
+    if word in entries:
+        return spec_of_entry(word, entries[word])
+    if word in REGISTERED:
+        return importlib.import_module(f"semantic_aug.datasets.{word}").SPEC
+    where = (f"add it to {registry.shown_path(config_dir / registry.DATASETS)}, or give --dataset folder:PATH, "
+             "csv:PATH or hf:ID")
+    raise unknown("data set", word, known_names(config_dir), where)
+
+
+def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
+    """The spec an entry of ``datasets.yaml`` describes.
+
+    Raises:
+        UserError: not a mapping, an unknown field, or not exactly one of ``folder``, ``csv``, ``hub``.
+    """
+    where = f"entry '{name}' of {registry.DATASETS}"
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where} holds {entry!r}: expected a mapping with one of folder, csv or hub")
+    for field in entry:
+        if field not in _ENTRY_FIELDS:
+            raise unknown(f"field in {where}", str(field), _ENTRY_FIELDS, "mend the entry")
+    given = [field for field in ("folder", "csv", "hub") if entry.get(field)]
+    if len(given) != 1:
+        raise UserError(f"{where} names {' and '.join(given) or 'no source'}: expected exactly one of folder, csv, hub")
+    if given == ["folder"]:
+        read = functools.partial(sources.read_folder, registry.resolve_path(entry["folder"]))
+    elif given == ["csv"]:
+        root = registry.resolve_path(entry["root"]) if entry.get("root") else None
+        read = functools.partial(sources.read_csv, registry.resolve_path(entry["csv"]), root)
+    else:
+        local = registry.resolve_path(entry["local"]) if entry.get("local") else None
+        read = functools.partial(
+            sources.read_hub_id, entry["hub"], local, entry.get("image_column"), entry.get("label_column")
+        )
+    rules = tuple(entry.get("class_name_rules", ("underscores",)))
+    for rule in rules:
+        if rule not in RULES:
+            raise unknown(f"class_name_rules in {where}", str(rule), RULES, "mend the entry")
+    texts = {field: str(entry.get(field, "")) for field in ("super_class", "citation", "homepage")}
+    return DatasetSpec(
+        name=name,
+        read=read,
+        class_name_rules=rules,
+        class_name_overrides={str(k): str(v) for k, v in (entry.get("class_names") or {}).items()},
+        license=str(entry.get("license", "not stated")),
+        **texts,
+    )
+
+
+def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
+    """A data set under a setting.
+
+    Args:
+        word: what ``--dataset`` was given.
+        setting: which part of the training split is used; all of it by default.
+        config_dir: folder of the registry files.
+
+    Raises:
+        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
+    """
+    setting = setting or Setting()
+    spec = find_spec(word, config_dir)
+    splits = spec.read()
+    sources.check_classes(splits, spec.name)
+    train, val = splits["train"], splits.get("val")
+    if val is None:
+        train, val = hold_out(train, setting.val_fraction, setting.subset_seed)
+    short = [name for name, count in zip(train.class_names, train.counts(), strict=True)
+             if count < setting.examples_per_class]
+    if short:
+        log.warning(
+            "%s: %d of %d classes have fewer than %d training images ('%s' the first): all of theirs are used",
+            spec.name, len(short), len(train.class_names), setting.examples_per_class, short[0],
+        )
+    return LoadedDataset(
+        spec=spec,
+        setting=setting,
+        source_names=train.class_names,
+        class_names=prompt_names(train.class_names, spec),
+        folders=tuple(slugs(train.class_names)),
+        train=apply_setting(train, setting),
+        val=val,
+        test=splits.get("test"),
+    )
+
+
+def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:
+    """Class names cleaned up for prompts; two that coincide after the clean-up keep their source spelling."""
+    cleaned = [clean_class_name(name, spec.class_name_rules, spec.class_name_overrides) for name in names]
+    twice = {name for name in cleaned if cleaned.count(name) > 1}
+    if twice:
+        log.warning("%s: class names that coincide after the clean-up keep the source's spelling: %s", spec.name,
+                    ", ".join(sorted(twice)[:5]))
+    return tuple(raw if name in twice else name for raw, name in zip(names, cleaned, strict=True))

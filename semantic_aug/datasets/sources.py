@@ -1,0 +1,336 @@
+"""Where splits come from: a data set of the hub or a local copy of one, a folder of class folders, a CSV.
+
+Each reader returns ``{split: ImageTable}``. Labels are read without decoding an image, files are listed in sorted order,
+and nothing is ever written into a user's folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from semantic_aug.datasets.images import EXTENSIONS, open_image
+from semantic_aug.datasets.spec import SPLITS, Splits
+from semantic_aug.datasets.table import ImageTable
+from semantic_aug.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import datasets as hub
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""Folder and split names taken for each split, in any letter case."""
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split in the hub's format.
+
+    Attributes:
+        repo: hub id ("org/name").
+        split: the hub's name of the split.
+        local: folder of a local copy (parquet files, or what ``save_to_disk`` wrote); None loads from the hub.
+    """
+
+    repo: str
+    split: str = "train"
+    local: str | os.PathLike | None = None
+
+
+def train_and_test(dataset: str, repo: str, train_dir: str | None, test_dir: str | None) -> dict[str, HubSplit]:
+    """The two splits of a data set whose hub ids differ in one word.
+
+    Args:
+        dataset: name, for the environment variables ``{DATASET}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR``, which name local
+            copies and take precedence over the next two.
+        repo: hub id with ``{split}`` in it.
+        train_dir: local copy of the training split, or None.
+        test_dir: local copy of the test split, or None.
+    """
+    places = {}
+    for split, written in (("train", train_dir), ("test", test_dir)):
+        local = os.environ.get(f"{dataset.upper()}_HUG_LOCAL_IMAGE_{split.upper()}_DIR") or written
+        places[split] = HubSplit(repo.format(split=split), split, local)
+    return places
+
+
+# ---------------------------------------------------------------------------------------------- the hub's formats
+
+
+def read_hub(splits: Mapping[str, HubSplit], image_column: str | None = None, label_column: str | None = None) -> Splits:
+    """Splits in the hub's format, each from the hub or from a local copy.
+
+    Args:
+        splits: our split name -> where it is.
+        image_column: column of images (None: the first column of images).
+        label_column: column of labels (None: ``label``, ``labels``, ``fine_label``, or the only column of classes).
+
+    Raises:
+        UserError: not to be had, a missing column, a label without a name.
+    """
+    tables = {ours: _hub_table(_load_hub(where), where, ours, image_column, label_column) for ours, where in splits.items()}
+    return unify(tables)
+
+
+def read_hub_id(repo: str, local: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Splits:
+    """All splits of one hub id (or of one local folder), the hub's split names mapped by :data:`SPLIT_FOLDERS`."""
+    import datasets as hub
+
+    if local or Path(repo).expanduser().exists():
+        found = _load_local(Path(local or repo).expanduser())
+    else:
+        found = _from_hub(repo, None)
+    if isinstance(found, hub.Dataset):
+        found = {"train": found}
+    tables = {}
+    for name, rows in found.items():
+        ours = split_of(name)
+        if ours and ours not in tables:
+            tables[ours] = _hub_table(rows, HubSplit(repo, name, local), ours, image_column, label_column)
+    if "train" not in tables:
+        raise UserError(f"data set {repo} has the splits {', '.join(map(str, found))}: expected one named train")
+    return unify(tables)
+
+
+def split_of(name: str) -> str | None:
+    """Which of our splits a folder or hub split name stands for, or None."""
+    return next((ours for ours, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
+
+
+def _load_hub(where: HubSplit) -> hub.Dataset:
+    import datasets as hub
+
+    found = _load_local(Path(where.local).expanduser()) if where.local else _from_hub(where.repo, where.split)
+    if isinstance(found, hub.Dataset):
+        return found
+    if where.split in found:
+        return found[where.split]
+    if len(found) == 1:  # a copy of one split, whatever it is called there
+        return next(iter(found.values()))
+    raise unknown("split", where.split, map(str, found), f"looked in {where.local or where.repo}")
+
+
+def _load_local(folder: Path) -> hub.Dataset | hub.DatasetDict:
+    """A folder written by ``save_to_disk``, or one with parquet files (``data/train-00000-of-00001.parquet``)."""
+    import datasets as hub
+
+    if not folder.is_dir():
+        raise UserError(f"local copy {folder} is not a folder: mend the path, or unset it to load from the hub")
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return hub.load_from_disk(str(folder))
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder} holds neither parquet files nor a data set written by save_to_disk")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        word = file.stem.split("-")[0]
+        by_split.setdefault(word if split_of(word) else "train", []).append(str(file))
+    return hub.DatasetDict({name: _from_parquet(paths) for name, paths in by_split.items()})
+
+
+def _from_parquet(paths: list[str]) -> hub.Dataset:
+    import datasets as hub
+
+    # converted once into the library's own cache (HF_DATASETS_CACHE), never into the user's folder
+    return hub.concatenate_datasets([hub.Dataset.from_parquet(path) for path in paths])
+
+
+def _from_hub(repo: str, split: str | None):
+    import datasets as hub
+
+    try:
+        return hub.load_dataset(repo, split=split)
+    except Exception as error:  # the library raises many kinds for "not there" and "no network"
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"data set {repo} could not be loaded from the hub ({type(error).__name__}: {reason}): check the network or "
+            "name a local copy (HUG_LOCAL_IMAGE_TRAIN_DIR, or 'local' in config/datasets.yaml)"
+        ) from error
+
+
+def _hub_table(rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None) -> ImageTable:
+    import datasets as hub
+
+    name = str(where.local or where.repo)
+    image_column = image_column or next((c for c, f in rows.features.items() if isinstance(f, hub.Image)), None)
+    if image_column is None or image_column not in rows.features:
+        raise UserError(f"data set {name} has no image column '{image_column or 'image'}': its columns are "
+                        f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml")
+    label_column = label_column or _label_column(rows)
+    if label_column is None or label_column not in rows.features:
+        raise UserError(f"data set {name} has no label column '{label_column or 'label'}': its columns are "
+                        f"{', '.join(rows.column_names)}; name one with label_column in config/datasets.yaml")
+    feature = rows.features[label_column]
+    values = rows.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
+    if isinstance(feature, hub.ClassLabel):
+        class_names, labels = tuple(feature.names), values
+    else:
+        class_names = tuple(str(v) for v in sorted(set(v for v in values if v is not None)))
+        position = {name: i for i, name in enumerate(class_names)}
+        labels = [position[str(v)] if v is not None else -1 for v in values]
+    bad = next((i for i, v in enumerate(labels) if v is None or not 0 <= v < len(class_names)), None)
+    if bad is not None:
+        raise UserError(f"data set {name}, split {where.split}, row {bad}: label {values[bad]!r} has no class name")
+    encoded = rows.select_columns([image_column]).cast_column(image_column, hub.Image(decode=False))
+
+    def read(row: int):
+        cell = encoded[row][image_column]
+        if cell is None:
+            raise UserError(f"data set {name}, split {where.split}, row {row} has no image: remove the row")
+        return open_image(cell["bytes"] if cell["bytes"] is not None else cell["path"], f"{name} {where.split}[{row}]")
+
+    return ImageTable.of(class_names, labels, [f"{ours}/{row:08d}" for row in range(len(labels))], read)
+
+
+def _label_column(rows: hub.Dataset) -> str | None:
+    import datasets as hub
+
+    for name in ("label", "labels", "fine_label"):
+        if name in rows.features:
+            return name
+    classes = [name for name, feature in rows.features.items() if isinstance(feature, hub.ClassLabel)]
+    return classes[0] if len(classes) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------ folders and CSVs
+
+
+def read_folder(folder: str | os.PathLike) -> Splits:
+    """A folder of class folders, or a folder with ``train`` (and ``val``, ``test``) folders of class folders.
+
+    Every image file below a class folder belongs to that class, however deep it lies; hidden files are passed over.
+
+    Raises:
+        UserError: not a folder, no class folders, fewer than two classes, or a class folder without an image.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: expected a folder with one folder of images per class")
+    children = _folders(root)
+    splits = {split_of(child.name): child for child in children if split_of(child.name)}
+    if "train" in splits:
+        return unify({split: _folder_table(where, root) for split, where in splits.items()}, fixed="train")
+    return {"train": _folder_table(root, root)}
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def _folder_table(folder: Path, root: Path) -> ImageTable:
+    classes = _folders(folder)
+    if len(classes) < 2:
+        held = f"one class folder ('{classes[0].name}')" if classes else "no class folders"
+        raise UserError(f"{folder} holds {held}: expected at least two, each with that class's images "
+                        f"({', '.join(EXTENSIONS)})")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, where in enumerate(classes):
+        found = sorted(_images_below(where))
+        if not found:
+            raise UserError(f"class folder {where} holds no image: expected files ending in {', '.join(EXTENSIONS)}, "
+                            "or remove the folder")
+        paths += found
+        labels += [label] * len(found)
+    keys = [path.relative_to(root).as_posix() for path in paths]
+    return ImageTable.of([c.name for c in classes], labels, keys, lambda row: open_image(paths[row]))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return found
+
+
+def read_csv(file: str | os.PathLike, root: str | os.PathLike | None = None) -> Splits:
+    """A CSV with the columns ``path`` and ``label`` and, where there are splits, ``split``.
+
+    Args:
+        file: the CSV.
+        root: folder that relative paths start from and that no path may leave (None: the CSV's own folder).
+
+    Raises:
+        UserError: a missing column, an empty label, an unknown split, or a path outside ``root``.
+    """
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise UserError(f"{file} is not there: expected a CSV with the columns path and label")
+    base = Path(os.path.abspath(Path(root).expanduser() if root else file.parent))
+    by_split: dict[str, tuple[list[str], list[str]]] = {}
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        missing = {"path", "label"} - set(reader.fieldnames or ())
+        if missing:
+            raise UserError(f"{file} lacks the column '{sorted(missing)[0]}': expected path, label and optionally split; "
+                            f"it has {', '.join(reader.fieldnames or ['none'])}")
+        prefix = str(base) + os.sep
+        for row in reader:
+            split = split_of(row["split"] or "train") if "split" in row else "train"
+            if split is None:
+                raise UserError(f"{file} line {reader.line_num}: split '{row['split']}': expected train, val or test")
+            if not row["label"]:
+                raise UserError(f"{file} line {reader.line_num}: the label is empty")
+            path = os.path.normpath(os.path.join(base, row["path"] or ""))
+            if not path.startswith(prefix):
+                raise UserError(f"{file} line {reader.line_num}: path '{row['path']}' leads outside {base}")
+            paths, labels = by_split.setdefault(split, ([], []))
+            paths.append(path)
+            labels.append(row["label"])
+    if "train" not in by_split:
+        raise UserError(f"{file} has no row of split train")
+    return unify({split: _csv_table(paths, labels, base) for split, (paths, labels) in by_split.items()}, fixed="train")
+
+
+def _csv_table(paths: list[str], labels: list[str], base: Path) -> ImageTable:
+    names, codes = np.unique(np.asarray(labels), return_inverse=True)
+    keys = [os.path.relpath(path, base) if ".." in path else path[len(str(base)) + 1 :] for path in paths]
+    return ImageTable.of([str(name) for name in names], codes, keys, lambda row: open_image(paths[row]))
+
+
+# -------------------------------------------------------------------------------------------------- one class list
+
+
+def unify(tables: Splits, fixed: str | None = None) -> Splits:
+    """Brings all splits to one class list, in the order of the training split's.
+
+    Args:
+        tables: splits; ``train`` among them.
+        fixed: the split whose classes are all there are (a class that only another split has is an error); without
+            it, classes only other splits have are appended.
+
+    Raises:
+        UserError: a split has a class the fixed one lacks.
+    """
+    names: dict[str, None] = {}
+    for split in sorted(tables, key=SPLITS.index):
+        for name in tables[split].class_names:
+            if name not in names and fixed and split != fixed:
+                raise UserError(f"split {split} has the class '{name}', which split {fixed} lacks: "
+                                "every class needs training images")
+            names.setdefault(name)
+    return {split: table.relabelled(tuple(names)) for split, table in tables.items()}
+
+
+def check_classes(tables: Splits, name: str) -> None:
+    """Refuses a data set that cannot be trained on.
+
+    Raises:
+        UserError: fewer than two classes, or no training image at all.
+    """
+    train = tables["train"]
+    if len(train.class_names) < 2:
+        shown: Sequence[str] = train.class_names
+        raise UserError(f"data set {name} has {len(shown)} class ({', '.join(shown)}): expected at least two")
+    if len(train) == 0:
+        raise UserError(f"data set {name} has no training image")

@@ -1,0 +1,117 @@
+"""Drawing a subset of a split: few-shot, long-tail and held-out validation, as pure functions of labels and a seed.
+
+Each class is drawn with a generator of its own, keyed by the class *name*, from rows sorted by key. So a draw depends on
+neither the listing order of files nor the other classes, and the 5-shot set contains the 1-shot set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_aug.datasets.table import ImageTable
+from semantic_aug.errors import UserError
+from semantic_aug.run_dir import setting_suffix
+from semantic_aug.seeding import numpy_rng
+
+TASKS = ("vanilla", "imbalanced")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which part of the training split is used; the three stages of one experiment share it.
+
+    Attributes:
+        examples_per_class: N of the few-shot setting, -1 for all data.
+        task: ``vanilla`` or ``imbalanced``.
+        imbalance_factor: smallest over largest class in the long-tail setting, in (0, 1].
+        subset_seed: seed of every draw here; apart from ``--seed`` so that training seeds share one subset.
+        val_fraction: share of each class held out for validation where the source has no validation split, in [0, 1).
+    """
+
+    examples_per_class: int = -1
+    task: str = "vanilla"
+    imbalance_factor: float = 0.01
+    subset_seed: int = 0
+    val_fraction: float = 0.1
+
+    def __post_init__(self):
+        if self.examples_per_class == 0 or self.examples_per_class < -1:
+            raise UserError(f"--examples_per_class {self.examples_per_class}: expected -1 (all) or a positive number")
+        if self.task not in TASKS:
+            raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}")
+        if not 0 < self.imbalance_factor <= 1:
+            raise UserError(f"--imbalance_factor {self.imbalance_factor}: expected a number in (0, 1]")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val_fraction {self.val_fraction}: expected a number in [0, 1)")
+
+    @property
+    def suffix(self) -> str:
+        """What marks this setting in output folders, e.g. ``_5shot``."""
+        return setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
+
+
+def shuffled_rows(table: ImageTable, label: int, purpose: str, seed: int) -> np.ndarray:
+    """The rows of one class in an order drawn for (seed, purpose, class name)."""
+    rows = np.flatnonzero(table.labels == label)
+    return numpy_rng(seed, purpose, table.class_names[label]).permutation(rows)
+
+
+def per_class(table: ImageTable, counts: Sequence[int], purpose: str, seed: int) -> ImageTable:
+    """The first ``counts[k]`` rows of class k's drawn order: larger counts contain smaller ones."""
+    rows = [shuffled_rows(table, k, purpose, seed)[:count] for k, count in enumerate(counts)]
+    return table.take(np.concatenate(rows) if rows else np.empty(0, np.int64))
+
+
+def few_shot(table: ImageTable, examples_per_class: int, seed: int = 0) -> ImageTable:
+    """``examples_per_class`` images of each class, or all where a class has fewer; -1 returns the table itself."""
+    if examples_per_class < 0:
+        return table
+    return per_class(table, np.minimum(table.counts(), examples_per_class), "few-shot", seed)
+
+
+def long_tail_counts(counts: Sequence[int], imbalance_factor: float) -> np.ndarray:
+    """Exponential profile over the classes sorted by size (Cui et al. 2019): n_max * IF^(rank / (K - 1)).
+
+    Args:
+        counts: ``(K,)`` images available in each class.
+        imbalance_factor: smallest over largest count, in (0, 1].
+
+    Returns:
+        ``(K,)`` images to keep: at least 1 of a class that has any, never more than there are.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    order = np.argsort(-counts, kind="stable")
+    ranks = np.empty(len(counts), dtype=np.int64)
+    ranks[order] = np.arange(len(counts))
+    profile = counts.max(initial=0) * imbalance_factor ** (ranks / max(1, len(counts) - 1))
+    return np.minimum(counts, np.maximum(np.round(profile).astype(np.int64), np.minimum(counts, 1)))
+
+
+def long_tail(table: ImageTable, imbalance_factor: float, seed: int = 0) -> ImageTable:
+    """A long-tailed subset with the profile of :func:`long_tail_counts`."""
+    return per_class(table, long_tail_counts(table.counts(), imbalance_factor), "long-tail", seed)
+
+
+def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTable, ImageTable | None]:
+    """Splits a validation set off, ``fraction`` of each class (rounded; a class keeps at least one training image).
+
+    Returns:
+        The rest, and the held-out part or None where nothing is held out.
+    """
+    counts = table.counts()
+    held = np.minimum(np.maximum(np.round(counts * fraction).astype(np.int64), 1), np.maximum(counts - 1, 0))
+    if fraction == 0 or held.sum() == 0:
+        return table, None
+    val = per_class(table, held, "hold-out", seed)
+    rest = np.setdiff1d(np.arange(len(table)), np.flatnonzero(np.isin(table.rows, val.rows)))
+    return table.take(rest), val
+
+
+def apply_setting(train: ImageTable, setting: Setting) -> ImageTable:
+    """The training images a setting uses: the long tail first, then the few shots."""
+    if setting.task == "imbalanced":
+        train = long_tail(train, setting.imbalance_factor, setting.subset_seed)
+    return few_shot(train, setting.examples_per_class, setting.subset_seed)

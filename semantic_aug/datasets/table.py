@@ -1,0 +1,75 @@
+"""A split of a data set as a table: labels and names in memory, images decoded only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+Reader = Callable[[int], Image.Image]
+"""From a row's position in the *source* to its image, PIL RGB."""
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Labelled images of one split.
+
+    Attributes:
+        class_names: names as the source spells them, in label order.
+        labels: ``(N,)`` int64, each an index into ``class_names``.
+        keys: ``N`` unique names that stay the same whatever order the source lists its files in; rows are sorted by them.
+        rows: ``(N,)`` int64, each row's position in the source, as ``read`` wants it.
+        read: decodes one source row.
+    """
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    keys: Sequence[str]
+    rows: np.ndarray
+    read: Reader
+
+    def __post_init__(self):
+        if not len(self.labels) == len(self.keys) == len(self.rows):
+            raise ValueError(f"{len(self.labels)} labels, {len(self.keys)} keys, {len(self.rows)} rows: must be equal")
+
+    @classmethod
+    def of(cls, class_names: Sequence[str], labels: Sequence[int], keys: Sequence[str], read: Reader) -> ImageTable:
+        """A table over a source's rows in the source's order, brought into the order of the keys."""
+        order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+        labels = np.asarray(labels, dtype=np.int64).reshape(-1)
+        return cls(tuple(class_names), labels[order], [keys[i] for i in order], order, read)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image of row ``index``, PIL RGB.
+
+        Raises:
+            UserError: the image is missing or cannot be decoded.
+        """
+        return self.read(int(self.rows[index]))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> ImageTable:
+        """The rows at ``indices``, in ascending order."""
+        indices = np.sort(np.asarray(indices, dtype=np.int64))
+        return replace(
+            self, labels=self.labels[indices], keys=[self.keys[i] for i in indices], rows=self.rows[indices]
+        )
+
+    def counts(self) -> np.ndarray:
+        """``(K,)`` number of images of each class."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    def relabelled(self, class_names: Sequence[str]) -> ImageTable:
+        """The same rows with labels counted in another order of the same class names.
+
+        Raises:
+            KeyError: a class of this table is not among ``class_names``.
+        """
+        position = {name: i for i, name in enumerate(class_names)}
+        mapping = np.asarray([position[name] for name in self.class_names], dtype=np.int64)
+        labels = mapping[self.labels] if len(self.labels) else self.labels
+        return replace(self, class_names=tuple(class_names), labels=labels)

@@ -1,0 +1,208 @@
+"""The batched denoising loop: img2img (SDEdit, Meng et al. 2022) and generation from noise, many images at once.
+
+Every sample of a batch has its own prompt, strength and random generator, and comes out as diffusers' pipelines would
+make it alone from the same generator. Guidance runs as one doubled batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from semantic_aug.diffusion.schedulers import DEFAULT, first_step
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How noise becomes an image.
+
+    Attributes:
+        num_inference_steps: steps of the whole schedule; strength s runs its last ``int(s * steps)``.
+        guidance_scale: classifier-free guidance w (Ho & Salimans 2022); 1 or less runs the conditional branch alone.
+        scheduler: short name or diffusers class name.
+        final_sigmas_type: ``zero`` or ``sigma_min``.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str = DEFAULT
+    final_sigmas_type: str = "zero"
+
+
+def to_pixels(images: Sequence, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """PIL RGB images of one size to ``(B, 3, H, W)`` in [-1, 1]."""
+    import numpy as np
+
+    stacked = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return (stacked.permute(0, 3, 1, 2).to(device).float() / 255 * 2 - 1).to(dtype)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """``(B, 3, H, W)`` in [-1, 1] to uint8 ``(B, H, W, 3)``, rounded as diffusers' image processor does."""
+    return ((pixels / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Images ``(B, 3, H, W)`` in [-1, 1] to the posterior's parameters ``(B, 2C, h, w)``: mean and log-variance."""
+    return vae.encode(pixels).latent_dist.parameters
+
+
+def sample_posterior(moments: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
+    """Scaled latents from posterior parameters ``(B, 2C, h, w)`` and standard normal ``noise`` ``(B, C, h, w)``."""
+    posterior = DiagonalGaussianDistribution(moments)
+    return scaling_factor * (posterior.mean + posterior.std * noise.to(moments))
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor, micro_batch: int = 8) -> Tensor:
+    """Scaled latents ``(B, C, h, w)`` to images, uint8 ``(B, H, W, 3)``; a few at a time, decoding takes much memory."""
+    scaled = latents / vae.config.scaling_factor
+    return torch.cat([to_uint8(vae.decode(part, return_dict=False)[0]) for part in scaled.split(micro_batch)])
+
+
+def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """Standard normal noise ``(B, *shape)``, one generator per sample, drawn on the CPU in ``like``'s precision."""
+    return randn_tensor((len(generators), *shape), generator=list(generators), device=like.device, dtype=like.dtype)
+
+
+@torch.no_grad()
+def translate(
+    unet: nn.Module,
+    scheduler_template,
+    moments: Tensor,
+    scaling_factor: float,
+    prompt_embeds: Tensor,
+    null_embeds: Tensor,
+    strengths: Sequence[float],
+    generators: Sequence[torch.Generator],
+    settings: SolverSettings,
+) -> Tensor:
+    """Image to image: noises each source to its strength and denoises it under its own prompt.
+
+    Args:
+        unet: the denoiser.
+        scheduler_template: from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied, never changed.
+        moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
+        scaling_factor: of the VAE.
+        prompt_embeds: ``(B, L, D)``.
+        null_embeds: ``(1, L, D)``, of the empty prompt.
+        strengths: B numbers in (0, 1]; they may differ.
+        generators: B CPU generators; each gives its sample's posterior draw, then its noise, then what a stochastic
+            solver asks for.
+        settings: steps, guidance, solver.
+
+    Returns:
+        Scaled latents ``(B, C, h, w)``.
+
+    Raises:
+        UserError: a strength too small for the number of steps.
+    """
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    latents = sample_posterior(moments, draw(shape, generators, moments), scaling_factor)
+    noise = draw(shape, generators, moments)
+    starts = [first_step(settings.num_inference_steps, s) for s in strengths]
+    groups = _groups(scheduler_template, starts, settings.num_inference_steps, latents.device)
+    for group in groups:
+        step = group.scheduler.timesteps[group.begin : group.begin + 1].repeat(len(group.samples))
+        index = torch.tensor(group.samples, device=latents.device)
+        latents[index] = group.scheduler.add_noise(latents[index], noise[index], step)
+    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings.guidance_scale)
+
+
+@torch.no_grad()
+def generate(
+    unet: nn.Module,
+    scheduler_template,
+    latent_shape: tuple[int, int, int],
+    prompt_embeds: Tensor,
+    null_embeds: Tensor,
+    generators: Sequence[torch.Generator],
+    settings: SolverSettings,
+) -> Tensor:
+    """Noise to image, each sample under its own prompt.
+
+    Args:
+        unet: the denoiser.
+        scheduler_template: copied, never changed.
+        latent_shape: (C, h, w).
+        prompt_embeds: ``(B, L, D)``.
+        null_embeds: ``(1, L, D)``, of the empty prompt.
+        generators: B CPU generators, one per sample.
+        settings: steps, guidance, solver.
+
+    Returns:
+        Scaled latents ``(B, C, h, w)``.
+    """
+    groups = _groups(scheduler_template, [0] * len(generators), settings.num_inference_steps, prompt_embeds.device)
+    latents = draw(latent_shape, generators, prompt_embeds) * groups[0].scheduler.init_noise_sigma
+    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings.guidance_scale)
+
+
+@dataclass
+class _Group:
+    """The samples of a batch that start at the same step, with a scheduler of their own (multistep solvers remember)."""
+
+    samples: list[int]
+    begin: int
+    scheduler: object
+
+
+def _groups(template, starts: Sequence[int], num_inference_steps: int, device: torch.device) -> list[_Group]:
+    groups = []
+    for start in sorted(set(starts)):
+        scheduler = copy.deepcopy(template)
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        begin = start * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        groups.append(_Group([i for i, s in enumerate(starts) if s == start], begin, scheduler))
+    return groups
+
+
+def _denoise(
+    unet: nn.Module,
+    groups: list[_Group],
+    latents: Tensor,
+    prompt_embeds: Tensor,
+    null_embeds: Tensor,
+    generators: Sequence[torch.Generator],
+    guidance_scale: float,
+) -> Tensor:
+    """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
+    guided = guidance_scale > 1
+    timesteps = groups[0].scheduler.timesteps
+    for position in range(min(group.begin for group in groups), len(timesteps)):
+        active = [group for group in groups if group.begin <= position]
+        index = torch.tensor([i for group in active for i in group.samples], device=latents.device)
+        t = timesteps[position]
+        now = latents[index]
+        parts = now.split([len(group.samples) for group in active])
+        scaled = torch.cat([g.scheduler.scale_model_input(x, t) for g, x in zip(active, parts, strict=True)])
+        embeds = prompt_embeds[index]
+        if guided:
+            scaled = torch.cat([scaled, scaled])
+            embeds = torch.cat([null_embeds.expand_as(embeds), embeds])
+        predicted = unet(scaled, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        if guided:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + guidance_scale * (conditional - unconditional)
+        stepped = []
+        for group, x, prediction in zip(active, parts, predicted.split([len(g.samples) for g in active]), strict=True):
+            options = _step_options(group.scheduler, [generators[i] for i in group.samples])
+            stepped.append(group.scheduler.step(prediction, t, x, return_dict=False, **options)[0])
+        latents = latents.index_copy(0, index, torch.cat(stepped).to(latents.dtype))
+    return latents
+
+
+def _step_options(scheduler, generators: list[torch.Generator]) -> dict:
+    """Stochastic solvers draw from the samples' own generators."""
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -1,0 +1,241 @@
+"""LoRA on the U-Net's attention projections (Hu et al. 2022, arXiv:2106.09685): adding, saving, reading, merging.
+
+Files are written the way diffusers loads them (``pytorch_lora_weights.safetensors``). Read are those, and the legacy
+``.bin`` state dicts of attention processors. A LoRA is merged as W + (alpha / r) * B A in float32, before any cast, and
+a key that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from semantic_aug.errors import UserError
+from semantic_aug.run_dir import atomic_path
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+LEGACY_FILE_NAME = "pytorch_lora_weights.bin"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ADAPTER = "default"
+ALPHA_KEY = "lora_alpha"
+
+
+@dataclass
+class LoraPair:
+    """One projection's update W + scale * up @ down.
+
+    Attributes:
+        down: ``(r, in)`` or, of a convolution, ``(r, in, h, w)``; "A" in the paper.
+        up: ``(out, r)`` or ``(out, r, 1, 1)``; "B" in the paper.
+        scale: alpha / r.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> list[nn.Parameter]:
+    """Adds a trainable LoRA to the U-Net in place, in float32, B at zero so that the U-Net's output is unchanged.
+
+    Args:
+        unet: frozen.
+        rank: r.
+        alpha: scales the update by alpha / r; None for r, that is, a scale of one.
+        targets: names of the projections.
+
+    Returns:
+        The trainable parameters.
+
+    Raises:
+        UserError: a target that no projection of the U-Net has.
+    """
+    for target in targets:
+        if not any(name.endswith("." + target) for name, _ in unet.named_modules()):
+            raise UserError(f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(TARGETS)}")
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets)), ADAPTER
+    )
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def trained_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The LoRA's tensors under diffusers' names, with the prefix ``unet.``."""
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
+    return {f"unet.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
+
+
+def save_lora(unet: UNet2DConditionModel, path: Path, alpha: float | None = None) -> None:
+    """Writes the U-Net's LoRA as ``path``, readable by diffusers' ``load_lora_weights``.
+
+    Args:
+        unet: with a LoRA added.
+        path: of the file.
+        alpha: recorded where it is not the rank (diffusers then applies alpha / r too).
+    """
+    state = trained_state(unet)
+    metadata = {"format": "pt"}
+    if alpha is not None:
+        config = unet.peft_config[ADAPTER]
+        adapter = {
+            "unet.r": config.r, "unet.lora_alpha": config.lora_alpha, "unet.target_modules": sorted(config.target_modules),
+        }
+        metadata["lora_adapter_metadata"] = json.dumps(adapter)
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+def load_trained(unet: UNet2DConditionModel, path: Path) -> None:
+    """Puts a saved LoRA back into a U-Net that has one of the same shape, for going on with its training.
+
+    Raises:
+        UserError: another rank or other targets.
+    """
+    saved = read_lora(path)
+    modules = dict(unet.named_modules())
+    own = {name for name, module in modules.items() if hasattr(module, "lora_A") and ADAPTER in getattr(module, "lora_A", {})}
+    if own != set(saved):
+        odd = sorted(own ^ set(saved))[0]
+        raise UserError(f"{path} does not fit this run: projection {odd} has a LoRA in only one of them")
+    for name, pair in saved.items():
+        for part, value in (("lora_A", pair.down), ("lora_B", pair.up)):
+            weight = getattr(modules[name], part)[ADAPTER].weight
+            if weight.shape != value.shape:
+                raise UserError(f"{path} does not fit this run: {name} has the shape {tuple(value.shape)}, "
+                                f"expected {tuple(weight.shape)}; was --rank changed?")
+            with torch.no_grad():
+                weight.copy_(value)
+
+
+def find_file(path: Path) -> Path:
+    """The file of a ``lora_path``: itself, or the known file inside a folder.
+
+    Raises:
+        UserError: none there.
+    """
+    if path.is_dir():
+        for name in (FILE_NAME, LEGACY_FILE_NAME, "pytorch_model.bin"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"lora_path {path} holds no {FILE_NAME}: mend the checkpoint's entry")
+    if not path.is_file():
+        raise UserError(f"lora_path {path} is not there: mend the checkpoint's entry")
+    return path
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as content:
+                return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}, {}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise UserError(f"LoRA {path} cannot be read ({type(error).__name__}: {str(error)[:120]}): expected safetensors, "
+                        "or a legacy .bin state dict of tensors") from None
+
+
+_LEAF = re.compile(
+    r"^(?:unet\.|base_model\.model\.)*(?P<module>.+?)"
+    r"(?:\.processor\.(?P<processor>to_q|to_k|to_v|to_out)_lora|\.(?P<inner>to_q|to_k|to_v|to_out)_lora|"
+    r"\.lora(?:_linear_layer)?)?"
+    r"[._](?P<part>lora_A|lora_B|down|up|A|B)(?:\.default)?\.weight$"
+)
+
+
+def normal_name(key: str) -> tuple[str, str] | None:
+    """A LoRA file's key to (module path in the U-Net, "down" | "up"), or None for what is no LoRA weight.
+
+    Understood are peft's ``X.to_q.lora_A.weight``, diffusers' ``X.to_q.lora.down.weight`` and the attention
+    processors' ``X.processor.to_q_lora.down.weight`` and ``X.to_q_lora.down.weight``, with or without ``unet.``.
+    """
+    match = _LEAF.match(key)
+    if not match:
+        return None
+    module, projection = match["module"], match["processor"] or match["inner"]
+    if projection:
+        module = f"{module}.{'to_out.0' if projection == 'to_out' else projection}"
+    return module, "down" if match["part"] in ("lora_A", "down", "A") else "up"
+
+
+def read_lora(path: Path) -> dict[str, LoraPair]:
+    """A LoRA file as module path -> update.
+
+    Args:
+        path: file or folder; see the module's text for the formats.
+
+    Raises:
+        UserError: not readable, no LoRA in it, a key that is no LoRA weight, or half of a pair missing.
+    """
+    path = find_file(path)
+    tensors, metadata = _tensors(path)
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    for key, value in tensors.items():
+        if key.endswith(".alpha"):
+            alphas[re.sub(r"^unet\.", "", key.removesuffix(".alpha"))] = float(value)
+            continue
+        found = normal_name(key)
+        if found is None:
+            raise UserError(f"LoRA {path}: key '{key}' is not a LoRA weight of a U-Net")
+        module, part = found
+        halves.setdefault(module, {})[part] = value.float()
+    if not halves:
+        raise UserError(f"LoRA {path} holds no LoRA weight")
+    recorded = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    pairs = {}
+    for module, parts in halves.items():
+        if set(parts) != {"down", "up"}:
+            raise UserError(f"LoRA {path}: {module} has only its {'/'.join(parts)} half")
+        rank = parts["down"].shape[0]
+        alpha = alphas.get(module, recorded.get(f"unet.{ALPHA_KEY}", rank))
+        pairs[module] = LoraPair(parts["down"], parts["up"], float(alpha) / rank)
+    return pairs
+
+
+@torch.no_grad()
+def merge_lora(unet: UNet2DConditionModel, lora: dict[str, LoraPair], where: str) -> int:
+    """Adds a LoRA to the weights themselves, in float32 on the CPU; the U-Net has no adapter afterwards.
+
+    Args:
+        unet: in float32.
+        lora: from :func:`read_lora`.
+        where: the LoRA's file, for errors.
+
+    Returns:
+        The number of projections changed.
+
+    Raises:
+        UserError: a key that matches no module, or a shape that does not fit: nothing is merged then.
+    """
+    modules = dict(unet.named_modules())
+    updates = []
+    for name, pair in lora.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None:
+            raise UserError(f"LoRA {where}: '{name}' matches no module of the U-Net: it was trained on another base model")
+        delta = (pair.up.flatten(1).float() @ pair.down.flatten(1).float()) * pair.scale
+        if delta.numel() != weight.numel() or delta.shape[0] != weight.shape[0]:
+            raise UserError(f"LoRA {where}: {name} has the shape {tuple(delta.shape)}, the U-Net's is {tuple(weight.shape)}: "
+                            "it was trained on another base model")
+        updates.append((weight, delta.reshape(weight.shape)))
+    for weight, delta in updates:
+        if weight.dtype != torch.float32:
+            raise ValueError(f"merging into {weight.dtype} weights would round twice: merge before the cast")
+        weight.add_(delta.to(weight.device))
+    return len(updates)

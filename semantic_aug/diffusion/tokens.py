@@ -1,0 +1,243 @@
+"""Class tokens: one trained vector (or several) per class, spliced into the text encoder's embedding look-up.
+
+Textual inversion (Gal et al. 2023, arXiv:2208.01618) trains rows of the token table. Training a ``(K * V, D)`` parameter
+of its own is the same under AdamW and leaves the table of tens of thousands of rows frozen and untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from semantic_aug.errors import UserError
+from semantic_aug.prompts import class_token, initializer_text
+from semantic_aug.run_dir import atomic_path
+
+FILE_NAME = "learned_embeds.safetensors"
+
+
+@dataclass
+class ClassTokens:
+    """Learned vectors of the classes of one data set.
+
+    Attributes:
+        class_names: source class names, in the order of their tokens.
+        vectors: ``(K * V, D)`` float32, V vectors of class 0, then of class 1, and so on.
+        vectors_per_class: V.
+        base_model: the base model they were trained on (may be empty).
+        dataset: the data set they were trained on (may be empty).
+        names: placeholders, one per vector; ``<class_i>`` (``<class_i_v>`` for further vectors) unless a file says otherwise.
+    """
+
+    class_names: tuple[str, ...]
+    vectors: Tensor
+    vectors_per_class: int = 1
+    base_model: str = ""
+    dataset: str = ""
+    names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self):
+        if not self.names:
+            count, per_class = len(self.class_names), self.vectors_per_class
+            self.names = tuple(class_token(i, v) for i in range(count) for v in range(per_class))
+        if len(self.names) != len(self.vectors):
+            raise ValueError(f"{len(self.names)} placeholders for {len(self.vectors)} vectors")
+
+    def _position(self, class_name: str) -> int | None:
+        """Where a class is, spelled alike or, failing that, alike but for case, underscores and slashes.
+
+        Files of the original implementation spell some names that way.
+        """
+        if class_name in self.class_names:
+            return self.class_names.index(class_name)
+        folded = [_fold(name) for name in self.class_names]
+        return folded.index(_fold(class_name)) if folded.count(_fold(class_name)) == 1 else None
+
+    def phrase(self, class_name: str) -> str:
+        """What stands for a class in a prompt: its placeholder(s).
+
+        Raises:
+            UserError: the class has no token.
+        """
+        position = self._position(class_name)
+        if position is None:
+            raise UserError(f"class '{class_name}' has no token: the checkpoint was trained on "
+                            f"{self.dataset or 'other classes'} ({', '.join(self.class_names[:5])}, ...)")
+        start = position * self.vectors_per_class
+        return " ".join(self.names[start : start + self.vectors_per_class])
+
+    def check_classes(self, class_names: Sequence[str], where: str) -> None:
+        """Every class of a data set must have its token.
+
+        Raises:
+            UserError: names the first class without one.
+        """
+        missing = [name for name in class_names if self._position(name) is None]
+        if missing:
+            raise UserError(
+                f"{where} has no token for {len(missing)} of {len(class_names)} classes ('{missing[0]}' the first): it was "
+                f"trained on {self.dataset or 'a data set'} with the classes {', '.join(self.class_names[:5])}, ...; "
+                "use a checkpoint of this data set"
+            )
+
+
+def _fold(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("/", " ").casefold().split())
+
+
+class SplicedEmbedding(nn.Module):
+    """A token look-up whose ids from ``first_id`` upwards are answered by ``class_vectors``.
+
+    Args:
+        table: the text encoder's own embedding, left as it is.
+        first_id: id of the first class token, at most the table's number of rows.
+        class_vectors: ``(K * V, D)``; may be a parameter, whose gradient then comes from these ids only.
+    """
+
+    def __init__(self, table: nn.Embedding, first_id: int, class_vectors: Tensor):
+        super().__init__()
+        self.table, self.first_id = table, first_id
+        if isinstance(class_vectors, nn.Parameter):
+            self.class_vectors = class_vectors
+        else:
+            self.register_buffer("class_vectors", class_vectors, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base table; transformers asks an embedding for it."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        words = self.table(ids.clamp(max=self.first_id - 1))
+        classes = F.embedding((ids - self.first_id).clamp(min=0), self.class_vectors).to(words.dtype)
+        return torch.where((ids >= self.first_id).unsqueeze(-1), classes, words)
+
+
+def install(tokens: ClassTokens, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, trainable: bool = False) -> Tensor:
+    """Teaches tokenizer and text encoder the class tokens, in place.
+
+    Args:
+        tokens: what to install; its vectors are copied.
+        tokenizer: gets the placeholders, with ids from its present size upwards.
+        text_encoder: gets a :class:`SplicedEmbedding`.
+        trainable: make the vectors a float32 parameter.
+
+    Returns:
+        The installed ``(K * V, D)`` vectors.
+
+    Raises:
+        UserError: the vectors' width is not the text encoder's, or the tokenizer knows a placeholder already.
+    """
+    table = text_encoder.get_input_embeddings()
+    if isinstance(table, SplicedEmbedding):
+        raise ValueError("class tokens are installed already")
+    width = table.embedding_dim
+    if tokens.vectors.shape[-1] != width:
+        raise UserError(f"class tokens have {tokens.vectors.shape[-1]} values, the base model's text encoder takes {width}: "
+                        f"they were trained on another base model ({tokens.base_model or 'not recorded'})")
+    taken = [name for name in tokens.names if name in tokenizer.get_vocab()]
+    if taken:
+        raise UserError(f"the base model's tokenizer already has a token '{taken[0]}': use the base model without class tokens")
+    first_id = len(tokenizer)
+    if first_id > table.num_embeddings:
+        raise UserError(f"the base model's tokenizer has {first_id} tokens, its text encoder {table.num_embeddings}: "
+                        "the folder is damaged")
+    tokenizer.add_tokens(list(tokens.names))
+    vectors = tokens.vectors.detach().clone().to(table.weight.device, torch.float32)
+    vectors = nn.Parameter(vectors) if trainable else vectors.to(table.weight.dtype)
+    text_encoder.set_input_embeddings(SplicedEmbedding(table, first_id, vectors))
+    return vectors
+
+
+def initial_tokens(
+    class_names: Sequence[str],
+    prompt_names: Sequence[str],
+    super_class: str,
+    initializer: str,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    vectors_per_class: int = 1,
+) -> ClassTokens:
+    """Untrained class tokens: the mean embedding of the initialiser's words.
+
+    Args:
+        class_names: as the source spells them.
+        prompt_names: the same cleaned up.
+        super_class: of the data set.
+        initializer: ``class_name``, ``super_class``, or words of the user's own.
+        tokenizer: of the base model.
+        text_encoder: of the base model.
+        vectors_per_class: vectors that stand for one class, all started alike.
+    """
+    table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
+    rows = []
+    for name in prompt_names:
+        ids = tokenizer(initializer_text(name, super_class, initializer), add_special_tokens=False).input_ids
+        mean = table[ids].mean(0) if ids else table.mean(0)
+        rows += [mean] * vectors_per_class
+    return ClassTokens(tuple(class_names), torch.stack(rows), vectors_per_class)
+
+
+def save_tokens(tokens: ClassTokens, path: Path) -> None:
+    """Writes placeholders -> vectors ``(D,)`` as safetensors; names, base model and data set go into the metadata."""
+    metadata = {
+        "class_names": json.dumps(list(tokens.class_names), ensure_ascii=False),
+        "placeholders": json.dumps(list(tokens.names)),
+        "vectors_per_class": str(tokens.vectors_per_class),
+        "base_model": tokens.base_model,
+        "dataset": tokens.dataset,
+    }
+    tensors = {name: vector.detach().float().cpu().contiguous() for name, vector in zip(tokens.names, tokens.vectors, strict=True)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_tokens(path: Path) -> ClassTokens:
+    """Reads class tokens: our ``.safetensors``, or the ``.bin`` of the original implementation.
+
+    The latter holds ``learned_embeds_dict`` (placeholder -> vector), ``name2placeholder`` and ``placeholder2name``.
+
+    Raises:
+        UserError: missing, damaged or of another format.
+    """
+    if not path.is_file():
+        raise UserError(f"class tokens {path} are not there: mend embed_path of the checkpoint's entry")
+    return _load_bin(path) if path.suffix in (".bin", ".pt", ".pth") else _load_safetensors(path)
+
+
+def _load_safetensors(path: Path) -> ClassTokens:
+    try:
+        with safe_open(path, "pt") as content:
+            metadata = content.metadata() or {}
+            if "placeholders" not in metadata:
+                raise UserError(f"{path} has no class names in its metadata: expected a file written by train_lora.py")
+            names = tuple(json.loads(metadata["placeholders"]))
+            vectors = torch.stack([content.get_tensor(name) for name in names]).float()
+    except SafetensorError as error:
+        raise UserError(f"class tokens {path} are damaged ({error}): run train_lora.py again") from None
+    return ClassTokens(
+        tuple(json.loads(metadata["class_names"])), vectors, int(metadata["vectors_per_class"]),
+        metadata.get("base_model", ""), metadata.get("dataset", ""), names,
+    )
+
+
+def _load_bin(path: Path) -> ClassTokens:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        vectors, placeholder_of = content["learned_embeds_dict"], content["name2placeholder"]
+        names = tuple(placeholder_of.values())
+        stacked = torch.stack([vectors[name].detach().float().reshape(-1) for name in names])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"class tokens {path} cannot be read ({type(error).__name__}: {str(error)[:120]}): expected a file with "
+                        "learned_embeds_dict and name2placeholder") from None
+    return ClassTokens(tuple(placeholder_of), stacked, names=names)

@@ -1,0 +1,82 @@
+"""Mistakes a user can mend, and how an entry script reports them.
+
+A :class:`UserError` is one line: the value received, what was expected, and the flag or file to change. Entry scripts
+wrap their ``main`` in :func:`run_main`, which prints that line on standard error and exits with status 2. The traceback
+appears only with ``DIFFMIX_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A wrong key, path, flag, file, image, class name or version, said in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+class Interrupted(Exception):
+    """Work was stopped by a signal after everything finished so far was made safe; the text says how to go on."""
+
+
+def nearest_first(value: str, known: Iterable[str]) -> list[str]:
+    """``known`` in order of likeness to ``value``, the nearest first."""
+    known = list(dict.fromkeys(str(k) for k in known))
+    folded = value.casefold()
+    return sorted(known, key=lambda k: (-difflib.SequenceMatcher(None, folded, k.casefold()).ratio(), k))
+
+
+def unknown(kind: str, value: str, known: Iterable[str], where: str, limit: int = 12) -> UserError:
+    """The error for a key that is not there: lists the known ones, the nearest first, and says what to edit."""
+    ranked = nearest_first(value, known)
+    if not ranked:
+        return UserError(f"unknown {kind} '{value}': none is known yet; {where}")
+    shown = ", ".join(ranked[:limit]) + (f", ... ({len(ranked)} in all)" if len(ranked) > limit else "")
+    return UserError(f"unknown {kind} '{value}': did you mean '{ranked[0]}'? known: {shown}; {where}")
+
+
+def debugging() -> bool:
+    """Whether tracebacks were asked for with ``DIFFMIX_DEBUG=1``."""
+    return os.environ.get("DIFFMIX_DEBUG", "") not in ("", "0")
+
+
+def os_error_line(error: OSError) -> str:
+    """An operating-system error (full disk, read-only folder, missing file) as one line that names the file."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}; nothing finished so far is lost, the same command goes on from there"
+
+
+def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Runs an entry script's ``main`` and turns its outcome into an exit status.
+
+    Args:
+        main: takes the argument list (``None``: the process's own) and returns a status or ``None`` for success.
+        argv: passed through.
+
+    Returns:
+        0 on success, 2 after a :class:`UserError` or an operating-system error, 130 after an interruption.
+    """
+    try:
+        return int(main(argv) or 0)
+    except UserError as error:
+        line, status = f"error: {error}", EXIT_USER_ERROR
+    except OSError as error:
+        line, status = f"error: {os_error_line(error)}", EXIT_USER_ERROR
+    except Interrupted as stop:
+        line, status = str(stop), EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        line, status = "interrupted; the same command goes on from what is on disk", EXIT_INTERRUPTED
+    if debugging():
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.write(line + "\n")
+    return status

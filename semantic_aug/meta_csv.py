@@ -1,0 +1,164 @@
+"""``meta.csv``: what each synthetic image was made from and for.
+
+Columns ``First Directory`` (source class name), ``Second Directory`` (target class name), ``Number``, ``Strength`` and
+``Path`` (relative to ``data/``), then further ones. Labels are read from here and never from file names; subsets made
+elsewhere with only the five columns are read as they are. Folder names are slugs, safe on any file system and unique
+per class.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from semantic_aug.errors import UserError
+
+FILE_NAME = "meta.csv"
+COLUMNS = ("First Directory", "Second Directory", "Number", "Strength", "Path")
+FURTHER_COLUMNS = ("Source Image", "Seed")
+_SLUG_LENGTH = 60
+_RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
+
+
+@dataclass(frozen=True)
+class MetaTable:
+    """The rows of one ``meta.csv`` as columns of length ``N``.
+
+    Attributes:
+        class_names: every class name that occurs, sorted.
+        source: int32, index of the source class in ``class_names``.
+        target: int32, likewise.
+        number: int64.
+        strength: float64 in (0, 1].
+        path: relative to ``data/``.
+        further: remaining columns by name.
+    """
+
+    class_names: tuple[str, ...]
+    source: np.ndarray
+    target: np.ndarray
+    number: np.ndarray
+    strength: np.ndarray
+    path: np.ndarray
+    further: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+
+def slug(name: str) -> str:
+    """A class name as a folder name: ASCII letters, digits, dots, hyphens; not injective by itself (:func:`slugs`)."""
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    text = re.sub(r"[^A-Za-z0-9.]+", "-", ascii_name).strip("-.")[:_SLUG_LENGTH].strip("-.")
+    return text or "class"
+
+
+def slugs(names: Sequence[str]) -> list[str]:
+    """Folder names of classes, one to one whatever the names and whatever their order.
+
+    Names whose slugs coincide (letter case aside, as some file systems see it), or that lose everything in the
+    clean-up, get six hexadecimal digits of their own hash appended.
+
+    Raises:
+        UserError: two classes have the very same name.
+    """
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise UserError(f"class name '{twice}' occurs twice: class names must differ")
+    plain = [slug(name) for name in names]
+    folded = [text.casefold() for text in plain]
+    taken = {text for text in folded if folded.count(text) > 1} | _RESERVED | {"class"}
+    out = []
+    for name, text in zip(names, plain, strict=True):
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        out.append(f"{text}-{digest[:6]}" if text.casefold() in taken else text)
+    if len({text.casefold() for text in out}) != len(out):  # a plain slug that looks like another's hashed one
+        out = [f"{text}-{hashlib.sha256(name.encode()).hexdigest()[:16]}" for name, text in zip(names, plain, strict=True)]
+    return out
+
+
+def strength_text(strength: float) -> str:
+    """The strength as file names and subset names spell it: shortest decimal, ``0.7`` and ``1.0``."""
+    return repr(float(strength))
+
+
+def relative_path(source_slug: str, target_slug: str, number: int, strength: float, extension: str = "png") -> str:
+    """``{source}/{target}-{number:06d}-{s}.png``, relative to ``data/``."""
+    return f"{source_slug}/{target_slug}-{number:06d}-{strength_text(strength)}.{extension}"
+
+
+def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER_COLUMNS) -> int:
+    """Writes a ``meta.csv``; it appears whole or not at all. Rows are streamed, so any number fits in memory.
+
+    Args:
+        path: of the file.
+        rows: values in the order of :data:`COLUMNS`, then of ``further``.
+        further: names of the further columns.
+
+    Returns:
+        The number of rows.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out, lineterminator="\n")
+            writer.writerow([*COLUMNS, *further])
+            for row in rows:
+                writer.writerow(row)
+                count += 1
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def read(path: Path) -> MetaTable:
+    """Reads a ``meta.csv`` of ours or of another tool.
+
+    Raises:
+        UserError: the file is missing, not a CSV, lacks one of the five columns, or has a strength outside (0, 1].
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise UserError(f"{path} is not there: expected a synthetic subset's meta.csv with the columns {', '.join(COLUMNS)}")
+    text = {"First Directory": str, "Second Directory": str, "Path": str, "Source Image": str}
+    try:
+        frame = pd.read_csv(path, dtype=text, keep_default_na=False, encoding="utf-8")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as CSV ({error})") from None
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing:
+        raise UserError(f"{path} lacks the column '{missing[0]}': expected {', '.join(COLUMNS)}")
+    try:
+        strength = frame["Strength"].to_numpy(dtype=np.float64)
+        number = frame["Number"].to_numpy(dtype=np.int64)
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: Number and Strength must be numbers in every row") from None
+    bad = ~((strength > 0) & (strength <= 1))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise UserError(f"{path} row {row + 2}: strength {strength[row]} is outside (0, 1]")
+    source, target = frame["First Directory"].to_numpy(str), frame["Second Directory"].to_numpy(str)
+    names, codes = np.unique(np.concatenate([source, target]), return_inverse=True)
+    codes = codes.astype(np.int32)
+    return MetaTable(
+        class_names=tuple(str(name) for name in names),
+        source=codes[: len(frame)],
+        target=codes[len(frame) :],
+        number=number,
+        strength=strength,
+        path=frame["Path"].to_numpy(object),
+        further={c: frame[c].to_numpy(object) for c in frame.columns if c not in COLUMNS},
+    )

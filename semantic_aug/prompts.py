@@ -1,0 +1,124 @@
+"""Class names, class tokens and the sentences they stand in.
+
+A class is spoken of by its token ``<class_i>`` (textual inversion, Gal et al. 2023) or, where a checkpoint has no
+tokens, by its cleaned-up name, followed by the data set's super-class: "a photo of a <class_3> bird".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+TEMPLATES = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a close-up photo of a {}",
+    "a bright photo of a {}",
+    "a dark photo of a {}",
+    "a good photo of a {}",
+    "a blurry photo of a {}",
+    "a clean picture of a {}",
+    "a picture of one {}",
+    "a detailed image of a {}",
+    "an image of the {}",
+    "a snapshot of a {}",
+    "a depiction of a {}",
+)
+"""Training captions, one drawn at random per image and step. ``{}`` takes the class phrase."""
+
+SAMPLING_TEMPLATE = "a photo of a {}"
+"""The caption under which images are made."""
+
+_VOWELS = "aeiou"
+
+
+def class_token(index: int, vector: int = 0) -> str:
+    """The placeholder of class ``index``; further vectors of the same class get a numbered one."""
+    return f"<class_{index}>" if vector == 0 else f"<class_{index}_{vector}>"
+
+
+def _strip_number(name: str) -> str:
+    return re.sub(r"^\d+[._\-\s]+", "", name)
+
+
+def _underscores(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _hyphens(name: str) -> str:
+    return name.replace("-", " ")
+
+
+def _slashes(name: str) -> str:
+    return re.sub(r"\s*/\s*", " or ", name)
+
+
+def _lower(name: str) -> str:
+    return name.lower()
+
+
+RULES = {
+    "strip_number": _strip_number,
+    "underscores": _underscores,
+    "hyphens": _hyphens,
+    "slashes": _slashes,
+    "lower": _lower,
+}
+"""Clean-up rules by name, applied in the order a data set lists them."""
+
+
+def clean_class_name(name: str, rules: Sequence[str] = ("underscores",), overrides: Mapping[str, str] | None = None) -> str:
+    """A source's class name as prompts speak it: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``.
+
+    Args:
+        name: the source's spelling.
+        rules: keys of :data:`RULES`.
+        overrides: names that are spoken differently altogether.
+
+    Raises:
+        KeyError: a rule that does not exist.
+    """
+    if overrides and name in overrides:
+        return overrides[name]
+    cleaned = name
+    for rule in rules:
+        cleaned = RULES[rule](cleaned)
+    return re.sub(r"\s+", " ", cleaned).strip() or name
+
+
+def class_phrase(name: str, super_class: str = "") -> str:
+    """The class with its super-class, not said twice: ("Laysan Albatross", "bird") -> "Laysan Albatross bird"."""
+    words = name.casefold().split()
+    tail = super_class.casefold().split()
+    if not tail or words[-len(tail) :] == tail:
+        return name
+    return f"{name} {super_class}"
+
+
+def fill(template: str, phrase: str) -> str:
+    """A template with its phrase, with "a" or "an" before the phrase as its first letter asks.
+
+    A class token reads as a consonant: "a <class_0> bird".
+    """
+    first = phrase.lstrip("\"'(")[:1].casefold()
+    before, _, after = template.partition("{}")
+    article = "an" if first in _VOWELS and first else "a"
+    before = re.sub(r"\b[Aa]n? $", lambda m: ("A" if m.group()[0] == "A" else "a") + article[1:] + " ", before)
+    return f"{before}{phrase}{after}"
+
+
+def initializer_text(name: str, super_class: str, initializer: str) -> str:
+    """The words whose mean embedding starts a class token.
+
+    Args:
+        name: cleaned class name.
+        super_class: may be empty, in which case the class name serves.
+        initializer: ``class_name``, ``super_class``, or any words of the user's own.
+    """
+    if initializer == "class_name":
+        return name
+    if initializer == "super_class":
+        return super_class or name
+    return initializer

@@ -1,0 +1,211 @@
+"""Output folders: their names, the arguments kept beside the results, whole-or-nothing files, and metrics row by row."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from semantic_aug.errors import UserError
+
+ARGS_FILE = "args.yaml"
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "timm", "datasets", "numpy", "pillow")
+
+
+def number_text(value: float) -> str:
+    """A number as folder names spell it: ``5``, ``0.01``, ``0.5``."""
+    return f"{value:g}"
+
+
+def setting_suffix(examples_per_class: int = -1, task: str = "vanilla", imbalance_factor: float = 1.0) -> str:
+    """What marks the output folders of a setting: ``_5shot``, ``_imb0.01``, both, or nothing for all data."""
+    shots = f"_{examples_per_class}shot" if examples_per_class > 0 else ""
+    return shots + (f"_imb{number_text(imbalance_factor)}" if task == "imbalanced" else "")
+
+
+def finetune_dir(strategy: str, dataset: str, suffix: str) -> str:
+    """``outputs/finetune_model/finetune_{strategy}{suffix}/{dataset}``."""
+    return f"outputs/finetune_model/finetune_{strategy}{suffix}/{dataset}"
+
+
+def subset_name(strategy: str, multiplier: float, key: str | None, strength: str) -> str:
+    """``{strategy}-Multi{m}-{checkpoint key, or 'base'}-Strength{s | Uniform}``."""
+    return f"{strategy}-Multi{number_text(multiplier)}-{key or 'base'}-Strength{strength}"
+
+
+def aug_samples_dir(suffix: str) -> str:
+    """``outputs/aug_samples{suffix}``, the root under which subsets of a setting lie."""
+    return f"outputs/aug_samples{suffix}"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, moved to ``path`` when the block ends well and removed when it does not.
+
+    The content is flushed to disk before the move, so ``path`` never holds half a file, whatever is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Arguments as YAML can hold them: paths as strings, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def arguments_text(arguments: Mapping[str, Any]) -> str:
+    """Arguments as YAML, in the order given."""
+    return yaml.safe_dump(plain(arguments), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def load_arguments(folder: Path, file: str = ARGS_FILE) -> dict[str, Any] | None:
+    """The arguments a run folder was made with, or None where it holds none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / file
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove the folder or choose another") from None
+    return content if isinstance(content, dict) else {}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
+    """What differs between two sets of arguments, each as ``name: old -> new``."""
+    old, new = plain(old), plain(new)
+    names = [name for name in {**old, **new} if name not in ignored]
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+def claim(folder: Path, arguments: Mapping[str, Any], flag: str, ignored: Sequence[str] = (), file: str = ARGS_FILE) -> bool:
+    """Takes a folder for a run with these arguments, or finds that it belongs to one.
+
+    Args:
+        folder: made if absent.
+        arguments: resolved arguments.
+        flag: the flag that names another folder, for the error.
+        ignored: arguments that may differ between the first start and a restart.
+        file: where in the folder the arguments are kept.
+
+    Returns:
+        True when the folder already holds a run with the same arguments, False when it is new.
+
+    Raises:
+        UserError: the folder holds a run with other arguments (lists what differs), or other files.
+    """
+    old = load_arguments(folder, file)
+    if old is not None:
+        changed = differences(old, arguments, ignored)
+        if changed:
+            raise UserError(f"{folder} holds a run with other arguments ({'; '.join(changed[:6])}"
+                            f"{'; ...' if len(changed) > 6 else ''}): nothing was touched; choose another {flag}")
+        return True
+    if folder.exists() and any(not name.name.startswith(".") for name in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
+    write_text(folder / file, arguments_text(arguments))
+    return False
+
+
+class MetricsCsv:
+    """A CSV that grows row by row and survives a kill: reopened for a resumed run, rows past the resume point go."""
+
+    def __init__(self, path: Path, columns: Sequence[str], keep_below: float | None = None):
+        """Opens ``path`` for appending.
+
+        Args:
+            path: of the CSV.
+            columns: header; the first column orders the rows.
+            keep_below: keep existing rows whose first column is at most this, drop the rest (None: start afresh).
+        """
+        self.path, self.columns = path, list(columns)
+        kept: list[list[str]] = []
+        if keep_below is not None and path.exists():
+            with open(path, newline="", encoding="utf-8") as lines:
+                rows = list(csv.reader(lines))
+            if rows and rows[0] == self.columns:
+                kept = [r for r in rows[1:] if len(r) == len(self.columns) and float(r[0]) <= keep_below]
+        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out, lineterminator="\n")
+            writer.writerow(self.columns)
+            writer.writerows(kept)
+
+    def add(self, **values: Any) -> None:
+        """Appends one row; columns not given are left empty."""
+        unknown_columns = set(values) - set(self.columns)
+        if unknown_columns:
+            raise KeyError(f"{self.path.name} has no column {sorted(unknown_columns)}")
+        cells = [values.get(column, "") for column in self.columns]
+        with open(self.path, "a", newline="", encoding="utf-8") as out:
+            csv.writer(out, lineterminator="\n").writerow(
+                [f"{cell:.8g}" if isinstance(cell, float) else cell for cell in cells]
+            )
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what comes out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit of a checkout, with ``-dirty`` where tracked files were changed; None outside one."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip() or None

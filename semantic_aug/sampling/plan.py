@@ -1,0 +1,194 @@
+"""The plan of a synthetic subset: a pure function of (training split, strategy, strengths, multiplier, seed).
+
+A task is (number, source image, target class, strength). Tasks are numbered from 0 and grouped into fixed batches of
+consecutive numbers; nothing about processes, shards or restarts enters. Everything is held in flat arrays, so that ten
+million tasks take some hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_aug.augmentations.strategies import Strategy
+from semantic_aug.errors import UserError
+from semantic_aug.seeding import numpy_rng
+
+UNIFORM_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
+"""What ``--strength_strategy uniform`` draws from."""
+
+NO_SOURCE = -1
+_REPAIR_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tasks of one subset, ``T`` of them; a task's number is its position.
+
+    Attributes:
+        source: int32 ``(T,)``, row of the source image in the training split, or -1 when starting from noise.
+        source_class: int32 ``(T,)``; equal to ``target`` when starting from noise.
+        target: int32 ``(T,)``, target class.
+        strength_code: uint8 ``(T,)``, index into ``strengths``.
+        strengths: the strengths that occur.
+        batch_size: tasks per batch; the last one may be smaller.
+        digest: SHA-256 of everything above and of the keys of the images; two plans are equal when their digests are.
+    """
+
+    source: np.ndarray
+    source_class: np.ndarray
+    target: np.ndarray
+    strength_code: np.ndarray
+    strengths: tuple[float, ...]
+    batch_size: int
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self) // self.batch_size)
+
+    def numbers(self, batch: int) -> range:
+        """The task numbers of a batch."""
+        return range(batch * self.batch_size, min(len(self), (batch + 1) * self.batch_size))
+
+    def strength(self, number: int) -> float:
+        """The strength of a task."""
+        return self.strengths[self.strength_code[number]]
+
+
+def make_plan(
+    labels: np.ndarray,
+    keys: Sequence[str],
+    num_classes: int,
+    strategy: Strategy,
+    strengths: Sequence[float],
+    multiplier: float,
+    batch_size: int,
+    seed: int,
+    task: str = "vanilla",
+) -> Plan:
+    """Draws the plan of ``round(multiplier * N)`` tasks.
+
+    Targets are as even over the classes as the count allows. Sources are too, and within a class every image is used
+    equally often; in the imbalanced task with mixed pairing, sources follow the long-tailed set instead (every image
+    equally often) and targets stay even. Mixed pairing never pairs a class with itself where that can be avoided.
+
+    Args:
+        labels: ``(N,)`` class of each training image, rows sorted by key.
+        keys: ``N`` names of the images, for the digest.
+        num_classes: K.
+        strategy: row of the strategy table.
+        strengths: strengths to spread evenly over the tasks.
+        multiplier: synthetic images per training image.
+        batch_size: tasks per batch.
+        seed: the run's ``--seed``.
+        task: ``vanilla`` or ``imbalanced``.
+
+    Raises:
+        UserError: no task results, a class without images, or mixed pairing with a single class.
+    """
+    count = round(multiplier * len(labels))
+    if count < 1:
+        raise UserError(f"--syn_dataset_multiplier {multiplier:g} of {len(labels)} training images makes no image: raise it")
+    if strategy.pairing == "mixed" and num_classes < 2:
+        raise UserError(f"strategy {strategy.name} translates between classes: expected at least two, got {num_classes}")
+    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+    if len(empty):
+        raise UserError(f"class number {int(empty[0])} has no training image in this setting")
+
+    if strategy.start == "noise":
+        target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
+        source, source_class = np.full(count, NO_SOURCE, np.int32), target
+    elif strategy.pairing == "same":
+        source_class = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
+        source, target = _images_of(source_class, labels, num_classes, numpy_rng(seed, "plan", "sources")), source_class
+    else:
+        rng = numpy_rng(seed, "plan", "sources")
+        if task == "imbalanced":
+            source = _even(count, len(labels), rng)
+        else:
+            source = _images_of(_even(count, num_classes, numpy_rng(seed, "plan", "classes")), labels, num_classes, rng)
+        source_class = labels[source].astype(np.int32)
+        target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
+        target = _part_equal(source_class, target, numpy_rng(seed, "plan", "repair"))
+
+    levels = tuple(sorted({float(s) for s in strengths}, reverse=True))
+    code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
+    digest = _digest(source, source_class, target, code, levels, batch_size, seed, keys)
+    return Plan(source, source_class, target, code, levels, batch_size, digest)
+
+
+def _even(count: int, kinds: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` draws of 0..kinds-1 in random order, each as often as any other, give or take one."""
+    extra = rng.permutation(kinds)[: count % kinds]
+    drawn = np.concatenate([np.repeat(np.arange(kinds, dtype=np.int32), count // kinds), extra.astype(np.int32)])
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _images_of(classes: np.ndarray, labels: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """For each wanted class an image of it; within a class, images take turns in freshly shuffled rounds."""
+    out = np.empty(len(classes), np.int32)
+    by_class = np.argsort(classes, kind="stable")
+    bounds = np.searchsorted(classes[by_class], np.arange(num_classes + 1))
+    images = np.argsort(labels, kind="stable").astype(np.int32)
+    image_bounds = np.searchsorted(labels[images], np.arange(num_classes + 1))
+    for k in range(num_classes):
+        places = by_class[bounds[k] : bounds[k + 1]]
+        own = images[image_bounds[k] : image_bounds[k + 1]]
+        rounds = -(-len(places) // len(own))
+        out[places] = rng.permuted(np.tile(own, (rounds, 1)), axis=1).reshape(-1)[: len(places)]
+    return out
+
+
+def _part_equal(source_class: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Swaps targets between tasks until no task's target is its source's class; counts stay as they are.
+
+    Each round pairs the remaining collisions with tasks drawn at random and keeps the swaps that help and do no harm.
+    A few may remain where one class is most of everything; they are intra-class translations then.
+    """
+    target = target.copy()
+    for _ in range(_REPAIR_ROUNDS):
+        clash = np.flatnonzero(source_class == target)
+        if len(clash) == 0:
+            break
+        partner = rng.integers(len(target), size=len(clash))
+        # each task may take part in one swap per round: first come, first served
+        _, first = np.unique(partner, return_index=True)
+        clash, partner = clash[first], partner[first]
+        free = ~np.isin(partner, clash) & (source_class[clash] != target[partner]) & (source_class[partner] != target[clash])
+        clash, partner = clash[free], partner[free]
+        target[clash], target[partner] = target[partner], target[clash]
+    return target
+
+
+def _digest(source, source_class, target, code, levels, batch_size: int, seed: int, keys: Sequence[str]) -> str:
+    digest = hashlib.sha256(f"{levels} {batch_size} {seed}".encode())
+    for array in (source, source_class, target, code):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for key in keys:
+        digest.update(key.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def batches_of_shard(plan: Plan, num_shards: int, shard_index: int, seed: int) -> np.ndarray:
+    """The batches one shard makes, in the order it makes them.
+
+    Batches are put in an order drawn once for all shards (so that a run stopped half-way has all strengths and classes)
+    and dealt out in turn.
+    """
+    order = numpy_rng(seed, "plan", "order").permutation(plan.num_batches)
+    return order[shard_index::num_shards]
+
+
+def table_of_counts(plan: Plan, class_names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(class name, tasks with it as source, tasks with it as target), for printing."""
+    sources = np.bincount(plan.source_class, minlength=len(class_names))
+    targets = np.bincount(plan.target, minlength=len(class_names))
+    return [(name, int(s), int(t)) for name, s, t in zip(class_names, sources, targets, strict=True)]

@@ -1,0 +1,127 @@
+"""The batched loop against plain diffusers pipelines, on the same noise."""
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+from semantic_aug.diffusion import loop
+from semantic_aug.diffusion.base import load_base
+from semantic_aug.diffusion.schedulers import first_step, make_scheduler
+from semantic_aug.diffusion.text import encode_prompts
+from semantic_aug.errors import UserError
+from semantic_aug.seeding import task_rng
+
+TOLERANCE = 1e-4
+STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+PROMPTS = ["a photo of a red fox", "a photo of a toad", "a blue jay", "a dark photo of a bird", "fur", ""]
+
+
+class Case:
+    """Our parts and diffusers' pipelines over the same weights."""
+
+    def __init__(self, folder, settings: loop.SolverSettings):
+        self.model, self.settings = load_base(str(folder)), settings
+        self.scheduler = make_scheduler(self.model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
+        self.images = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(len(PROMPTS))]
+        self.embeds = encode_prompts(self.model.tokenizer, self.model.text_encoder, PROMPTS)
+        self.null = encode_prompts(self.model.tokenizer, self.model.text_encoder, [""])
+
+    def pipeline(self, kind):
+        pipe = kind(
+            vae=self.model.vae, text_encoder=self.model.text_encoder, tokenizer=self.model.tokenizer, unet=self.model.unet,
+            scheduler=make_scheduler(self.model.scheduler_config, self.settings.scheduler, self.settings.final_sigmas_type),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def reference(self, index: int, strength: float | None) -> torch.Tensor:
+        """One image the plain way; latents (1, C, h, w)."""
+        options = dict(
+            prompt=PROMPTS[index], num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale, generator=[task_rng(0, index)], output_type="latent",
+        )
+        if strength is None:
+            return self.pipeline(StableDiffusionPipeline)(**options, height=tiny.RESOLUTION, width=tiny.RESOLUTION).images
+        return self.pipeline(StableDiffusionImg2ImgPipeline)(**options, image=self.images[index], strength=strength).images
+
+    def ours(self, indices, strengths) -> torch.Tensor:
+        """The same images as one batch of ours."""
+        generators = [task_rng(0, i) for i in indices]
+        if strengths is None:
+            return loop.generate(
+                self.model.unet, self.scheduler, self.model.geometry.latent_shape(tiny.RESOLUTION), self.embeds[indices], self.null,
+                generators, self.settings,
+            )
+        moments = loop.encode_moments(self.model.vae, loop.to_pixels([self.images[i] for i in indices]))
+        return loop.translate(
+            self.model.unet, self.scheduler, moments, self.model.vae.config.scaling_factor, self.embeds[indices], self.null,
+            strengths, generators, self.settings,
+        )
+
+
+def assert_equal_to_pipeline(case: Case, indices, strengths):
+    got = case.ours(indices, strengths)
+    for row, index in enumerate(indices):
+        wanted = case.reference(index, None if strengths is None else strengths[row])
+        assert torch.isfinite(got[row]).all()
+        difference = (got[row] - wanted[0]).abs().max().item()
+        assert difference <= TOLERANCE, (index, strengths and strengths[row], difference)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("final_sigmas", ["zero", "sigma_min"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_mixed_strengths_in_one_batch_equal_img2img_pipeline(tiny_base, tiny_base_v, prediction, final_sigmas, guidance):
+    folder = tiny_base if prediction == "epsilon" else tiny_base_v
+    case = Case(folder, loop.SolverSettings(10, guidance, "dpmsolver++", final_sigmas))
+    assert_equal_to_pipeline(case, list(range(6)), list(STRENGTHS))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_each_strength_at_25_steps_equals_img2img_pipeline(tiny_base, strength):
+    case = Case(tiny_base, loop.SolverSettings(25, 7.5))
+    assert_equal_to_pipeline(case, [3, 0], [strength, strength])
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "heun", "ddpm", "unipc", "pndm"])
+def test_other_schedulers_equal_img2img_pipeline(tiny_base, scheduler):
+    case = Case(tiny_base, loop.SolverSettings(8, 4.0, scheduler))
+    assert_equal_to_pipeline(case, [0, 1, 2], [0.9, 0.4, 0.9])
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler"])
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_generation_from_noise_equals_pipeline(tiny_base, scheduler, guidance):
+    case = Case(tiny_base, loop.SolverSettings(6, guidance, scheduler))
+    assert_equal_to_pipeline(case, [4, 1, 0], None)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_base):
+    case = Case(tiny_base, loop.SolverSettings(8, 7.5))
+    together = case.ours([0, 1, 2, 3], [0.5, 0.9, 0.5, 0.3])
+    alone = case.ours([2], [0.5])
+    assert (together[2] - alone[0]).abs().max() <= TOLERANCE
+    assert (together[2] - together[0]).abs().max() > 0.01  # and samples do differ
+
+
+def test_decoding_in_micro_batches_equals_the_pipelines_images(tiny_base):
+    case = Case(tiny_base, loop.SolverSettings(4, 3.0))
+    latents = case.ours([0, 1, 2], [0.8, 0.8, 0.8])
+    images = loop.decode_latents(case.model.vae, latents, micro_batch=2)
+    pipe = case.pipeline(StableDiffusionImg2ImgPipeline)
+    wanted = pipe(prompt=PROMPTS[1], image=case.images[1], strength=0.8, num_inference_steps=4, guidance_scale=3.0,
+                  generator=[task_rng(0, 1)], output_type="np").images[0]
+    assert images.dtype == torch.uint8 and images.shape == (3, tiny.RESOLUTION, tiny.RESOLUTION, 3)
+    assert (images[1].float() - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("strength", "steps", "start"), [(0.7, 25, 8), (1.0, 25, 0), (0.1, 25, 23), (0.3, 10, 7)])
+def test_first_step_follows_diffusers_rule(strength, steps, start):
+    assert first_step(steps, strength) == start
+
+
+def test_a_strength_without_a_step_is_refused():
+    with pytest.raises(UserError, match="strength 0.03 of 25 steps leaves no step"):
+        first_step(25, 0.03)
