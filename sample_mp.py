@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from semantic_aug import cli, registry, run_dir
+from semantic_aug import cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import UserError, run_main
 
@@ -99,8 +99,8 @@ def resolve(args: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Parses, resolves, prints, and makes the subset."""
     args = build_parser().parse_args(argv)
-    cli.set_up_logging()
-    cli.quiet_libraries()
+    console.set_up_logging()
+    console.quiet_libraries()
     config, dataset = resolve(args)
     from semantic_aug.sampling import run as sampling
 

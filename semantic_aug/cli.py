@@ -1,10 +1,8 @@
-"""What the three entry scripts share: a parser whose errors are one line, shared flags, value checks, logging."""
+"""What the three entry scripts share: a parser whose errors are one line, shared flags, value checks."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,25 +107,3 @@ def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
 def setting_of(args: argparse.Namespace) -> Setting:
     """The data setting of parsed arguments."""
     return Setting(args.examples_per_class, args.task, args.imbalance_factor, args.subset_seed, args.val_fraction)
-
-
-def set_up_logging(main_process: bool = True) -> None:
-    """Plain lines on standard error; only errors from other processes than the main one."""
-    level = logging.INFO if main_process else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("semantic_aug").setLevel(logging.DEBUG if os.environ.get("DIFFMIX_DEBUG") else level)
-
-
-def quiet_libraries() -> None:
-    """Keeps the libraries' own progress bars and advice out of the output; set before they are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DISABLE_TELEMETRY", "1")
-    import datasets
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    datasets.disable_progress_bars()

@@ -1,10 +1,10 @@
 """The batched loop against plain diffusers pipelines, on the same noise."""
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
+import tiny
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import first_step, make_scheduler

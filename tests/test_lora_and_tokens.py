@@ -1,13 +1,13 @@
 """LoRA and class tokens against diffusers' own loaders, and the files of others."""
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+import tiny
 from semantic_aug.augmentations.engine import ModelFiles, load_model
-from semantic_aug.diffusion import lora, loop, tokens
+from semantic_aug.diffusion import loop, lora, tokens
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import make_scheduler
 from semantic_aug.diffusion.text import class_prompt, encode_prompts

@@ -14,7 +14,12 @@ from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel, load_base
 from semantic_aug.diffusion.loop import (
-    SolverSettings, decode_latents, encode_moments, generate, to_pixels, translate,
+    SolverSettings,
+    decode_latents,
+    encode_moments,
+    generate,
+    to_pixels,
+    translate,
 )
 from semantic_aug.diffusion.schedulers import make_scheduler
 from semantic_aug.diffusion.text import class_prompt, encode_prompts

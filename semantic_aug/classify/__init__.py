@@ -1,0 +1,1 @@
+"""Stage 3: a classifier trained on real and synthetic images with soft labels."""

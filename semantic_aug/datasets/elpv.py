@@ -16,7 +16,7 @@ import numpy as np
 
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.spec import DatasetSpec, Splits
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.table import ImageTable, file_stamp
 from semantic_aug.errors import UserError
 
 SPLIT_FILE = Path(__file__).with_name("elpv_split.csv")
@@ -68,7 +68,8 @@ def read() -> Splits:
         names = [name for name in label_of if split_of[name] == split]
         paths = [folder / "data" / "images" / f"{name}.png" for name in names]
         splits[split] = ImageTable.of(
-            CLASS_NAMES, [label_of[name] for name in names], names, lambda row, paths=paths: open_image(paths[row])
+            CLASS_NAMES, [label_of[name] for name in names], names, lambda row, paths=paths: open_image(paths[row]),
+            lambda row, paths=paths: file_stamp(paths[row]),
         )
     return splits
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from semantic_aug.datasets.images import EXTENSIONS, open_image
 from semantic_aug.datasets.spec import SPLITS, Splits
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.table import ImageTable, file_stamp
 from semantic_aug.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ def _hub_table(rows: hub.Dataset, where: HubSplit, ours: str, image_column: str 
             raise UserError(f"data set {name}, split {where.split}, row {row} has no image: remove the row")
         return open_image(cell["bytes"] if cell["bytes"] is not None else cell["path"], f"{name} {where.split}[{row}]")
 
-    return ImageTable.of(class_names, labels, [f"{ours}/{row:08d}" for row in range(len(labels))], read)
+    fingerprint = str(rows._fingerprint)  # the library's own hash of the data and of what was done to it
+    return ImageTable.of(class_names, labels, [f"{ours}/{row:08d}" for row in range(len(labels))], read, lambda row: fingerprint)
 
 
 def _label_column(rows: hub.Dataset) -> str | None:
@@ -242,7 +243,7 @@ def _folder_table(folder: Path, root: Path) -> ImageTable:
         paths += found
         labels += [label] * len(found)
     keys = [path.relative_to(root).as_posix() for path in paths]
-    return ImageTable.of([c.name for c in classes], labels, keys, lambda row: open_image(paths[row]))
+    return ImageTable.of([c.name for c in classes], labels, keys, lambda row: open_image(paths[row]), lambda row: file_stamp(paths[row]))
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -295,7 +296,7 @@ def read_csv(file: str | os.PathLike, root: str | os.PathLike | None = None) -> 
 def _csv_table(paths: list[str], labels: list[str], base: Path) -> ImageTable:
     names, codes = np.unique(np.asarray(labels), return_inverse=True)
     keys = [os.path.relpath(path, base) if ".." in path else path[len(str(base)) + 1 :] for path in paths]
-    return ImageTable.of([str(name) for name in names], codes, keys, lambda row: open_image(paths[row]))
+    return ImageTable.of([str(name) for name in names], codes, keys, lambda row: open_image(paths[row]), lambda row: file_stamp(paths[row]))
 
 
 # -------------------------------------------------------------------------------------------------- one class list

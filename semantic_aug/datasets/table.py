@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +24,7 @@ class ImageTable:
         keys: ``N`` unique names that stay the same whatever order the source lists its files in; rows are sorted by them.
         rows: ``(N,)`` int64, each row's position in the source, as ``read`` wants it.
         read: decodes one source row.
+        stamp: what changes when a source row's content does (size and time of its file); tells caches when they are stale.
     """
 
     class_names: tuple[str, ...]
@@ -29,17 +32,21 @@ class ImageTable:
     keys: Sequence[str]
     rows: np.ndarray
     read: Reader
+    stamp: Callable[[int], str] = lambda row: ""
 
     def __post_init__(self):
         if not len(self.labels) == len(self.keys) == len(self.rows):
             raise ValueError(f"{len(self.labels)} labels, {len(self.keys)} keys, {len(self.rows)} rows: must be equal")
 
     @classmethod
-    def of(cls, class_names: Sequence[str], labels: Sequence[int], keys: Sequence[str], read: Reader) -> ImageTable:
+    def of(
+        cls, class_names: Sequence[str], labels: Sequence[int], keys: Sequence[str], read: Reader,
+        stamp: Callable[[int], str] = lambda row: "",
+    ) -> ImageTable:
         """A table over a source's rows in the source's order, brought into the order of the keys."""
         order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
         labels = np.asarray(labels, dtype=np.int64).reshape(-1)
-        return cls(tuple(class_names), labels[order], [keys[i] for i in order], order, read)
+        return cls(tuple(class_names), labels[order], [keys[i] for i in order], order, read, stamp)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,3 +80,19 @@ class ImageTable:
         mapping = np.asarray([position[name] for name in self.class_names], dtype=np.int64)
         labels = mapping[self.labels] if len(self.labels) else self.labels
         return replace(self, class_names=tuple(class_names), labels=labels)
+
+    def signature(self) -> str:
+        """SHA-256 of names and stamps of all rows: equal signatures mean the same images."""
+        digest = hashlib.sha256()
+        for key, row in zip(self.keys, self.rows.tolist(), strict=True):
+            digest.update(f"{key}\0{self.stamp(row)}\0".encode())
+        return digest.hexdigest()
+
+
+def file_stamp(path: str | os.PathLike) -> str:
+    """Size and modification time of a file; empty where it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size}-{status.st_mtime_ns}"

@@ -114,7 +114,9 @@ class BaseModel:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
         """Moves (and casts) the three networks in place."""
         for part in (self.text_encoder, self.vae, self.unet):
-            part.to(device=device, dtype=dtype)
+            part.to(device)
+            if dtype not in (None, part.dtype):
+                part.to(dtype)
         return self
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from semantic_aug.augmentations.engine import DTYPES, ClassNames, Engine, ModelFiles
+from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import ImageTable, Setting, load_dataset
 from semantic_aug.datasets.images import fit
 from semantic_aug.diffusion.loop import SolverSettings
@@ -160,6 +161,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    quiet_libraries()
     try:
         maker = BatchMaker(job, device)
     except UserError as error:

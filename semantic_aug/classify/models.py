@@ -1,0 +1,142 @@
+"""Classifiers: any timm model by its name or torchvision's, with weights from the hub, a package or a file."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from semantic_aug.classify import backbones
+from semantic_aug.errors import UserError, unknown
+from semantic_aug.registry import resolve_path
+
+TORCHVISION_NAMES = {
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "mobilenet_v2": "mobilenetv2_100",
+    "mobilenet_v3_large": "mobilenetv3_large_100",
+    "mobilenet_v3_small": "mobilenetv3_small_100",
+    "efficientnet_v2_s": "tf_efficientnetv2_s",
+    "regnet_y_400mf": "regnety_004",
+    "regnet_y_8gf": "regnety_080",
+}
+"""torchvision's names where timm's differ."""
+
+PACKAGED = {"tf_efficientnet_lite0": backbones.efficientnet_lite0}
+"""Models whose ImageNet weights come in a Python package, and what makes them."""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Channel means and standard deviations of the images a model was pre-trained on, for pixels in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def timm_name(name: str) -> str:
+    """timm's name of a model.
+
+    Raises:
+        UserError: no such model; lists the nearest names.
+    """
+    import timm
+
+    name = TORCHVISION_NAMES.get(name, name)
+    if timm.is_model(name):
+        return name
+    raise unknown("--model", name, [*timm.list_models(), *TORCHVISION_NAMES], "any timm model will do", limit=5)
+
+
+def make_model(name: str, num_classes: int, resolution: int, weights: str = "auto") -> tuple[nn.Module, Normalisation]:
+    """A classifier with a fresh head.
+
+    Args:
+        name: timm's or torchvision's name.
+        num_classes: K.
+        resolution: side of the images in pixels; models of a fixed size are made for it.
+        weights: ``auto`` (a package where there is one, else the hub), ``none``, or a file or folder.
+
+    Raises:
+        UserError: an unknown model, weights that cannot be had, or those of another architecture.
+    """
+    import timm
+
+    name = timm_name(name)
+    # transformers with position embeddings or windows are built for one image size
+    options = {"img_size": resolution} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
+    packaged = _packaged(name) if weights == "auto" else None
+    if packaged is not None:
+        model = packaged
+        model.reset_classifier(num_classes)
+    elif weights == "auto":
+        model = _from_hub(name, num_classes, options)
+    else:
+        model = timm.create_model(name, num_classes=num_classes, **options)
+        if weights != "none":
+            load_weights(model, resolve_path(weights), name)
+    config = model.pretrained_cfg
+    return model, Normalisation(tuple(config["mean"]), tuple(config["std"]))
+
+
+def _packaged(name: str) -> nn.Module | None:
+    """The model with weights from an installed package, or None."""
+    make = PACKAGED.get(name)
+    try:
+        return make() if make else None
+    except UserError:  # the package is not installed: the hub has the weights too
+        return None
+
+
+def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
+    except Exception as error:  # hub, network and cache raise many kinds
+        reason = str(error).split("\n")[0][:160]
+        raise UserError(f"pre-trained weights of {name} cannot be loaded ({type(error).__name__}: {reason}): connect to the hub, "
+                        "give a file with --weights, or --weights none to start from scratch") from error
+
+
+def load_weights(model: nn.Module, path: Path, name: str) -> None:
+    """Puts pre-trained weights into a model, its head excepted where the number of classes differs.
+
+    Args:
+        model: freshly made.
+        path: ``.safetensors`` or a pickled state dict, or a folder with ``model.safetensors`` or ``pytorch_model.bin``.
+        name: for errors.
+
+    Raises:
+        UserError: not there, unreadable, or of another architecture.
+    """
+    if path.is_dir():
+        path = next((path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).is_file()), path)
+    if not path.is_file():
+        raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise UserError(f"--weights {path} cannot be read ({type(error).__name__}): expected a state dict") from error
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    own = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    classifier = model.pretrained_cfg.get("classifier")
+    head = tuple([classifier] if isinstance(classifier, str) else classifier or ())
+    strange = sorted(key for key in own if key not in fitting and not key.startswith(head))
+    if strange:
+        raise UserError(f"--weights {path} do not fit {name} ({len(strange)} of {len(own)} tensors missing or of another shape, "
+                        f"'{strange[0]}' the first): they are of another architecture")
+    model.load_state_dict(fitting, strict=False)

@@ -1,0 +1,163 @@
+"""Synthetic subsets as training data: ``meta.csv`` read against a data set's classes, and the soft labels.
+
+A subset is a folder with ``meta.csv`` and ``data/``, made by stage 2 or by another tool (five columns). ``FOLDER#NAME``
+reads ``meta.NAME.csv`` instead, the same images after a filter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from semantic_aug import meta_csv, registry
+from semantic_aug.datasets.catalog import LoadedDataset
+from semantic_aug.datasets.images import open_image
+from semantic_aug.errors import UserError, nearest_first
+
+DATA = "data"
+
+
+def soft_labels(source: np.ndarray, target: np.ndarray, strength: np.ndarray, gamma: float, num_classes: int) -> np.ndarray:
+    """y = (1 - s^gamma) onehot(source) + s^gamma onehot(target) (Diff-Mix, Wang et al. 2024, eq. 4).
+
+    Args:
+        source: int ``(N,)`` source classes.
+        target: int ``(N,)`` target classes.
+        strength: ``(N,)`` in (0, 1].
+        gamma: above 0; small values trust the target more.
+        num_classes: K.
+
+    Returns:
+        float32 ``(N, K)``, rows summing to one.
+    """
+    weight = np.asarray(strength, np.float64) ** gamma
+    labels = np.zeros((len(weight), num_classes))
+    rows = np.arange(len(weight))
+    np.add.at(labels, (rows, source), 1 - weight)
+    np.add.at(labels, (rows, target), weight)
+    return labels.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SyntheticImages:
+    """Images of one or several subsets, ``M`` in all.
+
+    Attributes:
+        paths: of the files.
+        source: int64 ``(M,)``, class index of the data set.
+        target: int64 ``(M,)``.
+        strength: float64 ``(M,)`` in (0, 1].
+    """
+
+    paths: list[Path]
+    source: np.ndarray
+    target: np.ndarray
+    strength: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, PIL RGB."""
+        return open_image(self.paths[index])
+
+    def labels(self, gamma: float, num_classes: int) -> np.ndarray:
+        """Soft labels ``(M, K)``."""
+        return soft_labels(self.source, self.target, self.strength, gamma, num_classes)
+
+
+def read_subset(folder: str | os.PathLike, dataset: LoadedDataset, allow_other_sources: bool = False) -> SyntheticImages:
+    """Reads one subset.
+
+    Args:
+        folder: of the subset; ``#NAME`` at its end chooses ``meta.NAME.csv``.
+        dataset: whose classes the names must be.
+        allow_other_sources: accept images whose sources are not training images of the data set's setting.
+
+    Raises:
+        UserError: no such folder, an empty subset, a class that is not the data set's, an image that is missing or lies
+            outside the folder, or sources from outside the training images (a leak into validation or test).
+    """
+    place, _, variant = str(folder).partition("#")
+    root = registry.resolve_path(place)
+    if not root.is_dir():
+        raise UserError(f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
+                        f"entry in {registry.SUBSETS}")
+    file = root / (f"meta.{variant}.csv" if variant else meta_csv.FILE_NAME)
+    if not file.is_file() and (root / "config.yaml").is_file():
+        raise UserError(f"synthetic subset {root} is unfinished (no {file.name}): run its sample_mp.py command again")
+    table = meta_csv.read(file)
+    if len(table) == 0:
+        raise UserError(f"synthetic subset {file} is empty: run its sample_mp.py command again")
+    position = _positions(table.class_names, dataset, file)
+    paths = _paths(root / DATA, table.path, file)
+    _check_sources(table, dataset, file, allow_other_sources)
+    return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
+
+
+def read_subsets(folders: Sequence[str | os.PathLike], dataset: LoadedDataset, allow_other_sources: bool = False) -> SyntheticImages:
+    """Reads several subsets as one; see :func:`read_subset`."""
+    parts = [read_subset(folder, dataset, allow_other_sources) for folder in folders]
+    return SyntheticImages(
+        [path for part in parts for path in part.paths],
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "target", "strength")),
+    )
+
+
+def _fold(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("/", " ").casefold().split())
+
+
+def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.ndarray:
+    """Index of each class name in the data set: by its source spelling, its prompt spelling, or either folded."""
+    known: dict[str, int] = {}
+    for spelling in (dataset.source_names, dataset.class_names):
+        for i, name in enumerate(spelling):
+            known.setdefault(name, i)
+    folded = {_fold(name): i for name, i in reversed(known.items())}
+    found = []
+    for name in names:
+        index = known.get(name, folded.get(_fold(name)))
+        if index is None:
+            raise UserError(f"{file} has the class '{name}', which data set {dataset.name} does not have (nearest: "
+                            f"'{nearest_first(name, dataset.source_names)[0]}'): it belongs to another data set")
+        found.append(index)
+    return np.asarray(found, dtype=np.int64)
+
+
+def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
+    root = os.path.abspath(data)  # noqa: PTH100 - resolving links of a million files would take minutes
+    paths, names = [], {}
+    for row, text in enumerate(relative):
+        path = os.path.normpath(os.path.join(root, text))
+        folder, name = os.path.split(path)
+        if not path.startswith(root + os.sep):
+            raise UserError(f"{file} row {row + 2}: path '{text}' leads outside {data}")
+        if folder not in names:
+            names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()  # noqa: PTH112
+        if name not in names[folder]:
+            raise UserError(f"{file} row {row + 2}: image {path} is missing; run the subset's sample_mp.py command again, or "
+                            "remove the row")
+        paths.append(Path(path))
+    return paths
+
+
+def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path, allowed: bool) -> None:
+    sources = table.further.get("Source Image")
+    if sources is None or allowed:
+        return
+    used = {str(key) for key in sources if key}
+    strange = used - set(dataset.train.keys)
+    if strange:
+        held = {"validation": dataset.val, "test": dataset.test}
+        where = next((name for name, part in held.items() if part is not None and strange & set(part.keys)), None)
+        raise UserError(
+            f"{file}: {len(strange)} of {len(used)} source images are not training images of {dataset.name}"
+            f"{dataset.setting.suffix} ('{sorted(strange)[0]}'{f', a {where} image' if where else ''}): give the stages the same "
+            "--examples_per_class, --task and --subset_seed, or accept it with --allow_other_sources"
+        )

@@ -1,0 +1,126 @@
+"""A resolved fine-tuning request."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from semantic_aug.datasets import Setting
+
+STRATEGIES = {
+    "ti": "class tokens only (textual inversion)",
+    "db": "U-Net LoRA only, class names in the prompts (DreamBooth style)",
+    "ti_db": "class tokens and U-Net LoRA together",
+}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything stage 1 is told.
+
+    Attributes:
+        dataset: what ``--dataset`` was given.
+        setting: which part of the training split is used.
+        base_name: base model as the user named it.
+        base_folder: where it is on this machine.
+        strategy: ``ti``, ``db`` or ``ti_db``.
+        output_dir: of the checkpoints.
+        max_train_steps: optimiser steps.
+        resolution: side of the training images in pixels.
+        train_batch_size: images per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimiser step.
+        learning_rate: of the LoRA.
+        ti_learning_rate: of the class tokens.
+        lr_scheduler: name of a diffusers schedule.
+        lr_warmup_steps: optimiser steps.
+        rank: of the LoRA.
+        lora_alpha: None for the rank.
+        lora_targets: projections that get a LoRA.
+        initializer: ``class_name``, ``super_class`` or words.
+        num_vectors: vectors per class token.
+        prediction_type: None for the base model's own.
+        snr_gamma: min-SNR loss weights, None for none.
+        noise_offset: scale of a per-channel offset added to the noise.
+        adam_weight_decay: AdamW's.
+        max_grad_norm: gradient clipping, 0 for none.
+        use_8bit_adam: bitsandbytes' AdamW.
+        gradient_checkpointing: trade time for memory in the U-Net.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``.
+        crops: 1 for the centre crop, more for further seeded random ones.
+        random_flip: mirror half of the images.
+        class_balanced: draw classes evenly (long-tail setting).
+        checkpointing_steps: steps between checkpoints.
+        checkpoints_total_limit: how many are kept, None for all.
+        resume_from_checkpoint: None, ``latest`` or a checkpoint folder.
+        validation_steps: steps between picture grids, 0 for none.
+        num_validation_images: pictures per class in a grid.
+        logging_steps: steps between rows of the metrics CSV.
+        report_to: ``none`` or a tracker of accelerate's.
+        seed: of everything drawn.
+    """
+
+    dataset: str
+    setting: Setting
+    base_name: str
+    base_folder: Path
+    strategy: str
+    output_dir: Path
+    max_train_steps: int
+    resolution: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    ti_learning_rate: float
+    lr_scheduler: str
+    lr_warmup_steps: int
+    rank: int
+    lora_alpha: float | None
+    lora_targets: tuple[str, ...]
+    initializer: str
+    num_vectors: int
+    prediction_type: str | None
+    snr_gamma: float | None
+    noise_offset: float
+    adam_weight_decay: float
+    max_grad_norm: float
+    use_8bit_adam: bool
+    gradient_checkpointing: bool
+    mixed_precision: str
+    crops: int
+    random_flip: bool
+    class_balanced: bool
+    checkpointing_steps: int
+    checkpoints_total_limit: int | None
+    resume_from_checkpoint: str | None
+    validation_steps: int
+    num_validation_images: int
+    logging_steps: int
+    report_to: str
+    seed: int
+
+    @property
+    def trains_tokens(self) -> bool:
+        return self.strategy != "db"
+
+    @property
+    def trains_lora(self) -> bool:
+        return self.strategy != "ti"
+
+    def record(self) -> dict:
+        """What ``args.yaml`` keeps."""
+        fields = asdict(self)
+        fields["setting"] = asdict(self.setting)
+        del fields["base_folder"]  # where a hub model lies differs between machines
+        return fields
+
+
+MAY_CHANGE = (
+    "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images",
+    "logging_steps", "report_to", "output_dir", "gradient_checkpointing",
+)
+"""Arguments a resumed run may be given differently: they do not change what a step computes."""
+
+
+def may_change(lr_scheduler: str) -> tuple[str, ...]:
+    """:data:`MAY_CHANGE`, and the number of steps where the learning rate does not depend on it."""
+    return (*MAY_CHANGE, "max_train_steps") if lr_scheduler.startswith("constant") else MAY_CHANGE

@@ -1,0 +1,326 @@
+"""The training loop of stage 1: textual inversion and DreamBooth-style LoRA (arXiv:2208.01618, 2208.12242, 2106.09685)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from semantic_aug import run_dir
+from semantic_aug.datasets import LoadedDataset
+from semantic_aug.diffusion import losses
+from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
+from semantic_aug.diffusion.loop import sample_posterior
+from semantic_aug.errors import Interrupted, UserError
+from semantic_aug.finetune import checkpoints
+from semantic_aug.finetune.batches import BatchSource
+from semantic_aug.finetune.config import FinetuneConfig, may_change
+from semantic_aug.finetune.latents import LatentCache
+from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.finetune.validation import save_grid, validation_grid
+from semantic_aug.prompts import TEMPLATES
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.csv"
+SUMMARY_FILE = "summary.json"
+METRIC_COLUMNS = ("step", "loss", "lora_lr", "token_lr", "grad_norm", "steps_per_second")
+STOP_CHECK_STEPS = 10
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def finished(output_dir: Path) -> dict | None:
+    """The summary of a finished run in this folder, or None."""
+    try:
+        return json.loads((output_dir / SUMMARY_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Trainer:
+    """One fine-tuning run.
+
+    Args:
+        config: the request.
+        dataset: loaded under ``config.setting``.
+        accelerator: made by :func:`make_accelerator`.
+    """
+
+    def __init__(self, config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator):
+        self.config, self.dataset, self.accelerator = config, dataset, accelerator
+        self.base: BaseModel = load_base(config.base_name, config.base_folder)
+        self.base.geometry.check(config.resolution)
+        dtype = DTYPES[config.mixed_precision]
+        self.model = TrainedModel(self.base, config, dataset)
+        self._place(dtype)
+        self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
+        self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
+        self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
+        self.latents = self._encode_images()
+        self.effective_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        self.source = BatchSource(
+            dataset.train.labels, self.effective_batch, self.base.geometry.latent_shape(config.resolution), config.crops,
+            config.random_flip, len(TEMPLATES), self.noise_scheduler.config.num_train_timesteps, config.noise_offset,
+            config.class_balanced, config.seed,
+        )
+        self.labels = torch.from_numpy(dataset.train.labels)
+        self.optimizer = self._optimizer()
+        self.schedule = get_scheduler(
+            config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+        )
+        self.step = 0
+        self.stop_signal: int | None = None
+
+    def _place(self, dtype: torch.dtype) -> None:
+        """Frozen weights in the working precision, trained ones in float32, everything on the device."""
+        device = self.accelerator.device
+        self.base.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)  # SD's VAE can overflow in fp16
+        self.model.to(device)
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def _encode_images(self) -> LatentCache:
+        folder = self.base.folder
+        digest = run_dir.sha256_text("".join(run_dir.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae"))
+        return LatentCache(
+            self.dataset.train, self.config.output_dir, self.base.vae, digest, self.config.resolution, self.config.crops,
+            self.config.random_flip, self.config.seed, self.accelerator.process_index, self.accelerator.num_processes,
+            self.accelerator.wait_for_everyone,
+        )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups = self.model.parameter_groups(self.config)
+        if self.config.use_8bit_adam:
+            try:
+                import bitsandbytes
+            except ImportError:
+                raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
+            return bitsandbytes.optim.AdamW8bit(groups, weight_decay=self.config.adam_weight_decay)
+        fused = self.accelerator.device.type == "cuda" or None
+        return torch.optim.AdamW(groups, weight_decay=self.config.adam_weight_decay, fused=fused)
+
+    # -------------------------------------------------------------------------------------------------- one run
+
+    def train(self) -> dict:
+        """Runs (or goes on) to ``max_train_steps`` and writes the final files.
+
+        Returns:
+            The summary that ``summary.json`` keeps.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+            UserError: a checkpoint that does not fit.
+        """
+        config, accelerator = self.config, self.accelerator
+        main = accelerator.is_main_process
+        self._resume()
+        wrapped, optimizer = accelerator.prepare(self.model, self.optimizer)
+        if self._scaler_state and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(self._scaler_state)
+        metrics = run_dir.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
+        began, first = time.monotonic(), self.step
+        running, norm, logged_at, logged_step = torch.zeros((), device=accelerator.device), None, began, self.step
+        with self._signals(), tqdm(
+            total=config.max_train_steps, initial=self.step, unit="step", desc=f"finetune {config.strategy}", disable=not main,
+            dynamic_ncols=True, mininterval=1.0,
+        ) as bar:
+            while self.step < config.max_train_steps:
+                loss, norm = self._optimizer_step(wrapped, optimizer)
+                running += loss
+                self.step += 1
+                bar.update()
+                if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                    now, count = time.monotonic(), self.step - logged_step
+                    row = {"loss": float(accelerator.reduce(running, "mean")) / count, "steps_per_second": count / (now - logged_at)}
+                    row |= self._learning_rates() | ({"grad_norm": float(norm)} if norm is not None else {})
+                    if main:
+                        metrics.add(step=self.step, **row)
+                        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    accelerator.log(row, step=self.step)
+                    running.zero_()
+                    logged_at, logged_step = now, self.step
+                stopping = self._should_stop()
+                if stopping or (config.checkpointing_steps and self.step % config.checkpointing_steps == 0):
+                    self._checkpoint()
+                if stopping:
+                    raise Interrupted(
+                        f"interrupted at step {self.step} of {config.max_train_steps}: {config.output_dir}/checkpoint-{self.step} "
+                        "is written; the same command with --resume_from_checkpoint latest goes on"
+                    )
+                if config.validation_steps and self.step % config.validation_steps == 0:
+                    before = time.monotonic()
+                    self._validate()
+                    logged_at += time.monotonic() - before
+        return self._finish(time.monotonic() - began, self.step - first)
+
+    def _optimizer_step(self, wrapped, optimizer) -> tuple[Tensor, Tensor | None]:
+        """One optimiser step over all micro-batches; returns the mean loss and the gradient norm, without a sync."""
+        config, accelerator = self.config, self.accelerator
+        draw = self.source.draw(self.step)
+        total, norm = torch.zeros((), device=accelerator.device), None
+        for micro in range(config.gradient_accumulation_steps):
+            last = micro == config.gradient_accumulation_steps - 1
+            part = draw.part(micro * accelerator.num_processes + accelerator.process_index, config.train_batch_size)
+            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                loss = self._loss(wrapped, part) / config.gradient_accumulation_steps
+                accelerator.backward(loss)
+            total += loss.detach()
+        if config.max_grad_norm:
+            norm = accelerator.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], config.max_grad_norm)
+        optimizer.step()
+        self.schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def _loss(self, wrapped, draw) -> Tensor:
+        device = self.accelerator.device
+        moments = self.latents.gather(draw.index, draw.view, draw.flip).to(device, non_blocking=True)
+        noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timestep.to(device, non_blocking=True)
+        latents = sample_posterior(moments, draw.posterior.to(device, non_blocking=True), self.base.vae.config.scaling_factor)
+        noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
+        wanted = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
+        labels = self.labels[draw.index].to(device, non_blocking=True)
+        dtype = DTYPES[self.config.mixed_precision]
+        with self.accelerator.autocast():
+            predicted = wrapped(noisy.to(dtype), timesteps, labels, draw.template.to(device, non_blocking=True))
+        weights = None
+        if self.config.snr_gamma is not None:
+            weights = losses.min_snr_weights(timesteps, self.alphas, self.config.snr_gamma, self.prediction_type)
+        return losses.denoising_loss(predicted, wanted, weights)
+
+    def _learning_rates(self) -> dict[str, float]:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        names = [name for name, used in (("lora_lr", self.model.lora_parameters), ("token_lr", self.model.vectors is not None)) if used]
+        return dict(zip(names, rates, strict=True))
+
+    # ------------------------------------------------------------------------------------- checkpoints and signals
+
+    def _resume(self) -> None:
+        self._scaler_state = None
+        if not self.config.resume_from_checkpoint:
+            return
+        folder = checkpoints.find(self.config.output_dir, self.config.resume_from_checkpoint)
+        if folder is None:
+            log.info("no checkpoint in %s yet: starting from the beginning", self.config.output_dir)
+            return
+        state = checkpoints.load_state(folder)
+        if state["effective_batch"] != self.effective_batch:
+            raise UserError(f"{folder} was trained with an effective batch of {state['effective_batch']} images, this run has "
+                            f"{self.effective_batch} (--train_batch_size x --gradient_accumulation_steps x processes)")
+        checkpoints.load_weights(self.model, folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self._scaler_state = state["step"], state["scaler"]
+        log.info("resuming from %s", folder)
+
+    def _checkpoint(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None, "effective_batch": self.effective_batch,
+            }
+            limit = self.config.checkpoints_total_limit
+            checkpoints.save_checkpoint(self.config.output_dir, self.step, self.model, state, limit)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _signals(self):
+        def note(number, _):
+            if self.stop_signal is not None:  # a second one: at once, without a checkpoint
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _should_stop(self) -> bool:
+        """Whether any process was asked to stop; all of them must agree on the step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal is not None
+        if self.step % STOP_CHECK_STEPS:
+            return False
+        asked = torch.tensor(float(self.stop_signal is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+    def _validate(self) -> None:
+        if not self.accelerator.is_main_process or not self.config.num_validation_images:
+            return
+        self.model.eval()
+        image = validation_grid(
+            self.model, self.base, self.dataset.class_names, self.config.resolution, self.config.num_validation_images,
+            self.config.seed, self.accelerator.autocast,
+        )
+        self.model.train()
+        save_grid(image, self.config.output_dir, self.step)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                import numpy as np
+
+                tracker.writer.add_image("validation", np.asarray(image), self.step, dataformats="HWC")
+
+    def _finish(self, seconds: float, steps: int) -> dict:
+        self.accelerator.wait_for_everyone()
+        summary = {
+            "steps": self.step, "images": len(self.dataset.train), "seconds": round(seconds, 1),
+            "steps_per_second": round(steps / seconds, 3) if seconds and steps else None,
+            "processes": self.accelerator.num_processes, "device": str(self.accelerator.device), "versions": run_dir.versions(),
+        }
+        if self.accelerator.is_main_process:
+            checkpoints.save_weights(self.model, self.config.output_dir)
+            run_dir.write_json(self.config.output_dir / SUMMARY_FILE, summary)
+            self.latents.remove()
+            log.info("%d steps in %.0f s, %s steps/s: %s", steps, seconds, summary["steps_per_second"], self.config.output_dir)
+        self.accelerator.end_training()
+        return summary
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """The accelerator of a run; launched by ``accelerate launch`` or plainly."""
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / "logs")),
+    )
+
+
+def run(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator) -> dict:
+    """Runs a request in its output folder, or finds it done.
+
+    Raises:
+        UserError: the folder holds a run with other arguments, or an unfinished one that is not asked to be resumed.
+        Interrupted: a signal stopped it; a checkpoint was written.
+    """
+    if accelerator.is_main_process:
+        known = run_dir.claim(config.output_dir, config.record(), "--output_dir", may_change(config.lr_scheduler))
+        done = finished(config.output_dir) if known else None
+        if done and done["steps"] >= config.max_train_steps:
+            log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])
+        elif known and checkpoints.listed(config.output_dir) and not config.resume_from_checkpoint:
+            raise UserError(f"{config.output_dir} holds {checkpoints.listed(config.output_dir)[-1].name} of an unfinished run: add "
+                            "--resume_from_checkpoint latest to go on, or choose another --output_dir")
+    accelerator.wait_for_everyone()
+    done = finished(config.output_dir)
+    if done and done["steps"] >= config.max_train_steps:
+        return done
+    if config.report_to != "none":
+        flat = {k: v for k, v in run_dir.plain(config.record()).items() if isinstance(v, (str, int, float, bool))}
+        accelerator.init_trackers("finetune", flat)
+    return Trainer(config, dataset, accelerator).train()

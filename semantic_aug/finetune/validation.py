@@ -1,0 +1,59 @@
+"""Picture grids while training: one row per class, from the same noise every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from semantic_aug.diffusion.base import BaseModel
+from semantic_aug.diffusion.loop import SolverSettings, decode_latents, generate
+from semantic_aug.diffusion.schedulers import make_scheduler
+from semantic_aug.diffusion.text import encode_ids, tokenize
+from semantic_aug.pictures import Cell, grid
+from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.prompts import TEMPLATES
+from semantic_aug.seeding import torch_rng
+
+MAX_CLASSES = 12
+SETTINGS = SolverSettings(num_inference_steps=25, guidance_scale=7.5)
+
+
+@torch.no_grad()
+def validation_grid(
+    model: TrainedModel, base: BaseModel, class_names: tuple[str, ...], resolution: int, per_class: int, seed: int, amp
+) -> Image.Image:
+    """Images of (up to twelve, evenly chosen) classes with the weights as they are now.
+
+    Args:
+        model: in training.
+        base: the base model it changes.
+        class_names: for the row titles.
+        resolution: side in pixels.
+        per_class: pictures per row; their noise depends on seed and column only.
+        seed: of the run.
+        amp: context manager of the mixed precision in force.
+    """
+    step = max(1, -(-len(class_names) // MAX_CLASSES))
+    scheduler = make_scheduler(base.scheduler_config)
+    shape = base.geometry.latent_shape(resolution)
+    rows = []
+    with amp():
+        null = encode_ids(base.text_encoder, tokenize(base.tokenizer, [""]))
+        for label in range(0, len(class_names), step):
+            labels = torch.full((per_class,), label, device=null.device)
+            embeds = model.encode(labels, torch.full_like(labels, TEMPLATES.index("a photo of a {}"))).to(null.dtype)
+            noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
+            latents = generate(model.unet, scheduler, shape, embeds, null, noise, SETTINGS)
+            images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()
+            rows.append([Cell(Image.fromarray(image)) for image in images])
+    return grid(rows, row_titles=[class_names[i] for i in range(0, len(class_names), step)])
+
+
+def save_grid(image: Image.Image, output_dir: Path, step: int) -> Path:
+    """Writes ``validation/step-{step}.png``."""
+    path = output_dir / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
