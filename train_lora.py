@@ -14,7 +14,15 @@ from pathlib import Path
 from semantic_aug import cli, console, registry, run_dir
 from semantic_aug.errors import UserError, run_main
 
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant")
+LR_SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+)
 STRATEGIES = ("ti", "db", "ti_db")
 
 
@@ -23,57 +31,130 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="train_lora.py", description=__doc__.split("\n")[0])
     cli.add_shared(parser)
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="MODEL",
-                       help="base model, a hub id or a folder in diffusers layout")
-    model.add_argument("--finetune_strategy", choices=STRATEGIES, default="ti_db",
-                       help="ti: class tokens; db: U-Net LoRA under class names; ti_db: both")
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        metavar="MODEL",
+        help="base model, a hub id or a folder in diffusers layout",
+    )
+    model.add_argument(
+        "--finetune_strategy",
+        choices=STRATEGIES,
+        default="ti_db",
+        help="ti: class tokens; db: U-Net LoRA under class names; ti_db: both",
+    )
     model.add_argument("--rank", type=cli.whole(1), default=10, metavar="R", help="of the LoRA")
-    model.add_argument("--lora_alpha", type=cli.number(0, open_low=True), default=None, metavar="A",
-                       help="the LoRA's update is scaled by A / R (default: R)")
-    model.add_argument("--lora_targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME",
-                       help="projections of the U-Net that get a LoRA")
-    model.add_argument("--initializer", default="class_name", metavar="WORDS",
-                       help="what class tokens start from: class_name, super_class, or words of your own")
+    model.add_argument(
+        "--lora_alpha",
+        type=cli.number(0, open_low=True),
+        default=None,
+        metavar="A",
+        help="the LoRA's update is scaled by A / R (default: R)",
+    )
+    model.add_argument(
+        "--lora_targets",
+        nargs="+",
+        default=["to_q", "to_k", "to_v", "to_out.0"],
+        metavar="NAME",
+        help="projections of the U-Net that get a LoRA",
+    )
+    model.add_argument(
+        "--initializer",
+        default="class_name",
+        metavar="WORDS",
+        help="what class tokens start from: class_name, super_class, or words of your own",
+    )
     model.add_argument("--num_vectors", type=cli.whole(1), default=1, metavar="N", help="vectors per class token")
     model.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    model.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None,
-                       help="precision of the frozen weights and of the arithmetic; what is trained stays fp32 (default: "
-                            "accelerate launch's, else no)")
+    model.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        default=None,
+        help="precision of the frozen weights and of the arithmetic; what is trained stays fp32 (default: "
+        "accelerate launch's, else no)",
+    )
     train = parser.add_argument_group("training")
     train.add_argument("--max_train_steps", type=cli.whole(1), default=35000, metavar="N", help="optimiser steps")
-    train.add_argument("--train_batch_size", type=cli.whole(1), default=8, metavar="N", help="images per process and micro-batch")
-    train.add_argument("--gradient_accumulation_steps", type=cli.whole(1), default=1, metavar="N", help="micro-batches per step")
+    train.add_argument(
+        "--train_batch_size", type=cli.whole(1), default=8, metavar="N", help="images per process and micro-batch"
+    )
+    train.add_argument(
+        "--gradient_accumulation_steps", type=cli.whole(1), default=1, metavar="N", help="micro-batches per step"
+    )
     train.add_argument("--learning_rate", type=cli.number(0), default=1e-4, metavar="LR", help="of the LoRA")
     train.add_argument("--ti_learning_rate", type=cli.number(0), default=5e-4, metavar="LR", help="of the class tokens")
-    train.add_argument("--scale_lr", action="store_true",
-                       help="multiply both learning rates by batch size, micro-batches and processes")
-    train.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of both learning rates")
+    train.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="multiply both learning rates by batch size, micro-batches and processes",
+    )
+    train.add_argument(
+        "--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of both learning rates"
+    )
     train.add_argument("--lr_warmup_steps", type=cli.whole(0), default=0, metavar="N", help="optimiser steps")
-    train.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default=None,
-                       help="what the U-Net predicts (default: the base model's)")
-    train.add_argument("--snr_gamma", type=cli.number(0, open_low=True), default=None, metavar="G",
-                       help="min-SNR loss weights, 5 in the paper (default: none)")
-    train.add_argument("--noise_offset", type=cli.number(0), default=0.0, metavar="X", help="per-channel offset of the noise")
+    train.add_argument(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction"),
+        default=None,
+        help="what the U-Net predicts (default: the base model's)",
+    )
+    train.add_argument(
+        "--snr_gamma",
+        type=cli.number(0, open_low=True),
+        default=None,
+        metavar="G",
+        help="min-SNR loss weights, 5 in the paper (default: none)",
+    )
+    train.add_argument(
+        "--noise_offset", type=cli.number(0), default=0.0, metavar="X", help="per-channel offset of the noise"
+    )
     train.add_argument("--adam_weight_decay", type=cli.number(0), default=1e-2, metavar="X", help="of AdamW")
     train.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
-    train.add_argument("--max_grad_norm", type=cli.number(0), default=1.0, metavar="X", help="gradient clipping; 0: none")
+    train.add_argument(
+        "--max_grad_norm", type=cli.number(0), default=1.0, metavar="X", help="gradient clipping; 0: none"
+    )
     images = parser.add_argument_group("images")
-    images.add_argument("--resolution", type=cli.whole(8), default=None, metavar="PIXELS",
-                        help="side of the training images (default: the base model's own)")
-    images.add_argument("--crops", type=cli.whole(1), default=1, metavar="K",
-                        help="crops per image: the centre, and K - 1 seeded random ones")
+    images.add_argument(
+        "--resolution",
+        type=cli.whole(8),
+        default=None,
+        metavar="PIXELS",
+        help="side of the training images (default: the base model's own)",
+    )
+    images.add_argument(
+        "--crops",
+        type=cli.whole(1),
+        default=1,
+        metavar="K",
+        help="crops per image: the centre, and K - 1 seeded random ones",
+    )
     images.add_argument("--no_flip", action="store_true", help="do not mirror images")
     out = parser.add_argument_group("checkpoints and reports")
-    out.add_argument("--output_dir", type=Path, default=None, metavar="DIR",
-                     help="(default: outputs/finetune_model/finetune_{strategy}{setting}/{dataset})")
-    out.add_argument("--checkpointing_steps", type=cli.whole(0), default=1000, metavar="N", help="steps between checkpoints; 0: none")
+    out.add_argument(
+        "--output_dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="(default: outputs/finetune_model/finetune_{strategy}{setting}/{dataset})",
+    )
+    out.add_argument(
+        "--checkpointing_steps", type=cli.whole(0), default=1000, metavar="N", help="steps between checkpoints; 0: none"
+    )
     out.add_argument("--checkpoints_total_limit", type=cli.whole(1), default=2, metavar="N", help="how many are kept")
     out.add_argument("--resume_from_checkpoint", default=None, metavar="latest|PATH", help="go on from a checkpoint")
-    out.add_argument("--validation_steps", type=cli.whole(0), default=1000, metavar="N", help="steps between picture grids; 0: none")
-    out.add_argument("--num_validation_images", type=cli.whole(0), default=4, metavar="N", help="pictures per class in a grid")
-    out.add_argument("--logging_steps", type=cli.whole(1), default=50, metavar="N", help="steps between rows of metrics.csv")
+    out.add_argument(
+        "--validation_steps", type=cli.whole(0), default=1000, metavar="N", help="steps between picture grids; 0: none"
+    )
+    out.add_argument(
+        "--num_validation_images", type=cli.whole(0), default=4, metavar="N", help="pictures per class in a grid"
+    )
+    out.add_argument(
+        "--logging_steps", type=cli.whole(1), default=50, metavar="N", help="steps between rows of metrics.csv"
+    )
     out.add_argument("--report_to", default="tensorboard", metavar="TRACKER", help="none, tensorboard, wandb, ...")
-    out.add_argument("--register_key", default=None, metavar="KEY", help="write the result into finetuned_ckpts.yaml under this key")
+    out.add_argument(
+        "--register_key", default=None, metavar="KEY", help="write the result into finetuned_ckpts.yaml under this key"
+    )
     return parser
 
 
@@ -91,17 +172,46 @@ def resolve(args: argparse.Namespace):
     output_dir = args.output_dir or run_dir.finetune_dir(args.finetune_strategy, dataset.name, dataset.setting.suffix)
     world = int(os.environ.get("WORLD_SIZE", 1))
     scale = args.train_batch_size * args.gradient_accumulation_steps * world if args.scale_lr else 1
-    copied = (
-        "max_train_steps train_batch_size gradient_accumulation_steps lr_scheduler lr_warmup_steps rank lora_alpha initializer "
-        "num_vectors prediction_type snr_gamma noise_offset adam_weight_decay max_grad_norm use_8bit_adam gradient_checkpointing "
-        "crops checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps num_validation_images "
-        "logging_steps report_to seed"
-    ).split()
+    copied = [
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "rank",
+        "lora_alpha",
+        "initializer",
+        "num_vectors",
+        "prediction_type",
+        "snr_gamma",
+        "noise_offset",
+        "adam_weight_decay",
+        "max_grad_norm",
+        "use_8bit_adam",
+        "gradient_checkpointing",
+        "crops",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "validation_steps",
+        "num_validation_images",
+        "logging_steps",
+        "report_to",
+        "seed",
+    ]
     config = FinetuneConfig(
-        dataset=args.dataset, setting=dataset.setting, base_name=args.pretrained_model_name_or_path, base_folder=folder,
-        strategy=args.finetune_strategy, output_dir=registry.resolve_path(output_dir), resolution=resolution,
-        learning_rate=args.learning_rate * scale, ti_learning_rate=args.ti_learning_rate * scale,
-        lora_targets=tuple(args.lora_targets), random_flip=not args.no_flip, class_balanced=args.task == "imbalanced",
+        dataset=args.dataset,
+        setting=dataset.setting,
+        base_name=args.pretrained_model_name_or_path,
+        base_folder=folder,
+        strategy=args.finetune_strategy,
+        output_dir=registry.resolve_path(output_dir),
+        resolution=resolution,
+        learning_rate=args.learning_rate * scale,
+        ti_learning_rate=args.ti_learning_rate * scale,
+        lora_targets=tuple(args.lora_targets),
+        random_flip=not args.no_flip,
+        class_balanced=args.task == "imbalanced",
         mixed_precision=args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         **{name: getattr(args, name) for name in copied},
     )
@@ -137,7 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             import tensorboard  # noqa: F401
         except ImportError:
-            raise UserError("--report_to tensorboard needs the package tensorboard: pip install it, or give --report_to none") from None
+            raise UserError(
+                "--report_to tensorboard needs the package tensorboard: pip install it, or give --report_to none"
+            ) from None
     trainer.run(config, dataset, trainer.make_accelerator(config))
     if not main_process:
         return 0

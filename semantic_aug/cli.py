@@ -85,22 +85,53 @@ def optional_word(text: str) -> str | None:
 def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
     """The flags every stage has."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, metavar="NAME",
-                      help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID")
-    data.add_argument("--examples_per_class", type=int, default=-1, metavar="N",
-                      help="few-shot setting: training images per class, -1 for all (default: -1)")
-    data.add_argument("--task", choices=TASKS, default="vanilla", help="vanilla, or imbalanced for the long-tail setting")
-    data.add_argument("--imbalance_factor", type=number(0, 1, open_low=True), default=0.01, metavar="F",
-                      help="long-tail setting: smallest over largest class, in (0, 1]")
-    data.add_argument("--subset_seed", type=int, default=0, metavar="N",
-                      help="seed of the few-shot or long-tail draw and of the held-out validation split; keep it the same in "
-                           "all three stages")
-    data.add_argument("--val_fraction", type=number(0, 0.9), default=0.1, metavar="F",
-                      help="share of each class held out of train for validation where the data set has no validation split")
+    data.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME",
+        help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID",
+    )
+    data.add_argument(
+        "--examples_per_class",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="few-shot setting: training images per class, -1 for all (default: -1)",
+    )
+    data.add_argument(
+        "--task", choices=TASKS, default="vanilla", help="vanilla, or imbalanced for the long-tail setting"
+    )
+    data.add_argument(
+        "--imbalance_factor",
+        type=number(0, 1, open_low=True),
+        default=0.01,
+        metavar="F",
+        help="long-tail setting: smallest over largest class, in (0, 1]",
+    )
+    data.add_argument(
+        "--subset_seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the few-shot or long-tail draw and of the held-out validation split; keep it the same in "
+        "all three stages",
+    )
+    data.add_argument(
+        "--val_fraction",
+        type=number(0, 0.9),
+        default=0.1,
+        metavar="F",
+        help="share of each class held out of train for validation where the data set has no validation split",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=seed, metavar="N", help="seed of everything else that is drawn")
-    run.add_argument("--config_dir", type=Path, default=registry.CONFIG_DIR, metavar="DIR",
-                     help="folder of the registry files (default: config)")
+    run.add_argument(
+        "--config_dir",
+        type=Path,
+        default=registry.CONFIG_DIR,
+        metavar="DIR",
+        help="folder of the registry files (default: config)",
+    )
     run.add_argument("--dry_run", action="store_true", help="check everything, print what would be done, and stop")
 
 

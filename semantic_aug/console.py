@@ -16,15 +16,14 @@ def set_up_logging(main_process: bool = True) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own progress bars, advice and usage reports out; to be called before they do any work."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    """Keeps the libraries' own advice, bars and usage reports out; to be called before they are imported."""
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import datasets
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    datasets.disable_progress_bars()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 class UserError(Exception):
@@ -67,16 +68,23 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     """
     try:
         return int(main(argv) or 0)
-    except UserError as error:
-        line, status = f"error: {error}", EXIT_USER_ERROR
-    except OSError as error:
-        line, status = f"error: {os_error_line(error)}", EXIT_USER_ERROR
-    except Interrupted as stop:
-        line, status = str(stop), EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        line, status = "interrupted; the same command goes on from what is on disk", EXIT_INTERRUPTED
-    if debugging():
-        traceback.print_exc()
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (UserError, OSError, Interrupted, KeyboardInterrupt) as error:
+        line, status = _outcome(error)
+        if debugging():
+            traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.write(line + "\n")
     return status
+
+
+def _outcome(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, UserError):
+        return f"error: {error}", EXIT_USER_ERROR
+    if isinstance(error, OSError):
+        return f"error: {os_error_line(error)}", EXIT_USER_ERROR
+    if isinstance(error, Interrupted):
+        return str(error), EXIT_INTERRUPTED
+    return "interrupted; the same command goes on from what is on disk", EXIT_INTERRUPTED

@@ -81,7 +81,9 @@ def slugs(names: Sequence[str]) -> list[str]:
         digest = hashlib.sha256(name.encode()).hexdigest()
         out.append(f"{text}-{digest[:6]}" if text.casefold() in taken else text)
     if len({text.casefold() for text in out}) != len(out):  # a plain slug that looks like another's hashed one
-        out = [f"{text}-{hashlib.sha256(name.encode()).hexdigest()[:16]}" for name, text in zip(names, plain, strict=True)]
+        out = [
+            f"{text}-{hashlib.sha256(name.encode()).hexdigest()[:16]}" for name, text in zip(names, plain, strict=True)
+        ]
     return out
 
 
@@ -132,7 +134,9 @@ def read(path: Path) -> MetaTable:
     import pandas as pd
 
     if not path.is_file():
-        raise UserError(f"{path} is not there: expected a synthetic subset's meta.csv with the columns {', '.join(COLUMNS)}")
+        raise UserError(
+            f"{path} is not there: expected a synthetic subset's meta.csv with the columns {', '.join(COLUMNS)}"
+        )
     text = {"First Directory": str, "Second Directory": str, "Path": str, "Source Image": str}
     try:
         frame = pd.read_csv(path, dtype=text, keep_default_na=False, encoding="utf-8")

@@ -53,7 +53,9 @@ def grid(
     size = size or first.image.width
     font = _font(12)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = min(260, int(max((probe.textlength(t, font) for t in row_titles), default=0)) + 2 * GAP) if row_titles else GAP
+    left = (
+        min(260, int(max((probe.textlength(t, font) for t in row_titles), default=0)) + 2 * GAP) if row_titles else GAP
+    )
     captions = any(cell is not None and cell.caption for row in rows for cell in row)
     height = size + (TITLE_HEIGHT if captions else 0) + GAP
     top = GAP + (TITLE_HEIGHT + GAP if title else 0) + (TITLE_HEIGHT if column_titles else 0)
@@ -74,7 +76,9 @@ def grid(
             place = (left + x * (size + GAP), top + y * height)
             sheet.paste(cell.image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), place)
             if cell.frame:
-                draw.rectangle((*place, place[0] + size - 1, place[1] + size - 1), outline=cell.frame, width=max(2, size // 40))
+                draw.rectangle(
+                    (*place, place[0] + size - 1, place[1] + size - 1), outline=cell.frame, width=max(2, size // 40)
+                )
             if cell.caption:
                 draw.text((place[0], place[1] + size), _fitted(draw, cell.caption, font, size), INK, font)
     return sheet

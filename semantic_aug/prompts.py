@@ -69,7 +69,9 @@ RULES = {
 """Clean-up rules by name, applied in the order a data set lists them."""
 
 
-def clean_class_name(name: str, rules: Sequence[str] = ("underscores",), overrides: Mapping[str, str] | None = None) -> str:
+def clean_class_name(
+    name: str, rules: Sequence[str] = ("underscores",), overrides: Mapping[str, str] | None = None
+) -> str:
     """A source's class name as prompts speak it: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``.
 
     Args:

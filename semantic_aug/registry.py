@@ -24,6 +24,8 @@ CHECKPOINTS = "finetuned_ckpts.yaml"
 SUBSETS = "synthetic_datasets.yaml"
 DATASETS = "datasets.yaml"
 LEARNING_RATES = "learning_rates.yaml"
+LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "pytorch_model.bin")
+"""What is looked for, in this order, where a ``lora_path`` is a folder."""
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
@@ -44,7 +46,7 @@ class CheckpointEntry:
 
     Attributes:
         model_path: hub id or folder of the base model.
-        lora_path: file or folder of the U-Net LoRA, or None.
+        lora_path: file of the U-Net LoRA, or None.
         embed_path: file of the class tokens, or None.
     """
 
@@ -109,14 +111,36 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
         raise UserError(f"{where} has no model_path: expected model_path, lora_path and embed_path")
     extra = set(entry) - {"model_path", "lora_path", "embed_path"}
     if extra:
-        raise UserError(f"{where} has the unknown field '{sorted(extra)[0]}': expected model_path, lora_path, embed_path")
+        raise UserError(
+            f"{where} has the unknown field '{sorted(extra)[0]}': expected model_path, lora_path, embed_path"
+        )
     paths = {}
     for field in ("lora_path", "embed_path"):
         paths[field] = resolve_path(entry[field]) if entry.get(field) else None
         if paths[field] is not None and not paths[field].exists():
-            raise UserError(f"{where}: {field} '{entry[field]}' is not there (looked at {paths[field]}): "
-                            "mend the path, set it to null, or run train_lora.py again")
+            raise UserError(
+                f"{where}: {field} '{entry[field]}' is not there (looked at {paths[field]}): "
+                "mend the path, set it to null, or run train_lora.py again"
+            )
+    if paths["lora_path"] is not None:
+        paths["lora_path"] = find_lora(paths["lora_path"])
     return CheckpointEntry(str(entry["model_path"]), **paths)
+
+
+def find_lora(path: Path) -> Path:
+    """The file of a ``lora_path``: itself, or the known file inside a folder.
+
+    Raises:
+        UserError: none there.
+    """
+    if path.is_dir():
+        for name in LORA_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"lora_path {path} holds no {LORA_FILES[0]}: mend the checkpoint's entry")
+    if not path.is_file():
+        raise UserError(f"lora_path {path} is not there: mend the checkpoint's entry")
+    return path
 
 
 def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
@@ -128,8 +152,10 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
     entry = look_up(dataset, key, SUBSETS, config_dir, "subset key", "sample_mp.py")
     listed = [entry] if isinstance(entry, str) else entry
     if not isinstance(listed, list) or not listed or not all(isinstance(item, str) for item in listed):
-        raise UserError(f"entry {dataset}/{key} of {shown_path(config_dir / SUBSETS)} holds {entry!r}: "
-                        "expected a folder or a list of folders")
+        raise UserError(
+            f"entry {dataset}/{key} of {shown_path(config_dir / SUBSETS)} holds {entry!r}: "
+            "expected a folder or a list of folders"
+        )
     return listed
 
 
@@ -176,8 +202,10 @@ def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = C
         if key in section:
             if _plain(section[key]) == entry:
                 return False
-            raise UserError(f"{shown_path(path)} already has {dataset}/{key} with another entry: "
-                            "choose another --register_key or remove the old entry")
+            raise UserError(
+                f"{shown_path(path)} already has {dataset}/{key} with another entry: "
+                "choose another --register_key or remove the old entry"
+            )
         section[key] = entry
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8") as out:

@@ -113,7 +113,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequenc
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 
 
-def claim(folder: Path, arguments: Mapping[str, Any], flag: str, ignored: Sequence[str] = (), file: str = ARGS_FILE) -> bool:
+def claim(
+    folder: Path, arguments: Mapping[str, Any], flag: str, ignored: Sequence[str] = (), file: str = ARGS_FILE
+) -> bool:
     """Takes a folder for a run with these arguments, or finds that it belongs to one.
 
     Args:
@@ -133,8 +135,10 @@ def claim(folder: Path, arguments: Mapping[str, Any], flag: str, ignored: Sequen
     if old is not None:
         changed = differences(old, arguments, ignored)
         if changed:
-            raise UserError(f"{folder} holds a run with other arguments ({'; '.join(changed[:6])}"
-                            f"{'; ...' if len(changed) > 6 else ''}): nothing was touched; choose another {flag}")
+            raise UserError(
+                f"{folder} holds a run with other arguments ({'; '.join(changed[:6])}"
+                f"{'; ...' if len(changed) > 6 else ''}): nothing was touched; choose another {flag}"
+            )
         return True
     if folder.exists() and any(not name.name.startswith(".") for name in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
@@ -204,8 +208,33 @@ def git_revision(folder: Path) -> str | None:
     try:
         run = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
-            capture_output=True, text=True, timeout=10, check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() or None
+
+
+def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
+    """A file written by ``torch.save``, read without running any code in it.
+
+    Args:
+        path: of the file.
+        expected: what it should hold and what to do, for the error.
+        device: where its tensors go.
+
+    Raises:
+        UserError: not there, damaged, or holding more than tensors and plain containers.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: {expected}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}): {expected}") from error

@@ -29,9 +29,16 @@ class Case:
 
     def pipeline(self, kind):
         pipe = kind(
-            vae=self.model.vae, text_encoder=self.model.text_encoder, tokenizer=self.model.tokenizer, unet=self.model.unet,
-            scheduler=make_scheduler(self.model.scheduler_config, self.settings.scheduler, self.settings.final_sigmas_type),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            vae=self.model.vae,
+            text_encoder=self.model.text_encoder,
+            tokenizer=self.model.tokenizer,
+            unet=self.model.unet,
+            scheduler=make_scheduler(
+                self.model.scheduler_config, self.settings.scheduler, self.settings.final_sigmas_type
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -39,25 +46,44 @@ class Case:
     def reference(self, index: int, strength: float | None) -> torch.Tensor:
         """One image the plain way; latents (1, C, h, w)."""
         options = dict(
-            prompt=PROMPTS[index], num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale, generator=[task_rng(0, index)], output_type="latent",
+            prompt=PROMPTS[index],
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale,
+            generator=[task_rng(0, index)],
+            output_type="latent",
         )
         if strength is None:
-            return self.pipeline(StableDiffusionPipeline)(**options, height=tiny.RESOLUTION, width=tiny.RESOLUTION).images
-        return self.pipeline(StableDiffusionImg2ImgPipeline)(**options, image=self.images[index], strength=strength).images
+            return self.pipeline(StableDiffusionPipeline)(
+                **options, height=tiny.RESOLUTION, width=tiny.RESOLUTION
+            ).images
+        return self.pipeline(StableDiffusionImg2ImgPipeline)(
+            **options, image=self.images[index], strength=strength
+        ).images
 
     def ours(self, indices, strengths) -> torch.Tensor:
         """The same images as one batch of ours."""
         generators = [task_rng(0, i) for i in indices]
         if strengths is None:
             return loop.generate(
-                self.model.unet, self.scheduler, self.model.geometry.latent_shape(tiny.RESOLUTION), self.embeds[indices], self.null,
-                generators, self.settings,
+                self.model.unet,
+                self.scheduler,
+                self.model.geometry.latent_shape(tiny.RESOLUTION),
+                self.embeds[indices],
+                self.null,
+                generators,
+                self.settings,
             )
         moments = loop.encode_moments(self.model.vae, loop.to_pixels([self.images[i] for i in indices]))
         return loop.translate(
-            self.model.unet, self.scheduler, moments, self.model.vae.config.scaling_factor, self.embeds[indices], self.null,
-            strengths, generators, self.settings,
+            self.model.unet,
+            self.scheduler,
+            moments,
+            self.model.vae.config.scaling_factor,
+            self.embeds[indices],
+            self.null,
+            strengths,
+            generators,
+            self.settings,
         )
 
 
@@ -73,7 +99,9 @@ def assert_equal_to_pipeline(case: Case, indices, strengths):
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("final_sigmas", ["zero", "sigma_min"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_mixed_strengths_in_one_batch_equal_img2img_pipeline(tiny_base, tiny_base_v, prediction, final_sigmas, guidance):
+def test_mixed_strengths_in_one_batch_equal_img2img_pipeline(
+    tiny_base, tiny_base_v, prediction, final_sigmas, guidance
+):
     folder = tiny_base if prediction == "epsilon" else tiny_base_v
     case = Case(folder, loop.SolverSettings(10, guidance, "dpmsolver++", final_sigmas))
     assert_equal_to_pipeline(case, list(range(6)), list(STRENGTHS))
@@ -111,8 +139,15 @@ def test_decoding_in_micro_batches_equals_the_pipelines_images(tiny_base):
     latents = case.ours([0, 1, 2], [0.8, 0.8, 0.8])
     images = loop.decode_latents(case.model.vae, latents, micro_batch=2)
     pipe = case.pipeline(StableDiffusionImg2ImgPipeline)
-    wanted = pipe(prompt=PROMPTS[1], image=case.images[1], strength=0.8, num_inference_steps=4, guidance_scale=3.0,
-                  generator=[task_rng(0, 1)], output_type="np").images[0]
+    wanted = pipe(
+        prompt=PROMPTS[1],
+        image=case.images[1],
+        strength=0.8,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=[task_rng(0, 1)],
+        output_type="np",
+    ).images[0]
     assert images.dtype == torch.uint8 and images.shape == (3, tiny.RESOLUTION, tiny.RESOLUTION, 3)
     assert (images[1].float() - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
 

@@ -41,19 +41,40 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     pipe.load_textual_inversion([{name: vector} for name, vector in load_file(token_file).items()])
     pipe.scheduler = make_scheduler(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    wanted = pipe("a photo of a <class_1> bird", num_inference_steps=5, guidance_scale=5.0, generator=[task_rng(1, 1)],
-                  height=tiny.RESOLUTION, width=tiny.RESOLUTION, output_type="latent").images
+    wanted = pipe(
+        "a photo of a <class_1> bird",
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        generator=[task_rng(1, 1)],
+        height=tiny.RESOLUTION,
+        width=tiny.RESOLUTION,
+        output_type="latent",
+    ).images
 
     model, learned = load_model(ModelFiles(str(tiny_base), tiny_base, lora_file, token_file))
     tokens.install(learned, model.tokenizer, model.text_encoder)
     prompt = class_prompt("blue jay", "blue jay", "bird", learned)
     embeds = encode_prompts(model.tokenizer, model.text_encoder, [prompt, ""])
-    got = loop.generate(model.unet, make_scheduler(model.scheduler_config), model.geometry.latent_shape(tiny.RESOLUTION),
-                        embeds[:1], embeds[1:], [task_rng(1, 1)], loop.SolverSettings(5, 5.0))
+    got = loop.generate(
+        model.unet,
+        make_scheduler(model.scheduler_config),
+        model.geometry.latent_shape(tiny.RESOLUTION),
+        embeds[:1],
+        embeds[1:],
+        [task_rng(1, 1)],
+        loop.SolverSettings(5, 5.0),
+    )
     assert (got - wanted).abs().max() <= 1e-4
     base = load_base(str(tiny_base))
-    plain = loop.generate(base.unet, make_scheduler(base.scheduler_config), base.geometry.latent_shape(tiny.RESOLUTION),
-                          embeds[:1], embeds[1:], [task_rng(1, 1)], loop.SolverSettings(5, 5.0))
+    plain = loop.generate(
+        base.unet,
+        make_scheduler(base.scheduler_config),
+        base.geometry.latent_shape(tiny.RESOLUTION),
+        embeds[:1],
+        embeds[1:],
+        [task_rng(1, 1)],
+        loop.SolverSettings(5, 5.0),
+    )
     assert (got - plain).abs().max() > 0.01  # the LoRA does something
 
 
@@ -95,16 +116,22 @@ def test_legacy_attention_processor_bin_loads(tiny_base, checkpoint, tmp_path):
     assert all(torch.equal(ours[k].up, theirs[k].up) and torch.equal(ours[k].down, theirs[k].down) for k in ours)
 
 
-@pytest.mark.parametrize(("key", "module", "part"), [
-    ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
-     "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "down"),
-    ("mid.attn2.to_out.0.lora.up.weight", "mid.attn2.to_out.0", "up"),
-    ("mid.attn2.processor.to_out_lora.up.weight", "mid.attn2.to_out.0", "up"),
-    ("unet.mid.attn2.processor.to_k_lora.down.weight", "mid.attn2.to_k", "down"),
-    ("mid.attn2.to_v_lora.down.weight", "mid.attn2.to_v", "down"),
-    ("unet.mid.proj_in.lora.down.weight", "mid.proj_in", "down"),
-    ("base_model.model.mid.to_q.lora_B.default.weight", "mid.to_q", "up"),
-])
+@pytest.mark.parametrize(
+    ("key", "module", "part"),
+    [
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+            "down",
+        ),
+        ("mid.attn2.to_out.0.lora.up.weight", "mid.attn2.to_out.0", "up"),
+        ("mid.attn2.processor.to_out_lora.up.weight", "mid.attn2.to_out.0", "up"),
+        ("unet.mid.attn2.processor.to_k_lora.down.weight", "mid.attn2.to_k", "down"),
+        ("mid.attn2.to_v_lora.down.weight", "mid.attn2.to_v", "down"),
+        ("unet.mid.proj_in.lora.down.weight", "mid.proj_in", "down"),
+        ("base_model.model.mid.to_q.lora_B.default.weight", "mid.to_q", "up"),
+    ],
+)
 def test_names_of_other_layouts(key, module, part):
     assert lora.normal_name(key) == (module, part)
 
@@ -123,7 +150,11 @@ def test_a_key_that_matches_nothing_is_an_error(tiny_base, checkpoint, tmp_path)
 def test_damaged_and_foreign_lora_files(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0")
     torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "other.bin")
-    for name, message in (("cut.safetensors", "cannot be read"), ("other.bin", "not a LoRA weight"), ("none.bin", "is not there")):
+    for name, message in (
+        ("cut.safetensors", "cannot be read"),
+        ("other.bin", "not a LoRA weight"),
+        ("none.bin", "is not there"),
+    ):
         with pytest.raises(UserError, match=message):
             lora.read_lora(tmp_path / name)
 
@@ -165,8 +196,14 @@ def test_several_vectors_per_class():
 def test_the_original_implementations_bin_is_read(tmp_path):
     names = {"Red_Fox": "<class_0>", "blue/jay": "<class_1>", "toad": "<class_2>"}
     vectors = {p: torch.full((tiny.WIDTH,), float(i)) for i, p in enumerate(names.values())}
-    torch.save({"learned_embeds_dict": vectors, "name2placeholder": names, "placeholder2name": {v: k for k, v in names.items()}},
-               tmp_path / "learned_embeds-steps-last.bin")
+    torch.save(
+        {
+            "learned_embeds_dict": vectors,
+            "name2placeholder": names,
+            "placeholder2name": {v: k for k, v in names.items()},
+        },
+        tmp_path / "learned_embeds-steps-last.bin",
+    )
     loaded = tokens.load_tokens(tmp_path / "learned_embeds-steps-last.bin")
     loaded.check_classes(CLASSES, "file")  # spelled differently, the same classes
     assert loaded.phrase("red fox") == "<class_0>" and loaded.vectors[1].eq(1).all()
@@ -189,26 +226,34 @@ def test_installed_tokens_change_only_prompts_that_name_them(tiny_base):
     learned = tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH))
     tokens.install(learned, taught.tokenizer, taught.text_encoder)
     words = ["a photo of a toad", ""]
-    assert torch.equal(encode_prompts(plain.tokenizer, plain.text_encoder, words),
-                       encode_prompts(taught.tokenizer, taught.text_encoder, words))
+    assert torch.equal(
+        encode_prompts(plain.tokenizer, plain.text_encoder, words),
+        encode_prompts(taught.tokenizer, taught.text_encoder, words),
+    )
     ids = taught.tokenizer("a <class_2> bird").input_ids
     assert len(plain.tokenizer) + 2 in ids and ids.count(len(plain.tokenizer) + 2) == 1
 
 
 def test_gradients_reach_the_class_vectors_and_nothing_else(tiny_base):
     model = load_base(str(tiny_base))
-    vectors = tokens.install(tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH)), model.tokenizer, model.text_encoder, True)
+    vectors = tokens.install(
+        tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH)), model.tokenizer, model.text_encoder, True
+    )
     from semantic_aug.diffusion.text import encode_ids, tokenize
 
     encode_ids(model.text_encoder, tokenize(model.tokenizer, ["a <class_1> bird"])).square().sum().backward()
     assert vectors.grad[1].abs().sum() > 0 and vectors.grad[[0, 2]].abs().sum() == 0
-    assert [n for n, p in model.text_encoder.named_parameters() if p.requires_grad] == ["embeddings.token_embedding.class_vectors"]
+    assert [n for n, p in model.text_encoder.named_parameters() if p.requires_grad] == [
+        "embeddings.token_embedding.class_vectors"
+    ]
 
 
 def test_initial_vectors_are_the_mean_of_the_words(tiny_base):
     model = load_base(str(tiny_base))
     table = model.text_encoder.get_input_embeddings().weight
     for initializer, text in (("class_name", "toad"), ("super_class", "small animal"), ("wet stone", "wet stone")):
-        made = tokens.initial_tokens(("toad",), ("toad",), "small animal", initializer, model.tokenizer, model.text_encoder)
+        made = tokens.initial_tokens(
+            ("toad",), ("toad",), "small animal", initializer, model.tokenizer, model.text_encoder
+        )
         ids = model.tokenizer(text, add_special_tokens=False).input_ids
         assert torch.allclose(made.vectors[0], table[ids].mean(0))

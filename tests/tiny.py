@@ -31,26 +31,54 @@ def write_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon", hi
     end = vocabulary["<|endoftext|>"]
     torch.manual_seed(seed)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4, sample_size=RESOLUTION,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=RESOLUTION,
     )
     unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=hidden, attention_head_dim=2,
+        sample_size=RESOLUTION // 8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=hidden,
+        attention_head_dim=2,
     )
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=24, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
-    ))
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text_encoder, scheduler=scheduler,
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        scheduler=scheduler,
         tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -66,7 +94,12 @@ def picture(label: int, index: int, size: tuple[int, int] = (40, 36)) -> Image.I
 
 
 def write_image_folder(
-    folder: Path, classes=("red fox", "blue jay", "toad"), train: int = 6, val: int = 2, test: int = 3, extension: str = "png"
+    folder: Path,
+    classes=("red fox", "blue jay", "toad"),
+    train: int = 6,
+    val: int = 2,
+    test: int = 3,
+    extension: str = "png",
 ) -> Path:
     """Writes a folder with train/val/test folders of class folders; a split of 0 images is left out."""
     for split, count in (("train", train), ("val", val), ("test", test)):

@@ -1,9 +1,7 @@
-"""Stage one and two of the embedded base model: an f=8 autoencoder with 8 latent channels, then a sharper decoder.
+"""Stage one of the embedded base model: an f=8 autoencoder with 8 latent channels.
 
-The first phase fits encoder and decoder with L1, image-gradient and perceptual losses and a small KL term. The second
-freezes the encoder, so the latents stay what they are, and adds a patch discriminator (hinge loss, weight set from the
-ratio of gradients at the last layer as in VQGAN, Esser et al. 2021, eq. 7): without it grain and fine cracks come out
-blurred. Images are greyscale photographs repeated to three channels, ``(B, 3, 128, 128)`` in [-1, 1].
+Trained with L1, image-gradient and perceptual losses and a small KL term; no discriminator is needed to keep thin cracks.
+Images are greyscale photographs repeated to three channels, ``(B, 3, 128, 128)`` in [-1, 1].
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from semantic_aug.seeding import torch_rng
 
 SIZE, ZOOM = 128, 160
 BATCH = 16
-KL_WEIGHT, PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 3e-4, 0.1, 0.4
+KL_WEIGHT, PERCEPTUAL_WEIGHT = 3e-4, 0.1
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -81,8 +79,10 @@ def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
     return F.l1_loss(images.diff(dim=-1), targets.diff(dim=-1)) + F.l1_loss(images.diff(dim=-2), targets.diff(dim=-2))
 
 
-def train_autoencoder(images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp) -> AutoencoderKL:
-    """Phase one. ``images``, ``zoomed``: uint8 ``(N, 128, 128)`` and ``(N, 160, 160)``. Returns the EMA weights' model."""
+def train_autoencoder(
+    images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp
+) -> AutoencoderKL:
+    """Trains the autoencoder. ``images``, ``zoomed``: uint8 ``(N, 128, 128)`` and ``(N, 160, 160)``. Returns the EMA weights' model."""
     torch.manual_seed(0)  # initial weights; every batch below has a generator of its own
     model = make_autoencoder().to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
@@ -114,78 +114,6 @@ def train_autoencoder(images: Tensor, zoomed: Tensor, perceptual: Perceptual, st
     save_state(state, steps, model=model, ema=ema, optimizer=optimizer)
     ema.copy_to(model)
     return model.eval()
-
-
-class PatchDiscriminator(nn.Module):
-    """Scores overlapping 38-pixel patches of the grey image; ``(B, 3, H, W)`` to ``(B, 1, H/8, W/8)``."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        sizes = (1, width, 2 * width, 4 * width)
-        layers = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
-            conv = nn.Conv2d(before, after, 4, stride=2, padding=1)
-            layers += [nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.2)]
-        layers.append(nn.utils.parametrizations.spectral_norm(nn.Conv2d(sizes[-1], 1, 3, padding=1)))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images.mean(1, keepdim=True))
-
-
-def sharpen_decoder(
-    model: AutoencoderKL, images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp
-) -> AutoencoderKL:
-    """Phase two: trains only the decoder, against a discriminator. Returns the EMA weights' model."""
-    torch.manual_seed(1)
-    model.requires_grad_(False)
-    decoder = nn.ModuleList([model.post_quant_conv, model.decoder]).requires_grad_(True)
-    critic = PatchDiscriminator().to(images.device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-4, betas=(0.5, 0.9), weight_decay=0.01)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=4e-4, betas=(0.5, 0.9), weight_decay=0.01)
-    ema = Ema(decoder, 0.999)
-    state = folder / "decoder.pt"
-    parts = dict(decoder=decoder, critic=critic, ema=ema, optimizer=optimizer, critic_optimizer=critic_optimizer)
-    start = load_state(state, **parts)
-    last = model.decoder.conv_out.weight
-    with Progress("decoder", start, steps, folder) as progress:
-        for step in range(start, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(step, steps, peak=3e-4, warmup=100)
-            rng = torch_rng("base", "decoder", step)
-            x = draw_batch(images, zoomed, rng)
-            with amp():
-                with torch.no_grad():
-                    posterior = model.encode(x).latent_dist
-                    noise = torch.randn(posterior.mean.shape, generator=rng).to(x.device)
-                    z = posterior.mean + posterior.std * noise
-                y = model.decode(z).sample
-                p = perceptual(y, x)
-                verdict = critic(y).float().mean()
-            y = y.float()
-            l1 = F.l1_loss(y, x)
-            fidelity = l1 + gradient_loss(y, x) + PERCEPTUAL_WEIGHT * p
-            pull = torch.autograd.grad(fidelity, last, retain_graph=True)[0].norm()
-            push = torch.autograd.grad(-verdict, last, retain_graph=True)[0].norm()
-            weight = (pull / (push + 1e-6)).clamp(0, 100).detach() * ADVERSARIAL_WEIGHT * min(1.0, step / 300)
-            (fidelity - weight * verdict).backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            critic_optimizer.zero_grad()  # the generator's pass left gradients there
-            with amp():
-                real, fake = critic(x), critic(y.detach())
-            hinge = F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
-            hinge.backward()
-            critic_optimizer.step()
-            critic_optimizer.zero_grad()
-            ema.update(decoder, step)
-            progress.step(l1=l1, perceptual=p, critic=hinge, weight=weight)
-            if progress.time_to_save():
-                save_state(state, step + 1, **parts)
-    save_state(state, steps, **parts)
-    ema.copy_to(decoder)
-    return model.requires_grad_(True).eval()
 
 
 @torch.no_grad()

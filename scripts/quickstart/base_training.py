@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from semantic_aug.run_dir import load_pickle
+
 
 class Ema:
     """Exponential moving average of a module's floating-point state, with a warm-up of the decay."""
@@ -56,7 +58,7 @@ def load_state(path: Path, **parts) -> int:
     """Restores every part from ``path`` where it exists; returns the step to go on from (0 for a fresh start)."""
     if not path.exists():
         return 0
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = load_pickle(path, "remove it to start this stage afresh")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return saved["step"]

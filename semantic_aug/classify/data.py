@@ -51,7 +51,9 @@ class ImageStore:
         workers: decoding threads.
     """
 
-    def __init__(self, read: Callable[[int], Image.Image], count: int, side: int, budget: int, workers: int | None = None):
+    def __init__(
+        self, read: Callable[[int], Image.Image], count: int, side: int, budget: int, workers: int | None = None
+    ):
         self.read, self.count, self.side = read, count, side
         self.pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
         self.pixels: np.ndarray | None = None
@@ -139,7 +141,10 @@ class TrainBatches:
             if swap.any():
                 drawn = rng.integers(self.synthetic.count, size=int(swap.sum()))
                 pixels = pixels.copy()
-                pixels[swap], targets[torch.from_numpy(swap)] = self.synthetic.batch(drawn), self.synthetic_targets[drawn]
+                pixels[swap], targets[torch.from_numpy(swap)] = (
+                    self.synthetic.batch(drawn),
+                    self.synthetic_targets[drawn],
+                )
         room = pixels.shape[1] - self.resolution + 1
         tops, lefts = rng.integers(room, size=(2, len(rows)))
         pixels = crop(pixels, tops, lefts, self.resolution)
@@ -159,8 +164,12 @@ class EvalBatches:
     """
 
     def __init__(self, table: ImageTable, resolution: int, batch_size: int, budget: int | None = None):
-        self.store = ImageStore(table.image, len(table), resized_side(resolution),
-                                budget if budget is not None else int(free_memory() * RAM_SHARE))
+        self.store = ImageStore(
+            table.image,
+            len(table),
+            resized_side(resolution),
+            budget if budget is not None else int(free_memory() * RAM_SHARE),
+        )
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -103,7 +103,9 @@ def draw_confusion(scores: Scores, class_names: Sequence[str], path: Path) -> No
     side = min(24, 3 + 0.45 * k)
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title=f"top-1 {100 * scores.top1:.2f} %, macro {100 * scores.macro:.2f} %")
+    axes.set(
+        xlabel="predicted", ylabel="true", title=f"top-1 {100 * scores.top1:.2f} %, macro {100 * scores.macro:.2f} %"
+    )
     if k <= 60:
         axes.set_xticks(range(k), class_names, rotation=90)
         axes.set_yticks(range(k), class_names)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from semantic_aug import run_dir
 from semantic_aug.classify import backbones
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.registry import resolve_path
@@ -102,8 +101,28 @@ def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
         return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
     except Exception as error:  # hub, network and cache raise many kinds
         reason = str(error).split("\n")[0][:160]
-        raise UserError(f"pre-trained weights of {name} cannot be loaded ({type(error).__name__}: {reason}): connect to the hub, "
-                        "give a file with --weights, or --weights none to start from scratch") from error
+        raise UserError(
+            f"pre-trained weights of {name} cannot be loaded ({type(error).__name__}: {reason}): connect to the hub, "
+            "give a file with --weights, or --weights none to start from scratch"
+        ) from error
+
+
+def read_state(path: Path) -> dict:
+    """A state dict from ``.safetensors`` or a pickle.
+
+    Raises:
+        UserError: damaged, or something else.
+    """
+    expected = "expected the state dict of a model"
+    if path.suffix != ".safetensors":
+        return run_dir.load_pickle(path, expected)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({str(error)[:120]}): {expected}") from None
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
@@ -121,15 +140,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         path = next((path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).is_file()), path)
     if not path.is_file():
         raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise many kinds for damaged files
-        raise UserError(f"--weights {path} cannot be read ({type(error).__name__}): expected a state dict") from error
+    state = read_state(path)
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
     own = model.state_dict()
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
@@ -137,6 +148,8 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     head = tuple([classifier] if isinstance(classifier, str) else classifier or ())
     strange = sorted(key for key in own if key not in fitting and not key.startswith(head))
     if strange:
-        raise UserError(f"--weights {path} do not fit {name} ({len(strange)} of {len(own)} tensors missing or of another shape, "
-                        f"'{strange[0]}' the first): they are of another architecture")
+        raise UserError(
+            f"--weights {path} do not fit {name} ({len(strange)} of {len(own)} tensors missing or of another shape, "
+            f"'{strange[0]}' the first): they are of another architecture"
+        )
     model.load_state_dict(fitting, strict=False)

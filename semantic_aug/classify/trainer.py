@@ -63,7 +63,13 @@ class Trainer:
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
         self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)
         self.train_batches = TrainBatches(
-            dataset.train, synthetic, config.gamma, config.synthetic_prob, config.resolution, config.batch_size, config.seed
+            dataset.train,
+            synthetic,
+            config.gamma,
+            config.synthetic_prob,
+            config.resolution,
+            config.batch_size,
+            config.seed,
         )
         self.val_batches = EvalBatches(dataset.val, config.resolution, 2 * config.batch_size) if dataset.val else None
         self.optimizer = make_optimizer(self.model, config.optimizer, config.lr, config.weight_decay)
@@ -80,8 +86,14 @@ class Trainer:
         self._restore()
         epochs = run_dir.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch)
         began = time.monotonic()
-        with tqdm(total=self.total_steps, initial=self.epoch * self.train_batches.steps_per_epoch, unit="step",
-                  desc=folder.name, dynamic_ncols=True, mininterval=1.0) as bar:
+        with tqdm(
+            total=self.total_steps,
+            initial=self.epoch * self.train_batches.steps_per_epoch,
+            unit="step",
+            desc=folder.name,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        ) as bar:
             while self.epoch < config.nepoch:
                 row = self._train_epoch(bar)
                 self.epoch += 1
@@ -103,11 +115,15 @@ class Trainer:
         warmup = round(config.warmup_epochs * self.train_batches.steps_per_epoch)
         lr = config.lr
         for step, (pixels, targets) in enumerate(self.train_batches.epoch(self.epoch)):
-            lr = learning_rate_at(self.epoch * self.train_batches.steps_per_epoch + step, self.total_steps, warmup, config.lr)
+            lr = learning_rate_at(
+                self.epoch * self.train_batches.steps_per_epoch + step, self.total_steps, warmup, config.lr
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             rng = numpy_rng(config.seed, "classify", "mix", self.epoch, step)
-            images, targets = mix(self.normalise(pixels), targets.to(self.device, non_blocking=True), config.mixing, rng)
+            images, targets = mix(
+                self.normalise(pixels), targets.to(self.device, non_blocking=True), config.mixing, rng
+            )
             if config.criterion == "ls":
                 targets = smooth(targets, config.smoothing)
             with self._autocast():
@@ -151,9 +167,16 @@ class Trainer:
         if self.best:
             self.model.load_state_dict(self.best["state"])
         results = {
-            "dataset": self.dataset.name, "setting": self.dataset.setting.suffix.lstrip("_") or "all data", "model": config.model,
-            "seed": config.seed, "train_images": len(self.dataset.train), "epoch": chosen["epoch"] if chosen else config.nepoch,
-            "steps": self.total_steps, "seconds": round(seconds, 1), "val": chosen, "test": None,
+            "dataset": self.dataset.name,
+            "setting": self.dataset.setting.suffix.lstrip("_") or "all data",
+            "model": config.model,
+            "seed": config.seed,
+            "train_images": len(self.dataset.train),
+            "epoch": chosen["epoch"] if chosen else config.nepoch,
+            "steps": self.total_steps,
+            "seconds": round(seconds, 1),
+            "val": chosen,
+            "test": None,
             "versions": run_dir.versions(),
         }
         if self.dataset.test is not None:
@@ -172,15 +195,22 @@ class Trainer:
 
         with run_dir.atomic_path(path) as temporary:
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-            save_file(tensors, temporary, metadata={"model": self.config.model, "classes": json.dumps(self.dataset.source_names)})
+            save_file(
+                tensors,
+                temporary,
+                metadata={"model": self.config.model, "classes": json.dumps(self.dataset.source_names)},
+            )
 
     # ------------------------------------------------------------------------------------------------ kill and restart
 
     def _save_state(self) -> None:
         """Everything a restart needs; batches, augmentation and dropout follow from (seed, epoch)."""
         state = {
-            "epoch": self.epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "best": self.best,
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
         }
         with run_dir.atomic_path(self.config.output_dir / STATE_FILE) as temporary:
             torch.save(state, temporary)
@@ -190,7 +220,7 @@ class Trainer:
         path = self.config.output_dir / STATE_FILE
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = run_dir.load_pickle(path, f"remove it to start {self.config.output_dir} afresh", self.config.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -16,7 +16,9 @@ HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
 def read() -> Splits:
     """The hub's training and test photographs, labelled by variant."""
-    places = train_and_test("aircraft", "Multimodal-Fatima/FGVC_Aircraft_{split}", HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    places = train_and_test(
+        "aircraft", "Multimodal-Fatima/FGVC_Aircraft_{split}", HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR
+    )
     return read_hub(places, image_column="image", label_column="label")
 
 

@@ -29,8 +29,19 @@ REGISTERED = ("aircraft", "cub", "elpv")
 
 _SCHEMES = ("folder", "csv", "hf")
 _ENTRY_FIELDS = {
-    "folder", "csv", "root", "hub", "local", "image_column", "label_column",
-    "super_class", "class_name_rules", "class_names", "license", "citation", "homepage",
+    "folder",
+    "csv",
+    "root",
+    "hub",
+    "local",
+    "image_column",
+    "label_column",
+    "super_class",
+    "class_name_rules",
+    "class_names",
+    "license",
+    "citation",
+    "homepage",
 }
 
 
@@ -65,7 +76,9 @@ class LoadedDataset:
 
     def describe(self) -> str:
         """One line: classes and images of each split."""
-        parts = [f"{split} {len(t)}" for split, t in (("train", self.train), ("val", self.val), ("test", self.test)) if t]
+        parts = [
+            f"{split} {len(t)}" for split, t in (("train", self.train), ("val", self.val), ("test", self.test)) if t
+        ]
         return f"{self.name}{self.setting.suffix}: {len(self.class_names)} classes, images: {', '.join(parts)}"
 
 
@@ -92,8 +105,10 @@ def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
         return spec_of_entry(word, entries[word])
     if word in REGISTERED:
         return importlib.import_module(f"semantic_aug.datasets.{word}").SPEC
-    where = (f"add it to {registry.shown_path(config_dir / registry.DATASETS)}, or give --dataset folder:PATH, "
-             "csv:PATH or hf:ID")
+    where = (
+        f"add it to {registry.shown_path(config_dir / registry.DATASETS)}, or give --dataset folder:PATH, "
+        "csv:PATH or hf:ID"
+    )
     raise unknown("data set", word, known_names(config_dir), where)
 
 
@@ -155,12 +170,19 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
     train, val = splits["train"], splits.get("val")
     if val is None:
         train, val = hold_out(train, setting.val_fraction, setting.subset_seed)
-    short = [name for name, count in zip(train.class_names, train.counts(), strict=True)
-             if count < setting.examples_per_class]
+    short = [
+        name
+        for name, count in zip(train.class_names, train.counts(), strict=True)
+        if count < setting.examples_per_class
+    ]
     if short:
         log.warning(
             "%s: %d of %d classes have fewer than %d training images ('%s' the first): all of theirs are used",
-            spec.name, len(short), len(train.class_names), setting.examples_per_class, short[0],
+            spec.name,
+            len(short),
+            len(train.class_names),
+            setting.examples_per_class,
+            short[0],
         )
     return LoadedDataset(
         spec=spec,
@@ -179,6 +201,9 @@ def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:
     cleaned = [clean_class_name(name, spec.class_name_rules, spec.class_name_overrides) for name in names]
     twice = {name for name in cleaned if cleaned.count(name) > 1}
     if twice:
-        log.warning("%s: class names that coincide after the clean-up keep the source's spelling: %s", spec.name,
-                    ", ".join(sorted(twice)[:5]))
+        log.warning(
+            "%s: class names that coincide after the clean-up keep the source's spelling: %s",
+            spec.name,
+            ", ".join(sorted(twice)[:5]),
+        )
     return tuple(raw if name in twice else name for raw, name in zip(names, cleaned, strict=True))

@@ -33,7 +33,9 @@ def package_folder() -> Path:
     """
     found = importlib.util.find_spec("elpv_dataset")
     if found is None or not found.submodule_search_locations:
-        raise UserError("data set 'elpv' needs the package elpv-dataset: pip install -r scripts/quickstart/requirements.txt")
+        raise UserError(
+            "data set 'elpv' needs the package elpv-dataset: pip install -r scripts/quickstart/requirements.txt"
+        )
     return Path(next(iter(found.submodule_search_locations)))
 
 
@@ -68,7 +70,10 @@ def read() -> Splits:
         names = [name for name in label_of if split_of[name] == split]
         paths = [folder / "data" / "images" / f"{name}.png" for name in names]
         splits[split] = ImageTable.of(
-            CLASS_NAMES, [label_of[name] for name in names], names, lambda row, paths=paths: open_image(paths[row]),
+            CLASS_NAMES,
+            [label_of[name] for name in names],
+            names,
+            lambda row, paths=paths: open_image(paths[row]),
             lambda row, paths=paths: file_stamp(paths[row]),
         )
     return splits

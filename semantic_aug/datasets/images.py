@@ -38,8 +38,10 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"image {name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} "
-                                    "allowed: it is taken for a decompression bomb; shrink it or remove it")
+                    raise UserError(
+                        f"image {name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} "
+                        "allowed: it is taken for a decompression bomb; shrink it or remove it"
+                    )
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:

@@ -66,7 +66,9 @@ def train_and_test(dataset: str, repo: str, train_dir: str | None, test_dir: str
 # ---------------------------------------------------------------------------------------------- the hub's formats
 
 
-def read_hub(splits: Mapping[str, HubSplit], image_column: str | None = None, label_column: str | None = None) -> Splits:
+def read_hub(
+    splits: Mapping[str, HubSplit], image_column: str | None = None, label_column: str | None = None
+) -> Splits:
     """Splits in the hub's format, each from the hub or from a local copy.
 
     Args:
@@ -77,11 +79,15 @@ def read_hub(splits: Mapping[str, HubSplit], image_column: str | None = None, la
     Raises:
         UserError: not to be had, a missing column, a label without a name.
     """
-    tables = {ours: _hub_table(_load_hub(where), where, ours, image_column, label_column) for ours, where in splits.items()}
+    tables = {
+        ours: _hub_table(_load_hub(where), where, ours, image_column, label_column) for ours, where in splits.items()
+    }
     return unify(tables)
 
 
-def read_hub_id(repo: str, local: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Splits:
+def read_hub_id(
+    repo: str, local: str | None = None, image_column: str | None = None, label_column: str | None = None
+) -> Splits:
     """All splits of one hub id (or of one local folder), the hub's split names mapped by :data:`SPLIT_FOLDERS`."""
     import datasets as hub
 
@@ -157,24 +163,30 @@ def _from_hub(repo: str, split: str | None):
         ) from error
 
 
-def _hub_table(rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None) -> ImageTable:
+def _hub_table(
+    rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None
+) -> ImageTable:
     import datasets as hub
 
     name = str(where.local or where.repo)
     image_column = image_column or next((c for c, f in rows.features.items() if isinstance(f, hub.Image)), None)
     if image_column is None or image_column not in rows.features:
-        raise UserError(f"data set {name} has no image column '{image_column or 'image'}': its columns are "
-                        f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml")
+        raise UserError(
+            f"data set {name} has no image column '{image_column or 'image'}': its columns are "
+            f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml"
+        )
     label_column = label_column or _label_column(rows)
     if label_column is None or label_column not in rows.features:
-        raise UserError(f"data set {name} has no label column '{label_column or 'label'}': its columns are "
-                        f"{', '.join(rows.column_names)}; name one with label_column in config/datasets.yaml")
+        raise UserError(
+            f"data set {name} has no label column '{label_column or 'label'}': its columns are "
+            f"{', '.join(rows.column_names)}; name one with label_column in config/datasets.yaml"
+        )
     feature = rows.features[label_column]
     values = rows.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
     if isinstance(feature, hub.ClassLabel):
         class_names, labels = tuple(feature.names), values
     else:
-        class_names = tuple(str(v) for v in sorted(set(v for v in values if v is not None)))
+        class_names = tuple(str(v) for v in sorted({v for v in values if v is not None}))
         position = {name: i for i, name in enumerate(class_names)}
         labels = [position[str(v)] if v is not None else -1 for v in values]
     bad = next((i for i, v in enumerate(labels) if v is None or not 0 <= v < len(class_names)), None)
@@ -189,7 +201,9 @@ def _hub_table(rows: hub.Dataset, where: HubSplit, ours: str, image_column: str 
         return open_image(cell["bytes"] if cell["bytes"] is not None else cell["path"], f"{name} {where.split}[{row}]")
 
     fingerprint = str(rows._fingerprint)  # the library's own hash of the data and of what was done to it
-    return ImageTable.of(class_names, labels, [f"{ours}/{row:08d}" for row in range(len(labels))], read, lambda row: fingerprint)
+    return ImageTable.of(
+        class_names, labels, [f"{ours}/{row:08d}" for row in range(len(labels))], read, lambda row: fingerprint
+    )
 
 
 def _label_column(rows: hub.Dataset) -> str | None:
@@ -231,19 +245,24 @@ def _folder_table(folder: Path, root: Path) -> ImageTable:
     classes = _folders(folder)
     if len(classes) < 2:
         held = f"one class folder ('{classes[0].name}')" if classes else "no class folders"
-        raise UserError(f"{folder} holds {held}: expected at least two, each with that class's images "
-                        f"({', '.join(EXTENSIONS)})")
+        raise UserError(
+            f"{folder} holds {held}: expected at least two, each with that class's images ({', '.join(EXTENSIONS)})"
+        )
     paths: list[Path] = []
     labels: list[int] = []
     for label, where in enumerate(classes):
         found = sorted(_images_below(where))
         if not found:
-            raise UserError(f"class folder {where} holds no image: expected files ending in {', '.join(EXTENSIONS)}, "
-                            "or remove the folder")
+            raise UserError(
+                f"class folder {where} holds no image: expected files ending in {', '.join(EXTENSIONS)}, "
+                "or remove the folder"
+            )
         paths += found
         labels += [label] * len(found)
     keys = [path.relative_to(root).as_posix() for path in paths]
-    return ImageTable.of([c.name for c in classes], labels, keys, lambda row: open_image(paths[row]), lambda row: file_stamp(paths[row]))
+    return ImageTable.of(
+        [c.name for c in classes], labels, keys, lambda row: open_image(paths[row]), lambda row: file_stamp(paths[row])
+    )
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -273,8 +292,10 @@ def read_csv(file: str | os.PathLike, root: str | os.PathLike | None = None) -> 
         reader = csv.DictReader(lines)
         missing = {"path", "label"} - set(reader.fieldnames or ())
         if missing:
-            raise UserError(f"{file} lacks the column '{sorted(missing)[0]}': expected path, label and optionally split; "
-                            f"it has {', '.join(reader.fieldnames or ['none'])}")
+            raise UserError(
+                f"{file} lacks the column '{sorted(missing)[0]}': expected path, label and optionally split; "
+                f"it has {', '.join(reader.fieldnames or ['none'])}"
+            )
         prefix = str(base) + os.sep
         for row in reader:
             split = split_of(row["split"] or "train") if "split" in row else "train"
@@ -296,7 +317,13 @@ def read_csv(file: str | os.PathLike, root: str | os.PathLike | None = None) -> 
 def _csv_table(paths: list[str], labels: list[str], base: Path) -> ImageTable:
     names, codes = np.unique(np.asarray(labels), return_inverse=True)
     keys = [os.path.relpath(path, base) if ".." in path else path[len(str(base)) + 1 :] for path in paths]
-    return ImageTable.of([str(name) for name in names], codes, keys, lambda row: open_image(paths[row]), lambda row: file_stamp(paths[row]))
+    return ImageTable.of(
+        [str(name) for name in names],
+        codes,
+        keys,
+        lambda row: open_image(paths[row]),
+        lambda row: file_stamp(paths[row]),
+    )
 
 
 # -------------------------------------------------------------------------------------------------- one class list
@@ -317,8 +344,10 @@ def unify(tables: Splits, fixed: str | None = None) -> Splits:
     for split in sorted(tables, key=SPLITS.index):
         for name in tables[split].class_names:
             if name not in names and fixed and split != fixed:
-                raise UserError(f"split {split} has the class '{name}', which split {fixed} lacks: "
-                                "every class needs training images")
+                raise UserError(
+                    f"split {split} has the class '{name}', which split {fixed} lacks: "
+                    "every class needs training images"
+                )
             names.setdefault(name)
     return {split: table.relabelled(tuple(names)) for split, table in tables.items()}
 

@@ -22,7 +22,9 @@ from semantic_aug.errors import UserError, nearest_first
 DATA = "data"
 
 
-def soft_labels(source: np.ndarray, target: np.ndarray, strength: np.ndarray, gamma: float, num_classes: int) -> np.ndarray:
+def soft_labels(
+    source: np.ndarray, target: np.ndarray, strength: np.ndarray, gamma: float, num_classes: int
+) -> np.ndarray:
     """y = (1 - s^gamma) onehot(source) + s^gamma onehot(target) (Diff-Mix, Wang et al. 2024, eq. 4).
 
     Args:
@@ -71,7 +73,9 @@ class SyntheticImages:
         return soft_labels(self.source, self.target, self.strength, gamma, num_classes)
 
 
-def read_subset(folder: str | os.PathLike, dataset: LoadedDataset, allow_other_sources: bool = False) -> SyntheticImages:
+def read_subset(
+    folder: str | os.PathLike, dataset: LoadedDataset, allow_other_sources: bool = False
+) -> SyntheticImages:
     """Reads one subset.
 
     Args:
@@ -86,8 +90,10 @@ def read_subset(folder: str | os.PathLike, dataset: LoadedDataset, allow_other_s
     place, _, variant = str(folder).partition("#")
     root = registry.resolve_path(place)
     if not root.is_dir():
-        raise UserError(f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
-                        f"entry in {registry.SUBSETS}")
+        raise UserError(
+            f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
+            f"entry in {registry.SUBSETS}"
+        )
     file = root / (f"meta.{variant}.csv" if variant else meta_csv.FILE_NAME)
     if not file.is_file() and (root / "config.yaml").is_file():
         raise UserError(f"synthetic subset {root} is unfinished (no {file.name}): run its sample_mp.py command again")
@@ -100,7 +106,9 @@ def read_subset(folder: str | os.PathLike, dataset: LoadedDataset, allow_other_s
     return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
 
 
-def read_subsets(folders: Sequence[str | os.PathLike], dataset: LoadedDataset, allow_other_sources: bool = False) -> SyntheticImages:
+def read_subsets(
+    folders: Sequence[str | os.PathLike], dataset: LoadedDataset, allow_other_sources: bool = False
+) -> SyntheticImages:
     """Reads several subsets as one; see :func:`read_subset`."""
     parts = [read_subset(folder, dataset, allow_other_sources) for folder in folders]
     return SyntheticImages(
@@ -124,14 +132,16 @@ def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.n
     for name in names:
         index = known.get(name, folded.get(_fold(name)))
         if index is None:
-            raise UserError(f"{file} has the class '{name}', which data set {dataset.name} does not have (nearest: "
-                            f"'{nearest_first(name, dataset.source_names)[0]}'): it belongs to another data set")
+            raise UserError(
+                f"{file} has the class '{name}', which data set {dataset.name} does not have (nearest: "
+                f"'{nearest_first(name, dataset.source_names)[0]}'): it belongs to another data set"
+            )
         found.append(index)
     return np.asarray(found, dtype=np.int64)
 
 
 def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
-    root = os.path.abspath(data)  # noqa: PTH100 - resolving links of a million files would take minutes
+    root = os.path.abspath(data)  # links are left alone: resolving a million would take minutes
     paths, names = [], {}
     for row, text in enumerate(relative):
         path = os.path.normpath(os.path.join(root, text))
@@ -139,10 +149,12 @@ def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
         if not path.startswith(root + os.sep):
             raise UserError(f"{file} row {row + 2}: path '{text}' leads outside {data}")
         if folder not in names:
-            names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()  # noqa: PTH112
+            names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in names[folder]:
-            raise UserError(f"{file} row {row + 2}: image {path} is missing; run the subset's sample_mp.py command again, or "
-                            "remove the row")
+            raise UserError(
+                f"{file} row {row + 2}: image {path} is missing; run the subset's sample_mp.py command again, or "
+                "remove the row"
+            )
         paths.append(Path(path))
     return paths
 
@@ -155,9 +167,11 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
     strange = used - set(dataset.train.keys)
     if strange:
         held = {"validation": dataset.val, "test": dataset.test}
-        where = next((name for name, part in held.items() if part is not None and strange & set(part.keys)), None)
+        where = next(
+            (f", a {n} image" for n, part in held.items() if part is not None and strange & set(part.keys)), ""
+        )
         raise UserError(
             f"{file}: {len(strange)} of {len(used)} source images are not training images of {dataset.name}"
-            f"{dataset.setting.suffix} ('{sorted(strange)[0]}'{f', a {where} image' if where else ''}): give the stages the same "
+            f"{dataset.setting.suffix} ('{sorted(strange)[0]}'{where}): give the stages the same "
             "--examples_per_class, --task and --subset_seed, or accept it with --allow_other_sources"
         )

@@ -40,7 +40,11 @@ class ImageTable:
 
     @classmethod
     def of(
-        cls, class_names: Sequence[str], labels: Sequence[int], keys: Sequence[str], read: Reader,
+        cls,
+        class_names: Sequence[str],
+        labels: Sequence[int],
+        keys: Sequence[str],
+        read: Reader,
         stamp: Callable[[int], str] = lambda row: "",
     ) -> ImageTable:
         """A table over a source's rows in the source's order, brought into the order of the keys."""
@@ -62,9 +66,7 @@ class ImageTable:
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageTable:
         """The rows at ``indices``, in ascending order."""
         indices = np.sort(np.asarray(indices, dtype=np.int64))
-        return replace(
-            self, labels=self.labels[indices], keys=[self.keys[i] for i in indices], rows=self.rows[indices]
-        )
+        return replace(self, labels=self.labels[indices], keys=[self.keys[i] for i in indices], rows=self.rows[indices])
 
     def counts(self) -> np.ndarray:
         """``(K,)`` number of images of each class."""

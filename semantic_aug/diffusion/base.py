@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from semantic_aug.errors import UserError
 from semantic_aug.registry import resolve_path, shown_path
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -26,7 +25,11 @@ SUCCESSORS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL}
 """Hub ids that were removed, and where the same weights are now."""
 
 HUB_FILES = [
-    "model_index.json", "*/config.json", "scheduler/scheduler_config.json", "tokenizer/*", "*/*.safetensors",
+    "model_index.json",
+    "*/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*",
+    "*/*.safetensors",
     "*/*.safetensors.index.json",
 ]
 HUB_IGNORED = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*", "feature_extractor/*", "*.msgpack", "*.onnx"]
@@ -67,8 +70,10 @@ class Geometry:
             UserError: not a multiple of :attr:`unit`.
         """
         if resolution < self.unit or resolution % self.unit:
-            raise UserError(f"--resolution {resolution}: expected a multiple of {self.unit} pixels for this base model "
-                            f"(its own resolution is {self.native_resolution})")
+            raise UserError(
+                f"--resolution {resolution}: expected a multiple of {self.unit} pixels for this base model "
+                f"(its own resolution is {self.native_resolution})"
+            )
 
 
 def read_geometry(folder: Path) -> Geometry:
@@ -121,8 +126,10 @@ class BaseModel:
 
 
 def _how_to_get(name: str) -> str:
-    return (f"download it with 'hf download {name}', give a folder in diffusers layout, "
-            f"or use the embedded small model '{EMBEDDED_MODEL}'")
+    return (
+        f"download it with 'hf download {name}', give a folder in diffusers layout, "
+        f"or use the embedded small model '{EMBEDDED_MODEL}'"
+    )
 
 
 def find_base(name: str) -> Path:
@@ -142,8 +149,10 @@ def find_base(name: str) -> Path:
             return folder
     if resolve_path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         missing = "holds no model_index.json" if resolve_path(name).exists() else "is not there"
-        raise UserError(f"base model folder '{name}' {missing} (looked at {resolve_path(name)}): give a folder in diffusers "
-                        f"layout, a hub id like {DEFAULT_MODEL}, or the embedded small model '{EMBEDDED_MODEL}'")
+        raise UserError(
+            f"base model folder '{name}' {missing} (looked at {resolve_path(name)}): give a folder in diffusers "
+            f"layout, a hub id like {DEFAULT_MODEL}, or the embedded small model '{EMBEDDED_MODEL}'"
+        )
     cached = next((folder for folder in map(_hub_cached, names) if folder), None)
     if cached:
         return cached
@@ -157,7 +166,9 @@ def _hub_cached(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED, local_files_only=True))
+        folder = Path(
+            snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED, local_files_only=True)
+        )
     except Exception:  # not in the cache, or an id the hub's library does not accept: the download will say so
         return None
     return folder if _is_whole(folder) else None
@@ -176,10 +187,14 @@ def _hub_download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the library has many kinds for "no such id", "no network", "no permission"
         reason = str(error).split("\n")[0][:160]
-        raise UserError(f"base model '{name}' is neither a folder nor to be had from the hub "
-                        f"({type(error).__name__}: {reason}): {_how_to_get(name)}") from error
+        raise UserError(
+            f"base model '{name}' is neither a folder nor to be had from the hub "
+            f"({type(error).__name__}: {reason}): {_how_to_get(name)}"
+        ) from error
     if not _is_whole(folder):
-        raise UserError(f"base model '{name}' on the hub has no safetensors weights in diffusers layout: {_how_to_get(name)}")
+        raise UserError(
+            f"base model '{name}' on the hub has no safetensors weights in diffusers layout: {_how_to_get(name)}"
+        )
     return folder
 
 
@@ -193,15 +208,20 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     Raises:
         UserError: not there, not in diffusers layout, or not a Stable Diffusion 1.x/2.x.
     """
+    import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging as transformers_logging
 
     folder = folder or find_base(name)
+    transformers_logging.disable_progress_bar()
     try:
         index = json.loads((folder / "model_index.json").read_text())
         if "text_encoder_2" in index or "text_encoder" not in index:
-            raise UserError(f"base model '{name}' is a {index.get('_class_name', 'pipeline of another kind')}: "
-                            "expected a Stable Diffusion 1.x or 2.x")
+            raise UserError(
+                f"base model '{name}' is a {index.get('_class_name', 'pipeline of another kind')}: "
+                "expected a Stable Diffusion 1.x or 2.x"
+            )
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         parts = {
             "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
@@ -211,7 +231,9 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0][:200]
-        raise UserError(f"base model '{name}' in {shown_path(folder)} cannot be loaded ({reason}): {_how_to_get(name)}") from error
+        raise UserError(
+            f"base model '{name}' in {shown_path(folder)} cannot be loaded ({reason}): {_how_to_get(name)}"
+        ) from error
     for part in parts.values():
         part.requires_grad_(False).eval()
     return BaseModel(name, folder, tokenizer, scheduler_config=scheduler_config, **parts)

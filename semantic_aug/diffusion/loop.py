@@ -17,24 +17,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from semantic_aug.diffusion.schedulers import DEFAULT, first_step
-
-
-@dataclass(frozen=True)
-class SolverSettings:
-    """How noise becomes an image.
-
-    Attributes:
-        num_inference_steps: steps of the whole schedule; strength s runs its last ``int(s * steps)``.
-        guidance_scale: classifier-free guidance w (Ho & Salimans 2022); 1 or less runs the conditional branch alone.
-        scheduler: short name or diffusers class name.
-        final_sigmas_type: ``zero`` or ``sigma_min``.
-    """
-
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.5
-    scheduler: str = DEFAULT
-    final_sigmas_type: str = "zero"
+from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 
 
 def to_pixels(images: Sequence, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,6 @@ a key that matches nothing is an error.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import atomic_path
+from semantic_aug.registry import LORA_FILES, find_lora
+from semantic_aug.run_dir import atomic_path, load_pickle
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
-LEGACY_FILE_NAME = "pytorch_lora_weights.bin"
+FILE_NAME = LORA_FILES[0]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ADAPTER = "default"
 ALPHA_KEY = "lora_alpha"
@@ -47,7 +46,9 @@ class LoraPair:
     scale: float = 1.0
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> list[nn.Parameter]:
+def add_lora(
+    unet: UNet2DConditionModel, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS
+) -> list[nn.Parameter]:
     """Adds a trainable LoRA to the U-Net in place, in float32, B at zero so that the U-Net's output is unchanged.
 
     Args:
@@ -64,9 +65,12 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None, 
     """
     for target in targets:
         if not any(name.endswith("." + target) for name, _ in unet.named_modules()):
-            raise UserError(f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(TARGETS)}")
+            raise UserError(
+                f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(TARGETS)}"
+            )
     unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets)), ADAPTER
+        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets)),
+        ADAPTER,
     )
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -93,7 +97,9 @@ def save_lora(unet: UNet2DConditionModel, path: Path, alpha: float | None = None
     if alpha is not None:
         config = unet.peft_config[ADAPTER]
         adapter = {
-            "unet.r": config.r, "unet.lora_alpha": config.lora_alpha, "unet.target_modules": sorted(config.target_modules),
+            "unet.r": config.r,
+            "unet.lora_alpha": config.lora_alpha,
+            "unet.target_modules": sorted(config.target_modules),
         }
         metadata["lora_adapter_metadata"] = json.dumps(adapter)
     with atomic_path(path) as temporary:
@@ -108,7 +114,11 @@ def load_trained(unet: UNet2DConditionModel, path: Path) -> None:
     """
     saved = read_lora(path)
     modules = dict(unet.named_modules())
-    own = {name for name, module in modules.items() if hasattr(module, "lora_A") and ADAPTER in getattr(module, "lora_A", {})}
+    own = {
+        name
+        for name, module in modules.items()
+        if hasattr(module, "lora_A") and ADAPTER in getattr(module, "lora_A", {})
+    }
     if own != set(saved):
         odd = sorted(own ^ set(saved))[0]
         raise UserError(f"{path} does not fit this run: projection {odd} has a LoRA in only one of them")
@@ -116,38 +126,26 @@ def load_trained(unet: UNet2DConditionModel, path: Path) -> None:
         for part, value in (("lora_A", pair.down), ("lora_B", pair.up)):
             weight = getattr(modules[name], part)[ADAPTER].weight
             if weight.shape != value.shape:
-                raise UserError(f"{path} does not fit this run: {name} has the shape {tuple(value.shape)}, "
-                                f"expected {tuple(weight.shape)}; was --rank changed?")
+                raise UserError(
+                    f"{path} does not fit this run: {name} has the shape {tuple(value.shape)}, "
+                    f"expected {tuple(weight.shape)}; was --rank changed?"
+                )
             with torch.no_grad():
                 weight.copy_(value)
 
 
-def find_file(path: Path) -> Path:
-    """The file of a ``lora_path``: itself, or the known file inside a folder.
-
-    Raises:
-        UserError: none there.
-    """
-    if path.is_dir():
-        for name in (FILE_NAME, LEGACY_FILE_NAME, "pytorch_model.bin"):
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"lora_path {path} holds no {FILE_NAME}: mend the checkpoint's entry")
-    if not path.is_file():
-        raise UserError(f"lora_path {path} is not there: mend the checkpoint's entry")
-    return path
-
-
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as content:
-                return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    expected = "expected a LoRA as safetensors, or a legacy .bin state dict of tensors"
+    if path.suffix != ".safetensors":
+        state = load_pickle(path, expected)
+        if not isinstance(state, dict):
+            raise UserError(f"{path} holds a {type(state).__name__}: {expected}")
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}, {}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise UserError(f"LoRA {path} cannot be read ({type(error).__name__}: {str(error)[:120]}): expected safetensors, "
-                        "or a legacy .bin state dict of tensors") from None
+    try:
+        with safe_open(path, "pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({str(error)[:120]}): {expected}") from None
 
 
 _LEAF = re.compile(
@@ -182,7 +180,7 @@ def read_lora(path: Path) -> dict[str, LoraPair]:
     Raises:
         UserError: not readable, no LoRA in it, a key that is no LoRA weight, or half of a pair missing.
     """
-    path = find_file(path)
+    path = find_lora(path)
     tensors, metadata = _tensors(path)
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
@@ -228,11 +226,15 @@ def merge_lora(unet: UNet2DConditionModel, lora: dict[str, LoraPair], where: str
     for name, pair in lora.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
-            raise UserError(f"LoRA {where}: '{name}' matches no module of the U-Net: it was trained on another base model")
+            raise UserError(
+                f"LoRA {where}: '{name}' matches no module of the U-Net: it was trained on another base model"
+            )
         delta = (pair.up.flatten(1).float() @ pair.down.flatten(1).float()) * pair.scale
         if delta.numel() != weight.numel() or delta.shape[0] != weight.shape[0]:
-            raise UserError(f"LoRA {where}: {name} has the shape {tuple(delta.shape)}, the U-Net's is {tuple(weight.shape)}: "
-                            "it was trained on another base model")
+            raise UserError(
+                f"LoRA {where}: {name} has the shape {tuple(delta.shape)}, the U-Net's is {tuple(weight.shape)}: "
+                "it was trained on another base model"
+            )
         updates.append((weight, delta.reshape(weight.shape)))
     for weight, delta in updates:
         if weight.dtype != torch.float32:

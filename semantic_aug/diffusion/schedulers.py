@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from semantic_aug.errors import UserError, unknown
@@ -23,6 +24,23 @@ SCHEDULERS = {
 }
 DEFAULT = "dpmsolver++"
 FINAL_SIGMAS = ("zero", "sigma_min")
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How noise becomes an image.
+
+    Attributes:
+        num_inference_steps: steps of the whole schedule; strength s runs its last ``int(s * steps)``.
+        guidance_scale: classifier-free guidance w (Ho & Salimans 2022); 1 or less runs the conditional branch alone.
+        scheduler: short name or diffusers class name.
+        final_sigmas_type: ``zero`` or ``sigma_min``.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str = DEFAULT
+    final_sigmas_type: str = "zero"
 
 
 def scheduler_class(name: str):
@@ -65,6 +83,8 @@ def first_step(num_inference_steps: int, strength: float) -> int:
     """
     remaining = min(int(num_inference_steps * strength), num_inference_steps)
     if remaining < 1:
-        raise UserError(f"strength {strength} of {num_inference_steps} steps leaves no step: raise --aug_strength to at "
-                        f"least {1 / num_inference_steps:.3g} or --num_inference_steps to at least {int(1 / strength) + 1}")
+        raise UserError(
+            f"strength {strength} of {num_inference_steps} steps leaves no step: raise --aug_strength to at "
+            f"least {1 / num_inference_steps:.3g} or --num_inference_steps to at least {int(1 / strength) + 1}"
+        )
     return num_inference_steps - remaining

@@ -7,7 +7,6 @@ of its own is the same under AdamW and leaves the table of tens of thousands of 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import class_token, initializer_text
-from semantic_aug.run_dir import atomic_path
+from semantic_aug.run_dir import atomic_path, load_pickle
 
 FILE_NAME = "learned_embeds.safetensors"
 
@@ -71,8 +70,10 @@ class ClassTokens:
         """
         position = self._position(class_name)
         if position is None:
-            raise UserError(f"class '{class_name}' has no token: the checkpoint was trained on "
-                            f"{self.dataset or 'other classes'} ({', '.join(self.class_names[:5])}, ...)")
+            raise UserError(
+                f"class '{class_name}' has no token: the checkpoint was trained on "
+                f"{self.dataset or 'other classes'} ({', '.join(self.class_names[:5])}, ...)"
+            )
         start = position * self.vectors_per_class
         return " ".join(self.names[start : start + self.vectors_per_class])
 
@@ -123,7 +124,9 @@ class SplicedEmbedding(nn.Module):
         return torch.where((ids >= self.first_id).unsqueeze(-1), classes, words)
 
 
-def install(tokens: ClassTokens, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, trainable: bool = False) -> Tensor:
+def install(
+    tokens: ClassTokens, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, trainable: bool = False
+) -> Tensor:
     """Teaches tokenizer and text encoder the class tokens, in place.
 
     Args:
@@ -143,15 +146,21 @@ def install(tokens: ClassTokens, tokenizer: CLIPTokenizer, text_encoder: CLIPTex
         raise ValueError("class tokens are installed already")
     width = table.embedding_dim
     if tokens.vectors.shape[-1] != width:
-        raise UserError(f"class tokens have {tokens.vectors.shape[-1]} values, the base model's text encoder takes {width}: "
-                        f"they were trained on another base model ({tokens.base_model or 'not recorded'})")
+        raise UserError(
+            f"class tokens have {tokens.vectors.shape[-1]} values, the base model's text encoder takes {width}: "
+            f"they were trained on another base model ({tokens.base_model or 'not recorded'})"
+        )
     taken = [name for name in tokens.names if name in tokenizer.get_vocab()]
     if taken:
-        raise UserError(f"the base model's tokenizer already has a token '{taken[0]}': use the base model without class tokens")
+        raise UserError(
+            f"the base model's tokenizer already has a token '{taken[0]}': use the base model without class tokens"
+        )
     first_id = len(tokenizer)
     if first_id > table.num_embeddings:
-        raise UserError(f"the base model's tokenizer has {first_id} tokens, its text encoder {table.num_embeddings}: "
-                        "the folder is damaged")
+        raise UserError(
+            f"the base model's tokenizer has {first_id} tokens, its text encoder {table.num_embeddings}: "
+            "the folder is damaged"
+        )
     tokenizer.add_tokens(list(tokens.names))
     vectors = tokens.vectors.detach().clone().to(table.weight.device, torch.float32)
     vectors = nn.Parameter(vectors) if trainable else vectors.to(table.weight.dtype)
@@ -197,7 +206,10 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
         "base_model": tokens.base_model,
         "dataset": tokens.dataset,
     }
-    tensors = {name: vector.detach().float().cpu().contiguous() for name, vector in zip(tokens.names, tokens.vectors, strict=True)}
+    tensors = {
+        name: vector.detach().float().cpu().contiguous()
+        for name, vector in zip(tokens.names, tokens.vectors, strict=True)
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -226,18 +238,22 @@ def _load_safetensors(path: Path) -> ClassTokens:
     except SafetensorError as error:
         raise UserError(f"class tokens {path} are damaged ({error}): run train_lora.py again") from None
     return ClassTokens(
-        tuple(json.loads(metadata["class_names"])), vectors, int(metadata["vectors_per_class"]),
-        metadata.get("base_model", ""), metadata.get("dataset", ""), names,
+        tuple(json.loads(metadata["class_names"])),
+        vectors,
+        int(metadata["vectors_per_class"]),
+        metadata.get("base_model", ""),
+        metadata.get("dataset", ""),
+        names,
     )
 
 
 def _load_bin(path: Path) -> ClassTokens:
+    expected = "expected class tokens with learned_embeds_dict and name2placeholder"
+    content = load_pickle(path, expected)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         vectors, placeholder_of = content["learned_embeds_dict"], content["name2placeholder"]
         names = tuple(placeholder_of.values())
         stacked = torch.stack([vectors[name].detach().float().reshape(-1) for name in names])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"class tokens {path} cannot be read ({type(error).__name__}: {str(error)[:120]}): expected a file with "
-                        "learned_embeds_dict and name2placeholder") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} has another layout ({type(error).__name__}: {error}): {expected}") from None
     return ClassTokens(tuple(placeholder_of), stacked, names=names)

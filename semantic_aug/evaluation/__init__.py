@@ -1,0 +1,1 @@
+"""Measures, pictures and comparisons of what the three stages make."""

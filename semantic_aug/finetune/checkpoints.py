@@ -1,14 +1,13 @@
 """Checkpoints of stage 1: written whole or not at all, found again, and thinned out.
 
-    {output_dir}/checkpoint-{step}/pytorch_lora_weights.safetensors    what diffusers loads
-    {output_dir}/checkpoint-{step}/learned_embeds.safetensors
-    {output_dir}/checkpoint-{step}/training_state.pt                   optimiser, schedule, scaler, step
+{output_dir}/checkpoint-{step}/pytorch_lora_weights.safetensors    what diffusers loads
+{output_dir}/checkpoint-{step}/learned_embeds.safetensors
+{output_dir}/checkpoint-{step}/training_state.pt                   optimiser, schedule, scaler, step
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.run_dir import load_pickle
 
 STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -45,7 +45,9 @@ def load_weights(model: TrainedModel, folder: Path) -> None:
     if model.vectors is not None:
         tokens = token_io.load_tokens(folder / token_io.FILE_NAME)
         if tokens.vectors.shape != model.vectors.shape or tokens.class_names != model.tokens.class_names:
-            raise UserError(f"{folder} has tokens of other classes or another --num_vectors: choose another --output_dir")
+            raise UserError(
+                f"{folder} has tokens of other classes or another --num_vectors: choose another --output_dir"
+            )
         with torch.no_grad():
             model.vectors.copy_(tokens.vectors)
 
@@ -87,8 +89,10 @@ def find(output_dir: Path, wanted: str) -> Path | None:
         if (candidate / STATE_FILE).is_file():
             return candidate
     known = ", ".join(p.name for p in listed(output_dir)) or "none"
-    raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint there (expected a folder with {STATE_FILE}); "
-                    f"in {output_dir}: {known}")
+    raise UserError(
+        f"--resume_from_checkpoint {wanted}: no checkpoint there (expected a folder with {STATE_FILE}); "
+        f"in {output_dir}: {known}"
+    )
 
 
 def load_state(folder: Path) -> dict:
@@ -97,8 +101,4 @@ def load_state(folder: Path) -> dict:
     Raises:
         UserError: damaged.
     """
-    try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{folder / STATE_FILE} is damaged ({type(error).__name__}): remove {folder} and resume from the one "
-                        "before") from None
+    return load_pickle(folder / STATE_FILE, f"remove {folder} and resume from the one before")

@@ -115,8 +115,15 @@ class FinetuneConfig:
 
 
 MAY_CHANGE = (
-    "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images",
-    "logging_steps", "report_to", "output_dir", "gradient_checkpointing",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "num_validation_images",
+    "logging_steps",
+    "report_to",
+    "output_dir",
+    "gradient_checkpointing",
 )
 """Arguments a resumed run may be given differently: they do not change what a step computes."""
 

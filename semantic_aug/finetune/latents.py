@@ -95,14 +95,22 @@ class LatentCache:
         wait()
         out = np.lib.format.open_memmap(partial, "r+")
         rows = range(rank, len(self.table), world)
-        for start in tqdm(range(0, len(rows), ENCODE_BATCH), desc="encoding images", unit="batch", disable=rank > 0, leave=False,
-                          dynamic_ncols=True):
+        for start in tqdm(
+            range(0, len(rows), ENCODE_BATCH),
+            desc="encoding images",
+            unit="batch",
+            disable=rank > 0,
+            leave=False,
+            dynamic_ncols=True,
+        ):
             chosen = list(rows[start : start + ENCODE_BATCH])
             pixels = self._pixels(chosen)
             variants = [pixels, pixels.flip(-1)] if self.flips == 2 else [pixels]
             for flip, variant in enumerate(variants):
                 moments = torch.cat([encode_moments(self.vae, part) for part in variant.split(ENCODE_BATCH)])
-                out[chosen, :, flip] = moments.float().cpu().numpy().reshape(len(chosen), self.views, *moments.shape[1:])
+                out[chosen, :, flip] = (
+                    moments.float().cpu().numpy().reshape(len(chosen), self.views, *moments.shape[1:])
+                )
         out.flush()
         wait()
         if rank == 0:

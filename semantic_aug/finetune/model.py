@@ -29,8 +29,13 @@ class TrainedModel(nn.Module):
         self.vectors: Tensor | None = None
         if config.trains_tokens:
             self.tokens = token_io.initial_tokens(
-                dataset.source_names, dataset.class_names, dataset.spec.super_class, config.initializer, model.tokenizer,
-                model.text_encoder, config.num_vectors,
+                dataset.source_names,
+                dataset.class_names,
+                dataset.spec.super_class,
+                config.initializer,
+                model.tokenizer,
+                model.text_encoder,
+                config.num_vectors,
             )
             self.tokens.base_model, self.tokens.dataset = config.base_name, dataset.name
             self.vectors = token_io.install(self.tokens, model.tokenizer, model.text_encoder, trainable=True)

@@ -70,14 +70,24 @@ class Trainer:
         self.latents = self._encode_images()
         self.effective_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         self.source = BatchSource(
-            dataset.train.labels, self.effective_batch, self.base.geometry.latent_shape(config.resolution), config.crops,
-            config.random_flip, len(TEMPLATES), self.noise_scheduler.config.num_train_timesteps, config.noise_offset,
-            config.class_balanced, config.seed,
+            dataset.train.labels,
+            self.effective_batch,
+            self.base.geometry.latent_shape(config.resolution),
+            config.crops,
+            config.random_flip,
+            len(TEMPLATES),
+            self.noise_scheduler.config.num_train_timesteps,
+            config.noise_offset,
+            config.class_balanced,
+            config.seed,
         )
         self.labels = torch.from_numpy(dataset.train.labels)
         self.optimizer = self._optimizer()
         self.schedule = get_scheduler(
-            config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
         )
         self.step = 0
         self.stop_signal: int | None = None
@@ -93,10 +103,20 @@ class Trainer:
 
     def _encode_images(self) -> LatentCache:
         folder = self.base.folder
-        digest = run_dir.sha256_text("".join(run_dir.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae"))
+        digest = run_dir.sha256_text(
+            "".join(run_dir.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae")
+        )
         return LatentCache(
-            self.dataset.train, self.config.output_dir, self.base.vae, digest, self.config.resolution, self.config.crops,
-            self.config.random_flip, self.config.seed, self.accelerator.process_index, self.accelerator.num_processes,
+            self.dataset.train,
+            self.config.output_dir,
+            self.base.vae,
+            digest,
+            self.config.resolution,
+            self.config.crops,
+            self.config.random_flip,
+            self.config.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
             self.accelerator.wait_for_everyone,
         )
 
@@ -129,13 +149,23 @@ class Trainer:
         wrapped, optimizer = accelerator.prepare(self.model, self.optimizer)
         if self._scaler_state and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(self._scaler_state)
-        metrics = run_dir.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
+        metrics = (
+            run_dir.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
+        )
         began, first = time.monotonic(), self.step
         running, norm, logged_at, logged_step = torch.zeros((), device=accelerator.device), None, began, self.step
-        with self._signals(), tqdm(
-            total=config.max_train_steps, initial=self.step, unit="step", desc=f"finetune {config.strategy}", disable=not main,
-            dynamic_ncols=True, mininterval=1.0,
-        ) as bar:
+        with (
+            self._signals(),
+            tqdm(
+                total=config.max_train_steps,
+                initial=self.step,
+                unit="step",
+                desc=f"finetune {config.strategy}",
+                disable=not main,
+                dynamic_ncols=True,
+                mininterval=1.0,
+            ) as bar,
+        ):
             while self.step < config.max_train_steps:
                 loss, norm = self._optimizer_step(wrapped, optimizer)
                 running += loss
@@ -143,7 +173,10 @@ class Trainer:
                 bar.update()
                 if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
                     now, count = time.monotonic(), self.step - logged_step
-                    row = {"loss": float(accelerator.reduce(running, "mean")) / count, "steps_per_second": count / (now - logged_at)}
+                    row = {
+                        "loss": float(accelerator.reduce(running, "mean")) / count,
+                        "steps_per_second": count / (now - logged_at),
+                    }
                     row |= self._learning_rates() | ({"grad_norm": float(norm)} if norm is not None else {})
                     if main:
                         metrics.add(step=self.step, **row)
@@ -156,8 +189,8 @@ class Trainer:
                     self._checkpoint()
                 if stopping:
                     raise Interrupted(
-                        f"interrupted at step {self.step} of {config.max_train_steps}: {config.output_dir}/checkpoint-{self.step} "
-                        "is written; the same command with --resume_from_checkpoint latest goes on"
+                        f"interrupted at step {self.step} of {config.max_train_steps}: {config.output_dir}/"
+                        f"checkpoint-{self.step} is written; the same command with --resume_from_checkpoint latest goes on"
                     )
                 if config.validation_steps and self.step % config.validation_steps == 0:
                     before = time.monotonic()
@@ -178,7 +211,9 @@ class Trainer:
                 accelerator.backward(loss)
             total += loss.detach()
         if config.max_grad_norm:
-            norm = accelerator.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(
+                [p for g in self.optimizer.param_groups for p in g["params"]], config.max_grad_norm
+            )
         optimizer.step()
         self.schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,7 +223,9 @@ class Trainer:
         device = self.accelerator.device
         moments = self.latents.gather(draw.index, draw.view, draw.flip).to(device, non_blocking=True)
         noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timestep.to(device, non_blocking=True)
-        latents = sample_posterior(moments, draw.posterior.to(device, non_blocking=True), self.base.vae.config.scaling_factor)
+        latents = sample_posterior(
+            moments, draw.posterior.to(device, non_blocking=True), self.base.vae.config.scaling_factor
+        )
         noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
         wanted = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
         labels = self.labels[draw.index].to(device, non_blocking=True)
@@ -202,7 +239,11 @@ class Trainer:
 
     def _learning_rates(self) -> dict[str, float]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        names = [name for name, used in (("lora_lr", self.model.lora_parameters), ("token_lr", self.model.vectors is not None)) if used]
+        names = [
+            name
+            for name, used in (("lora_lr", self.model.lora_parameters), ("token_lr", self.model.vectors is not None))
+            if used
+        ]
         return dict(zip(names, rates, strict=True))
 
     # ------------------------------------------------------------------------------------- checkpoints and signals
@@ -217,8 +258,10 @@ class Trainer:
             return
         state = checkpoints.load_state(folder)
         if state["effective_batch"] != self.effective_batch:
-            raise UserError(f"{folder} was trained with an effective batch of {state['effective_batch']} images, this run has "
-                            f"{self.effective_batch} (--train_batch_size x --gradient_accumulation_steps x processes)")
+            raise UserError(
+                f"{folder} was trained with an effective batch of {state['effective_batch']} images, this run has "
+                f"{self.effective_batch} (--train_batch_size x --gradient_accumulation_steps x processes)"
+            )
         checkpoints.load_weights(self.model, folder)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -230,8 +273,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
-                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None, "effective_batch": self.effective_batch,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "effective_batch": self.effective_batch,
             }
             limit = self.config.checkpoints_total_limit
             checkpoints.save_checkpoint(self.config.output_dir, self.step, self.model, state, limit)
@@ -265,8 +310,13 @@ class Trainer:
             return
         self.model.eval()
         image = validation_grid(
-            self.model, self.base, self.dataset.class_names, self.config.resolution, self.config.num_validation_images,
-            self.config.seed, self.accelerator.autocast,
+            self.model,
+            self.base,
+            self.dataset.class_names,
+            self.config.resolution,
+            self.config.num_validation_images,
+            self.config.seed,
+            self.accelerator.autocast,
         )
         self.model.train()
         save_grid(image, self.config.output_dir, self.step)
@@ -279,15 +329,25 @@ class Trainer:
     def _finish(self, seconds: float, steps: int) -> dict:
         self.accelerator.wait_for_everyone()
         summary = {
-            "steps": self.step, "images": len(self.dataset.train), "seconds": round(seconds, 1),
+            "steps": self.step,
+            "images": len(self.dataset.train),
+            "seconds": round(seconds, 1),
             "steps_per_second": round(steps / seconds, 3) if seconds and steps else None,
-            "processes": self.accelerator.num_processes, "device": str(self.accelerator.device), "versions": run_dir.versions(),
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "versions": run_dir.versions(),
         }
         if self.accelerator.is_main_process:
             checkpoints.save_weights(self.model, self.config.output_dir)
             run_dir.write_json(self.config.output_dir / SUMMARY_FILE, summary)
             self.latents.remove()
-            log.info("%d steps in %.0f s, %s steps/s: %s", steps, seconds, summary["steps_per_second"], self.config.output_dir)
+            log.info(
+                "%d steps in %.0f s, %s steps/s: %s",
+                steps,
+                seconds,
+                summary["steps_per_second"],
+                self.config.output_dir,
+            )
         self.accelerator.end_training()
         return summary
 
@@ -314,8 +374,10 @@ def run(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator
         if done and done["steps"] >= config.max_train_steps:
             log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])
         elif known and checkpoints.listed(config.output_dir) and not config.resume_from_checkpoint:
-            raise UserError(f"{config.output_dir} holds {checkpoints.listed(config.output_dir)[-1].name} of an unfinished run: add "
-                            "--resume_from_checkpoint latest to go on, or choose another --output_dir")
+            raise UserError(
+                f"{config.output_dir} holds {checkpoints.listed(config.output_dir)[-1].name} of an unfinished run: add "
+                "--resume_from_checkpoint latest to go on, or choose another --output_dir"
+            )
     accelerator.wait_for_everyone()
     done = finished(config.output_dir)
     if done and done["steps"] >= config.max_train_steps:

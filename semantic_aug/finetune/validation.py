@@ -11,8 +11,8 @@ from semantic_aug.diffusion.base import BaseModel
 from semantic_aug.diffusion.loop import SolverSettings, decode_latents, generate
 from semantic_aug.diffusion.schedulers import make_scheduler
 from semantic_aug.diffusion.text import encode_ids, tokenize
-from semantic_aug.pictures import Cell, grid
 from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.pictures import Cell, grid
 from semantic_aug.prompts import TEMPLATES
 from semantic_aug.seeding import torch_rng
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from semantic_aug.errors import UserError
 from semantic_aug.run_dir import write_json
-from semantic_aug.sampling import worker
-from semantic_aug.sampling.worker import Job, Task
+from semantic_aug.sampling.job import Job, Task, serve
+from semantic_aug.sampling.store import DATA
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Launcher:
         self.stop_requests = 0
         self.outcome = Outcome()
         self.status_written = 0.0
+        self.bar: tqdm | None = None
 
     def run(self, batches: Sequence[int]) -> Outcome:
         """Makes the batches; returns when all are made, set aside, or a signal asked to stop.
@@ -112,9 +113,7 @@ class Launcher:
         if not self.queue:
             return self.outcome
         began = time.monotonic()
-        with self._signals(), tqdm(
-            total=self.total, initial=self.already, unit="image", desc=self.job.folder.name, dynamic_ncols=True, mininterval=1.0
-        ) as self.bar:
+        with self._signals():
             try:
                 self.workers = [self._start(device) for device in self.devices[: len(self.queue)]]
                 self._serve()
@@ -122,6 +121,8 @@ class Launcher:
                 self._end_workers()
                 self.outcome.seconds = time.monotonic() - began
                 self._status("stopped" if self.outcome.interrupted else "ended", force=True)
+                if self.bar is not None:
+                    self.bar.close()
         return self.outcome
 
     # -------------------------------------------------------------------------------------------------- the loop
@@ -169,6 +170,15 @@ class Launcher:
         kind = message[0]
         if kind == "ready":
             one.ready, one.heard = True, now
+            if self.bar is None:
+                self.bar = tqdm(
+                    total=self.total,
+                    initial=self.already,
+                    unit="image",
+                    desc=self.job.folder.name,
+                    dynamic_ncols=True,
+                    mininterval=1.0,
+                )
         elif kind == "done":
             _, batch, rows, failures = message
             self.slowest = max(self.slowest, now - one.heard)
@@ -190,7 +200,7 @@ class Launcher:
 
     def _start(self, device: str) -> _Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=worker.main, args=(theirs, self.job, device), daemon=True)
+        process = self.context.Process(target=serve, args=(theirs, self.job, device), daemon=True)
         process.start()
         theirs.close()
         return _Worker(device, process, ours)
@@ -203,8 +213,10 @@ class Launcher:
             self.attempts[-1] = self.attempts.get(-1, 0) + 1
             if self.attempts[-1] >= MAX_ATTEMPTS:
                 log.debug(details)
-                raise UserError(f"a sampling process on {one.device} could not start, {MAX_ATTEMPTS} times ({why}); "
-                                "DIFFMIX_DEBUG=1 shows more")
+                raise UserError(
+                    f"a sampling process on {one.device} could not start, {MAX_ATTEMPTS} times ({why}); "
+                    "DIFFMIX_DEBUG=1 shows more"
+                )
         for position, batch in enumerate(one.held):
             # only the batch it was working on can be to blame
             self.attempts[batch] = self.attempts.get(batch, 0) + (position == 0)
@@ -256,12 +268,19 @@ class Launcher:
         if not force and now - self.status_written < STATUS_SECONDS:
             return
         self.status_written = now
-        rate = self.bar.format_dict["rate"] or self.outcome.made / max(1e-9, self.bar.format_dict["elapsed"])
+        rate = (
+            self.outcome.made / self.bar.format_dict["elapsed"] if self.bar and self.bar.format_dict["elapsed"] else 0.0
+        )
         done = self.already + self.outcome.made
         content = {
-            "state": state, "pid": os.getpid(), "images_total": self.total, "images_done": done,
-            "images_failed": len(self.outcome.unreadable), "batches_set_aside": len(self.outcome.set_aside),
-            "images_per_second": round(rate, 4), "seconds_left": round((self.total - done) / rate) if rate else None,
+            "state": state,
+            "pid": os.getpid(),
+            "images_total": self.total,
+            "images_done": done,
+            "images_failed": len(self.outcome.unreadable),
+            "batches_set_aside": len(self.outcome.set_aside),
+            "images_per_second": round(rate, 4),
+            "seconds_left": round((self.total - done) / rate) if rate else None,
             "workers": [{"device": w.device, "pid": w.process.pid, "batches": list(w.held)} for w in self.workers],
         }
         try:
@@ -283,6 +302,8 @@ def devices_of(gpu_ids: Sequence[str] | None, cpu_threads: int) -> list[str]:
     Raises:
         UserError: neither a number nor ``cpu``, or a GPU that is not there.
     """
+    if gpu_ids and set(gpu_ids) == {"cpu"}:
+        return list(gpu_ids)
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -295,13 +316,15 @@ def devices_of(gpu_ids: Sequence[str] | None, cpu_threads: int) -> list[str]:
         if word == "cpu":
             devices.append("cpu")
         elif not word.isdecimal():
-            raise UserError(f"--gpu_ids {word}: expected GPU numbers or the word cpu, one per process, e.g. 0 0 1 or cpu cpu")
+            raise UserError(
+                f"--gpu_ids {word}: expected GPU numbers or the word cpu, one per process, e.g. 0 0 1 or cpu cpu"
+            )
         elif int(word) >= count:
             have = f"GPUs 0 to {count - 1}" if count else "no GPU"
             raise UserError(f"--gpu_ids {word}: this machine has {have}; give other numbers, or cpu")
         else:
             devices.append(f"cuda:{word}")
-    if len(set(d == "cpu" for d in devices)) > 1:
+    if len({d == "cpu" for d in devices}) > 1:
         raise UserError("--gpu_ids mixes GPUs and cpu: images would differ in their last bits; give one kind")
     return devices
 
@@ -325,4 +348,4 @@ def image_tasks(batch_numbers: Sequence[int], paths, missing) -> list[Task]:
 def make_folders(folder: Path, folders: Sequence[str]) -> None:
     """The class folders under ``data/``."""
     for name in folders:
-        (folder / worker.DATA / name).mkdir(parents=True, exist_ok=True)
+        (folder / DATA / name).mkdir(parents=True, exist_ok=True)

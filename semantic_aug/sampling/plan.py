@@ -95,9 +95,13 @@ def make_plan(
     """
     count = round(multiplier * len(labels))
     if count < 1:
-        raise UserError(f"--syn_dataset_multiplier {multiplier:g} of {len(labels)} training images makes no image: raise it")
+        raise UserError(
+            f"--syn_dataset_multiplier {multiplier:g} of {len(labels)} training images makes no image: raise it"
+        )
     if strategy.pairing == "mixed" and num_classes < 2:
-        raise UserError(f"strategy {strategy.name} translates between classes: expected at least two, got {num_classes}")
+        raise UserError(
+            f"strategy {strategy.name} translates between classes: expected at least two, got {num_classes}"
+        )
     empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
     if len(empty):
         raise UserError(f"class number {int(empty[0])} has no training image in this setting")
@@ -162,7 +166,11 @@ def _part_equal(source_class: np.ndarray, target: np.ndarray, rng: np.random.Gen
         # each task may take part in one swap per round: first come, first served
         _, first = np.unique(partner, return_index=True)
         clash, partner = clash[first], partner[first]
-        free = ~np.isin(partner, clash) & (source_class[clash] != target[partner]) & (source_class[partner] != target[clash])
+        free = (
+            ~np.isin(partner, clash)
+            & (source_class[clash] != target[partner])
+            & (source_class[partner] != target[clash])
+        )
         clash, partner = clash[free], partner[free]
         target[clash], target[partner] = target[partner], target[clash]
     return target

@@ -10,19 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug import registry, run_dir
-from semantic_aug.augmentations.engine import ClassNames, ModelFiles
+from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, weight_files
-from semantic_aug.diffusion.loop import SolverSettings
-from semantic_aug.diffusion.lora import find_file
-from semantic_aug.diffusion.schedulers import first_step, scheduler_class
+from semantic_aug.diffusion.schedulers import SolverSettings, first_step, scheduler_class
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling import store
+from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import Launcher, Outcome, image_tasks, make_folders
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, batches_of_shard, make_plan, table_of_counts
-from semantic_aug.sampling.worker import Job
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +88,16 @@ def choose_weights(
     """
     if key is None:
         if strategy.weights != "base":
-            raise UserError(f"strategy {strategy.name} needs a fine-tuned checkpoint: give --finetune_model_key "
-                            f"(a key of section '{dataset}' in {registry.CHECKPOINTS}), or use a real-* strategy")
+            raise UserError(
+                f"strategy {strategy.name} needs a fine-tuned checkpoint: give --finetune_model_key "
+                f"(a key of section '{dataset}' in {registry.CHECKPOINTS}), or use a real-* strategy"
+            )
         name = model_path or DEFAULT_MODEL
         return ModelFiles(name, find_base(name)), None
     entry = registry.checkpoint(dataset, key, config_dir)
-    use = weights_for(strategy, entry.lora_path is not None, entry.embed_path is not None, f"checkpoint {dataset}/{key}")
+    use = weights_for(
+        strategy, entry.lora_path is not None, entry.embed_path is not None, f"checkpoint {dataset}/{key}"
+    )
     name = model_path or entry.model_path
     files = ModelFiles(
         name, find_base(name), entry.lora_path if use.use_lora else None, entry.embed_path if use.use_tokens else None
@@ -103,7 +105,9 @@ def choose_weights(
     return files, key if use.use_lora or use.use_tokens else None
 
 
-def choose_strengths(strategy: Strategy, strength: float, how: str, num_inference_steps: int) -> tuple[tuple[float, ...], str]:
+def choose_strengths(
+    strategy: Strategy, strength: float, how: str, num_inference_steps: int
+) -> tuple[tuple[float, ...], str]:
     """The strengths of a subset and how its name says them.
 
     Args:
@@ -133,8 +137,15 @@ def choose_strengths(strategy: Strategy, strength: float, how: str, num_inferenc
 def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
     """The plan of a request."""
     return make_plan(
-        dataset.train.labels, dataset.train.keys, len(dataset.class_names), config.strategy, config.strengths,
-        config.multiplier, config.batch_size, config.seed, config.setting.task,
+        dataset.train.labels,
+        dataset.train.keys,
+        len(dataset.class_names),
+        config.strategy,
+        config.strengths,
+        config.multiplier,
+        config.batch_size,
+        config.seed,
+        config.setting.task,
     )
 
 
@@ -173,7 +184,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> dic
         "plan_sha256": plan.digest,
         "base_model": config.files.name,
         "base_sha256": run_dir.sha256_text(base),
-        "lora_sha256": run_dir.sha256_file(find_file(lora)) if lora else None,
+        "lora_sha256": run_dir.sha256_file(lora) if lora else None,
         "tokens_sha256": run_dir.sha256_file(tokens) if tokens else None,
     }
 
@@ -185,9 +196,8 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset, plan: Plan, fold
         f"{plan.batch_size}, to {folder}",
         f"strategy {config.strategy.name}: weights {config.strategy.weights}, from {config.strategy.start}, "
         f"pairing {config.strategy.pairing}",
-        "strengths: " + ", ".join(
-            f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)
-        ),
+        "strengths: "
+        + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
         f"disk needed: about {len(plan) * config.resolution**2 * 2 / 1e6:,.0f} MB (a PNG takes about 2 bytes a pixel)",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
@@ -227,36 +237,64 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> Path:
         records.append(adopted)
         missing = mine & ~done
         if resumed:
-            log.info("%s: %d of %d images are there, %d to make", folder, int((mine & done).sum()), int(mine.sum()),
-                        int(missing.sum()))
+            log.info(
+                "%s: %d of %d images are there, %d to make",
+                folder,
+                int((mine & done).sum()),
+                int(mine.sum()),
+                int(missing.sum()),
+            )
         outcome = _launch(config, dataset, paths, batches, mine, missing, done, records, folder)
         store.write_meta(folder, paths, done)
     return _conclude(config, folder, outcome, mine, done)
 
 
 def _launch(
-    config: SampleConfig, dataset: LoadedDataset, paths: store.TaskPaths, batches: np.ndarray, mine: np.ndarray,
-    missing: np.ndarray, done: np.ndarray, records: store.Records, folder: Path,
+    config: SampleConfig,
+    dataset: LoadedDataset,
+    paths: store.TaskPaths,
+    batches: np.ndarray,
+    mine: np.ndarray,
+    missing: np.ndarray,
+    done: np.ndarray,
+    records: store.Records,
+    folder: Path,
 ) -> Outcome:
     plan = paths.plan
 
     def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:
         for number, size, _ in rows:
             if (folder / store.DATA / paths.relative(number)).stat().st_size != size:
-                raise UserError(f"{paths.relative(number)} changed while it was written: another process works in {folder}")
+                raise UserError(
+                    f"{paths.relative(number)} changed while it was written: another process works in {folder}"
+                )
         records.append(rows)
         done[[row[0] for row in rows]] = True
 
     todo = [b for b in batches if missing[plan.numbers(int(b)).start : plan.numbers(int(b)).stop].any()]
     job = Job(
-        folder=folder, dataset=config.dataset, setting=config.setting, config_dir=config.config_dir, files=config.files,
-        classes=ClassNames(dataset.source_names, dataset.class_names, dataset.spec.super_class), solver=config.solver,
-        resolution=config.resolution, dtype=config.dtype, template=config.template,
-        from_noise=config.strategy.start == "noise", seed=config.seed, cpu_threads=config.cpu_threads,
+        folder=folder,
+        dataset=config.dataset,
+        setting=config.setting,
+        config_dir=config.config_dir,
+        files=config.files,
+        classes=ClassNames(dataset.source_names, dataset.class_names, dataset.spec.super_class),
+        solver=config.solver,
+        resolution=config.resolution,
+        dtype=config.dtype,
+        template=config.template,
+        from_noise=config.strategy.start == "noise",
+        seed=config.seed,
+        cpu_threads=config.cpu_threads,
     )
     launcher = Launcher(
-        job, config.devices, lambda batch: image_tasks(plan.numbers(batch), paths, missing), on_rows,
-        total=int(mine.sum()), already=int((mine & done).sum()), timeout=config.worker_timeout,
+        job,
+        config.devices,
+        lambda batch: image_tasks(plan.numbers(batch), paths, missing),
+        on_rows,
+        total=int(mine.sum()),
+        already=int((mine & done).sum()),
+        timeout=config.worker_timeout,
     )
     try:
         return launcher.run(todo)
@@ -273,10 +311,14 @@ def _conclude(config: SampleConfig, folder: Path, outcome: Outcome, mine: np.nda
         raise Interrupted(f"interrupted: {there} of {wanted} images are in {folder}; the same command makes the rest")
     if outcome.unreadable:
         number, why = next(iter(outcome.unreadable.items()))
-        raise UserError(f"{len(outcome.unreadable)} images could not be made, number {number} the first: {why}; the others are "
-                        f"in {folder}")
+        raise UserError(
+            f"{len(outcome.unreadable)} images could not be made, number {number} the first: {why}; the others are "
+            f"in {folder}"
+        )
     if outcome.set_aside:
         batch, why = next(iter(outcome.set_aside.items()))
-        raise UserError(f"{len(outcome.set_aside)} batches failed three times, batch {batch} the first ({why}); the others are in "
-                        f"{folder}; the same command tries them again")
+        raise UserError(
+            f"{len(outcome.set_aside)} batches failed three times, batch {batch} the first ({why}); the others are in "
+            f"{folder}; the same command tries them again"
+        )
     return folder

@@ -80,8 +80,13 @@ class TaskPaths:
         """A row of ``meta.csv``."""
         plan = self.plan
         return (
-            self.class_names[plan.source_class[number]], self.class_names[plan.target[number]], number,
-            meta_csv.strength_text(plan.strength(number)), self.relative(number), self.source_key(number), self.seed,
+            self.class_names[plan.source_class[number]],
+            self.class_names[plan.target[number]],
+            number,
+            meta_csv.strength_text(plan.strength(number)),
+            self.relative(number),
+            self.source_key(number),
+            self.seed,
         )
 
 
@@ -153,8 +158,10 @@ class RunLock:
             self.handle.seek(0)
             holder = self.handle.read().strip() or "another process"
             self.handle.close()
-            raise UserError(f"{self.path.parent} is being written by another run ({holder}): wait for it, stop it, or choose "
-                            "another --output_root") from None
+            raise UserError(
+                f"{self.path.parent} is being written by another run ({holder}): wait for it, stop it, or choose "
+                "another --output_root"
+            ) from None
         self.handle.truncate(0)
         self.handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.handle.flush()
@@ -165,7 +172,9 @@ class RunLock:
         self.handle.close()
 
 
-def finished(folder: Path, paths: TaskPaths, only: np.ndarray | None = None) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+def finished(
+    folder: Path, paths: TaskPaths, only: np.ndarray | None = None
+) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """Which tasks are done: the records checked against the files, and files without a record checked by content.
 
     Args:
@@ -258,21 +267,26 @@ def claim_subset(folder: Path, identity: dict, repo: Path) -> bool:
     if old is None:
         others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
         if others:
-            raise UserError(f"{folder} is not empty ('{sorted(others)[0]}') and holds no {CONFIG_FILE}: nothing was touched; "
-                            "choose another --output_root")
+            raise UserError(
+                f"{folder} is not empty ('{sorted(others)[0]}') and holds no {CONFIG_FILE}: nothing was touched; "
+                "choose another --output_root"
+            )
         write_text(folder / CONFIG_FILE, arguments_text(manifest(identity, repo)))
         return False
     made_with = old.pop("made_with", {})
     changed = differences(_flat(old), _flat(plain(identity)))
     if changed:
-        raise UserError(f"{folder} holds a subset made otherwise ({'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}): "
-                        "nothing was touched; choose another --output_root, or remove the folder")
+        raise UserError(
+            f"{folder} holds a subset made otherwise ({'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}): "
+            "nothing was touched; choose another --output_root, or remove the folder"
+        )
     mixed = differences(made_with.get("versions", {}), versions())
     if mixed:
         from logging import getLogger
 
-        getLogger(__name__).warning("%s was begun with other versions (%s): new files may differ in their last bits",
-                                    folder, "; ".join(mixed))
+        getLogger(__name__).warning(
+            "%s was begun with other versions (%s): new files may differ in their last bits", folder, "; ".join(mixed)
+        )
     return True
 
 

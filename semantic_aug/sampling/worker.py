@@ -16,19 +16,17 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from semantic_aug.augmentations.engine import DTYPES, ClassNames, Engine, ModelFiles
+from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
-from semantic_aug.datasets import ImageTable, Setting, load_dataset
+from semantic_aug.datasets import ImageTable, load_dataset
 from semantic_aug.datasets.images import fit
-from semantic_aug.diffusion.loop import SolverSettings
 from semantic_aug.errors import UserError, os_error_line
+from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.store import DATA, encode_png, write_image
 from semantic_aug.seeding import task_rng
 
@@ -36,62 +34,6 @@ MOMENTS_CACHE_BYTES = 1 << 29
 """Memory for encoded sources; each source is used several times."""
 
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM}
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a sampling process needs to know, the same for all of them.
-
-    Attributes:
-        folder: of the subset.
-        dataset: what ``--dataset`` was given.
-        setting: which part of it is used.
-        config_dir: of the registry files.
-        files: base model, LoRA, tokens.
-        classes: names for prompts.
-        solver: steps, guidance, scheduler.
-        resolution: side of the images in pixels.
-        dtype: key of :data:`semantic_aug.augmentations.engine.DTYPES`.
-        template: prompt with ``{}``.
-        from_noise: whether denoising starts from noise instead of a source image.
-        seed: the run's seed.
-        cpu_threads: arithmetic threads of a process on the CPU.
-    """
-
-    folder: Path
-    dataset: str
-    setting: Setting
-    config_dir: Path
-    files: ModelFiles
-    classes: ClassNames
-    solver: SolverSettings
-    resolution: int
-    dtype: str
-    template: str
-    from_noise: bool
-    seed: int
-    cpu_threads: int = 1
-
-
-@dataclass(frozen=True)
-class Task:
-    """One image to make.
-
-    Attributes:
-        number: in the plan.
-        source: row of the training split, -1 from noise.
-        target: class.
-        strength: in (0, 1].
-        path: relative to ``data/``; None when the file is there already and only the batch's shape needs the task.
-        text: for the PNG.
-    """
-
-    number: int
-    source: int
-    target: int
-    strength: float
-    path: str | None
-    text: dict[str, str]
 
 
 class BatchMaker:
@@ -106,7 +48,9 @@ class BatchMaker:
         if device == "cpu":
             torch.set_num_threads(job.cpu_threads)
         self.job = job
-        self.engine = Engine(job.files, job.classes, job.solver, job.resolution, device, DTYPES[job.dtype], job.template)
+        self.engine = Engine(
+            job.files, job.classes, job.solver, job.resolution, device, DTYPES[job.dtype], job.template
+        )
         self.images: ImageTable | None = None
         if not job.from_noise:
             self.images = load_dataset(job.dataset, job.setting, job.config_dir).train
@@ -178,11 +122,17 @@ def main(pipe: Connection, job: Job, device: str) -> None:
             pixels, failures = maker.pixels(tasks)
             wanted = [(t, p) for t, p in zip(tasks, pixels, strict=True) if t.path and t.number not in failures]
             rows = list(writers.map(lambda pair: maker.write(*pair), wanted))
-            pipe.send(("done", batch, rows, {t.number: failures[t.number] for t in tasks if t.path and t.number in failures}))
+            pipe.send(
+                ("done", batch, rows, {t.number: failures[t.number] for t in tasks if t.path and t.number in failures})
+            )
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except OSError as error:
-        pipe.send(("fatal", os_error_line(error)) if error.errno in _FATAL_ERRNOS else ("error", batch, traceback.format_exc()))
+        pipe.send(
+            ("fatal", os_error_line(error))
+            if error.errno in _FATAL_ERRNOS
+            else ("error", batch, traceback.format_exc())
+        )
     except Exception:
         pipe.send(("error", batch, traceback.format_exc()))
     finally:

@@ -1,0 +1,31 @@
+# Stage 3.   source scripts/classification.sh
+#            main_cls DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB [--flag value ...]
+#            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB
+# GPU: a number or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
+
+if [ -n "${BASH_VERSION:-}" ]; then
+    . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+else
+    . "$(dirname "${(%):-%x}")/common.sh"
+fi
+
+main_cls() {
+    _diffmix_usage main_cls "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
+    _diffmix_main_cls -1 "$@"
+}
+
+main_cls_fewshot() {
+    _diffmix_usage main_cls_fewshot \
+        "EXAMPLES_PER_CLASS DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 10 "$@" || return $?
+    _diffmix_main_cls "$@"
+}
+
+_diffmix_main_cls() {
+    local examples="$1" dataset="$2" gpu="$3" seed="$4" model="$5" resolution="$6" nepoch="$7" key="$8" gamma="$9"
+    shift 9
+    local probability="$1"
+    shift
+    "$(_diffmix_python)" "$DIFFMIX_ROOT/train_cls.py" --dataset "$dataset" --gpu "$gpu" --seed "$seed" --model "$model" \
+        --res_mode "$resolution" --nepoch "$nepoch" --syndata_key "$key" --gamma "$gamma" \
+        --synthetic_prob "$probability" --examples_per_class "$examples" "$@"
+}

@@ -1,0 +1,46 @@
+# What the wrappers share. Sourced by them; works in bash 4+ and zsh, and never ends the shell it is sourced into.
+
+# The repository, from where this file lies.
+if [ -n "${BASH_VERSION:-}" ]; then
+    _diffmix_scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+else
+    _diffmix_scripts="$(cd "$(dirname "${(%):-%x}")" && pwd)"
+fi
+DIFFMIX_ROOT="$(dirname "$_diffmix_scripts")"
+
+# The repository's own environment where there is one, else the python on the path.
+_diffmix_python() {
+    if [ -n "${DIFFMIX_PYTHON:-}" ]; then
+        printf '%s\n' "$DIFFMIX_PYTHON"
+    elif [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$DIFFMIX_ROOT/.venv/bin/python" ]; then
+        printf '%s\n' "$DIFFMIX_ROOT/.venv/bin/python"
+    else
+        command -v python || command -v python3
+    fi
+}
+
+# _diffmix_usage NAME "USAGE" WANTED "$@": whether enough words were given; says how to call NAME otherwise.
+_diffmix_usage() {
+    local name="$1" usage="$2" wanted="$3"
+    shift 3
+    if [ "$#" -ge "$wanted" ]; then
+        return 0
+    fi
+    printf 'error: %s needs %s arguments, got %s; usage: %s %s [--flag value ...]\n' \
+        "$name" "$wanted" "$#" "$name" "$usage" >&2
+    return 2
+}
+
+# "bash finetune ..." as the documentation prints it: the wrappers are functions of this shell, because GPU_IDS may be an
+# array and no child process inherits an array. Every other use of bash goes to bash itself.
+bash() {
+    case "${1:-}" in
+        finetune | sample | sample_fewshot | main_cls | main_cls_fewshot)
+            if [ ! -e "$1" ] && typeset -f "$1" >/dev/null; then
+                "$@"
+                return $?
+            fi
+            ;;
+    esac
+    command bash "$@"
+}

@@ -1,0 +1,167 @@
+"""Stage three of the embedded base model: U-Net and text encoder, trained together on the autoencoder's latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from base_captions import Describer, vocabulary_words
+from base_training import Ema, Progress, cosine, load_state, save_state
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from semantic_aug.diffusion import losses
+from semantic_aug.diffusion.loop import encode_moments, sample_posterior
+from semantic_aug.diffusion.text import encode_ids, tokenize
+from semantic_aug.seeding import numpy_rng, torch_rng
+
+BATCH = 32
+TEXT_LENGTH = 48
+TEXT_WIDTH = 192
+PEAK_LR = 5e-4
+SNR_GAMMA = 5.0
+FLIPS = ((), (-1,), (-2,), (-2, -1))
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's kind of byte-level BPE, its merges learned from the captions' words, so that each is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator([word for word in vocabulary_words() for _ in range(2)], trainer)
+    import json
+
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(a + b for a, b in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The untrained text encoder: three layers of width 192."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_unet(latent_channels: int) -> UNet2DConditionModel:
+    """The untrained U-Net for 16x16 latents."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        layers_per_block=1,
+        block_out_channels=(96, 160, 192),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDPMScheduler:
+    """Stable Diffusion 1's noise schedule."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Posterior parameters ``(N, 4, 2C, 16, 16)`` of uint8 ``(N, 128, 128)`` images in four mirrorings."""
+    out = []
+    for chunk in images.split(32):
+        x = (chunk.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+        out.append(torch.stack([encode_moments(vae, x.flip(dims) if dims else x) for dims in FLIPS], 1))
+    return torch.cat(out)
+
+
+class TextToLatents(nn.Module):
+    """Text encoder and U-Net as one trained module."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+
+def train_denoiser(
+    vae: AutoencoderKL, images: Tensor, describer: Describer, steps: int, folder: Path, amp, compiled: bool
+) -> tuple[CLIPTokenizer, TextToLatents]:
+    """Trains U-Net and text encoder; returns the tokenizer and the EMA weights' module.
+
+    Sets the autoencoder's scaling factor so that latents have unit variance.
+    """
+    moments = encode_images(vae, images)
+    vae.register_to_config(scaling_factor=float(1 / moments[:, 0].chunk(2, dim=1)[0].std()))
+    tokenizer = make_tokenizer()
+    torch.manual_seed(2)
+    model = TextToLatents(make_text_encoder(tokenizer), make_unet(vae.config.latent_channels)).to(images.device)
+    unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = Ema(model, 0.9995)
+    state = folder / "denoiser.pt"
+    start = load_state(state, model=model, ema=ema, optimizer=optimizer)
+    scheduler = make_scheduler()
+    alphas = losses.alphas_cumprod(scheduler).to(images.device)
+    with Progress("denoiser", start, steps, folder) as progress:
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(step, steps, peak=PEAK_LR, warmup=300)
+            rng, words = torch_rng("base", "denoiser", step), numpy_rng("base", "captions", step)
+            index = torch.randint(len(images), (BATCH,), generator=rng)
+            chosen = moments[index, torch.randint(len(FLIPS), (BATCH,), generator=rng)]
+            t = losses.draw_timesteps(BATCH, scheduler.config.num_train_timesteps, rng).to(images.device)
+            shape = (BATCH, vae.config.latent_channels, *chosen.shape[2:])
+            posterior, noise = (torch.randn(shape, generator=rng).to(images.device) for _ in range(2))
+            latents = sample_posterior(chosen, posterior, vae.config.scaling_factor)
+            noisy = losses.add_noise(latents, noise, t, alphas)
+            ids = tokenize(tokenizer, [describer.caption(i, words) for i in index.tolist()])
+            with amp():
+                embeds = encode_ids(model.text_encoder, ids)
+                predicted = unet(noisy, t, embeds, return_dict=False)[0]
+            weights = losses.min_snr_weights(t, alphas, SNR_GAMMA, "epsilon")
+            loss = losses.denoising_loss(predicted, noise, weights)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model, step)
+            progress.step(loss=loss, grad_norm=norm)
+            if progress.time_to_save():
+                save_state(state, step + 1, model=model, ema=ema, optimizer=optimizer)
+    save_state(state, steps, model=model, ema=ema, optimizer=optimizer)
+    ema.copy_to(model)
+    return tokenizer, model.eval()
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Parameters of all modules together."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def words_as_tokens(tokenizer: CLIPTokenizer) -> float:
+    """Share of the caption words that are one token each."""
+    words = vocabulary_words()
+    return float(np.mean([len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in words]))

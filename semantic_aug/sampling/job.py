@@ -1,0 +1,74 @@
+"""What goes from the launcher to its processes, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from semantic_aug.augmentations.request import ClassNames, ModelFiles
+from semantic_aug.datasets import Setting
+from semantic_aug.diffusion.schedulers import SolverSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a sampling process needs to know, the same for all of them.
+
+    Attributes:
+        folder: of the subset.
+        dataset: what ``--dataset`` was given.
+        setting: which part of it is used.
+        config_dir: of the registry files.
+        files: base model, LoRA, tokens.
+        classes: names for prompts.
+        solver: steps, guidance, scheduler.
+        resolution: side of the images in pixels.
+        dtype: key of :data:`semantic_aug.augmentations.engine.DTYPES`.
+        template: prompt with ``{}``.
+        from_noise: whether denoising starts from noise instead of a source image.
+        seed: the run's seed.
+        cpu_threads: arithmetic threads of a process on the CPU.
+    """
+
+    folder: Path
+    dataset: str
+    setting: Setting
+    config_dir: Path
+    files: ModelFiles
+    classes: ClassNames
+    solver: SolverSettings
+    resolution: int
+    dtype: str
+    template: str
+    from_noise: bool
+    seed: int
+    cpu_threads: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make.
+
+    Attributes:
+        number: in the plan.
+        source: row of the training split, -1 from noise.
+        target: class.
+        strength: in (0, 1].
+        path: relative to ``data/``; None when the file is there already and only the batch's shape needs the task.
+        text: for the PNG.
+    """
+
+    number: int
+    source: int
+    target: int
+    strength: float
+    path: str | None
+    text: dict[str, str]
+
+
+def serve(pipe: Connection, job: Job, device: str) -> None:
+    """Body of a sampling process; the launcher itself has no need of what the worker imports."""
+    from semantic_aug.sampling.worker import main
+
+    main(pipe, job, device)

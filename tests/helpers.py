@@ -1,0 +1,55 @@
+"""Running the real entry scripts and comparing folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(script: str, *arguments, env: dict | None = None, **options) -> subprocess.Popen:
+    """Starts ``python script arguments`` in a process group of its own."""
+    words = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
+
+
+def run(script: str, *arguments, env: dict | None = None, status: int = 0) -> str:
+    """Runs a script to its end, checks the exit status, and returns standard output and error together."""
+    process = start(script, *arguments, env=env)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def refused(script: str, *arguments, env: dict | None = None) -> str:
+    """Runs a script that must refuse: status 2 and exactly one line on standard error, which is returned."""
+    process = start(script, *arguments, env=env)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def contents(folder: Path, *patterns: str) -> dict[str, str]:
+    """Relative path -> SHA-256 of the files that match."""
+    found = [p for pattern in patterns for p in folder.rglob(pattern) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+
+
+def subset_contents(folder: Path) -> dict[str, str]:
+    """The files of a synthetic subset that must be equal however it was made: images and meta.csv."""
+    return contents(folder, "*.png", "meta.csv")

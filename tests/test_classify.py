@@ -1,0 +1,458 @@
+"""Stage 3: soft labels, mixing, losses and metrics against formulas and timm; the runs as a whole."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import contents, refused, run, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import tiny
+from semantic_aug import meta_csv
+from semantic_aug.classify import backbones, mixing, models
+from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
+from semantic_aug.classify.losses import one_hot, smooth, soft_cross_entropy
+from semantic_aug.classify.metrics import Meter
+from semantic_aug.classify.optim import learning_rate_at
+from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.synthetic import read_subset, read_subsets, soft_labels
+from semantic_aug.errors import UserError
+
+# ------------------------------------------------------------------------------------------------------ soft labels
+
+
+@given(st.floats(0.01, 1), st.floats(0.01, 5), st.integers(0, 4), st.integers(0, 4))
+@settings(max_examples=100)
+def test_soft_labels_are_the_formula(strength, gamma, source, target):
+    label = soft_labels(np.array([source]), np.array([target]), np.array([strength]), gamma, 5)[0]
+    wanted = np.zeros(5)
+    wanted[source] += 1 - strength**gamma
+    wanted[target] += strength**gamma
+    assert np.allclose(label, wanted, atol=1e-6) and label.sum() == pytest.approx(1, abs=1e-6) and (label >= 0).all()
+
+
+def test_soft_labels_by_hand():
+    labels = soft_labels(np.array([0, 0, 2]), np.array([1, 1, 2]), np.array([0.25, 1.0, 0.5]), 0.5, 3)
+    assert labels.tolist() == [[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]
+
+
+# ----------------------------------------------------------------------------------------------------------- mixing
+
+
+def batch(size=8, classes=5):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(size, 3, 16, 16, generator=g), torch.softmax(torch.randn(size, classes, generator=g), -1)
+
+
+def test_mixup_equals_timms(monkeypatch):
+    from timm.data.mixup import Mixup
+
+    images, _ = batch()
+    labels = torch.arange(8) % 5
+    timms = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=5)
+    monkeypatch.setattr(timms, "_params_per_batch", lambda: (0.3, False))
+    wanted_x, wanted_y = timms(images.clone(), labels)
+    x, y = mixing.mixup(images, one_hot(labels, 5), 0.3)
+    assert torch.allclose(x, wanted_x) and torch.allclose(y, wanted_y)
+
+
+def test_cutmix_equals_timms(monkeypatch):
+    import timm.data.mixup as timm_mixup
+
+    images, _ = batch()
+    labels = torch.arange(8) % 5
+    box = mixing.cut_box(16, 16, 0.4, np.random.default_rng(3))
+    timms = timm_mixup.Mixup(cutmix_alpha=1.0, label_smoothing=0.0, num_classes=5)
+    monkeypatch.setattr(timms, "_params_per_batch", lambda: (0.4, True))
+    monkeypatch.setattr(timm_mixup, "rand_bbox", lambda *_, **__: box)
+    wanted_x, wanted_y = timms(images.clone(), labels)
+    x, y = mixing.cutmix(images, one_hot(labels, 5), box)
+    assert torch.equal(x, wanted_x) and torch.allclose(y, wanted_y)
+
+
+@given(st.sampled_from([(0.4, 0.0), (0.0, 1.0), (0.4, 1.0), (0.0, 0.0)]), st.floats(0, 0.5), st.integers(0, 50))
+@settings(max_examples=60, deadline=None)
+def test_targets_sum_to_one_under_every_combination(alphas, smoothing, seed):
+    images, targets = batch()
+    _, mixed = mixing.mix(images, targets, mixing.MixSettings(*alphas), np.random.default_rng(seed))
+    final = smooth(mixed, smoothing)
+    assert torch.allclose(final.sum(-1), torch.ones(8), atol=1e-5) and (final >= 0).all()
+
+
+def test_mixing_can_be_off_and_rare():
+    images, targets = batch()
+    assert mixing.mix(images, targets, mixing.MixSettings(), np.random.default_rng(0))[0] is images
+    rare = mixing.MixSettings(cutmix_alpha=1.0, probability=0.25)
+    changed = [mixing.mix(images, targets, rare, np.random.default_rng(i))[0] is not images for i in range(400)]
+    assert 0.17 < np.mean(changed) < 0.33
+
+
+# --------------------------------------------------------------------------------------------------- losses, metrics
+
+
+def test_soft_cross_entropy_equals_torchs():
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    hard = torch.nn.functional.cross_entropy
+    assert torch.allclose(soft_cross_entropy(logits, one_hot(labels, 4)), hard(logits, labels))
+    assert torch.allclose(
+        soft_cross_entropy(logits, smooth(one_hot(labels, 4), 0.1)), hard(logits, labels, label_smoothing=0.1)
+    )
+
+
+def test_metrics_by_hand():
+    meter = Meter(6, torch.device("cpu"))
+    logits = torch.zeros(4, 6)
+    logits[0, 0], logits[1, 1], logits[2, 0], logits[3, 5] = 9, 9, 9, 9
+    logits[2] += torch.tensor([0.0, 5, 4, 3, 2, -5])
+    meter.add(logits, torch.tensor([0, 1, 5, 5]))
+    scores = meter.result()
+    assert scores.top1 == 0.75 and scores.top5 == 0.75  # the third's true class is the sixth best
+    assert scores.confusion[5, 0] == 1 and scores.confusion[5, 5] == 1
+    assert scores.macro == pytest.approx((1 + 1 + 0.5) / 3) and np.isnan(scores.per_class[2])
+
+
+def test_warm_up_and_cosine():
+    rates = [learning_rate_at(s, 100, 10, 1.0) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0 and rates[-1] < 0.01
+    assert rates[55] == pytest.approx(0.5, abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def write_subset(folder, rows, columns="First Directory,Second Directory,Number,Strength,Path"):
+    """A synthetic subset in the original's format: rows of (source, target, strength)."""
+    (folder / "data").mkdir(parents=True)
+    lines = [columns]
+    for number, (source, target, strength) in enumerate(rows):
+        path = f"{source.replace(' ', '_')}/{target.replace(' ', '_')}-{number:06d}-{strength}.png"
+        (folder / "data" / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (255, number, 0)).save(folder / "data" / path)
+        lines.append(f"{source},{target},{number},{strength},{path}")
+    (folder / "meta.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+ROWS = [("blue jay", "toad", 0.7), ("toad", "red fox", 0.7), ("red fox", "blue jay", 0.3), ("red fox", "toad", 1.0)]
+
+
+@pytest.fixture
+def animals(image_folder):
+    return load_dataset(f"folder:{image_folder}")
+
+
+def test_a_subset_of_another_tool_reads(tmp_path, animals):
+    subset = read_subset(write_subset(tmp_path / "s", [("blue_jay", "TOAD", 0.7), ("red fox", "toad", 0.5)]), animals)
+    assert subset.source.tolist() == [0, 1] and subset.target.tolist() == [2, 2] and subset.image(0).size == (32, 32)
+    both = read_subsets([tmp_path / "s", tmp_path / "s"], animals)
+    assert len(both) == 4 and both.labels(0.5, 3).shape == (4, 3)
+
+
+def test_a_filtered_variant_reads_its_own_table(tmp_path, animals):
+    write_subset(tmp_path / "s", ROWS)
+    lines = (tmp_path / "s" / "meta.csv").read_text().splitlines()
+    (tmp_path / "s" / "meta.filtered.csv").write_text("\n".join(lines[:2]) + "\n")
+    assert len(read_subset(f"{tmp_path / 's'}#filtered", animals)) == 1
+
+
+def test_bad_subsets_are_one_clear_line(tmp_path, animals):
+    with pytest.raises(UserError, match="is not a folder"):
+        read_subset(tmp_path / "none", animals)
+    write_subset(tmp_path / "foreign", [("blue jay", "newt", 0.7)])
+    with pytest.raises(
+        UserError, match="has the class 'newt', which data set animals does not have \\(nearest: 'toad'"
+    ):
+        read_subset(tmp_path / "foreign", animals)
+    write_subset(tmp_path / "empty", [])
+    with pytest.raises(UserError, match="is empty"):
+        read_subset(tmp_path / "empty", animals)
+    folder = write_subset(tmp_path / "gone", ROWS)
+    next((folder / "data").rglob("*000001*")).unlink()
+    with pytest.raises(UserError, match="row 3: image .*000001.* is missing"):
+        read_subset(folder, animals)
+    folder = write_subset(tmp_path / "out", ROWS)
+    text = (folder / "meta.csv").read_text().replace("blue_jay/toad-000000-0.7.png", "../../secret.png")
+    (folder / "meta.csv").write_text(text)
+    with pytest.raises(UserError, match="leads outside"):
+        read_subset(folder, animals)
+    (folder / "meta.csv").unlink()
+    (folder / "config.yaml").write_text("x: 1")
+    with pytest.raises(UserError, match="is unfinished"):
+        read_subset(folder, animals)
+
+
+def test_sources_from_validation_or_test_are_refused(tmp_path, animals, image_folder):
+    write_subset(tmp_path / "leak", ROWS[:2])
+    rows = [("blue jay", "toad", 0, 0.7, "blue_jay/toad-000000-0.7.png", animals.val.keys[0], 0)]
+    meta_csv.write(tmp_path / "leak" / "meta.csv", rows)
+    with pytest.raises(UserError, match="1 of 1 source images are not training images.*a validation image"):
+        read_subset(tmp_path / "leak", animals)
+    assert len(read_subset(tmp_path / "leak", animals, allow_other_sources=True)) == 1
+    few = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=1))
+    other = next(k for k in animals.train.keys if k not in few.train.keys)
+    meta_csv.write(tmp_path / "leak" / "meta.csv", [(*rows[0][:5], other, 0)])
+    with pytest.raises(UserError, match="not training images of animals_1shot"):
+        read_subset(tmp_path / "leak", few)
+
+
+def test_the_share_of_synthetic_items_is_p(tmp_path, animals):
+    synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
+    for p in (0.0, 0.3, 1.0):
+        batches = TrainBatches(animals.train, synthetic, 0.5, p, 28, 6, seed=1)
+        drawn = [y for epoch in range(60) for _, y in batches.epoch(epoch)]
+        targets = torch.cat(drawn)
+        soft = ((targets > 0) & (targets < 1)).any(1)  # three of the four synthetic images have soft labels
+        assert abs(soft.float().mean().item() - 0.75 * p) < 0.05 and len(drawn) == 180
+        assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
+
+
+def test_synthetic_images_come_with_their_own_labels(tmp_path, animals):
+    synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
+    batches = TrainBatches(animals.train, synthetic, 0.5, 1.0, 28, 6, seed=1)
+    labels = synthetic.labels(0.5, 3)
+    for pixels, targets in batches.epoch(0):
+        for image, target in zip(pixels, targets):
+            assert torch.allclose(target, torch.from_numpy(labels[int(image[14, 14, 1])]))  # green says which image
+
+
+def test_batches_repeat_and_do_not_depend_on_the_cache(tmp_path, animals):
+    synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
+    make = lambda budget, seed=1: TrainBatches(animals.train, synthetic, 0.5, 0.5, 28, 6, seed=seed, budget=budget)  # noqa: E731
+    one, two, other = (list(b.epoch(3)) for b in (make(10**9), make(0), make(10**9, 2)))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, two))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(one, other))
+
+
+def test_crops_are_each_images_own():
+    pixels = np.arange(2 * 5 * 5 * 3, dtype=np.uint8).reshape(2, 5, 5, 3)
+    out = crop(pixels, np.array([0, 2]), np.array([1, 0]), 3)
+    assert np.array_equal(out[0], pixels[0, 0:3, 1:4]) and np.array_equal(out[1], pixels[1, 2:5, 0:3])
+
+
+def test_evaluation_crops_the_centre_in_order(animals):
+    batches = list(EvalBatches(animals.test, 28, 4))
+    assert [len(x) for x, _ in batches] == [4, 4, 1] and torch.cat(
+        [y for _, y in batches]
+    ).tolist() == animals.test.labels.tolist()
+    resized = np.asarray(animals.test.image(0).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(batches[0][0][0].numpy(), resized[2:30, 2:30])
+
+
+def test_normalisation_equals_torchvisions():
+    from torchvision.transforms import functional
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    image = tiny.picture(1, 1)
+    wanted = functional.normalize(functional.to_tensor(image), mean, std)
+    got = Normaliser(mean, std, torch.device("cpu"))(torch.from_numpy(np.asarray(image).copy())[None])
+    assert torch.allclose(got[0], wanted, atol=1e-5)
+
+
+def test_an_image_store_names_the_broken_image(tmp_path):
+    def read(index):
+        raise UserError(f"image {index} cannot be decoded")
+
+    with pytest.raises(UserError, match="image 0 cannot be decoded"):
+        ImageStore(read, 3, 8, 10**9)
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize(("photograph", "label"), [("flower.jpg", 985), ("china.jpg", 698)])  # ImageNet: daisy, palace
+def test_packaged_imagenet_weights_recognise_photographs(photograph, label):
+    from PIL import ImageOps
+    from sklearn.datasets import load_sample_image
+
+    image = ImageOps.fit(Image.fromarray(load_sample_image(photograph)), (224, 224), Image.Resampling.BICUBIC)
+    with torch.no_grad():
+        logits = backbones.efficientnet_lite0()(
+            torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        )
+    assert int(logits.argmax()) == label
+
+
+def test_every_packaged_tensor_is_used():
+    import timm
+
+    state = torch.load(backbones.efficientnet_lite0_file(), weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0")
+    assert model.load_state_dict(backbones.rename_lite0(state, model)) and len(state) == len(model.state_dict())
+    with pytest.raises(UserError, match="does not hold EfficientNet-Lite0"):
+        backbones.rename_lite0(dict(list(state.items())[1:]), model)
+
+
+def test_models_by_either_librarys_name():
+    assert models.timm_name("vit_b_16") == "vit_base_patch16_224" and models.timm_name("resnet50") == "resnet50"
+    with pytest.raises(UserError, match="unknown --model 'resnet5O': did you mean 'resnet50'"):
+        models.timm_name("resnet5O")
+    model, normalisation = models.make_model("vit_tiny_patch16_224", 3, 64, "none")
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3) and normalisation.mean == (0.5, 0.5, 0.5)
+    model, _ = models.make_model("tf_efficientnet_lite0", 4, 64)
+    assert torch.equal(model.conv_stem.weight, backbones.efficientnet_lite0().conv_stem.weight)
+
+
+def test_weights_from_files(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    donor = timm.create_model("resnet18", num_classes=1000)
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    model, _ = models.make_model("resnet18", 3, 64, str(tmp_path / "w.pth"))
+    assert torch.equal(model.layer1[0].conv1.weight, donor.layer1[0].conv1.weight) and model.fc.out_features == 3
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="do not fit resnet18 .* another architecture"):
+        models.make_model("resnet18", 3, 64, str(tmp_path / "other.safetensors"))
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match="cannot be read"):
+        models.make_model("resnet18", 3, 64, str(tmp_path / "bad.safetensors"))
+    with pytest.raises(UserError, match="expected a .safetensors or .pth file"):
+        models.make_model("resnet18", 3, 64, str(tmp_path / "none.pth"))
+
+
+def test_without_a_hub_the_error_offers_a_file_or_none():
+    with pytest.raises(UserError, match="weights of resnet18 cannot be loaded .*--weights none"):
+        models.make_model("resnet18", 3, 64)
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+def arguments(image_folder, output_dir, **changes):
+    flags = {
+        "dataset": f"folder:{image_folder}",
+        "model": "resnet18",
+        "weights": "none",
+        "res_mode": 32,
+        "nepoch": 4,
+        "batch_size": 6,
+        "gpu": "cpu",
+        "lr": 0.02,
+        "output_dir": output_dir,
+        **changes,
+    }
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return words
+
+
+@pytest.fixture(scope="session")
+def subset(tmp_path_factory):
+    return write_subset(tmp_path_factory.mktemp("subset") / "s", ROWS)
+
+
+@pytest.fixture(scope="session")
+def trained(image_folder, subset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classify") / "run"
+    out = run(
+        "train_cls.py", *arguments(image_folder, folder, syndata_dir=[subset], synthetic_prob=0.3, use_cutmix=True)
+    )
+    return folder, out
+
+
+@pytest.mark.slow
+def test_results_files(trained, image_folder):
+    folder, out = trained
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["test"]) == {"top1", "top5", "macro", "loss"} and results["steps"] == 12
+    assert f"test: top1 {100 * results['test']['top1']:.2f} %" in out and "synthetic: 4 images" in out
+    assert len((folder / "epochs.csv").read_text().splitlines()) == 5
+    confusion = (folder / "test_confusion.csv").read_text().splitlines()
+    assert confusion[0] == "true \\ predicted,blue jay,red fox,toad" and len(confusion) == 4
+    per_class = (folder / "test_per_class.csv").read_text().splitlines()
+    assert per_class[0] == "class,images,accuracy" and per_class[1].startswith("blue jay,3,")
+    with Image.open(folder / "test_confusion.png") as image:
+        assert image.width > 100
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(folder / "model.safetensors")).eval()
+    dataset, correct = load_dataset(f"folder:{image_folder}"), 0
+    normalise = Normaliser(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], torch.device("cpu"))
+    for pixels, labels in EvalBatches(dataset.test, 32, 9):
+        with torch.no_grad():
+            correct += int((model(normalise(pixels)).argmax(-1) == labels).sum())
+    assert correct / 9 == pytest.approx(results["test"]["top1"])
+
+
+@pytest.mark.slow
+def test_the_best_epoch_is_validations(trained):
+    folder, _ = trained
+    rows = [line.split(",") for line in (folder / "epochs.csv").read_text().splitlines()]
+    top1 = [float(row[rows[0].index("val_top1")]) for row in rows[1:]]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["val"]["top1"] == pytest.approx(max(top1)) and top1[results["epoch"] - 1] == pytest.approx(max(top1))
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(trained, image_folder, subset, tmp_path):
+    words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
+    run("train_cls.py", *arguments(image_folder, tmp_path / "same", **words))
+    run("train_cls.py", *arguments(image_folder, tmp_path / "other", **words, seed=1))
+    losses = [
+        [row.split(",")[2] for row in (f / "epochs.csv").read_text().splitlines()]
+        for f in (trained[0], tmp_path / "same", tmp_path / "other")
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_equals_uninterrupted(image_folder, tmp_path, monkeypatch):
+    script = "tests/saving_every_epoch.py"
+    run(script, *arguments(image_folder, tmp_path / "whole", nepoch=6))
+    process = start(script, *arguments(image_folder, tmp_path / "killed", nepoch=6))
+    while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    assert "going on after epoch" in run(script, *arguments(image_folder, tmp_path / "killed", nepoch=6))
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
+    assert one == two
+    whole, killed = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "killed"))
+    assert whole["test"] == killed["test"] and whole["epoch"] == killed["epoch"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_run_again_and_other_arguments_are_refused(trained, image_folder, subset):
+    folder, _ = trained
+    before = contents(folder, "*")
+    words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
+    assert "is finished already" in run("train_cls.py", *arguments(image_folder, folder, **words))
+    assert "other arguments (nepoch: 4 -> 5;" in refused(
+        "train_cls.py", *arguments(image_folder, folder, **{**words, "nepoch": 5})
+    )
+    assert contents(folder, "*") == before
+
+
+@pytest.mark.slow
+def test_without_validation_or_test_the_run_says_what_it_has(image_folder, tmp_path):
+    out = run("train_cls.py", *arguments(image_folder / "train", tmp_path / "run", val_fraction=0, nepoch=1))
+    assert "val:" not in out and "test:" not in out and (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet5O"}, "unknown --model 'resnet5O'"),
+        ({"gamma": 0}, "argument --gamma: 0: expected a number in (0, inf]"),
+        ({"synthetic_prob": 1.5}, "argument --synthetic_prob: 1.5: expected a number in [0, 1]"),
+        ({"syndata_key": "nokey"}, "unknown subset key of data set 'animals' 'nokey'"),
+        ({"syndata_dir": ["/no/such"]}, "synthetic subset /no/such is not a folder"),
+        ({"gpu": 0}, "--gpu 0: this machine has no GPU; give --gpu cpu"),
+        ({"gpu": "cuda"}, "--gpu cuda: expected a GPU number or the word cpu"),
+        ({"criterion": "hinge"}, "invalid choice: 'hinge'"),
+        ({"res_mod": 3}, "unknown argument --res_mod: did you mean --res_mode?"),
+    ],
+)
+def test_bad_requests_are_one_line(image_folder, tmp_path, changes, message):
+    if torch.cuda.is_available() and changes.get("gpu") == 0:
+        pytest.skip("this machine has a GPU")
+    assert message in refused("train_cls.py", *arguments(image_folder, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,426 @@
+"""Sources, subsets, settings and their errors, on real folders and in the hub's own formats."""
+
+import io
+import shutil
+
+import datasets as hub
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import tiny
+from semantic_aug.datasets import ImageTable, Setting, elpv, load_dataset, sources, subsets
+from semantic_aug.datasets.images import fit, open_image
+from semantic_aug.errors import UserError
+
+CLASSES = ("blue jay", "red fox", "toad")
+
+
+def table_of(labels, names=None) -> ImageTable:
+    """A table without images."""
+    names = names or [f"class {i}" for i in range(max(labels) + 1)]
+    return ImageTable.of(names, labels, [f"{i:06d}" for i in range(len(labels))], lambda row: Image.new("RGB", (2, 2)))
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_with_splits(image_folder):
+    found = load_dataset(f"folder:{image_folder}")
+    assert found.name == "animals" and found.class_names == CLASSES and found.folders == ("blue-jay", "red-fox", "toad")
+    assert (len(found.train), len(found.val), len(found.test)) == (18, 6, 9)
+    assert found.train.image(0).mode == "RGB" and found.train.counts().tolist() == [6, 6, 6]
+    assert "3 classes, images: train 18, val 6, test 9" in found.describe()
+
+
+def test_a_plain_folder_gets_a_held_out_validation_split(tmp_path, image_folder):
+    shutil.copytree(image_folder / "train", tmp_path / "plain")
+    found = load_dataset(f"folder:{tmp_path / 'plain'}", Setting(val_fraction=0.3))
+    assert (len(found.train), len(found.val), found.test) == (12, 6, None)
+    assert not set(found.train.keys) & set(found.val.keys)
+    again = load_dataset(f"folder:{tmp_path / 'plain'}", Setting(val_fraction=0.3, examples_per_class=1))
+    assert again.val.keys == found.val.keys  # few-shot draws come from what is left
+    assert set(again.train.keys) <= set(found.train.keys)
+
+
+def test_the_same_folder_through_the_yaml(tmp_path, image_folder):
+    (tmp_path / "datasets.yaml").write_text(
+        f"pets:\n  folder: {image_folder}\n  super_class: animal\n  class_names: {{red fox: Vulpes vulpes}}\n"
+    )
+    found = load_dataset("pets", config_dir=tmp_path)
+    assert found.name == "pets" and found.spec.super_class == "animal"
+    assert found.class_names == ("blue jay", "Vulpes vulpes", "toad") and found.source_names == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("pets: {folder: a, csv: b}", "names folder and csv: expected exactly one"),
+        ("pets: {super_class: x}", "names no source"),
+        ("pets: {foldr: a}", "unknown field in entry 'pets'.*'foldr': did you mean 'folder'"),
+        ("pets: just text", "expected a mapping"),
+        ("pets: {folder: a, class_name_rules: [upper]}", "unknown class_name_rules.*'upper'"),
+    ],
+)
+def test_damaged_entries_are_one_clear_line(tmp_path, entry, message):
+    (tmp_path / "datasets.yaml").write_text(entry)
+    with pytest.raises(UserError, match=message):
+        load_dataset("pets", config_dir=tmp_path)
+
+
+def test_unknown_names_and_schemes():
+    with pytest.raises(UserError, match="unknown data set 'cubs': did you mean 'cub'"):
+        load_dataset("cubs")
+    with pytest.raises(UserError, match="unknown data set scheme 'foldr': did you mean 'folder'"):
+        load_dataset("foldr:/x")
+    with pytest.raises(UserError, match="is not a folder"):
+        load_dataset("folder:/does/not/exist")
+
+
+def test_bad_folders_are_one_clear_line(tmp_path):
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    tiny.picture(0, 0).save(tmp_path / "one" / "a" / "x.png")
+    with pytest.raises(UserError, match="holds one class folder \\('a'\\): expected at least two"):
+        load_dataset(f"folder:{tmp_path / 'one'}")
+    (tmp_path / "one" / "b").mkdir()
+    (tmp_path / "one" / "b" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="class folder .*b holds no image: expected files ending in .jpg"):
+        load_dataset(f"folder:{tmp_path / 'one'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no class folders"):
+        load_dataset(f"folder:{tmp_path / 'empty'}")
+
+
+def test_a_test_class_without_training_images_is_refused(tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / "odd")
+    shutil.copytree(tmp_path / "odd" / "test" / "toad", tmp_path / "odd" / "test" / "newt")
+    with pytest.raises(UserError, match="split test has the class 'newt', which split train lacks"):
+        load_dataset(f"folder:{tmp_path / 'odd'}")
+
+
+def test_awkward_class_names_survive(tmp_path):
+    names = ["a b", "a-b", "Größe", "日本", 'it\'s "x"', "100%"]
+    for name in names:
+        (tmp_path / "odd" / name).mkdir(parents=True)
+        tiny.picture(0, 0).save(tmp_path / "odd" / name / "x.png")
+        tiny.picture(0, 1).save(tmp_path / "odd" / name / "y.png")
+    found = load_dataset(f"folder:{tmp_path / 'odd'}")
+    assert set(found.source_names) == set(names) and len({f.casefold() for f in found.folders}) == len(names)
+
+
+def test_names_that_collide_after_the_clean_up_keep_their_spelling(tmp_path, caplog):
+    for name in ("red_fox", "red fox", "toad"):
+        (tmp_path / "odd" / name).mkdir(parents=True)
+        tiny.picture(0, 0).save(tmp_path / "odd" / name / "x.png")
+    found = load_dataset(f"folder:{tmp_path / 'odd'}")
+    assert found.class_names == ("red fox", "red_fox", "toad") and "coincide" in caplog.text
+
+
+def test_more_shots_than_a_class_has_uses_all_and_says_so(image_folder, caplog):
+    found = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=50))
+    assert len(found.train) == 18 and "fewer than 50 training images" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------ CSVs
+
+
+def write_csv(folder, lines, header="path,label,split"):
+    for i in range(4):
+        tiny.picture(i % 2, i).save(folder / f"{i}.png")
+    (folder / "list.csv").write_text("\n".join([header, *lines]) + "\n")
+    return f"csv:{folder / 'list.csv'}"
+
+
+def test_a_csv(tmp_path):
+    word = write_csv(tmp_path, ["0.png,owl,train", "1.png,toad,train", "2.png,owl,validation", "3.png,toad,test"])
+    found = load_dataset(word)
+    assert found.class_names == ("owl", "toad") and (len(found.train), len(found.val), len(found.test)) == (2, 1, 1)
+    assert found.train.image(1).size == (40, 36)
+
+
+@pytest.mark.parametrize(
+    ("lines", "header", "message"),
+    [
+        (["../x.png,owl,train"], "path,label,split", "line 2: path '../x.png' leads outside"),
+        (["/etc/x.png,owl,train"], "path,label,split", "leads outside"),
+        (["0.png,,train"], "path,label,split", "line 2: the label is empty"),
+        (["0.png,owl,dev set"], "path,label,split", "split 'dev set': expected train, val or test"),
+        (["0.png,owl"], "file,label", "lacks the column 'path'"),
+        (["0.png,owl", "1.png,owl"], "path,label", "has 1 class \\(owl\\): expected at least two"),
+        (["0.png,owl,test"], "path,label,split", "has no row of split train"),
+    ],
+)
+def test_bad_csvs_are_one_clear_line(tmp_path, lines, header, message):
+    with pytest.raises(UserError, match=message):
+        load_dataset(write_csv(tmp_path, lines, header))
+
+
+def test_a_missing_image_is_named_when_it_is_read(tmp_path):
+    found = load_dataset(write_csv(tmp_path, ["0.png,owl,train", "gone.png,toad,train"]))
+    with pytest.raises(UserError, match="gone.png is not there"):
+        found.train.image(1)
+
+
+# ------------------------------------------------------------------------------------------------- the hub's formats
+
+
+def hub_rows(count_per_class=3, names=("Laysan Albatross", "Sooty Albatross"), strings=False) -> hub.Dataset:
+    images = [tiny.picture(label, i) for label in range(len(names)) for i in range(count_per_class)]
+    labels = [label for label in range(len(names)) for _ in range(count_per_class)]
+    kind = hub.Value("string") if strings else hub.ClassLabel(names=list(names))
+    features = hub.Features({"image": hub.Image(), "label": kind, "caption": hub.Value("string")})
+    values = [names[label] for label in labels] if strings else labels
+    return hub.Dataset.from_dict({"image": images, "label": values, "caption": ["x"] * len(labels)}, features=features)
+
+
+@pytest.fixture
+def no_cub_folders(monkeypatch):
+    for split in ("TRAIN", "TEST"):
+        monkeypatch.delenv(f"CUB_HUG_LOCAL_IMAGE_{split}_DIR", raising=False)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
+def test_cub_from_local_copies_named_by_environment_variables(tmp_path, monkeypatch, layout):
+    for split, count in (("train", 4), ("test", 2)):
+        folder = tmp_path / split
+        if layout == "parquet":
+            (folder / "data").mkdir(parents=True)
+            hub_rows(count).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        else:
+            hub_rows(count).save_to_disk(folder)
+        monkeypatch.setenv(f"CUB_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(folder))
+    found = load_dataset("cub", Setting(examples_per_class=2, val_fraction=0.25))
+    assert found.class_names == ("Laysan Albatross", "Sooty Albatross") and found.spec.super_class == "bird"
+    assert (len(found.train), len(found.val), len(found.test)) == (4, 2, 4)
+    assert np.array_equal(np.asarray(found.test.image(0)), np.asarray(tiny.picture(0, 0)))
+
+
+def test_the_constant_in_the_module_serves_too(tmp_path, monkeypatch, no_cub_folders):
+    from semantic_aug.datasets import cub
+
+    for split in ("train", "test"):
+        hub_rows().save_to_disk(tmp_path / split)
+        monkeypatch.setattr(cub, f"HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(tmp_path / split))
+    assert len(load_dataset("cub").test) == 6
+
+
+def test_without_a_hub_the_error_says_what_to_do(no_cub_folders):
+    with pytest.raises(UserError, match="CUB_train could not be loaded from the hub .*name a local copy"):
+        load_dataset("cub")
+
+
+def test_aircraft_reads_its_own_variables(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        hub_rows(3, ("737-200", "F-16A/B")).save_to_disk(tmp_path / split)
+        monkeypatch.setenv(f"AIRCRAFT_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(tmp_path / split))
+    found = load_dataset("aircraft")
+    assert found.class_names == ("737-200", "F-16A or B") and found.folders == ("737-200", "F-16A-B")
+
+
+def test_a_local_folder_of_several_splits_by_scheme(tmp_path):
+    hub.DatasetDict({"train": hub_rows(4), "validation": hub_rows(1), "test": hub_rows(2)}).save_to_disk(
+        tmp_path / "mine"
+    )
+    found = load_dataset(f"hf:{tmp_path / 'mine'}")
+    assert (len(found.train), len(found.val), len(found.test)) == (8, 2, 4)
+
+
+def test_labels_may_be_strings(tmp_path):
+    hub_rows(strings=True).save_to_disk(tmp_path / "mine")
+    assert load_dataset(f"hf:{tmp_path / 'mine'}").class_names == ("Laysan Albatross", "Sooty Albatross")
+
+
+def test_reading_labels_decodes_no_image(tmp_path):
+    rows = hub_rows()
+    broken = hub.Dataset.from_dict(
+        {"image": [{"bytes": b"not an image", "path": None}] * len(rows), "label": rows["label"]},
+        features=hub.Features({"image": hub.Image(), "label": rows.features["label"]}),
+    )
+    broken.save_to_disk(tmp_path / "mine")
+    found = load_dataset(f"hf:{tmp_path / 'mine'}")
+    assert found.train.counts().sum() + found.val.counts().sum() == len(rows)
+    with pytest.raises(UserError, match="mine train\\[0\\] cannot be decoded"):
+        found.train.read(0)
+
+
+def test_hub_data_without_images_or_labels(tmp_path):
+    hub_rows().remove_columns("image").save_to_disk(tmp_path / "a")
+    hub_rows().remove_columns("label").save_to_disk(tmp_path / "b")
+    with pytest.raises(UserError, match="has no image column"):
+        load_dataset(f"hf:{tmp_path / 'a'}")
+    with pytest.raises(UserError, match="has no label column"):
+        load_dataset(f"hf:{tmp_path / 'b'}")
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def encoded(image: Image.Image, kind="PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "pixel"),
+    [
+        (Image.new("L", (3, 2), 100), "PNG", (100, 100, 100)),
+        (Image.new("RGBA", (3, 2), (200, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("LA", (3, 2), (50, 255)), "PNG", (50, 50, 50)),
+        (Image.new("CMYK", (3, 2), (0, 0, 0, 255)), "JPEG", (0, 0, 0)),
+        (Image.fromarray(np.full((2, 3), 40000, np.uint16)), "PNG", (156, 156, 156)),
+        (Image.new("P", (3, 2)), "PNG", (0, 0, 0)),
+        (Image.new("1", (3, 2), 1), "PNG", (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb(image, kind, pixel):
+    opened = open_image(encoded(image, kind))
+    assert opened.mode == "RGB" and opened.size == (3, 2) and opened.getpixel((1, 1)) == pixel
+
+
+def test_exif_rotation_is_applied():
+    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(encoded(image, "JPEG", exif=exif)).size == (2, 4)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    assert open_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (
+        255,
+        0,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello", "cannot be decoded"),
+        (encoded(tiny.picture(0, 0))[:200], "cannot be decoded"),
+    ],
+)
+def test_unreadable_images_are_one_clear_line(tmp_path, content, message):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match=f"x.png {message}"):
+        open_image(tmp_path / "x.png")
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    bomb = encoded(Image.new("1", (20000, 20000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(UserError, match="decompression bomb"):
+        open_image(bomb, "bomb.png")
+
+
+def test_fit():
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (0, 0, 10, 20))
+    assert fit(image, 20, "squash").getpixel((1, 10)) == (255, 255, 255)
+    assert fit(image, 20, "crop").getpixel((1, 10)) == (0, 0, 0)
+    with pytest.raises(ValueError, match="expected 'squash' or 'crop'"):
+        fit(image, 20, "pad")
+
+
+# --------------------------------------------------------------------------------------------------------- subsets
+
+LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=120)
+
+
+@given(LABELS, st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
+@settings(max_examples=100)
+def test_few_shot_sets_are_nested_sized_and_sorted(labels, a, b, seed):
+    table = table_of(labels)
+    small, large = (subsets.few_shot(table, n, seed) for n in sorted((a, b)))
+    assert set(small.keys) <= set(large.keys) and list(large.keys) == sorted(large.keys)
+    assert large.counts().tolist() == np.minimum(table.counts(), max(a, b)).tolist()
+
+
+@given(LABELS, st.randoms())
+@settings(max_examples=50)
+def test_draws_do_not_depend_on_the_listing_order(labels, random):
+    names = [f"class {i}" for i in range(6)]
+    order = list(range(len(labels)))
+    random.shuffle(order)
+    read = lambda row: None  # noqa: E731
+    one = ImageTable.of(names, labels, [f"k{i:04d}" for i in range(len(labels))], read)
+    two = ImageTable.of(names, [labels[i] for i in order], [f"k{i:04d}" for i in order], read)
+    assert subsets.few_shot(one, 2, 5).keys == subsets.few_shot(two, 2, 5).keys
+    assert subsets.long_tail(one, 0.1).keys == subsets.long_tail(two, 0.1).keys
+
+
+def test_seeds_draw_different_sets():
+    table = table_of([0] * 50 + [1] * 50)
+    assert subsets.few_shot(table, 5, 0).keys != subsets.few_shot(table, 5, 1).keys
+
+
+@given(st.lists(st.integers(1, 500), min_size=2, max_size=30), st.floats(0.001, 1))
+@settings(max_examples=100)
+def test_long_tail_counts_follow_the_profile(counts, factor):
+    found = subsets.long_tail_counts(counts, factor)
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    wanted = max(counts) * factor ** (np.arange(len(counts)) / (len(counts) - 1))
+    assert (np.diff(found[order]) <= 0).all() and (found >= 1).all() and (found <= counts).all()
+    assert (found[order] <= np.maximum(1, wanted + 1)).all()
+    full = np.asarray(counts)[order] >= wanted + 1
+    assert (np.abs(found[order] - np.maximum(1, wanted))[full] <= 1).all()
+
+
+@given(LABELS, st.floats(0, 0.9), st.integers(0, 3))
+@settings(max_examples=100)
+def test_held_out_validation_is_disjoint_and_leaves_every_class(labels, fraction, seed):
+    table = table_of(labels)
+    rest, val = subsets.hold_out(table, fraction, seed)
+    keys = list(rest.keys) + (list(val.keys) if val else [])
+    assert sorted(keys) == sorted(table.keys)
+    assert ((rest.counts() > 0) == (table.counts() > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"examples_per_class": 0}, "--examples_per_class 0: expected -1"),
+        ({"imbalance_factor": 0}, "expected a number in \\(0, 1\\]"),
+        ({"task": "tail"}, "--task tail: expected one of vanilla, imbalanced"),
+        ({"val_fraction": 1}, "expected a number in \\[0, 1\\)"),
+    ],
+)
+def test_settings_are_checked(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Setting(**arguments)
+
+
+def test_the_long_tail_setting_through_the_catalog(image_folder):
+    found = load_dataset(f"folder:{image_folder}", Setting(task="imbalanced", imbalance_factor=0.2))
+    assert sorted(found.train.counts().tolist()) == [1, 3, 6] and found.setting.suffix == "_imb0.2"
+
+
+# ------------------------------------------------------------------------------------------------------------ ELPV
+
+
+def test_elpv_split_is_the_recorded_stratified_draw():
+    labels = elpv.read_labels(elpv.package_folder())
+    splits = elpv.read()
+    assert {k: len(v) for k, v in splits.items()} == {"train": 1575, "val": 394, "test": 655}
+    drawn = elpv.stratified_split(labels)
+    assert all(drawn[key] == split for split, table in splits.items() for key in table.keys)
+    shares = splits["train"].counts() / sum(t.counts() for t in splits.values())
+    assert np.abs(shares - 0.6).max() < 0.01 and splits["test"].class_names == elpv.CLASS_NAMES
+
+
+def test_elpv_images_and_labels_belong_together():
+    table = elpv.read()["train"]
+    row = table.keys.index("cell0001")
+    assert table.class_names[table.labels[row]] == "mono defective" and table.image(row).size == (300, 300)
+
+
+def test_signatures_tell_changed_files(tmp_path, image_folder):
+    shutil.copytree(image_folder, tmp_path / "copy")
+    first = sources.read_folder(tmp_path / "copy")["train"]
+    before = first.signature()
+    assert sources.read_folder(tmp_path / "copy")["train"].signature() == before
+    tiny.picture(5, 5).save(tmp_path / "copy" / "train" / "toad" / "train000.png")
+    assert sources.read_folder(tmp_path / "copy")["train"].signature() != before

@@ -1,0 +1,165 @@
+"""The house's rules: imports only go down, importing does nothing, every file says what it is."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "semantic_aug"
+
+# A module may import only from groups to the right of its own; leaves import nothing of the package but `errors`.
+ORDER = [
+    "entry",
+    "cli",
+    "finetune",
+    "sampling",
+    "classify",
+    "evaluation",
+    "augmentations",
+    "datasets",
+    "diffusion",
+    "leaf",
+    "errors",
+]
+SIDE_BY_SIDE = [{"finetune", "sampling", "classify", "evaluation"}, {"augmentations", "datasets"}]
+LEAVES = {"registry", "prompts", "meta_csv", "seeding", "run_dir", "console", "pictures"}
+
+
+def group_of(module: str) -> str:
+    """The group of a dotted module name."""
+    parts = module.split(".")
+    if parts[0] in ("train_lora", "sample_mp", "train_cls"):
+        return "entry"
+    if len(parts) == 1:
+        return "leaf"  # the package itself: a version
+    name = parts[1]
+    return "leaf" if name in LEAVES else name
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = [
+        (".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p)
+        for p in PACKAGE.rglob("*.py")
+    ]
+    return sorted(found + [(p.stem, p) for p in ROOT.glob("*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the project that a file imports, anywhere in it."""
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            out |= {
+                node.module
+                if (ROOT / Path(*node.module.split("."))).with_suffix(".py").exists()
+                else f"{node.module}.{alias.name}"
+                for alias in node.names
+            }
+    return {name for name in out if name.split(".")[0] in ("semantic_aug", "train_lora", "sample_mp", "train_cls")}
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_only_go_down(module, path):
+    own = group_of(module)
+    for other in imported(path):
+        theirs = group_of(other)
+        same_folder = own == theirs and own not in ("leaf", "entry")
+        beside = any({own, theirs} <= side and own != theirs for side in SIDE_BY_SIDE)
+        assert same_folder or (ORDER.index(theirs) > ORDER.index(own) and not beside), (
+            f"{module} ({own}) imports {other} ({theirs})"
+        )
+
+
+def test_the_rule_can_fail():
+    assert ORDER.index(group_of("semantic_aug.diffusion.loop")) > ORDER.index(group_of("semantic_aug.datasets.table"))
+    assert group_of("semantic_aug.registry") == "leaf" and group_of("train_cls") == "entry"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_module_says_what_it_is_and_fits_in_a_head(module, path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert len(text.splitlines()) <= 450, f"{path} has grown long: is it still one thing?"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_public_functions_and_classes_have_docstrings(module, path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+def test_importing_everything_changes_nothing_and_reaches_for_no_network():
+    names = [name for name, _ in modules()]
+    code = f"""
+import random, signal, socket, sys
+import numpy, torch
+def no(*_): raise AssertionError("network")
+socket.socket.connect = no
+before = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+          torch.get_default_dtype(), torch.is_grad_enabled(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+          torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+sys.argv = ["x", "--no-such-flag"]
+import importlib
+for name in {names!r}:
+    importlib.import_module(name)
+after = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+         torch.get_default_dtype(), torch.is_grad_enabled(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+         torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+assert before == after
+import gc
+assert sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_lora.py", "sample_mp.py", "train_cls.py"])
+def test_help_is_quick_and_gives_every_flag_a_text(script):
+    import importlib
+
+    parser = importlib.import_module(script.removesuffix(".py")).build_parser()
+    for action in parser._actions:
+        assert action.help and len(action.help) > 3, action.option_strings
+        assert "-" not in "".join(action.option_strings).replace("--", "").replace("-h", ""), action.option_strings
+    code = f"import sys, {script[:-3]} as m; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "--help should not wait for torch"
+
+
+def test_flags_that_copy_a_table_cannot_drift():
+    import train_cls
+    import train_lora
+    from semantic_aug.classify import losses, optim
+    from semantic_aug.diffusion.lora import TARGETS
+    from semantic_aug.finetune.config import STRATEGIES
+
+    assert tuple(STRATEGIES) == train_lora.STRATEGIES and losses.CRITERIA == train_cls.CRITERIA
+    assert optim.OPTIMIZERS == train_cls.OPTIMIZERS
+    assert train_lora.build_parser().get_default("lora_targets") == list(TARGETS)
+
+
+def test_nothing_names_a_machine():
+    """No absolute paths of a person's machine in what is shipped."""
+    words = ["/" + "work/", "/" + "home/", "/" + "Users/", "/" + "root/"]
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".sh", ".md", ".yaml", ".toml", ".txt") and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not [w for w in words if w in text], f"{name}: {[w for w in words if w in text]}"
+
+
+def test_pickles_are_opened_with_weights_only():
+    for _, path in modules():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, f"{path}: {line.strip()}"
+
+
+assert os.environ.get("HF_HUB_OFFLINE") == "1", "the tests run without a hub"

@@ -1,0 +1,157 @@
+"""The shell wrappers, as the documentation prints them: arguments, arrays, exit statuses, the user's shell."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ECHO = "echo program"
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs lines in bash (or zsh) with a python that prints its arguments and ends with the status in $STATUS."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\nprintf "[%s] " "$@"; echo; exit ${STATUS:-0}\n')
+    program.chmod(0o755)
+
+    def run(lines: str, kind: str = "bash", **env) -> subprocess.CompletedProcess:
+        base = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("MODEL_NAME", "GPU_IDS", "CUDA_VISIBLE_DEVICES", "MULTIPLIER")
+        }
+        return subprocess.run(
+            [kind, "-c", lines],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**base, "DIFFMIX_PYTHON": str(program), **env},
+        )
+
+    return run
+
+
+def words(done: subprocess.CompletedProcess) -> list[str]:
+    return [word.strip("[]") for word in done.stdout.strip().split("] [")]
+
+
+def flag(found: list[str], name: str, count: int = 1) -> list[str]:
+    place = found.index(name)
+    return found[place + 1 : place + 1 + count]
+
+
+KINDS = [kind for kind in ("bash", "zsh") if shutil.which(kind)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finetune_as_printed(shell, kind):
+    call = "finetune" if kind == "zsh" else "bash finetune"
+    found = words(shell(f"source scripts/finetune.sh\n{call} 'cub' 'ti_db' 5 35000 --rank 4 --prompt 'a b'", kind))
+    assert found[0].endswith("train_lora.py")
+    assert flag(found, "--dataset") == ["cub"] and flag(found, "--finetune_strategy") == ["ti_db"]
+    assert flag(found, "--examples_per_class") == ["5"] and flag(found, "--max_train_steps") == ["35000"]
+    assert flag(found, "--pretrained_model_name_or_path") == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    assert found[-4:] == ["--rank", "4", "--prompt", "a b"]  # further words are passed on, quoted ones whole
+
+
+def test_several_gpus_go_through_accelerate(shell):
+    found = words(
+        shell("source scripts/finetune.sh; finetune cub ti_db -1 10", CUDA_VISIBLE_DEVICES="0,3", MODEL_NAME="my base")
+    )
+    assert found[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and flag(found, "--num_processes") == [
+        "2"
+    ]
+    assert flag(found, "--pretrained_model_name_or_path") == ["my base"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ids", ["GPU_IDS=(0 0 1)", "GPU_IDS='0 0 1'", "export GPU_IDS=(0 0 1)"])
+def test_sample_takes_gpu_ids_as_array_or_string(shell, kind, ids):
+    call = "sample" if kind == "zsh" else "bash sample"
+    if kind == "zsh":
+        ids = ids.replace("export ", "")
+    found = words(shell(f"source scripts/sample.sh\n{ids}\n{call} 'cub' 'ti_db_latest' 'diff-mix' 0.7", kind))
+    assert found[0].endswith("sample_mp.py") and flag(found, "--gpu_ids", 3) == ["0", "0", "1"]
+    assert flag(found, "--finetune_model_key") == ["ti_db_latest"] and flag(found, "--aug_strength") == ["0.7"]
+    assert flag(found, "--syn_dataset_multiplier") == ["5"] and flag(found, "--examples_per_class") == ["-1"]
+
+
+def test_sample_fewshot_as_printed(shell):
+    lines = "source scripts/sample.sh\nexport GPU_IDS=(0 0 0 1 1 1)\nbash sample_fewshot 5 'cub' '5shot_ti_db_latest' 'diff-mix' 0.7"
+    found = words(shell(lines))
+    assert flag(found, "--examples_per_class") == ["5"] and flag(found, "--gpu_ids", 6) == [
+        "0",
+        "0",
+        "0",
+        "1",
+        "1",
+        "1",
+    ]
+    assert flag(words(shell("source scripts/sample.sh; sample cub None real-mix uniform")), "--strength_strategy") == [
+        "uniform"
+    ]
+    assert "--gpu_ids" not in words(shell("source scripts/sample.sh; sample cub k diff-mix 0.7"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_main_cls_as_printed(shell, kind):
+    lines = "source scripts/classification.sh\nmain_cls 'cub' '0' 2020 'resnet50' '224' 120 'diffmix_0.7' 0.5 0.1 --use_cutmix"
+    found = words(shell(lines, kind))
+    expected = {
+        "--dataset": "cub",
+        "--gpu": "0",
+        "--seed": "2020",
+        "--model": "resnet50",
+        "--res_mode": "224",
+        "--nepoch": "120",
+        "--syndata_key": "diffmix_0.7",
+        "--gamma": "0.5",
+        "--synthetic_prob": "0.1",
+    }
+    assert (
+        found[0].endswith("train_cls.py")
+        and {k: flag(found, k)[0] for k in expected} == expected
+        and found[-1] == "--use_cutmix"
+    )
+    few = words(
+        shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1", kind)
+    )
+    assert flag(few, "--examples_per_class") == ["5"] and flag(few, "--syndata_key") == ["None"]
+
+
+@pytest.mark.parametrize(
+    ("script", "call"),
+    [
+        ("finetune", "bash finetune cub ti_db 5 10"),
+        ("sample", "bash sample cub k diff-mix 0.7"),
+        ("classification", "main_cls cub 0 1 m 224 1 k 0.5 0.1"),
+    ],
+)
+def test_a_wrapper_returns_the_programs_status_and_the_shell_lives_on(shell, script, call):
+    done = shell(f"source scripts/{script}.sh\n{call} >/dev/null; echo status $?; echo alive", STATUS="2")
+    assert done.stdout.split("\n")[:2] == ["status 2", "alive"]
+
+
+def test_too_few_words_are_one_line(shell):
+    done = shell("source scripts/finetune.sh; bash finetune cub; echo status $?")
+    assert done.stdout == "status 2\n" and done.stderr.startswith(
+        "error: finetune needs 4 arguments, got 1; usage: finetune DATASET"
+    )
+
+
+def test_bash_itself_still_works_and_strict_shells_do_too(shell, tmp_path):
+    (tmp_path / "x.sh").write_text("echo script $1\n")
+    done = shell(
+        f"set -euo pipefail\nfor s in finetune sample classification; do source scripts/$s.sh; done\n"
+        f"bash {tmp_path}/x.sh one; bash -c 'echo two'; bash finetune a b 1 2"
+    )
+    assert done.returncode == 0 and done.stdout.startswith("script one\ntwo\n") and "--max_train_steps" in done.stdout
+
+
+def test_sourcing_works_from_anywhere(shell, tmp_path):
+    done = shell(f"cd {tmp_path}; source {ROOT}/scripts/sample.sh; bash sample cub k diff-mix 0.7")
+    assert str(ROOT / "sample_mp.py") in done.stdout
