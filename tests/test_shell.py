@@ -81,8 +81,8 @@ def test_sample_takes_gpu_ids_as_array_or_string(shell, kind, ids):
 
 
 def test_sample_fewshot_as_printed(shell):
-    lines = "source scripts/sample.sh\nexport GPU_IDS=(0 0 0 1 1 1)\nbash sample_fewshot 5 'cub' '5shot_ti_db_latest' 'diff-mix' 0.7"
-    found = words(shell(lines))
+    lines = "source scripts/sample.sh\nexport GPU_IDS=(0 0 0 1 1 1)\n"
+    found = words(shell(lines + "bash sample_fewshot 5 'cub' '5shot_ti_db_latest' 'diff-mix' 0.7"))
     assert flag(found, "--examples_per_class") == ["5"] and flag(found, "--gpu_ids", 6) == [
         "0",
         "0",

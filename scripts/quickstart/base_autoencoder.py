@@ -82,7 +82,7 @@ def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
 def train_autoencoder(
     images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp
 ) -> AutoencoderKL:
-    """Trains the autoencoder. ``images``, ``zoomed``: uint8 ``(N, 128, 128)`` and ``(N, 160, 160)``. Returns the EMA weights' model."""
+    """Trains the autoencoder on uint8 ``(N, 128, 128)`` images and their ``(N, 160, 160)`` enlargements; returns its EMA."""
     torch.manual_seed(0)  # initial weights; every batch below has a generator of its own
     model = make_autoencoder().to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)

@@ -83,6 +83,12 @@ def crop(pixels: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: int) -> 
     return np.ascontiguousarray(windows[np.arange(len(pixels)), tops, lefts].transpose(0, 2, 3, 1))
 
 
+def centre(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The middle of each image: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
+    margin = (pixels.shape[1] - size) // 2
+    return np.ascontiguousarray(pixels[:, margin : margin + size, margin : margin + size])
+
+
 class TrainBatches:
     """The batches of every epoch, real and synthetic.
 
@@ -174,11 +180,9 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of uint8 ``(B, size, size, 3)`` and labels ``(B,)``."""
-        margin = (self.store.side - self.resolution) // 2
-        window = slice(margin, margin + self.resolution)
         for start in range(0, self.store.count, self.batch_size):
             rows = np.arange(start, min(self.store.count, start + self.batch_size))
-            yield torch.from_numpy(np.ascontiguousarray(self.store.batch(rows)[:, window, window])), self.labels[rows]
+            yield torch.from_numpy(centre(self.store.batch(rows), self.resolution)), self.labels[rows]
 
 
 class Normaliser:

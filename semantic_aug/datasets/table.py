@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,8 @@ class ImageTable:
         rows: ``(N,)`` int64, each row's position in the source, as ``read`` wants it.
         read: decodes one source row.
         stamp: what changes when a source row's content does (size and time of its file); tells caches when they are stale.
+        extras: further columns by name, ``N`` values each, for data sets that have them: ``group`` (int64, with the
+            group's meaning given by the data set), ``caption`` (str), ``box`` (left, top, right, bottom in pixels).
     """
 
     class_names: tuple[str, ...]
@@ -33,6 +35,7 @@ class ImageTable:
     rows: np.ndarray
     read: Reader
     stamp: Callable[[int], str] = lambda row: ""
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         if not len(self.labels) == len(self.keys) == len(self.rows):
@@ -46,11 +49,13 @@ class ImageTable:
         keys: Sequence[str],
         read: Reader,
         stamp: Callable[[int], str] = lambda row: "",
+        extras: Mapping[str, Sequence] | None = None,
     ) -> ImageTable:
         """A table over a source's rows in the source's order, brought into the order of the keys."""
         order = np.asarray(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
         labels = np.asarray(labels, dtype=np.int64).reshape(-1)
-        return cls(tuple(class_names), labels[order], [keys[i] for i in order], order, read, stamp)
+        columns = {name: np.asarray(values)[order] for name, values in (extras or {}).items()}
+        return cls(tuple(class_names), labels[order], [keys[i] for i in order], order, read, stamp, columns)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +71,13 @@ class ImageTable:
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageTable:
         """The rows at ``indices``, in ascending order."""
         indices = np.sort(np.asarray(indices, dtype=np.int64))
-        return replace(self, labels=self.labels[indices], keys=[self.keys[i] for i in indices], rows=self.rows[indices])
+        return replace(
+            self,
+            labels=self.labels[indices],
+            keys=[self.keys[i] for i in indices],
+            rows=self.rows[indices],
+            extras={name: values[indices] for name, values in self.extras.items()},
+        )
 
     def counts(self) -> np.ndarray:
         """``(K,)`` number of images of each class."""

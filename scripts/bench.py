@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Benchmarks: each stage against a faithful port of the original's way of doing it, side by side in one run.
+
+    python scripts/bench.py sampling | finetune | data | classify [--help]
+
+A table goes to the terminal, the same with every measured figure to ``outputs/bench/{name}.json``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from semantic_aug.errors import UserError, run_main, unknown  # noqa: E402
+
+
+def known() -> list[str]:
+    """The benchmarks there are: modules of ``scripts/benchmarks`` with a ``main``."""
+    folder = Path(__file__).parent / "benchmarks"
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_") and path.stem != "common")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark named first with the remaining arguments."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if words[0] not in known():
+        raise unknown("benchmark", words[0], known(), "python scripts/bench.py NAME --help shows its flags")
+    module = importlib.import_module(f"benchmarks.{words[0]}")
+    if not hasattr(module, "main"):
+        raise UserError(f"benchmark {words[0]} has no main")
+    return module.main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,66 @@
+"""What the benchmarks share: the machine in words, repeated timing, a table, a JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from semantic_aug import registry, run_dir
+
+OUTPUT = registry.REPO_ROOT / "outputs" / "bench"
+
+
+def machine() -> dict:
+    """CPU model and cores, GPU where there is one, memory, versions."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpu": gpu,
+        "versions": run_dir.versions(), "git_revision": run_dir.git_revision(registry.REPO_ROOT),
+    }  # fmt: skip
+
+
+def describe(found: dict) -> str:
+    """The machine in one line."""
+    return f"{found['gpu'] or '{cores} cores of {cpu}'.format(**found)}, torch {found['versions']['torch']}"
+
+
+def timed(call: Callable[[], object], repeat: int = 3, warmup: int = 1) -> float:
+    """Median wall-clock seconds of a call; the caller synchronises its device."""
+    for _ in range(warmup):
+        call()
+    seconds = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def publish(name: str, header: Sequence[str], rows: Sequence[Sequence[object]], details: dict) -> Path:
+    """Prints the table and the machine, and writes everything to ``outputs/bench/{name}.json``."""
+    found = machine()
+    print(f"\n{table(header, rows)}\n\n{describe(found)}")
+    path = OUTPUT / f"{name}.json"
+    run_dir.write_json(path, {"machine": found, "header": list(header), "rows": [list(row) for row in rows], **details})
+    print(f"written: {registry.shown_path(path)}")
+    return path

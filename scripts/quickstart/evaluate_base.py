@@ -1,0 +1,172 @@
+"""Measures the embedded base model and writes its model card.
+
+    python scripts/quickstart/evaluate_base.py             # goes on where it stopped; about two hours on 2 CPU cores
+
+Autoencoder: PSNR on test photographs. Text-to-image: how often a classifier trained on real photographs (the judge)
+assigns generated images to the cell type and the defect level they were prompted with, after stage 1 on all training
+images and after the quickstart's 10-shot stage 1. Figures go to ``base/figures.json``, pictures to ``base/*.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+BASE = "scripts/quickstart/base"
+OUT = "outputs/base_evaluation"
+GENERATED = 400
+JUDGE_SEEDS = (2020, 2021, 2022)
+
+
+def python(*words) -> None:
+    """Runs one of the entry scripts; finished ones say so and return at once."""
+    print("python", *words, flush=True)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def measure_autoencoder() -> dict:
+    """PSNR on ELPV's test photographs at 128 px, in dB."""
+    import torch
+    from base_autoencoder import psnr, reconstruct
+    from build_base import load_images
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(ROOT / BASE / "vae", torch_dtype=torch.float32).eval()
+    images = load_images("test", 128)
+    return {"test_psnr_db": round(psnr(reconstruct(vae, images), images), 2), "test_images": len(images)}
+
+
+def train_judges() -> list[Path]:
+    """Classifiers of all real training photographs, one per seed."""
+    folders = []
+    for seed in JUDGE_SEEDS:
+        folder = Path(OUT) / f"judge-seed{seed}"
+        python("train_cls.py", "--dataset", "elpv", "--model", "tf_efficientnet_lite0", "--res_mode", 128, "--nepoch", 30,
+               "--batch_size", 32, "--seed", seed, "--eval_every", 2, "--output_dir", folder)  # fmt: skip
+        folders.append(ROOT / folder)
+    return folders
+
+
+def finetune_and_generate(name: str, *finetune_flags, shots: int = -1) -> Path:
+    """Stage 1 with the given flags, then images of every class from noise; returns the subset's folder."""
+    config = Path(OUT) / "config"
+    shared = ["--dataset", "elpv", "--config_dir", config, "--examples_per_class", shots]
+    python("train_lora.py", *shared, "--pretrained_model_name_or_path", BASE, "--finetune_strategy", "ti_db",
+           "--validation_steps", 0, "--report_to", "none", "--checkpointing_steps", 250, "--initializer", "super_class",
+           "--resume_from_checkpoint", "latest", "--register_key", name, "--output_dir", Path(OUT) / name,
+           *finetune_flags)  # fmt: skip
+    images = 1575 if shots < 0 else 8 * shots
+    python("sample_mp.py", *shared, "--finetune_model_key", name, "--sample_strategy", "diff-gen", "--output_root", OUT,
+           "--syn_dataset_multiplier", GENERATED / images)  # fmt: skip
+    return next((ROOT / OUT / "elpv").glob(f"diff-gen-Multi*-{name}-Strength1.0"))
+
+
+def agreement(subset: Path, judge_folders: list[Path]) -> dict:
+    """How the judges take a subset's images: shares that agree with the prompt, averaged over the judges."""
+    import numpy as np
+
+    from semantic_aug.datasets import load_dataset
+    from semantic_aug.datasets.elpv import CLASS_NAMES, LEVELS
+    from semantic_aug.datasets.synthetic import read_subset
+    from semantic_aug.evaluation.judge import load_judge
+
+    images = read_subset(subset, load_dataset("elpv"), allow_other_sources=True)
+    levels, count = len(LEVELS), len(CLASS_NAMES)
+    sure = np.isin(images.target % levels, (0, levels - 1))  # functional and defective; the levels between are doubtful
+    shares = []
+    for folder in judge_folders:
+        p = load_judge(folder).probabilities(images.image, len(images)).reshape(-1, count // levels, levels)
+        kind, defective = p.sum(2).argmax(1), p[:, :, -1].sum(1) > p[:, :, 0].sum(1)
+        right_level = defective == (images.target % levels == levels - 1)
+        shares.append([(kind == images.target // levels).mean(), right_level[sure].mean()])
+    mean, spread = np.mean(shares, 0), np.std(shares, 0)
+    return {
+        "images": len(images),
+        "cell_type_share": round(float(mean[0]), 4),
+        "cell_type_spread": round(float(spread[0]), 4),
+        "defect_share": round(float(mean[1]), 4),
+        "defect_spread": round(float(spread[1]), 4),
+    }
+
+
+def judge_accuracy(folders: list[Path]) -> dict:
+    """Mean and standard deviation over seeds of the judges' own test accuracy."""
+    import numpy as np
+
+    found = [json.loads((folder / "results.json").read_text())["test"] for folder in folders]
+    figures: dict = {"seeds": list(JUDGE_SEEDS)}
+    for name in ("top1", "macro"):
+        values = [f[name] for f in found]
+        figures[f"test_{name}"] = {
+            "mean": round(float(np.mean(values)), 4),
+            "std": round(float(np.std(values, ddof=1)), 4),
+        }
+    return figures
+
+
+def draw_samples(path: Path) -> None:
+    """Cells under captions of the base model's own words, and its reconstructions of test photographs."""
+    import torch
+    from base_autoencoder import reconstruct
+    from build_base import load_images
+    from PIL import Image
+
+    from semantic_aug.diffusion.base import load_base
+    from semantic_aug.diffusion.loop import decode_latents, generate
+    from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
+    from semantic_aug.diffusion.text import encode_prompts
+    from semantic_aug.pictures import Cell, grid
+    from semantic_aug.seeding import torch_rng
+
+    model = load_base(BASE)
+    prompts = ["a photo of a solar cell", "a photo of a smooth round solar cell", "a photo of a coarse square solar cell",
+               "a photo of a dim broken cracked solar cell", "a photo of a white clean even solar cell"]  # fmt: skip
+    null, rows = encode_prompts(model.tokenizer, model.text_encoder, [""]), []
+    for prompt in prompts:
+        embeds = encode_prompts(model.tokenizer, model.text_encoder, [prompt]).expand(8, -1, -1)
+        noise = [torch_rng(0, "card", i) for i in range(8)]
+        latents = generate(model.unet, make_scheduler(model.scheduler_config), model.geometry.latent_shape(128), embeds, null,
+                           noise, SolverSettings(25, 4.0))  # fmt: skip
+        rows.append([Cell(Image.fromarray(image.numpy())) for image in decode_latents(model.vae, latents)])
+    photographs = load_images("test", 128)[torch.arange(8) * 80]
+    for images in (photographs, reconstruct(model.vae, photographs)):
+        rows.append([Cell(Image.fromarray(image.numpy()).convert("RGB")) for image in images])
+    grid(rows, row_titles=[*prompts, "test photographs", "reconstructed"]).save(path)
+
+
+def main() -> int:
+    """Measures everything and writes figures, picture and card."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--skip_training", action="store_true", help="only the autoencoder and the pictures")
+    args = parser.parse_args()
+    from run import FULL
+    from run import Quickstart as Steps
+
+    figures_file = ROOT / BASE / "figures.json"
+    figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
+    figures["autoencoder"] = measure_autoencoder()
+    draw_samples(ROOT / BASE / "samples.png")
+    if not args.skip_training:
+        judges = train_judges()
+        figures["judge"] = judge_accuracy(judges)
+        long_run = "--max_train_steps 3000 --train_batch_size 16 --learning_rate 5e-4 --ti_learning_rate 5e-3 --lr_scheduler cosine"
+        everything = finetune_and_generate("all", *long_run.split())
+        figures["all_images"] = agreement(everything, judges)
+        flags = Steps(FULL).commands()["finetune"]
+        names = [word for word in long_run.split() if word.startswith("--") and word in flags]
+        chosen = [word for name in names for word in (name, flags[flags.index(name) + 1])]
+        figures["ten_shot"] = agreement(finetune_and_generate("10shot", *chosen, shots=10), judges)
+    figures_file.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
