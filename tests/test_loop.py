@@ -7,7 +7,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 import tiny
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
-from semantic_aug.diffusion.schedulers import first_step, make_scheduler
+from semantic_aug.diffusion.schedulers import SolverSettings, first_step, make_scheduler
 from semantic_aug.diffusion.text import encode_prompts
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import task_rng
@@ -20,7 +20,7 @@ PROMPTS = ["a photo of a red fox", "a photo of a toad", "a blue jay", "a dark ph
 class Case:
     """Our parts and diffusers' pipelines over the same weights."""
 
-    def __init__(self, folder, settings: loop.SolverSettings):
+    def __init__(self, folder, settings: SolverSettings):
         self.model, self.settings = load_base(str(folder)), settings
         self.scheduler = make_scheduler(self.model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.images = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(len(PROMPTS))]
@@ -65,7 +65,7 @@ class Case:
         generators = [task_rng(0, i) for i in indices]
         if strengths is None:
             return loop.generate(
-                self.model.unet,
+                loop.plain_denoiser(self.model.unet),
                 self.scheduler,
                 self.model.geometry.latent_shape(tiny.RESOLUTION),
                 self.embeds[indices],
@@ -75,7 +75,7 @@ class Case:
             )
         moments = loop.encode_moments(self.model.vae, loop.to_pixels([self.images[i] for i in indices]))
         return loop.translate(
-            self.model.unet,
+            loop.plain_denoiser(self.model.unet),
             self.scheduler,
             moments,
             self.model.vae.config.scaling_factor,
@@ -103,31 +103,31 @@ def test_mixed_strengths_in_one_batch_equal_img2img_pipeline(
     tiny_base, tiny_base_v, prediction, final_sigmas, guidance
 ):
     folder = tiny_base if prediction == "epsilon" else tiny_base_v
-    case = Case(folder, loop.SolverSettings(10, guidance, "dpmsolver++", final_sigmas))
+    case = Case(folder, SolverSettings(10, guidance, "dpmsolver++", final_sigmas))
     assert_equal_to_pipeline(case, list(range(6)), list(STRENGTHS))
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_each_strength_at_25_steps_equals_img2img_pipeline(tiny_base, strength):
-    case = Case(tiny_base, loop.SolverSettings(25, 7.5))
+    case = Case(tiny_base, SolverSettings(25, 7.5))
     assert_equal_to_pipeline(case, [3, 0], [strength, strength])
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "heun", "ddpm", "unipc", "pndm"])
 def test_other_schedulers_equal_img2img_pipeline(tiny_base, scheduler):
-    case = Case(tiny_base, loop.SolverSettings(8, 4.0, scheduler))
+    case = Case(tiny_base, SolverSettings(8, 4.0, scheduler))
     assert_equal_to_pipeline(case, [0, 1, 2], [0.9, 0.4, 0.9])
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler"])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_generation_from_noise_equals_pipeline(tiny_base, scheduler, guidance):
-    case = Case(tiny_base, loop.SolverSettings(6, guidance, scheduler))
+    case = Case(tiny_base, SolverSettings(6, guidance, scheduler))
     assert_equal_to_pipeline(case, [4, 1, 0], None)
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_base):
-    case = Case(tiny_base, loop.SolverSettings(8, 7.5))
+    case = Case(tiny_base, SolverSettings(8, 7.5))
     together = case.ours([0, 1, 2, 3], [0.5, 0.9, 0.5, 0.3])
     alone = case.ours([2], [0.5])
     assert (together[2] - alone[0]).abs().max() <= TOLERANCE
@@ -135,7 +135,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_base):
 
 
 def test_decoding_in_micro_batches_equals_the_pipelines_images(tiny_base):
-    case = Case(tiny_base, loop.SolverSettings(4, 3.0))
+    case = Case(tiny_base, SolverSettings(4, 3.0))
     latents = case.ours([0, 1, 2], [0.8, 0.8, 0.8])
     images = loop.decode_latents(case.model.vae, latents, micro_batch=2)
     pipe = case.pipeline(StableDiffusionImg2ImgPipeline)

@@ -9,7 +9,7 @@ import tiny
 from semantic_aug.augmentations.engine import ModelFiles, load_model
 from semantic_aug.diffusion import loop, lora, tokens
 from semantic_aug.diffusion.base import load_base
-from semantic_aug.diffusion.schedulers import make_scheduler
+from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import class_prompt, encode_prompts
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import task_rng
@@ -56,24 +56,24 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     prompt = class_prompt("blue jay", "blue jay", "bird", learned)
     embeds = encode_prompts(model.tokenizer, model.text_encoder, [prompt, ""])
     got = loop.generate(
-        model.unet,
+        loop.plain_denoiser(model.unet),
         make_scheduler(model.scheduler_config),
         model.geometry.latent_shape(tiny.RESOLUTION),
         embeds[:1],
         embeds[1:],
         [task_rng(1, 1)],
-        loop.SolverSettings(5, 5.0),
+        SolverSettings(5, 5.0),
     )
     assert (got - wanted).abs().max() <= 1e-4
     base = load_base(str(tiny_base))
     plain = loop.generate(
-        base.unet,
+        loop.plain_denoiser(base.unet),
         make_scheduler(base.scheduler_config),
         base.geometry.latent_shape(tiny.RESOLUTION),
         embeds[:1],
         embeds[1:],
         [task_rng(1, 1)],
-        loop.SolverSettings(5, 5.0),
+        SolverSettings(5, 5.0),
     )
     assert (got - plain).abs().max() > 0.01  # the LoRA does something
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.strategies import STRATEGIES, find, weights_for
 from semantic_aug.errors import UserError
+from semantic_aug.sampling.config import choose_strengths
 from semantic_aug.sampling.plan import batches_of_shard, make_plan
-from semantic_aug.sampling.run import choose_strengths
 
 LABELS = st.lists(st.integers(0, 4), min_size=5, max_size=60).map(
     lambda extra: np.array(sorted([0, 1, 2, 3, 4, *extra]))
@@ -85,11 +85,11 @@ def test_the_plan_is_a_function_of_its_arguments(labels):
     assert len({a.digest, *(o.digest for o in others)}) == 6
 
 
-def test_strengths_are_even_and_batches_mostly_of_one_strength():
+def test_strengths_are_even_and_every_batch_has_one_strength():
     plan = plan_for(np.arange(100) % 5, strengths=(0.3, 0.5, 0.7, 0.9), multiplier=4, batch_size=16)
     assert np.bincount(plan.strength_code).tolist() == [100, 100, 100, 100]
-    mixed = sum(len({plan.strength(n) for n in plan.numbers(b)}) > 1 for b in range(plan.num_batches))
-    assert mixed <= 3
+    assert all(len({plan.strength(n) for n in plan.numbers(b)}) == 1 for b in range(plan.num_batches))
+    assert plan.num_batches == 4 * 7 and max(len(plan.numbers(b)) for b in range(plan.num_batches)) == 16
 
 
 def test_one_class_or_an_empty_class_or_no_task_is_refused():

@@ -14,7 +14,9 @@ from PIL import Image
 import tiny
 from semantic_aug import meta_csv
 from semantic_aug.run_dir import write_text
-from semantic_aug.sampling import store
+from semantic_aug.sampling import files
+from semantic_aug.sampling.lock import RunLock
+from semantic_aug.sampling.records import Records
 
 CLASSES = ("blue jay", "red fox", "toad")
 SUBSET = "animals/diff-mix-Multi3-ck-Strength0.7"
@@ -166,7 +168,7 @@ def test_a_folder_made_otherwise_or_in_use_is_not_touched(workshop, image_folder
     words = arguments(workshop, image_folder, folder.parents[1])
     line = refused("sample_mp.py", *words, "--guidance_scale", "3", "--seed", "5")
     assert "guidance_scale: 7.5 -> 3.0" in line and "seed: 0 -> 5" in line and "--output_root" in line
-    with store.RunLock(folder):
+    with RunLock(folder):
         assert f"is being written by another run (process {os.getpid()} on" in refused("sample_mp.py", *words)
     assert same(folder, undisturbed)
 
@@ -254,7 +256,7 @@ def test_weights_that_do_not_fit_are_one_line_and_leave_no_image(workshop, image
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(monkeypatch, tmp_path):
-    written = store.write_image(tmp_path / "a.png", b"x" * 10)
+    written = files.write_image(tmp_path / "a.png", b"x" * 10)
     assert written[0] == 10
 
     def full(*_):
@@ -262,20 +264,20 @@ def test_a_full_disk_is_one_line_and_loses_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        store.write_image(tmp_path / "a.png", b"y" * 20)
+        files.write_image(tmp_path / "a.png", b"y" * 20)
     assert (tmp_path / "a.png").read_bytes() == b"x" * 10 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_records_survive_a_torn_write(tmp_path):
-    records = store.Records(tmp_path)
+    records = Records(tmp_path)
     records.append([(0, 10, 1), (1, 20, 2)])
     with open(records.path, "ab") as out:
         out.write(b"\x07\0\0")
-    assert store.Records.read_all(tmp_path)["number"].tolist() == [0, 1]
+    assert Records.read_all(tmp_path)["number"].tolist() == [0, 1]
     records.append([(2, 30, 3)])
-    assert store.Records.read_all(tmp_path)["number"].tolist() == [0, 1, 2]
+    assert Records.read_all(tmp_path)["number"].tolist() == [0, 1, 2]
 
 
 def test_png_bytes_are_a_function_of_the_pixels():
     pixels = np.asarray(tiny.picture(1, 1))
-    assert store.encode_png(pixels, {"a": "ü"}) == store.encode_png(pixels.copy(), {"a": "ü"})
+    assert files.encode_image(pixels, {"a": "ü"}) == files.encode_image(pixels.copy(), {"a": "ü"})

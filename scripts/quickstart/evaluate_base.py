@@ -23,6 +23,11 @@ BASE = "scripts/quickstart/base"
 OUT = "outputs/base_evaluation"
 GENERATED = 400
 JUDGE_SEEDS = (2020, 2021, 2022)
+LONG_RUN = (
+    "--max_train_steps", "3000", "--train_batch_size", "16", "--learning_rate", "5e-4", "--ti_learning_rate", "5e-3",
+    "--lr_scheduler", "cosine",
+)  # fmt: skip
+"""Stage 1 on all training images."""
 
 
 def python(*words) -> None:
@@ -119,7 +124,7 @@ def draw_samples(path: Path) -> None:
     from PIL import Image
 
     from semantic_aug.diffusion.base import load_base
-    from semantic_aug.diffusion.loop import decode_latents, generate
+    from semantic_aug.diffusion.loop import decode_latents, generate, plain_denoiser
     from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
     from semantic_aug.diffusion.text import encode_prompts
     from semantic_aug.pictures import Cell, grid
@@ -132,8 +137,8 @@ def draw_samples(path: Path) -> None:
     for prompt in prompts:
         embeds = encode_prompts(model.tokenizer, model.text_encoder, [prompt]).expand(8, -1, -1)
         noise = [torch_rng(0, "card", i) for i in range(8)]
-        latents = generate(model.unet, make_scheduler(model.scheduler_config), model.geometry.latent_shape(128), embeds, null,
-                           noise, SolverSettings(25, 4.0))  # fmt: skip
+        shape, scheduler = model.geometry.latent_shape(128), make_scheduler(model.scheduler_config)
+        latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SolverSettings(25, 4.0))
         rows.append([Cell(Image.fromarray(image.numpy())) for image in decode_latents(model.vae, latents)])
     photographs = load_images("test", 128)[torch.arange(8) * 80]
     for images in (photographs, reconstruct(model.vae, photographs)):
@@ -156,11 +161,10 @@ def main() -> int:
     if not args.skip_training:
         judges = train_judges()
         figures["judge"] = judge_accuracy(judges)
-        long_run = "--max_train_steps 3000 --train_batch_size 16 --learning_rate 5e-4 --ti_learning_rate 5e-3 --lr_scheduler cosine"
-        everything = finetune_and_generate("all", *long_run.split())
+        everything = finetune_and_generate("all", *LONG_RUN)
         figures["all_images"] = agreement(everything, judges)
         flags = Steps(FULL).commands()["finetune"]
-        names = [word for word in long_run.split() if word.startswith("--") and word in flags]
+        names = [word for word in LONG_RUN if word.startswith("--") and word in flags]
         chosen = [word for name in names for word in (name, flags[flags.index(name) + 1])]
         figures["ten_shot"] = agreement(finetune_and_generate("10shot", *chosen, shots=10), judges)
     figures_file.write_text(json.dumps(figures, indent=2) + "\n")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.diffusion import lora as lora_io
@@ -16,6 +17,8 @@ from semantic_aug.diffusion.loop import (
     decode_latents,
     encode_moments,
     generate,
+    plain_denoiser,
+    reusing_denoiser,
     to_pixels,
     translate,
 )
@@ -23,6 +26,8 @@ from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import class_prompt, encode_prompts
 from semantic_aug.prompts import SAMPLING_TEMPLATE
 
+PROMPT_BATCH = 64
+DECODE_BATCH = 8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,6 +42,8 @@ class Engine:
         device: where to run.
         dtype: precision of the networks; merging happens in float32 before the cast.
         template: prompt with ``{}`` for the class.
+        compiled_batch: compile U-Net and decoder for batches of exactly this many images (smaller ones are padded);
+            None runs them as they are.
 
     Raises:
         UserError: weights that do not fit, a class without its token, a resolution the model cannot make.
@@ -51,6 +58,7 @@ class Engine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         template: str = SAMPLING_TEMPLATE,
+        compiled_batch: int | None = None,
     ):
         model, tokens = load_model(files)
         model.geometry.check(resolution)
@@ -62,61 +70,91 @@ class Engine:
             for source, prompt in zip(classes.source_names, classes.prompt_names, strict=True)
         ]
         model.to(device, dtype)
-        embeds = [
-            encode_prompts(model.tokenizer, model.text_encoder, self.prompts[i : i + 64])
-            for i in range(0, len(self.prompts), 64)
-        ]
-        self.prompt_embeds = torch.cat(embeds)
+        chunks = [self.prompts[i : i + PROMPT_BATCH] for i in range(0, len(self.prompts), PROMPT_BATCH)]
+        self.prompt_embeds = torch.cat([encode_prompts(model.tokenizer, model.text_encoder, chunk) for chunk in chunks])
         self.null_embeds = encode_prompts(model.tokenizer, model.text_encoder, [""])
-        self.unet, self.vae = model.unet, model.vae
+        # the text encoder has done its work: only what follows stays in memory
+        self.vae, self.batch = model.vae, compiled_batch
         self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.settings, self.resolution = settings, resolution
         self.device, self.dtype = torch.device(device), dtype
         self.latent_shape = model.geometry.latent_shape(resolution)
+        self.attention = attention_kernel(model.unet, self.device, dtype)
+        self.denoiser, self.decode = self._networks(model.unet)
+
+    def _networks(self, unet: nn.Module):
+        """The denoiser and the decoder, compiled (channels last, static shapes) where a batch size was given."""
+        if self.batch is None:
+            reuse = self.settings.reuse_interval > 1
+            return (reusing_denoiser(unet) if reuse else plain_denoiser(unet)), None
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        unet.to(memory_format=torch.channels_last)
+        self.vae.to(memory_format=torch.channels_last)
+        decode = compiled(lambda latents: self.vae.decode(latents, return_dict=False)[0])
+        if self.settings.reuse_interval > 1:
+            return reusing_denoiser(unet, compiled), decode
+        return plain_denoiser(compiled(unet)), decode
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Sources, PIL RGB of ``resolution`` pixels, to posterior parameters ``(B, 2C, h, w)`` on the CPU.
-
-        One image at a time, so that a source's moments do not depend on what else is in the batch.
-        """
-        return torch.cat(
-            [encode_moments(self.vae, to_pixels([image], self.device, self.dtype)).cpu() for image in images]
-        )
+        """Sources, PIL RGB of ``resolution`` pixels, to posterior parameters ``(B, 2C, h, w)`` on the CPU."""
+        return encode_moments(self.vae, to_pixels(images, self.device, self.dtype)).cpu()
 
     def translate(
         self, moments: Tensor, targets: Sequence[int], strengths: Sequence[float], generators: Sequence[torch.Generator]
     ) -> Tensor:
         """Img2img of encoded sources, each towards its target class; uint8 ``(B, H, W, 3)`` on the CPU."""
+        padded = self._padding(len(targets))
         latents = translate(
-            self.unet,
-            self.scheduler,
-            moments.to(self.device, self.dtype),
-            self.vae.config.scaling_factor,
-            self.prompt_embeds[list(targets)],
-            self.null_embeds,
-            strengths,
-            generators,
-            self.settings,
-        )
-        return decode_latents(self.vae, latents).cpu()
+            self.denoiser, self.scheduler, moments[padded].to(self.device, self.dtype), self.vae.config.scaling_factor,
+            self.prompt_embeds[[targets[i] for i in padded]], self.null_embeds, [strengths[i] for i in padded],
+            _spread(generators, padded), self.settings,
+        )  # fmt: skip
+        return self._decoded(latents[: len(targets)])
 
     def generate(self, targets: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """Images of the target classes from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
+        padded = self._padding(len(targets))
         latents = generate(
-            self.unet,
-            self.scheduler,
-            self.latent_shape,
-            self.prompt_embeds[list(targets)],
-            self.null_embeds,
-            generators,
-            self.settings,
-        )
-        return decode_latents(self.vae, latents).cpu()
+            self.denoiser, self.scheduler, self.latent_shape, self.prompt_embeds[[targets[i] for i in padded]],
+            self.null_embeds, _spread(generators, padded), self.settings,
+        )  # fmt: skip
+        return self._decoded(latents[: len(targets)])
+
+    def _padding(self, count: int) -> list[int]:
+        """Indices of a batch, the last sample repeated up to the size the networks were compiled for."""
+        return [*range(count), *[count - 1] * max(0, (self.batch or 0) - count)]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return decode_latents(self.vae, latents, DECODE_BATCH, self.decode).cpu()
+
+
+def _spread(generators: Sequence[torch.Generator], padded: list[int]) -> list[torch.Generator]:
+    """The samples' generators, and copies in the same state for the padding (a shared one would be drawn from twice)."""
+    spread = list(generators)
+    for index in padded[len(generators) :]:
+        copy = torch.Generator("cpu")
+        copy.set_state(generators[index].get_state())
+        spread.append(copy)
+    return spread
+
+
+def attention_kernel(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Which of PyTorch's attention kernels the U-Net's largest self-attention gets on a GPU; ``cpu`` elsewhere."""
+    if device.type != "cuda":
+        return "cpu"
+    attention = next(module for name, module in unet.named_modules() if name.endswith("attn1"))
+    width = attention.to_q.out_features // attention.heads
+    probe = torch.empty(2, attention.heads, 1024, width, device=device, dtype=dtype)
+    params = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, False, False)
+    if torch.backends.cuda.can_use_flash_attention(params):
+        return "flash"
+    return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "math"
 
 
 def load_model(files: ModelFiles) -> tuple[BaseModel, token_io.ClassTokens | None]:
     """The base model with the LoRA merged (float32, on the CPU), and the class tokens, not yet installed."""
     model = load_base(files.name, files.folder)
-    if files.lora is not None:
-        lora_io.merge_lora(model.unet, lora_io.read_lora(files.lora), str(files.lora))
+    for path in (files.lora, files.extra_lora):
+        if path is not None:
+            lora_io.merge_lora(model.unet, lora_io.read_lora(path), str(path))
     return model, token_io.load_tokens(files.tokens) if files.tokens is not None else None

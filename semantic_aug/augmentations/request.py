@@ -13,14 +13,16 @@ class ModelFiles:
     Attributes:
         name: base model as the user named it.
         folder: where the base model is on this machine.
-        lora: LoRA file or folder to merge, or None.
+        lora: LoRA file to merge, or None.
         tokens: class-token file to install, or None.
+        extra_lora: a further LoRA to merge (an LCM-LoRA), or None.
     """
 
     name: str
     folder: Path
     lora: Path | None = None
     tokens: Path | None = None
+    extra_lora: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from semantic_aug.diffusion.reuse import FeatureReuse
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 
 
@@ -46,10 +47,25 @@ def sample_posterior(moments: Tensor, noise: Tensor, scaling_factor: float) -> T
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor, micro_batch: int = 8) -> Tensor:
-    """Scaled latents ``(B, C, h, w)`` to images, uint8 ``(B, H, W, 3)``; a few at a time, decoding takes much memory."""
-    scaled = latents / vae.config.scaling_factor
-    return torch.cat([to_uint8(vae.decode(part, return_dict=False)[0]) for part in scaled.split(micro_batch)])
+def decode_latents(
+    vae: AutoencoderKL, latents: Tensor, micro_batch: int = 8, decode: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Scaled latents ``(B, C, h, w)`` to images, uint8 ``(B, H, W, 3)``; a few at a time, decoding takes much memory.
+
+    Args:
+        vae: the autoencoder.
+        latents: ``(B, C, h, w)``.
+        micro_batch: images decoded at once.
+        decode: a compiled form of the VAE's decoding; it is always given whole micro-batches, padded where need be.
+    """
+    images = []
+    for part in (latents / vae.config.scaling_factor).split(micro_batch):
+        if decode is None:
+            images.append(to_uint8(vae.decode(part, return_dict=False)[0]))
+        else:
+            padded = torch.cat([part, part[-1:].expand(micro_batch - len(part), -1, -1, -1)])
+            images.append(to_uint8(decode(padded))[: len(part)])
+    return torch.cat(images)
 
 
 def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
@@ -57,9 +73,30 @@ def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Te
     return randn_tensor((len(generators), *shape), generator=list(generators), device=like.device, dtype=like.dtype)
 
 
+Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(latents, timestep, prompt embeddings, deep features to reuse or None) -> (prediction, deep features or None)."""
+
+
+def plain_denoiser(unet: nn.Module) -> Denoiser:
+    """The U-Net as it is: nothing is reused."""
+    return lambda x, t, embeds, deep: (unet(x, t, encoder_hidden_states=embeds, return_dict=False)[0], None)
+
+
+def reusing_denoiser(unet: nn.Module, compiled: Callable = lambda part: part) -> Denoiser:
+    """The U-Net with its outermost level run alone where deep features are given (lossy).
+
+    Args:
+        unet: of Stable Diffusion 1.x/2.x.
+        compiled: applied to both ways of running it.
+    """
+    parts = FeatureReuse(unet)
+    whole, outer = compiled(parts.whole), compiled(parts.outer)
+    return lambda x, t, embeds, deep: whole(x, t, embeds) if deep is None else (outer(x, t, embeds, deep), deep)
+
+
 @torch.no_grad()
 def translate(
-    unet: nn.Module,
+    denoiser: Denoiser,
     scheduler_template,
     moments: Tensor,
     scaling_factor: float,
@@ -72,7 +109,7 @@ def translate(
     """Image to image: noises each source to its strength and denoises it under its own prompt.
 
     Args:
-        unet: the denoiser.
+        denoiser: the U-Net, from :func:`plain_denoiser` or :func:`reusing_denoiser`.
         scheduler_template: from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied, never changed.
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
         scaling_factor: of the VAE.
@@ -98,12 +135,12 @@ def translate(
         step = group.scheduler.timesteps[group.begin : group.begin + 1].repeat(len(group.samples))
         index = torch.tensor(group.samples, device=latents.device)
         latents[index] = group.scheduler.add_noise(latents[index], noise[index], step)
-    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings.guidance_scale)
+    return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings)
 
 
 @torch.no_grad()
 def generate(
-    unet: nn.Module,
+    denoiser: Denoiser,
     scheduler_template,
     latent_shape: tuple[int, int, int],
     prompt_embeds: Tensor,
@@ -114,7 +151,7 @@ def generate(
     """Noise to image, each sample under its own prompt.
 
     Args:
-        unet: the denoiser.
+        denoiser: the U-Net, from :func:`plain_denoiser` or :func:`reusing_denoiser`.
         scheduler_template: copied, never changed.
         latent_shape: (C, h, w).
         prompt_embeds: ``(B, L, D)``.
@@ -127,7 +164,7 @@ def generate(
     """
     groups = _groups(scheduler_template, [0] * len(generators), settings.num_inference_steps, prompt_embeds.device)
     latents = draw(latent_shape, generators, prompt_embeds) * groups[0].scheduler.init_noise_sigma
-    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings.guidance_scale)
+    return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings)
 
 
 @dataclass
@@ -152,34 +189,40 @@ def _groups(template, starts: Sequence[int], num_inference_steps: int, device: t
 
 
 def _denoise(
-    unet: nn.Module,
+    denoiser: Denoiser,
     groups: list[_Group],
     latents: Tensor,
     prompt_embeds: Tensor,
     null_embeds: Tensor,
     generators: Sequence[torch.Generator],
-    guidance_scale: float,
+    settings: SolverSettings,
 ) -> Tensor:
     """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
-    guided = guidance_scale > 1
     timesteps = groups[0].scheduler.timesteps
+    last_guided = settings.guidance_stop * len(timesteps)
+    deep, deep_for, age = None, None, 0
     for position in range(min(group.begin for group in groups), len(timesteps)):
         active = [group for group in groups if group.begin <= position]
+        guided = settings.guidance_scale > 1 and position < last_guided
         index = torch.tensor([i for group in active for i in group.samples], device=latents.device)
+        sizes = [len(group.samples) for group in active]
         t = timesteps[position]
-        now = latents[index]
-        parts = now.split([len(group.samples) for group in active])
+        parts = latents[index].split(sizes)
         scaled = torch.cat([g.scheduler.scale_model_input(x, t) for g, x in zip(active, parts, strict=True)])
         embeds = prompt_embeds[index]
         if guided:
             scaled = torch.cat([scaled, scaled])
             embeds = torch.cat([null_embeds.expand_as(embeds), embeds])
-        predicted = unet(scaled, t, encoder_hidden_states=embeds, return_dict=False)[0]
+        # features can be reused only by the very samples, guided or not, they were computed for
+        state = (len(active), guided)
+        whole = deep is None or state != deep_for or age >= settings.reuse_interval
+        predicted, deep = denoiser(scaled, t, embeds, None if whole else deep)
+        deep_for, age = state, 1 if whole else age + 1
         if guided:
             unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + guidance_scale * (conditional - unconditional)
+            predicted = unconditional + settings.guidance_scale * (conditional - unconditional)
         stepped = []
-        for group, x, prediction in zip(active, parts, predicted.split([len(g.samples) for g in active]), strict=True):
+        for group, x, prediction in zip(active, parts, predicted.split(sizes), strict=True):
             options = _step_options(group.scheduler, [generators[i] for i in group.samples])
             stepped.append(group.scheduler.step(prediction, t, x, return_dict=False, **options)[0])
         latents = latents.index_copy(0, index, torch.cat(stepped).to(latents.dtype))

@@ -29,6 +29,8 @@ class Job:
         from_noise: whether denoising starts from noise instead of a source image.
         seed: the run's seed.
         cpu_threads: arithmetic threads of a process on the CPU.
+        image_format: key of :data:`semantic_aug.sampling.files.FORMATS`.
+        compiled_batch: batch size the networks are compiled for, or None.
     """
 
     folder: Path
@@ -44,6 +46,8 @@ class Job:
     from_noise: bool
     seed: int
     cpu_threads: int = 1
+    image_format: str = "png"
+    compiled_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Task:
         target: class.
         strength: in (0, 1].
         path: relative to ``data/``; None when the file is there already and only the batch's shape needs the task.
-        text: for the PNG.
+        text: written into the image.
     """
 
     number: int

@@ -1,8 +1,8 @@
 """The plan of a synthetic subset: a pure function of (training split, strategy, strengths, multiplier, seed).
 
 A task is (number, source image, target class, strength). Tasks are numbered from 0 and grouped into fixed batches of
-consecutive numbers; nothing about processes, shards or restarts enters. Everything is held in flat arrays, so that ten
-million tasks take some hundred megabytes.
+consecutive numbers and one strength; nothing about processes, shards or restarts enters. Everything is held in flat
+arrays, so that ten million tasks take some hundred megabytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Plan:
         target: int32 ``(T,)``, target class.
         strength_code: uint8 ``(T,)``, index into ``strengths``.
         strengths: the strengths that occur.
-        batch_size: tasks per batch; the last one may be smaller.
+        batch_size: most tasks per batch; the last batch of each strength may be smaller.
+        starts: int64 ``(batches + 1,)``, first number of each batch, and ``T``. A batch has one strength.
         digest: SHA-256 of everything above and of the keys of the images; two plans are equal when their digests are.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     strength_code: np.ndarray
     strengths: tuple[float, ...]
     batch_size: int
+    starts: np.ndarray
     digest: str
 
     def __len__(self) -> int:
@@ -51,11 +53,11 @@ class Plan:
 
     @property
     def num_batches(self) -> int:
-        return -(-len(self) // self.batch_size)
+        return len(self.starts) - 1
 
     def numbers(self, batch: int) -> range:
         """The task numbers of a batch."""
-        return range(batch * self.batch_size, min(len(self), (batch + 1) * self.batch_size))
+        return range(int(self.starts[batch]), int(self.starts[batch + 1]))
 
     def strength(self, number: int) -> float:
         """The strength of a task."""
@@ -125,7 +127,14 @@ def make_plan(
     levels = tuple(sorted({float(s) for s in strengths}, reverse=True))
     code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
     digest = _digest(source, source_class, target, code, levels, batch_size, seed, keys)
-    return Plan(source, source_class, target, code, levels, batch_size, digest)
+    return Plan(source, source_class, target, code, levels, batch_size, _batch_starts(code, batch_size), digest)
+
+
+def _batch_starts(code: np.ndarray, batch_size: int) -> np.ndarray:
+    """Where batches begin: every ``batch_size`` tasks, and wherever the (sorted) strength changes."""
+    bounds = np.searchsorted(code, np.arange(int(code[-1]) + 2))
+    parts = [np.arange(a, b, batch_size) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return np.append(np.concatenate(parts), len(code)).astype(np.int64)
 
 
 def _even(count: int, kinds: int, rng: np.random.Generator) -> np.ndarray:

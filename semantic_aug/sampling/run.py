@@ -1,216 +1,104 @@
-"""Making one synthetic subset from beginning to end: plan, folder, processes, ``meta.csv``."""
+"""Making one synthetic subset from beginning to end: folder, processes, ``meta.csv``; joining shards; timing a few."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import registry, run_dir
-from semantic_aug.augmentations.request import ClassNames, ModelFiles
-from semantic_aug.augmentations.strategies import Strategy, weights_for
-from semantic_aug.datasets import LoadedDataset, Setting
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, weight_files
-from semantic_aug.diffusion.schedulers import SolverSettings, first_step, scheduler_class
+from semantic_aug import registry
+from semantic_aug.augmentations.request import ClassNames
+from semantic_aug.datasets import LoadedDataset
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling import store
+from semantic_aug.sampling.config import SampleConfig, identity_of, plan_of, subset_folder, task_paths
+from semantic_aug.sampling.dispatch import Outcome
+from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.job import Job
-from semantic_aug.sampling.launcher import Launcher, Outcome, image_tasks, make_folders
-from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, batches_of_shard, make_plan, table_of_counts
+from semantic_aug.sampling.launcher import Launcher, image_tasks, make_folders
+from semantic_aug.sampling.lock import RunLock
+from semantic_aug.sampling.plan import Plan, batches_of_shard
+from semantic_aug.sampling.records import Records
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BATCH_SIZE = 16
 
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """A resolved request for a synthetic subset.
+@dataclass
+class Subset:
+    """A subset's folder opened for writing: what is planned, what is there.
 
     Attributes:
-        dataset: what ``--dataset`` was given.
-        setting: which part of the training split is used.
-        strategy: row of the strategy table.
-        key: checkpoint key the subset is named after, or None for the base model.
-        files: base model, LoRA, tokens.
-        strengths: strengths the plan spreads over the tasks.
-        strength_label: how the subset's name says them.
-        multiplier: synthetic images per training image.
-        solver: steps, guidance, scheduler.
-        resolution: side in pixels.
-        batch_size: tasks per batch; part of the plan.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
-        template: prompt with ``{}``.
-        seed: of the plan and of every noise.
-        output_root: folder that holds ``{dataset}/{subset}``.
-        devices: one process each.
-        cpu_threads: arithmetic threads per CPU process.
-        num_shards: how many parts the batches are dealt into.
-        shard_index: which part this run makes.
-        config_dir: of the registry files.
-        worker_timeout: seconds of silence before a process is replaced, or None.
+        folder: of the subset.
+        plan: of all tasks.
+        paths: file names.
+        batches: numbers of this run's batches, in the order they are made.
+        mine: bool ``(T,)``, this run's tasks.
+        records: of this run.
+        done: bool ``(T,)``, tasks whose file is there.
     """
 
-    dataset: str
-    setting: Setting
-    strategy: Strategy
-    key: str | None
-    files: ModelFiles
-    strengths: tuple[float, ...]
-    strength_label: str
-    multiplier: float
-    solver: SolverSettings
-    resolution: int
-    batch_size: int
-    dtype: str
-    template: str
-    seed: int
-    output_root: Path
-    devices: tuple[str, ...]
-    cpu_threads: int = 1
-    num_shards: int = 1
-    shard_index: int = 0
-    config_dir: Path = registry.CONFIG_DIR
-    worker_timeout: float | None = None
+    folder: Path
+    plan: Plan
+    paths: TaskPaths
+    batches: np.ndarray
+    mine: np.ndarray
+    records: Records
+    done: np.ndarray
+
+    def count(self) -> tuple[int, int]:
+        """Images of this run that are there, and all of them."""
+        return int((self.mine & self.done).sum()), int(self.mine.sum())
+
+    def close(self) -> None:
+        """Writes ``meta.csv``, and removes what only an unfinished subset needs."""
+        store.write_meta(self.folder, self.paths, self.done)
+        if self.done.all():
+            shutil.rmtree(self.folder / store.MOMENTS, ignore_errors=True)
 
 
-def choose_weights(
-    strategy: Strategy, dataset: str, key: str | None, model_path: str | None, config_dir: Path
-) -> tuple[ModelFiles, str | None]:
-    """The weights a strategy takes from a checkpoint key or a base model, and the key the subset is named after.
-
-    Raises:
-        UserError: a strategy that needs a checkpoint without a key, or a record that lacks what it needs.
-    """
-    if key is None:
-        if strategy.weights != "base":
-            raise UserError(
-                f"strategy {strategy.name} needs a fine-tuned checkpoint: give --finetune_model_key "
-                f"(a key of section '{dataset}' in {registry.CHECKPOINTS}), or use a real-* strategy"
-            )
-        name = model_path or DEFAULT_MODEL
-        return ModelFiles(name, find_base(name)), None
-    entry = registry.checkpoint(dataset, key, config_dir)
-    use = weights_for(
-        strategy, entry.lora_path is not None, entry.embed_path is not None, f"checkpoint {dataset}/{key}"
-    )
-    name = model_path or entry.model_path
-    files = ModelFiles(
-        name, find_base(name), entry.lora_path if use.use_lora else None, entry.embed_path if use.use_tokens else None
-    )
-    return files, key if use.use_lora or use.use_tokens else None
-
-
-def choose_strengths(
-    strategy: Strategy, strength: float, how: str, num_inference_steps: int
-) -> tuple[tuple[float, ...], str]:
-    """The strengths of a subset and how its name says them.
+@contextlib.contextmanager
+def opened(config: SampleConfig, dataset: LoadedDataset, content: bool = False) -> Iterator[Subset]:
+    """Takes the lock, claims the folder, and finds what is there.
 
     Args:
-        strategy: from-noise strategies have strength 1.
-        strength: of ``--aug_strength``.
-        how: ``fixed`` or ``uniform``.
-        num_inference_steps: to check that every strength leaves a step.
+        config: the request.
+        dataset: loaded under ``config.setting``.
+        content: compare checksums of the files that are there.
 
     Raises:
-        UserError: a strength outside (0, 1], or too small for the number of steps.
+        UserError: a folder of another subset, or in use.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"--aug_strength {strength:g}: expected a number in (0, 1]")
-    if strategy.start == "noise":
-        return (1.0,), strength_text(1.0)
-    if strategy.strengths:
-        strengths, label = strategy.strengths, "Uniform"
-    elif how == "uniform":
-        strengths, label = UNIFORM_STRENGTHS, "Uniform"
-    else:
-        strengths, label = (float(strength),), strength_text(strength)
-    for one in strengths:
-        first_step(num_inference_steps, one)
-    return tuple(strengths), label
+    plan = plan_of(config, dataset)
+    folder, paths = subset_folder(config, dataset), task_paths(config, dataset, plan)
+    batches = batches_of_shard(plan, config.num_shards, config.shard_index, config.seed)
+    mine = np.zeros(len(plan), bool)
+    for batch in batches:
+        mine[slice(*plan.starts[batch : batch + 2])] = True
+    with RunLock(folder, config.num_shards, config.shard_index):
+        resumed = store.claim_subset(folder, identity_of(config, dataset, plan), registry.REPO_ROOT)
+        make_folders(folder, dataset.folders)
+        records = Records(folder, config.num_shards, config.shard_index)
+        done = store.finished(folder, paths, records, mine, content)
+        subset = Subset(folder, plan, paths, batches, mine, records, done)
+        if resumed:
+            there, wanted = subset.count()
+            log.info("%s: %d of %d images are there, %d to make", folder, there, wanted, wanted - there)
+        yield subset
 
 
-def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
-    """The plan of a request."""
-    return make_plan(
-        dataset.train.labels,
-        dataset.train.keys,
-        len(dataset.class_names),
-        config.strategy,
-        config.strengths,
-        config.multiplier,
-        config.batch_size,
-        config.seed,
-        config.setting.task,
-    )
-
-
-def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
-    """``{output_root}/{dataset}/{subset}``."""
-    name = run_dir.subset_name(config.strategy.name, config.multiplier, config.key, config.strength_label)
-    return config.output_root / dataset.name / name
-
-
-def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> dict:
-    """Everything that decides what the files of the subset contain; ``config.yaml`` keeps it."""
-    lora, tokens = config.files.lora, config.files.tokens
-    base = "\n".join(f"{p.parent.name}/{p.name} {run_dir.sha256_file(p)}" for p in weight_files(config.files.folder))
-    return {
-        "dataset": dataset.name,
-        "strategy": config.strategy.name,
-        "checkpoint_key": config.key,
-        "examples_per_class": config.setting.examples_per_class,
-        "task": config.setting.task,
-        "imbalance_factor": config.setting.imbalance_factor if config.setting.task == "imbalanced" else None,
-        "subset_seed": config.setting.subset_seed,
-        "val_fraction": config.setting.val_fraction,
-        "strengths": list(config.strengths),
-        "multiplier": config.multiplier,
-        "seed": config.seed,
-        "resolution": config.resolution,
-        "batch_size": config.batch_size,
-        "dtype": config.dtype,
-        "device": "cpu" if config.devices[0] == "cpu" else "cuda",
-        "template": config.template,
-        "num_inference_steps": config.solver.num_inference_steps,
-        "guidance_scale": config.solver.guidance_scale,
-        "scheduler": config.solver.scheduler,
-        "final_sigmas_type": config.solver.final_sigmas_type,
-        "images": len(plan),
-        "plan_sha256": plan.digest,
-        "base_model": config.files.name,
-        "base_sha256": run_dir.sha256_text(base),
-        "lora_sha256": run_dir.sha256_file(lora) if lora else None,
-        "tokens_sha256": run_dir.sha256_file(tokens) if tokens else None,
-    }
-
-
-def describe_plan(config: SampleConfig, dataset: LoadedDataset, plan: Plan, folder: Path) -> str:
-    """The plan in words and numbers, for ``--dry_run``: counts per class, strengths, files, batches, disk."""
-    lines = [
-        f"{len(plan)} images ({config.multiplier:g} x {len(dataset.train)} training images) in {plan.num_batches} batches of "
-        f"{plan.batch_size}, to {folder}",
-        f"strategy {config.strategy.name}: weights {config.strategy.weights}, from {config.strategy.start}, "
-        f"pairing {config.strategy.pairing}",
-        "strengths: "
-        + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
-        f"disk needed: about {len(plan) * config.resolution**2 * 2 / 1e6:,.0f} MB (a PNG takes about 2 bytes a pixel)",
-        f"{'class':40s} {'as source':>10s} {'as target':>10s}",
-    ]
-    lines += [f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in table_of_counts(plan, dataset.source_names)]
-    return "\n".join(lines)
-
-
-def run(config: SampleConfig, dataset: LoadedDataset) -> Path:
+def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:
     """Makes (what is missing of) the subset and writes ``meta.csv``.
 
     Args:
         config: the request.
         dataset: loaded under ``config.setting``.
+        verify: how files that are there are checked: by ``size`` or by ``content``.
 
     Returns:
         The subset's folder.
@@ -219,60 +107,97 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> Path:
         UserError: a folder of another subset or in use, weights that do not fit, sources that cannot be read.
         Interrupted: stopped by a signal; everything made so far is in place and listed.
     """
-    scheduler_class(config.solver.scheduler)
+    with opened(config, dataset, verify == "content") as subset:
+        missing = subset.mine & ~subset.done
+
+        def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:
+            for number, size, _ in rows:
+                name = subset.paths.relative(number)
+                if (subset.folder / store.DATA / name).stat().st_size != size:
+                    raise UserError(f"{name} changed while it was written: another process works in {subset.folder}")
+            subset.records.append(rows)
+            subset.done[[row[0] for row in rows]] = True
+
+        there, wanted = subset.count()
+        launcher = Launcher(
+            job_of(config, dataset, subset.folder, len(subset.plan)),
+            config.devices,
+            lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing),
+            on_rows,
+            total=wanted,
+            already=there,
+            timeout=config.worker_timeout,
+        )
+        try:
+            outcome = launcher.run([b for b in subset.batches if missing[slice(*subset.plan.starts[b : b + 2])].any()])
+        except UserError:
+            with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+                subset.close()
+            raise
+        subset.close()
+    return _conclude(subset, outcome)
+
+
+def merge(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:
+    """Joins and checks what shards made: verifies every file, writes ``meta.csv``, says what is missing.
+
+    Raises:
+        UserError: shards are still at work, or images are missing.
+    """
+    with opened(config, dataset, verify == "content") as subset:
+        subset.close()
+        there, wanted = subset.count()
+    if there < wanted:
+        raise UserError(
+            f"{subset.folder}: {there} of {wanted} images are there and listed in meta.csv, number "
+            f"{int(np.flatnonzero(~subset.done)[0])} is the first missing one: run the shards again, or the command without "
+            "--num_shards"
+        )
+    log.info("%s: all %d images are there and listed in meta.csv", subset.folder, wanted)
+    return subset.folder
+
+
+def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 3) -> str:
+    """Times a few batches on the given processes, saving included, and says how long the whole will take.
+
+    Nothing is written into the subset's folder.
+    """
     plan = plan_of(config, dataset)
-    folder = subset_folder(config, dataset)
-    identity = identity_of(config, dataset, plan)
-    paths = store.TaskPaths(plan, dataset.source_names, dataset.folders, dataset.train.keys, config.seed)
-    with store.RunLock(folder, config.num_shards, config.shard_index):
-        resumed = store.claim_subset(folder, identity, registry.REPO_ROOT)
+    paths, everything = task_paths(config, dataset, plan), np.ones(len(plan), bool)
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as place:
+        folder = Path(place) / "calibration"
         make_folders(folder, dataset.folders)
-        batches = batches_of_shard(plan, config.num_shards, config.shard_index, config.seed)
-        mine = np.zeros(len(plan), bool)
-        for batch in batches:
-            numbers = plan.numbers(int(batch))
-            mine[numbers.start : numbers.stop] = True
-        done, adopted = store.finished(folder, paths, only=None if config.num_shards == 1 else mine)
-        records = store.Records(folder, config.num_shards, config.shard_index)
-        records.append(adopted)
-        missing = mine & ~done
-        if resumed:
-            log.info(
-                "%s: %d of %d images are there, %d to make",
-                folder,
-                int((mine & done).sum()),
-                int(mine.sum()),
-                int(missing.sum()),
-            )
-        outcome = _launch(config, dataset, paths, batches, mine, missing, done, records, folder)
-        store.write_meta(folder, paths, done)
-    return _conclude(config, folder, outcome, mine, done)
+        launcher = Launcher(
+            job_of(config, dataset, folder, len(plan)),
+            config.devices,
+            lambda batch: image_tasks(plan.numbers(batch), paths, everything),
+            lambda rows: None,
+            total=len(plan),
+            already=0,
+        )
+        launcher.run(batches_of_shard(plan, 1, 0, config.seed)[: (batches_each + 1) * len(config.devices)])
+        size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.image_format}"))
+    rate, made = launcher.steady_rate(), launcher.outcome.made
+    if not rate:
+        return f"too few batches to time ({plan.num_batches} in all): the whole is done in moments"
+    shard = -(-len(plan) // config.num_shards)
+    return (
+        f"measured {rate:.3g} images/s with {len(config.devices)} process(es), saving included: "
+        f"{len(plan) / rate / 3600:.2f} hours for all {len(plan)} images, {shard / rate / 3600:.2f} hours for one of "
+        f"{config.num_shards} shard(s); {size / made * len(plan) / 1e6:,.0f} MB of disk"
+    )
 
 
-def _launch(
-    config: SampleConfig,
-    dataset: LoadedDataset,
-    paths: store.TaskPaths,
-    batches: np.ndarray,
-    mine: np.ndarray,
-    missing: np.ndarray,
-    done: np.ndarray,
-    records: store.Records,
-    folder: Path,
-) -> Outcome:
-    plan = paths.plan
+def job_of(config: SampleConfig, dataset: LoadedDataset, folder: Path, images: int) -> Job:
+    """What the processes are told.
 
-    def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:
-        for number, size, _ in rows:
-            if (folder / store.DATA / paths.relative(number)).stat().st_size != size:
-                raise UserError(
-                    f"{paths.relative(number)} changed while it was written: another process works in {folder}"
-                )
-        records.append(rows)
-        done[[row[0] for row in rows]] = True
-
-    todo = [b for b in batches if missing[plan.numbers(int(b)).start : plan.numbers(int(b)).stop].any()]
-    job = Job(
+    Args:
+        config: the request.
+        dataset: loaded under ``config.setting``.
+        folder: that gets the images.
+        images: of the whole subset.
+    """
+    return Job(
         folder=folder,
         dataset=config.dataset,
         setting=config.setting,
@@ -286,25 +211,13 @@ def _launch(
         from_noise=config.strategy.start == "noise",
         seed=config.seed,
         cpu_threads=config.cpu_threads,
+        image_format=config.image_format,
+        compiled_batch=config.batch_size if config.compiled(images) else None,
     )
-    launcher = Launcher(
-        job,
-        config.devices,
-        lambda batch: image_tasks(plan.numbers(batch), paths, missing),
-        on_rows,
-        total=int(mine.sum()),
-        already=int((mine & done).sum()),
-        timeout=config.worker_timeout,
-    )
-    try:
-        return launcher.run(todo)
-    except UserError:
-        store.write_meta(folder, paths, done)  # what was made before the error stays usable
-        raise
 
 
-def _conclude(config: SampleConfig, folder: Path, outcome: Outcome, mine: np.ndarray, done: np.ndarray) -> Path:
-    made, there, wanted = outcome.made, int((mine & done).sum()), int(mine.sum())
+def _conclude(subset: Subset, outcome: Outcome) -> Path:
+    folder, made, (there, wanted) = subset.folder, outcome.made, subset.count()
     rate = f", {made / outcome.seconds:.2f} images/s" if made and outcome.seconds else ""
     log.info("%s: %d of %d images (%d made now in %.0f s%s)", folder, there, wanted, made, outcome.seconds, rate)
     if outcome.interrupted:
@@ -312,8 +225,7 @@ def _conclude(config: SampleConfig, folder: Path, outcome: Outcome, mine: np.nda
     if outcome.unreadable:
         number, why = next(iter(outcome.unreadable.items()))
         raise UserError(
-            f"{len(outcome.unreadable)} images could not be made, number {number} the first: {why}; the others are "
-            f"in {folder}"
+            f"{len(outcome.unreadable)} images could not be made, number {number} the first: {why}; the others are in {folder}"
         )
     if outcome.set_aside:
         batch, why = next(iter(outcome.set_aside.items()))

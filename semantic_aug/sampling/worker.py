@@ -1,21 +1,22 @@
 """One sampling process: takes batches from a pipe, makes the images, writes them, reports what it wrote.
 
-What it says: ``("ready",)`` once loaded; ``("done", batch, rows, failures)`` with (number, size, crc) rows; ``("error", batch,
-text)`` when a batch broke and the process should be replaced; ``("fatal", line)`` when nothing can work (a full disk,
-weights that do not fit). It ends when the pipe does, that is, when its parent ends, however that happens.
+What it says: ``("ready", text)`` once loaded; ``("begin", batch)``; ``("done", batch, rows, failures)`` with (number, size,
+crc) rows; ``("note", text)`` for the log; ``("error", text)`` when a batch broke and the process should be replaced;
+``("fatal", line)`` when nothing can work (a full disk, weights that do not fit). It ends when the pipe does, that is, when
+its parent ends, however that happens. Images are encoded and written by threads while the next batch is computed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import signal
 import sys
 import traceback
-from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
@@ -23,75 +24,96 @@ from torch import Tensor
 
 from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
-from semantic_aug.datasets import ImageTable, load_dataset
-from semantic_aug.datasets.images import fit
+from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, os_error_line
+from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.job import Job, Task
-from semantic_aug.sampling.store import DATA, encode_png, write_image
+from semantic_aug.sampling.moments import SourceMoments
+from semantic_aug.sampling.store import DATA
 from semantic_aug.seeding import task_rng
 
-MOMENTS_CACHE_BYTES = 1 << 29
-"""Memory for encoded sources; each source is used several times."""
+WRITERS = 4
+"""Threads that encode and write images."""
 
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM}
 
+Row = tuple[int, int, int]
+
 
 class BatchMaker:
-    """Makes batches with one engine and writes them.
+    """Makes batches with one engine.
 
     Args:
         job: what to make.
         device: "cpu" or "cuda:N".
+        note: takes lines for the log.
     """
 
-    def __init__(self, job: Job, device: str):
+    def __init__(self, job: Job, device: str, note: Callable[[str], None] = lambda text: None):
         if device == "cpu":
             torch.set_num_threads(job.cpu_threads)
-        self.job = job
+        self.job, self.note = job, note
         self.engine = Engine(
-            job.files, job.classes, job.solver, job.resolution, device, DTYPES[job.dtype], job.template
+            job.files,
+            job.classes,
+            job.solver,
+            job.resolution,
+            device,
+            DTYPES[job.dtype],
+            job.template,
+            job.compiled_batch,
         )
-        self.images: ImageTable | None = None
+        self.sources: SourceMoments | None = None
         if not job.from_noise:
-            self.images = load_dataset(job.dataset, job.setting, job.config_dir).train
-        self.moments: OrderedDict[int, Tensor | UserError] = OrderedDict()
-        self.moments_bytes = 0
-
-    def encoded(self, row: int) -> Tensor | UserError:
-        """The posterior parameters ``(1, 2C, h, w)`` of a source, or the error of an image that cannot be read."""
-        if row in self.moments:
-            self.moments.move_to_end(row)
-            return self.moments[row]
-        try:
-            value = self.engine.encode([fit(self.images.image(row), self.job.resolution)])
-            self.moments_bytes += value.nbytes
-        except UserError as error:
-            value = error
-        self.moments[row] = value
-        while self.moments_bytes > MOMENTS_CACHE_BYTES and len(self.moments) > 1:
-            _, dropped = self.moments.popitem(last=False)
-            self.moments_bytes -= dropped.nbytes if isinstance(dropped, Tensor) else 0
-        return value
+            self.sources = SourceMoments(
+                load_dataset(job.dataset, job.setting, job.config_dir).train, self.engine, job.folder
+            )
+        self.at_once: int | None = None
 
     def pixels(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         """The images of a batch, uint8 ``(B, H, W, 3)``, and the tasks whose source cannot be read: number -> why.
 
-        A batch is always computed whole, so that an image does not depend on what was missing when it was made.
+        A batch is always computed whole, so that an image does not depend on what was missing when it was made. Where
+        memory does not allow it, from then on in halves (quarters, ...), which is said.
         """
+        while True:
+            size = self.at_once or len(tasks)
+            try:
+                parts = [self._part(tasks[i : i + size]) for i in range(0, len(tasks), size)]
+                return torch.cat([p for p, _ in parts]), {
+                    n: why for _, failures in parts for n, why in failures.items()
+                }
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.at_once = -(-size // 2)
+                torch.cuda.empty_cache()
+                self.note(
+                    f"out of memory with {size} images at once: going on with {self.at_once} (--batch_size sets it)"
+                )
+
+    def _part(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         generators = [task_rng(self.job.seed, task.number) for task in tasks]
         targets = [task.target for task in tasks]
-        if self.job.from_noise:
+        if self.sources is None:
             return self.engine.generate(targets, generators), {}
-        encoded = [self.encoded(task.source) for task in tasks]
-        failures = {t.number: str(e) for t, e in zip(tasks, encoded, strict=True) if isinstance(e, UserError)}
-        c, h, w = self.engine.latent_shape
-        blank = torch.zeros(1, 2 * c, h, w, dtype=self.engine.dtype)
-        moments = torch.cat([blank if isinstance(e, UserError) else e for e in encoded])
+        moments, broken = self.sources.batch([task.source for task in tasks])
+        failures = {task.number: broken[task.source] for task in tasks if task.source in broken}
         return self.engine.translate(moments, targets, [task.strength for task in tasks], generators), failures
 
-    def write(self, task: Task, pixels: Tensor) -> tuple[int, int, int]:
+    def write(self, task: Task, pixels: Tensor) -> Row:
         """Encodes and writes one image; returns its record row."""
-        return task.number, *write_image(self.job.folder / DATA / task.path, encode_png(pixels.numpy(), task.text))
+        content = encode_image(pixels.numpy(), task.text, self.job.image_format)
+        return task.number, *write_image(self.job.folder / DATA / task.path, content)
+
+
+@dataclass
+class _Written:
+    """A computed batch whose images are on their way to disk."""
+
+    batch: int
+    rows: list[Future]
+    failures: dict[int, str]
 
 
 def die_with_parent() -> None:
@@ -107,33 +129,41 @@ def main(pipe: Connection, job: Job, device: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     quiet_libraries()
     try:
-        maker = BatchMaker(job, device)
+        maker = BatchMaker(job, device, lambda text: pipe.send(("note", text)))
     except UserError as error:
         pipe.send(("fatal", str(error)))
         return
     except Exception:
-        pipe.send(("error", None, traceback.format_exc()))
+        pipe.send(("error", traceback.format_exc()))
         return
-    pipe.send(("ready",))
-    writers = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
+    pipe.send(("ready", f"{device}: attention kernel {maker.engine.attention}"))
     try:
-        while True:
-            batch, tasks = pipe.recv()
-            pixels, failures = maker.pixels(tasks)
-            wanted = [(t, p) for t, p in zip(tasks, pixels, strict=True) if t.path and t.number not in failures]
-            rows = list(writers.map(lambda pair: maker.write(*pair), wanted))
-            pipe.send(
-                ("done", batch, rows, {t.number: failures[t.number] for t in tasks if t.path and t.number in failures})
-            )
+        _serve(pipe, maker)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except OSError as error:
-        pipe.send(
-            ("fatal", os_error_line(error))
-            if error.errno in _FATAL_ERRNOS
-            else ("error", batch, traceback.format_exc())
-        )
+        fatal = error.errno in _FATAL_ERRNOS
+        pipe.send(("fatal", os_error_line(error)) if fatal else ("error", traceback.format_exc()))
     except Exception:
-        pipe.send(("error", batch, traceback.format_exc()))
-    finally:
-        writers.shutdown(wait=False, cancel_futures=True)
+        pipe.send(("error", traceback.format_exc()))
+
+
+def _serve(pipe: Connection, maker: BatchMaker) -> None:
+    written: deque[_Written] = deque()
+    with ThreadPoolExecutor(WRITERS) as threads:
+        while True:
+            if written and (len(written) > 1 or not pipe.poll()):  # nothing else to do, or two batches behind
+                _report(pipe, written.popleft())
+                continue
+            batch, tasks = pipe.recv()
+            pipe.send(("begin", batch))
+            pixels, failures = maker.pixels(tasks)
+            wanted = [(t, p) for t, p in zip(tasks, pixels, strict=True) if t.path]
+            futures = [threads.submit(maker.write, t, p) for t, p in wanted if t.number not in failures]
+            written.append(
+                _Written(batch, futures, {t.number: failures[t.number] for t, _ in wanted if t.number in failures})
+            )
+
+
+def _report(pipe: Connection, done: _Written) -> None:
+    pipe.send(("done", done.batch, [row.result() for row in done.rows], done.failures))

@@ -1,0 +1,136 @@
+"""Names and contents of a subset's images: what a task's file is called, how it is encoded, how it gets to disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from semantic_aug import meta_csv
+from semantic_aug.sampling.plan import Plan
+
+TEMPORARY_SUFFIX = ".part"
+
+FORMATS = {
+    "png": {"format": "PNG", "compress_level": 4},
+    "webp": {"format": "WEBP", "lossless": True, "quality": 30, "method": 2},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
+"""How images are encoded; all but jpg are lossless."""
+
+_DESCRIPTION = 0x010E
+
+
+class TaskPaths:
+    """File names of a plan's tasks.
+
+    Args:
+        plan: of the subset.
+        class_names: source spelling, for ``meta.csv``.
+        folders: slug of each class.
+        keys: name of each training image.
+        seed: the run's ``--seed``.
+        image_format: key of :data:`FORMATS`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        class_names: Sequence[str],
+        folders: Sequence[str],
+        keys: Sequence[str],
+        seed: int,
+        image_format: str = "png",
+    ):
+        self.plan, self.class_names, self.folders, self.keys, self.seed = plan, class_names, folders, keys, seed
+        self.image_format = image_format
+
+    def relative(self, number: int) -> str:
+        """A task's path relative to ``data/``."""
+        plan = self.plan
+        return meta_csv.relative_path(
+            self.folders[plan.source_class[number]],
+            self.folders[plan.target[number]],
+            number,
+            plan.strength(number),
+            self.image_format,
+        )
+
+    def source_key(self, number: int) -> str:
+        """The name of a task's source image; empty when it starts from noise."""
+        row = self.plan.source[number]
+        return self.keys[row] if row >= 0 else ""
+
+    def text(self, number: int) -> dict[str, str]:
+        """What is written into the image besides its pixels."""
+        plan = self.plan
+        return {
+            "source": self.class_names[plan.source_class[number]],
+            "target": self.class_names[plan.target[number]],
+            "source_image": self.source_key(number),
+            "strength": meta_csv.strength_text(plan.strength(number)),
+            "seed": str(self.seed),
+            "number": str(number),
+            "plan": plan.digest,
+        }
+
+    def meta_row(self, number: int) -> tuple:
+        """A row of ``meta.csv``."""
+        plan = self.plan
+        return (
+            self.class_names[plan.source_class[number]],
+            self.class_names[plan.target[number]],
+            number,
+            meta_csv.strength_text(plan.strength(number)),
+            self.relative(number),
+            self.source_key(number),
+            self.seed,
+        )
+
+
+def encode_image(pixels: np.ndarray, text: dict[str, str], image_format: str = "png") -> bytes:
+    """A uint8 ``(H, W, 3)`` image with what it is written into it; the same input gives the same bytes.
+
+    PNG keeps the text in its text chunks, WebP and JPEG as JSON in the EXIF image description.
+    """
+    out, image, options = io.BytesIO(), Image.fromarray(pixels), dict(FORMATS[image_format])
+    if image_format == "png":
+        info = PngInfo()
+        for key, value in text.items():
+            info.add_itxt(key, value)
+        image.save(out, pnginfo=info, **options)
+    else:
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = json.dumps(text, ensure_ascii=True)
+        image.save(out, exif=exif, **options)
+    return out.getvalue()
+
+
+def text_of(image: Image.Image) -> dict[str, str]:
+    """What :func:`encode_image` wrote into an image; empty for an image made elsewhere."""
+    if image.format == "PNG":
+        return {key: str(value) for key, value in image.text.items()}
+    try:
+        return json.loads(image.getexif().get(_DESCRIPTION, "{}"))
+    except ValueError:
+        return {}
+
+
+def write_image(path: Path, content: bytes) -> tuple[int, int]:
+    """Writes a file whole or not at all; returns its size and CRC-32."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return len(content), zlib.crc32(content)

@@ -1,0 +1,56 @@
+"""The lock that keeps two runs from writing one folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from semantic_aug.errors import UserError
+
+
+class RunLock:
+    """Keeps a second run out of a folder; freed by the kernel when its holder ends, however it ends.
+
+    A whole run holds ``.lock`` alone. Shards share it, and each holds a lock of its own.
+    """
+
+    def __init__(self, folder: Path, num_shards: int = 1, shard_index: int = 0):
+        self.folder, self.shard = folder, None if num_shards == 1 else f".lock-{shard_index}of{num_shards}"
+        self.held: list = []
+
+    def __enter__(self) -> RunLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._take(self.folder / ".lock", fcntl.LOCK_EX if self.shard is None else fcntl.LOCK_SH)
+            if self.shard is not None:
+                self._take(self.folder / self.shard, fcntl.LOCK_EX)
+        except UserError:
+            self.__exit__()
+            raise
+        return self
+
+    def _take(self, path: Path, kind: int) -> None:
+        handle = open(path, "a+")  # noqa: SIM115 - held open for as long as the lock is
+        self.held.append(handle)
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(
+                f"{self.folder} is being written by another run ({holder}): wait for it, stop it, or choose another "
+                "--output_root"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+
+    def __exit__(self, *_) -> None:
+        for handle in self.held:
+            handle.close()
+        self.held = []
