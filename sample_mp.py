@@ -156,6 +156,18 @@ def _add_run_flags(parser: cli.Parser) -> None:
         metavar="N|auto",
         help="images per batch; part of the plan. auto: from the GPU's free memory, 16 on the CPU",
     )
+    group.add_argument(
+        "--engine",
+        choices=("mp", "ray"),
+        default="mp",
+        help="mp: processes of this machine; ray: actors, --gpu_ids then says how many and on what",
+    )
+    group.add_argument(
+        "--ray_address",
+        default=None,
+        metavar="ADDRESS",
+        help="a running Ray cluster, 'auto' for the one running here (default: start one on this machine)",
+    )
     group.add_argument("--cpu_threads", type=cli.whole(1), default=1, metavar="N", help="threads per CPU process")
     group.add_argument(
         "--output_root",
@@ -206,6 +218,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--shard_index {args.shard_index}: expected a number below --num_shards {args.num_shards}")
     if args.merge and args.num_shards > 1:
         raise UserError("--merge joins all shards: give it without --num_shards and --shard_index")
+    if args.ray_address and args.engine != "ray":
+        raise UserError("--ray_address goes with --engine ray")
     if args.calibrate and not args.dry_run:
         raise UserError("--calibrate goes with --dry_run")
     if args.scheduler is not None and args.scheduler not in SCHEDULERS:
@@ -227,7 +241,12 @@ def resolve(args: argparse.Namespace):
     strengths, label = sampling.choose_strengths(
         strategy, args.aug_strength, args.strength_strategy, solver.num_inference_steps
     )
-    devices = tuple(devices_of(args.gpu_ids, args.cpu_threads))
+    if args.engine == "ray":
+        from semantic_aug.sampling.ray_engine import devices_in_cluster
+
+        devices = tuple(devices_in_cluster(args.gpu_ids))
+    else:
+        devices = tuple(devices_of(args.gpu_ids, args.cpu_threads))
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
     files, key = sampling.choose_weights(
         strategy, dataset.name, args.finetune_model_key, args.model_path, args.config_dir
@@ -262,6 +281,8 @@ def resolve(args: argparse.Namespace):
         worker_timeout=args.worker_timeout,
         image_format=args.image_format,
         compile=args.compile,
+        engine=args.engine,
+        ray_address=args.ray_address,
     )
     return sampling.with_batch_size(config, dataset), dataset
 

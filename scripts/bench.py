@@ -21,7 +21,8 @@ from semantic_aug.errors import UserError, run_main, unknown  # noqa: E402
 def known() -> list[str]:
     """The benchmarks there are: modules of ``scripts/benchmarks`` with a ``main``."""
     folder = Path(__file__).parent / "benchmarks"
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_") and path.stem != "common")
+    others = ("common", "original_")
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith(("_", *others)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,6 +61,8 @@ class SampleConfig:
         worker_timeout: seconds of silence before a process is replaced, or None.
         image_format: key of :data:`semantic_aug.sampling.files.FORMATS`.
         compile: ``auto``, ``on`` or ``off``.
+        engine: ``mp`` (processes of this machine) or ``ray`` (actors).
+        ray_address: of a running Ray cluster, or None for one on this machine.
     """
 
     dataset: str
@@ -86,6 +88,8 @@ class SampleConfig:
     worker_timeout: float | None = None
     image_format: str = "png"
     compile: str = "auto"
+    engine: str = "mp"
+    ray_address: str | None = None
 
     def compiled(self, images: int) -> bool:
         """Whether networks are compiled; decided by the whole subset's size, so that a restart decides alike."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from semantic_aug.datasets import LoadedDataset
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.sampling import store
 from semantic_aug.sampling.config import SampleConfig, identity_of, plan_of, subset_folder, task_paths
-from semantic_aug.sampling.dispatch import Outcome
+from semantic_aug.sampling.dispatch import Dispatcher, Outcome
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import Launcher, image_tasks, make_folders
@@ -119,14 +119,13 @@ def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> P
             subset.done[[row[0] for row in rows]] = True
 
         there, wanted = subset.count()
-        launcher = Launcher(
+        launcher = make_launcher(
+            config,
             job_of(config, dataset, subset.folder, len(subset.plan)),
-            config.devices,
             lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing),
             on_rows,
-            total=wanted,
-            already=there,
-            timeout=config.worker_timeout,
+            wanted,
+            there,
         )
         try:
             outcome = launcher.run([b for b in subset.batches if missing[slice(*subset.plan.starts[b : b + 2])].any()])
@@ -167,13 +166,13 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 
     with tempfile.TemporaryDirectory(prefix="calibrate-") as place:
         folder = Path(place) / "calibration"
         make_folders(folder, dataset.folders)
-        launcher = Launcher(
+        launcher = make_launcher(
+            config,
             job_of(config, dataset, folder, len(plan)),
-            config.devices,
             lambda batch: image_tasks(plan.numbers(batch), paths, everything),
             lambda rows: None,
-            total=len(plan),
-            already=0,
+            len(plan),
+            0,
         )
         launcher.run(batches_of_shard(plan, 1, 0, config.seed)[: (batches_each + 1) * len(config.devices)])
         size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.image_format}"))
@@ -186,6 +185,19 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 
         f"{len(plan) / rate / 3600:.2f} hours for all {len(plan)} images, {shard / rate / 3600:.2f} hours for one of "
         f"{config.num_shards} shard(s); {size / made * len(plan) / 1e6:,.0f} MB of disk"
     )
+
+
+def make_launcher(
+    config: SampleConfig, job: Job, tasks_of: Callable, on_rows: Callable, total: int, already: int
+) -> Dispatcher:
+    """The engine a request names; see :class:`Dispatcher` for the arguments."""
+    if config.engine == "ray":
+        from semantic_aug.sampling.ray_engine import RayLauncher
+
+        return RayLauncher(
+            job, config.devices, tasks_of, on_rows, total, already, config.worker_timeout, address=config.ray_address
+        )
+    return Launcher(job, config.devices, tasks_of, on_rows, total, already, config.worker_timeout)
 
 
 def job_of(config: SampleConfig, dataset: LoadedDataset, folder: Path, images: int) -> Job:

@@ -1,0 +1,234 @@
+"""Stage 2 against a faithful port of the original's way, in one run, saving included.
+
+python scripts/bench.py sampling                                   # embedded base, CPU
+python scripts/bench.py sampling --base sd15-random --device cuda  # an SD-1.5-sized network, no hub needed
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import common, original_sampling
+from semantic_aug import console, registry
+from semantic_aug.augmentations.request import ModelFiles
+from semantic_aug.augmentations.strategies import find
+from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
+from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
+from semantic_aug.errors import UserError
+
+TFLOP_512 = 29.8
+"""TFLOP of one 512 px image of Stable Diffusion 1.5 at strength 0.7, 25 steps, guidance; text and sources cached."""
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0, "3090": 71.0}
+"""Dense half-precision peaks by a word of the GPU's name."""
+
+
+def build_sd15(folder: Path, resolution: int) -> Path:
+    """An SD-1.5-sized base model with random weights and CLIP's real vocabulary, in half precision."""
+    import gzip
+    import importlib.util
+
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    found = importlib.util.find_spec("open_clip")
+    if found is None:
+        raise UserError("--base sd15-random takes CLIP's vocabulary from the package open_clip_torch: pip install it")
+    lines = (
+        gzip.open(Path(next(iter(found.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz")
+        .read()
+        .decode()
+        .split("\n")
+    )
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        text = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(words), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
+        ))  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae.half().cpu(), unet=unet.half().cpu(), text_encoder=text.half().cpu(),
+        tokenizer=CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=77),
+        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+                                set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_checkpoint(folder: Path, base: Path, class_names: tuple[str, ...]) -> tuple[Path, Path]:
+    """A random LoRA of rank 10 and random class tokens that fit a base model."""
+    from diffusers import UNet2DConditionModel
+
+    from semantic_aug.diffusion import lora, tokens
+
+    unet = UNet2DConditionModel.from_pretrained(base / "unet").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lora.add_lora(unet, 10):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+    width = json.loads((base / "text_encoder" / "config.json").read_text())["hidden_size"]
+    folder.mkdir(parents=True)
+    lora.save_lora(unet, folder / lora.FILE_NAME)
+    vectors = torch.randn(len(class_names), width, generator=generator) * 0.02
+    tokens.save_tokens(tokens.ClassTokens(class_names, vectors), folder / tokens.FILE_NAME)
+    return folder / lora.FILE_NAME, folder / tokens.FILE_NAME
+
+
+def time_original(files: ModelFiles, device: str, super_class: str, sources: list[bytes], targets: list[int], args, processes: int,
+                  threads: int, folder: Path) -> float:  # fmt: skip
+    """Images per second of the port with some processes, each making its share of the images."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes + 1)
+    arguments = (files.folder, files.lora, files.tokens, device, super_class)
+    running = []
+    for index in range(processes):
+        place = folder / str(index)
+        place.mkdir(parents=True)
+        share = (
+            sources[index::processes],
+            targets[index::processes],
+            args.strength,
+            args.resolution,
+            place,
+            barrier,
+            threads,
+        )
+        running.append(context.Process(target=original_sampling.serve, args=(arguments, *share)))
+        running[-1].start()
+    barrier.wait()
+    began = time.perf_counter()
+    barrier.wait()
+    seconds = time.perf_counter() - began
+    for process in running:
+        process.join()
+    return len(sources) / seconds
+
+
+def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, ...], folder: Path, speed: str) -> dict:
+    """Images per second of stage 2 as it is, from the first finished batch of every process on, and the time to load."""
+    from semantic_aug.sampling import config as sampling
+    from semantic_aug.sampling import run as running
+
+    config = sampling.with_batch_size(
+        sampling.SampleConfig(
+            dataset=word, setting=dataset.setting, strategy=find("diff-mix"), key="bench", files=files, strengths=(args.strength,),
+            strength_label=str(args.strength), multiplier=max(args.images * args.ours_factor, 1) / len(dataset.train),
+            solver=SolverSettings(**SPEEDS[speed]), resolution=args.resolution, batch_size=args.batch_size,
+            dtype="fp32" if devices[0] == "cpu" else "fp16", template="a photo of a {}", seed=0, output_root=folder, devices=devices,
+            compile=args.compile,
+        ),
+        dataset,
+    )  # fmt: skip
+    plan = sampling.plan_of(config, dataset)
+    paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{speed}"
+    running.make_folders(place, dataset.folders)
+    everything = np.ones(len(plan), bool)
+    launcher = running.make_launcher(
+        config, running.job_of(config, dataset, place, len(plan)),
+        lambda batch: running.image_tasks(plan.numbers(batch), paths, everything), lambda rows: None, len(plan), 0,
+    )  # fmt: skip
+    began = time.monotonic()
+    launcher.run(range(plan.num_batches))
+    first = launcher.marks[len(devices) - 1][0] - began
+    return {
+        "images_per_second": launcher.steady_rate(),
+        "seconds_to_first_batches": round(first, 1),
+        "batch_size": config.batch_size,
+    }
+
+
+def share_of_peak(rate: float, resolution: int, gpu: str | None) -> str:
+    """Share of the GPU's peak that Stable-Diffusion-1.5-sized work at 512 px comes to."""
+    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu and name in gpu), None)
+    return f"{100 * rate * TFLOP_512 / peak:.0f} %" if peak and resolution == 512 else "-"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Times the port alone, the port at its best, and ours; prints and writes the table."""
+    parser = argparse.ArgumentParser(prog="bench.py sampling", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--base", default=EMBEDDED_MODEL, help="folder of a base model, or sd15-random (default: the embedded one)"
+    )
+    parser.add_argument("--dataset", default="elpv", help="whose images are translated (default: elpv)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=24, help="images the port makes (default: 24)")
+    parser.add_argument("--ours_factor", type=int, default=8, help="ours makes this many times as many (default: 8)")
+    parser.add_argument("--strength", type=float, default=0.7)
+    parser.add_argument("--resolution", type=int, default=None, help="default: the base model's own")
+    parser.add_argument("--batch_size", type=int, default=0, help="of ours; 0: automatic (default: 0)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=None,
+        help="of the port at its best and of ours on the CPU (default: 2; GPU: 3, 1)",
+    )
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--speeds", nargs="+", choices=tuple(SPEEDS), default=["exact"])
+    args = parser.parse_args(argv)
+    console.set_up_logging()
+    console.quiet_libraries()
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+        folder = Path(place)
+        base = build_sd15(folder / "base", 512) if args.base == "sd15-random" else find_base(args.base)
+        args.resolution = args.resolution or read_geometry(base).native_resolution
+        dataset = load_dataset(args.dataset, Setting())
+        lora, tokens = write_checkpoint(folder / "checkpoint", base, dataset.source_names)
+        files = ModelFiles(str(base), base, lora, tokens)
+        rng = np.random.default_rng(0)
+        sources = []
+        for row in rng.integers(len(dataset.train), size=args.images):
+            out = io.BytesIO()
+            dataset.train.image(int(row)).save(out, "PNG")
+            sources.append(out.getvalue())
+        targets = rng.integers(len(dataset.class_names), size=args.images).tolist()
+        gpu = args.device == "cuda"
+        device, many = ("cuda:0", args.processes or 3) if gpu else ("cpu", args.processes or 2)
+        threads = torch.get_num_threads()
+        shared = (files, device, dataset.spec.super_class, sources, targets, args)
+        alone = time_original(*shared, 1, threads, folder / "port")
+        best = max(alone, time_original(*shared, many, max(1, threads // many), folder / "port-many"))
+        devices = ("cuda:0",) if gpu else ("cpu",) * many
+        ours = {speed: time_ours(files, dataset, args.dataset, args, devices, folder, speed) for speed in args.speeds}
+    name = torch.cuda.get_device_name(0) if gpu else None
+    rows = [["the original's way, one process", f"{alone:.3g}", "1", share_of_peak(alone, args.resolution, name)],
+            [f"the original's way at its best ({many} processes)", f"{best:.3g}", f"{best / alone:.2f}", share_of_peak(best, args.resolution, name)]]  # fmt: skip
+    for speed, found in ours.items():
+        rate = found["images_per_second"]
+        rows.append([f"ours, {speed}, batch {found['batch_size']}, {len(devices)} process(es)", f"{rate:.3g}",
+                     f"{rate / alone:.2f}", share_of_peak(rate, args.resolution, name)])  # fmt: skip
+    details = {"arguments": vars(args), "ours": ours, "original": {"one": alone, "best": best},
+               "ratio_to_best": {speed: found["images_per_second"] / best for speed, found in ours.items()},
+               "peak_memory_of_children_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}  # fmt: skip
+    header = [f"{registry.shown_path(args.base) if args.base != 'sd15-random' else args.base}, {args.resolution} px, s = {args.strength}",
+              "images/s", "ratio", "of peak"]  # fmt: skip
+    common.publish("sampling", header, rows, details)
+    return 0

@@ -1,0 +1,226 @@
+#!/usr/bin/env python
+"""Disturbs a real sampling job in real processes and checks that nothing is lost, doubled or mislabelled.
+
+    python scripts/fault_test.py --trials 25
+
+Each trial starts the same small subset afresh and, drawn from its seed, does some of: kill a random worker or the parent
+(SIGKILL), ask it to stop (SIGTERM, SIGINT), delete or truncate random images, fill the disk (a small tmpfs, where this
+user may mount one). It restarts the command until it ends well and compares every byte with an undisturbed run.
+The tally goes to ``outputs/fault_test.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+RESTARTS = 12
+FAULTS = (
+    "kill worker",
+    "kill parent",
+    "terminate parent",
+    "interrupt parent",
+    "delete images",
+    "truncate images",
+    "fill disk",
+)
+
+
+class Workshop:
+    """A tiny base model, images and a checkpoint, and the command that makes a subset from them.
+
+    Args:
+        folder: where everything goes.
+        images: of the subset.
+        processes: of the command.
+    """
+
+    def __init__(self, folder: Path, images: int, processes: int):
+        import yaml
+
+        import tiny
+
+        classes = ("blue jay", "red fox", "toad")
+        base = tiny.write_base(folder / "base")
+        self.pictures = tiny.write_image_folder(folder / "animals")
+        tiny.write_lora(folder / "ck" / "pytorch_lora_weights.safetensors", base)
+        tiny.write_tokens(folder / "ck" / "learned_embeds.safetensors", classes)
+        entry = {
+            "model_path": str(base),
+            "lora_path": str(folder / "ck"),
+            "embed_path": str(folder / "ck/learned_embeds.safetensors"),
+        }
+        (folder / "config").mkdir()
+        (folder / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({"animals": {"ck": entry}}))
+        self.folder, self.multiplier, self.processes = folder, images / 18, processes
+
+    def start(self, root: Path) -> subprocess.Popen:
+        """Starts the command in a process group of its own."""
+        words = [
+            sys.executable, str(ROOT / "sample_mp.py"), "--dataset", f"folder:{self.pictures}", "--finetune_model_key", "ck",
+            "--config_dir", str(self.folder / "config"), "--output_root", str(root), "--syn_dataset_multiplier",
+            str(self.multiplier), "--batch_size", "4", "--num_inference_steps", "6", "--strength_strategy", "uniform",
+            "--gpu_ids", *["cpu"] * self.processes,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Every image and ``meta.csv``: path -> SHA-256."""
+    found = [p for p in root.rglob("*") if p.suffix == ".png" or p.name == "meta.csv"]
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of the sampling processes."""
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
+def disturb(fault: str, process: subprocess.Popen, root: Path, rng: random.Random) -> bool:
+    """Does one fault; returns whether it hit something."""
+    images = sorted(root.rglob("*.png"))
+    if fault == "kill worker":
+        workers = workers_of(process)
+        for pid in rng.sample(workers, min(len(workers), 1)):
+            os.kill(pid, signal.SIGKILL)
+        return bool(workers)
+    if fault in ("kill parent", "terminate parent", "interrupt parent"):
+        number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[fault.split()[0]]
+        alive = process.poll() is None
+        with contextlib.suppress(ProcessLookupError):
+            # a terminal's Ctrl-C reaches the whole group, the others the parent alone
+            os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+        return alive
+    for path in rng.sample(images, min(len(images), rng.randint(1, 3))):
+        with contextlib.suppress(FileNotFoundError):
+            if fault == "delete images":
+                path.unlink()
+            else:
+                content = path.read_bytes()
+                path.write_bytes(content[: rng.randrange(len(content))])
+    return bool(images)
+
+
+@contextlib.contextmanager
+def small_disk(megabytes: float):
+    """A tmpfs of a given size, or None where this user may not mount one."""
+    place = Path(tempfile.mkdtemp(prefix="small-disk-"))
+    options = f"size={int(megabytes * 1024)}k"
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True).returncode == 0
+    )
+    try:
+        yield place if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", place], check=False)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def fill_and_recover(workshop: Workshop, wanted: dict[str, str], rng: random.Random) -> bool | None:
+    """Runs on a disk too small for the subset, then makes room; returns whether all came right, None without a mount."""
+    need = sum(p.stat().st_size for p in (workshop.folder / "undisturbed").rglob("*") if p.is_file()) / 2**20
+    with small_disk(need * 3) as disk:
+        if disk is None:
+            return None
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"\0" * int(need * (2.2 + 0.6 * rng.random()) * 2**20))
+        process = workshop.start(disk / "out")
+        _, err = process.communicate(timeout=600)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        if process.returncode != 2 or len(lines) != 1 or "No space left" not in lines[0]:
+            raise AssertionError(f"a full disk ended with status {process.returncode}: {err}")
+        ballast.unlink()
+        return finish(workshop, disk / "out") == wanted
+
+
+def finish(workshop: Workshop, root: Path) -> dict[str, str]:
+    """Runs the command until it ends well; returns what is there."""
+    for _ in range(RESTARTS):
+        process = workshop.start(root)
+        _, err = process.communicate(timeout=900)
+        if process.returncode == 0:
+            return contents(root)
+    raise AssertionError(f"did not end well in {RESTARTS} starts: {err}")
+
+
+def trial(workshop: Workshop, seed: int, wanted: dict[str, str], tally: Counter) -> bool:
+    """One disturbed run; returns whether the outcome is byte for byte the undisturbed one."""
+    rng = random.Random(seed)
+    chosen = rng.sample(FAULTS[:-1], rng.randint(1, 3)) if rng.random() > 0.15 else ["fill disk"]
+    if chosen == ["fill disk"]:
+        fine = fill_and_recover(workshop, wanted, rng)
+        if fine is not None:
+            tally["fill disk"] += 1
+            return fine
+        chosen = ["kill parent"]
+    root = workshop.folder / f"trial-{seed}"
+    for fault in chosen:
+        process = workshop.start(root)
+        enough = rng.randint(1, max(1, len(wanted) // 2))
+        limit = time.monotonic() + 300
+        while process.poll() is None and len(list(root.rglob("*.png"))) < enough and time.monotonic() < limit:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.5)
+        tally[fault] += disturb(fault, process, root, rng)
+        if (
+            fault in ("delete images", "truncate images", "kill worker")
+            and rng.random() < 0.5
+            and process.poll() is None
+        ):
+            process.kill()
+        process.communicate(timeout=900)
+    fine = finish(workshop, root) == wanted
+    shutil.rmtree(root)
+    return fine
+
+
+def main() -> int:
+    """Runs the trials and prints the tally."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--trials", type=int, default=25, help="disturbed runs (default: 25)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial (default: 0)")
+    parser.add_argument("--images", type=int, default=72, help="images of the subset (default: 72)")
+    parser.add_argument("--processes", type=int, default=2, help="sampling processes (default: 2)")
+    args = parser.parse_args()
+    tally, failed = Counter(), []
+    with tempfile.TemporaryDirectory(prefix="fault-test-") as place:
+        workshop = Workshop(Path(place), args.images, args.processes)
+        wanted = finish(workshop, workshop.folder / "undisturbed")
+        assert len(wanted) == args.images + 1, f"{len(wanted)} files"
+        for seed in range(args.seed, args.seed + args.trials):
+            fine = trial(workshop, seed, wanted, tally)
+            failed += [] if fine else [seed]
+            print(f"trial {seed}: {'equal' if fine else 'DIFFERENT'}   faults so far: {dict(tally)}", flush=True)
+    summary = {"trials": args.trials, "equal": args.trials - len(failed), "failed_seeds": failed, "faults": dict(tally)}
+    (ROOT / "outputs").mkdir(exist_ok=True)
+    (ROOT / "outputs" / "fault_test.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"{summary['equal']} of {args.trials} disturbed runs ended byte for byte as the undisturbed one; faults: {dict(tally)}"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The engine for many machines: the same batch maker in Ray actors, on a laptop's local cluster or a real one.
+
+The subset's folder, the base model, the checkpoint and the images must be reachable under the same paths on every node
+(a shared file system). An actor that dies with its process or its node is started elsewhere and its batches done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from semantic_aug.errors import UserError, os_error_line
+from semantic_aug.registry import REPO_ROOT
+from semantic_aug.sampling.dispatch import Dispatcher, Row
+from semantic_aug.sampling.job import Job, Task
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Batches an actor holds at once: the one it makes and the next."""
+
+WAIT_SECONDS = 0.5
+START_SECONDS = 1800.0
+
+
+class ImageActor:
+    """One sampling process under Ray: a batch maker, and writing in the same call.
+
+    Args:
+        job: what to make.
+        device: "cpu" or "cuda:0" (Ray shows an actor only its own GPU).
+    """
+
+    def __init__(self, job: Job, device: str):
+        from semantic_aug.console import quiet_libraries
+
+        quiet_libraries()
+        from semantic_aug.sampling.worker import BatchMaker
+
+        self.maker = BatchMaker(job, device, log.warning)
+
+    def ready(self) -> str:
+        """Answers once everything is loaded."""
+        return self.maker.engine.attention
+
+    def make(self, batch: int, tasks: list[Task]) -> tuple[int, list[Row], dict[int, str]]:
+        """Makes and writes a batch; returns its number, the record rows, and tasks whose source cannot be read."""
+        pixels, failures = self.maker.pixels(tasks)
+        wanted = [(t, p) for t, p in zip(tasks, pixels, strict=True) if t.path]
+        rows = [self.maker.write(t, p) for t, p in wanted if t.number not in failures]
+        return batch, rows, {t.number: failures[t.number] for t, _ in wanted if t.number in failures}
+
+
+@dataclass
+class _Actor:
+    device: str
+    handle: object
+    starting: object | None
+    begun: float = field(default_factory=time.monotonic)
+    held: deque = field(default_factory=deque)
+
+
+class RayLauncher(Dispatcher):
+    """Runs batches on Ray actors; see :class:`Dispatcher` for the other arguments.
+
+    Args:
+        address: of a running cluster; None starts one on this machine, "auto" joins the one that is running here.
+    """
+
+    def __init__(self, *arguments, address: str | None = None, **options):
+        super().__init__(*arguments, **options)
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--engine ray needs the package ray: pip install 'ray>=2.40'") from None
+        self.ray, self.address = ray, address
+        self.actors: list[_Actor] = []
+
+    def _serve(self) -> None:
+        self._connect()
+        self.actors = [self._start(device) for device in self.devices[: len(self.queue)]]
+        while not self.must_return():
+            for actor in self.actors:
+                self._feed(actor)
+            if not any(actor.held or (self.queue and actor.starting) for actor in self.actors):
+                return
+            waiting = {a.starting: a for a in self.actors if a.starting} | {
+                f: a for a in self.actors for _, f in a.held
+            }
+            ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=WAIT_SECONDS)
+            for future in ready:
+                self._listen(waiting[future], future)
+            for actor in list(self.actors):
+                if actor.starting and time.monotonic() - actor.begun > START_SECONDS:
+                    self._replace(actor, "it did not start: are there enough free CPUs or GPUs in the cluster?")
+            self.report_status("running")
+
+    def _connect(self) -> None:
+        if self.ray.is_initialized():
+            return
+        # nodes import the package from the repository's place on the shared file system
+        environment = {"env_vars": {"PYTHONPATH": str(REPO_ROOT)}}
+        try:
+            self.ray.init(
+                address=self.address,
+                runtime_env=environment,
+                log_to_driver=False,
+                include_dashboard=False if self.address is None else None,
+                configure_logging=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--ray_address {self.address}: no Ray cluster there ({str(error).splitlines()[0]}): start one with "
+                "'ray start --head', or leave the flag out for one on this machine"
+            ) from error
+
+    def _start(self, device: str) -> _Actor:
+        gpus = 0.0 if device == "cpu" else 1 / self.devices.count(device)
+        options = {"num_cpus": self.job.cpu_threads if device == "cpu" else 1, "num_gpus": gpus, "max_restarts": 0}
+        place = device if device == "cpu" else "cuda:0"
+        handle = self.ray.remote(ImageActor).options(**options).remote(self.job, place)
+        return _Actor(device, handle, handle.ready.remote())
+
+    def _feed(self, actor: _Actor) -> None:
+        while actor.starting is None and self.queue and len(actor.held) < AHEAD:
+            batch = self.queue.popleft()
+            actor.held.append((batch, actor.handle.make.remote(batch, self.tasks_of(batch))))
+
+    def _listen(self, actor: _Actor, future) -> None:
+        try:
+            answer = self.ray.get(future)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+            if isinstance(cause, OSError) and cause.errno is not None:
+                raise UserError(os_error_line(cause)) from error
+            log.debug(str(error))
+            self._replace(actor, str(cause).splitlines()[0] if str(cause) else type(cause).__name__)
+        except self.ray.exceptions.RayError as error:  # the actor's process or node is gone
+            self._replace(actor, f"{type(error).__name__}: its process or node ended")
+        else:
+            if future == actor.starting:
+                actor.starting = None
+                self.show_bar()
+                return
+            batch, rows, failures = answer
+            actor.held = deque((b, f) for b, f in actor.held if b != batch)
+            self.take(rows, failures)
+
+    def _replace(self, actor: _Actor, why: str) -> None:
+        self.ray.kill(actor.handle)
+        self.actors.remove(actor)
+        if actor.starting is not None:
+            self.failed_to_start(actor.device, why)
+        batches = [batch for batch, _ in actor.held]
+        self.give_back(
+            batches, batches[0] if batches else None, why
+        )  # actors answer in order: the first was being made
+        if self.queue:
+            log.warning("a sampling actor is replaced: %s", why)
+            self.actors.append(self._start(actor.device))
+
+    def _end(self) -> None:
+        for actor in self.actors:
+            self.ray.kill(actor.handle)
+        self.actors = []
+        if self.address is None and self.ray.is_initialized():
+            self.ray.shutdown()
+
+    def describe_workers(self) -> list[dict]:
+        return [{"device": a.device, "batches": [batch for batch, _ in a.held]} for a in self.actors]
+
+
+def devices_in_cluster(gpu_ids: list[str] | None) -> list[str]:
+    """The actors that ``--gpu_ids`` asks for: ``cpu cpu`` for two on CPUs, ``0 1`` for two with a GPU each, ``0 0 1 1`` for
+    four with half a GPU each; the numbers only say which share one. Default: a single CPU actor.
+
+    Raises:
+        UserError: words of both kinds, or other ones.
+    """
+    words = gpu_ids or ["cpu"]
+    if set(words) == {"cpu"}:
+        return words
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--gpu_ids {' '.join(words)}: expected GPU numbers, or the word cpu, one per actor")
+    return [f"cuda:{word}" for word in words]
