@@ -57,15 +57,26 @@ class OriginalSampler:
         autocast = torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
         with autocast:
             made = self.pipe(
-                image=[image], prompt=[f"a photo of a {self.names[target]} {self.super_class}".strip()], strength=strength,
-                guidance_scale=7.5, num_inference_steps=25,
-            ).images[0]  # fmt: skip
+                image=[image],
+                prompt=[f"a photo of a {self.names[target]} {self.super_class}".strip()],
+                strength=strength,
+                guidance_scale=7.5,
+                num_inference_steps=25,
+            ).images[0]
         made.resize(image.size, Image.Resampling.BILINEAR).save(path)
         print(f"save {path}")
 
 
-def serve(arguments: tuple, sources: Sequence[bytes], targets: Sequence[int], strength: float, resolution: int, folder: Path,
-          barrier, threads: int) -> None:  # fmt: skip
+def serve(
+    arguments: tuple,
+    sources: Sequence[bytes],
+    targets: Sequence[int],
+    strength: float,
+    resolution: int,
+    folder: Path,
+    barrier,
+    threads: int,
+) -> None:
     """Body of one of the port's processes: loads, makes one image to warm up, waits for the others, makes its share."""
     torch.set_num_threads(threads)
     sampler = OriginalSampler(*arguments)

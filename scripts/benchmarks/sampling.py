@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, original_sampling
-from semantic_aug import console, registry
+from semantic_aug import console
 from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.augmentations.strategies import find
 from semantic_aug.datasets import Setting, load_dataset
@@ -45,12 +45,8 @@ def build_sd15(folder: Path, resolution: int) -> Path:
     found = importlib.util.find_spec("open_clip")
     if found is None:
         raise UserError("--base sd15-random takes CLIP's vocabulary from the package open_clip_torch: pip install it")
-    lines = (
-        gzip.open(Path(next(iter(found.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz")
-        .read()
-        .decode()
-        .split("\n")
-    )
+    with gzip.open(Path(next(iter(found.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz") as packed:
+        lines = packed.read().decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -65,23 +61,49 @@ def build_sd15(folder: Path, resolution: int) -> Path:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         unet = UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-        )  # fmt: skip
+            sample_size=64,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+        )
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        text = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(words), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
-        ))  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                bos_token_id=len(words) - 2,
+                eos_token_id=len(words) - 1,
+                pad_token_id=len(words) - 1,
+            )
+        )
     StableDiffusionPipeline(
-        vae=vae.half().cpu(), unet=unet.half().cpu(), text_encoder=text.half().cpu(),
+        vae=vae.half().cpu(),
+        unet=unet.half().cpu(),
+        text_encoder=text.half().cpu(),
         tokenizer=CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=77),
-        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-                                set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -103,8 +125,17 @@ def write_checkpoint(folder: Path, base: Path, class_names: tuple[str, ...]) -> 
     return folder / lora.FILE_NAME, folder / tokens.FILE_NAME
 
 
-def time_original(files: ModelFiles, device: str, super_class: str, sources: list[bytes], targets: list[int], args, processes: int,
-                  threads: int, folder: Path) -> float:  # fmt: skip
+def time_original(
+    files: ModelFiles,
+    device: str,
+    super_class: str,
+    sources: list[bytes],
+    targets: list[int],
+    args,
+    processes: int,
+    threads: int,
+    folder: Path,
+) -> float:
     """Images per second of the port with some processes, each making its share of the images."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
@@ -140,22 +171,38 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
 
     config = sampling.with_batch_size(
         sampling.SampleConfig(
-            dataset=word, setting=dataset.setting, strategy=find("diff-mix"), key="bench", files=files, strengths=(args.strength,),
-            strength_label=str(args.strength), multiplier=max(args.images * args.ours_factor, 1) / len(dataset.train),
-            solver=SolverSettings(**SPEEDS[speed]), resolution=args.resolution, batch_size=args.batch_size,
-            dtype="fp32" if devices[0] == "cpu" else "fp16", template="a photo of a {}", seed=0, output_root=folder, devices=devices,
+            dataset=word,
+            setting=dataset.setting,
+            strategy=find("diff-mix"),
+            key="bench",
+            files=files,
+            strengths=(args.strength,),
+            strength_label=str(args.strength),
+            multiplier=max(args.images * args.ours_factor, 1) / len(dataset.train),
+            solver=SolverSettings(**SPEEDS[speed]),
+            resolution=args.resolution,
+            batch_size=args.batch_size,
+            dtype="fp32" if devices[0] == "cpu" else "fp16",
+            template="a photo of a {}",
+            seed=0,
+            output_root=folder,
+            devices=devices,
             compile=args.compile,
         ),
         dataset,
-    )  # fmt: skip
+    )
     plan = sampling.plan_of(config, dataset)
     paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{speed}"
     running.make_folders(place, dataset.folders)
     everything = np.ones(len(plan), bool)
     launcher = running.make_launcher(
-        config, running.job_of(config, dataset, place, len(plan)),
-        lambda batch: running.image_tasks(plan.numbers(batch), paths, everything), lambda rows: None, len(plan), 0,
-    )  # fmt: skip
+        config,
+        running.job_of(config, dataset, place, len(plan)),
+        lambda batch: running.image_tasks(plan.numbers(batch), paths, everything),
+        lambda rows: None,
+        len(plan),
+        0,
+    )
     began = time.monotonic()
     launcher.run(range(plan.num_batches))
     first = launcher.marks[len(devices) - 1][0] - began
@@ -219,16 +266,37 @@ def main(argv: list[str] | None = None) -> int:
         devices = ("cuda:0",) if gpu else ("cpu",) * many
         ours = {speed: time_ours(files, dataset, args.dataset, args, devices, folder, speed) for speed in args.speeds}
     name = torch.cuda.get_device_name(0) if gpu else None
-    rows = [["the original's way, one process", f"{alone:.3g}", "1", share_of_peak(alone, args.resolution, name)],
-            [f"the original's way at its best ({many} processes)", f"{best:.3g}", f"{best / alone:.2f}", share_of_peak(best, args.resolution, name)]]  # fmt: skip
+    rows = [
+        ["the original's way, one process", f"{alone:.3g}", "1", share_of_peak(alone, args.resolution, name)],
+        [
+            f"the original's way at its best ({many} processes)",
+            f"{best:.3g}",
+            f"{best / alone:.2f}",
+            share_of_peak(best, args.resolution, name),
+        ],
+    ]
     for speed, found in ours.items():
         rate = found["images_per_second"]
-        rows.append([f"ours, {speed}, batch {found['batch_size']}, {len(devices)} process(es)", f"{rate:.3g}",
-                     f"{rate / alone:.2f}", share_of_peak(rate, args.resolution, name)])  # fmt: skip
-    details = {"arguments": vars(args), "ours": ours, "original": {"one": alone, "best": best},
-               "ratio_to_best": {speed: found["images_per_second"] / best for speed, found in ours.items()},
-               "peak_memory_of_children_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}  # fmt: skip
-    header = [f"{registry.shown_path(args.base) if args.base != 'sd15-random' else args.base}, {args.resolution} px, s = {args.strength}",
-              "images/s", "ratio", "of peak"]  # fmt: skip
+        rows.append(
+            [
+                f"ours, {speed}, batch {found['batch_size']}, {len(devices)} process(es)",
+                f"{rate:.3g}",
+                f"{rate / alone:.2f}",
+                share_of_peak(rate, args.resolution, name),
+            ]
+        )
+    details = {
+        "arguments": vars(args),
+        "ours": ours,
+        "original": {"one": alone, "best": best},
+        "ratio_to_best": {speed: found["images_per_second"] / best for speed, found in ours.items()},
+        "peak_memory_of_children_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
+    header = [
+        f"{args.base}, {args.resolution} px, s = {args.strength}",
+        "images/s",
+        "ratio",
+        "of peak",
+    ]
     common.publish("sampling", header, rows, details)
     return 0
