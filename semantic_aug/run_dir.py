@@ -218,6 +218,31 @@ def git_revision(folder: Path) -> str | None:
     return run.stdout.strip() or None
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, whole or not at all; the same tensors and metadata give the same bytes.
+
+    The library writes metadata in an order that changes from process to process. Here it is sorted, so that a file's hash
+    (which says whether a subset was made with these very weights) follows from its content.
+
+    Args:
+        path: of the file.
+        tensors: name -> tensor on any device.
+        metadata: kept in the file's header.
+    """
+    from safetensors.torch import save
+
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, dict(metadata or {}))
+    start = 8 + int.from_bytes(content[:8], "little")  # a length, the header as JSON, then the tensors' bytes
+    header = json.loads(content[8:start])
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(memoryview(content)[start:])
+
+
 def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
     """A file written by ``torch.save``, read without running any code in it.
 

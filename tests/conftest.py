@@ -42,3 +42,47 @@ def image_folder(tmp_path_factory) -> Path:
     import tiny
 
     return tiny.write_image_folder(tmp_path_factory.mktemp("images") / "animals")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory, tiny_base, image_folder):
+    """Base model, images, a checkpoint of random tokens and LoRA, and a registry that knows them."""
+    import yaml
+    from helpers import CLASSES
+
+    import tiny
+
+    folder = tmp_path_factory.mktemp("workshop")
+    tiny.write_lora(folder / "ck" / "pytorch_lora_weights.safetensors", tiny_base)
+    tiny.write_tokens(folder / "ck" / "learned_embeds.safetensors", CLASSES)
+    tiny.write_tokens(folder / "ck" / "others.safetensors", ("a", "b", "c"))
+    entry = {
+        "model_path": str(tiny_base),
+        "lora_path": str(folder / "ck"),
+        "embed_path": str(folder / "ck" / "learned_embeds.safetensors"),
+    }
+    entries = {
+        "ck": entry,
+        "db": {**entry, "embed_path": None},
+        "bare": {**entry, "embed_path": None, "lora_path": None},
+        "foreign": {**entry, "embed_path": str(folder / "ck" / "others.safetensors")},
+    }
+    _write(folder / "config" / "finetuned_ckpts.yaml", yaml.safe_dump({"animals": entries}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(workshop, image_folder, tmp_path_factory) -> dict[str, str]:
+    """The subset made by one process in one go."""
+    from helpers import SUBSET, run, sampling_arguments, subset_contents
+
+    root = tmp_path_factory.mktemp("undisturbed")
+    run("sample_mp.py", *sampling_arguments(workshop, image_folder, root))
+    files = subset_contents(root / SUBSET)
+    assert len(files) == 55
+    return {**files, "": str(root / SUBSET)}
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,3 +54,42 @@ def contents(folder: Path, *patterns: str) -> dict[str, str]:
 def subset_contents(folder: Path) -> dict[str, str]:
     """The files of a synthetic subset that must be equal however it was made: images and meta.csv."""
     return contents(folder, "*.png", "meta.csv")
+
+
+CLASSES = ("blue jay", "red fox", "toad")
+SUBSET = "animals/diff-mix-Multi3-ck-Strength0.7"
+"""Where :func:`sampling_arguments` puts the subset, below the output root."""
+
+
+def sampling_arguments(workshop, image_folder, root, **changes):
+    """Flags of a small run: 54 images in 14 batches."""
+    flags = {
+        "dataset": f"folder:{image_folder}",
+        "finetune_model_key": "ck",
+        "config_dir": workshop / "config",
+        "output_root": root,
+        "syn_dataset_multiplier": 3,
+        "batch_size": 4,
+        "num_inference_steps": 6,
+        "gpu_ids": ["cpu"],
+        **changes,
+    }
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *values] if value is not None else []
+    return words
+
+
+def same(folder: Path, undisturbed: dict[str, str]) -> bool:
+    """Whether a subset's files are those of the undisturbed run."""
+    return {**subset_contents(folder), "": undisturbed[""]} == undisturbed
+
+
+def wait_for_images(folder: Path, count: int, process) -> None:
+    """Waits until a running job has made some images."""
+    for _ in range(1200):
+        if len(list(folder.rglob("*.png"))) >= count or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no images came")

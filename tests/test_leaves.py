@@ -6,9 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from semantic_aug import meta_csv, prompts, registry, run_dir, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
@@ -377,3 +380,18 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], cwd=registry.REPO_ROOT, check=False)
     assert path.read_text() == "old"
+
+
+def test_saved_tensors_are_the_same_bytes_in_every_process(tmp_path):
+    script = (
+        "import sys, torch; from pathlib import Path; from semantic_aug.run_dir import save_tensors;"
+        "save_tensors(Path(sys.argv[1]), {'b': torch.arange(3.0), 'a': torch.ones(2, 2).half()},"
+        "dict(zip('edcba', ['é', '2', '3', '4', '5'])))"
+    )
+    paths = [tmp_path / str(i) for i in range(4)]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True, cwd=ROOT)
+    assert len({path.read_bytes() for path in paths}) == 1
+    with safe_open(paths[0], "pt") as content:
+        assert content.metadata() == {"a": "5", "b": "4", "c": "3", "d": "2", "e": "é"}
+        assert content.get_tensor("b").tolist() == [0, 1, 2] and content.get_tensor("a").dtype == torch.float16

@@ -2,80 +2,19 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from helpers import refused, run, start, subset_contents
+from helpers import CLASSES, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images
 from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv
-from semantic_aug.run_dir import write_text
 from semantic_aug.sampling import files
 from semantic_aug.sampling.lock import RunLock
 from semantic_aug.sampling.records import Records
-
-CLASSES = ("blue jay", "red fox", "toad")
-SUBSET = "animals/diff-mix-Multi3-ck-Strength0.7"
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory, tiny_base, image_folder):
-    """Base model, images, a checkpoint of random tokens and LoRA, and a registry that knows them."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tiny.write_lora(folder / "ck" / "pytorch_lora_weights.safetensors", tiny_base)
-    tiny.write_tokens(folder / "ck" / "learned_embeds.safetensors", CLASSES)
-    tiny.write_tokens(folder / "ck" / "others.safetensors", ("a", "b", "c"))
-    entry = {
-        "model_path": str(tiny_base),
-        "lora_path": str(folder / "ck"),
-        "embed_path": str(folder / "ck" / "learned_embeds.safetensors"),
-    }
-    entries = {
-        "ck": entry,
-        "db": {**entry, "embed_path": None},
-        "bare": {**entry, "embed_path": None, "lora_path": None},
-        "foreign": {**entry, "embed_path": str(folder / "ck" / "others.safetensors")},
-    }
-    write_text(folder / "config" / "finetuned_ckpts.yaml", yaml.safe_dump({"animals": entries}))
-    return folder
-
-
-def arguments(workshop, image_folder, root, **changes):
-    """Flags of a small run: 54 images in 14 batches."""
-    flags = {
-        "dataset": f"folder:{image_folder}",
-        "finetune_model_key": "ck",
-        "config_dir": workshop / "config",
-        "output_root": root,
-        "syn_dataset_multiplier": 3,
-        "batch_size": 4,
-        "num_inference_steps": 6,
-        "gpu_ids": ["cpu"],
-        **changes,
-    }
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *values] if value is not None else []
-    return words
-
-
-@pytest.fixture(scope="session")
-def undisturbed(workshop, image_folder, tmp_path_factory) -> dict[str, str]:
-    """The subset made by one process in one go."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    run("sample_mp.py", *arguments(workshop, image_folder, root))
-    files = subset_contents(root / SUBSET)
-    assert len(files) == 55
-    return {**files, "": str(root / SUBSET)}
-
-
-def same(folder: Path, undisturbed: dict[str, str]) -> bool:
-    return {**subset_contents(folder), "": undisturbed[""]} == undisturbed
 
 
 @pytest.mark.slow
@@ -98,21 +37,13 @@ def test_one_run_has_everything_the_contract_names(undisturbed, image_folder):
 
 @pytest.mark.slow
 def test_three_processes_make_the_same_files(workshop, image_folder, tmp_path, undisturbed):
-    run("sample_mp.py", *arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu"] * 3))
+    run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu"] * 3))
     assert same(tmp_path / SUBSET, undisturbed)
-
-
-def wait_for_images(folder: Path, count: int, process) -> None:
-    for _ in range(1200):
-        if len(list(folder.rglob("*.png"))) >= count or process.poll() is not None:
-            return
-        time.sleep(0.05)
-    raise AssertionError("no images came")
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, image_folder, tmp_path, undisturbed):
-    words = arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu", "cpu"], num_inference_steps=6)
+    words = sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu", "cpu"], num_inference_steps=6)
     process = start("sample_mp.py", *words)
     wait_for_images(tmp_path, 6, process)
     os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice by themselves
@@ -130,7 +61,7 @@ def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, i
 
 @pytest.mark.slow
 def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop, image_folder, tmp_path, undisturbed):
-    words = arguments(workshop, image_folder, tmp_path)
+    words = sampling_arguments(workshop, image_folder, tmp_path)
     process = start("sample_mp.py", *words)
     wait_for_images(tmp_path, 4, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does, to parent and workers alike
@@ -144,7 +75,7 @@ def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(workshop, image_folder, tmp_path, undisturbed):
-    process = start("sample_mp.py", *arguments(workshop, image_folder, tmp_path))
+    process = start("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path))
     wait_for_images(tmp_path, 3, process)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -158,14 +89,14 @@ def test_a_killed_worker_is_replaced(workshop, image_folder, tmp_path, undisturb
 @pytest.mark.slow
 def test_shards_make_the_same_files(workshop, image_folder, tmp_path, undisturbed):
     for index in (1, 0):
-        run("sample_mp.py", *arguments(workshop, image_folder, tmp_path, num_shards=2, shard_index=index))
+        run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, num_shards=2, shard_index=index))
     assert same(tmp_path / SUBSET, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_folder_made_otherwise_or_in_use_is_not_touched(workshop, image_folder, undisturbed):
     folder = Path(undisturbed[""])
-    words = arguments(workshop, image_folder, folder.parents[1])
+    words = sampling_arguments(workshop, image_folder, folder.parents[1])
     line = refused("sample_mp.py", *words, "--guidance_scale", "3", "--seed", "5")
     assert "guidance_scale: 7.5 -> 3.0" in line and "seed: 0 -> 5" in line and "--output_root" in line
     with RunLock(folder):
@@ -186,7 +117,7 @@ def test_other_strategies(workshop, image_folder, tiny_base, tmp_path, strategy,
     changes = {k: str(tiny_base) if v == "TINY" else v for k, v in changes.items()}
     run(
         "sample_mp.py",
-        *arguments(
+        *sampling_arguments(
             workshop,
             image_folder,
             tmp_path,
@@ -210,7 +141,7 @@ def test_other_strategies(workshop, image_folder, tiny_base, tmp_path, strategy,
 def test_an_unreadable_source_costs_only_its_own_images(workshop, tmp_path):
     folder = tiny.write_image_folder(tmp_path / "animals")
     (folder / "train" / "toad" / "train002.png").write_bytes(b"broken")
-    process = start("sample_mp.py", *arguments(workshop, folder, tmp_path / "out"))
+    process = start("sample_mp.py", *sampling_arguments(workshop, folder, tmp_path / "out"))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "3 images could not be made" in err and "toad/train002.png cannot be decoded" in err
@@ -220,7 +151,7 @@ def test_an_unreadable_source_costs_only_its_own_images(workshop, tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_writes_nothing(workshop, image_folder, tmp_path):
-    out = run("sample_mp.py", *arguments(workshop, image_folder, tmp_path / "out"), "--dry_run")
+    out = run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "out"), "--dry_run")
     assert "54 images (3 x 18 training images) in 14 batches of 4" in out and "as target" in out
     assert not (tmp_path / "out").exists()
 
@@ -244,13 +175,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(workshop, image_folder, tm
     ],
 )
 def test_bad_requests_are_one_line(workshop, image_folder, tmp_path, changes, message):
-    assert message in refused("sample_mp.py", *arguments(workshop, image_folder, tmp_path / "out", **changes))
+    assert message in refused("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_weights_that_do_not_fit_are_one_line_and_leave_no_image(workshop, image_folder, tmp_path):
-    line = refused("sample_mp.py", *arguments(workshop, image_folder, tmp_path / "out", finetune_model_key="foreign"))
+    line = refused(
+        "sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "out", finetune_model_key="foreign")
+    )
     assert "others.safetensors has no token for 3 of 3 classes ('blue jay' the first)" in line
     assert not list((tmp_path / "out").rglob("*.png"))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from semantic_aug.seeding import torch_rng
 
 SIZE, ZOOM = 128, 160
-BATCH = 16
+BATCH = 8
 KL_WEIGHT, PERCEPTUAL_WEIGHT = 3e-4, 0.1
 
 

@@ -1,4 +1,4 @@
-"""Stage three of the embedded base model: U-Net and text encoder, trained together on the autoencoder's latents."""
+"""Stage two of the embedded base model: U-Net and text encoder, trained together on the autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_unet(latent_channels: int) -> UNet2DConditionModel:
-    """The untrained U-Net for 16x16 latents."""
+    """The untrained U-Net for 16x16 latents; it attends to the text at 8x8 and 4x4, the 16x16 level is convolutions."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=latent_channels,
         out_channels=latent_channels,
         layers_per_block=1,
-        block_out_channels=(96, 160, 192),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,

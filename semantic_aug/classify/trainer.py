@@ -191,15 +191,8 @@ class Trainer:
         return results
 
     def _save_model(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        with run_dir.atomic_path(path) as temporary:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-            save_file(
-                tensors,
-                temporary,
-                metadata={"model": self.config.model, "classes": json.dumps(self.dataset.source_names)},
-            )
+        metadata = {"model": self.config.model, "classes": json.dumps(self.dataset.source_names)}
+        run_dir.save_tensors(path, self.model.state_dict(), metadata)
 
     # ------------------------------------------------------------------------------------------------ kill and restart
 

@@ -18,12 +18,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from semantic_aug.errors import UserError
 from semantic_aug.registry import LORA_FILES, find_lora
-from semantic_aug.run_dir import atomic_path, load_pickle
+from semantic_aug.run_dir import load_pickle, save_tensors
 
 FILE_NAME = LORA_FILES[0]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -102,8 +101,7 @@ def save_lora(unet: UNet2DConditionModel, path: Path, alpha: float | None = None
             "unet.target_modules": sorted(config.target_modules),
         }
         metadata["lora_adapter_metadata"] = json.dumps(adapter)
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+    save_tensors(path, state, metadata)
 
 
 def load_trained(unet: UNet2DConditionModel, path: Path) -> None:

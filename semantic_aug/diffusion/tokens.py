@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import class_token, initializer_text
-from semantic_aug.run_dir import atomic_path, load_pickle
+from semantic_aug.run_dir import load_pickle, save_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
 
@@ -206,12 +205,7 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
         "base_model": tokens.base_model,
         "dataset": tokens.dataset,
     }
-    tensors = {
-        name: vector.detach().float().cpu().contiguous()
-        for name, vector in zip(tokens.names, tokens.vectors, strict=True)
-    }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    save_tensors(path, {name: v.float() for name, v in zip(tokens.names, tokens.vectors, strict=True)}, metadata)
 
 
 def load_tokens(path: Path) -> ClassTokens:
