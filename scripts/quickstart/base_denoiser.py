@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.loop import encode_moments, sample_posterior
 from semantic_aug.diffusion.text import encode_ids, tokenize
+from semantic_aug.run_dir import atomic_path, load_pickle
 from semantic_aug.seeding import numpy_rng, torch_rng
 
 BATCH = 32
@@ -89,13 +91,20 @@ def make_scheduler() -> DDPMScheduler:
     )
 
 
-def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Posterior parameters ``(N, 4, 2C, 16, 16)`` of uint8 ``(N, 128, 128)`` images in four mirrorings."""
+def encode_images(vae: AutoencoderKL, images: Tensor, folder: Path) -> Tensor:
+    """Posterior parameters ``(N, 4, 2C, 16, 16)`` of uint8 ``(N, 128, 128)`` images in four mirrorings, kept in a file."""
+    digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())).hexdigest()
+    path = folder / f"moments-{digest[:12]}.pt"
+    if path.exists():
+        return load_pickle(path, "remove it to encode the images again").to(images.device)
     out = []
     for chunk in images.split(32):
         x = (chunk.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
         out.append(torch.stack([encode_moments(vae, x.flip(dims) if dims else x) for dims in FLIPS], 1))
-    return torch.cat(out)
+    moments = torch.cat(out)
+    with atomic_path(path) as temporary:
+        torch.save(moments, temporary)
+    return moments
 
 
 class TextToLatents(nn.Module):
@@ -113,7 +122,7 @@ def train_denoiser(
 
     Sets the autoencoder's scaling factor so that latents have unit variance.
     """
-    moments = encode_images(vae, images)
+    moments = encode_images(vae, images, folder)
     vae.register_to_config(scaling_factor=float(1 / moments[:, 0].chunk(2, dim=1)[0].std()))
     tokenizer = make_tokenizer()
     torch.manual_seed(2)
