@@ -62,22 +62,28 @@ def train_judges() -> list[Path]:
     for seed in JUDGE_SEEDS:
         folder = Path(OUT) / f"judge-seed{seed}"
         python("train_cls.py", "--dataset", "elpv", "--model", "tf_efficientnet_lite0", "--res_mode", 128,
-               "--nepoch", JUDGE_EPOCHS, "--batch_size", 32, "--seed", seed, "--eval_every", 2, "--output_dir", folder)  # fmt: skip
+               "--nepoch", JUDGE_EPOCHS, "--batch_size", 32, "--seed", seed, "--eval_every", 2,
+               "--output_dir", folder)  # fmt: skip
         folders.append(ROOT / folder)
     return folders
 
 
-def finetune_and_generate(name: str, *finetune_flags, shots: int = -1) -> Path:
-    """Stage 1 with the given flags, then images of every class from noise; returns the subset's folder."""
+def finetune(name: str) -> Path:
+    """Stage 1 on all training images; returns the folder of the registry that knows it under ``name``."""
     config = Path(OUT) / "config"
-    shared = ["--dataset", "elpv", "--config_dir", config, "--examples_per_class", shots]
-    python("train_lora.py", *shared, "--pretrained_model_name_or_path", BASE, "--finetune_strategy", "ti_db",
-           "--validation_steps", 0, "--report_to", "none", "--checkpointing_steps", 250, "--initializer", "super_class",
-           "--resume_from_checkpoint", "latest", "--register_key", name, "--output_dir", Path(OUT) / name,
-           *finetune_flags)  # fmt: skip
+    python("train_lora.py", "--dataset", "elpv", "--config_dir", config, "--finetune_strategy", "ti_db",
+           "--pretrained_model_name_or_path", BASE, "--validation_steps", 0, "--report_to", "none",
+           "--checkpointing_steps", 200, "--initializer", "super_class", "--resume_from_checkpoint", "latest",
+           "--register_key", name, "--output_dir", Path(OUT) / name, *LONG_RUN)  # fmt: skip
+    return config
+
+
+def generate(name: str, config: Path, shots: int = -1) -> Path:
+    """Images of every class from noise, with the registered checkpoint ``name``; returns the subset's folder."""
     images = 1575 if shots < 0 else 8 * shots
-    python("sample_mp.py", *shared, "--finetune_model_key", name, "--sample_strategy", "diff-gen", "--output_root", OUT,
-           "--syn_dataset_multiplier", GENERATED / images)  # fmt: skip
+    python("sample_mp.py", "--dataset", "elpv", "--config_dir", config, "--examples_per_class", shots,
+           "--finetune_model_key", name, "--sample_strategy", "diff-gen", "--output_root", OUT,
+           "--gpu_ids", "cpu", "cpu", "--syn_dataset_multiplier", GENERATED / images)  # fmt: skip
     return next((ROOT / OUT / "elpv").glob(f"diff-gen-Multi*-{name}-Strength1.0"))
 
 
@@ -195,8 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--skip_training", action="store_true", help="only the autoencoder and the pictures")
     args = parser.parse_args()
-    from run import FULL
-    from run import Quickstart as Steps
+    from run import CHECKPOINT, FULL, Quickstart
 
     figures_file = ROOT / BASE / "figures.json"
     figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
@@ -205,12 +210,11 @@ def main() -> int:
     if not args.skip_training:
         judges = train_judges()
         figures["judge"] = judge_accuracy(judges)
-        everything = finetune_and_generate("all", *LONG_RUN)
-        figures["all_images"] = agreement(everything, judges)
-        flags = Steps(FULL).commands()["finetune"]
-        names = [word for word in LONG_RUN if word.startswith("--") and word in flags]
-        chosen = [word for name in names for word in (name, flags[flags.index(name) + 1])]
-        figures["ten_shot"] = agreement(finetune_and_generate("10shot", *chosen, shots=10), judges)
+        figures["all_images"] = agreement(generate("all", finetune("all")), judges)
+        quickstart = Quickstart(FULL)  # its stage 1 is taken as it is, and run now where it has not been
+        python(*quickstart.commands()["finetune"])
+        ten_shot = generate(CHECKPOINT, quickstart.out / "config", FULL.shots)
+        figures["ten_shot"] = agreement(ten_shot, judges)
     figures_file.write_text(json.dumps(figures, indent=2) + "\n")
     (ROOT / BASE / "README.md").write_text(model_card(figures), encoding="utf-8")
     print(json.dumps(figures, indent=2))
