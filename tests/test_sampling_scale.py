@@ -205,9 +205,11 @@ def test_files_without_a_record_are_adopted_if_right(tmp_path):
     records.path.unlink()
     stranger = tmp_path / store.DATA / paths.relative(3)
     Image.new("RGB", (8, 8)).save(stranger)  # right name, but not this plan's image
+    cut = tmp_path / store.DATA / paths.relative(5)
+    cut.write_bytes(cut.read_bytes()[:-3])  # decodes, yet is not what was written
     done = store.finished(tmp_path, paths, records, np.ones(len(plan), bool))
-    assert np.flatnonzero(~done).tolist() == [3] and not stranger.exists()
-    assert sorted(Records.read_all(tmp_path)["number"]) == [n for n in range(20) if n != 3]
+    assert np.flatnonzero(~done).tolist() == [3, 5] and not stranger.exists() and not cut.exists()
+    assert sorted(Records.read_all(tmp_path)["number"]) == [n for n in range(20) if n not in (3, 5)]
 
 
 def test_another_shards_files_are_only_looked_at(tmp_path):

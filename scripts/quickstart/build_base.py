@@ -25,7 +25,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs" / "base_build", help="states and logs")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="the finished model")
     parser.add_argument("--autoencoder_steps", type=int, default=900, help="steps of 8 images (default: 900)")
-    parser.add_argument("--denoiser_steps", type=int, default=1600, help="steps of 32 images (default: 1600)")
+    parser.add_argument("--denoiser_steps", type=int, default=1000, help="steps of 32 images (default: 1000)")
     parser.add_argument("--until", choices=STAGES, default="export", help="last stage to run (default: export)")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net: two minutes more, a third faster")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda where there is one)")

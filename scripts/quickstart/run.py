@@ -55,7 +55,7 @@ class Size:
     picture_rows: int
 
 
-FULL = Size("quickstart", 10, 500, 16, 5, 25, 60, 5, 6)
+FULL = Size("quickstart", 10, 400, 16, 5, 25, 40, 5, 6)
 SMOKE = Size("quickstart_smoke", 2, 6, 4, 1, 4, 2, 2, 2)
 
 

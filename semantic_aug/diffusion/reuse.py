@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from semantic_aug.errors import UserError
 
+EXTRAS = ("class_embedding", "add_embedding", "encoder_hid_proj", "time_embed_act")
+"""Parts that other U-Nets have and this way of running them leaves out; absent or None in Stable Diffusion 1.x and 2.x."""
+
 
 class FeatureReuse(nn.Module):
     """A U-Net that can run its outermost level alone.
@@ -25,8 +28,7 @@ class FeatureReuse(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
-        extras = (unet.class_embedding, unet.add_embedding, unet.encoder_hid_proj, unet.time_embed_act)
-        if any(part is not None for part in extras) or len(unet.down_blocks) < 2:
+        if any(getattr(unet, name, None) is not None for name in EXTRAS) or len(unet.down_blocks) < 2:
             raise UserError(
                 "--speed fast and turbo know only the U-Nets of Stable Diffusion 1.x and 2.x: use --speed exact"
             )

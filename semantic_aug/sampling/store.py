@@ -19,7 +19,7 @@ import io
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from semantic_aug.run_dir import (
     versions,
     write_text,
 )
-from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, text_of
+from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
 from semantic_aug.sampling.records import Records
 
 log = logging.getLogger(__name__)
@@ -65,25 +65,34 @@ def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray,
     total = len(paths.plan)
     size, crc = Records.latest(folder, total)
     found, changes = np.zeros(total, bool), []
-    for source in set(paths.folders):
+    for source, numbers in paths.folders_with_tasks():
+        sizes = size[numbers].tolist()
+        of_name = {
+            row[4].partition("/")[2]: place for place, row in enumerate(paths.meta_rows(numbers))
+        }  # file name -> place in `numbers`
+        right = bytearray(len(numbers))
         for entry in _entries(folder / DATA / source):
-            number = _number_of(entry.name)
-            if number is None or number >= total or paths.relative(number) != f"{source}/{entry.name}":
+            place = of_name.get(entry.name)
+            if place is None:
                 if entry.name.endswith(TEMPORARY_SUFFIX) and mine.all():
                     os.unlink(entry.path)
-            elif (
-                size[number]
-                and entry.stat().st_size == size[number]
-                and not (content and zlib.crc32(Path(entry.path).read_bytes()) != crc[number])
+                continue
+            expected = sizes[place]
+            if (
+                expected
+                and entry.stat().st_size == expected
+                and not (content and zlib.crc32(Path(entry.path).read_bytes()) != crc[numbers[place]])
             ):
-                found[number] = True
-            elif mine[number]:
-                row = _verified(Path(entry.path), number, paths)
+                right[place] = True
+            elif mine[numbers[place]]:
+                # with a record of another size or checksum it is not what was written, even where it still decodes
+                row = None if expected else _verified(Path(entry.path), int(numbers[place]), paths)
                 if row:
-                    found[number] = True
+                    right[place] = True
                     changes.append(row)
                 else:
                     os.unlink(entry.path)
+        found[numbers] = np.frombuffer(right, bool)
     changes += [(int(n), 0, 0) for n in np.flatnonzero((size > 0) & ~found & mine)]
     records.append(changes)
     return found
@@ -97,15 +106,12 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
         return
 
 
-def _number_of(name: str) -> int | None:
-    parts = name.rsplit("-", 2)
-    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() and not name.startswith(".") else None
-
-
 def _verified(path: Path, number: int, paths: TaskPaths) -> tuple[int, int, int] | None:
     """The record row of a file that decodes and says it is this very task of this very plan."""
     try:
         content = path.read_bytes()
+        if not is_whole(content):
+            return None
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             written = text_of(image)
@@ -127,8 +133,7 @@ def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
     with open(folder / ".lock-meta", "a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # of two shards that end together, the later one lists the rows of both
         done |= Records.latest(folder, len(done))[0] > 0
-        numbers: Iterable[int] = (int(n) for n in np.flatnonzero(done))
-        return meta_csv.write(folder / meta_csv.FILE_NAME, (paths.meta_row(n) for n in numbers))
+        return meta_csv.write(folder / meta_csv.FILE_NAME, paths.meta_rows(np.flatnonzero(done)))
 
 
 def manifest(identity: dict, repo: Path) -> dict:
