@@ -43,6 +43,10 @@ def _strip_number(name: str) -> str:
     return re.sub(r"^\d+[._\-\s]+", "", name)
 
 
+def _strip_wordnet(name: str) -> str:
+    return re.sub(r"^n\d{8}-", "", name)
+
+
 def _underscores(name: str) -> str:
     return name.replace("_", " ")
 
@@ -61,6 +65,7 @@ def _lower(name: str) -> str:
 
 RULES = {
     "strip_number": _strip_number,
+    "strip_wordnet": _strip_wordnet,
     "underscores": _underscores,
     "hyphens": _hyphens,
     "slashes": _slashes,
