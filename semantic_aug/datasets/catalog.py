@@ -15,7 +15,7 @@ from typing import Any
 
 from semantic_aug import registry
 from semantic_aug.datasets import listing, sources
-from semantic_aug.datasets.spec import DatasetSpec
+from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.subsets import Setting, apply_setting, hold_out
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError, unknown
@@ -165,6 +165,18 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
     )
 
 
+def read_splits(word: str, config_dir: Path = registry.CONFIG_DIR) -> tuple[DatasetSpec, Splits]:
+    """A data set's spec and its splits as the source has them, before any setting.
+
+    Raises:
+        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
+    """
+    spec = find_spec(word, config_dir)
+    splits = spec.read()
+    sources.check_classes(splits, spec.name)
+    return spec, splits
+
+
 def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
     """A data set under a setting.
 
@@ -177,9 +189,7 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
         UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
     """
     setting = setting or Setting()
-    spec = find_spec(word, config_dir)
-    splits = spec.read()
-    sources.check_classes(splits, spec.name)
+    spec, splits = read_splits(word, config_dir)
     train, val = splits["train"], splits.get("val")
     if val is None:
         train, val = hold_out(train, setting.val_fraction, setting.subset_seed)

@@ -51,7 +51,16 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         tables[split] = _table(part, positions, base, file, split)
     if "train" not in tables:
         raise UserError(f"{file} has no row of split train")
+    del rows
+    _give_memory_back()
     return unify(tables, fixed="train")
+
+
+def _give_memory_back() -> None:
+    """Arrow keeps what it freed for itself; the images are going to need it."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
 
 
 def _line(row: int, positions: np.ndarray | None) -> int:
@@ -143,7 +152,7 @@ def _table(rows: pa.Table, positions: np.ndarray | None, base: Path, file: Path,
     labels = rank[encoded.indices.to_numpy(zero_copy_only=False)]
 
     odd = compute.invert(compute.match_substring_regex(rows["path"], _PLAIN))
-    keys = rows["path"].to_pylist()
+    keys = [key for chunk in rows["path"].chunks for key in chunk.to_pylist()]
     for row in np.flatnonzero(odd.to_numpy(zero_copy_only=False)):
         keys[row] = below(base, keys[row], f"{file} line {_line(row, positions)}")
     table = table_of_files([str(w) for w in words[order]], labels, keys, lambda row: os.path.join(base, keys[row]))

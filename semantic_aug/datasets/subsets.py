@@ -165,8 +165,7 @@ def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTa
     if fraction == 0 or held.sum() == 0:
         return table, None
     val = per_class(table, held, "hold-out", seed)
-    rest = np.setdiff1d(np.arange(len(table)), np.flatnonzero(np.isin(table.rows, val.rows)))
-    return table.take(rest), val
+    return table.take(np.flatnonzero(~np.isin(table.rows, val.rows))), val
 
 
 def apply_setting(train: ImageTable, setting: Setting) -> ImageTable:
