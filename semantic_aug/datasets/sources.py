@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from semantic_aug.datasets.files import table_of_files
 from semantic_aug.datasets.images import EXTENSIONS, open_image
 from semantic_aug.datasets.spec import SPLITS, Splits
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.table import ImageTable, file_stamp
 from semantic_aug.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -206,8 +206,16 @@ def _hub_table(
         return open_image(stored(row), f"{name} {where.split}[{row}]")
 
     fingerprint = str(rows._fingerprint)  # the library's own hash of the data and of what was done to it
+    outside = None  # whether images are files beside the data, which change without it
+
+    def stamp(row: int) -> str:
+        nonlocal outside
+        if outside is None:
+            outside = isinstance(stored(row), str)
+        return f"{fingerprint} {file_stamp(stored(row))}" if outside else fingerprint
+
     keys = [f"{ours}/{row:08d}" for row in range(len(labels))]
-    return ImageTable.of(class_names, labels, keys, read, lambda row: fingerprint, encoded=stored)
+    return ImageTable.of(class_names, labels, keys, read, stamp, encoded=stored)
 
 
 def _label_column(rows: hub.Dataset) -> str | None:
