@@ -217,6 +217,28 @@ def test_an_official_root_that_is_no_folder(monkeypatch, tmp_path):
         load_dataset("food")
 
 
+@pytest.mark.parametrize("name", [n for n in catalog.REGISTERED if n != "elpv" and catalog.find_spec(n).hub])
+@pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
+def test_local_copies_in_the_hubs_format(name, layout, use, tmp_path, monkeypatch):
+    import datasets as hub
+
+    import tiny
+
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["b_b", "a_a"])})
+    for split, count in (("train", 6), ("test", 4)):
+        rows = {"image": [tiny.picture(i % 2, i) for i in range(count)], "label": [i % 2 for i in range(count)]}
+        data = hub.Dataset.from_dict(rows, features=features)
+        if layout == "parquet":
+            (tmp_path / split).mkdir()
+            data.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
+        else:
+            data.save_to_disk(tmp_path / split)
+        monkeypatch.setenv(f"{name.upper()}_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(tmp_path / split))
+    found = load_dataset(name, Setting(val_fraction=0.3))
+    assert found.source_names == ("b_b", "a_a") and (len(found.train), len(found.val), len(found.test)) == (4, 2, 4)
+    assert np.array_equal(np.asarray(found.test.image(1)), np.asarray(tiny.picture(1, 1)))
+
+
 def test_nothing_is_written_into_the_download(use, downloads):
     for name in WRITERS:
         use(name)

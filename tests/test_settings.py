@@ -3,10 +3,13 @@
 import math
 import shutil
 import string
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -296,6 +299,30 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
             read_listing(tmp_path / name)
     with pytest.raises(UserError, match="e.zip is not a folder: .*unpack the archive first"):
         sources.read_folder(tmp_path / "e.zip")
+
+
+MILLION = """
+import sys, time
+began = time.process_time()
+from semantic_aug.datasets import load_dataset
+found = load_dataset("csv:" + sys.argv[1])
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(len(found.train) + len(found.val), time.process_time() - began, int(status["VmHWM"].split()[0]) * 1024 / 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_rows_open_in_five_seconds_and_500_megabytes(tmp_path):
+    with open(tmp_path / "list.csv", "w") as out:
+        out.write("path,label\n")
+        out.writelines(
+            f"class_{i % 1000:04d}/image_{i * 7919 % 10**7:08d}.jpg,class {i % 1000}\n" for i in range(10**6)
+        )
+    words = [sys.executable, "-c", MILLION, str(tmp_path / "list.csv")]
+    rows, seconds, megabytes = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(rows) == 10**6 and float(seconds) <= 5 and float(megabytes) <= 500
 
 
 def test_split_folders_without_train_are_not_taken_for_classes(tmp_path, image_folder):

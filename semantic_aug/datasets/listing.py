@@ -1,11 +1,13 @@
 """A list of paths and labels, as CSV or parquet: one's own data without moving a file.
 
-Columns ``path`` and ``label``, and ``split`` where there are splits; others are passed over. The columns stay in Arrow's
-compact form, and only a row that needs it is looked at alone, so that a million rows open in seconds.
+Columns ``path`` and ``label``, and ``split`` where there are splits; others are passed over. Labels and splits are read as
+codes, paths block by block, and only a path that needs it is looked at alone, so that a million rows open in seconds.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,28 +46,25 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         raise UserError(f"{file} is not there: expected a CSV or parquet file with the columns path and label")
     base = Path(os.path.abspath(Path(root).expanduser() if root else file.parent))
     rows = _read_parquet(file) if file.suffix.lower() in (".parquet", ".pq") else _read_csv(file)
-    _refuse_empty(rows["label"], "label", file)
+    codes, words = _codes(rows, "label")
+    for code, word in enumerate(words):
+        if not word.strip() and (codes == code).any():
+            raise UserError(f"{file} line {_line(np.argmax(codes == code))}: the label is empty")
+    paths, splits = rows["path"], _positions_of_splits(rows, file)
+    del rows
     tables = {}
-    for split, positions in _positions_of_splits(rows, file).items():
-        part = rows if positions is None else rows.take(positions)
-        tables[split] = _table(part, positions, base, file, split)
+    for split, positions in splits.items():
+        keys = _keys(paths, positions, base, file)
+        tables[split] = _table(keys, codes[positions], words, base)
+        _refuse_repeated(tables[split], positions, file, split)
     if "train" not in tables:
         raise UserError(f"{file} has no row of split train")
-    del rows
-    _give_memory_back()
     return unify(tables, fixed="train")
 
 
-def _give_memory_back() -> None:
-    """Arrow keeps what it freed for itself; the images are going to need it."""
-    import pyarrow as pa
-
-    pa.default_memory_pool().release_unused()
-
-
-def _line(row: int, positions: np.ndarray | None) -> int:
+def _line(row: int | np.integer) -> int:
     """The line of the CSV a row stands on, the header being line 1."""
-    return int(row if positions is None else positions[row]) + 2
+    return int(row) + 2
 
 
 def _check_columns(found: Sequence[str], file: Path) -> list[str]:
@@ -87,14 +86,13 @@ def _read_csv(file: Path) -> pa.Table:
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
         found = [name.strip() for name in next(plain_csv.reader(lines), [])]
     wanted = _check_columns(found, file)
+    kinds = {name: pa.string() if name == "path" else pa.dictionary(pa.int32(), pa.string()) for name in wanted}
     try:
         return csv.read_csv(
             file,
-            parse_options=csv.ParseOptions(newlines_in_values=False),
             read_options=csv.ReadOptions(column_names=found, skip_rows=1),
-            convert_options=csv.ConvertOptions(
-                include_columns=wanted, column_types={name: pa.string() for name in wanted}, strings_can_be_null=False
-            ),
+            convert_options=csv.ConvertOptions(include_columns=wanted, column_types=kinds, strings_can_be_null=False),
+            memory_pool=pa.system_memory_pool(),  # gives back at once what it frees; the images are going to need it
         )
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0][:160]
@@ -112,52 +110,69 @@ def _read_parquet(file: Path) -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{file} cannot be read as parquet ({reason}): write it again") from None
-    return pa.table(columns)
+    return pa.table({name: c if name == "path" else c.dictionary_encode() for name, c in columns.items()})
 
 
-def _refuse_empty(column: pa.ChunkedArray, name: str, file: Path) -> None:
-    from pyarrow import compute
+def _codes(rows: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
+    """A column of codes: int32 ``(N,)``, and the word each stands for."""
+    import pyarrow as pa
 
-    empty = compute.index(compute.equal(compute.utf8_trim_whitespace(column), ""), True).as_py()
-    if empty >= 0:
-        raise UserError(f"{file} line {_line(empty, None)}: the {name} is empty")
+    if not len(rows):
+        return np.empty(0, np.int32), []
+    column = rows[name].unify_dictionaries().chunks
+    words = max((chunk.dictionary for chunk in column), key=len).to_pylist()
+    if any(chunk.null_count for chunk in column):  # an empty cell
+        words.append("")
+        column = [pa.DictionaryArray.from_arrays(c.indices.fill_null(len(words) - 1), words) for c in column]
+    return np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in column]).astype(np.int32), words
 
 
-def _positions_of_splits(rows: pa.Table, file: Path) -> dict[str, np.ndarray | None]:
-    """Row numbers of each split; None for all rows where there is no column ``split``."""
-    from pyarrow import compute
-
+def _positions_of_splits(rows: pa.Table, file: Path) -> dict[str, np.ndarray]:
+    """Row numbers of each split, ascending; all are train where there is no column ``split``."""
     if "split" not in rows.column_names:
-        return {"train": None}
-    encoded = compute.dictionary_encode(rows["split"]).combine_chunks()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
+        return {"train": np.arange(len(rows))}
+    codes, words = _codes(rows, "split")
     found: dict[str, list[int]] = {}
-    for code, word in enumerate(encoded.dictionary.to_pylist()):
+    for code, word in enumerate(words):
         split = split_of(word or "train")
         if split is None:
-            line = _line(int(np.flatnonzero(codes == code)[0]), None)
-            raise UserError(f"{file} line {line}: split '{word}': expected train, val or test")
+            raise UserError(
+                f"{file} line {_line(np.argmax(codes == code))}: split '{word}': expected train, val or test"
+            )
         found.setdefault(split, []).append(code)
     return {split: np.flatnonzero(np.isin(codes, members)) for split, members in found.items()}
 
 
-def _table(rows: pa.Table, positions: np.ndarray | None, base: Path, file: Path, split: str) -> ImageTable:
+def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, file: Path) -> list[str]:
+    """The paths at some rows, relative to the root."""
     from pyarrow import compute
 
-    encoded = compute.dictionary_encode(rows["label"]).combine_chunks()
-    words = np.asarray(encoded.dictionary.to_pylist(), dtype=str)
-    order = np.argsort(words, kind="stable")
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    labels = rank[encoded.indices.to_numpy(zero_copy_only=False)]
+    keys: list[str] = []
+    start = 0
+    for chunk in paths.chunks:
+        inside = positions[np.searchsorted(positions, start) : np.searchsorted(positions, start + len(chunk))]
+        chosen = chunk.take(inside - start)
+        plain = compute.match_substring_regex(chosen, _PLAIN).to_numpy(zero_copy_only=False)
+        first = len(keys)
+        keys += chosen.to_pylist()
+        for i in np.flatnonzero(~plain):
+            keys[first + i] = below(base, keys[first + i], f"{file} line {_line(inside[i])}")
+        start += len(chunk)
+    return keys
 
-    odd = compute.invert(compute.match_substring_regex(rows["path"], _PLAIN))
-    keys = [key for chunk in rows["path"].chunks for key in chunk.to_pylist()]
-    for row in np.flatnonzero(odd.to_numpy(zero_copy_only=False)):
-        keys[row] = below(base, keys[row], f"{file} line {_line(row, positions)}")
-    table = table_of_files([str(w) for w in words[order]], labels, keys, lambda row: os.path.join(base, keys[row]))
-    for i in range(1, len(table)):  # rows are sorted by key, so equal ones are neighbours
-        if table.keys[i] == table.keys[i - 1]:
-            line = _line(max(int(r) for r in table.rows[i - 1 : i + 1]), positions)
-            raise UserError(f"{file} line {line}: '{table.keys[i]}' is listed twice in split {split}: remove one row")
-    return table
+
+def _table(keys: list[str], codes: np.ndarray, words: list[str], base: Path) -> ImageTable:
+    """A split's table; its classes are those that occur in it, in alphabetical order."""
+    used = sorted(np.flatnonzero(np.bincount(codes, minlength=len(words))).tolist(), key=words.__getitem__)
+    rank = np.zeros(len(words), np.int64)
+    rank[used] = np.arange(len(used))
+    names = [words[code] for code in used]
+    return table_of_files(names, rank[codes], keys, lambda row: os.path.join(base, keys[row]))
+
+
+def _refuse_repeated(table: ImageTable, positions: np.ndarray, file: Path, split: str) -> None:
+    keys = table.keys  # sorted, so equal ones are neighbours
+    if any(map(operator.eq, keys, itertools.islice(keys, 1, None))):
+        i = next(i for i in range(1, len(keys)) if keys[i] == keys[i - 1])
+        line = _line(max(positions[table.rows[i - 1]], positions[table.rows[i]]))
+        raise UserError(f"{file} line {line}: '{keys[i]}' is listed twice in split {split}: remove one row")

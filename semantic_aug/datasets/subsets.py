@@ -66,15 +66,14 @@ class Setting:
         return shown + (f"_noise{number_text(self.corrupt_prob)}" if self.corrupt_prob else "")
 
 
-def shuffled_rows(table: ImageTable, label: int, purpose: str, seed: int) -> np.ndarray:
-    """The rows of one class in an order drawn for (seed, purpose, class name)."""
-    rows = np.flatnonzero(table.labels == label)
-    return numpy_rng(seed, purpose, table.class_names[label]).permutation(rows)
-
-
 def per_class(table: ImageTable, counts: Sequence[int], purpose: str, seed: int) -> ImageTable:
-    """The first ``counts[k]`` rows of class k's drawn order: larger counts contain smaller ones."""
-    rows = [shuffled_rows(table, k, purpose, seed)[:count] for k, count in enumerate(counts)]
+    """The first ``counts[k]`` rows of class k, in an order drawn for (seed, purpose, class name): larger counts contain
+    smaller ones."""
+    by_class = np.split(np.argsort(table.labels, kind="stable"), np.cumsum(table.counts())[:-1])
+    rows = [
+        numpy_rng(seed, purpose, name).permutation(own)[:count]
+        for name, own, count in zip(table.class_names, by_class, counts, strict=True)
+    ]
     return table.take(np.concatenate(rows) if rows else np.empty(0, np.int64))
 
 

@@ -84,7 +84,7 @@ class ImageTable:
         return replace(
             self,
             labels=self.labels[indices],
-            keys=[self.keys[i] for i in indices],
+            keys=list(map(self.keys.__getitem__, indices.tolist())),
             rows=self.rows[indices],
             extras={name: values[indices] for name, values in self.extras.items()},
         )
