@@ -122,6 +122,11 @@ def test_a_damaged_file_is_made_again(folder):
     assert opened(Decoder())[5, 0, 0, 0] == 5
 
 
+def test_more_images_than_one_block(folder, monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 4)
+    assert opened(Decoder())[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_an_image_that_cannot_be_decoded_leaves_nothing_behind(folder):
     def broken(index):
         if index == 4:
@@ -191,6 +196,19 @@ def test_nothing_is_written_into_the_users_folder(folder, image_folder):
 def test_below_outputs_without_the_variable(monkeypatch):
     monkeypatch.delenv(cache.FOLDER_VARIABLE, raising=False)
     assert cache.cache_folder() == ROOT / "outputs" / "cache"
+
+
+def test_synthetic_images_have_a_signature_too(tmp_path):
+    from semantic_aug.datasets.synthetic import SyntheticImages
+
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for i, path in enumerate(paths):
+        tiny.picture(0, i).save(path)
+    images = SyntheticImages(paths, np.array([0, 1]), np.array([1, 0]), np.array([0.7, 0.7]))
+    before = images.signature()
+    assert images.signature() == before
+    tiny.picture(3, 3).save(paths[1])
+    assert images.signature() != before
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

@@ -226,6 +226,11 @@ def test_near_pairs_are_those_of_comparing_all(hashes, bits, random):
     assert check.near_pairs(hashes, bits) == wanted
 
 
+def test_blank_images_do_not_make_millions_of_pairs(monkeypatch):
+    monkeypatch.setattr(check, "MAX_PAIRS", 50)
+    assert len(check.near_pairs([bytes(32)] * 40)) == 50
+
+
 def test_the_hash_bears_what_near_duplicates_go_through():
     noise = np.random.default_rng(0).integers(0, 256, (2, 9, 10, 3), np.uint8)
     image, other = (Image.fromarray(n).resize((256, 200), Image.Resampling.BICUBIC) for n in noise)

@@ -16,6 +16,8 @@ from semantic_aug.datasets import catalog
 from semantic_aug.errors import UserError, run_main
 
 OUTPUT = Path("outputs/check")
+SHOWN = 5
+"""Cases of each kind named on the terminal."""
 WORD = "a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID"
 
 
@@ -102,9 +104,9 @@ def run_check(word: str, output_dir: Path, strict: bool, workers: int | None, co
         _say(f"  {side:<6}{low:>8} to {high} pixels, median {median}")
     for finding in report.findings:
         _say(f"{'PROBLEM' if finding.problem else 'warning'}: {finding.kind}: {finding.count}")
-        _say(*(f"    {example}" for example in finding.examples))
-        if finding.count > len(finding.examples):
-            _say(f"    ... and {finding.count - len(finding.examples)} more")
+        _say(*(f"    {example}" for example in finding.examples[:SHOWN]))
+        if finding.count > SHOWN:
+            _say(f"    ... and {finding.count - SHOWN} more, named in the JSON")
     folder = registry.resolve_path(output_dir)
     with run_dir.atomic_path(folder / f"{spec.name}.png") as temporary:
         sheet.save(temporary, "PNG")

@@ -39,6 +39,8 @@ DEFAULT_BOUND_GB = 64.0
 FREE_SHARE = 0.8
 """Share of the disk's free space the cache may take."""
 SMALL_BYTES = 256 << 20
+BLOCK = 4096
+"""Images given to the threads at once."""
 VERSION = 1
 """Counts changes of the format or of the decoding; part of every name."""
 
@@ -133,14 +135,13 @@ def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
     def one(index: int) -> None:
         pixels[index] = decode(index)
 
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        done = pool.map(one, range(len(pixels)))
+    bar = tqdm(total=len(pixels), desc="decoding", unit="image", leave=False, disable=None, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         try:
-            for _ in tqdm(
-                done, total=len(pixels), desc="decoding", unit="image", leave=False, disable=None, dynamic_ncols=True
-            ):
-                pass
-        except BaseException:
+            for start in range(0, len(pixels), BLOCK):
+                for _ in pool.map(one, range(start, min(len(pixels), start + BLOCK))):
+                    bar.update()
+        except BaseException:  # a broken image, an interruption: the rest of the block is not waited for
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 

@@ -11,7 +11,7 @@ import io
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,11 @@ from semantic_aug.pictures import Cell, grid
 HASH_SIDE = 16
 NEAR_BITS = 10
 """Two images are near duplicates if at most this many of the 256 bits of their hashes differ."""
+MAX_PAIRS = 100_000
+"""Near pairs looked for; a set of blank images would have millions."""
+BLOCK = 4096
+"""Images given to the threads at once."""
+MAX_EXAMPLES = 1000
 SMALL_SIDE = 64
 LONG_RATIO = 3.0
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 200, 96
@@ -52,7 +57,7 @@ class Seen:
 
 @dataclass
 class Finding:
-    """One kind of trouble: how many cases, some of them by name, and whether it fails the check."""
+    """One kind of trouble: how many cases, the first thousand by name, and whether it fails the check."""
 
     kind: str
     count: int
@@ -157,7 +162,8 @@ def _why(table: ImageTable, index: int) -> str:
 
 
 def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int, int]]:
-    """All pairs of hashes that differ in at most ``bits`` bits, each as (smaller index, larger index), sorted.
+    """All pairs of hashes that differ in at most ``bits`` bits, each as (smaller index, larger index), sorted;
+    no more than :data:`MAX_PAIRS`.
 
     Two such hashes have numbers of set bits that differ by no more than that: sorted by it, each has to be compared with
     a window only.
@@ -175,11 +181,12 @@ def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int
         distance = np.zeros((stop - start, end - start), dtype=np.uint16)
         for word in range(words.shape[1]):
             distance += np.bitwise_count(words[start:stop, None, word] ^ words[None, start:end, word])
-        for i, j in zip(*np.nonzero(distance <= bits), strict=True):
-            if i < j:
-                a, b = int(order[start + i]), int(order[start + j])
-                pairs.append((min(a, b), max(a, b)))
-    return sorted(pairs)
+        i, j = np.nonzero(distance <= bits)
+        i, j = order[start + i[i < j]], order[start + j[i < j]]
+        pairs += zip(np.minimum(i, j).tolist(), np.maximum(i, j).tolist(), strict=True)
+        if len(pairs) >= MAX_PAIRS:
+            break
+    return sorted(pairs[:MAX_PAIRS])
 
 
 def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progress=None) -> tuple[Report, Image.Image]:
@@ -200,7 +207,7 @@ def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progres
     shown = _shown(splits["train"])
     tasks = [(table, i, split) for split, table in splits.items() for i in range(len(table))]
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        found: Iterable[Seen] = pool.map(lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
+        found = in_blocks(pool, lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
         seen = list(progress(found, len(tasks)) if progress else found)
     _classes(report, spec, splits)
     bad = [image for image in seen if image.error]
@@ -214,6 +221,12 @@ def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progres
         for word, values in zip(("width", "height"), sizes.T, strict=True):
             report.sizes[word] = [int(values.min()), int(np.median(values)), int(values.max())]
     return report, contact_sheet(report, good)
+
+
+def in_blocks(pool: ThreadPoolExecutor, work: Callable, tasks: Sequence) -> Iterator:
+    """What a pool's ``map`` gives, in order, without a million tasks waiting in memory."""
+    for start in range(0, len(tasks), BLOCK):
+        yield from pool.map(work, tasks[start : start + BLOCK])
 
 
 def _shown(table: ImageTable) -> set[int]:
@@ -230,7 +243,7 @@ def _shown(table: ImageTable) -> set[int]:
 def _add(report: Report, kind: str, cases: Iterable[str], problem: bool) -> None:
     cases = list(cases)
     if cases:
-        report.findings.append(Finding(kind, len(cases), cases[:5], problem))
+        report.findings.append(Finding(kind, len(cases), cases[:MAX_EXAMPLES], problem))
 
 
 def _classes(report: Report, spec: DatasetSpec, splits: Splits) -> None:
