@@ -18,6 +18,7 @@ from torch import Tensor
 
 from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets.cache import open_pixels
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.seeding import numpy_rng
 
@@ -41,30 +42,32 @@ def free_memory() -> int:
 
 
 class ImageStore:
-    """Images of one source as uint8 squares, decoded once where memory allows.
+    """Images of one source as uint8 squares, decoded once where there is room.
 
     Args:
         read: from an index to a PIL RGB image.
         count: number of images.
         side: pixels; the whole picture is resized to a square, bicubic.
-        budget: bytes the decoded images may take.
+        budget: bytes the decoded images may take in memory.
         workers: decoding threads.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        identity: what the images are (a table's ``signature()``); without it they are never kept on disk.
     """
 
     def __init__(
-        self, read: Callable[[int], Image.Image], count: int, side: int, budget: int, workers: int | None = None
+        self,
+        read: Callable[[int], Image.Image],
+        count: int,
+        side: int,
+        budget: int,
+        workers: int | None = None,
+        cache: str = "auto",
+        identity: str | None = None,
     ):
         self.read, self.count, self.side = read, count, side
         self.pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
-        self.pixels: np.ndarray | None = None
-        if count * side * side * 3 <= budget:
-            pixels = np.empty((count, side, side, 3), np.uint8)
-
-            def fill(index: int) -> None:
-                pixels[index] = self.decode(index)
-
-            list(self.pool.map(fill, range(count)))
-            self.pixels = pixels
+        made_from = f"{identity} squash bicubic" if identity is not None else None
+        self.pixels = open_pixels(self.decode, count, side, made_from, cache, budget, workers)
 
     def decode(self, index: int) -> np.ndarray:
         """One image, uint8 ``(side, side, 3)``."""

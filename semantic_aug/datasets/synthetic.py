@@ -6,6 +6,7 @@ reads ``meta.NAME.csv`` instead, the same images after a filter.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from PIL import Image
 from semantic_aug import meta_csv, registry
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, nearest_first
 
 DATA = "data"
@@ -67,6 +69,13 @@ class SyntheticImages:
     def image(self, index: int) -> Image.Image:
         """The decoded image, PIL RGB."""
         return open_image(self.paths[index])
+
+    def signature(self) -> str:
+        """SHA-256 of paths and stamps of all files: equal signatures mean the same images."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path}\0{file_stamp(path)}\0".encode())
+        return digest.hexdigest()
 
     def labels(self, gamma: float, num_classes: int) -> np.ndarray:
         """Soft labels ``(M, K)``."""
