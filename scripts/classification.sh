@@ -1,6 +1,9 @@
 # Stage 3.   source scripts/classification.sh
 #            main_cls DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB [--flag value ...]
-#            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB
+#            main_cls_cutmix     likewise, with CutMix
+#            main_cls_waterbird  likewise; the epoch is chosen by the worst group's accuracy on validation
+#            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU ...    the rest as main_cls
+#            main_cls_imb IMBALANCE_FACTOR DATASET GPU ...          the rest as main_cls
 # GPU: a number or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
 
 if [ -n "${BASH_VERSION:-}" ]; then
@@ -18,6 +21,25 @@ main_cls_fewshot() {
     _diffmix_usage main_cls_fewshot \
         "EXAMPLES_PER_CLASS DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 10 "$@" || return $?
     _diffmix_main_cls "$@"
+}
+
+main_cls_cutmix() {
+    _diffmix_usage main_cls_cutmix "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
+    _diffmix_main_cls -1 "${@:1:9}" --use_cutmix "${@:10}" # the user's flags last: they win
+}
+
+main_cls_waterbird() {
+    _diffmix_usage main_cls_waterbird \
+        "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
+    _diffmix_main_cls -1 "${@:1:9}" --select_by worst_group "${@:10}"
+}
+
+main_cls_imb() {
+    _diffmix_usage main_cls_imb \
+        "IMBALANCE_FACTOR DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 10 "$@" || return $?
+    local factor="$1"
+    shift
+    _diffmix_main_cls -1 "${@:1:9}" --task imbalanced --imbalance_factor "$factor" "${@:10}"
 }
 
 _diffmix_main_cls() {
