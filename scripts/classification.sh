@@ -14,24 +14,24 @@ fi
 
 main_cls() {
     _diffmix_usage main_cls "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
-    _diffmix_main_cls -1 "$@"
+    _diffmix_main_cls -- -1 "$@"
 }
 
 main_cls_fewshot() {
     _diffmix_usage main_cls_fewshot \
         "EXAMPLES_PER_CLASS DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 10 "$@" || return $?
-    _diffmix_main_cls "$@"
+    _diffmix_main_cls -- "$@"
 }
 
 main_cls_cutmix() {
     _diffmix_usage main_cls_cutmix "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
-    _diffmix_main_cls -1 "${@:1:9}" --use_cutmix "${@:10}" # the user's flags last: they win
+    _diffmix_main_cls --use_cutmix -- -1 "$@"
 }
 
 main_cls_waterbird() {
     _diffmix_usage main_cls_waterbird \
         "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
-    _diffmix_main_cls -1 "${@:1:9}" --select_by worst_group "${@:10}"
+    _diffmix_main_cls --select_by worst_group -- -1 "$@"
 }
 
 main_cls_imb() {
@@ -39,15 +39,23 @@ main_cls_imb() {
         "IMBALANCE_FACTOR DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 10 "$@" || return $?
     local factor="$1"
     shift
-    _diffmix_main_cls -1 "${@:1:9}" --task imbalanced --imbalance_factor "$factor" "${@:10}"
+    _diffmix_main_cls --task imbalanced --imbalance_factor "$factor" -- -1 "$@"
 }
 
+# _diffmix_main_cls [flags of the wrapper ...] -- EXAMPLES_PER_CLASS DATASET GPU ... [flags of the user, which win]
 _diffmix_main_cls() {
+    local extra
+    extra=()
+    while [ "$1" != "--" ]; do
+        extra+=("$1")
+        shift
+    done
+    shift
     local examples="$1" dataset="$2" gpu="$3" seed="$4" model="$5" resolution="$6" nepoch="$7" key="$8" gamma="$9"
     shift 9
     local probability="$1"
     shift
     "$(_diffmix_python)" "$DIFFMIX_ROOT/train_cls.py" --dataset "$dataset" --gpu "$gpu" --seed "$seed" --model "$model" \
         --res_mode "$resolution" --nepoch "$nepoch" --syndata_key "$key" --gamma "$gamma" \
-        --synthetic_prob "$probability" --examples_per_class "$examples" "$@"
+        --synthetic_prob "$probability" --examples_per_class "$examples" ${extra[@]+"${extra[@]}"} "$@"
 }
