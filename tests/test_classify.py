@@ -215,8 +215,9 @@ def test_batches_repeat_and_do_not_depend_on_the_cache(tmp_path, animals):
 
 def test_crops_are_each_images_own():
     pixels = np.arange(2 * 5 * 5 * 3, dtype=np.uint8).reshape(2, 5, 5, 3)
-    out = crop(pixels, np.array([0, 2]), np.array([1, 0]), 3)
-    assert np.array_equal(out[0], pixels[0, 0:3, 1:4]) and np.array_equal(out[1], pixels[1, 2:5, 0:3])
+    out = crop(pixels, np.array([0, 2]), np.array([1, 0]), 3, np.array([False, True]))
+    assert np.array_equal(out[0], pixels[0, 0:3, 1:4]) and np.array_equal(out[1], pixels[1, 2:5, 2::-1])
+    assert np.array_equal(crop(pixels, np.array([0, 2]), np.array([1, 0]), 3)[1], pixels[1, 2:5, 0:3])
 
 
 def test_evaluation_crops_the_centre_in_order(animals):

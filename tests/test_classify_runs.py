@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,6 +237,21 @@ def test_the_chosen_score_chooses_the_epoch(image_folder, tmp_path, monkeypatch)
         trainer.Trainer, "_scores", lambda *_: {"top1": (top1 := next(scores)), "macro": 1 - top1, "loss": 1.0}
     )
     assert train(image_folder, tmp_path / "run", nepoch=3, select_by="macro")["epoch"] == 3
+
+
+def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch):
+    dataset = load_dataset(f"folder:{image_folder}")
+    parts = {}
+    for split in ("val", "test"):
+        table = getattr(dataset, split)
+        parts[split] = replace(table, extras={"group": np.arange(len(table)) % 2})
+    monkeypatch.setattr("semantic_aug.datasets.load_dataset", lambda *_: replace(dataset, **parts))
+    results = train(image_folder, tmp_path / "run", select_by="worst_group", nepoch=3)
+    rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
+    assert results["val"]["worst_group"] == pytest.approx(max(float(row["val_worst_group"]) for row in rows))
+    assert results["test"]["worst_group"] <= results["test"]["average_group"] <= 1
+    run, *_ = summary.find_runs([tmp_path])
+    assert "| worst_group | average_group |" in summary.markdown([run])
 
 
 def test_tensorboard_gets_every_epoch(image_folder, tmp_path):

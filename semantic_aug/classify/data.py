@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -79,16 +79,41 @@ class ImageStore:
         return np.stack(list(self.pool.map(self.decode, indices.tolist())))
 
 
-def crop(pixels: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: int) -> np.ndarray:
-    """Each image's own window: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (size, size), axis=(1, 2))
-    return np.ascontiguousarray(windows[np.arange(len(pixels)), tops, lefts].transpose(0, 2, 3, 1))
+def crop(
+    images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray | None = None
+) -> np.ndarray:
+    """Each image's own window, copied once.
+
+    Args:
+        images: B of uint8 ``(S, S, 3)``, contiguous.
+        tops: ``(B,)``, in [0, S - size].
+        lefts: likewise.
+        size: side of the windows in pixels.
+        flips: bool ``(B,)``, which windows are mirrored; None: none.
+
+    Returns:
+        uint8 ``(B, size, size, 3)``.
+    """
+    out = np.empty((len(images), size, size, 3), np.uint8)
+    as_pixels = out.view("V3")  # mirrored, a pixel is copied as one item of three bytes: four times as fast
+    for i, (image, top, left) in enumerate(zip(images, tops.tolist(), lefts.tolist(), strict=True)):
+        window = image[top : top + size, left : left + size]
+        if flips is not None and flips[i]:
+            as_pixels[i] = window.view("V3")[:, ::-1]
+        else:
+            out[i] = window
+    return out
 
 
 def centre(pixels: np.ndarray, size: int) -> np.ndarray:
     """The middle of each image: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
     margin = (pixels.shape[1] - size) // 2
     return np.ascontiguousarray(pixels[:, margin : margin + size, margin : margin + size])
+
+
+def views(store: ImageStore, rows: np.ndarray) -> Sequence[np.ndarray]:
+    """Some images of a store, uint8 ``(S, S, 3)`` each, without a copy where they are decoded already."""
+    return [store.pixels[row] for row in rows] if store.pixels is not None else store.batch(rows)
 
 
 def share_of(batch: int, part: int, parts: int) -> np.ndarray:
@@ -173,15 +198,17 @@ class TrainBatches:
         """Pixels and targets of the items at some positions, cropped and flipped."""
         room = self.real.side - self.resolution + 1
         tops, lefts = rng.integers(room, size=(2, len(items)))[:, where]
-        flip, items = (rng.random(len(items)) < 0.5)[where], items[where]
-        pixels = np.empty((len(items), self.real.side, self.real.side, 3), np.uint8)
-        synthetic = items >= self.real.count
-        if not synthetic.all():
-            pixels[~synthetic] = self.real.batch(items[~synthetic])
-        if synthetic.any():
-            pixels[synthetic] = self.synthetic.batch(items[synthetic] - self.real.count)
-        pixels = crop(pixels, tops, lefts, self.resolution)
-        pixels[flip] = pixels[flip, :, ::-1]
+        flips, items = (rng.random(len(items)) < 0.5)[where], items[where]
+        images: list[np.ndarray] = [None] * len(items)
+        for store, first, mine in (
+            (self.real, 0, items < self.real.count),
+            (self.synthetic, self.real.count, items >= self.real.count),
+        ):
+            places = np.flatnonzero(mine)
+            if len(places):
+                for place, image in zip(places, views(store, items[places] - first), strict=True):
+                    images[place] = image
+        pixels = crop(images, tops, lefts, self.resolution, flips)
         return torch.from_numpy(pixels), self.targets[torch.from_numpy(items)]
 
 
