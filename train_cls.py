@@ -22,19 +22,12 @@ def build_parser() -> cli.Parser:
     """All flags of this stage."""
     parser = cli.Parser(prog="train_cls.py", description=__doc__)
     cli.add_shared(parser, seed=2020)
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=None,
-        metavar="N",
-        help="run all of these instead of --seed, each in a folder of its own below the run's, and report mean and std",
-    )
     _add_synthetic(parser)
     _add_model(parser)
     _add_training(parser)
     _add_loss(parser)
     _add_evaluation(parser)
+    _add_where(parser)
     return parser
 
 
@@ -126,6 +119,14 @@ def _add_training(parser: cli.Parser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--nepoch", type=cli.whole(1), default=120, metavar="N", help="epochs over the real images")
     train.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=None,
+        metavar="N",
+        help="run all of these instead of --seed, each in a folder of its own below the run's, and report mean and std",
+    )
+    train.add_argument(
         "--batch_size", type=cli.whole(1), default=32, metavar="N", help="images per step, over all processes"
     )
     train.add_argument(
@@ -180,18 +181,6 @@ def _add_training(parser: cli.Parser) -> None:
     train.add_argument("--select_by", choices=SELECT_BY, default="top1", help="validation score that chooses the epoch")
     train.add_argument(
         "--report_to", choices=("none", "tensorboard"), default="none", help="tracker, besides epochs.csv"
-    )
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--gpu", default=None, metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 where there is one)"
-    )
-    where.add_argument(
-        "--output_dir",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="(default: outputs/classification/{dataset}{setting}/{model}-{res}-{data}-seed{seed}; with --seeds without the "
-        "last part)",
     )
 
 
@@ -270,6 +259,24 @@ def _add_evaluation(parser: cli.Parser) -> None:
     )
 
 
+def _add_where(parser: cli.Parser) -> None:
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--gpu",
+        default=None,
+        metavar="N|cpu",
+        help="GPU number, or cpu (default: GPU 0 where there is one; under accelerate launch each process has its own)",
+    )
+    where.add_argument(
+        "--output_dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="(default: outputs/classification/{dataset}{setting}/{model}-{res}-{data}-seed{seed}; with --seeds without the "
+        "last part)",
+    )
+
+
 def resolve(args: argparse.Namespace):
     """Checks the arguments and derives what was left unset; returns the request, the data set and the synthetic images."""
     from semantic_aug.classify import request
@@ -297,7 +304,7 @@ def resolve(args: argparse.Namespace):
         setting=dataset.setting,
         syndata=tuple(map(str, folders)),
         gamma=args.gamma,
-        target_class_num=args.target_class_num if folders else 0,
+        target_class_num=args.target_class_num,
         draws=DrawSettings(args.synthetic_mode, args.synthetic_prob, args.synthetic_balanced)
         if folders
         else DrawSettings(balanced=args.synthetic_balanced),

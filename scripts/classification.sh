@@ -4,7 +4,7 @@
 #            main_cls_waterbird  likewise; the epoch is chosen by the worst group's accuracy on validation
 #            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU ...    the rest as main_cls
 #            main_cls_imb IMBALANCE_FACTOR DATASET GPU ...          the rest as main_cls
-# GPU: a number or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
+# GPU: a number, several with commas (one process each, through accelerate), or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
 
 if [ -n "${BASH_VERSION:-}" ]; then
     . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -55,7 +55,15 @@ _diffmix_main_cls() {
     shift 9
     local probability="$1"
     shift
-    "$(_diffmix_python)" "$DIFFMIX_ROOT/train_cls.py" --dataset "$dataset" --gpu "$gpu" --seed "$seed" --model "$model" \
-        --res_mode "$resolution" --nepoch "$nepoch" --syndata_key "$key" --gamma "$gamma" \
-        --synthetic_prob "$probability" --examples_per_class "$examples" ${extra[@]+"${extra[@]}"} "$@"
+    set -- "$DIFFMIX_ROOT/train_cls.py" --dataset "$dataset" --seed "$seed" --model "$model" --res_mode "$resolution" \
+        --nepoch "$nepoch" --syndata_key "$key" --gamma "$gamma" --synthetic_prob "$probability" \
+        --examples_per_class "$examples" ${extra[@]+"${extra[@]}"} "$@"
+    case "$gpu" in
+        *,*)
+            CUDA_VISIBLE_DEVICES="$gpu" "$(_diffmix_python)" -m accelerate.commands.accelerate_cli launch --quiet \
+                --multi_gpu --num_machines 1 --num_processes "$(printf '%s\n' "$gpu" | tr ',' '\n' | grep -c .)" \
+                --mixed_precision no --dynamo_backend no "$@"
+            ;;
+        *) "$(_diffmix_python)" "$@" --gpu "$gpu" ;;
+    esac
 }

@@ -1,5 +1,6 @@
 """Stage 3 as a whole: several seeds, averaged weights, freezing, accumulation, processes, evaluation, prediction."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import tiny
 import train_cls
 from semantic_aug.classify import layers, models, trainer
 from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import summary
 
@@ -356,6 +358,31 @@ def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_fol
             train_cls.main([str(word) for word in words])
 
 
+# --------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_benchmarks_port_trains_on_the_same_labels(image_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from benchmarks import classify, original_classify
+
+    dataset = load_dataset(f"folder:{image_folder}")
+    subset = classify.write_subset(tmp_path / "s", dataset, 5)
+    wanted = read_subset(subset, dataset).labels(0.5, 3)
+    keep = lambda image: torch.zeros(3, 4, 4)  # noqa: E731
+    synthetic = original_classify.OriginalItems(dataset.train, subset, 1.0, 0.5, keep)
+    for i in range(20):
+        assert np.isclose(wanted, synthetic[i % 18][1].numpy(), atol=1e-6).all(1).any()
+    real = original_classify.OriginalItems(dataset.train, None, 0.0, 0.5, keep)
+    assert [int(real[i][1].argmax()) for i in range(18)] == dataset.train.labels.tolist()
+    model, normalisation = models.make_model("test_vit", 3, 32, "none")
+    settings = argparse.Namespace(resolution=32, batch_size=6, nepoch=2, lr=0.01, synthetic_prob=0.5, gamma=0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    parts = (dataset.train, dataset.val, subset, settings, torch.device("cpu"), 0)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # the port sets it; put back afterwards
+    assert original_classify.train(model, normalisation, *parts) == 36
+    assert not torch.equal(before["head.weight"], model.head.weight)
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -365,6 +392,9 @@ def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_fol
         ({"trainable_layers": "stages9"}, "--trainable_layers stages9: 'stages9' is no part of this model"),
         ({"select_by": "worst_group"}, "--select_by worst_group: the validation images of animals have no groups"),
         ({"synthetic_balanced": True}, "--synthetic_balanced: there are no synthetic images"),
+        ({"target_class_num": 2}, "--target_class_num: there are no synthetic images"),
+        ({"drw_epoch": 1, "criterion": "cb"}, "--drw_epoch 1: --criterion cb weights classes from the start"),
+        ({"drw_epoch": 2}, "--drw_epoch 2: expected fewer than the --nepoch 2 epochs"),
         ({"synthetic_mode": "both"}, "invalid choice: 'both'"),
         ({"ema_decay": 1.5}, "argument --ema_decay: 1.5: expected a number in"),
         ({"batch_size": 6, "gradient_accumulation_steps": 4}, "--batch_size 6 .* is too small for 4 parts"),

@@ -67,6 +67,14 @@ def test_balanced_softmax_shifts_by_log_frequency():
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
+def test_soft_cross_entropy_is_timms():
+    from timm.loss import SoftTargetCrossEntropy
+
+    logits, _ = logits_and_labels()
+    targets = torch.softmax(logits.flip(0), -1)
+    assert torch.allclose(losses.soft_cross_entropy(logits, targets), SoftTargetCrossEntropy()(logits, targets))
+
+
 def test_effective_numbers_by_hand():
     weights = losses.effective_number_weights([2, 1], beta=0.5)  # (1 - b) / (1 - b^n): 1 / 1.5 and 1
     assert np.allclose(weights, np.array([2 / 3, 1]) * 2 / (5 / 3)) and weights.sum() == pytest.approx(2)

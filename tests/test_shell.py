@@ -115,12 +115,20 @@ def test_main_cls_as_printed(shell, kind):
     assert (
         found[0].endswith("train_cls.py")
         and {k: flag(found, k)[0] for k in expected} == expected
-        and found[-1] == "--use_cutmix"
+        and found[-3] == "--use_cutmix"
     )
     few = words(
         shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1", kind)
     )
     assert flag(few, "--examples_per_class") == ["5"] and flag(few, "--syndata_key") == ["None"]
+
+
+def test_several_gpus_train_one_classifier_through_accelerate(shell):
+    found = words(
+        shell("source scripts/classification.sh; main_cls cub 0,2,3 2020 resnet50 224 120 None 0.5 0.1 --ema_decay 0.9")
+    )
+    assert found[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and "--gpu" not in found
+    assert flag(found, "--num_processes") == ["3"] and flag(found, "--res_mode") == ["224"] and found[-1] == "0.9"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,8 +77,21 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         raise UserError(
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
-    if config.draws.balanced and not config.syndata:
-        raise UserError("--synthetic_balanced: there are no synthetic images; give --syndata_key or --syndata_dir")
+    for flag, given in (
+        ("--synthetic_balanced", config.draws.balanced),
+        ("--target_class_num", config.target_class_num),
+    ):
+        if given and not config.syndata:
+            raise UserError(f"{flag}: there are no synthetic images; give --syndata_key or --syndata_dir")
+    loss = config.loss
+    if loss.drw_epoch >= 0 and loss.criterion == "cb":
+        raise UserError(
+            f"--drw_epoch {loss.drw_epoch}: --criterion cb weights classes from the start; expected another"
+        )
+    if loss.drw_epoch >= config.nepoch:
+        raise UserError(
+            f"--drw_epoch {loss.drw_epoch}: expected fewer than the --nepoch {config.nepoch} epochs there are"
+        )
 
 
 def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:

@@ -59,7 +59,6 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rest = {key: value for key, value in run.arguments.items() if key != "seed" and key not in MAY_CHANGE}
-        # a request's own folder is no part of it, but two data sets that are called alike are told apart by theirs
         groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
     return list(groups.values())
 
