@@ -13,6 +13,7 @@ from semantic_aug.errors import run_main
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 SYNTHETIC_MODES = ("item", "ratio", "concat")
+CACHES = ("auto", "ram", "disk", "off")
 SELECT_BY = ("top1", "macro", "worst_group")
 OPTIMIZERS = ("sgd", "adamw")
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
@@ -118,6 +119,13 @@ def _add_model(parser: cli.Parser) -> None:
 def _add_training(parser: cli.Parser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--nepoch", type=cli.whole(1), default=120, metavar="N", help="epochs over the real images")
+    train.add_argument(
+        "--corrupt_prob",
+        type=cli.number(0, 1),
+        default=0.0,
+        metavar="P",
+        help="label noise: share of training labels replaced by another class's, drawn with --subset_seed",
+    )
     train.add_argument(
         "--seeds",
         nargs="+",
@@ -268,6 +276,13 @@ def _add_where(parser: cli.Parser) -> None:
         help="GPU number, or cpu (default: GPU 0 where there is one; under accelerate launch each process has its own)",
     )
     where.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="auto",
+        help="where decoded and resized images are kept: in memory, in outputs/cache (shared by runs; DIFFMIX_CACHE names "
+        "another folder, DIFFMIX_CACHE_GB its bound), or nowhere; auto: by size",
+    )
+    where.add_argument(
         "--output_dir",
         type=Path,
         default=None,
@@ -343,6 +358,7 @@ def resolve(args: argparse.Namespace):
         select_by=args.select_by,
         patience=args.patience,
         report_to=args.report_to,
+        cache=args.cache,
         seed=args.seed,
         output_dir=Path(),
     )

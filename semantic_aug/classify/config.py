@@ -44,6 +44,7 @@ class ClassifyConfig:
         select_by: the validation score that chooses the epoch.
         patience: evaluations without a better score after which training stops; 0: never.
         report_to: ``none`` or ``tensorboard``.
+        cache: where decoded images are kept.
         seed: of weights, order and augmentation.
         output_dir: of the results.
     """
@@ -76,6 +77,7 @@ class ClassifyConfig:
     select_by: str
     patience: int
     report_to: str
+    cache: str
     seed: int
     output_dir: Path
 
@@ -84,5 +86,5 @@ class ClassifyConfig:
         return asdict(self)
 
 
-MAY_CHANGE = ("device", "output_dir", "lr_source", "gradient_accumulation_steps", "compile", "report_to")
+MAY_CHANGE = ("device", "output_dir", "lr_source", "gradient_accumulation_steps", "compile", "report_to", "cache")
 """Arguments that a restarted run may be given differently."""

@@ -139,7 +139,8 @@ class TrainBatches:
         resolution: side of the crops in pixels.
         batch_size: items per batch; the last, smaller part of an epoch is dropped unless it is all there is.
         seed: of every choice.
-        budget: bytes for decoded images.
+        budget: bytes for decoded images in memory.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
     """
 
     def __init__(
@@ -152,17 +153,20 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         budget: int | None = None,
+        cache: str = "auto",
     ):
         side, budget = resized_side(resolution), budget if budget is not None else int(free_memory() * RAM_SHARE)
         k = len(real.class_names)
         draws = draws if isinstance(draws, DrawSettings) else DrawSettings(probability=draws)
-        self.real = ImageStore(real.image, len(real), side, budget)
+        self.real = ImageStore(real.image, len(real), side, budget, cache=cache, identity=real.signature())
         self.labels = real.labels
         self.targets = one_hot(torch.from_numpy(real.labels), k)
         self.synthetic = None
         if synthetic is not None and draws.active:
-            left = budget - (self.real.pixels.nbytes if self.real.pixels is not None else 0)
-            self.synthetic = ImageStore(synthetic.image, len(synthetic), side, left)
+            held = self.real.pixels.nbytes if self.real.pixels is not None else 0
+            self.synthetic = ImageStore(
+                synthetic.image, len(synthetic), side, budget - held, cache=cache, identity=synthetic.signature()
+            )
             self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(gamma, k))])
         self.draws = EpochDraws(len(real), synthetic.target if self.synthetic else None, draws, batch_size, seed)
         self.resolution, self.seed = resolution, seed
@@ -222,15 +226,20 @@ class EvalBatches:
         table: the split.
         resolution: side in pixels.
         batch_size: images per batch.
-        budget: bytes for decoded images.
+        budget: bytes for decoded images in memory.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
     """
 
-    def __init__(self, table: ImageTable, resolution: int, batch_size: int, budget: int | None = None):
+    def __init__(
+        self, table: ImageTable, resolution: int, batch_size: int, budget: int | None = None, cache: str = "auto"
+    ):
         self.store = ImageStore(
             table.image,
             len(table),
             resized_side(resolution),
             budget if budget is not None else int(free_memory() * RAM_SHARE),
+            cache=cache,
+            identity=table.signature(),
         )
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 

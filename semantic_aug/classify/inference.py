@@ -105,7 +105,7 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
     processes = Processes(config.device)
     for split, table in (("val", dataset.val), ("test", dataset.test)):
         if table is not None:
-            batches = EvalBatches(table, config.resolution, 2 * config.batch_size)
+            batches = EvalBatches(table, config.resolution, 2 * config.batch_size, cache=config.cache)
             classes = len(classifier.class_names)
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, config.amp)
             found[split] = scores.summary(dataset.train.counts(), groups_of(table))

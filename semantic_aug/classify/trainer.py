@@ -111,6 +111,7 @@ class Trainer:
             config.resolution,
             config.batch_size,
             config.seed,
+            cache=config.cache,
         )
         self.parts = self.processes.count * config.gradient_accumulation_steps
         self.processes.check(self.train_batches.batch_size, self.parts)
@@ -131,7 +132,7 @@ class Trainer:
         return ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
 
     def _eval_batches(self, table: ImageTable) -> EvalBatches:
-        return EvalBatches(table, self.config.resolution, 2 * self.config.batch_size)
+        return EvalBatches(table, self.config.resolution, 2 * self.config.batch_size, cache=self.config.cache)
 
     # ------------------------------------------------------------------------------------------------- one run
 
