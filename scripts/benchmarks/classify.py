@@ -78,6 +78,7 @@ def settings_of(args: argparse.Namespace, device: str, folder: Path) -> Classify
         select_by="top1",
         patience=0,
         report_to="none",
+        cache="auto",
         seed=0,
         output_dir=folder,
     )
