@@ -35,7 +35,7 @@ _diffmix_usage() {
 # array and no child process inherits an array. Every other use of bash goes to bash itself.
 bash() {
     case "${1:-}" in
-        finetune | sample | sample_fewshot | main_cls | main_cls_fewshot)
+        finetune | sample | sample_fewshot | main_cls | main_cls_fewshot | main_cls_cutmix | main_cls_imb | main_cls_waterbird)
             if [ ! -e "$1" ] && typeset -f "$1" >/dev/null; then
                 "$@"
                 return $?

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from semantic_aug import registry
-from semantic_aug.datasets.subsets import TASKS, Setting
+from semantic_aug.datasets.subsets import PROFILES, TASKS, Setting
 from semantic_aug.errors import UserError, nearest_first
 
 
@@ -109,6 +109,12 @@ def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
         help="long-tail setting: smallest over largest class, in (0, 1]",
     )
     data.add_argument(
+        "--imbalance_profile",
+        choices=PROFILES,
+        default="exponential",
+        help="long-tail setting: exponential keeps the largest class whole, original counts as the authors' code does",
+    )
+    data.add_argument(
         "--subset_seed",
         type=int,
         default=0,
@@ -137,4 +143,12 @@ def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
 
 def setting_of(args: argparse.Namespace) -> Setting:
     """The data setting of parsed arguments."""
-    return Setting(args.examples_per_class, args.task, args.imbalance_factor, args.subset_seed, args.val_fraction)
+    return Setting(
+        examples_per_class=args.examples_per_class,
+        task=args.task,
+        imbalance_factor=args.imbalance_factor,
+        subset_seed=args.subset_seed,
+        val_fraction=args.val_fraction,
+        imbalance_profile=args.imbalance_profile,
+        corrupt_prob=getattr(args, "corrupt_prob", 0.0),  # a flag of stage 3 only
+    )

@@ -32,6 +32,12 @@ SAMPLING_TEMPLATE = "a photo of a {}"
 """The caption under which images are made."""
 
 _VOWELS = "aeiou"
+_SAID_WITH_CONSONANT = re.compile(r"(eu|ewe|uni([^nm]|$)|use|usu|uta|uk|ura|uv|one\b|once)", re.IGNORECASE)
+"""Starts that are spelled with a vowel and spoken with a consonant: European, unicorn, one."""
+_SAID_WITH_VOWEL = re.compile(r"(hour|hono|heir|8|11\b|18\b)", re.IGNORECASE)
+_SPELLED_OUT = re.compile(r"[A-Z]{1,3}(?=[- ]?\d)|[A-Z]\b")
+"""A start read letter by letter: MD-11, F-16, UH 60."""
+_LETTERS_WITH_VOWEL = "AEFHILMNORSX"
 
 
 def class_token(index: int, vector: int = 0) -> str:
@@ -41,6 +47,10 @@ def class_token(index: int, vector: int = 0) -> str:
 
 def _strip_number(name: str) -> str:
     return re.sub(r"^\d+[._\-\s]+", "", name)
+
+
+def _strip_wordnet(name: str) -> str:
+    return re.sub(r"^n\d{8}-", "", name)
 
 
 def _underscores(name: str) -> str:
@@ -61,6 +71,7 @@ def _lower(name: str) -> str:
 
 RULES = {
     "strip_number": _strip_number,
+    "strip_wordnet": _strip_wordnet,
     "underscores": _underscores,
     "hyphens": _hyphens,
     "slashes": _slashes,
@@ -99,15 +110,21 @@ def class_phrase(name: str, super_class: str = "") -> str:
     return f"{name} {super_class}"
 
 
-def fill(template: str, phrase: str) -> str:
-    """A template with its phrase, with "a" or "an" before the phrase as its first letter asks.
+def article(phrase: str) -> str:
+    """ "a" or "an", as the phrase's start is spoken: a European Goldfinch, an MD-11; a class token takes "a"."""
+    start = phrase.lstrip("\"'(")
+    if _SPELLED_OUT.match(start):
+        return "an" if start[0] in _LETTERS_WITH_VOWEL else "a"
+    if _SAID_WITH_VOWEL.match(start):
+        return "an"
+    return "an" if start[:1].casefold() in tuple(_VOWELS) and not _SAID_WITH_CONSONANT.match(start) else "a"
 
-    A class token reads as a consonant: "a <class_0> bird".
-    """
-    first = phrase.lstrip("\"'(")[:1].casefold()
+
+def fill(template: str, phrase: str) -> str:
+    """A template with its phrase, with the phrase's :func:`article` before it where the template has one."""
     before, _, after = template.partition("{}")
-    article = "an" if first in _VOWELS and first else "a"
-    before = re.sub(r"\b[Aa]n? $", lambda m: ("A" if m.group()[0] == "A" else "a") + article[1:] + " ", before)
+    word = article(phrase)
+    before = re.sub(r"\b[Aa]n? $", lambda m: ("A" if m.group()[0] == "A" else "a") + word[1:] + " ", before)
     return f"{before}{phrase}{after}"
 
 

@@ -146,9 +146,12 @@ def find_lora(path: Path) -> Path:
 def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
     """The folders of the synthetic subset(s) (dataset, key), as written in the registry (a ``#variant`` may follow).
 
+    A key, too, may be followed by ``#variant``: that variant of every folder of the key.
+
     Raises:
         UserError: unknown key, or an entry that is neither a path nor a list of paths.
     """
+    key, _, variant = key.partition("#")
     entry = look_up(dataset, key, SUBSETS, config_dir, "subset key", "sample_mp.py")
     listed = [entry] if isinstance(entry, str) else entry
     if not isinstance(listed, list) or not listed or not all(isinstance(item, str) for item in listed):
@@ -156,7 +159,7 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
             f"entry {dataset}/{key} of {shown_path(config_dir / SUBSETS)} holds {entry!r}: "
             "expected a folder or a list of folders"
         )
-    return listed
+    return [f"{item.partition('#')[0]}#{variant}" for item in listed] if variant else listed
 
 
 def checkpoint_block(dataset: str, key: str, entry: Mapping[str, str | None]) -> dict:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -93,3 +95,39 @@ def wait_for_images(folder: Path, count: int, process) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("no images came")
+
+
+def write_subset(folder, rows, columns="First Directory,Second Directory,Number,Strength,Path"):
+    """A synthetic subset in the original's format: rows of (source, target, strength)."""
+    (folder / "data").mkdir(parents=True)
+    lines = [columns]
+    for number, (source, target, strength) in enumerate(rows):
+        path = f"{source.replace(' ', '_')}/{target.replace(' ', '_')}-{number:06d}-{strength}.png"
+        (folder / "data" / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (255, number, 0)).save(folder / "data" / path)
+        lines.append(f"{source},{target},{number},{strength},{path}")
+    (folder / "meta.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+ROWS = [("blue jay", "toad", 0.7), ("toad", "red fox", 0.7), ("red fox", "blue jay", 0.3), ("red fox", "toad", 1.0)]
+
+
+def classify_arguments(image_folder, output_dir, **changes):
+    """Flags of a small classification run: 12 steps of 6 images."""
+    flags = {
+        "dataset": f"folder:{image_folder}",
+        "model": "resnet18",
+        "weights": "none",
+        "res_mode": 32,
+        "nepoch": 4,
+        "batch_size": 6,
+        "gpu": "cpu",
+        "lr": 0.02,
+        "output_dir": output_dir,
+        **changes,
+    }
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return words

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import contents, refused, run, start
+from helpers import ROWS, classify_arguments, contents, refused, run, start, write_subset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -126,22 +126,6 @@ def test_warm_up_and_cosine():
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def write_subset(folder, rows, columns="First Directory,Second Directory,Number,Strength,Path"):
-    """A synthetic subset in the original's format: rows of (source, target, strength)."""
-    (folder / "data").mkdir(parents=True)
-    lines = [columns]
-    for number, (source, target, strength) in enumerate(rows):
-        path = f"{source.replace(' ', '_')}/{target.replace(' ', '_')}-{number:06d}-{strength}.png"
-        (folder / "data" / path).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32), (255, number, 0)).save(folder / "data" / path)
-        lines.append(f"{source},{target},{number},{strength},{path}")
-    (folder / "meta.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-ROWS = [("blue jay", "toad", 0.7), ("toad", "red fox", 0.7), ("red fox", "blue jay", 0.3), ("red fox", "toad", 1.0)]
-
-
 @pytest.fixture
 def animals(image_folder):
     return load_dataset(f"folder:{image_folder}")
@@ -231,8 +215,9 @@ def test_batches_repeat_and_do_not_depend_on_the_cache(tmp_path, animals):
 
 def test_crops_are_each_images_own():
     pixels = np.arange(2 * 5 * 5 * 3, dtype=np.uint8).reshape(2, 5, 5, 3)
-    out = crop(pixels, np.array([0, 2]), np.array([1, 0]), 3)
-    assert np.array_equal(out[0], pixels[0, 0:3, 1:4]) and np.array_equal(out[1], pixels[1, 2:5, 0:3])
+    out = crop(pixels, np.array([0, 2]), np.array([1, 0]), 3, np.array([False, True]))
+    assert np.array_equal(out[0], pixels[0, 0:3, 1:4]) and np.array_equal(out[1], pixels[1, 2:5, 2::-1])
+    assert np.array_equal(crop(pixels, np.array([0, 2]), np.array([1, 0]), 3)[1], pixels[1, 2:5, 0:3])
 
 
 def test_evaluation_crops_the_centre_in_order(animals):
@@ -324,25 +309,6 @@ def test_without_a_hub_the_error_offers_a_file_or_none():
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 
-def arguments(image_folder, output_dir, **changes):
-    flags = {
-        "dataset": f"folder:{image_folder}",
-        "model": "resnet18",
-        "weights": "none",
-        "res_mode": 32,
-        "nepoch": 4,
-        "batch_size": 6,
-        "gpu": "cpu",
-        "lr": 0.02,
-        "output_dir": output_dir,
-        **changes,
-    }
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", *(value if isinstance(value, list) else [value])]
-    return words
-
-
 @pytest.fixture(scope="session")
 def subset(tmp_path_factory):
     return write_subset(tmp_path_factory.mktemp("subset") / "s", ROWS)
@@ -352,7 +318,8 @@ def subset(tmp_path_factory):
 def trained(image_folder, subset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classify") / "run"
     out = run(
-        "train_cls.py", *arguments(image_folder, folder, syndata_dir=[subset], synthetic_prob=0.3, use_cutmix=True)
+        "train_cls.py",
+        *classify_arguments(image_folder, folder, syndata_dir=[subset], synthetic_prob=0.3, use_cutmix=True),
     )
     return folder, out
 
@@ -361,7 +328,7 @@ def trained(image_folder, subset, tmp_path_factory):
 def test_results_files(trained, image_folder):
     folder, out = trained
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["test"]) == {"top1", "top5", "macro", "loss"} and results["steps"] == 12
+    assert set(results["test"]) == {"top1", "top5", "macro", "loss", "ece", "few"} and results["steps"] == 12
     assert f"test: top1 {100 * results['test']['top1']:.2f} %" in out and "synthetic: 4 images" in out
     assert len((folder / "epochs.csv").read_text().splitlines()) == 5
     confusion = (folder / "test_confusion.csv").read_text().splitlines()
@@ -393,8 +360,8 @@ def test_the_best_epoch_is_validations(trained):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(trained, image_folder, subset, tmp_path):
     words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
-    run("train_cls.py", *arguments(image_folder, tmp_path / "same", **words))
-    run("train_cls.py", *arguments(image_folder, tmp_path / "other", **words, seed=1))
+    run("train_cls.py", *classify_arguments(image_folder, tmp_path / "same", **words))
+    run("train_cls.py", *classify_arguments(image_folder, tmp_path / "other", **words, seed=1))
     losses = [
         [row.split(",")[2] for row in (f / "epochs.csv").read_text().splitlines()]
         for f in (trained[0], tmp_path / "same", tmp_path / "other")
@@ -405,14 +372,14 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(trained, imag
 @pytest.mark.slow
 def test_killed_and_started_again_equals_uninterrupted(image_folder, tmp_path, monkeypatch):
     script = "tests/saving_every_epoch.py"
-    run(script, *arguments(image_folder, tmp_path / "whole", nepoch=6))
-    process = start(script, *arguments(image_folder, tmp_path / "killed", nepoch=6))
+    run(script, *classify_arguments(image_folder, tmp_path / "whole", nepoch=6))
+    process = start(script, *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
     while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "results.json").exists()
-    assert "going on after epoch" in run(script, *arguments(image_folder, tmp_path / "killed", nepoch=6))
+    assert "going on after epoch" in run(script, *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
     assert one == two
     whole, killed = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "killed"))
@@ -424,16 +391,16 @@ def test_a_finished_run_is_not_run_again_and_other_arguments_are_refused(trained
     folder, _ = trained
     before = contents(folder, "*")
     words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
-    assert "is finished already" in run("train_cls.py", *arguments(image_folder, folder, **words))
+    assert "is finished already" in run("train_cls.py", *classify_arguments(image_folder, folder, **words))
     assert "other arguments (nepoch: 4 -> 5;" in refused(
-        "train_cls.py", *arguments(image_folder, folder, **{**words, "nepoch": 5})
+        "train_cls.py", *classify_arguments(image_folder, folder, **{**words, "nepoch": 5})
     )
     assert contents(folder, "*") == before
 
 
 @pytest.mark.slow
 def test_without_validation_or_test_the_run_says_what_it_has(image_folder, tmp_path):
-    out = run("train_cls.py", *arguments(image_folder / "train", tmp_path / "run", val_fraction=0, nepoch=1))
+    out = run("train_cls.py", *classify_arguments(image_folder / "train", tmp_path / "run", val_fraction=0, nepoch=1))
     assert "val:" not in out and "test:" not in out and (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -454,5 +421,5 @@ def test_without_validation_or_test_the_run_says_what_it_has(image_folder, tmp_p
 def test_bad_requests_are_one_line(image_folder, tmp_path, changes, message):
     if torch.cuda.is_available() and changes.get("gpu") == 0:
         pytest.skip("this machine has a GPU")
-    assert message in refused("train_cls.py", *arguments(image_folder, tmp_path / "run", **changes))
+    assert message in refused("train_cls.py", *classify_arguments(image_folder, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

@@ -115,12 +115,47 @@ def test_main_cls_as_printed(shell, kind):
     assert (
         found[0].endswith("train_cls.py")
         and {k: flag(found, k)[0] for k in expected} == expected
-        and found[-1] == "--use_cutmix"
+        and found[-3] == "--use_cutmix"
     )
     few = words(
         shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1", kind)
     )
     assert flag(few, "--examples_per_class") == ["5"] and flag(few, "--syndata_key") == ["None"]
+
+
+def test_several_gpus_train_one_classifier_through_accelerate(shell):
+    found = words(
+        shell("source scripts/classification.sh; main_cls cub 0,2,3 2020 resnet50 224 120 None 0.5 0.1 --ema_decay 0.9")
+    )
+    assert found[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and "--gpu" not in found
+    assert flag(found, "--num_processes") == ["3"] and flag(found, "--res_mode") == ["224"] and found[-1] == "0.9"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("wrapper", "first", "flags"),
+    [
+        ("main_cls", "", {"--examples_per_class": "-1"}),
+        ("main_cls_cutmix", "", {"--use_cutmix": ""}),
+        ("main_cls_waterbird", "", {"--select_by": "worst_group"}),
+        ("main_cls_fewshot", "10", {"--examples_per_class": "10"}),
+        ("main_cls_imb", "0.01", {"--task": "imbalanced", "--imbalance_factor": "0.01", "--examples_per_class": "-1"}),
+    ],
+)
+def test_every_setting_has_a_wrapper_with_main_cls_order(shell, kind, wrapper, first, flags):
+    prefix = "bash " if kind == "bash" else ""
+    call = f"{prefix}{wrapper} {first} elpv cpu 2021 vit_b_16 384 30 'a key' 0.8 0.3 --nepoch 2 --seeds 1 2"
+    found = words(shell(f"source scripts/classification.sh; {call}", kind))
+    fixed = {"--dataset": "elpv", "--gpu": "cpu", "--seed": "2021", "--model": "vit_b_16", "--res_mode": "384"}
+    fixed |= {"--syndata_key": "a key", "--gamma": "0.8", "--synthetic_prob": "0.3", "--seeds": "1"}
+    assert found[0].endswith("train_cls.py") and {k: flag(found, k)[0] for k in fixed} == fixed
+    for name, value in flags.items():
+        assert name in found and (name == "--use_cutmix" or flag(found, name) == [value])
+    last = len(found) - 1 - found[::-1].index("--nepoch")
+    assert found[last + 1] == "2" and found.index("--nepoch") < last  # a flag given after the words wins
+    assert max(found.index(name) for name in flags) < last
+    few = shell(f"source scripts/classification.sh; {wrapper} {first} elpv cpu", kind)
+    assert few.returncode == 2 and few.stderr.startswith(f"error: {wrapper} needs {10 if first else 9} arguments")
 
 
 @pytest.mark.parametrize(

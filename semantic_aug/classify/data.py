@@ -1,14 +1,15 @@
 """Training and evaluation batches: images resized once into uint8, augmented batch by batch on the device.
 
-An item of training is a real image or, with probability p, a synthetic one drawn at random, with its soft label. All
-random choices of a step come from a generator keyed by (seed, step).
+An item of training is a real image or a synthetic one with its soft label (see :mod:`semantic_aug.classify.draws`). All
+random choices of a step come from a generator keyed by (seed, step) and are made for the whole batch, of which each
+process, or each part of an accumulated gradient, takes its share.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from semantic_aug.classify.draws import DrawSettings, EpochDraws, minority_rows
 from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets.cache import open_pixels
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.seeding import numpy_rng
 
@@ -41,30 +44,32 @@ def free_memory() -> int:
 
 
 class ImageStore:
-    """Images of one source as uint8 squares, decoded once where memory allows.
+    """Images of one source as uint8 squares, decoded once where there is room.
 
     Args:
         read: from an index to a PIL RGB image.
         count: number of images.
         side: pixels; the whole picture is resized to a square, bicubic.
-        budget: bytes the decoded images may take.
+        budget: bytes the decoded images may take in memory.
         workers: decoding threads.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        identity: what the images are (a table's ``signature()``); without it they are never kept on disk.
     """
 
     def __init__(
-        self, read: Callable[[int], Image.Image], count: int, side: int, budget: int, workers: int | None = None
+        self,
+        read: Callable[[int], Image.Image],
+        count: int,
+        side: int,
+        budget: int,
+        workers: int | None = None,
+        cache: str = "auto",
+        identity: str | None = None,
     ):
         self.read, self.count, self.side = read, count, side
         self.pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
-        self.pixels: np.ndarray | None = None
-        if count * side * side * 3 <= budget:
-            pixels = np.empty((count, side, side, 3), np.uint8)
-
-            def fill(index: int) -> None:
-                pixels[index] = self.decode(index)
-
-            list(self.pool.map(fill, range(count)))
-            self.pixels = pixels
+        made_from = f"{identity} squash bicubic" if identity is not None else None
+        self.pixels = open_pixels(self.decode, count, side, made_from, cache, budget, workers)
 
     def decode(self, index: int) -> np.ndarray:
         """One image, uint8 ``(side, side, 3)``."""
@@ -77,16 +82,50 @@ class ImageStore:
         return np.stack(list(self.pool.map(self.decode, indices.tolist())))
 
 
-def crop(pixels: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: int) -> np.ndarray:
-    """Each image's own window: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (size, size), axis=(1, 2))
-    return np.ascontiguousarray(windows[np.arange(len(pixels)), tops, lefts].transpose(0, 2, 3, 1))
+def crop(
+    images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray | None = None
+) -> np.ndarray:
+    """Each image's own window, copied once.
+
+    Args:
+        images: B of uint8 ``(S, S, 3)``, contiguous.
+        tops: ``(B,)``, in [0, S - size].
+        lefts: likewise.
+        size: side of the windows in pixels.
+        flips: bool ``(B,)``, which windows are mirrored; None: none.
+
+    Returns:
+        uint8 ``(B, size, size, 3)``.
+    """
+    out = np.empty((len(images), size, size, 3), np.uint8)
+    as_pixels = out.view("V3")  # mirrored, a pixel is copied as one item of three bytes: four times as fast
+    for i, (image, top, left) in enumerate(zip(images, tops.tolist(), lefts.tolist(), strict=True)):
+        window = image[top : top + size, left : left + size]
+        if flips is not None and flips[i]:
+            as_pixels[i] = window.view("V3")[:, ::-1]
+        else:
+            out[i] = window
+    return out
 
 
 def centre(pixels: np.ndarray, size: int) -> np.ndarray:
     """The middle of each image: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
     margin = (pixels.shape[1] - size) // 2
     return np.ascontiguousarray(pixels[:, margin : margin + size, margin : margin + size])
+
+
+def views(store: ImageStore, rows: np.ndarray) -> Sequence[np.ndarray]:
+    """Some images of a store, uint8 ``(S, S, 3)`` each, without a copy where they are decoded already."""
+    return [store.pixels[row] for row in rows] if store.pixels is not None else store.batch(rows)
+
+
+def share_of(batch: int, part: int, parts: int) -> np.ndarray:
+    """The positions of a batch that one of several parts takes, ascending.
+
+    Positions i and B - 1 - i go together: a part is mixed with itself reversed exactly as the whole batch would be.
+    """
+    positions = np.arange(batch)
+    return positions[np.minimum(positions, batch - 1 - positions) % parts == part]
 
 
 class TrainBatches:
@@ -96,11 +135,12 @@ class TrainBatches:
         real: training images.
         synthetic: synthetic images, or None.
         gamma: of the soft labels.
-        probability: chance p that an item is synthetic.
+        draws: how synthetic images enter; a number is the chance p that an item is synthetic.
         resolution: side of the crops in pixels.
         batch_size: items per batch; the last, smaller part of an epoch is dropped unless it is all there is.
         seed: of every choice.
-        budget: bytes for decoded images.
+        budget: bytes for decoded images in memory.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
     """
 
     def __init__(
@@ -108,55 +148,75 @@ class TrainBatches:
         real: ImageTable,
         synthetic: SyntheticImages | None,
         gamma: float,
-        probability: float,
+        draws: DrawSettings | float,
         resolution: int,
         batch_size: int,
         seed: int,
         budget: int | None = None,
+        cache: str = "auto",
     ):
         side, budget = resized_side(resolution), budget if budget is not None else int(free_memory() * RAM_SHARE)
         k = len(real.class_names)
-        self.real = ImageStore(real.image, len(real), side, budget)
-        self.real_targets = one_hot(torch.from_numpy(real.labels), k)
-        self.synthetic, self.synthetic_targets, self.probability = None, None, 0.0
-        if synthetic is not None and probability > 0:
-            left = budget - (self.real.pixels.nbytes if self.real.pixels is not None else 0)
-            self.synthetic = ImageStore(synthetic.image, len(synthetic), side, left)
-            self.synthetic_targets = torch.from_numpy(synthetic.labels(gamma, k))
-            self.probability = probability
-        self.resolution, self.batch_size, self.seed = resolution, min(batch_size, len(real)), seed
-        self.steps_per_epoch = max(1, len(real) // self.batch_size)
+        draws = draws if isinstance(draws, DrawSettings) else DrawSettings(probability=draws)
+        self.real = ImageStore(real.image, len(real), side, budget, cache=cache, identity=real.signature())
+        self.labels = real.labels
+        self.targets = one_hot(torch.from_numpy(real.labels), k)
+        self.synthetic = None
+        if synthetic is not None and draws.active:
+            held = self.real.pixels.nbytes if self.real.pixels is not None else 0
+            self.synthetic = ImageStore(
+                synthetic.image, len(synthetic), side, budget - held, cache=cache, identity=synthetic.signature()
+            )
+            self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(gamma, k))])
+        self.draws = EpochDraws(len(real), synthetic.target if self.synthetic else None, draws, batch_size, seed)
+        self.resolution, self.seed = resolution, seed
+        self.batch_size, self.steps_per_epoch = self.draws.batch_size, self.draws.steps_per_epoch
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: uint8 ``(B, size, size, 3)`` and targets ``(B, K)``, one prepared ahead."""
-        order = numpy_rng(self.seed, "classify", "epoch", epoch).permutation(self.real.count)
+    def epoch(
+        self, epoch: int, part: int = 0, parts: int = 1, foregrounds: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch: uint8 ``(B, size, size, 3)`` and targets ``(B, K)``, one prepared ahead.
+
+        Args:
+            epoch: counted from 0.
+            part: which share of every batch is wanted, see :func:`share_of`.
+            parts: how many shares there are.
+            foregrounds: instead of the batches, as many real images drawn in favour of rare classes.
+        """
+        make = self._foregrounds if foregrounds else self._batch
+        order, where = self.draws.order(epoch), share_of(self.batch_size, part, parts)
         with ThreadPoolExecutor(1) as ahead:
-            pending = ahead.submit(self._batch, epoch, 0, order)
+            pending = ahead.submit(make, epoch, 0, order, where)
             for step in range(self.steps_per_epoch):
                 ready = pending.result()
                 if step + 1 < self.steps_per_epoch:
-                    pending = ahead.submit(self._batch, epoch, step + 1, order)
+                    pending = ahead.submit(make, epoch, step + 1, order, where)
                 yield ready
 
-    def _batch(self, epoch: int, step: int, order: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _batch(self, epoch: int, step: int, order: np.ndarray, where: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = numpy_rng(self.seed, "classify", "batch", epoch, step)
-        rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-        pixels, targets = self.real.batch(rows), self.real_targets[rows]
-        if self.synthetic is not None:
-            swap = rng.random(len(rows)) < self.probability
-            if swap.any():
-                drawn = rng.integers(self.synthetic.count, size=int(swap.sum()))
-                pixels = pixels.copy()
-                pixels[swap], targets[torch.from_numpy(swap)] = (
-                    self.synthetic.batch(drawn),
-                    self.synthetic_targets[drawn],
-                )
-        room = pixels.shape[1] - self.resolution + 1
-        tops, lefts = rng.integers(room, size=(2, len(rows)))
-        pixels = crop(pixels, tops, lefts, self.resolution)
-        flip = rng.random(len(rows)) < 0.5
-        pixels[flip] = pixels[flip, :, ::-1]
-        return torch.from_numpy(pixels), targets
+        return self._load(self.draws.batch(step, order, rng), where, rng)
+
+    def _foregrounds(self, epoch: int, step: int, order: np.ndarray, where: np.ndarray) -> tuple[Tensor, Tensor]:
+        rng = numpy_rng(self.seed, "classify", "foregrounds", epoch, step)
+        return self._load(minority_rows(self.labels, self.batch_size, rng), where, rng)
+
+    def _load(self, items: np.ndarray, where: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Pixels and targets of the items at some positions, cropped and flipped."""
+        room = self.real.side - self.resolution + 1
+        tops, lefts = rng.integers(room, size=(2, len(items)))[:, where]
+        flips, items = (rng.random(len(items)) < 0.5)[where], items[where]
+        images: list[np.ndarray] = [None] * len(items)
+        for store, first, mine in (
+            (self.real, 0, items < self.real.count),
+            (self.synthetic, self.real.count, items >= self.real.count),
+        ):
+            places = np.flatnonzero(mine)
+            if len(places):
+                for place, image in zip(places, views(store, items[places] - first), strict=True):
+                    images[place] = image
+        pixels = crop(images, tops, lefts, self.resolution, flips)
+        return torch.from_numpy(pixels), self.targets[torch.from_numpy(items)]
 
 
 class EvalBatches:
@@ -166,23 +226,34 @@ class EvalBatches:
         table: the split.
         resolution: side in pixels.
         batch_size: images per batch.
-        budget: bytes for decoded images.
+        budget: bytes for decoded images in memory.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
     """
 
-    def __init__(self, table: ImageTable, resolution: int, batch_size: int, budget: int | None = None):
+    def __init__(
+        self, table: ImageTable, resolution: int, batch_size: int, budget: int | None = None, cache: str = "auto"
+    ):
         self.store = ImageStore(
             table.image,
             len(table),
             resized_side(resolution),
             budget if budget is not None else int(free_memory() * RAM_SHARE),
+            cache=cache,
+            identity=table.signature(),
         )
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of uint8 ``(B, size, size, 3)`` and labels ``(B,)``."""
-        for start in range(0, self.store.count, self.batch_size):
+        for _, pixels, labels in self.part(0, 1):
+            yield pixels, labels
+
+    def part(self, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every ``parts``-th batch from the one numbered ``part``: rows ``(B,)``, pixels, labels."""
+        for start in range(part * self.batch_size, self.store.count, parts * self.batch_size):
             rows = np.arange(start, min(self.store.count, start + self.batch_size))
-            yield torch.from_numpy(centre(self.store.batch(rows), self.resolution)), self.labels[rows]
+            pixels = torch.from_numpy(centre(self.store.batch(rows), self.resolution))
+            yield torch.from_numpy(rows), pixels, self.labels[rows]
 
 
 class Normaliser:

@@ -1,17 +1,56 @@
-"""Losses over soft labels."""
+"""Losses over soft labels, for balanced and for long-tailed data.
+
+Every criterion is written as *terms*: the loss ``(B, K)`` that each class would give were it the hard label. The loss of a
+soft label is the mean of the terms under it, with class weights where there are any:
+
+    L(z, y) = sum_k w_k y_k l_k(z)
+
+With a one-hot label this is the papers' formula, and whatever mixed the labels (synthetic images, mixup, CutMix,
+smoothing), every class counts by its share.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CRITERIA = ("ce", "ls")
+CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch of -sum_k y_k log p_k; logits and targets ``(B, K)``, targets summing to one."""
-    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss, and its knobs.
+
+    Attributes:
+        criterion: one of :data:`CRITERIA`.
+        smoothing: of the labels, in [0, 1); used with ``ls``.
+        focal_gamma: of ``focal``, 0 or more.
+        cb_beta: of the effective number of samples, in [0, 1); used by ``cb`` and by deferred reweighting.
+        ldam_margin: largest margin of ``ldam``, the rarest class's.
+        ldam_scale: factor on the logits of ``ldam``.
+        drw_epoch: epochs done before the class-balanced weights set in (deferred reweighting); -1: never.
+    """
+
+    criterion: str = "ce"
+    smoothing: float = 0.0
+    focal_gamma: float = 2.0
+    cb_beta: float = 0.9999
+    ldam_margin: float = 0.5
+    ldam_scale: float = 1.0
+    drw_epoch: int = -1
+
+
+# ------------------------------------------------------------------------------------------------------ soft labels
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Class indices ``(B,)`` to float32 ``(B, K)``."""
+    return F.one_hot(labels.long(), num_classes).to(torch.float32)
 
 
 def smooth(targets: Tensor, smoothing: float) -> Tensor:
@@ -19,6 +58,109 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
     return targets * (1 - smoothing) + smoothing / targets.shape[-1] if smoothing else targets
 
 
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Class indices ``(B,)`` to float32 ``(B, K)``."""
-    return F.one_hot(labels.long(), num_classes).to(torch.float32)
+def expected(terms: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Each item's loss sum_k w_k y_k l_k.
+
+    Args:
+        terms: ``(B, K)``, the loss of each class as the hard label.
+        targets: ``(B, K)``, rows summing to one.
+        weights: ``(K,)`` class weights; None: all one.
+
+    Returns:
+        ``(B,)``.
+    """
+    return (targets * terms if weights is None else targets * weights * terms).sum(-1)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of -sum_k y_k log p_k; logits and targets ``(B, K)``, targets summing to one."""
+    return expected(ce_terms(logits), targets).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------ terms
+
+
+def ce_terms(logits: Tensor) -> Tensor:
+    """Cross-entropy: l_k = -log p_k."""
+    return -F.log_softmax(logits.float(), dim=-1)
+
+
+def focal_terms(logits: Tensor, gamma: float) -> Tensor:
+    """Focal loss over a softmax (Lin et al. 2017, eq. 4 without alpha): l_k = -(1 - p_k)^gamma log p_k."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    # the power's slope is infinite at 0 for gamma < 1, so p stays a hair below one
+    return -((1 - log_p.exp()).clamp_min(1e-7) ** gamma) * log_p if gamma else -log_p
+
+
+def ldam_terms(logits: Tensor, margins: Tensor, scale: float) -> Tensor:
+    """Label-distribution-aware margin loss (Cao et al. 2019, eq. 10): cross-entropy of s (z - m_k e_k) for the label k.
+
+    The paper scales by s = 30 because its classifier gives cosines; a plain linear head finds its own scale (s = 1).
+
+    Args:
+        logits: ``(B, K)``.
+        margins: ``(K,)``, see :func:`ldam_margins`.
+        scale: s.
+    """
+    scaled = scale * logits.double()  # 1 - p below cancels in single precision once a class is sure
+    log_p, shift = F.log_softmax(scaled, dim=-1), scale * margins.double()
+    # the denominator with the label's logit lowered: sum_j exp(s z_j) (1 + p_k (exp(-s m_k) - 1))
+    return (-log_p + shift + torch.log1p(log_p.exp() * torch.expm1(-shift))).float()
+
+
+def balanced_softmax_terms(logits: Tensor, counts: Tensor) -> Tensor:
+    """Balanced softmax (Ren et al. 2020, eq. 3): cross-entropy over z_k + log n_k.
+
+    Args:
+        logits: ``(B, K)``.
+        counts: ``(K,)`` training images of each class, at least 1.
+    """
+    return -F.log_softmax(logits.float() + counts.float().log(), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------ from the class frequencies
+
+
+def ldam_margins(counts: Sequence[int], largest: float = 0.5) -> np.ndarray:
+    """Margins C / n_k^(1/4) (Cao et al. 2019, eq. 11), C such that the rarest class has the ``largest``; ``(K,)``."""
+    margins = np.maximum(np.asarray(counts, np.float64), 1) ** -0.25
+    return margins * (largest / margins.max())
+
+
+def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> np.ndarray:
+    """Class-balanced weights (Cui et al. 2019, eq. 8): (1 - b) / (1 - b^n_k), scaled to sum to K; ``(K,)``."""
+    counts = np.maximum(np.asarray(counts, np.float64), 1)
+    weights = (1 - beta) / (1 - beta**counts)
+    return weights * (len(weights) / weights.sum())
+
+
+Criterion = Callable[[Tensor, Tensor, int], Tensor]
+"""From logits ``(B, K)``, targets ``(B, K)`` and the epoch (from 0) to each item's loss ``(B,)``."""
+
+
+def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.device) -> Criterion:
+    """The loss that settings describe.
+
+    Args:
+        settings: which, and its knobs.
+        counts: ``(K,)`` real training images of each class; those without any count as one.
+        device: of the logits.
+    """
+
+    def tensor(values) -> Tensor:
+        return torch.as_tensor(np.asarray(values, np.float32), device=device)
+
+    n = tensor(np.maximum(counts, 1))
+    terms = {
+        "focal": lambda logits: focal_terms(logits, settings.focal_gamma),
+        "ldam": lambda logits: ldam_terms(logits, margins, settings.ldam_scale),
+        "bsm": lambda logits: balanced_softmax_terms(logits, n),
+    }.get(settings.criterion, ce_terms)
+    margins = tensor(ldam_margins(counts, settings.ldam_margin))
+    weights = tensor(effective_number_weights(counts, settings.cb_beta))
+
+    def criterion(logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        weighted = settings.criterion == "cb" or 0 <= settings.drw_epoch <= epoch
+        return expected(terms(logits), smooth(targets, settings.smoothing), weights if weighted else None)
+
+    return criterion

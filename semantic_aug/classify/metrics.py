@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+BINS = 15
+"""Of the expected calibration error (Guo et al. 2017)."""
+
+SCORE_NAMES = (
+    *("top1", "top5", "macro", "loss", "ece"),
+    *("many", "medium", "few", "worst_group", "average_group"),
+)
+"""What :meth:`Scores.summary` may hold; the first five are always there."""
+
+MANY, FEW = 100, 20
+"""Classes with more than MANY training images are 'many', with fewer than FEW 'few' (Liu et al. 2019)."""
 
 
 class Meter:
@@ -18,27 +30,42 @@ class Meter:
     Args:
         num_classes: K.
         device: where the logits are.
+        size: images of the split, where it is to be known which of them were right.
     """
 
-    def __init__(self, num_classes: int, device: torch.device):
+    def __init__(self, num_classes: int, device: torch.device, size: int = 0):
         self.k = num_classes
         self.confusion = torch.zeros(num_classes * num_classes, dtype=torch.long, device=device)
         self.top5 = torch.zeros((), dtype=torch.long, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
+        self.correct = torch.zeros(size, dtype=torch.long, device=device)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch: logits ``(B, K)``, labels ``(B,)``."""
+    def add(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
+        """Adds a batch: logits ``(B, K)``, labels ``(B,)``, and where wanted the images' rows in the split ``(B,)``."""
         logits = logits.float()
         best = logits.topk(min(5, self.k), dim=-1).indices
+        right = best[:, 0] == labels
         self.confusion += torch.bincount(labels * self.k + best[:, 0], minlength=self.k * self.k)
         self.top5 += (best == labels[:, None]).any(-1).sum()
         self.loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
+        sure = logits.softmax(-1).amax(-1).double()
+        place = (torch.ceil(sure * BINS) - 1).long().clamp(0, BINS - 1)
+        self.bins.index_add_(0, place, torch.stack([torch.ones_like(sure), sure, right.double()], -1))
+        if rows is not None:
+            self.correct[rows] = right.long()
+
+    def combine(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Adds up what several processes counted over disjoint images; ``add_up`` sums a tensor over them."""
+        for name in ("confusion", "top5", "loss", "bins", "correct"):
+            setattr(self, name, add_up(getattr(self, name)))
 
     def result(self) -> Scores:
         """Everything counted so far; the only point that waits for the device."""
         matrix = self.confusion.view(self.k, self.k).cpu().numpy()
         total = max(1, int(matrix.sum()))
-        return Scores(matrix, float(self.top5) / total, float(self.loss) / total)
+        correct = self.correct.cpu().numpy().astype(bool)
+        return Scores(matrix, float(self.top5) / total, float(self.loss) / total, self.bins.cpu().numpy(), correct)
 
 
 @dataclass(frozen=True)
@@ -49,11 +76,15 @@ class Scores:
         confusion: int64 ``(K, K)``, rows true classes, columns predicted ones.
         top5: share with the true class among the five (or K) best.
         loss: mean cross-entropy in nats.
+        bins: ``(15, 3)``, by confidence: images, sum of confidences, number right.
+        correct: bool, which images were right, in the split's order; empty where that was not asked for.
     """
 
     confusion: np.ndarray
     top5: float
     loss: float
+    bins: np.ndarray
+    correct: np.ndarray
 
     @property
     def top1(self) -> float:
@@ -70,9 +101,44 @@ class Scores:
         """Mean over the classes that have images."""
         return float(np.nanmean(self.per_class)) if self.confusion.sum() else float("nan")
 
-    def summary(self) -> dict[str, float]:
-        """Top-1, top-5, macro accuracy and loss."""
-        return {"top1": self.top1, "top5": self.top5, "macro": self.macro, "loss": self.loss}
+    @property
+    def ece(self) -> float:
+        """Expected calibration error over 15 bins: the images' mean distance of confidence and accuracy."""
+        return float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum() / max(1, self.bins[:, 0].sum()))
+
+    def by_frequency(self, counts: Sequence[int]) -> dict[str, float]:
+        """Mean accuracy of the classes with many (> 100), medium and few (< 20) training images; those there are.
+
+        Args:
+            counts: ``(K,)`` training images of each class.
+        """
+        counts, known = np.asarray(counts), ~np.isnan(self.per_class)
+        of = {"many": counts > MANY, "medium": (counts >= FEW) & (counts <= MANY), "few": counts < FEW}
+        return {name: float(self.per_class[who & known].mean()) for name, who in of.items() if (who & known).any()}
+
+    def by_group(self, groups: np.ndarray | None) -> dict[str, float]:
+        """Worst and average accuracy of the groups (Sagawa et al. 2020); nothing where there are none.
+
+        Args:
+            groups: ``(N,)`` the group of each image of the split.
+        """
+        if groups is None or not len(self.correct):
+            return {}
+        shares = [float(self.correct[groups == group].mean()) for group in np.unique(groups)]
+        return {"worst_group": min(shares), "average_group": float(np.mean(shares))}
+
+    def summary(self, counts: Sequence[int] | None = None, groups: np.ndarray | None = None) -> dict[str, float]:
+        """Top-1, top-5, macro accuracy, loss and calibration error, then what counts and groups allow."""
+        found = {"top1": self.top1, "top5": self.top5, "macro": self.macro, "loss": self.loss, "ece": self.ece}
+        return found | (self.by_frequency(counts) if counts is not None else {}) | self.by_group(groups)
+
+
+def groups_of(table: object) -> np.ndarray | None:
+    """The group of each image of a split, ``(N,)``, or None where the data set has no groups."""
+    groups = getattr(table, "groups", None)
+    if groups is None:
+        groups = getattr(table, "extras", {}).get("group")
+    return None if groups is None else np.asarray(groups)
 
 
 def write_scores(scores: Scores, class_names: Sequence[str], folder: Path, prefix: str) -> None:

@@ -1,7 +1,8 @@
-"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) over soft labels, with timm's conventions.
+"""Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019) and CMO (Park et al. 2022) over soft labels.
 
 timm's own ``Mixup`` takes class indices; ours takes ``(B, K)`` targets, so that real and synthetic images mix alike, and
-draws from a generator of its own. Each batch is mixed with itself in reverse order with one ratio, as timm does.
+draws from a generator of its own. Each batch is mixed with itself in reverse order with one ratio, as timm does. CMO
+(context-rich minority oversampling) is CutMix whose pasted boxes come from another batch, drawn in favour of rare classes.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ class MixSettings:
 
     Attributes:
         mixup_alpha: of the Beta distribution; 0: no mixup.
-        cutmix_alpha: likewise for CutMix. With both, each batch takes one of them at even odds.
+        cutmix_alpha: likewise for CutMix.
         probability: share of batches that are mixed at all.
+        cmo_alpha: likewise for CMO. Of several kinds, each batch takes one at even odds.
     """
 
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     probability: float = 1.0
+    cmo_alpha: float = 0.0
 
     @property
-    def active(self) -> bool:
-        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds in use."""
+        alphas = {"mixup": self.mixup_alpha, "cutmix": self.cutmix_alpha, "cmo": self.cmo_alpha}
+        return tuple(kind for kind, alpha in alphas.items() if alpha > 0)
 
 
 def mixup(images: Tensor, targets: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -46,29 +51,57 @@ def cut_box(height: int, width: int, ratio: float, rng: np.random.Generator) -> 
     return top, bottom, left, right
 
 
-def cutmix(images: Tensor, targets: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Pastes a box of the reversed batch; the labels mix by the area really pasted."""
+def paste(
+    images: Tensor, targets: Tensor, others: Tensor, other_targets: Tensor, box: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Pastes a box of each other image; the labels mix by the area really pasted.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        targets: ``(B, K)``.
+        others: ``(B, 3, H, W)``.
+        other_targets: ``(B, K)``.
+        box: top, bottom, left, right.
+    """
     top, bottom, left, right = box
     mixed = images.clone()
-    mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
+    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
     ratio = 1 - (bottom - top) * (right - left) / (images.shape[-1] * images.shape[-2])
-    return mixed, targets * ratio + targets.flip(0) * (1 - ratio)
+    return mixed, targets * ratio + other_targets * (1 - ratio)
 
 
-def mix(images: Tensor, targets: Tensor, settings: MixSettings, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Applies mixup or CutMix to a batch.
+def cutmix(images: Tensor, targets: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Pastes a box of the reversed batch."""
+    return paste(images, targets, images.flip(0), targets.flip(0), box)
+
+
+def mix(
+    images: Tensor,
+    targets: Tensor,
+    settings: MixSettings,
+    rng: np.random.Generator,
+    foregrounds: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Applies mixup, CutMix or CMO to a batch.
 
     Args:
         images: ``(B, 3, H, W)``.
         targets: ``(B, K)``, rows summing to one; they still do afterwards.
         settings: which.
         rng: decides whether, which, and how much.
+        foregrounds: for CMO, images and targets of the same shapes, drawn in favour of rare classes.
     """
-    if not settings.active or rng.random() >= settings.probability:
+    kinds = settings.kinds
+    if not kinds or rng.random() >= settings.probability:
         return images, targets
-    use_cutmix = settings.cutmix_alpha > 0 and (settings.mixup_alpha == 0 or rng.random() < 0.5)
-    alpha = settings.cutmix_alpha if use_cutmix else settings.mixup_alpha
+    kind = kinds[int(rng.integers(len(kinds)))] if len(kinds) > 1 else kinds[0]
+    alpha = {"mixup": settings.mixup_alpha, "cutmix": settings.cutmix_alpha, "cmo": settings.cmo_alpha}[kind]
     ratio = float(rng.beta(alpha, alpha))
-    if not use_cutmix:
+    if kind == "mixup":
         return mixup(images, targets, ratio)
-    return cutmix(images, targets, cut_box(*images.shape[-2:], ratio, rng))
+    box = cut_box(*images.shape[-2:], ratio, rng)
+    if kind == "cutmix":
+        return cutmix(images, targets, box)
+    if foregrounds is None:
+        raise ValueError("CMO needs foregrounds")
+    return paste(images, targets, *foregrounds, box)

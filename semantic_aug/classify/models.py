@@ -153,3 +153,20 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
             f"'{strange[0]}' the first): they are of another architecture"
         )
     model.load_state_dict(fitting, strict=False)
+
+
+def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:
+    """Two lines of Python that load a trained classifier with timm alone.
+
+    Args:
+        name: timm's or torchvision's name.
+        num_classes: K.
+        resolution: side of the images it was trained on, in pixels.
+        path: of ``model.safetensors``.
+    """
+    import timm
+
+    name = timm_name(name)
+    size = f", img_size={resolution}" if timm.get_pretrained_cfg_value(name, "fixed_input_size") else ""
+    options = f"num_classes={num_classes}{size}, checkpoint_path={str(path)!r}"
+    return f"import timm\nmodel = timm.create_model({name!r}, {options}).eval()"

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,13 +17,16 @@ from tqdm import tqdm
 from semantic_aug import run_dir
 from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
-from semantic_aug.classify.losses import smooth, soft_cross_entropy
-from semantic_aug.classify.metrics import Meter, Scores, write_scores
+from semantic_aug.classify.layers import freeze
+from semantic_aug.classify.losses import make_criterion
+from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_scores
 from semantic_aug.classify.mixing import mix
 from semantic_aug.classify.models import make_model
 from semantic_aug.classify.optim import learning_rate_at, make_optimizer
-from semantic_aug.datasets import LoadedDataset
+from semantic_aug.classify.processes import Processes
+from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.errors import UserError
 from semantic_aug.seeding import derive_seed, numpy_rng
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,8 @@ EPOCHS_FILE = "epochs.csv"
 RESULTS_FILE = "results.json"
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "last.pt"
-COLUMNS = ("epoch", "lr", "train_loss", "val_top1", "val_top5", "val_macro", "val_loss", "images_per_second")
+BOARD_FOLDER = "tensorboard"
+COLUMNS = ("epoch", "lr", "train_loss", *(f"val_{name}" for name in SCORE_NAMES), "images_per_second")
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_SECONDS = 60.0
 
@@ -42,6 +47,35 @@ def results_of(folder: Path) -> dict | None:
         return json.loads((folder / RESULTS_FILE).read_text())
     except (OSError, ValueError):
         return None
+
+
+def autocast(device: torch.device, amp: str):
+    """The context of a forward pass in mixed precision, or none."""
+    return contextlib.nullcontext() if amp == "no" else torch.autocast(device.type, AMP_DTYPES[amp])
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: EvalBatches, normalise: Normaliser, classes: int, processes: Processes, amp: str = "no"
+) -> Scores:
+    """Scores of a model on a split, each process looking at its share of the images.
+
+    Args:
+        model: put in evaluation mode.
+        batches: the split.
+        normalise: uint8 batches to the model's input.
+        classes: K.
+        processes: what every one of them counted is added up.
+        amp: ``no``, ``fp16`` or ``bf16``.
+    """
+    model.eval()
+    meter = Meter(classes, processes.device, batches.store.count)
+    for rows, pixels, labels in batches.part(processes.rank, processes.count):
+        with autocast(processes.device, amp):
+            logits = model(normalise(pixels))
+        meter.add(logits, labels.to(processes.device), rows.to(processes.device))
+    meter.combine(processes.add_up)
+    return meter.result()
 
 
 class Trainer:
@@ -55,144 +89,205 @@ class Trainer:
 
     def __init__(self, config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None):
         self.config, self.dataset = config, dataset
-        self.device = torch.device(config.device)
+        self.processes = Processes(config.device)
+        self.device = self.processes.device
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(derive_seed(config.seed, "classify", "weights"))
         model, normalisation = make_model(config.model, len(dataset.class_names), config.resolution, config.weights)
+        if self.processes.count > 1 and self.device.type == "cuda":
+            from timm.layers import convert_sync_batchnorm
+
+            model = convert_sync_batchnorm(model)
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
+        self.frozen = freeze(self.model, config.trainable_layers)
+        self.averaged = self._average() if config.ema_decay else None
         self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)
         self.train_batches = TrainBatches(
             dataset.train,
             synthetic,
             config.gamma,
-            config.synthetic_prob,
+            config.draws,
             config.resolution,
             config.batch_size,
             config.seed,
+            cache=config.cache,
         )
-        self.val_batches = EvalBatches(dataset.val, config.resolution, 2 * config.batch_size) if dataset.val else None
+        self.parts = self.processes.count * config.gradient_accumulation_steps
+        self.processes.check(self.train_batches.batch_size, self.parts)
+        self.counts = dataset.train.counts()
+        self.criterion = make_criterion(config.loss, self.counts, self.device)
+        self.val_batches = self._eval_batches(dataset.val) if dataset.val else None
         self.optimizer = make_optimizer(self.model, config.optimizer, config.lr, config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.total_steps = config.nepoch * self.train_batches.steps_per_epoch
+        self.steps_per_epoch = self.train_batches.steps_per_epoch
+        self.total_steps = config.nepoch * self.steps_per_epoch
         self.best: dict | None = None
-        self.epoch, self.saved = 0, time.monotonic()
+        self.epoch, self.stale, self.saved = 0, 0, time.monotonic()
+
+    def _average(self):
+        from timm.utils import ModelEmaV3
+
+        # with the warm-up a short run's average is not mostly its beginning
+        return ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
+
+    def _eval_batches(self, table: ImageTable) -> EvalBatches:
+        return EvalBatches(table, self.config.resolution, 2 * self.config.batch_size, cache=self.config.cache)
 
     # ------------------------------------------------------------------------------------------------- one run
 
     def run(self) -> dict:
         """Trains, evaluates the best epoch on test, writes everything; returns what ``results.json`` holds."""
-        config, folder = self.config, self.config.output_dir
+        config, folder, main = self.config, self.config.output_dir, self.processes.main
         self._restore()
-        epochs = run_dir.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch)
+        self.processes.wait()  # nobody overwrites the state before everyone has read it
+        call = self.processes.prepare(torch.compile(self.model) if config.compile else self.model)
+        epochs = run_dir.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch) if main else None
         began = time.monotonic()
-        with tqdm(
-            total=self.total_steps,
-            initial=self.epoch * self.train_batches.steps_per_epoch,
-            unit="step",
-            desc=folder.name,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        ) as bar:
-            while self.epoch < config.nepoch:
-                row = self._train_epoch(bar)
+        with (
+            _board(folder / BOARD_FOLDER if main and config.report_to == "tensorboard" else None, self.epoch) as report,
+            tqdm(
+                total=self.total_steps,
+                initial=self.epoch * self.steps_per_epoch,
+                unit="step",
+                desc=folder.name,
+                dynamic_ncols=True,
+                mininterval=1.0,
+                disable=None if main else True,
+            ) as bar,
+        ):
+            while self.epoch < config.nepoch and not self._stopped():
+                row = self._train_epoch(call, bar)
                 self.epoch += 1
                 if self.val_batches and (self.epoch % config.eval_every == 0 or self.epoch == config.nepoch):
-                    scores = self.evaluate(self.val_batches)
-                    row |= {f"val_{name}": value for name, value in scores.summary().items()}
-                    bar.set_postfix(val=f"{100 * scores.top1:.2f}", refresh=False)
+                    scores = self._scores(self.val_batches, self.dataset.val)
+                    row |= {f"val_{name}": value for name, value in scores.items()}
+                    bar.set_postfix(val=f"{100 * scores['top1']:.2f}", refresh=False)
                     self._keep_best(scores)
-                epochs.add(epoch=self.epoch, **row)
-                if time.monotonic() - self.saved > SAVE_SECONDS:
-                    self._save_state()
+                if main:
+                    epochs.add(epoch=self.epoch, **row)
+                    report(row, self.epoch)
+                    if time.monotonic() - self.saved > SAVE_SECONDS:
+                        self._save_state()
+        if self._stopped() and self.epoch < config.nepoch:
+            log.info(
+                "stopped after epoch %d: %d evaluations without a better %s", self.epoch, self.stale, config.select_by
+            )
         return self._conclude(time.monotonic() - began)
 
-    def _train_epoch(self, bar: tqdm) -> dict[str, float]:
-        config = self.config
-        torch.manual_seed(derive_seed(config.seed, "classify", "dropout", self.epoch))
+    def _stopped(self) -> bool:
+        return 0 < self.config.patience <= self.stale
+
+    def _train_epoch(self, call: nn.Module, bar: tqdm) -> dict[str, float]:
+        config, began, rank = self.config, time.monotonic(), self.processes.rank
+        torch.manual_seed(derive_seed(config.seed, "classify", "dropout", self.epoch, *([rank] if rank else [])))
         self.model.train()
-        total, count, began = torch.zeros((), device=self.device), 0, time.monotonic()
-        warmup = round(config.warmup_epochs * self.train_batches.steps_per_epoch)
-        lr = config.lr
-        for step, (pixels, targets) in enumerate(self.train_batches.epoch(self.epoch)):
-            lr = learning_rate_at(
-                self.epoch * self.train_batches.steps_per_epoch + step, self.total_steps, warmup, config.lr
-            )
+        for module in self.frozen:
+            module.eval()
+        total = torch.zeros((), device=self.device)
+        warmup, lr = round(config.warmup_epochs * self.steps_per_epoch), config.lr
+        for step, parts in enumerate(self._epoch_parts()):
+            done = self.epoch * self.steps_per_epoch + step
+            lr = learning_rate_at(done, self.total_steps, warmup, config.lr)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            rng = numpy_rng(config.seed, "classify", "mix", self.epoch, step)
-            images, targets = mix(
-                self.normalise(pixels), targets.to(self.device, non_blocking=True), config.mixing, rng
-            )
-            if config.criterion == "ls":
-                targets = smooth(targets, config.smoothing)
-            with self._autocast():
-                loss = soft_cross_entropy(self.model(images), targets)
-            self.scaler.scale(loss).backward()
+            for number, part in enumerate(parts):
+                last = number + 1 == len(parts)
+                with contextlib.nullcontext() if last else self.processes.no_sync(call):
+                    loss = self._loss(call, step, part)
+                    # processes' gradients are averaged: times their number, so that shares may differ in size
+                    share = self.processes.count / self.train_batches.batch_size
+                    self.scaler.scale(loss * share).backward()
+                total += loss.detach()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            total += loss.detach() * len(images)
-            count += len(images)
+            if self.averaged is not None:
+                self.averaged.update(self.model, step=done + 1)
             bar.update()
-        return {"lr": lr, "train_loss": float(total) / count, "images_per_second": count / (time.monotonic() - began)}
+        count = self.steps_per_epoch * self.train_batches.batch_size
+        mean = float(self.processes.add_up(total)) / count
+        return {"lr": lr, "train_loss": mean, "images_per_second": count / (time.monotonic() - began)}
 
-    @torch.inference_mode()
-    def evaluate(self, batches: EvalBatches) -> Scores:
-        """Scores of the present weights on a split."""
-        self.model.eval()
-        meter = Meter(len(self.dataset.class_names), self.device)
-        for pixels, labels in batches:
-            with self._autocast():
-                logits = self.model(self.normalise(pixels))
-            meter.add(logits, labels.to(self.device))
-        return meter.result()
+    def _epoch_parts(self) -> Iterator[list[tuple]]:
+        """For every step the parts this process takes: (batch, foregrounds or None) each."""
+        config, count = self.config, self.processes.count
+        mine = [self.processes.rank + count * micro for micro in range(config.gradient_accumulation_steps)]
+        batches = [self.train_batches.epoch(self.epoch, part, self.parts) for part in mine]
+        if config.mixing.cmo_alpha == 0:
+            yield from ([(batch, None) for batch in step] for step in zip(*batches, strict=True))
+            return
+        others = [self.train_batches.epoch(self.epoch, part, self.parts, foregrounds=True) for part in mine]
+        for step in zip(*batches, *others, strict=True):
+            yield list(zip(step[: len(mine)], step[len(mine) :], strict=True))
 
-    def _autocast(self):
-        if self.config.amp == "no":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, AMP_DTYPES[self.config.amp])
+    def _loss(self, call: nn.Module, step: int, part: tuple) -> Tensor:
+        """The sum of the losses of one part of a batch."""
+        config = self.config
+        (images, targets), foregrounds = self._moved(part[0]), part[1] and self._moved(part[1])
+        # every part of a step draws the same numbers, so that it is mixed as the whole batch would be
+        rng = numpy_rng(config.seed, "classify", "mix", self.epoch, step)
+        images, targets = mix(images, targets, config.mixing, rng, foregrounds)
+        with autocast(self.device, config.amp):
+            logits = call(images)
+        return self.criterion(logits, targets, self.epoch).sum()
+
+    def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, targets = batch
+        return self.normalise(pixels), targets.to(self.device, non_blocking=True)
+
+    def _scores(self, batches: EvalBatches, table: ImageTable, prefix: str | None = None) -> dict[str, float]:
+        """Scores of the present weights (their average, with EMA) on a split; files are written for a ``prefix``."""
+        model = self.model if self.averaged is None else self.averaged.module
+        self.processes.agree_on(model)
+        classes = len(self.dataset.class_names)
+        scores = evaluate(model, batches, self.normalise, classes, self.processes, self.config.amp)
+        if prefix and self.processes.main:
+            write_scores(scores, self.dataset.class_names, self.config.output_dir, prefix)
+        return scores.summary(self.counts, groups_of(table))
 
     # -------------------------------------------------------------------------------------- best epoch and results
 
-    def _keep_best(self, scores: Scores) -> None:
-        """The first epoch of the highest validation top-1; ties go to the lower loss."""
-        rank = (scores.top1, -scores.loss)
-        if self.best is None or rank > (self.best["top1"], -self.best["loss"]):
-            self.best = {"epoch": self.epoch, **scores.summary(), "state": _detached(self.model)}
+    def _keep_best(self, scores: dict[str, float]) -> None:
+        """The first epoch of the highest validation score; ties go to the lower loss."""
+        by = self.config.select_by
+        if self.best is None or (scores[by], -scores["loss"]) > (self.best[by], -self.best["loss"]):
+            model = self.model if self.averaged is None else self.averaged.module
+            self.best, self.stale = {"epoch": self.epoch, **scores, "state": _detached(model)}, 0
+        else:
+            self.stale += 1
 
     def _conclude(self, seconds: float) -> dict:
-        config, folder = self.config, self.config.output_dir
+        config, folder, dataset = self.config, self.config.output_dir, self.dataset
         chosen = {k: v for k, v in self.best.items() if k != "state"} if self.best else None
+        model = self.model if self.averaged is None else self.averaged.module
         if self.best:
-            self.model.load_state_dict(self.best["state"])
+            model.load_state_dict(self.best["state"])
         results = {
-            "dataset": self.dataset.name,
-            "setting": self.dataset.setting.suffix.lstrip("_") or "all data",
+            "dataset": dataset.name,
+            "setting": dataset.setting.suffix.lstrip("_") or "all data",
             "model": config.model,
             "seed": config.seed,
-            "train_images": len(self.dataset.train),
-            "epoch": chosen["epoch"] if chosen else config.nepoch,
-            "steps": self.total_steps,
+            "train_images": len(dataset.train),
+            "epoch": chosen["epoch"] if chosen else self.epoch,
+            "epochs": self.epoch,
+            "steps": self.epoch * self.steps_per_epoch,
             "seconds": round(seconds, 1),
             "val": chosen,
             "test": None,
             "versions": run_dir.versions(),
         }
-        if self.dataset.test is not None:
-            scores = self.evaluate(EvalBatches(self.dataset.test, config.resolution, 2 * config.batch_size))
-            results["test"] = scores.summary()
-            write_scores(scores, self.dataset.class_names, folder, "test")
+        if dataset.test is not None:
+            results["test"] = self._scores(self._eval_batches(dataset.test), dataset.test, "test")
         elif self.val_batches:
-            write_scores(self.evaluate(self.val_batches), self.dataset.class_names, folder, "val")
-        self._save_model(folder / MODEL_FILE)
-        run_dir.write_json(folder / RESULTS_FILE, results)
-        (folder / STATE_FILE).unlink(missing_ok=True)
+            self._scores(self.val_batches, dataset.val, "val")
+        if self.processes.main:
+            metadata = {"model": config.model, "classes": json.dumps(dataset.source_names)}
+            run_dir.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
+            run_dir.write_json(folder / RESULTS_FILE, results)
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        self.processes.wait()
         return results
-
-    def _save_model(self, path: Path) -> None:
-        metadata = {"model": self.config.model, "classes": json.dumps(self.dataset.source_names)}
-        run_dir.save_tensors(path, self.model.state_dict(), metadata)
 
     # ------------------------------------------------------------------------------------------------ kill and restart
 
@@ -203,7 +298,9 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.module.state_dict() if self.averaged is not None else None,
             "best": self.best,
+            "stale": self.stale,
         }
         with run_dir.atomic_path(self.config.output_dir / STATE_FILE) as temporary:
             torch.save(state, temporary)
@@ -213,16 +310,42 @@ class Trainer:
         path = self.config.output_dir / STATE_FILE
         if not path.exists():
             return
-        state = run_dir.load_pickle(path, f"remove it to start {self.config.output_dir} afresh", self.config.device)
+        state = run_dir.load_pickle(path, f"remove it to start {self.config.output_dir} afresh", str(self.device))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.best, self.epoch = state["best"], state["epoch"]
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(state["averaged"])
+        self.best, self.epoch, self.stale = state["best"], state["epoch"], state["stale"]
         log.info("%s: going on after epoch %d of %d", self.config.output_dir, self.epoch, self.config.nepoch)
 
 
 def _detached(model: nn.Module) -> dict[str, Tensor]:
     return {name: copy.deepcopy(value.detach()) for name, value in model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _board(folder: Path | None, done: int):
+    """A function that sends a row to TensorBoard, or does nothing; rows past the resume point are hidden."""
+    if folder is None:
+        yield lambda row, epoch: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--report_to tensorboard needs the package tensorboard: pip install tensorboard") from None
+    writer = SummaryWriter(str(folder), purge_step=done + 1)
+
+    def report(row: dict[str, float], epoch: int) -> None:
+        for name, value in row.items():
+            writer.add_scalar(
+                name.replace("val_", "val/", 1) if name.startswith("val_") else f"train/{name}", value, epoch
+            )
+
+    try:
+        yield report
+    finally:
+        writer.close()
 
 
 def run(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> dict:
@@ -231,8 +354,11 @@ def run(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImag
     Raises:
         UserError: the folder holds a run with other arguments.
     """
-    known = run_dir.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE)
+    processes = Processes(config.device)
+    known = run_dir.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE) if processes.main else True
+    processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
     done = results_of(config.output_dir) if known else None
+    processes.wait()
     if done is not None:
         log.info("%s is finished already", config.output_dir)
         return done

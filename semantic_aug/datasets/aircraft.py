@@ -1,25 +1,56 @@
-"""FGVC-Aircraft: 10,000 photographs of 100 aircraft variants, from the hub's copy or a local one.
+"""FGVC-Aircraft: 10,000 photographs of 100 aircraft variants.
 
-``HUG_LOCAL_IMAGE_TRAIN_DIR`` / ``HUG_LOCAL_IMAGE_TEST_DIR`` below may name a local copy (a folder with the hub's parquet
-files, or one written by ``save_to_disk``); the environment variables ``AIRCRAFT_HUG_LOCAL_IMAGE_TRAIN_DIR`` and
-``AIRCRAFT_HUG_LOCAL_IMAGE_TEST_DIR`` take precedence.
+Three ways to have it, the first that is named being taken:
+
+* ``AIRCRAFT_ROOT``: the official download, ``fgvc-aircraft-2013b.tar.gz`` unpacked (the folder with ``data``); its train,
+  val and test lists of 3,334, 3,333 and 3,333 photographs are kept apart.
+* a local copy in the hub's format (a folder with its parquet files, or one written by ``save_to_disk``), named by the
+  environment variables ``AIRCRAFT_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``AIRCRAFT_HUG_LOCAL_IMAGE_TEST_DIR`` or by the constants
+  ``HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``HUG_LOCAL_IMAGE_TEST_DIR`` below.
+* the hub: ``Multimodal-Fatima/FGVC_Aircraft_train`` and ``Multimodal-Fatima/FGVC_Aircraft_test``.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from semantic_aug.datasets import official
 from semantic_aug.datasets.sources import read_hub, train_and_test
-from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
+from semantic_aug.errors import unknown
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
+REPO = "Multimodal-Fatima/FGVC_Aircraft_{split}"
+
 
 def read() -> Splits:
-    """The hub's training and test photographs, labelled by variant."""
-    places = train_and_test(
-        "aircraft", "Multimodal-Fatima/FGVC_Aircraft_{split}", HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR
-    )
+    """The photographs labelled by variant."""
+    return official.official_or_hub("aircraft", read_official, _read_hub)
+
+
+def _read_hub() -> Splits:
+    places = train_and_test("aircraft", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
     return read_hub(places, image_column="image", label_column="label")
+
+
+def read_official(root: Path) -> Splits:
+    """The official lists: ``data/variants.txt`` and ``data/images_variant_{train,val,test}.txt``."""
+    data = official.part(root, "data/variants.txt", "variants.txt").parent
+    class_names = [name for (name,) in official.read_lines(data / "variants.txt", 1)]
+    position = {name: i for i, name in enumerate(class_names)}
+    splits = {}
+    for split in SPLITS:
+        file = data / f"images_variant_{split}.txt"
+        rows = official.read_lines(file, 2)
+        strange = next((variant for _, variant in rows if variant not in position), None)
+        if strange is not None:
+            raise unknown(f"variant in {file}", strange, class_names, "unpack the official download again")
+        splits[split] = official.labelled_files(
+            class_names, [position[v] for _, v in rows], [f"{n}.jpg" for n, _ in rows], data / "images", file
+        )
+    return splits
 
 
 SPEC = DatasetSpec(
@@ -30,4 +61,7 @@ SPEC = DatasetSpec(
     license="non-commercial research",
     citation="Maji et al., Fine-Grained Visual Classification of Aircraft, arXiv:1306.5151",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+    hub=tuple(REPO.format(split=split) for split in ("train", "test")),
+    variables=(official.root_variable("aircraft"), *official.local_variables("aircraft")),
+    about=__doc__,
 )

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import registry
-from semantic_aug.datasets import sources
-from semantic_aug.datasets.spec import DatasetSpec
+from semantic_aug.datasets import listing, sources
+from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.subsets import Setting, apply_setting, hold_out
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError, unknown
@@ -24,7 +24,19 @@ from semantic_aug.prompts import RULES, clean_class_name
 
 log = logging.getLogger(__name__)
 
-REGISTERED = ("aircraft", "cub", "elpv")
+REGISTERED = (
+    "aircraft",
+    "caltech",
+    "car",
+    "cub",
+    "dog",
+    "elpv",
+    "flower",
+    "food",
+    "pascal",
+    "pet",
+    "waterbird",
+)
 """Each has a module of its name in this folder that declares ``SPEC``."""
 
 _SCHEMES = ("folder", "csv", "hf")
@@ -131,7 +143,7 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
         read = functools.partial(sources.read_folder, registry.resolve_path(entry["folder"]))
     elif given == ["csv"]:
         root = registry.resolve_path(entry["root"]) if entry.get("root") else None
-        read = functools.partial(sources.read_csv, registry.resolve_path(entry["csv"]), root)
+        read = functools.partial(listing.read_listing, registry.resolve_path(entry["csv"]), root)
     else:
         local = registry.resolve_path(entry["local"]) if entry.get("local") else None
         read = functools.partial(
@@ -148,8 +160,21 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
         class_name_rules=rules,
         class_name_overrides={str(k): str(v) for k, v in (entry.get("class_names") or {}).items()},
         license=str(entry.get("license", "not stated")),
+        hub=(str(entry["hub"]),) if entry.get("hub") else (),
         **texts,
     )
+
+
+def read_splits(word: str, config_dir: Path = registry.CONFIG_DIR) -> tuple[DatasetSpec, Splits]:
+    """A data set's spec and its splits as the source has them, before any setting.
+
+    Raises:
+        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
+    """
+    spec = find_spec(word, config_dir)
+    splits = spec.read()
+    sources.check_classes(splits, spec.name)
+    return spec, splits
 
 
 def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
@@ -164,16 +189,23 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
         UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
     """
     setting = setting or Setting()
-    spec = find_spec(word, config_dir)
-    splits = spec.read()
-    sources.check_classes(splits, spec.name)
+    spec, splits = read_splits(word, config_dir)
     train, val = splits["train"], splits.get("val")
     if val is None:
         train, val = hold_out(train, setting.val_fraction, setting.subset_seed)
+    empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if count == 0]
+    if empty:
+        log.warning(
+            "%s: %d of %d classes have no training image ('%s' the first): nothing will be learned of them",
+            spec.name,
+            len(empty),
+            len(train.class_names),
+            empty[0],
+        )
     short = [
         name
         for name, count in zip(train.class_names, train.counts(), strict=True)
-        if count < setting.examples_per_class
+        if 0 < count < setting.examples_per_class
     ]
     if short:
         log.warning(
@@ -197,7 +229,16 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
 
 
 def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:
-    """Class names cleaned up for prompts; two that coincide after the clean-up keep their source spelling."""
+    """Class names cleaned up for prompts; two that coincide after the clean-up keep their source spelling.
+
+    Raises:
+        UserError: a name is to be replaced that no class has.
+    """
+    for name in spec.class_name_overrides:
+        if name not in names:
+            raise unknown(
+                f"class in class_names of data set {spec.name}", name, names, f"mend the entry in {registry.DATASETS}"
+            )
     cleaned = [clean_class_name(name, spec.class_name_rules, spec.class_name_overrides) for name in names]
     twice = {name for name in cleaned if cleaned.count(name) > 1}
     if twice:

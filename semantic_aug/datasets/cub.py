@@ -1,23 +1,71 @@
-"""CUB-200-2011: 11,788 photographs of 200 bird species, from the hub's copy or a local one.
+"""CUB-200-2011: 11,788 photographs of 200 bird species.
 
-``HUG_LOCAL_IMAGE_TRAIN_DIR`` / ``HUG_LOCAL_IMAGE_TEST_DIR`` below may name a local copy (a folder with the hub's parquet
-files, or one written by ``save_to_disk``); the environment variables ``CUB_HUG_LOCAL_IMAGE_TRAIN_DIR`` and
-``CUB_HUG_LOCAL_IMAGE_TEST_DIR`` take precedence.
+Three ways to have it, the first that is named being taken:
+
+* ``CUB_ROOT``: the official download, ``CUB_200_2011.tgz`` unpacked (the folder with ``images.txt``); it has the boxes too.
+* a local copy in the hub's format (a folder with its parquet files, or one written by ``save_to_disk``), named by the
+  environment variables ``CUB_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``CUB_HUG_LOCAL_IMAGE_TEST_DIR`` or by the constants
+  ``HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``HUG_LOCAL_IMAGE_TEST_DIR`` below.
+* the hub: ``Multimodal-Fatima/CUB_train`` and ``Multimodal-Fatima/CUB_test``.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+
+from semantic_aug.datasets import official
 from semantic_aug.datasets.sources import read_hub, train_and_test
 from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.errors import UserError
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
+REPO = "Multimodal-Fatima/CUB_{split}"
+
 
 def read() -> Splits:
-    """The hub's 5,994 training and 5,794 test photographs."""
-    places = train_and_test("cub", "Multimodal-Fatima/CUB_{split}", HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    """The 5,994 training and 5,794 test photographs."""
+    return official.official_or_hub("cub", read_official, _read_hub)
+
+
+def _read_hub() -> Splits:
+    places = train_and_test("cub", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
     return read_hub(places, image_column="image", label_column="label")
+
+
+def read_official(root: Path) -> Splits:
+    """The official lists: ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt``, ``bounding_boxes.txt``."""
+    root = official.part(root, "images.txt", "CUB_200_2011/images.txt").parent
+    names = dict(official.read_lines(root / "images.txt", 2))
+    label_of = dict(official.read_lines(root / "image_class_labels.txt", 2))
+    is_train = dict(official.read_lines(root / "train_test_split.txt", 2))
+    class_names = [name for _, name in official.read_lines(root / "classes.txt", 2)]
+    box_of = {}
+    if (root / "bounding_boxes.txt").exists():
+        box_of = {row[0]: row[1:] for row in official.read_lines(root / "bounding_boxes.txt", 5)}
+    lists = (("image_class_labels.txt", label_of), ("train_test_split.txt", is_train), ("bounding_boxes.txt", box_of))
+    for file, content in lists:
+        missing = set(names) - set(content) if content or file != "bounding_boxes.txt" else set()
+        if missing:
+            raise UserError(f"{root / file} says nothing of image {min(missing)}: unpack the official download again")
+    splits = {}
+    for split, flag in (("train", "1"), ("test", "0")):
+        chosen = [number for number in names if is_train[number] == flag]
+        boxes = np.array([[float(v) for v in box_of[n]] for n in chosen]).reshape(-1, 4) if box_of else None
+        if boxes is not None:
+            boxes[:, 2:] += boxes[:, :2]  # left, top, width, height in the file
+        splits[split] = official.labelled_files(
+            class_names,
+            [int(label_of[number]) - 1 for number in chosen],
+            [names[number] for number in chosen],
+            root / "images",
+            root / "images.txt",
+            {"box": boxes} if boxes is not None else None,
+        )
+    return splits
 
 
 SPEC = DatasetSpec(
@@ -28,4 +76,7 @@ SPEC = DatasetSpec(
     license="non-commercial research and education",
     citation="Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, CNS-TR-2011-001",
     homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    hub=tuple(REPO.format(split=split) for split in ("train", "test")),
+    variables=(official.root_variable("cub"), *official.local_variables("cub")),
+    about=__doc__,
 )

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.files import table_of_files
 from semantic_aug.datasets.spec import DatasetSpec, Splits
-from semantic_aug.datasets.table import ImageTable, file_stamp
 from semantic_aug.errors import UserError
 
 SPLIT_FILE = Path(__file__).with_name("elpv_split.csv")
@@ -69,13 +68,7 @@ def read() -> Splits:
     for split in ("train", "val", "test"):
         names = [name for name in label_of if split_of[name] == split]
         paths = [folder / "data" / "images" / f"{name}.png" for name in names]
-        splits[split] = ImageTable.of(
-            CLASS_NAMES,
-            [label_of[name] for name in names],
-            names,
-            lambda row, paths=paths: open_image(paths[row]),
-            lambda row, paths=paths: file_stamp(paths[row]),
-        )
+        splits[split] = table_of_files(CLASS_NAMES, [label_of[name] for name in names], names, paths.__getitem__)
     return splits
 
 
@@ -91,4 +84,5 @@ SPEC = DatasetSpec(
         "electroluminescence images, Solar Energy 185, 2019"
     ),
     homepage="https://github.com/zae-bayern/elpv-dataset",
+    about=__doc__,
 )

@@ -1,4 +1,6 @@
-"""Where splits come from: a data set of the hub or a local copy of one, a folder of class folders, a CSV.
+"""Where splits come from: a data set of the hub or a local copy of one, a folder of class folders.
+
+Lists of paths and labels are read by :mod:`semantic_aug.datasets.listing`, official downloads by the modules of their names.
 
 Each reader returns ``{split: ImageTable}``. Labels are read without decoding an image, files are listed in sorted order,
 and nothing is ever written into a user's folder.
@@ -6,15 +8,13 @@ and nothing is ever written into a user's folder.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from semantic_aug.datasets.files import table_of_files
 from semantic_aug.datasets.images import EXTENSIONS, open_image
 from semantic_aug.datasets.spec import SPLITS, Splits
 from semantic_aug.datasets.table import ImageTable, file_stamp
@@ -29,6 +29,8 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing"),
 }
 """Folder and split names taken for each split, in any letter case."""
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -194,16 +196,26 @@ def _hub_table(
         raise UserError(f"data set {name}, split {where.split}, row {bad}: label {values[bad]!r} has no class name")
     encoded = rows.select_columns([image_column]).cast_column(image_column, hub.Image(decode=False))
 
-    def read(row: int):
+    def stored(row: int) -> str | bytes:
         cell = encoded[row][image_column]
         if cell is None:
             raise UserError(f"data set {name}, split {where.split}, row {row} has no image: remove the row")
-        return open_image(cell["bytes"] if cell["bytes"] is not None else cell["path"], f"{name} {where.split}[{row}]")
+        return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+
+    def read(row: int):
+        return open_image(stored(row), f"{name} {where.split}[{row}]")
 
     fingerprint = str(rows._fingerprint)  # the library's own hash of the data and of what was done to it
-    return ImageTable.of(
-        class_names, labels, [f"{ours}/{row:08d}" for row in range(len(labels))], read, lambda row: fingerprint
-    )
+    outside = None  # whether images are files beside the data, which change without it
+
+    def stamp(row: int) -> str:
+        nonlocal outside
+        if outside is None:
+            outside = isinstance(stored(row), str)
+        return f"{fingerprint} {file_stamp(stored(row))}" if outside else fingerprint
+
+    keys = [f"{ours}/{row:08d}" for row in range(len(labels))]
+    return ImageTable.of(class_names, labels, keys, read, stamp, encoded=stored)
 
 
 def _label_column(rows: hub.Dataset) -> str | None:
@@ -229,11 +241,16 @@ def read_folder(folder: str | os.PathLike) -> Splits:
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: expected a folder with one folder of images per class")
+        hint = "; unpack the archive first" if root.suffix.lower() in ARCHIVES and root.exists() else ""
+        raise UserError(f"{root} is not a folder: expected a folder with one folder of images per class{hint}")
     children = _folders(root)
-    splits = {split_of(child.name): child for child in children if split_of(child.name)}
+    # a class may be called "train" or "test" too; a folder of that name is a split if it holds folders
+    splits = {split_of(child.name): child for child in children if split_of(child.name) and _folders(child)}
     if "train" in splits:
         return unify({split: _folder_table(where, root) for split, where in splits.items()}, fixed="train")
+    if splits:
+        found = ", ".join(where.name for where in splits.values())
+        raise UserError(f"{root} has the split folder {found} but none named train: add it, or name another folder")
     return {"train": _folder_table(root, root)}
 
 
@@ -260,9 +277,7 @@ def _folder_table(folder: Path, root: Path) -> ImageTable:
         paths += found
         labels += [label] * len(found)
     keys = [path.relative_to(root).as_posix() for path in paths]
-    return ImageTable.of(
-        [c.name for c in classes], labels, keys, lambda row: open_image(paths[row]), lambda row: file_stamp(paths[row])
-    )
+    return table_of_files([c.name for c in classes], labels, keys, paths.__getitem__)
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -271,59 +286,6 @@ def _images_below(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return found
-
-
-def read_csv(file: str | os.PathLike, root: str | os.PathLike | None = None) -> Splits:
-    """A CSV with the columns ``path`` and ``label`` and, where there are splits, ``split``.
-
-    Args:
-        file: the CSV.
-        root: folder that relative paths start from and that no path may leave (None: the CSV's own folder).
-
-    Raises:
-        UserError: a missing column, an empty label, an unknown split, or a path outside ``root``.
-    """
-    file = Path(file).expanduser()
-    if not file.is_file():
-        raise UserError(f"{file} is not there: expected a CSV with the columns path and label")
-    base = Path(os.path.abspath(Path(root).expanduser() if root else file.parent))
-    by_split: dict[str, tuple[list[str], list[str]]] = {}
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        missing = {"path", "label"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(
-                f"{file} lacks the column '{sorted(missing)[0]}': expected path, label and optionally split; "
-                f"it has {', '.join(reader.fieldnames or ['none'])}"
-            )
-        prefix = str(base) + os.sep
-        for row in reader:
-            split = split_of(row["split"] or "train") if "split" in row else "train"
-            if split is None:
-                raise UserError(f"{file} line {reader.line_num}: split '{row['split']}': expected train, val or test")
-            if not row["label"]:
-                raise UserError(f"{file} line {reader.line_num}: the label is empty")
-            path = os.path.normpath(os.path.join(base, row["path"] or ""))
-            if not path.startswith(prefix):
-                raise UserError(f"{file} line {reader.line_num}: path '{row['path']}' leads outside {base}")
-            paths, labels = by_split.setdefault(split, ([], []))
-            paths.append(path)
-            labels.append(row["label"])
-    if "train" not in by_split:
-        raise UserError(f"{file} has no row of split train")
-    return unify({split: _csv_table(paths, labels, base) for split, (paths, labels) in by_split.items()}, fixed="train")
-
-
-def _csv_table(paths: list[str], labels: list[str], base: Path) -> ImageTable:
-    names, codes = np.unique(np.asarray(labels), return_inverse=True)
-    keys = [os.path.relpath(path, base) if ".." in path else path[len(str(base)) + 1 :] for path in paths]
-    return ImageTable.of(
-        [str(name) for name in names],
-        codes,
-        keys,
-        lambda row: open_image(paths[row]),
-        lambda row: file_stamp(paths[row]),
-    )
 
 
 # -------------------------------------------------------------------------------------------------- one class list

@@ -28,6 +28,10 @@ class DatasetSpec:
         license: of the images.
         citation: who to cite.
         homepage: where to get it.
+        hub: hub ids it is read from where no local copy is named.
+        variables: environment variables that name local copies.
+        group_names: meaning of the values of the tables' ``group`` column, where they have one.
+        about: what it is and how to get it, the module's own docstring.
     """
 
     name: str
@@ -38,3 +42,7 @@ class DatasetSpec:
     license: str = "not stated"
     citation: str = ""
     homepage: str = ""
+    hub: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+    group_names: tuple[str, ...] = ()
+    about: str = ""

@@ -1,4 +1,4 @@
-"""Drawing a subset of a split: few-shot, long-tail and held-out validation, as pure functions of labels and a seed.
+"""Drawing a subset of a split: few-shot, long-tail, held-out validation, noisy labels, as pure functions with a seed.
 
 Each class is drawn with a generator of its own, keyed by the class *name*, from rows sorted by key. So a draw depends on
 neither the listing order of files nor the other classes, and the 5-shot set contains the 1-shot set.
@@ -7,16 +7,18 @@ neither the listing order of files nor the other classes, and the 5-shot set con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import setting_suffix
+from semantic_aug.run_dir import number_text, setting_suffix
 from semantic_aug.seeding import numpy_rng
 
 TASKS = ("vanilla", "imbalanced")
+PROFILES = ("exponential", "original")
+"""How the long tail falls off: see :func:`long_tail_counts`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Setting:
         imbalance_factor: smallest over largest class in the long-tail setting, in (0, 1].
         subset_seed: seed of every draw here; apart from ``--seed`` so that training seeds share one subset.
         val_fraction: share of each class held out for validation where the source has no validation split, in [0, 1).
+        imbalance_profile: ``exponential``, or ``original`` for the counts of the Diff-Mix authors' code.
+        corrupt_prob: share of training labels replaced by a wrong one, in [0, 1]; the images stay, val and test are clean.
     """
 
     examples_per_class: int = -1
@@ -36,6 +40,8 @@ class Setting:
     imbalance_factor: float = 0.01
     subset_seed: int = 0
     val_fraction: float = 0.1
+    imbalance_profile: str = "exponential"
+    corrupt_prob: float = 0.0
 
     def __post_init__(self):
         if self.examples_per_class == 0 or self.examples_per_class < -1:
@@ -46,22 +52,28 @@ class Setting:
             raise UserError(f"--imbalance_factor {self.imbalance_factor}: expected a number in (0, 1]")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val_fraction {self.val_fraction}: expected a number in [0, 1)")
+        if self.imbalance_profile not in PROFILES:
+            raise UserError(f"--imbalance_profile {self.imbalance_profile}: expected one of {', '.join(PROFILES)}")
+        if not 0 <= self.corrupt_prob <= 1:
+            raise UserError(f"--corrupt_prob {self.corrupt_prob}: expected a number in [0, 1]")
 
     @property
     def suffix(self) -> str:
-        """What marks this setting in output folders, e.g. ``_5shot``."""
-        return setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
-
-
-def shuffled_rows(table: ImageTable, label: int, purpose: str, seed: int) -> np.ndarray:
-    """The rows of one class in an order drawn for (seed, purpose, class name)."""
-    rows = np.flatnonzero(table.labels == label)
-    return numpy_rng(seed, purpose, table.class_names[label]).permutation(rows)
+        """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig`` or ``_noise0.2``."""
+        shown = setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
+        if self.task == "imbalanced" and self.imbalance_profile == "original":
+            shown += "orig"
+        return shown + (f"_noise{number_text(self.corrupt_prob)}" if self.corrupt_prob else "")
 
 
 def per_class(table: ImageTable, counts: Sequence[int], purpose: str, seed: int) -> ImageTable:
-    """The first ``counts[k]`` rows of class k's drawn order: larger counts contain smaller ones."""
-    rows = [shuffled_rows(table, k, purpose, seed)[:count] for k, count in enumerate(counts)]
+    """The first ``counts[k]`` rows of class k, in an order drawn for (seed, purpose, class name): larger counts contain
+    smaller ones."""
+    by_class = np.split(np.argsort(table.labels, kind="stable"), np.cumsum(table.counts())[:-1])
+    rows = [
+        numpy_rng(seed, purpose, name).permutation(own)[:count]
+        for name, own, count in zip(table.class_names, by_class, counts, strict=True)
+    ]
     return table.take(np.concatenate(rows) if rows else np.empty(0, np.int64))
 
 
@@ -72,12 +84,17 @@ def few_shot(table: ImageTable, examples_per_class: int, seed: int = 0) -> Image
     return per_class(table, np.minimum(table.counts(), examples_per_class), "few-shot", seed)
 
 
-def long_tail_counts(counts: Sequence[int], imbalance_factor: float) -> np.ndarray:
-    """Exponential profile over the classes sorted by size (Cui et al. 2019): n_max * IF^(rank / (K - 1)).
+def long_tail_counts(counts: Sequence[int], imbalance_factor: float, profile: str = "exponential") -> np.ndarray:
+    """Images to keep of each class, falling off exponentially over the classes sorted by size (Cui et al. 2019).
+
+    ``exponential``: n_max * IF^(rank / (K - 1)), rounded; the largest class keeps everything, IF is the smallest class over
+    the largest. ``original``, as the Diff-Mix authors' code counts: n_mean * IF^(rank / (K - 2)), cut to a whole number;
+    its last class falls a little below IF, and a class smaller than its share keeps all (there the code fails).
 
     Args:
         counts: ``(K,)`` images available in each class.
         imbalance_factor: smallest over largest count, in (0, 1].
+        profile: one of :data:`PROFILES`.
 
     Returns:
         ``(K,)`` images to keep: at least 1 of a class that has any, never more than there are.
@@ -86,13 +103,54 @@ def long_tail_counts(counts: Sequence[int], imbalance_factor: float) -> np.ndarr
     order = np.argsort(-counts, kind="stable")
     ranks = np.empty(len(counts), dtype=np.int64)
     ranks[order] = np.arange(len(counts))
-    profile = counts.max(initial=0) * imbalance_factor ** (ranks / max(1, len(counts) - 1))
-    return np.minimum(counts, np.maximum(np.round(profile).astype(np.int64), np.minimum(counts, 1)))
+    if profile == "original":
+        wanted = np.floor(counts.sum() / max(1, len(counts)) * imbalance_factor ** (ranks / max(1, len(counts) - 2)))
+    else:
+        wanted = np.round(counts.max(initial=0) * imbalance_factor ** (ranks / max(1, len(counts) - 1)))
+    return np.minimum(counts, np.maximum(wanted.astype(np.int64), 1))
 
 
-def long_tail(table: ImageTable, imbalance_factor: float, seed: int = 0) -> ImageTable:
-    """A long-tailed subset with the profile of :func:`long_tail_counts`."""
-    return per_class(table, long_tail_counts(table.counts(), imbalance_factor), "long-tail", seed)
+def long_tail(table: ImageTable, imbalance_factor: float, seed: int = 0, profile: str = "exponential") -> ImageTable:
+    """A long-tailed subset with the counts of :func:`long_tail_counts`."""
+    return per_class(table, long_tail_counts(table.counts(), imbalance_factor, profile), "long-tail", seed)
+
+
+def class_groups(counts: Sequence[int], many: int = 100, few: int = 20) -> dict[str, np.ndarray]:
+    """Classes by how many training images they have, as long-tail results are reported (Liu et al. 2019).
+
+    Args:
+        counts: ``(K,)`` training images of each class.
+        many: above it a class is a ``many``-shot one.
+        few: below it a class is a ``few``-shot one; what is left, both ends included, is ``medium``.
+
+    Returns:
+        ``many``, ``medium`` and ``few``, each the ascending indices of its classes; together every class once.
+
+    Raises:
+        UserError: the thresholds cross.
+    """
+    if few > many + 1:
+        raise UserError(f"class groups: few-shot below {few} and many-shot above {many} overlap; lower the first")
+    counts = np.asarray(counts)
+    masks = {"many": counts > many, "medium": (counts <= many) & (counts >= few), "few": counts < few}
+    return {name: np.flatnonzero(mask) for name, mask in masks.items()}
+
+
+def corrupt_labels(table: ImageTable, probability: float, seed: int = 0) -> ImageTable:
+    """The same images, each with probability ``probability`` under another class, drawn evenly from all others.
+
+    Each row is decided by draws of its own, from (seed, key): a label that is wrong at one probability is wrong in the same
+    way at every higher one, and in every larger subset.
+    """
+    classes = len(table.class_names)
+    if probability == 0 or classes < 2:
+        return table
+    labels = table.labels.copy()
+    for i, key in enumerate(table.keys):
+        rng = numpy_rng(seed, "label-noise", key)
+        if rng.random() < probability:
+            labels[i] = (labels[i] + 1 + rng.integers(classes - 1)) % classes
+    return replace(table, labels=labels)
 
 
 def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTable, ImageTable | None]:
@@ -106,12 +164,12 @@ def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTa
     if fraction == 0 or held.sum() == 0:
         return table, None
     val = per_class(table, held, "hold-out", seed)
-    rest = np.setdiff1d(np.arange(len(table)), np.flatnonzero(np.isin(table.rows, val.rows)))
-    return table.take(rest), val
+    return table.take(np.flatnonzero(~np.isin(table.rows, val.rows))), val
 
 
 def apply_setting(train: ImageTable, setting: Setting) -> ImageTable:
-    """The training images a setting uses: the long tail first, then the few shots."""
+    """The training images a setting uses: the long tail first, then the few shots, then the wrong labels."""
     if setting.task == "imbalanced":
-        train = long_tail(train, setting.imbalance_factor, setting.subset_seed)
-    return few_shot(train, setting.examples_per_class, setting.subset_seed)
+        train = long_tail(train, setting.imbalance_factor, setting.subset_seed, setting.imbalance_profile)
+    train = few_shot(train, setting.examples_per_class, setting.subset_seed)
+    return corrupt_labels(train, setting.corrupt_prob, setting.subset_seed)

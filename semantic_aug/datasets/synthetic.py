@@ -1,11 +1,12 @@
 """Synthetic subsets as training data: ``meta.csv`` read against a data set's classes, and the soft labels.
 
 A subset is a folder with ``meta.csv`` and ``data/``, made by stage 2 or by another tool (five columns). ``FOLDER#NAME``
-reads ``meta.NAME.csv`` instead, the same images after a filter.
+reads ``meta-NAME.csv`` instead, the same images after a filter.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from PIL import Image
 from semantic_aug import meta_csv, registry
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.images import open_image
-from semantic_aug.errors import UserError, nearest_first
+from semantic_aug.datasets.table import file_stamp
+from semantic_aug.errors import UserError, nearest_first, unknown
+from semantic_aug.seeding import numpy_rng
 
 DATA = "data"
 
@@ -68,9 +71,40 @@ class SyntheticImages:
         """The decoded image, PIL RGB."""
         return open_image(self.paths[index])
 
+    def signature(self) -> str:
+        """SHA-256 of paths and stamps of all files: equal signatures mean the same images."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path}\0{file_stamp(path)}\0".encode())
+        return digest.hexdigest()
+
     def labels(self, gamma: float, num_classes: int) -> np.ndarray:
         """Soft labels ``(M, K)``."""
         return soft_labels(self.source, self.target, self.strength, gamma, num_classes)
+
+    def take(self, rows: np.ndarray) -> SyntheticImages:
+        """The images at some rows."""
+        paths = [self.paths[i] for i in np.asarray(rows).tolist()]
+        return SyntheticImages(paths, self.source[rows], self.target[rows], self.strength[rows])
+
+    def with_targets(self, number: int, class_names: Sequence[str], seed: int = 0) -> SyntheticImages:
+        """The images of only some target classes of each source class.
+
+        Each source class draws among the target classes it was translated to with a generator of its own, keyed by its
+        name; a larger number contains a smaller one's classes.
+
+        Args:
+            number: target classes kept of each source class, 1 or more; all where there are not that many.
+            class_names: of the data set, in label order.
+            seed: of the draw.
+        """
+        keep = np.zeros(len(self), bool)
+        for source in np.unique(self.source):
+            rows = self.source == source
+            found = sorted(np.unique(self.target[rows]).tolist(), key=lambda label: class_names[label])
+            drawn = numpy_rng(seed, "target classes", class_names[source]).permutation(len(found))[:number]
+            keep |= rows & np.isin(self.target, np.asarray(found)[drawn])
+        return self.take(np.flatnonzero(keep))
 
 
 def read_subset(
@@ -79,7 +113,7 @@ def read_subset(
     """Reads one subset.
 
     Args:
-        folder: of the subset; ``#NAME`` at its end chooses ``meta.NAME.csv``.
+        folder: of the subset; ``#NAME`` at its end chooses ``meta-NAME.csv``.
         dataset: whose classes the names must be.
         allow_other_sources: accept images whose sources are not training images of the data set's setting.
 
@@ -94,7 +128,7 @@ def read_subset(
             f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
             f"entry in {registry.SUBSETS}"
         )
-    file = root / (f"meta.{variant}.csv" if variant else meta_csv.FILE_NAME)
+    file = _table_file(root, variant)
     if not file.is_file() and (root / "config.yaml").is_file():
         raise UserError(f"synthetic subset {root} is unfinished (no {file.name}): run its sample_mp.py command again")
     table = meta_csv.read(file)
@@ -115,6 +149,17 @@ def read_subsets(
         [path for part in parts for path in part.paths],
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "target", "strength")),
     )
+
+
+def _table_file(root: Path, variant: str) -> Path:
+    """The table of a variant: ``meta-{variant}.csv`` (a dot instead of the hyphen is understood), or ``meta.csv``."""
+    if not variant:
+        return root / meta_csv.FILE_NAME
+    for separator in ("-", "."):
+        if (file := root / f"meta{separator}{variant}.csv").is_file():
+            return file
+    there = sorted(file.stem[len("meta") + 1 :] for file in root.glob("meta[-.]*.csv"))
+    raise unknown(f"variant of synthetic subset {root}", variant, there, f"expected a file meta-{variant}.csv there")
 
 
 def _fold(name: str) -> str:

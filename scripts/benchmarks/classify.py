@@ -1,0 +1,188 @@
+"""Stage 3 against a faithful port of the original's loop, in one run: training and evaluation, decoding included.
+
+python scripts/bench.py classify                                             # EfficientNet-Lite0 at 128 px, CPU
+python scripts/bench.py classify --model resnet50 --res_mode 448 --compile --epochs 8   # a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import common, original_classify
+from semantic_aug import console, meta_csv
+from semantic_aug.classify import trainer
+from semantic_aug.classify.config import ClassifyConfig
+from semantic_aug.classify.draws import DrawSettings
+from semantic_aug.classify.losses import LossSettings
+from semantic_aug.classify.mixing import MixSettings
+from semantic_aug.classify.models import make_model
+from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets.synthetic import read_subset
+
+GFLOP = {("resnet50", 448): 97.0, ("vit_b_16", 384): 332.0}
+"""GFLOP of one image forward and backward."""
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0, "3090": 71.0}
+"""Dense half-precision peaks by a word of the GPU's name."""
+
+
+def write_subset(folder: Path, dataset: LoadedDataset, count: int) -> Path:
+    """A synthetic subset for timing: real training images saved again, with soft labels."""
+    rng = np.random.default_rng(0)
+    rows, names = [], dataset.source_names
+    for number, row in enumerate(rng.integers(len(dataset.train), size=count).tolist()):
+        source, target = int(dataset.train.labels[row]), int(rng.integers(len(names)))
+        path = f"{dataset.folders[source]}/{number:06d}.png"
+        (folder / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        dataset.train.image(row).save(folder / "data" / path)
+        rows.append((names[source], names[target], number, 0.7, path))
+    meta_csv.write(folder / "meta.csv", rows, further=())
+    return folder
+
+
+def settings_of(args: argparse.Namespace, device: str, folder: Path) -> ClassifyConfig:
+    """The request both sides train."""
+    return ClassifyConfig(
+        dataset=args.dataset,
+        setting=Setting(),
+        syndata=("bench",),
+        gamma=0.5,
+        target_class_num=0,
+        draws=DrawSettings("item", args.synthetic_prob),
+        model=args.model,
+        weights="none",
+        trainable_layers="all",
+        resolution=args.res_mode,
+        nepoch=args.epochs,
+        batch_size=args.batch_size,
+        gradient_accumulation_steps=1,
+        optimizer="sgd",
+        lr=0.02,
+        lr_source="bench",
+        weight_decay=5e-4,
+        warmup_epochs=0,
+        loss=LossSettings(),
+        mixing=MixSettings(),
+        ema_decay=0.0,
+        compile=args.compile,
+        amp=args.amp if args.amp != "auto" else ("no" if device == "cpu" else "bf16"),
+        device=device,
+        eval_every=1,
+        select_by="top1",
+        patience=0,
+        report_to="none",
+        cache="auto",
+        seed=0,
+        output_dir=folder,
+    )
+
+
+def time_original(config: ClassifyConfig, dataset: LoadedDataset, subset: Path, workers: int) -> float:
+    """Images per second of the port."""
+    device = torch.device(config.device)
+    began = time.perf_counter()
+    model, normalisation = make_model(config.model, len(dataset.class_names), config.resolution, "none")
+    settings = argparse.Namespace(**{**vars(config), "synthetic_prob": config.draws.probability})
+    seen = original_classify.train(
+        model, normalisation, dataset.train, dataset.val, subset, settings, device, workers
+    )  # every step ends by reading its loss, so the device has finished
+    return seen / (time.perf_counter() - began)
+
+
+def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> dict[str, float]:
+    """Images per second of stage 3 as it is: from nothing to results, and in its fastest epoch."""
+    torch.backends.cudnn.deterministic = False
+    synthetic = read_subset(subset, dataset)
+    config.output_dir.mkdir(parents=True)
+    began = time.perf_counter()
+    running = trainer.Trainer(config, dataset, synthetic)
+    ready = time.perf_counter() - began
+    running.run()
+    seconds = time.perf_counter() - began
+    lines = (config.output_dir / trainer.EPOCHS_FILE).read_text().splitlines()
+    place = trainer.COLUMNS.index("images_per_second")
+    steady = max(float(line.split(",")[place]) for line in lines[1:])
+    seen = config.nepoch * running.steps_per_epoch * running.train_batches.batch_size
+    return {"images_per_second": seen / seconds, "steady": steady, "seconds_to_first_step": ready}
+
+
+def share_of_peak(rate: float, model: str, resolution: int, gpu: str | None) -> str:
+    """Share of the GPU's peak, where the model's FLOPs are known."""
+    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu and name in gpu), None)
+    work = GFLOP.get((model, resolution))
+    return f"{100 * rate * work / 1000 / peak:.0f} %" if peak and work else "-"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser(prog="bench.py classify", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", default="elpv", help="whose images are classified (default: elpv)")
+    parser.add_argument("--model", default="tf_efficientnet_lite0", help="default: tf_efficientnet_lite0")
+    parser.add_argument("--res_mode", type=int, default=128, help="side of the crops in pixels (default: 128)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--epochs", type=int, default=5, help="each with an evaluation on validation (default: 5)")
+    parser.add_argument("--images", type=int, default=0, help="real training images; 0: all (default: 0)")
+    parser.add_argument("--synthetic", type=int, default=400, help="synthetic images (default: 400)")
+    parser.add_argument("--synthetic_prob", type=float, default=0.1, help="share of them in training (default: 0.1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", choices=("auto", "no", "fp16", "bf16"), default="auto", help="of ours (default: auto)")
+    parser.add_argument("--compile", action="store_true", help="of ours")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=None,
+        help="loader workers of the port, the best counts (default: the cores, and the original's 4)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Times the port with each number of workers, and ours; prints and writes the table."""
+    args = build_parser().parse_args(argv)
+    console.set_up_logging()
+    cores = common.machine()["cores"]
+    workers = args.workers or sorted({min(cores, 16), 4})
+    device = "cuda:0" if args.device == "cuda" else "cpu"
+    dataset = load_dataset(args.dataset, Setting())
+    train = dataset.train
+    if 0 < args.images < len(train):
+        train = train.take(np.random.default_rng(0).permutation(len(train))[: args.images])
+    dataset = replace(dataset, train=train, test=None)  # both evaluate on validation only
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+        folder = Path(place)
+        subset = write_subset(folder / "subset", dataset, args.synthetic)
+        config = settings_of(args, device, folder / "ours")
+        warm = replace(config, nepoch=1, output_dir=folder / "warm")  # libraries and kernels, for both alike
+        small = replace(dataset, train=train.take(np.arange(min(len(train), args.batch_size))), val=None)
+        time_original(warm, small, subset, 0)
+        port = {count: time_original(config, dataset, subset, count) for count in workers}
+        ours = time_ours(config, dataset, subset)
+    best = max(port.values())
+    name = torch.cuda.get_device_name(0) if args.device == "cuda" else None
+    peak = lambda rate: share_of_peak(rate, args.model, args.res_mode, name)  # noqa: E731
+    rows = [
+        [f"the original's way, {count} workers", f"{rate:.1f}", f"{rate / best:.2f}", peak(rate)]
+        for count, rate in port.items()
+    ]
+    rate = ours["images_per_second"]
+    rows.append(["ours, end to end", f"{rate:.1f}", f"{rate / best:.2f}", peak(rate)])
+    steady = ours["steady"]
+    rows.append(["ours, training in its fastest epoch", f"{steady:.1f}", f"{steady / best:.2f}", peak(steady)])
+    header = [f"{args.model}, {args.res_mode} px, batch {args.batch_size}, {args.epochs} epochs", "images/s", "ratio"]
+    details = {
+        "arguments": vars(args),
+        "train_images": len(train),
+        "original": {str(count): rate for count, rate in port.items()},
+        "ours": ours,
+        "ratio_to_best": rate / best,
+    }
+    common.publish("classify", [*header, "of peak"], rows, details)
+    return 0

@@ -1,0 +1,233 @@
+"""Images decoded and resized once: a memory-mapped uint8 array, shared by every process and by later runs.
+
+A file's name is the hash of what it was made from: names, sizes and times of all images, the side, the resampling. A
+changed image means another name, so what is found is never stale. One process builds, under a lock; the others wait and map
+the same pages. The file appears whole or not at all. Least recently used files go when the bound is reached; a
+process that still maps one keeps it until it ends.
+
+Everything lies below ``outputs/cache`` of the repository, or ``DIFFMIX_CACHE``; ``DIFFMIX_CACHE_GB`` is the bound.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_aug import registry
+from semantic_aug.errors import UserError
+from semantic_aug.run_dir import sha256_text
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "ram", "disk", "off")
+"""What ``--cache`` takes.
+
+``ram``: decoded at the start into this process's memory. ``disk``: into the cache's folder. ``off``: each time anew.
+``auto``: ``ram`` for what takes seconds to decode, ``disk`` for more, and what does not fit there goes to ``ram`` or ``off``.
+"""
+FOLDER_VARIABLE, BOUND_VARIABLE = "DIFFMIX_CACHE", "DIFFMIX_CACHE_GB"
+DEFAULT_BOUND_GB = 64.0
+FREE_SHARE = 0.8
+"""Share of the disk's free space the cache may take."""
+SMALL_BYTES = 256 << 20
+BLOCK = 4096
+"""Images given to the threads at once."""
+VERSION = 1
+"""Counts changes of the format or of the decoding; part of every name."""
+
+Decode = Callable[[int], np.ndarray]
+"""From an index to one image, uint8 ``(side, side, 3)``."""
+
+
+def cache_folder() -> Path:
+    """``DIFFMIX_CACHE``, or ``outputs/cache`` of the repository."""
+    return registry.resolve_path(os.environ.get(FOLDER_VARIABLE) or "outputs/cache")
+
+
+def cache_bound() -> int:
+    """Bytes the cache may take in all: ``DIFFMIX_CACHE_GB``.
+
+    Raises:
+        UserError: not a number.
+    """
+    text = os.environ.get(BOUND_VARIABLE) or str(DEFAULT_BOUND_GB)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{BOUND_VARIABLE}={text}: expected the cache's bound in GB, a number of at least 0")
+    return int(value * 1e9)
+
+
+def open_pixels(
+    decode: Decode,
+    count: int,
+    side: int,
+    identity: str | None,
+    mode: str = "auto",
+    memory: int = 0,
+    workers: int | None = None,
+) -> np.ndarray | None:
+    """Decoded images by index, from wherever the mode and the room allow.
+
+    Args:
+        decode: makes one image; called from several threads.
+        count: number of images N.
+        side: pixels S.
+        identity: says what the images are and how they are made (a table's ``signature()``, the resampling); None keeps
+            them off the disk.
+        mode: one of :data:`MODES`.
+        memory: bytes that may be held in this process's memory.
+        workers: decoding threads.
+
+    Returns:
+        uint8 ``(N, S, S, 3)``, or None where images are to be decoded each time. From disk it is read-only.
+
+    Raises:
+        UserError: an unknown mode, an image that cannot be decoded, or no room for a mode that was asked for by name.
+    """
+    if mode not in MODES:
+        raise UserError(f"--cache {mode}: expected one of {', '.join(MODES)}")
+    need = count * side * side * 3
+    if mode == "off" or count == 0:
+        return None
+    small = need <= min(SMALL_BYTES, memory)
+    if identity is not None and (mode == "disk" or (mode == "auto" and not small)):
+        try:
+            return _from_disk(decode, (count, side, side, 3), identity, workers)
+        except _NoRoom as error:
+            if mode == "disk":
+                raise UserError(
+                    f"--cache disk: {error}; free some, set {FOLDER_VARIABLE} to another disk, raise {BOUND_VARIABLE}, "
+                    "or give --cache off"
+                ) from None
+            log.info("images are not cached on disk: %s", error)
+    if mode == "ram" or (mode == "auto" and need <= memory):
+        if mode == "ram" and need > memory:
+            raise UserError(
+                f"--cache ram: {count} images of {side} px take {_gb(need)}, {_gb(memory)} are free; give --cache disk"
+            )
+        pixels = np.empty((count, side, side, 3), np.uint8)
+        _fill(pixels, decode, workers)
+        return pixels
+    return None
+
+
+class _NoRoom(Exception):
+    """The disk or the bound does not hold it."""
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
+    def one(index: int) -> None:
+        pixels[index] = decode(index)
+
+    bar = tqdm(total=len(pixels), desc="decoding", unit="image", leave=False, disable=None, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+        try:
+            for start in range(0, len(pixels), BLOCK):
+                for _ in pool.map(one, range(start, min(len(pixels), start + BLOCK))):
+                    bar.update()
+        except BaseException:  # a broken image, an interruption: the rest of the block is not waited for
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: int | None) -> np.ndarray:
+    folder = cache_folder()
+    path = folder / f"pixels-{sha256_text(f'{VERSION} {identity} {shape}')[:32]}.npy"
+    pixels = _map(path, shape)
+    if pixels is not None:
+        return pixels
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            pixels = _map(path, shape)  # another process may have built it meanwhile
+            return pixels if pixels is not None else _build(path, decode, shape, workers)
+    except OSError as error:
+        raise _NoRoom(f"{folder} cannot be written to ({error.strerror or error})") from None
+
+
+def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The file's array where it is there and whole; its time is set, for the order in which files go."""
+    try:
+        pixels = np.load(path, mmap_mode="r")
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            return None
+        os.utime(path)
+    except (OSError, ValueError, EOFError):  # absent, cut off by a failing disk, or not ours
+        return None
+    return np.asarray(pixels)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system lets go of it when that process ends, however it ends."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that is decoding the same images")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | None) -> np.ndarray:
+    part = path.with_suffix(".part")  # one builder at a time: the lock is ours, so a file there is a dead one's
+    part.unlink(missing_ok=True)
+    size = int(np.prod(shape))
+    _make_room(path.parent, size)
+    try:
+        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        with open(part, "rb+") as held:  # a full disk shows here, not as a bus error on writing to the mapping
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(held.fileno(), 0, os.fstat(held.fileno()).st_size)
+        _fill(pixels, decode, workers)
+        pixels.flush()
+        del pixels
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    mapped = _map(path, shape)
+    if mapped is None:
+        raise OSError(f"{path} is not what was written a moment ago")
+    return mapped
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Removes the least recently used files until ``size`` bytes fit.
+
+    Raises:
+        _NoRoom: they do not fit even then.
+    """
+    files = []
+    for path in folder.glob("pixels-*.npy"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process removes too
+            continue
+        files.append((status.st_mtime_ns, status.st_size, path))
+    files.sort()
+    held, bound = sum(file[1] for file in files), cache_bound()
+    free = int(shutil.disk_usage(folder).free * FREE_SHARE)
+    if size > bound or size > free + held:
+        raise _NoRoom(f"{_gb(size)} of decoded images, {_gb(min(bound, free + held))} allowed in {folder}")
+    for _, length, path in files:
+        if held + size <= bound and size <= free:
+            return
+        log.info("removing %s from the cache: the least recently used", path.name)
+        path.unlink(missing_ok=True)
+        held, free = held - length, free + length

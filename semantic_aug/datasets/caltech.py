@@ -1,0 +1,58 @@
+"""Caltech-101: 8,677 photographs of 101 kinds of things, 31 to 800 of each.
+
+There is no official split. The usual protocol is followed: 30 images of each class for training, drawn with a fixed seed,
+and the rest for testing; ``BACKGROUND_Google``, which is no class, is left out. Unpack ``101_ObjectCategories.tar.gz`` of
+``caltech-101.zip`` and set ``CALTECH_ROOT`` to the folder ``101_ObjectCategories`` or the one above it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from semantic_aug.datasets import official
+from semantic_aug.datasets.sources import read_folder
+from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.subsets import per_class
+from semantic_aug.errors import UserError
+
+HOMEPAGE = "https://data.caltech.edu/records/mzrjq-6wc02"
+FOLDER = "101_ObjectCategories"
+BACKGROUND = "BACKGROUND_Google"
+TRAIN_PER_CLASS = 30
+SPLIT_SEED = 0
+
+
+def read() -> Splits:
+    """30 training images of each class, and the rest."""
+    return read_official(official.required_root("caltech", HOMEPAGE))
+
+
+def read_official(root: Path) -> Splits:
+    """The class folders, without the background, split by a draw that does not depend on the listing order."""
+    root = next((place for place in (root / FOLDER, root / "caltech-101" / FOLDER) if place.is_dir()), root)
+    table = read_folder(root)["train"]
+    if BACKGROUND in table.class_names:
+        background = table.class_names.index(BACKGROUND)
+        kept = [name for name in table.class_names if name != BACKGROUND]
+        table = table.take(np.flatnonzero(table.labels != background)).without_class(background)
+        if len(kept) < 2:
+            raise UserError(f"{root} holds {len(kept)} class besides {BACKGROUND}: expected {FOLDER} with 101")
+    wanted = np.minimum(TRAIN_PER_CLASS, np.maximum(1, table.counts() - 1))  # something is left for testing
+    train = per_class(table, wanted, "caltech-101", SPLIT_SEED)
+    test = table.take(np.flatnonzero(~np.isin(table.rows, train.rows)))
+    return {"train": train, "test": test}
+
+
+SPEC = DatasetSpec(
+    name="caltech",
+    read=read,
+    super_class="",
+    class_name_rules=("underscores",),
+    license="CC BY 4.0",
+    citation="Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, CVPR Workshop 2004",
+    homepage=HOMEPAGE,
+    variables=(official.root_variable("caltech"),),
+    about=__doc__,
+)

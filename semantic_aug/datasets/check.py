@@ -1,0 +1,319 @@
+"""Looking a data set over before anything is trained on it: files, duplicates, leaks, odd images, class names.
+
+Every image is opened once, by several threads. Duplicates are found by the SHA-256 of the stored bytes, near duplicates by a
+difference hash: 256 bits, each saying whether one of 16 x 17 grey values is darker than its right neighbour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from semantic_aug.datasets.catalog import prompt_names
+from semantic_aug.datasets.images import MAX_PIXELS, to_rgb
+from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
+from semantic_aug.datasets.table import ImageTable
+from semantic_aug.errors import UserError
+from semantic_aug.pictures import Cell, grid
+
+HASH_SIDE = 16
+NEAR_BITS = 10
+"""Two images are near duplicates if at most this many of the 256 bits of their hashes differ."""
+MAX_PAIRS = 100_000
+"""Near pairs looked for; a set of blank images would have millions."""
+BLOCK = 4096
+"""Images given to the threads at once."""
+MAX_EXAMPLES = 1000
+SMALL_SIDE = 64
+LONG_RATIO = 3.0
+SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 200, 96
+ORIENTATION = 0x0112
+
+
+@dataclass
+class Seen:
+    """What was found in one image; ``error`` alone is set where it cannot be read."""
+
+    split: str
+    label: int
+    key: str
+    error: str = ""
+    size: tuple[int, int] = (0, 0)
+    oddities: tuple[str, ...] = ()
+    digest: str = ""
+    hash: bytes = b""
+    thumbnail: Image.Image | None = None
+
+
+@dataclass
+class Finding:
+    """One kind of trouble: how many cases, the first thousand by name, and whether it fails the check."""
+
+    kind: str
+    count: int
+    examples: list[str]
+    problem: bool
+
+
+@dataclass
+class Report:
+    """What :func:`check` found.
+
+    Attributes:
+        name: of the data set.
+        class_names: source spelling.
+        counts: split -> images of each class.
+        sizes: smallest, median and largest width and height.
+        findings: problems first.
+    """
+
+    name: str
+    class_names: list[str]
+    counts: dict[str, list[int]]
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Finding]:
+        """The findings that fail the check."""
+        return [found for found in self.findings if found.problem]
+
+    def as_dict(self) -> dict:
+        """For a JSON file."""
+        return {**asdict(self), "passed": not self.problems}
+
+
+def oddities(image: Image.Image) -> tuple[str, ...]:
+    """What is unusual about an opened, not yet decoded image."""
+    found = []
+    mode = image.mode
+    if mode in ("1", "L"):
+        found.append("greyscale")
+    elif mode.startswith(("I", "F")):
+        found.append("16-bit or floating-point")
+    elif mode == "CMYK":
+        found.append("CMYK")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        found.append("alpha channel")
+    if getattr(image, "is_animated", False):
+        found.append("animated (the first frame is used)")
+    if image.getexif().get(ORIENTATION, 1) not in (0, 1):
+        found.append("EXIF rotation (it is applied)")
+    short, long = sorted(image.size)
+    if short < SMALL_SIDE:
+        found.append(f"shorter side below {SMALL_SIDE} pixels")
+    if long > LONG_RATIO * short:
+        found.append(f"longer side above {LONG_RATIO:g} times the shorter")
+    return tuple(found)
+
+
+def difference_hash(image: Image.Image) -> bytes:
+    """The 256-bit difference hash of an image, 32 bytes."""
+    grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
+    return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
+
+
+def look_at(table: ImageTable, index: int, split: str, thumbnail: bool = False) -> Seen:
+    """Opens one image as it is stored and decodes it."""
+    seen = Seen(split, int(table.labels[index]), table.keys[index])
+    try:
+        stored = table.encoded(int(table.rows[index])) if table.encoded is not None else None
+        if stored is None:
+            image = table.image(index)
+            seen.digest = hashlib.sha256(image.tobytes()).hexdigest()
+        else:
+            content = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
+            seen.digest = hashlib.sha256(content).hexdigest()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(content)) as opened:
+                    if opened.width * opened.height > MAX_PIXELS:
+                        table.image(index)  # says why it is refused
+                    seen.oddities = oddities(opened)
+                    opened.load()
+                    image = to_rgb(ImageOps.exif_transpose(opened))
+        seen.size = image.size
+        seen.hash = difference_hash(image)
+        if thumbnail:
+            seen.thumbnail = ImageOps.fit(image, (SHEET_SIDE, SHEET_SIDE))
+    except UserError as error:
+        seen.error = str(error)
+    except Exception:  # whatever a broken file provokes; the reader words it
+        seen.error = _why(table, index)
+    return seen
+
+
+def _why(table: ImageTable, index: int) -> str:
+    try:
+        table.image(index)
+    except UserError as error:
+        return str(error)
+    return f"image {table.keys[index]} was read only at the second attempt: is the disk failing?"
+
+
+def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int, int]]:
+    """All pairs of hashes that differ in at most ``bits`` bits, each as (smaller index, larger index), sorted;
+    no more than :data:`MAX_PAIRS`.
+
+    Two such hashes have numbers of set bits that differ by no more than that: sorted by it, each has to be compared with
+    a window only.
+    """
+    if len(hashes) < 2:
+        return []
+    words = np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(len(hashes), -1)
+    ones = np.bitwise_count(words).sum(axis=1).astype(np.int64)
+    order = np.argsort(ones, kind="stable")
+    words, ones = words[order], ones[order]
+    pairs, step = [], max(1, 4_000_000 // len(words))
+    for start in range(0, len(words), step):
+        stop = min(len(words), start + step)
+        end = int(np.searchsorted(ones, ones[stop - 1] + bits, side="right"))
+        distance = np.zeros((stop - start, end - start), dtype=np.uint16)
+        for word in range(words.shape[1]):
+            distance += np.bitwise_count(words[start:stop, None, word] ^ words[None, start:end, word])
+        i, j = np.nonzero(distance <= bits)
+        i, j = order[start + i[i < j]], order[start + j[i < j]]
+        pairs += zip(np.minimum(i, j).tolist(), np.maximum(i, j).tolist(), strict=True)
+        if len(pairs) >= MAX_PAIRS:
+            break
+    return sorted(pairs[:MAX_PAIRS])
+
+
+def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progress=None) -> tuple[Report, Image.Image]:
+    """Looks at every image of a data set.
+
+    Args:
+        spec: what it is.
+        splits: as the source gives them, before any setting.
+        workers: threads.
+        progress: wraps the iterable of images (a progress bar), or None.
+
+    Returns:
+        The report, and a contact sheet of the first images of each class.
+    """
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    names = splits["train"].class_names
+    report = Report(spec.name, list(names), {split: table.counts().tolist() for split, table in splits.items()})
+    shown = _shown(splits["train"])
+    tasks = [(table, i, split) for split, table in splits.items() for i in range(len(table))]
+    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+        found = in_blocks(pool, lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
+        seen = list(progress(found, len(tasks)) if progress else found)
+    _classes(report, spec, splits)
+    bad = [image for image in seen if image.error]
+    _add(report, "unreadable image", (image.error for image in bad), True)
+    good = [image for image in seen if not image.error]
+    _duplicates(report, good)
+    _odd_images(report, good)
+    report.findings.sort(key=lambda finding: not finding.problem)
+    if good:
+        sizes = np.array([image.size for image in good])
+        for word, values in zip(("width", "height"), sizes.T, strict=True):
+            report.sizes[word] = [int(values.min()), int(np.median(values)), int(values.max())]
+    return report, contact_sheet(report, good)
+
+
+def in_blocks(pool: ThreadPoolExecutor, work: Callable, tasks: Sequence) -> Iterator:
+    """What a pool's ``map`` gives, in order, without a million tasks waiting in memory."""
+    for start in range(0, len(tasks), BLOCK):
+        yield from pool.map(work, tasks[start : start + BLOCK])
+
+
+def _shown(table: ImageTable) -> set[int]:
+    """Rows on the contact sheet: the first of each class."""
+    taken: dict[int, int] = defaultdict(int)
+    rows = set()
+    for row, label in enumerate(table.labels.tolist()):
+        if taken[label] < SHEET_COLUMNS and label < SHEET_ROWS:
+            taken[label] += 1
+            rows.add(row)
+    return rows
+
+
+def _add(report: Report, kind: str, cases: Iterable[str], problem: bool) -> None:
+    cases = list(cases)
+    if cases:
+        report.findings.append(Finding(kind, len(cases), cases[:MAX_EXAMPLES], problem))
+
+
+def _classes(report: Report, spec: DatasetSpec, splits: Splits) -> None:
+    names = report.class_names
+    empty = [name for name, count in zip(names, report.counts["train"], strict=True) if count == 0]
+    _add(report, "class without a training image", empty, True)
+    for split in ("val", "test"):
+        if split not in splits:
+            say = "one is held out of train" if split == "val" else "nothing can be tested"
+            _add(report, "missing split", [f"{split} ({say})"], False)
+            continue
+        lacking = [name for name, count in zip(names, report.counts[split], strict=True) if count == 0]
+        _add(report, f"class without a {split} image", lacking, False)
+    folded = defaultdict(list)
+    spoken = prompt_names(tuple(names), spec)
+    for name, words in zip(names, spoken, strict=True):
+        folded[" ".join(words.replace("_", " ").replace("-", " ").casefold().split())].append(name)
+    alike = [" = ".join(f"'{name}'" for name in group) for group in folded.values() if len(group) > 1]
+    _add(report, "class names that collide (case, spaces, hyphens and underscores aside)", alike, True)
+
+
+def _place(image: Seen) -> str:
+    return image.key if image.key.split("/")[0] == image.split else f"{image.split}: {image.key}"
+
+
+def _duplicates(report: Report, images: Sequence[Seen]) -> None:
+    by_digest = defaultdict(list)
+    for image in images:
+        by_digest[image.digest].append(image)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for group in by_digest.values():
+        if len(group) > 1:
+            kinds[_relation(group)].append(" = ".join(map(_place, group[:4])))
+    _add(report, "exact duplicate across splits (a leak)", kinds["splits"], True)
+    _add(report, "exact duplicate under two labels", kinds["labels"], True)
+    _add(report, "exact duplicate within a class of a split", kinds["same"], False)
+    firsts = [group[0] for group in by_digest.values()]
+    near: dict[str, list[str]] = defaultdict(list)
+    for a, b in near_pairs([image.hash for image in firsts]):
+        near[_relation((firsts[a], firsts[b]))].append(f"{_place(firsts[a])} ~ {_place(firsts[b])}")
+    _add(report, "near duplicates across splits (a possible leak)", near["splits"], False)
+    _add(report, "near duplicates under two labels", near["labels"], False)
+    _add(report, "near duplicates within a class of a split", near["same"], False)
+
+
+def _relation(group: Sequence[Seen]) -> str:
+    if len({image.split for image in group}) > 1:
+        return "splits"
+    return "labels" if len({image.label for image in group}) > 1 else "same"
+
+
+def _odd_images(report: Report, images: Sequence[Seen]) -> None:
+    kinds = defaultdict(list)
+    for image in images:
+        for kind in image.oddities:
+            kinds[kind].append(image)
+    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        _add(report, f"odd image: {kind}", map(_place, found), False)
+
+
+def contact_sheet(report: Report, images: Sequence[Seen]) -> Image.Image:
+    """The first training images of each class, a row per class."""
+    rows: dict[int, list[Cell | None]] = defaultdict(list)
+    for image in images:
+        if image.thumbnail is not None:
+            rows[image.label].append(Cell(image.thumbnail))
+    labels = sorted(rows)
+    if not labels:
+        return Image.new("RGB", (SHEET_SIDE, SHEET_SIDE), (255, 255, 255))
+    titles = [f"{report.class_names[label]} ({report.counts['train'][label]})" for label in labels]
+    left_out = f", the first {SHEET_ROWS}" if len(report.class_names) > SHEET_ROWS else ""
+    title = f"{report.name}: {len(report.class_names)} classes{left_out}"
+    return grid([rows[label] for label in labels], titles, size=SHEET_SIDE, title=title)

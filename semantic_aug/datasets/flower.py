@@ -1,0 +1,83 @@
+"""Oxford Flowers 102: 8,189 photographs of 102 flowers, 10 of each for training, 10 for validation, the rest for testing.
+
+Three ways to have it, the first that is named being taken:
+
+* ``FLOWER_ROOT``: the official download, ``102flowers.tgz`` unpacked (the folder ``jpg``) with ``imagelabels.mat`` and
+  ``setid.mat`` beside it; the official lists of 1,020, 1,020 and 6,149 photographs are kept apart.
+* ``FLOWER_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``FLOWER_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
+* the hub: ``nelorth/oxford-flowers`` (another split: 7,169 for training, 1,020 for testing).
+
+The download has no class names; those below are the ones its authors list, in the order of its labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from semantic_aug.datasets import official
+from semantic_aug.datasets.sources import read_hub, train_and_test
+from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.errors import UserError
+
+HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
+HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
+
+REPO = "nelorth/oxford-flowers"
+SETS = {"train": "trnid", "val": "valid", "test": "tstid"}
+CLASS_NAMES = tuple(
+    name.strip()
+    for name in """
+    pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid,
+    bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris,
+    globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire lily, pincushion flower,
+    fritillary, red ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke,
+    sweet william, carnation, garden phlox, love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya,
+    cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil, sword lily, poinsettia,
+    bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia, wild pansy, primula,
+    sunflower, pelargonium, bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata,
+    japanese anemone, black-eyed susan, silverbush, californian poppy, osteospermum, spring crocus, bearded iris,
+    windflower, tree poppy, gazania, azalea, water lily, rose, thorn apple, morning glory, passion flower, lotus,
+    toad lily, anthurium, frangipani, clematis, hibiscus, columbine, desert-rose, tree mallow, magnolia, cyclamen,
+    watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow,
+    mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily
+    """.replace("\n", " ").split(",")
+)
+
+
+def read() -> Splits:
+    """The official split, or the hub's."""
+    return official.official_or_hub("flower", read_official, _read_hub)
+
+
+def _read_hub() -> Splits:
+    places = train_and_test("flower", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    return read_hub(places, image_column="image", label_column="label")
+
+
+def read_official(root: Path) -> Splits:
+    """``imagelabels.mat`` (the label of ``image_00001.jpg`` and on) and ``setid.mat`` (image numbers of each split)."""
+    file, sets = official.part(root, "imagelabels.mat"), official.part(root, "setid.mat")
+    labels = official.variable(official.read_mat(file), "labels", file).astype(int) - 1
+    content = official.read_mat(sets)
+    splits = {}
+    for split, name in SETS.items():
+        numbers = official.variable(content, name, sets).astype(int)
+        if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(labels):
+            raise UserError(f"{sets}: {name} numbers images up to {numbers.max()}, {file.name} has {len(labels)}")
+        names = [f"image_{number:05d}.jpg" for number in numbers]
+        splits[split] = official.labelled_files(CLASS_NAMES, labels[numbers - 1], names, root / "jpg", file)
+    return splits
+
+
+SPEC = DatasetSpec(
+    name="flower",
+    read=read,
+    super_class="flower",
+    class_name_rules=("underscores",),
+    license="research use; the photographs are their authors'",
+    citation="Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
+    homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+    hub=(REPO,),
+    variables=(official.root_variable("flower"), *official.local_variables("flower")),
+    about=__doc__,
+)

@@ -1,0 +1,68 @@
+"""Food-101: 101,000 photographs of 101 dishes, 750 of each for training and 250 for testing.
+
+Three ways to have it, the first that is named being taken:
+
+* ``FOOD_ROOT``: the official download, ``food-101.tar.gz`` unpacked (the folder with ``images`` and ``meta``).
+* ``FOOD_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``FOOD_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
+* the hub: ``ethz/food101``, whose split ``validation`` is the official test split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from semantic_aug.datasets import official
+from semantic_aug.datasets.sources import read_hub, train_and_test
+from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.errors import unknown
+
+HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
+HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
+
+REPO = "ethz/food101"
+
+
+def read() -> Splits:
+    """The official split."""
+    return official.official_or_hub("food", read_official, _read_hub)
+
+
+def _read_hub() -> Splits:
+    places = train_and_test("food", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    if places["test"].local is None:
+        places["test"] = replace(places["test"], split="validation")
+    return read_hub(places, image_column="image", label_column="label")
+
+
+def read_official(root: Path) -> Splits:
+    """The official lists: ``meta/classes.txt``, ``meta/train.txt`` and ``meta/test.txt``, "class/image"."""
+    root = official.part(root, "meta/classes.txt", "food-101/meta/classes.txt").parents[1]
+    class_names = [name for (name,) in official.read_lines(root / "meta" / "classes.txt", 1)]
+    position = {name: i for i, name in enumerate(class_names)}
+    splits = {}
+    for split in ("train", "test"):
+        file = root / "meta" / f"{split}.txt"
+        names = [name for (name,) in official.read_lines(file, 1)]
+        strange = next((name for name in names if name.split("/")[0] not in position), None)
+        if strange is not None:
+            raise unknown(f"class in {file}", strange.split("/")[0], class_names, "unpack the official download again")
+        labels = [position[name.split("/")[0]] for name in names]
+        splits[split] = official.labelled_files(
+            class_names, labels, [f"{name}.jpg" for name in names], root / "images", file
+        )
+    return splits
+
+
+SPEC = DatasetSpec(
+    name="food",
+    read=read,
+    super_class="food",
+    class_name_rules=("underscores",),
+    license="the photographs are Foodspotting's; research use",
+    citation="Bossard et al., Food-101: Mining Discriminative Components with Random Forests, ECCV 2014",
+    homepage="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+    hub=(REPO,),
+    variables=(official.root_variable("food"), *official.local_variables("food")),
+    about=__doc__,
+)

@@ -1,0 +1,177 @@
+"""Readers of the files that come with official downloads: text lists, CSVs and MATLAB files.
+
+A data set's root is named by the environment variable ``{DATASET}_ROOT`` (``FLOWER_ROOT``): the folder its archives were
+unpacked into. Nothing is written there, and no image is opened to learn its label.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semantic_aug.datasets.files import below, table_of_files
+from semantic_aug.datasets.spec import Splits
+from semantic_aug.datasets.table import ImageTable
+from semantic_aug.errors import UserError
+
+
+def root_variable(dataset: str) -> str:
+    """The environment variable that names a data set's official download."""
+    return f"{dataset.upper()}_ROOT"
+
+
+def local_variables(dataset: str) -> tuple[str, str]:
+    """The environment variables that name local copies in the hub's format."""
+    return f"{dataset.upper()}_HUG_LOCAL_IMAGE_TRAIN_DIR", f"{dataset.upper()}_HUG_LOCAL_IMAGE_TEST_DIR"
+
+
+def chosen_root(dataset: str) -> Path | None:
+    """The folder ``{DATASET}_ROOT`` names, or None where it is not set.
+
+    Raises:
+        UserError: it is not a folder, or a local copy in the hub's format is named as well.
+    """
+    variable = root_variable(dataset)
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    other = next((name for name in local_variables(dataset) if os.environ.get(name)), None)
+    if other:
+        raise UserError(f"both {variable} and {other} are set: unset one, so that it is clear which copy is meant")
+    root = Path(text).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"{variable}={text} is not a folder: expected the unpacked official download of '{dataset}'")
+    return root
+
+
+def required_root(dataset: str, homepage: str) -> Path:
+    """As :func:`chosen_root`, for data sets that are read from the official download only.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    root = chosen_root(dataset)
+    if root is None:
+        raise UserError(
+            f"data set '{dataset}' is read from its official download: get it at {homepage}, unpack it and set "
+            f"{root_variable(dataset)} to the folder (python -m semantic_aug.datasets info {dataset} says how)"
+        )
+    return root
+
+
+def official_or_hub(dataset: str, official: Callable[[Path], Splits], hub: Callable[[], Splits]) -> Splits:
+    """The official download where its variable is set, else the hub's copy or a local one in its format."""
+    root = chosen_root(dataset)
+    return official(root) if root is not None else hub()
+
+
+def part(root: Path, *names: str) -> Path:
+    """The first of several places below the root at which a file or folder is found.
+
+    Raises:
+        UserError: it is at none of them.
+    """
+    for name in names:
+        if (root / name).exists():
+            return root / name
+    raise UserError(
+        f"{root} lacks {' or '.join(names)}: unpack every archive of the official download into one folder and name "
+        "that folder"
+    )
+
+
+def read_lines(file: Path, columns: int) -> list[list[str]]:
+    """A text list: the words of each line that is neither empty nor a comment, the last column taking the rest.
+
+    Raises:
+        UserError: not there, not text, empty, or a line with too few words.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there: unpack the official download again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file: unpack the official download again") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        words = line.split(maxsplit=columns - 1)
+        if len(words) < columns:
+            raise UserError(f"{file} line {number}: '{line.strip()}' has {len(words)} words, expected {columns}")
+        rows.append([word.strip() for word in words])
+    if not rows:
+        raise UserError(f"{file} is empty: unpack the official download again")
+    return rows
+
+
+def read_mat(file: Path) -> dict[str, Any]:
+    """A MATLAB file's variables, arrays of one element reduced to it.
+
+    Raises:
+        UserError: not there, damaged, or SciPy is not installed.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{file} is a MATLAB file: reading it needs SciPy, pip install scipy") from None
+    if not file.is_file():
+        raise UserError(f"{file} is not there: unpack the official download again")
+    try:
+        return loadmat(str(file), squeeze_me=True)
+    except Exception as error:  # SciPy raises whatever the damaged bytes lead to
+        raise UserError(
+            f"{file} cannot be read as a MATLAB file ({type(error).__name__}: {str(error)[:100]}): download it again"
+        ) from None
+
+
+def variable(content: Mapping[str, Any], name: str, file: Path) -> np.ndarray:
+    """One variable of a MATLAB file as a flat array.
+
+    Raises:
+        UserError: the file has no such variable.
+    """
+    if name not in content:
+        found = ", ".join(key for key in content if not key.startswith("__"))
+        raise UserError(f"{file} has no variable '{name}' (it has {found}): it is another file; download it again")
+    return np.atleast_1d(content[name]).reshape(-1)
+
+
+def labelled_files(
+    class_names: Sequence[str],
+    labels: Sequence[int],
+    names: Sequence[str],
+    images: Path,
+    where: Path,
+    extras: Mapping[str, Sequence] | None = None,
+) -> ImageTable:
+    """A table from an official list.
+
+    Args:
+        class_names: in label order.
+        labels: counted from 0.
+        names: paths of the images, relative to ``images``.
+        images: folder of the images.
+        where: the list, for errors.
+        extras: further columns.
+
+    Raises:
+        UserError: a label without a class name, a path that leads outside ``images``, or one that is listed twice.
+    """
+    labels = np.asarray(labels, dtype=np.int64).reshape(-1)
+    bad = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if len(bad):
+        raise UserError(
+            f"{where}: '{names[bad[0]]}' has the label {labels[bad[0]] + 1}, which has no class name (there are "
+            f"{len(class_names)}): unpack the official download again"
+        )
+    keys = [below(images, str(name), str(where)) for name in names]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{where} lists '{twice}' twice: unpack the official download again")
+    root = str(images)
+    return table_of_files(class_names, labels, keys, lambda row: os.path.join(root, keys[row]), extras)

@@ -1,0 +1,72 @@
+"""Oxford-IIIT Pet: 7,349 photographs of 37 breeds of cats and dogs, 3,680 for training and 3,669 for testing.
+
+Three ways to have it, the first that is named being taken:
+
+* ``PET_ROOT``: the official download, ``images.tar.gz`` and ``annotations.tar.gz`` unpacked into one folder.
+* ``PET_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``PET_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
+* the hub: ``timm/oxford-iiit-pet``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from semantic_aug.datasets import official
+from semantic_aug.datasets.sources import read_hub, train_and_test
+from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.errors import UserError
+
+HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
+HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
+
+REPO = "timm/oxford-iiit-pet"
+NUM_CLASSES = 37
+
+
+def read() -> Splits:
+    """The official split (``trainval`` is train)."""
+    return official.official_or_hub("pet", read_official, _read_hub)
+
+
+def _read_hub() -> Splits:
+    places = train_and_test("pet", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    return read_hub(places, image_column="image", label_column="label")
+
+
+def read_official(root: Path) -> Splits:
+    """The official lists: ``annotations/trainval.txt`` and ``annotations/test.txt``, "image class species breed"."""
+    lists = {"train": root / "annotations" / "trainval.txt", "test": root / "annotations" / "test.txt"}
+    rows = {split: official.read_lines(file, 4) for split, file in lists.items()}
+    name_of: dict[int, str] = {}
+    for split, listed in rows.items():
+        for image, number, _, _ in listed:
+            if not number.isdecimal() or not 1 <= int(number) <= NUM_CLASSES:
+                raise UserError(
+                    f"{lists[split]}: image '{image}' has the class '{number}', expected 1 to {NUM_CLASSES}"
+                )
+            name_of.setdefault(int(number), image.rpartition("_")[0])
+    class_names = [name_of.get(number, f"class {number}") for number in range(1, max(name_of) + 1)]
+    return {
+        split: official.labelled_files(
+            class_names,
+            [int(number) - 1 for _, number, _, _ in listed],
+            [f"{image}.jpg" for image, *_ in listed],
+            root / "images",
+            lists[split],
+        )
+        for split, listed in rows.items()
+    }
+
+
+SPEC = DatasetSpec(
+    name="pet",
+    read=read,
+    super_class="animal",
+    class_name_rules=("underscores",),
+    license="CC BY-SA 4.0",
+    citation="Parkhi et al., Cats and Dogs, CVPR 2012",
+    homepage="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+    hub=(REPO,),
+    variables=(official.root_variable("pet"), *official.local_variables("pet")),
+    about=__doc__,
+)

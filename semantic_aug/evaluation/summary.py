@@ -1,0 +1,92 @@
+"""One Markdown table of any number of classification runs, the seeds of one request together in a row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from semantic_aug import run_dir
+from semantic_aug.classify.config import MAY_CHANGE
+from semantic_aug.classify.metrics import SCORE_NAMES
+from semantic_aug.classify.seeds import percent, scores_of, statistics_of
+from semantic_aug.classify.trainer import RESULTS_FILE, results_of
+from semantic_aug.errors import UserError
+
+SHOWN = tuple(name for name in SCORE_NAMES if name not in ("loss", "top5"))
+_SEED = re.compile(r"[-_]?seed\d+$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        folder: it lies in.
+        arguments: from its ``args.yaml``.
+        results: from its ``results.json``.
+    """
+
+    folder: Path
+    arguments: Mapping
+    results: Mapping
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """The finished runs at or below some folders, each once, in the order of their paths.
+
+    Raises:
+        UserError: a folder that is not there, or without a finished run.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: expected the output folder of train_cls.py, or one above it")
+        before = len(found)
+        for file in sorted(folder.rglob(RESULTS_FILE)):
+            results, arguments = results_of(file.parent), run_dir.load_arguments(file.parent)
+            if results and arguments and "seed" in arguments and "train_images" in results:  # not an evaluation's
+                found.setdefault(file.parent.resolve(), Run(file.parent, arguments, results))
+        if len(found) == before and not any(folder.resolve() in (f, *f.parents) for f in found):
+            raise UserError(f"{folder} holds no finished run of train_cls.py (no {RESULTS_FILE} beside an args.yaml)")
+    return list(found.values())
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in nothing but the seed (and what has no part in the outcome) together; order is kept."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.arguments.items() if key != "seed" and key not in MAY_CHANGE}
+        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def name_of(group: Sequence[Run]) -> str:
+    """What a row is called: the folder of its runs, without the seed."""
+    folder = group[0].folder
+    name = _SEED.sub("", folder.name)
+    return name or folder.parent.name
+
+
+def markdown(runs: Sequence[Run], scores: Sequence[str] = SHOWN) -> str:
+    """The table: a row per request, mean and standard deviation over its seeds, in percent.
+
+    A run started twice under one seed counts once. Scores that no run has get no column.
+    """
+    rows = []
+    for group in grouped(runs):
+        by_seed = {run.arguments["seed"]: scores_of(run.results) for run in group}
+        rows.append((group, statistics_of(by_seed)))
+    columns = [name for name in scores if any(name in found["mean"] for _, found in rows)]
+    header = ["run", "data set", "setting", "images", "model", "seeds", *columns]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * 5 + "---:|" * (len(columns) + 1)]
+    for group, found in rows:
+        results = group[0].results
+        cells = [name_of(group), *(results[key] for key in ("dataset", "setting", "train_images", "model"))]
+        spread = [
+            percent(name, found["mean"][name], found["std"][name]) if name in found["mean"] else "" for name in columns
+        ]
+        lines.append("| " + " | ".join(map(str, [*cells, len(found["seeds"]), *spread])) + " |")
+    return "\n".join(lines)

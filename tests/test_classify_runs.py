@@ -1,0 +1,431 @@
+"""Stage 3 as a whole: several seeds, averaged weights, freezing, accumulation, processes, evaluation, prediction."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import re
+import socket
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import ROOT, ROWS, classify_arguments, start, write_subset
+from safetensors.torch import load_file
+
+import tiny
+import train_cls
+from semantic_aug.classify import layers, models, trainer
+from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.synthetic import read_subset
+from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation import summary
+
+SMALL = {"model": "test_vit", "nepoch": 2}
+"""A transformer of some hundred thousand parameters, without batch statistics."""
+
+
+def train(image_folder, output_dir, **changes):
+    """Runs train_cls.py in this process; returns what results.json holds, if anything."""
+    words = classify_arguments(image_folder, output_dir, **{**SMALL, **changes})
+    assert train_cls.main([str(word) for word in words]) == 0
+    return trainer.results_of(output_dir)
+
+
+@pytest.fixture(scope="module")
+def three_seeds(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds") / "all"
+    train(image_folder, folder, seeds=[1, 2, 3])
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ seeds and summary
+
+
+def test_seeds_are_runs_of_their_own_with_mean_and_spread(three_seeds, image_folder, tmp_path):
+    found = json.loads((three_seeds / "seeds.json").read_text())
+    each = [trainer.results_of(three_seeds / f"seed{s}")["test"] for s in (1, 2, 3)]
+    losses = [scores["loss"] for scores in each]
+    assert len(set(losses)) == 3 and found["seeds"]["2"]["loss"] == losses[1]
+    assert found["mean"]["loss"] == pytest.approx(statistics.mean(losses))
+    assert found["std"]["loss"] == pytest.approx(statistics.stdev(losses))
+    rows = list(csv.reader((three_seeds / "seeds.csv").open()))
+    assert [row[0] for row in rows] == ["seed", "1", "2", "3", "mean", "std"] and rows[0][1] == "top1"
+    alone = train(image_folder, tmp_path / "alone", seed=2)
+    assert alone["test"] == each[1]  # a seed among others is the same run
+
+
+def test_seeds_go_on_where_they_were(three_seeds, image_folder, capsys, monkeypatch):
+    (three_seeds / "seed2" / "results.json").unlink()
+    before = (three_seeds / "seeds.csv").read_text()
+    begun = []
+    whole = trainer.Trainer.run
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: begun.append(self.config.seed) or whole(self))
+    train(image_folder, three_seeds, seeds=[1, 2, 3])
+    assert begun == [2] and (three_seeds / "seeds.csv").read_text() == before
+    assert "| mean ± std |" in capsys.readouterr().out
+
+
+def test_one_seed_has_no_spread(image_folder, tmp_path):
+    train(image_folder, tmp_path / "one", seeds=[4], nepoch=1)
+    assert json.loads((tmp_path / "one" / "seeds.json").read_text())["std"]["top1"] is None
+    assert list(csv.reader((tmp_path / "one" / "seeds.csv").open()))[-1][1] == ""
+
+
+def test_the_summary_groups_seeds_and_tells_requests_apart(three_seeds, image_folder, tmp_path):
+    train(image_folder, tmp_path / "mixed-seed1", use_mixup=True, seed=1)
+    runs = summary.find_runs([three_seeds, tmp_path, three_seeds / "seed1"])  # one of them named twice
+    assert [len(group) for group in summary.grouped(runs)] == [3, 1]
+    lines = summary.markdown(runs).splitlines()
+    found = json.loads((three_seeds / "seeds.json").read_text())
+    assert lines[0].startswith("| run | data set | setting | images | model | seeds | top1 | macro | ece |")
+    spread = f"{100 * found['mean']['ece']:.2f} ± {100 * found['std']['ece']:.2f}"
+    assert lines[2].startswith("| all | animals | all data | 18 | test_vit | 3 | ") and spread in lines[2]
+    assert lines[3].startswith("| mixed | ") and "±" not in lines[3] and len(lines) == 4
+
+
+def test_the_summary_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        summary.find_runs([tmp_path])
+    with pytest.raises(UserError, match="is not a folder"):
+        summary.find_runs([tmp_path / "none"])
+
+
+def test_summarize_prints_and_writes_the_table(three_seeds, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("summarize", ROOT / "scripts" / "summarize.py")
+    summarize = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(summarize)
+    words = [str(three_seeds), "--output", str(tmp_path / "t.md"), "--scores", "top1", "loss"]
+    assert run_main(summarize.main, words) == 0
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "t.md").read_text() and "| seeds | top1 | loss |" in out
+    assert run_main(summarize.main, [str(three_seeds), "--scores", "top"]) == 2
+    assert "error: unknown score of --scores 'top': did you mean" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- synthetic data, losses
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"synthetic_mode": "ratio", "criterion": "ldam", "drw_epoch": 1, "use_cmo": True},
+        {"synthetic_mode": "concat", "synthetic_balanced": True, "criterion": "bsm", "use_cutmix": True},
+        {"target_class_num": 1, "criterion": "focal", "use_mixup": True, "use_cmo": True},
+    ],
+)
+def test_every_setting_trains(image_folder, tmp_path, changes):
+    subset = write_subset(tmp_path / "s", ROWS * 3)
+    results = train(image_folder, tmp_path / "run", syndata_dir=[subset], synthetic_prob=0.4, **changes)
+    assert results["steps"] == (5 if changes.get("synthetic_mode") == "concat" else 3) * 2
+    assert np.isfinite(results["test"]["loss"])
+
+
+# ----------------------------------------------------------------------------------------------------------- freezing
+
+
+def test_stages_of_models_and_freezing():
+    model, _ = models.make_model("resnet18", 3, 32, "none")
+    parts = layers.stages_of(model)
+    assert list(parts) == ["stem", "stages1", "stages2", "stages3", "stages4", "linear"]
+    assert parts["linear"] == ["fc.weight", "fc.bias"] and all(n.startswith("layer4.") for n in parts["stages4"])
+    assert sorted(sum(parts.values(), [])) == sorted(name for name, _ in model.named_parameters())
+    frozen = layers.freeze(model, "stage4+linear")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {*parts["stages4"], *parts["linear"]}
+    assert model.layer3[0].bn1 in frozen and model.layer4[0].bn1 not in frozen and model not in frozen
+    assert layers.freeze(models.make_model("resnet18", 3, 32, "none")[0], "all") == []
+    with pytest.raises(UserError, match=r"'stages5' is no part .* all, or some of linear, stem, stages1 to stages4"):
+        layers.freeze(model, "stages5+linear")
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_every_family_has_its_stages(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3)
+    parts = layers.stages_of(model)
+    assert sorted(sum(parts.values(), [])) == sorted(n for n, _ in model.named_parameters()) and parts["linear"]
+
+
+def test_frozen_layers_and_their_statistics_stay(image_folder, tmp_path):
+    train(image_folder, tmp_path / "run", model="resnet10t", trainable_layers="stages4+linear", nepoch=1)
+    torch.manual_seed(trainer.derive_seed(2020, "classify", "weights"))
+    fresh = models.make_model("resnet10t", 3, 32, "none")[0].state_dict()
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    changed = {name for name in after if not torch.equal(after[name], fresh[name])}
+    assert changed and all(name.startswith(("layer4", "fc")) for name in changed)
+    assert any("running_mean" in name for name in changed)
+
+
+# ---------------------------------------------------------------------------------- averaging, parts, resume, reports
+
+
+def test_averaged_weights_are_timms(image_folder, tmp_path, monkeypatch):
+    from timm.utils import ModelEmaV3
+
+    seen = []
+
+    class Recording(ModelEmaV3):
+        def update(self, model, step=None):
+            seen.append(({k: v.clone() for k, v in model.state_dict().items()}, step))
+            super().update(model, step)
+
+    monkeypatch.setattr("timm.utils.ModelEmaV3", Recording)
+    train(image_folder, tmp_path / "run", ema_decay=0.9, val_fraction=0, nepoch=1)
+    assert [step for _, step in seen] == [1, 2, 3]
+    torch.manual_seed(trainer.derive_seed(2020, "classify", "weights"))
+    model, _ = models.make_model("test_vit", 3, 32, "none")
+    average = {k: v.clone().double() for k, v in model.state_dict().items()}
+    for state, step in seen:
+        decay = min(0.9, ModelEmaV3(model, 0.9, use_warmup=True).get_decay(step))
+        average = {k: decay * v + (1 - decay) * state[k].double() for k, v in average.items()}
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.allclose(after[k].double(), average[k], atol=1e-6) for k in after)
+    assert not torch.equal(after["head.weight"], seen[-1][0]["head.weight"])
+
+
+def test_accumulated_parts_are_the_whole_batch(image_folder, tmp_path):
+    subset = write_subset(tmp_path / "s", ROWS)
+    same = {"syndata_dir": [subset], "synthetic_prob": 0.4, "use_cmo": True, "use_cutmix": True, "batch_size": 9}
+    train(image_folder, tmp_path / "one", **same)
+    train(image_folder, tmp_path / "four", **same, gradient_accumulation_steps=4)
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    assert all(torch.allclose(one[k], four[k], atol=1e-5) for k in one)
+    losses = [[row[2] for row in csv.reader((tmp_path / n / "epochs.csv").open())][1:] for n in ("one", "four")]
+    assert np.allclose(np.array(losses[0], float), np.array(losses[1], float), atol=1e-5)
+
+
+def test_going_on_is_exact_with_averaging_patience_and_parts(image_folder, tmp_path, monkeypatch):
+    changes = {
+        "nepoch": 6, "ema_decay": 0.8, "patience": 4, "use_cmo": True, "gradient_accumulation_steps": 2,
+        "criterion": "ldam", "drw_epoch": 2, "optimizer": "adamw", "report_to": "tensorboard",
+    }  # fmt: skip
+    train(image_folder, tmp_path / "whole", **changes)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1.0)
+    epoch = trainer.Trainer._train_epoch
+
+    def killed(self, *rest):
+        if self.epoch == 3:
+            raise KeyboardInterrupt
+        return epoch(self, *rest)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(image_folder, tmp_path / "killed", **changes)
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", epoch)
+    train(image_folder, tmp_path / "killed", **changes)
+    whole, after = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
+    assert whole == after
+    rows = [[row[:-1] for row in csv.reader((tmp_path / n / "epochs.csv").open())] for n in ("whole", "killed")]
+    assert rows[0] == rows[1]
+
+
+def test_patience_stops_the_run(image_folder, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    monkeypatch.setattr(
+        trainer.Trainer, "_scores", lambda *_: {"top1": (top1 := next(scores)), "macro": 1 - top1, "loss": 1.0}
+    )
+    results = train(image_folder, tmp_path / "run", nepoch=6, patience=2)
+    assert results["epochs"] == 4 and results["epoch"] == 2 and results["steps"] == 12
+    assert results["test"]["top1"] == 0.9  # the fifth evaluation is the one on test
+
+
+def test_the_chosen_score_chooses_the_epoch(image_folder, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.4, 0.9])
+    monkeypatch.setattr(
+        trainer.Trainer, "_scores", lambda *_: {"top1": (top1 := next(scores)), "macro": 1 - top1, "loss": 1.0}
+    )
+    assert train(image_folder, tmp_path / "run", nepoch=3, select_by="macro")["epoch"] == 3
+
+
+def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch):
+    dataset = load_dataset(f"folder:{image_folder}")
+    parts = {}
+    for split in ("val", "test"):
+        table = getattr(dataset, split)
+        parts[split] = replace(table, extras={"group": np.arange(len(table)) % 2})
+    monkeypatch.setattr("semantic_aug.datasets.load_dataset", lambda *_: replace(dataset, **parts))
+    results = train(image_folder, tmp_path / "run", select_by="worst_group", nepoch=3)
+    rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
+    assert results["val"]["worst_group"] == pytest.approx(max(float(row["val_worst_group"]) for row in rows))
+    assert results["test"]["worst_group"] <= results["test"]["average_group"] <= 1
+    run, *_ = summary.find_runs([tmp_path])
+    assert "| worst_group | average_group |" in summary.markdown([run])
+
+
+def test_tensorboard_gets_every_epoch(image_folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(image_folder, tmp_path / "run", report_to="tensorboard")
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
+    assert [e.step for e in board.Scalars("val/top1")] == [1, 2]
+    assert [e.value for e in board.Scalars("train/train_loss")] == pytest.approx([float(r["train_loss"]) for r in rows])
+
+
+def test_a_compiled_step_is_called(image_folder, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda model: lambda x: called.append(1) or model(x))
+    train(image_folder, tmp_path / "run", compile=True, nepoch=1)
+    assert len(called) == 3
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_batch(image_folder, tmp_path):
+    subset = write_subset(tmp_path / "s", ROWS)
+    same = {"syndata_dir": [subset], "synthetic_prob": 0.4, "use_cmo": True, "use_mixup": True, "batch_size": 9}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = classify_arguments(image_folder, tmp_path / "two", **{**SMALL, **same})
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    both = [start("train_cls.py", *words, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    train(image_folder, tmp_path / "one", **same)
+    for rank, process in enumerate(both):
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert ("test: top1" in out) == (rank == 0)  # only the main one speaks
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    one, two = (trainer.results_of(tmp_path / name) for name in ("one", "two"))
+    assert one["test"] == pytest.approx(two["test"], abs=1e-4) and one["epoch"] == two["epoch"]
+    assert len((tmp_path / "two" / "epochs.csv").read_text().splitlines()) == 3
+
+
+# -------------------------------------------------------------------------------------------- evaluation, prediction
+
+
+def test_a_checkpoint_loads_in_plain_timm_with_the_printed_lines(image_folder, tmp_path, capsys):
+    results = train(image_folder, tmp_path / "run", model="vit_tiny_patch16_224", nepoch=1)
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("import timm")
+    names = {}
+    exec("\n".join(lines[place : place + 2]), names)
+    dataset = load_dataset(f"folder:{image_folder}")
+    batches = trainer.EvalBatches(dataset.test, 32, 9)
+    normalise = trainer.Normaliser((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), torch.device("cpu"))
+    (pixels, labels), *_ = batches
+    with torch.no_grad():
+        right = (names["model"](normalise(pixels)).argmax(-1) == labels).float().mean()
+    assert float(right) == pytest.approx(results["test"]["top1"])
+
+
+def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_path, capsys):
+    wanted = trainer.results_of(three_seeds / "seed1")
+    before = (three_seeds / "seed1" / "args.yaml").read_text()
+    train(image_folder, three_seeds / "seed1", eval_only=True)
+    found = json.loads((three_seeds / "seed1" / "evaluation" / "results.json").read_text())
+    assert found["test"] == pytest.approx(wanted["test"]) and found["val"]["top1"] == wanted["val"]["top1"]
+    assert (three_seeds / "seed1" / "args.yaml").read_text() == before
+    capsys.readouterr()
+    train(image_folder, tmp_path / "other", eval_only=True, weights=three_seeds / "seed1")
+    assert f"test: top1 {100 * wanted['test']['top1']:.2f} %" in capsys.readouterr().out
+    assert (tmp_path / "other" / "evaluation" / "test_per_class.csv").exists()
+
+
+def test_prediction_of_a_folder(three_seeds, image_folder):
+    train(image_folder, three_seeds / "seed1", predict=image_folder / "test")
+    rows = list(csv.DictReader((three_seeds / "seed1" / "predictions.csv").open()))
+    assert len(rows) == 9 and [r["file"] for r in rows] == sorted(r["file"] for r in rows)
+    right = [row["class"] == row["file"].split("/")[0] for row in rows]
+    assert np.mean(right) == pytest.approx(trainer.results_of(three_seeds / "seed1")["test"]["top1"])
+    for row in rows:
+        shares = {name: float(row[name]) for name in ("blue jay", "red fox", "toad")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert float(row["probability"]) == max(shares.values()) == shares[row["class"]]
+
+
+def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_folder, tmp_path):
+    others = tiny.write_image_folder(tmp_path / "others", classes=("newt", "owl", "toad"))
+    (tmp_path / "empty").mkdir()
+    seed1 = three_seeds / "seed1"
+    for changes, message in [
+        ({"eval_only": True, "output_dir": tmp_path / "none"}, "--output_dir .*: no trained classifier there"),
+        ({"eval_only": True, "weights": seed1, "model": "resnet18"}, "does not fit resnet18 .*--model and --res_mode"),
+        ({"eval_only": True, "weights": seed1, "dataset": f"folder:{others}"}, "'blue jay' is one\\) .* not those of"),
+        ({"predict": tmp_path / "none", "weights": seed1}, "--predict .*: not a folder"),
+        ({"predict": tmp_path / "empty", "weights": seed1}, "--predict .*: no image there"),
+    ]:
+        folder = changes.pop("output_dir", tmp_path / "x")
+        words = classify_arguments(image_folder, folder, **{**SMALL, **changes})
+        with pytest.raises(UserError, match=message):
+            train_cls.main([str(word) for word in words])
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_benchmarks_port_trains_on_the_same_labels(image_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from benchmarks import classify, original_classify
+
+    dataset = load_dataset(f"folder:{image_folder}")
+    subset = classify.write_subset(tmp_path / "s", dataset, 5)
+    wanted = read_subset(subset, dataset).labels(0.5, 3)
+    keep = lambda image: torch.zeros(3, 4, 4)  # noqa: E731
+    synthetic = original_classify.OriginalItems(dataset.train, subset, 1.0, 0.5, keep)
+    for i in range(20):
+        assert np.isclose(wanted, synthetic[i % 18][1].numpy(), atol=1e-6).all(1).any()
+    real = original_classify.OriginalItems(dataset.train, None, 0.0, 0.5, keep)
+    assert [int(real[i][1].argmax()) for i in range(18)] == dataset.train.labels.tolist()
+    model, normalisation = models.make_model("test_vit", 3, 32, "none")
+    settings = argparse.Namespace(resolution=32, batch_size=6, nepoch=2, lr=0.01, synthetic_prob=0.5, gamma=0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    parts = (dataset.train, dataset.val, subset, settings, torch.device("cpu"), 0)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # the port sets it; put back afterwards
+    assert original_classify.train(model, normalisation, *parts) == 36
+    assert not torch.equal(before["head.weight"], model.head.weight)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable_layers": "stages9"}, "--trainable_layers stages9: 'stages9' is no part of this model"),
+        ({"select_by": "worst_group"}, "--select_by worst_group: the validation images of animals have no groups"),
+        ({"synthetic_balanced": True}, "--synthetic_balanced: there are no synthetic images"),
+        ({"target_class_num": 2}, "--target_class_num: there are no synthetic images"),
+        ({"drw_epoch": 1, "criterion": "cb"}, "--drw_epoch 1: --criterion cb weights classes from the start"),
+        ({"drw_epoch": 2}, "--drw_epoch 2: expected fewer than the --nepoch 2 epochs"),
+        ({"synthetic_mode": "both"}, "invalid choice: 'both'"),
+        ({"ema_decay": 1.5}, "argument --ema_decay: 1.5: expected a number in"),
+        ({"batch_size": 6, "gradient_accumulation_steps": 4}, "--batch_size 6 .* is too small for 4 parts"),
+        ({"target_class_num": -1}, "argument --target_class_num: -1: expected at least 0"),
+        ({"syndata_dir": ["foreign"]}, "has the class 'newt', which data set animals does not have"),
+        ({"syndata_dir": ["empty"]}, "is empty"),
+        ({"syndata_dir": ["gone"]}, "is missing"),
+        ({"syndata_dir": ["gone#good"]}, "unknown variant of synthetic subset .* 'good'"),
+        ({"weights": "other.pth"}, "do not fit test_vit .* another architecture"),
+    ],
+)
+def test_bad_requests_raise_one_line_that_names_the_flag(image_folder, tmp_path, changes, message):
+    write_subset(tmp_path / "foreign", [("blue jay", "newt", 0.7)])
+    write_subset(tmp_path / "empty", [])
+    next((write_subset(tmp_path / "gone", ROWS) / "data").rglob("*.png")).unlink()
+    torch.save({"conv": torch.zeros(1)}, tmp_path / "other.pth")
+    if "syndata_dir" in changes:
+        changes = {"syndata_dir": [tmp_path / changes["syndata_dir"][0]]}
+    if "weights" in changes:
+        changes = {"weights": tmp_path / changes["weights"]}
+    words = classify_arguments(image_folder, tmp_path / "run", **{**SMALL, **changes})
+    with pytest.raises(UserError) as caught:
+        train_cls.main([str(word) for word in words])
+    assert re.search(message, str(caught.value)), caught.value
+
+
+def test_a_damaged_subset_ends_the_program_with_status_2(image_folder, tmp_path, capsys):
+    folder = write_subset(tmp_path / "gone", ROWS)
+    next((folder / "data").rglob("*.png")).unlink()
+    words = classify_arguments(image_folder, tmp_path / "run", syndata_dir=[folder])
+    assert run_main(train_cls.main, [str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "is missing" in lines[0]
+    assert not (tmp_path / "run").exists()

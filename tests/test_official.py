@@ -1,0 +1,249 @@
+"""Every registered data set, read from its official download in small: all splits, all settings, and damaged copies."""
+
+import numpy as np
+import pytest
+
+import official_layouts
+from official_layouts import WRITERS
+from semantic_aug.datasets import Setting, catalog, load_dataset
+from semantic_aug.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def downloads(tmp_path_factory):
+    """Every official download in small, by name, with what it should give."""
+    root = tmp_path_factory.mktemp("downloads")
+    return {name: (root / name, write(root / name)) for name, write in WRITERS.items() if not (root / name).mkdir()}
+
+
+@pytest.fixture
+def use(downloads, monkeypatch):
+    """Names a download by its environment variable and returns what it should give."""
+
+    def named(name):
+        folder, expected = downloads[name]
+        monkeypatch.setenv(f"{name.upper()}_ROOT", str(folder))
+        return expected
+
+    for name in WRITERS:
+        monkeypatch.delenv(f"{name.upper()}_ROOT", raising=False)
+    return named
+
+
+def test_every_registered_data_set_has_a_fixture_here_or_a_package():
+    assert set(catalog.REGISTERED) == set(WRITERS) | {"elpv"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_all_splits(name, use):
+    names, sizes = use(name)
+    splits = catalog.find_spec(name).read()
+    assert {split: len(table) for split, table in splits.items()} == sizes
+    for table in splits.values():
+        assert list(table.class_names) == list(names)
+        assert all(table.image(i).mode == "RGB" for i in range(0, len(table), 5))
+    assert (splits["train"].counts() > 0).sum() == 3 == (splits["test"].counts() > 0).sum()
+    keys = [set(table.keys) for table in splits.values()]
+    assert len(set.union(*keys)) == sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(examples_per_class=1),
+        Setting(examples_per_class=2, subset_seed=3),
+        Setting(task="imbalanced", imbalance_factor=0.3),
+        Setting(task="imbalanced", imbalance_factor=1.0),
+        Setting(task="imbalanced", imbalance_factor=0.3, imbalance_profile="original"),
+        Setting(corrupt_prob=0.5),
+        Setting(task="imbalanced", imbalance_factor=0.5, examples_per_class=1, corrupt_prob=1.0),
+    ],
+    ids=str,
+)
+def test_all_settings(name, use, setting):
+    use(name)
+    found, whole = load_dataset(name, setting), load_dataset(name, Setting(subset_seed=setting.subset_seed))
+    assert set(found.train.keys) <= set(whole.train.keys) and found.val.keys == whole.val.keys
+    assert found.test.keys == whole.test.keys and found.test.labels.tolist() == whole.test.labels.tolist()
+    if setting.examples_per_class > 0 and not setting.corrupt_prob:
+        assert found.train.counts().max() == setting.examples_per_class
+    assert len(found.train) > 0 and len(set(found.folders)) == len(found.class_names)
+
+
+def test_prompt_names(use):
+    for name, expected in {
+        "cub": "Black footed Albatross",
+        "dog": "Chihuahua",
+        "pet": "Abyssinian",
+        "food": "apple pie",
+        "pascal": "airplane",
+        "car": "AM General Hummer SUV 2000",
+        "waterbird": "Black footed Albatross",
+        "flower": "pink primrose",
+    }.items():
+        use(name)
+        assert load_dataset(name).class_names[0] == expected
+
+
+def test_labels_are_those_of_the_lists(use, downloads):
+    use("flower")
+    splits = catalog.find_spec("flower").read()
+    assert splits["train"].keys[2] == "image_00005.jpg" and splits["train"].labels[2] == 76
+    assert splits["train"].class_names[76] == "passion flower" and len(set(splits["train"].class_names)) == 102
+    use("cub")
+    train = catalog.find_spec("cub").read()["train"]
+    assert train.extras["box"][0].tolist() == [4, 3, 24, 13]
+    assert all(train.class_names[y] == key.split("/")[0] for y, key in zip(train.labels, train.keys, strict=True))
+    use("pascal")
+    train = catalog.find_spec("pascal").read()["train"]
+    assert train.extras["box"][0].tolist() == [2, 2, 38, 30]
+    assert [train.class_names[y] for y in train.labels[[0, 4, 8]]] == ["aeroplane", "diningtable", "tvmonitor"]
+    use("car")
+    train = catalog.find_spec("car").read()["train"]
+    assert train.labels.tolist() == [0, 1, 2] * 4 and train.extras["box"].shape == (12, 4)
+
+
+def test_waterbirds_groups_stay_with_their_images(use):
+    use("waterbird")
+    found = load_dataset("waterbird", Setting(examples_per_class=3))
+    assert found.spec.group_names[3] == "water bird on water"
+    for table in (found.train, found.val, found.test):
+        water_bird = [key.startswith("001.") for key in table.keys]
+        on_water = [int(key[-5]) % 2 for key in table.keys]
+        expected = [2 * bird + place for bird, place in zip(water_bird, on_water, strict=True)]
+        assert table.extras["group"].tolist() == expected
+
+
+def test_caltech_draw_is_fixed_and_leaves_the_background_out(use):
+    use("caltech")
+    one, two = (catalog.find_spec("caltech").read() for _ in range(2))
+    assert one["train"].keys == two["train"].keys and one["train"].counts().tolist() == [30, 30, 30]
+    assert not any("BACKGROUND" in key for table in one.values() for key in table.keys)
+
+
+def test_the_older_layout_of_cars(tmp_path, monkeypatch):
+    names, sizes = official_layouts.write_car_single(tmp_path)
+    monkeypatch.setenv("CAR_ROOT", str(tmp_path))
+    splits = catalog.find_spec("car").read()
+    assert {k: len(v) for k, v in splits.items()} == sizes and list(splits["train"].class_names) == names
+
+
+def test_learning_labels_opens_no_image(use, monkeypatch):
+    import PIL.Image
+
+    for name in WRITERS:
+        use(name)
+
+    def no(*_, **__):
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(PIL.Image, "open", no)
+    for name in (*WRITERS, "elpv"):
+        assert load_dataset(name, Setting(examples_per_class=1)).train.counts().sum() > 0
+
+
+def test_images_of_other_kinds_than_their_names_say(use, downloads):
+    """Some of the pets are PNGs, GIFs or greyscale under the name .jpg."""
+    use("pet")
+    table = catalog.find_spec("pet").read()["train"]
+    path = downloads["pet"][0] / "images" / table.keys[0]
+    before = path.read_bytes()
+    try:
+        official_layouts.encoded_like(path, table.image(0).convert("P"), "GIF")
+        assert table.image(0).mode == "RGB"
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("name", ["caltech", "dog", "pascal", "waterbird"])
+def test_without_the_variable_the_error_says_where_to_get_it(name, use):
+    with pytest.raises(UserError, match=f"get it at http.*set {name.upper()}_ROOT to the folder"):
+        load_dataset(name)
+
+
+def test_two_copies_at_once_are_refused(use, monkeypatch):
+    use("cub")
+    monkeypatch.setenv("CUB_HUG_LOCAL_IMAGE_TRAIN_DIR", "x")
+    with pytest.raises(UserError, match="both CUB_ROOT and CUB_HUG_LOCAL_IMAGE_TRAIN_DIR are set: unset one"):
+        load_dataset("cub")
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _swap(old, new):
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "damage", "message"),
+    [
+        ("cub", "classes.txt", lambda p: p.unlink(), "classes.txt is not there: unpack the official download again"),
+        ("cub", "images.txt", _swap("1 001.Bl", "1 ../001.Bl"), "leads outside .*images"),
+        ("cub", "image_class_labels.txt", _swap("1 1\n", "1 9\n"), "has the label 9, which has no class name"),
+        ("cub", "image_class_labels.txt", _swap("1 1\n", ""), "image_class_labels.txt says nothing of image 1"),
+        ("cub", "images.txt", _swap("1 001.Bl", "1\n2 001.Bl"), "images.txt line 1: '1' has 1 words, expected 2"),
+        ("cub", "images.txt", lambda p: p.unlink(), "lacks images.txt or CUB_200_2011/images.txt"),
+        ("aircraft", "data/images_variant_val.txt", _swap("MD-11", "MD-12"), "unknown variant.*'MD-12'.*'MD-11'"),
+        ("flower", "setid.mat", _cut, "setid.mat cannot be read as a MATLAB file"),
+        ("flower", "imagelabels.mat", lambda p: p.unlink(), "lacks imagelabels.mat"),
+        ("dog", "train_list.mat", lambda p: p.write_bytes(b""), "train_list.mat cannot be read as a MATLAB file"),
+        ("car", "cars_test_annos_withlabels.mat", lambda p: p.unlink(), "lacks cars_test_annos_withlabels.mat or"),
+        ("pet", "annotations/test.txt", _swap("_100 1 1 1", "_100 99 1 1"), "has the class '99', expected 1 to 37"),
+        ("food", "meta/test.txt", _swap("waffles", "wafles"), "unknown class in .*'wafles': did you mean 'waffles'"),
+        ("food", "meta/train.txt", lambda p: p.write_text(""), "train.txt is empty"),
+        ("pascal", "Annotations/2007_000001.xml", _swap("</object>", ""), "2007_000001.xml is not a VOC annotation"),
+        ("pascal", "Annotations/2007_000001.xml", lambda p: p.write_text("<a/>"), "names no object"),
+        ("pascal", "Annotations/2007_000001.xml", _swap("aeroplane", "zeppelin"), "unknown class in .*'zeppelin'"),
+        ("waterbird", "metadata.csv", _swap(",1,0,0,", ",1,7,0,"), "metadata.csv line 2: split '7': expected 0, 1, 2"),
+        ("waterbird", "metadata.csv", _swap("place,", "where,"), "lacks the column 'place'"),
+    ],
+)
+def test_damaged_downloads_are_one_clear_line(name, file, damage, message, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    WRITERS[name](tmp_path / name)
+    damage(tmp_path / name / file)
+    monkeypatch.setenv(f"{name.upper()}_ROOT", str(tmp_path / name))
+    with pytest.raises(UserError, match=message) as caught:
+        load_dataset(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_official_root_that_is_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("FOOD_ROOT", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="FOOD_ROOT=.*nowhere is not a folder: expected the unpacked official download"):
+        load_dataset("food")
+
+
+@pytest.mark.parametrize("name", [n for n in catalog.REGISTERED if n != "elpv" and catalog.find_spec(n).hub])
+@pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
+def test_local_copies_in_the_hubs_format(name, layout, use, tmp_path, monkeypatch):
+    import datasets as hub
+
+    import tiny
+
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["b_b", "a_a"])})
+    for split, count in (("train", 6), ("test", 4)):
+        rows = {"image": [tiny.picture(i % 2, i) for i in range(count)], "label": [i % 2 for i in range(count)]}
+        data = hub.Dataset.from_dict(rows, features=features)
+        if layout == "parquet":
+            (tmp_path / split).mkdir()
+            data.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
+        else:
+            data.save_to_disk(tmp_path / split)
+        monkeypatch.setenv(f"{name.upper()}_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(tmp_path / split))
+    found = load_dataset(name, Setting(val_fraction=0.3))
+    assert found.source_names == ("b_b", "a_a") and (len(found.train), len(found.val), len(found.test)) == (4, 2, 4)
+    assert np.array_equal(np.asarray(found.test.image(1)), np.asarray(tiny.picture(1, 1)))
+
+
+def test_nothing_is_written_into_the_download(use, downloads):
+    for name in WRITERS:
+        use(name)
+        folder = downloads[name][0]
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+        found = load_dataset(name)
+        np.asarray(found.train.image(0))
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
