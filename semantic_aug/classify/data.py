@@ -163,7 +163,9 @@ class TrainBatches:
         self.targets = one_hot(torch.from_numpy(real.labels), k)
         self.synthetic = None
         if synthetic is not None and draws.active:
-            held = self.real.pixels.nbytes if self.real.pixels is not None else 0
+            pixels = self.real.pixels
+            # a mapped file takes no memory of this process
+            held = pixels.nbytes if pixels is not None and pixels.flags.writeable else 0
             self.synthetic = ImageStore(
                 synthetic.image, len(synthetic), side, budget - held, cache=cache, identity=synthetic.signature()
             )
