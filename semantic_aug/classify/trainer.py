@@ -153,7 +153,7 @@ class Trainer:
                 desc=folder.name,
                 dynamic_ncols=True,
                 mininterval=1.0,
-                disable=None if main else True,
+                disable=not main,
             ) as bar,
         ):
             while self.epoch < config.nepoch and not self._stopped():
