@@ -192,7 +192,7 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         dataset,
     )
     plan = sampling.plan_of(config, dataset)
-    paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{speed}"
+    paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{speed}-{len(devices)}"
     running.make_folders(place, dataset.folders)
     everything = np.ones(len(plan), bool)
     launcher = running.make_launcher(
@@ -203,11 +203,15 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         len(plan),
         0,
     )
-    began = time.monotonic()
+    began, own = time.monotonic(), time.process_time()
     launcher.run(range(plan.num_batches))
-    first = launcher.marks[len(devices) - 1][0] - began
+    first, own = launcher.marks[len(devices) - 1][0] - began, (time.process_time() - own) / len(plan)
+    rate = launcher.steady_rate()
     return {
-        "images_per_second": launcher.steady_rate(),
+        "images_per_second": rate,
+        "processes": len(devices),
+        "launcher_cpu_seconds_per_image": own,
+        "launcher_share_of_an_image": own * rate / len(devices),
         "seconds_to_first_batches": round(first, 1),
         "batch_size": config.batch_size,
     }
@@ -265,6 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         best = max(alone, time_original(*shared, many, max(1, threads // many), folder / "port-many"))
         devices = ("cuda:0",) if gpu else ("cpu",) * many
         ours = {speed: time_ours(files, dataset, args.dataset, args, devices, folder, speed) for speed in args.speeds}
+        scaled = (
+            time_ours(files, dataset, args.dataset, args, devices[:1], folder, "exact") if len(devices) > 1 else None
+        )
     name = torch.cuda.get_device_name(0) if gpu else None
     rows = [
         ["the original's way, one process", f"{alone:.3g}", "1", share_of_peak(alone, args.resolution, name)],
@@ -285,9 +292,15 @@ def main(argv: list[str] | None = None) -> int:
                 share_of_peak(rate, args.resolution, name),
             ]
         )
+    if scaled:
+        rate = scaled["images_per_second"]
+        rows.append(
+            [f"ours, exact, batch {scaled['batch_size']}, 1 process", f"{rate:.3g}", f"{rate / alone:.2f}", "-"]
+        )
     details = {
         "arguments": vars(args),
         "ours": ours,
+        "ours_one_process": scaled,
         "original": {"one": alone, "best": best},
         "ratio_to_best": {speed: found["images_per_second"] / best for speed, found in ours.items()},
         "peak_memory_of_children_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),

@@ -81,15 +81,11 @@ def opened(config: SampleConfig, dataset: LoadedDataset, content: bool = False) 
     for batch in batches:
         mine[slice(*plan.starts[batch : batch + 2])] = True
     with RunLock(folder, config.num_shards, config.shard_index):
-        resumed = store.claim_subset(folder, identity_of(config, dataset, plan), registry.REPO_ROOT)
+        store.claim_subset(folder, identity_of(config, dataset, plan), registry.REPO_ROOT)
         make_folders(folder, dataset.folders)
         records = Records(folder, config.num_shards, config.shard_index)
         done = store.finished(folder, paths, records, mine, content)
-        subset = Subset(folder, plan, paths, batches, mine, records, done)
-        if resumed:
-            there, wanted = subset.count()
-            log.info("%s: %d of %d images are there, %d to make", folder, there, wanted, wanted - there)
-        yield subset
+        yield Subset(folder, plan, paths, batches, mine, records, done)
 
 
 def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:
@@ -119,6 +115,8 @@ def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> P
             subset.done[[row[0] for row in rows]] = True
 
         there, wanted = subset.count()
+        if there:
+            log.info("%s: %d of %d images are there, %d to make", subset.folder, there, wanted, wanted - there)
         launcher = make_launcher(
             config,
             job_of(config, dataset, subset.folder, len(subset.plan)),
