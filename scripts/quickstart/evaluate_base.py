@@ -170,12 +170,11 @@ def model_card(figures: dict) -> str:
         return "not measured" if value is None else f"{100 * value:.1f} %"
 
     def agreement_row(title: str, group: str) -> str:
-        spread = found[group].get("cell_type_spread", 0), found[group].get("defect_spread", 0)
-        kind, defect = percent(group, "cell_type_share"), percent(group, "defect_share")
-        return (
-            f"| {title} | {kind} (\u00b1 {100 * spread[0]:.1f}) | {defect} (\u00b1 {100 * spread[1]:.1f}) "
-            f"| {found[group].get('images', 0)} |"
-        )
+        cells = []
+        for name in ("cell_type", "defect"):
+            spread = f" (\u00b1 {100 * found[group].get(f'{name}_spread', 0):.1f})" if len(JUDGE_SEEDS) > 1 else ""
+            cells.append(percent(group, f"{name}_share") + spread)
+        return f"| {title} | {cells[0]} | {cells[1]} | {found[group].get('images', 0)} |"
 
     minutes = {name: round(recipe.get(f"{name}_seconds", 0) / 60) for name in ("autoencoder", "denoiser")}
     judge = found["judge"].get("test_top1", {})
@@ -189,7 +188,7 @@ def model_card(figures: dict) -> str:
         judge=f"{100 * judge['mean']:.1f}{spread_of_judge} %" if judge else "not measured",
         rows="\n".join(
             [
-                agreement_row("stage 1 on all 1,575 training images", "all_images"),
+                agreement_row(f"{LONG_RUN[1]} steps of stage 1 on all 1,575 training images", "all_images"),
                 agreement_row("the quickstart's stage 1, 10 images per class", "ten_shot"),
             ]
         ),
