@@ -131,3 +131,9 @@ def classify_arguments(image_folder, output_dir, **changes):
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", *(value if isinstance(value, list) else [value])]
     return words
+
+
+def workers_of(process) -> list[int]:
+    """Process ids of a running job's sampling processes."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]

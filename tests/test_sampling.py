@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import CLASSES, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images
+from helpers import CLASSES, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
 from PIL import Image
 
 import tiny
@@ -77,8 +77,7 @@ def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop
 def test_a_killed_worker_is_replaced(workshop, image_folder, tmp_path, undisturbed):
     process = start("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path))
     wait_for_images(tmp_path, 3, process)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = workers_of(process)
     assert workers
     os.kill(workers[0], signal.SIGKILL)
     _, err = process.communicate(timeout=300)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images
+from helpers import ROOT, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
 from PIL import Image
 
 import tiny
@@ -271,8 +271,7 @@ def test_of_two_runs_started_at_once_one_goes_on(workshop, image_folder, tmp_pat
 def test_a_process_that_stands_still_is_replaced(workshop, image_folder, tmp_path, undisturbed):
     process = start("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, worker_timeout=5))
     wait_for_images(tmp_path, 3, process)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = workers_of(process)
     os.kill(workers[0], signal.SIGSTOP)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -146,16 +146,13 @@ def recorded_identity(folder: Path) -> dict | None:
     return load_arguments(folder, CONFIG_FILE)
 
 
-def claim_subset(folder: Path, identity: dict, repo: Path) -> bool:
+def claim_subset(folder: Path, identity: dict, repo: Path) -> None:
     """Takes the folder for this subset, or finds that it already is this subset.
 
     Args:
         folder: of the subset.
         identity: everything that decides what the files contain.
         repo: root of the checkout, for the git revision.
-
-    Returns:
-        True when the subset was begun before.
 
     Raises:
         UserError: the folder holds a subset made otherwise (lists what differs), or other files.
@@ -169,7 +166,7 @@ def claim_subset(folder: Path, identity: dict, repo: Path) -> bool:
                 "choose another --output_root"
             )
         write_text(folder / CONFIG_FILE, arguments_text(manifest(identity, repo)))
-        return False
+        return
     made_with = old.pop("made_with", {})
     changed = differences(_flat(old), _flat(plain(identity)))
     if changed:
@@ -182,7 +179,6 @@ def claim_subset(folder: Path, identity: dict, repo: Path) -> bool:
         log.warning(
             "%s was begun with other versions (%s): new files may differ in their last bits", folder, "; ".join(mixed)
         )
-    return True
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:
