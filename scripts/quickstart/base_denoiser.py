@@ -126,7 +126,8 @@ def train_denoiser(
     vae.register_to_config(scaling_factor=float(1 / moments[:, 0].chunk(2, dim=1)[0].std()))
     tokenizer = make_tokenizer()
     torch.manual_seed(2)
-    model = TextToLatents(make_text_encoder(tokenizer), make_unet(vae.config.latent_channels)).to(images.device)
+    model = TextToLatents(make_text_encoder(tokenizer), make_unet(vae.config.latent_channels))
+    model.to(images.device, memory_format=torch.channels_last)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(model, 0.9995)
