@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.errors import run_main
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
@@ -374,6 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, resolves, prints, saves, and trains, evaluates or predicts."""
     args = build_parser().parse_args(argv)
     console.quiet_libraries()
+    allocator.keep_freed_memory()
     from semantic_aug.classify.processes import is_main
 
     console.set_up_logging(is_main())

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.errors import UserError, run_main
 
 LR_SCHEDULERS = (
@@ -235,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     main_process = int(os.environ.get("RANK", 0)) == 0
     console.set_up_logging(main_process)
     console.quiet_libraries()
+    allocator.keep_freed_memory()
     config, dataset = resolve(args)
     if main_process:
         print(dataset.describe())

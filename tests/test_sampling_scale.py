@@ -25,6 +25,7 @@ from semantic_aug.diffusion.reuse import FeatureReuse
 from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
 from semantic_aug.sampling import files, store
 from semantic_aug.sampling.config import automatic_batch_size
+from semantic_aug.sampling.dispatch import Dispatcher
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.moments import BLOCK, SourceMoments
 from semantic_aug.sampling.plan import make_plan
@@ -347,3 +348,12 @@ def test_loop_module_is_what_every_strategy_uses():
 
     assert engine.translate is loop.translate and engine.generate is loop.generate
     assert "diffusers" not in inspect.getsource(engine)
+
+
+def test_the_steady_rate_counts_the_images_of_the_time_it_spans():
+    launcher = Dispatcher(None, ["cpu"], None, None, 0, 0)
+    # five batches of 8 take ten seconds each; each but the last is reported when the next is computed
+    launcher.marks = [(20.0, 8), (30.0, 8), (40.0, 8), (50.0, 8), (50.1, 8)]
+    assert launcher.steady_rate() == pytest.approx(0.8)
+    launcher.marks = launcher.marks[-2:]
+    assert launcher.steady_rate() == 0.0

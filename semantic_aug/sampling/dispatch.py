@@ -163,8 +163,13 @@ class Dispatcher:
             )
 
     def steady_rate(self) -> float:
-        """Images per second from the moment every process had finished a batch; 0 where there is too little to tell."""
-        marks = self.marks[len(self.devices) - 1 :]
+        """Images per second once every process had finished a batch; 0 where there is too little to tell.
+
+        A process reports a batch when it has computed the next, but its last one at once: the last reports are left out,
+        so that the time spanned is that of the images counted.
+        """
+        processes = len(self.devices)
+        marks = self.marks[processes - 1 : max(0, len(self.marks) - processes)]
         if len(marks) < 2 or marks[-1][0] <= marks[0][0]:
             return 0.0
         return sum(count for _, count in marks[1:]) / (marks[-1][0] - marks[0][0])

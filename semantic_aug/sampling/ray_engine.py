@@ -34,9 +34,11 @@ class ImageActor:
     """
 
     def __init__(self, job: Job, device: str):
+        from semantic_aug.allocator import keep_freed_memory
         from semantic_aug.console import quiet_libraries
 
         quiet_libraries()
+        keep_freed_memory()
         from semantic_aug.sampling.worker import BatchMaker
 
         self.maker = BatchMaker(job, device, log.warning)

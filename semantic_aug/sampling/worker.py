@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
+from semantic_aug.allocator import keep_freed_memory
 from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
@@ -128,6 +129,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     quiet_libraries()
+    keep_freed_memory()
     try:
         maker = BatchMaker(job, device, lambda text: pipe.send(("note", text)))
     except UserError as error:
