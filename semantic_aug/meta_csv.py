@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -109,14 +110,13 @@ def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER
         The number of rows.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
     try:
         with open(temporary, "w", newline="", encoding="utf-8") as out:
             writer = csv.writer(out, lineterminator="\n")
             writer.writerow([*COLUMNS, *further])
-            for row in rows:
-                writer.writerow(row)
-                count += 1
+            written = itertools.count()
+            writer.writerows(row for row, _ in zip(rows, written, strict=False))
+            count = next(written)
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)

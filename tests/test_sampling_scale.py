@@ -181,8 +181,10 @@ def small_subset(folder: Path, image_format="png"):
     return plan, paths, records
 
 
+@pytest.mark.parametrize("many_tasks", [0, 1000], ids=["processes", "one process"])
 @pytest.mark.parametrize("image_format", list(files.FORMATS))
-def test_a_restart_trusts_only_what_it_can_verify(tmp_path, image_format):
+def test_a_restart_trusts_only_what_it_can_verify(tmp_path, monkeypatch, image_format, many_tasks):
+    monkeypatch.setattr(store, "MANY_TASKS", many_tasks)
     plan, paths, records = small_subset(tmp_path, image_format)
     everything = np.ones(len(plan), bool)
     at = lambda number: tmp_path / store.DATA / paths.relative(number)  # noqa: E731

@@ -90,18 +90,28 @@ class TaskPaths:
         for folder, begin, end in zip(self.folders, bounds[:-1], bounds[1:], strict=True):
             yield folder, by_class[begin:end]
 
+    def file_names(self, numbers: np.ndarray) -> Iterator[str]:
+        """Names of some tasks' files within the folders of their source classes."""
+        # millions of them: what depends on the class or the strength alone is formatted once
+        targets, strengths = self.folders, [meta_csv.strength_text(s) for s in self.plan.strengths]
+        ends = [f"-{strength}.{self.image_format}" for strength in strengths]
+        for number, target, code in self._columns(numbers, self.plan.target, self.plan.strength_code):
+            yield f"{targets[target]}-{number:06d}{ends[code]}"
+
     def meta_rows(self, numbers: np.ndarray) -> Iterator[tuple]:
-        """The rows of ``meta.csv`` for some tasks, made a few thousand at a time."""
-        plan, names, keys = self.plan, self.class_names, self.keys
+        """The rows of ``meta.csv`` for some tasks."""
+        plan, folders, names, keys, seed = self.plan, self.folders, self.class_names, self.keys, str(self.seed)
         strengths = [meta_csv.strength_text(s) for s in plan.strengths]
+        columns = self._columns(numbers, plan.source_class, plan.target, plan.strength_code, plan.source)
+        for (number, a, b, code, row), file in zip(columns, self.file_names(numbers), strict=True):
+            key = keys[row] if row >= 0 else ""
+            yield names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed
+
+    @staticmethod
+    def _columns(numbers: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[int, ...]]:
+        """Each number with its value in every column, as Python's own."""
         for chunk in np.array_split(numbers, range(_CHUNK, len(numbers), _CHUNK)):
-            columns = (plan.source_class, plan.target, plan.strength_code, plan.source)
-            for number, a, b, code, row in zip(chunk.tolist(), *(c[chunk].tolist() for c in columns), strict=True):
-                path = meta_csv.relative_path(
-                    self.folders[a], self.folders[b], number, plan.strengths[code], self.image_format
-                )
-                key = keys[row] if row >= 0 else ""
-                yield names[a], names[b], number, strengths[code], path, key, self.seed
+            yield from zip(chunk.tolist(), *(column[chunk].tolist() for column in columns), strict=True)
 
 
 def encode_image(pixels: np.ndarray, text: dict[str, str], image_format: str = "png") -> bytes:

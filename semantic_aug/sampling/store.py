@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import logging
+import multiprocessing
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,8 @@ log = logging.getLogger(__name__)
 DATA = "data"
 CONFIG_FILE = "config.yaml"
 MOMENTS = ".moments"
+MANY_TASKS = 500_000
+"""From so many tasks on, several processes look for what is missing."""
 
 
 def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray, content: bool = False) -> np.ndarray:
@@ -62,48 +67,104 @@ def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray,
     Returns:
         bool ``(T,)``.
     """
-    total = len(paths.plan)
-    size, crc = Records.latest(folder, total)
-    found, changes = np.zeros(total, bool), []
-    for source, numbers in paths.folders_with_tasks():
-        sizes = size[numbers].tolist()
-        of_name = {
-            row[4].partition("/")[2]: place for place, row in enumerate(paths.meta_rows(numbers))
-        }  # file name -> place in `numbers`
-        right = bytearray(len(numbers))
-        for entry in _entries(folder / DATA / source):
-            place = of_name.get(entry.name)
-            if place is None:
-                if entry.name.endswith(TEMPORARY_SUFFIX) and mine.all():
-                    os.unlink(entry.path)
+    size, crc = Records.latest(folder, len(paths.plan))
+    found, changes = np.zeros(len(paths.plan), bool), []
+    for scan in _scans(_Scanner(folder / DATA, paths, size, crc if content else None)):
+        right = scan.right
+        for name in scan.unknown:
+            if name.endswith(TEMPORARY_SUFFIX) and mine.all():
+                os.unlink(scan.folder / name)
+        for name, place in scan.wrong:
+            number = int(scan.numbers[place])
+            if not mine[number]:
                 continue
-            expected = sizes[place]
-            if (
-                expected
-                and entry.stat().st_size == expected
-                and not (content and zlib.crc32(Path(entry.path).read_bytes()) != crc[numbers[place]])
-            ):
+            # with a record of another size or checksum it is not what was written, even where it still decodes
+            row = None if size[number] else _verified(scan.folder / name, number, paths)
+            if row:
                 right[place] = True
-            elif mine[numbers[place]]:
-                # with a record of another size or checksum it is not what was written, even where it still decodes
-                row = None if expected else _verified(Path(entry.path), int(numbers[place]), paths)
-                if row:
-                    right[place] = True
-                    changes.append(row)
-                else:
-                    os.unlink(entry.path)
-        found[numbers] = np.frombuffer(right, bool)
+                changes.append(row)
+            else:
+                os.unlink(scan.folder / name)
+        found[scan.numbers] = right
     changes += [(int(n), 0, 0) for n in np.flatnonzero((size > 0) & ~found & mine)]
     records.append(changes)
     return found
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry]:
+@dataclass
+class _Scan:
+    """What a folder of the subset holds: ``right`` bool, one per task of ``numbers``; names of other files; and names
+    and places in ``numbers`` of tasks' files that are not what the records say."""
+
+    folder: Path
+    numbers: np.ndarray
+    right: np.ndarray
+    unknown: list[str]
+    wrong: list[tuple[str, int]]
+
+
+@dataclass
+class _Scanner:
+    """Compares folders with the records and changes nothing; ``crc`` is None where sizes are enough."""
+
+    data: Path
+    paths: TaskPaths
+    size: np.ndarray
+    crc: np.ndarray | None
+
+    def __call__(self, source: str, numbers: np.ndarray) -> _Scan:
+        place_of = dict(zip(self.paths.file_names(numbers), range(len(numbers)), strict=True))
+        expected, right = self.size[numbers].tolist(), bytearray(len(numbers))
+        scan = _Scan(self.data / source, numbers, np.frombuffer(right, bool), [], [])
+        for name, file_size in _files(scan.folder):
+            place = place_of.get(name)
+            if place is None:
+                scan.unknown.append(name)
+            elif file_size == expected[place] > 0 and (
+                self.crc is None or zlib.crc32((scan.folder / name).read_bytes()) == self.crc[numbers[place]]
+            ):
+                right[place] = True
+            else:
+                scan.wrong.append((name, place))
+        return scan
+
+
+def _scans(scanner: _Scanner) -> Iterator[_Scan]:
+    """The scan of every source class's folder; a big subset's by several processes."""
+    folders = scanner.paths.folders_with_tasks()
+    if len(scanner.size) < MANY_TASKS or "fork" not in multiprocessing.get_all_start_methods():
+        yield from itertools.starmap(scanner, folders)
+        return
+    # forked, they share the plan's memory; nothing of a plan's process has threads yet
+    context = multiprocessing.get_context("fork")
+    with context.Pool(os.cpu_count(), _keep_scanner, (scanner,)) as pool:
+        yield from pool.imap_unordered(_scan_in_process, folders)
+
+
+def _keep_scanner(scanner: _Scanner) -> None:
+    global _scanner
+    _scanner = scanner
+
+
+def _scan_in_process(folder_with_tasks: tuple[str, np.ndarray]) -> _Scan:
+    return _scanner(*folder_with_tasks)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Name and size in bytes of every file of a folder; none where there is no folder."""
     try:
-        with os.scandir(folder) as entries:
-            yield from entries
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return
+    try:
+        for name in os.listdir(opened):
+            try:
+                size = os.stat(name, dir_fd=opened).st_size  # by the open folder: no path to walk
+            except FileNotFoundError:  # renamed or removed meanwhile, by another shard
+                continue
+            yield name, size
+    finally:
+        os.close(opened)
 
 
 def _verified(path: Path, number: int, paths: TaskPaths) -> tuple[int, int, int] | None:
