@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     facts = {"arguments": arguments, "copy_threshold": threshold, "notes": notes, "versions": run_dir.versions()}
     files = measure_report.write(folder, rows, facts)
     print(measure_report.markdown(rows))
-    print(f"near-copies: nearer than {threshold:.4g} to a training image ({args.copy_percentile:g}th percentile of real ones)")
+    print(
+        f"near-copies: nearer than {threshold:.4g} to a training image (percentile {args.copy_percentile:g} of real ones)"
+    )
     print(*(f"note: {note}" for note in notes), sep="\n")
     print(f"written: {', '.join(registry.shown_path(file) for file in files)}")
     return 0

@@ -73,7 +73,9 @@ def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
         x, y = [row[axes[0]] for row in single], [row[axes[1]] for row in single]
         plot.plot(x, y, "o-", label=name, linewidth=1)
         for row in single:
-            plot.annotate(f"s={row['strength']}", (row[axes[0]], row[axes[1]]), xytext=(4, 4), textcoords="offset points")
+            plot.annotate(
+                f"s={row['strength']}", (row[axes[0]], row[axes[1]]), xytext=(4, 4), textcoords="offset points"
+            )
     plot.set(xlabel=LABELS[axes[0]], ylabel=LABELS[axes[1]])
     plot.margins(0.15)
     plot.grid(alpha=0.3)

@@ -157,7 +157,13 @@ class Measurer:
         return out
 
     def _to(
-        self, looks: Looks, which: np.ndarray, other: Looks, label: int | None, strength: float | str | None, prefix: str
+        self,
+        looks: Looks,
+        which: np.ndarray,
+        other: Looks,
+        label: int | None,
+        strength: float | str | None,
+        prefix: str,
     ) -> dict[str, float]:
         """FID (totals over classes only) and KID of a row's images to another set's of the same class and strength."""
         theirs = np.ones(len(other.classes), bool) if label is None else other.classes == label

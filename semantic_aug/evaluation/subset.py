@@ -42,9 +42,7 @@ class Subset:
         return rounded if len(np.unique(rounded)) <= 20 else np.round(self.images.strength, 1)
 
 
-def open_subset(
-    name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False
-) -> Subset:
+def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:
     """Reads the folders of one name.
 
     Raises:
