@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from semantic_aug.errors import UserError
+from semantic_aug.prompts import fill
 from semantic_aug.registry import resolve_path
 
 WITH, WITHOUT = "a photo with a {}", "a photo without a {}"
@@ -74,7 +75,9 @@ def load_clip(name: str, device: str = "cpu") -> Clip:
         UserError: it cannot be had, or is no CLIP model.
     """
     from transformers import CLIPModel, CLIPProcessor
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     folder = resolve_path(name)
     place = str(folder) if folder.is_dir() else name
     try:
@@ -106,7 +109,5 @@ def presence(clip: Clip, images: np.ndarray, thing: str) -> np.ndarray:
     Returns:
         ``(N,)`` in [0, 1].
     """
-    from semantic_aug.prompts import fill
-
     logits = clip.scale * images @ clip.texts([fill(WITH, thing), fill(WITHOUT, thing)]).T
     return 1 / (1 + np.exp(np.clip(logits[:, 1] - logits[:, 0], -500, 500)))

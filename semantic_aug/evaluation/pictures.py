@@ -39,7 +39,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--neighbours", type=cli.whole(1), default=5, metavar="N", help="real images beside each synthetic one"
     )
-    group.add_argument("--size", type=cli.whole(16), default=128, metavar="PIXELS", help="side of each image")
+    group.add_argument("--size", type=cli.whole(16), default=160, metavar="PIXELS", help="side of each image")
     return parser
 
 
@@ -113,19 +113,26 @@ def neighbours(
 
 
 def failures(given: options.Given, subset, judge, rows: int, size: int) -> Image.Image:
-    """The images with the lowest target-class probability, worst first, and what the classifier takes them for."""
+    """For the target classes that fare worst, the images with the lowest target probability, and what they are taken for."""
     from semantic_aug.evaluation.faithfulness import judged
 
     names, images = given.dataset.class_names, subset.images
     probabilities = judged(judge, images, given.dataset)
-    score = probabilities[np.arange(len(images)), images.target]
-    cells = []
-    for i in np.argsort(score, kind="stable")[: rows * MOST_COLUMNS // 2].tolist():
-        taken = names[probabilities[i].argmax()]
-        cells.append(Cell(images.image(i), f"{score[i]:.2f} {names[images.target[i]]}, looks {taken}", WRONG))
-    lines = [cells[start : start + MOST_COLUMNS // 2] for start in range(0, len(cells), MOST_COLUMNS // 2)]
-    title = f"{subset.name}: lowest probability of the target class"
-    return grid(lines, size=size, title=title)
+    score, taken = probabilities[np.arange(len(images)), images.target], probabilities.argmax(1)
+    mean = {label: score[images.target == label].mean() for label in np.unique(images.target).tolist()}
+    lines, titles = [], []
+    for label in sorted(mean, key=mean.get)[:rows]:
+        mine = np.flatnonzero(images.target == label)
+        worst = mine[np.argsort(score[mine], kind="stable")][: MOST_COLUMNS // 2].tolist()
+        lines.append(
+            [
+                Cell(images.image(i), f"{score[i]:.2f} looks {names[taken[i]]}", RIGHT if taken[i] == label else WRONG)
+                for i in worst
+            ]
+        )
+        titles.append(f"{names[label]} ({mean[label]:.2f})")
+    title = f"{subset.name}: lowest probability of the target class (mean of the class in brackets)"
+    return grid(lines, titles, size=size, title=title)
 
 
 def main(argv: list[str] | None = None) -> int:
