@@ -214,7 +214,7 @@ def _make_room(folder: Path, size: int) -> None:
         _NoRoom: they do not fit even then.
     """
     files = []
-    for path in folder.glob("pixels-*.npy"):
+    for path in (*folder.glob("pixels-*.npy"), *folder.glob("features-*.npy")):
         try:
             status = path.stat()
         except FileNotFoundError:  # another process removes too

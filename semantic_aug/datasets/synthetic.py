@@ -121,14 +121,7 @@ def read_subset(
         UserError: no such folder, an empty subset, a class that is not the data set's, an image that is missing or lies
             outside the folder, or sources from outside the training images (a leak into validation or test).
     """
-    place, _, variant = str(folder).partition("#")
-    root = registry.resolve_path(place)
-    if not root.is_dir():
-        raise UserError(
-            f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
-            f"entry in {registry.SUBSETS}"
-        )
-    file = _table_file(root, variant)
+    root, file = locate(folder)
     if not file.is_file() and (root / "config.yaml").is_file():
         raise UserError(f"synthetic subset {root} is unfinished (no {file.name}): run its sample_mp.py command again")
     table = meta_csv.read(file)
@@ -138,6 +131,25 @@ def read_subset(
     paths = _paths(root / DATA, table.path, file)
     _check_sources(table, dataset, file, allow_other_sources)
     return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
+
+
+def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
+    """The folder of a subset and the file that lists its images, which need not be there.
+
+    Args:
+        folder: of the subset; ``#NAME`` at its end chooses ``meta-NAME.csv``.
+
+    Raises:
+        UserError: no such folder, or no such variant; lists the variants there are.
+    """
+    place, _, variant = str(folder).partition("#")
+    root = registry.resolve_path(place)
+    if not root.is_dir():
+        raise UserError(
+            f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
+            f"entry in {registry.SUBSETS}"
+        )
+    return root, _table_file(root, variant)
 
 
 def read_subsets(
@@ -159,7 +171,8 @@ def _table_file(root: Path, variant: str) -> Path:
         if (file := root / f"meta{separator}{variant}.csv").is_file():
             return file
     there = sorted(file.stem[len("meta") + 1 :] for file in root.glob("meta[-.]*.csv"))
-    raise unknown(f"variant of synthetic subset {root}", variant, there, f"expected a file meta-{variant}.csv there")
+    where = f"expected a file meta-{variant}.csv there, as the filter makes it"
+    raise unknown(f"variant of synthetic subset {root}", variant, there, where)
 
 
 def _fold(name: str) -> str:

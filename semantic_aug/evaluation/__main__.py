@@ -1,0 +1,40 @@
+"""What synthetic images are worth: ``python -m semantic_aug.evaluation COMMAND ...``."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from semantic_aug.errors import run_main, unknown
+
+COMMANDS = {
+    "filter": "semantic_aug.evaluation.filter",
+    "measure": "semantic_aug.evaluation.measure",
+    "pictures": "semantic_aug.evaluation.pictures",
+}
+"""Each command's module; its ``main`` takes the words after the command, its first docstring line is the summary."""
+
+
+def _summary(module: str) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(text)).split("\n")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        lines = [f"  {name:<10} {_summary(module)}" for name, module in COMMANDS.items()]
+        print("usage: python -m semantic_aug.evaluation COMMAND ... (COMMAND --help lists its flags)", *lines, sep="\n")
+        return 0
+    if words[0] not in COMMANDS:
+        raise unknown("command", words[0], COMMANDS, "python -m semantic_aug.evaluation --help says what each does")
+    return importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,68 @@
+"""What an independent classifier takes synthetic images for, against what they are labelled as."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.errors import UserError
+from semantic_aug.evaluation.judge import Judge
+
+
+def judged(judge: Judge, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
+    """Class probabilities ``(M, K)`` of synthetic images, classes in the data set's order.
+
+    Raises:
+        UserError: the classifier was trained on other classes.
+    """
+    return judge.probabilities(images.image, len(images))[:, class_positions(judge, dataset)]
+
+
+def class_positions(judge: Judge, dataset: LoadedDataset) -> list[int]:
+    """Where the classifier has each class of the data set, ``K`` indices.
+
+    Raises:
+        UserError: it was trained on other classes.
+    """
+    strange = sorted(set(judge.class_names) ^ set(dataset.source_names))
+    if strange:
+        raise UserError(
+            f"--classifier knows other classes than {dataset.name} ('{strange[0]}' is one of {len(strange)} that only one "
+            "of them has): give a classifier that train_cls.py trained on this --dataset"
+        )
+    return [judge.class_names.index(name) for name in dataset.source_names]
+
+
+def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> dict[str, np.ndarray]:
+    """Faithfulness of each image.
+
+    Args:
+        probabilities: ``(M, K)``, rows summing to one.
+        images: with their source and target classes.
+        gamma: of the soft labels y = (1 - s^gamma) source + s^gamma target.
+
+    Returns:
+        Each ``(M,)`` in [0, 1]: ``source_probability``, ``target_probability``; ``source_top1`` and ``target_top1``, whether
+        the most likely class is the source's or the target's; ``label_agreement``, sum_k y_k p_k.
+    """
+    rows, best = np.arange(len(images)), probabilities.argmax(1)
+    labels = images.labels(gamma, probabilities.shape[1])
+    return {
+        "source_probability": probabilities[rows, images.source],
+        "target_probability": probabilities[rows, images.target],
+        "source_top1": (best == images.source).astype(float),
+        "target_top1": (best == images.target).astype(float),
+        "label_agreement": (labels * probabilities).sum(1),
+    }
+
+
+def label_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarray:
+    """Probability ``(M,)`` that the image is of one of the (one or two) classes its soft label names.
+
+    A translation on its way from source to target loses nothing here, whatever its strength; an image that is something
+    else does.
+    """
+    rows = np.arange(len(images))
+    target = probabilities[rows, images.target]
+    return np.where(images.source == images.target, target, target + probabilities[rows, images.source])

@@ -1,0 +1,118 @@
+"""Features of images from any timm model: what is left of it without its head, one vector per image."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from semantic_aug.classify.data import ImageStore, Normaliser
+from semantic_aug.classify.models import make_model
+from semantic_aug.datasets.cache import cache_folder
+from semantic_aug.datasets.table import file_stamp
+from semantic_aug.registry import resolve_path
+from semantic_aug.run_dir import atomic_path, sha256_text
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "tf_efficientnet_lite0"
+"""Its ImageNet weights come in a Python package, so features can be had without a model hub."""
+VERSION = 1
+"""Counts changes of how features are made; part of every cache file's name."""
+
+
+@dataclass
+class Extractor:
+    """A model without its head, in evaluation mode.
+
+    Attributes:
+        name: says which model with which weights at which resolution.
+        model: from normalised images to ``(B, D)``.
+        normalise: uint8 batches to the model's input.
+        resolution: side to which the whole picture is resized, in pixels.
+        keep: features are kept below the cache's folder and found there again.
+    """
+
+    name: str
+    model: nn.Module
+    normalise: Normaliser
+    resolution: int
+    keep: bool = True
+
+    @torch.inference_mode()
+    def features(
+        self, read: Callable[[int], Image.Image], count: int, identity: str | None = None, batch_size: int = 64
+    ) -> np.ndarray:
+        """Features of images read by index.
+
+        Args:
+            read: from an index to a PIL RGB image.
+            count: number of images N, 1 or more.
+            identity: what the images are (a table's ``signature()``); None: features are not kept.
+            batch_size: images at a time.
+
+        Returns:
+            float32 ``(N, D)``.
+        """
+        path = cache_folder() / f"features-{sha256_text(f'{VERSION} {self.name} {identity}')[:32]}.npy"
+        if self.keep and identity is not None and (found := _load(path, count)) is not None:
+            return found
+        store, rows = ImageStore(read, count, self.resolution, budget=0, cache="off"), []
+        with tqdm(total=count, desc="features", unit="image", mininterval=1.0, leave=False) as bar:
+            for start in range(0, count, batch_size):
+                pixels = torch.from_numpy(store.batch(np.arange(start, min(count, start + batch_size))))
+                rows.append(self.model(self.normalise(pixels)).flatten(1).float().cpu().numpy())
+                bar.update(len(pixels))
+        features = np.concatenate(rows)
+        if self.keep and identity is not None:
+            _save(path, features)
+        return features
+
+
+def load_extractor(
+    name: str = DEFAULT_MODEL, weights: str = "auto", resolution: int = 224, device: str = "cpu", keep: bool = True
+) -> Extractor:
+    """A feature extractor.
+
+    Args:
+        name: timm's or torchvision's name of the model.
+        weights: ``auto`` (a package where there is one, else the hub), ``none``, or a file or folder.
+        resolution: side of its images in pixels.
+        device: where it runs.
+        keep: see :class:`Extractor`.
+
+    Raises:
+        UserError: an unknown model, or weights that cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):  # weights "none" are the same in every process
+        torch.manual_seed(0)
+        model, normalisation = make_model(name, 0, resolution, weights)
+    place = torch.device(device)
+    stamp = file_stamp(resolve_path(weights)) if weights not in ("auto", "none") else ""
+    normalise = Normaliser(normalisation.mean, normalisation.std, place)
+    return Extractor(f"{name} {weights} {stamp} {resolution}", model.to(place).eval(), normalise, resolution, keep)
+
+
+def _load(path: Path, count: int) -> np.ndarray | None:
+    try:
+        features = np.load(path)
+        os.utime(path)  # the least recently used files go first
+    except (OSError, ValueError, EOFError):  # absent, or cut off by a failing disk
+        return None
+    return features if features.ndim == 2 and len(features) == count else None
+
+
+def _save(path: Path, features: np.ndarray) -> None:
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as out:
+            np.save(out, features)
+    except OSError as error:
+        log.info("features are not kept: %s cannot be written to (%s)", path.parent, error.strerror or error)
