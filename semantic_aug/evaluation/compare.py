@@ -1,0 +1,495 @@
+"""Does it help? One command runs many methods on equal budgets and seeds, through all three stages, and writes a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semantic_aug import cli, registry
+from semantic_aug.datasets.subsets import PROFILES
+from semantic_aug.diffusion.base import DEFAULT_MODEL
+from semantic_aug.errors import Interrupted, UserError, run_main, unknown
+from semantic_aug.evaluation import comparison
+from semantic_aug.evaluation import recipe as recipes
+from semantic_aug.evaluation.recipe import DEFAULT_METHODS, METHODS, Devices, Recipe
+from semantic_aug.evaluation.steps import (
+    Pair,
+    check_commands,
+    duration,
+    pair_lock,
+    prepare_config,
+    shown,
+    terminated_as_interrupted,
+)
+
+OWN_FLAGS = {
+    1: {
+        "--dataset",
+        "--seed",
+        "--subset_seed",
+        "--output_dir",
+        "--register_key",
+        "--config_dir",
+        "--finetune_strategy",
+    },
+    2: {"--dataset", "--seed", "--subset_seed", "--output_root", "--register_key", "--config_dir", "--sample_strategy"},
+    3: {"--dataset", "--seed", "--seeds", "--subset_seed", "--output_dir", "--syndata_key", "--config_dir"},
+}
+"""Flags that ``--stageN_args`` may not hold: the comparison sets them itself."""
+
+POLL_SECONDS = 5.0
+_ARGS = re.compile(r"--stage[123]_args")
+
+
+def build_parser() -> cli.Parser:
+    """All flags of ``compare``."""
+    parser = cli.Parser(prog="compare", description=__doc__)
+    what = parser.add_argument_group("what to compare")
+    what.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(DEFAULT_METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})",
+    )
+    what.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[2020, 2021, 2022],
+        metavar="N",
+        help="each draws its own training images and has its own stages 1 and 2 (default: 2020 2021 2022)",
+    )
+    add_settings(parser, several=True)
+    add_budget(parser, several=True)
+    add_where(parser, "outputs/compare/{dataset}")
+    run = parser.add_argument_group("sharing and reporting")
+    run.add_argument(
+        "--num_shards", type=cli.whole(1), default=1, metavar="N", help="deal the pairs of setting and seed to N runs"
+    )
+    run.add_argument("--shard_index", type=cli.whole(0), default=0, metavar="I", help="which of them this is, from 0")
+    run.add_argument(
+        "--keep",
+        choices=("all", "results"),
+        default="all",
+        help="results: the synthetic images of a finished pair are removed; they can be made again, the same",
+    )
+    run.add_argument("--report_only", action="store_true", help="run nothing: write the report over what is there")
+    run.add_argument("--dry_run", action="store_true", help="print the runs and their number, and stop")
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, several: bool) -> None:
+    """The flags that say which data; ``several``: many few-shot settings at once."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, metavar="NAME", help="as in the three stages")
+    data.add_argument(
+        "--examples_per_class",
+        type=int,
+        nargs="+" if several else None,
+        default=[-1] if several else -1,
+        metavar="N",
+        help=("few-shot settings, several at once" if several else "few-shot setting")
+        + "; -1: all images (default: -1)",
+    )
+    data.add_argument("--task", choices=("vanilla", "imbalanced"), default="vanilla", help="imbalanced: the long tail")
+    data.add_argument(
+        "--imbalance_factor",
+        type=cli.number(0, 1, open_low=True),
+        default=0.01,
+        metavar="F",
+        help="long tail: smallest over largest class, in (0, 1]",
+    )
+    data.add_argument("--imbalance_profile", choices=PROFILES, default=None, help="long tail: see the stages' --help")
+    data.add_argument(
+        "--val_fraction",
+        type=cli.number(0, 0.9),
+        default=None,
+        metavar="F",
+        help="share held out for validation where the data set has no such split (default: the stages' 0.1)",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser, several: bool) -> None:
+    """The flags that are passed on to the stages; what is not given is the stage's own default."""
+
+    def per_setting(group, name: str, kind: Callable, metavar: str, text: str) -> None:
+        number = {"nargs": "+"} if several else {}
+        tail = "; one value, or one for each of --examples_per_class" if several else ""
+        group.add_argument(f"--{name}", type=kind, default=None, metavar=metavar, help=text + tail, **number)
+
+    one = parser.add_argument_group("stage 1")
+    one.add_argument(
+        "--pretrained_model_name_or_path", default=DEFAULT_MODEL, metavar="MODEL", help="base model of stages 1 and 2"
+    )
+    per_setting(one, "max_train_steps", cli.whole(1), "N", "optimiser steps (default: stage 1's)")
+    one.add_argument(
+        "--train_batch_size", type=cli.whole(1), default=None, metavar="N", help="images per step (default: stage 1's)"
+    )
+    one.add_argument(
+        "--learning_rate", type=cli.number(0), default=None, metavar="LR", help="of the LoRA (default: stage 1's)"
+    )
+    one.add_argument(
+        "--ti_learning_rate",
+        type=cli.number(0),
+        default=None,
+        metavar="LR",
+        help="of the class tokens (default: stage 1's)",
+    )
+    one.add_argument(
+        "--initializer", default=None, metavar="WORDS", help="what class tokens start from (default: stage 1's)"
+    )
+    two = parser.add_argument_group("stage 2")
+    two.add_argument(
+        "--num_inference_steps", type=cli.whole(1), default=None, metavar="N", help="of the solver (default: stage 2's)"
+    )
+    three = parser.add_argument_group("stage 3")
+    if several:
+        per_setting(
+            two, "aug_strength", cli.number(0, 1, open_low=True), "S", "how far images are noised (default: 0.7)"
+        )
+        per_setting(
+            two, "multiplier", cli.number(0, 1e6, open_low=True), "M", "synthetic images per image (default: 5)"
+        )
+        per_setting(three, "gamma", cli.number(0, open_low=True), "G", "of the soft labels (default: 0.5)")
+        per_setting(
+            three,
+            "synthetic_prob",
+            cli.number(0, 1),
+            "P",
+            "chance that an item is synthetic (default: 0.1 with all data, 0.3 for few shots and long tails)",
+        )
+    three.add_argument("--model", default="resnet50", metavar="NAME", help="any timm model")
+    three.add_argument("--res_mode", type=cli.whole(16), default=224, metavar="PIXELS", help="side of the images")
+    per_setting(three, "nepoch", cli.whole(1), "N", "epochs over the real images (default: stage 3's)")
+    three.add_argument(
+        "--batch_size", type=cli.whole(1), default=None, metavar="N", help="images per step (default: stage 3's)"
+    )
+    per_setting(three, "eval_every", cli.whole(1), "N", "epochs between evaluations on validation (default: stage 3's)")
+    three.add_argument(
+        "--lr", type=cli.number(0, open_low=True), default=None, metavar="LR", help="(default: stage 3's)"
+    )
+    three.add_argument(
+        "--select_by",
+        choices=("top1", "macro", "worst_group"),
+        default=None,
+        help="validation score that chooses (default: stage 3's)",
+    )
+    for stage in (1, 2, 3):
+        parser.add_argument(
+            f"--stage{stage}_args",
+            type=shlex.split,
+            default=[],
+            metavar="WORDS",
+            help=f"further words for {recipes.SCRIPTS[stage]}, quoted as one",
+        )
+
+
+def add_where(parser: argparse.ArgumentParser, folder: str) -> None:
+    """The flags that say where to run and to write."""
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--gpu_ids",
+        nargs="+",
+        default=None,
+        metavar="ID",
+        help="stage 2 has one process per entry, stages 1 and 3 run on the first; GPU numbers or the word cpu "
+        "(default: each stage's own choice)",
+    )
+    where.add_argument("--output_dir", type=Path, default=None, metavar="DIR", help=f"(default: {folder})")
+    where.add_argument(
+        "--config_dir",
+        type=Path,
+        default=registry.CONFIG_DIR,
+        metavar="DIR",
+        help="folder of the registry files (default: config)",
+    )
+
+
+def joined_words(words: Sequence[str]) -> list[str]:
+    """The words with each ``--stageN_args VALUE`` made one word, since the value itself begins like a flag."""
+    out: list[str] = []
+    for word in words:
+        if out and _ARGS.fullmatch(out[-1]):
+            out[-1] = f"{out[-1]}={word}"
+        else:
+            out.append(word)
+    return out
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what cannot work.
+
+    Raises:
+        UserError: one line.
+    """
+    for name in args.methods:
+        if name not in METHODS:
+            raise unknown("method of --methods", name, METHODS, "choose among these")
+    if args.shard_index >= args.num_shards:
+        raise UserError(f"--shard_index {args.shard_index}: expected a number below --num_shards {args.num_shards}")
+    for name in args.examples_per_class:
+        if name < 1 and name != -1:
+            raise UserError(f"--examples_per_class {name}: expected a number of images, or -1 for all")
+    check_passed_on(args)
+
+
+def check_passed_on(args: argparse.Namespace) -> None:
+    """Refuses devices that are none, and words for the stages that would undo the equal budgets.
+
+    Raises:
+        UserError: one line.
+    """
+    for word in args.gpu_ids or []:
+        if word != "cpu" and not word.isdecimal():
+            raise UserError(f"--gpu_ids {word}: expected GPU numbers or the word cpu")
+    for stage, owned in OWN_FLAGS.items():
+        for word in getattr(args, f"stage{stage}_args"):
+            if word.split("=")[0] in owned:
+                raise UserError(f"--stage{stage}_args: {word} is set for every run already; leave it out")
+
+
+def recipe_of(args: argparse.Namespace, place: int) -> Recipe:
+    """The budget of one of the settings.
+
+    Args:
+        args: of the parser.
+        place: of the setting in ``--examples_per_class``.
+
+    Raises:
+        UserError: a flag with neither one value nor one for each setting.
+    """
+
+    def own(name: str, default: Any = None) -> Any:
+        values = getattr(args, name)
+        if values is None:
+            return default
+        if len(values) not in (1, len(args.examples_per_class)):
+            raise UserError(
+                f"--{name} {' '.join(f'{v:g}' for v in values)}: expected one value, or one for each of the "
+                f"{len(args.examples_per_class)} of --examples_per_class"
+            )
+        return values[place if len(values) > 1 else 0]
+
+    shots = args.examples_per_class[place]
+    few = shots > 0 or args.task == "imbalanced"
+    classify = {"nepoch": own("nepoch"), "eval_every": own("eval_every")}
+    sample = {"aug_strength": own("aug_strength", 0.7), "syn_dataset_multiplier": own("multiplier", 5.0)}
+    synthetic = {"gamma": own("gamma", 0.5), "synthetic_prob": own("synthetic_prob", 0.3 if few else 0.1)}
+    return make_recipe(args, shots, own("max_train_steps"), sample, classify, synthetic)
+
+
+def make_recipe(
+    args: argparse.Namespace, shots: int, max_train_steps: int | None, sample: dict, classify: dict, synthetic: dict
+) -> Recipe:
+    """A recipe from the flags that are the same for all settings, and what is the setting's own."""
+    tail = args.task == "imbalanced"
+    return Recipe(
+        name=recipes.setting_name(shots, args.task, args.imbalance_factor),
+        base=args.pretrained_model_name_or_path,
+        shared={
+            "dataset": args.dataset,
+            "examples_per_class": shots,
+            "task": args.task,
+            "imbalance_factor": args.imbalance_factor if tail else None,
+            "imbalance_profile": args.imbalance_profile if tail else None,
+            "val_fraction": args.val_fraction,
+        },
+        finetune={
+            "max_train_steps": max_train_steps,
+            "train_batch_size": args.train_batch_size,
+            "learning_rate": args.learning_rate,
+            "ti_learning_rate": args.ti_learning_rate,
+            "initializer": args.initializer,
+        },
+        sample={**sample, "num_inference_steps": args.num_inference_steps},
+        classify={
+            "model": args.model,
+            "res_mode": args.res_mode,
+            "batch_size": args.batch_size,
+            "lr": args.lr,
+            "select_by": args.select_by,
+            **classify,
+        },
+        synthetic=synthetic,
+        extra={stage: tuple(getattr(args, f"stage{stage}_args")) for stage in (1, 2, 3)},
+    )
+
+
+def default_folder(dataset: str, parent: str) -> Path:
+    """``outputs/{parent}/{name of the data set}``."""
+    name = re.sub(r"[^\w.-]+", "_", Path(dataset.partition(":")[2] or dataset).name).strip("_")
+    return Path("outputs") / parent / (name or "data")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pair of setting and seed, and the steps of its methods."""
+
+    recipe: Recipe
+    seed: int
+    pair: Pair
+
+
+def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
+    """All pairs, seed by seed, so that a comparison stopped half-way has every setting."""
+    devices = Devices(tuple(args.gpu_ids) if args.gpu_ids else None)
+    all_recipes = [recipe_of(args, place) for place in range(len(args.examples_per_class))]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    jobs = []
+    for seed in dict.fromkeys(args.seeds):
+        for recipe in all_recipes:
+            place = comparison.pair_folder(folder, recipe.name, seed)
+            methods = list(dict.fromkeys(args.methods))
+            jobs.append(
+                Job(recipe, seed, Pair(place, recipes.steps_of(recipe, seed, methods, place, devices, visible)))
+            )
+    return jobs
+
+
+def print_runs(jobs: Sequence[Job]) -> None:
+    """Prints every run, and how many there are."""
+    total = {1: 0, 2: 0, 3: 0}
+    left = 0
+    for job in jobs:
+        missing = job.pair.missing()
+        left += len(missing)
+        print(f"# {job.recipe.name}, seed {job.seed}")
+        for name, step in job.pair.steps.items():
+            total[step.stage] += 1
+            print(shown(step) + ("" if name in missing else "  # not needed: done"))
+    parts = ", ".join(f"{count} of stage {stage}" for stage, count in total.items() if count)
+    print(f"{sum(total.values())} runs ({parts}) in {len(jobs)} pairs of setting and seed; {left} to do")
+
+
+class Progress:
+    """Says what runs, and how long the rest will take as far as can be known from what ran."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs = jobs
+
+    def remaining(self) -> str:
+        """Steps and time left in words."""
+        known: dict[tuple[str, str], list[float]] = {}
+        for job in self.jobs:
+            for name, entry in job.pair.records.items():
+                if entry["done"]:
+                    known.setdefault((job.recipe.name, name), []).append(entry["seconds"])
+        todo = [(job.recipe.name, name) for job in self.jobs for name in job.pair.missing()]
+        times = [sum(known[key]) / len(known[key]) for key in todo if key in known]
+        if not times:
+            return f"{len(todo)} runs to do"
+        more = f" and {len(todo) - len(times)} runs not yet timed" if len(times) < len(todo) else ""
+        return f"{len(todo)} runs to do: about {duration(sum(times))}{more}"
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say: Callable[[str], None]) -> None:
+    """Runs what is missing, pair by pair; one that another process has is come back to.
+
+    Raises:
+        UserError: a step failed.
+        KeyboardInterrupt: interrupted.
+    """
+    progress, waiting, told = Progress(jobs), list(jobs), False
+    while waiting:
+        busy = []
+        for job in waiting:
+            with pair_lock(job.pair.folder) as held:
+                if held is None:
+                    busy.append(job)
+                    continue
+                missing = job.pair.missing()
+                if missing:
+                    say(f"{job.recipe.name}, seed {job.seed} ({progress.remaining()})")
+                    prepare_config(job.pair.folder, config_dir)
+                for name in missing:
+                    job.pair.run(name, held, say)
+                if keep == "results":
+                    job.pair.remove_images()
+            if missing:
+                comparison.write(folder)
+        if busy and len(busy) == len(waiting):
+            if not told:
+                say(f"waiting for another process at work on {len(busy)} pair(s)")
+            told = True
+            time.sleep(POLL_SECONDS)
+        waiting = busy
+
+
+def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, devices: Devices) -> None:
+    """Lets every stage check the flags of each setting that is new, before the first of them runs.
+
+    Raises:
+        UserError: a stage refuses.
+    """
+    for job in {job.recipe.name: job for job in reversed(jobs)}.values():
+        if (folder / job.recipe.name / comparison.RECIPE_FILE).is_file():
+            continue
+        recipe, seed, stages = job.recipe, job.seed, {step.stage for step in job.pair.steps.values()}
+        place = folder / ".check" / recipe.name
+        prepare_config(place, config_dir)
+        shared = recipes.shared_flags(recipe, seed, place)
+        steps = [recipes.classify_step(recipe, seed, shared, "real-only", place, devices)]
+        if 2 in stages:
+            steps.append(recipes.sample_step(recipe, seed, shared, "real-guidance", place, devices))
+        if 1 in stages:
+            steps.append(recipes.finetune_step(recipe, seed, shared, "ti_db", place, {}))
+        check_commands(steps, place)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, checks, runs what is missing, reports."""
+    words = joined_words(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    check(args)
+    folder = registry.resolve_path(args.output_dir or default_folder(args.dataset, "compare"))
+    jobs = jobs_of(args, folder)
+    if args.dry_run:
+        print_runs(jobs)
+        return 0
+    if not args.report_only:
+        mine = jobs[args.shard_index :: args.num_shards]
+        try:
+            with terminated_as_interrupted():
+                check_stages(mine, folder, args.config_dir, Devices(tuple(args.gpu_ids) if args.gpu_ids else None))
+                for recipe in {job.recipe.name: job.recipe for job in jobs}.values():
+                    comparison.claim_setting(folder, recipe.name, recipe.record())
+                comparison.save_request(folder, _request_words(words), *_asked(jobs, args))
+                run_jobs(mine, folder, args.config_dir, args.keep, lambda text: print(text, flush=True))
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
+    found = comparison.write(folder)
+    print(
+        f"{len(found.rows)} of {len(found.rows) + len(found.missing)} classifiers: {registry.shown_path(folder / 'report.md')}"
+    )
+    return 0
+
+
+def _asked(jobs: Sequence[Job], args: argparse.Namespace) -> tuple[list[str], list[int], list[str]]:
+    settings = list(dict.fromkeys(job.recipe.name for job in jobs))
+    return settings, list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
+
+
+def _request_words(words: Sequence[str]) -> list[str]:
+    """The words of a request without what says which share of it a process does."""
+    out, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in ("--num_shards", "--shard_index"):
+            skip = True
+        elif not word.startswith(("--num_shards=", "--shard_index=")) and word != "--report_only":
+            out.append(word)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
