@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import cli, registry
-from semantic_aug.datasets.subsets import PROFILES
-from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.errors import Interrupted, UserError, run_main, unknown
-from semantic_aug.evaluation import comparison
+from semantic_aug.evaluation import comparison, flags
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.recipe import DEFAULT_METHODS, METHODS, Devices, Recipe
 from semantic_aug.evaluation.steps import (
@@ -30,23 +26,7 @@ from semantic_aug.evaluation.steps import (
     terminated_as_interrupted,
 )
 
-OWN_FLAGS = {
-    1: {
-        "--dataset",
-        "--seed",
-        "--subset_seed",
-        "--output_dir",
-        "--register_key",
-        "--config_dir",
-        "--finetune_strategy",
-    },
-    2: {"--dataset", "--seed", "--subset_seed", "--output_root", "--register_key", "--config_dir", "--sample_strategy"},
-    3: {"--dataset", "--seed", "--seeds", "--subset_seed", "--output_dir", "--syndata_key", "--config_dir"},
-}
-"""Flags that ``--stageN_args`` may not hold: the comparison sets them itself."""
-
 POLL_SECONDS = 5.0
-_ARGS = re.compile(r"--stage[123]_args")
 
 
 def build_parser() -> cli.Parser:
@@ -68,9 +48,9 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="each draws its own training images and has its own stages 1 and 2 (default: 2020 2021 2022)",
     )
-    add_settings(parser, several=True)
-    add_budget(parser, several=True)
-    add_where(parser, "outputs/compare/{dataset}")
+    flags.add_settings(parser, several=True)
+    flags.add_budget(parser, several=True)
+    flags.add_where(parser, "outputs/compare/{dataset}")
     run = parser.add_argument_group("sharing and reporting")
     run.add_argument(
         "--num_shards", type=cli.whole(1), default=1, metavar="N", help="deal the pairs of setting and seed to N runs"
@@ -87,144 +67,6 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, several: bool) -> None:
-    """The flags that say which data; ``several``: many few-shot settings at once."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, metavar="NAME", help="as in the three stages")
-    data.add_argument(
-        "--examples_per_class",
-        type=int,
-        nargs="+" if several else None,
-        default=[-1] if several else -1,
-        metavar="N",
-        help=("few-shot settings, several at once" if several else "few-shot setting")
-        + "; -1: all images (default: -1)",
-    )
-    data.add_argument("--task", choices=("vanilla", "imbalanced"), default="vanilla", help="imbalanced: the long tail")
-    data.add_argument(
-        "--imbalance_factor",
-        type=cli.number(0, 1, open_low=True),
-        default=0.01,
-        metavar="F",
-        help="long tail: smallest over largest class, in (0, 1]",
-    )
-    data.add_argument("--imbalance_profile", choices=PROFILES, default=None, help="long tail: see the stages' --help")
-    data.add_argument(
-        "--val_fraction",
-        type=cli.number(0, 0.9),
-        default=None,
-        metavar="F",
-        help="share held out for validation where the data set has no such split (default: the stages' 0.1)",
-    )
-
-
-def add_budget(parser: argparse.ArgumentParser, several: bool) -> None:
-    """The flags that are passed on to the stages; what is not given is the stage's own default."""
-
-    def per_setting(group, name: str, kind: Callable, metavar: str, text: str) -> None:
-        number = {"nargs": "+"} if several else {}
-        tail = "; one value, or one for each of --examples_per_class" if several else ""
-        group.add_argument(f"--{name}", type=kind, default=None, metavar=metavar, help=text + tail, **number)
-
-    one = parser.add_argument_group("stage 1")
-    one.add_argument(
-        "--pretrained_model_name_or_path", default=DEFAULT_MODEL, metavar="MODEL", help="base model of stages 1 and 2"
-    )
-    per_setting(one, "max_train_steps", cli.whole(1), "N", "optimiser steps (default: stage 1's)")
-    one.add_argument(
-        "--train_batch_size", type=cli.whole(1), default=None, metavar="N", help="images per step (default: stage 1's)"
-    )
-    one.add_argument(
-        "--learning_rate", type=cli.number(0), default=None, metavar="LR", help="of the LoRA (default: stage 1's)"
-    )
-    one.add_argument(
-        "--ti_learning_rate",
-        type=cli.number(0),
-        default=None,
-        metavar="LR",
-        help="of the class tokens (default: stage 1's)",
-    )
-    one.add_argument(
-        "--initializer", default=None, metavar="WORDS", help="what class tokens start from (default: stage 1's)"
-    )
-    two = parser.add_argument_group("stage 2")
-    two.add_argument(
-        "--num_inference_steps", type=cli.whole(1), default=None, metavar="N", help="of the solver (default: stage 2's)"
-    )
-    three = parser.add_argument_group("stage 3")
-    if several:
-        per_setting(
-            two, "aug_strength", cli.number(0, 1, open_low=True), "S", "how far images are noised (default: 0.7)"
-        )
-        per_setting(
-            two, "multiplier", cli.number(0, 1e6, open_low=True), "M", "synthetic images per image (default: 5)"
-        )
-        per_setting(three, "gamma", cli.number(0, open_low=True), "G", "of the soft labels (default: 0.5)")
-        per_setting(
-            three,
-            "synthetic_prob",
-            cli.number(0, 1),
-            "P",
-            "chance that an item is synthetic (default: 0.1 with all data, 0.3 for few shots and long tails)",
-        )
-    three.add_argument("--model", default="resnet50", metavar="NAME", help="any timm model")
-    three.add_argument("--res_mode", type=cli.whole(16), default=224, metavar="PIXELS", help="side of the images")
-    per_setting(three, "nepoch", cli.whole(1), "N", "epochs over the real images (default: stage 3's)")
-    three.add_argument(
-        "--batch_size", type=cli.whole(1), default=None, metavar="N", help="images per step (default: stage 3's)"
-    )
-    per_setting(three, "eval_every", cli.whole(1), "N", "epochs between evaluations on validation (default: stage 3's)")
-    three.add_argument(
-        "--lr", type=cli.number(0, open_low=True), default=None, metavar="LR", help="(default: stage 3's)"
-    )
-    three.add_argument(
-        "--select_by",
-        choices=("top1", "macro", "worst_group"),
-        default=None,
-        help="validation score that chooses (default: stage 3's)",
-    )
-    for stage in (1, 2, 3):
-        parser.add_argument(
-            f"--stage{stage}_args",
-            type=shlex.split,
-            default=[],
-            metavar="WORDS",
-            help=f"further words for {recipes.SCRIPTS[stage]}, quoted as one",
-        )
-
-
-def add_where(parser: argparse.ArgumentParser, folder: str) -> None:
-    """The flags that say where to run and to write."""
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--gpu_ids",
-        nargs="+",
-        default=None,
-        metavar="ID",
-        help="stage 2 has one process per entry, stages 1 and 3 run on the first; GPU numbers or the word cpu "
-        "(default: each stage's own choice)",
-    )
-    where.add_argument("--output_dir", type=Path, default=None, metavar="DIR", help=f"(default: {folder})")
-    where.add_argument(
-        "--config_dir",
-        type=Path,
-        default=registry.CONFIG_DIR,
-        metavar="DIR",
-        help="folder of the registry files (default: config)",
-    )
-
-
-def joined_words(words: Sequence[str]) -> list[str]:
-    """The words with each ``--stageN_args VALUE`` made one word, since the value itself begins like a flag."""
-    out: list[str] = []
-    for word in words:
-        if out and _ARGS.fullmatch(out[-1]):
-            out[-1] = f"{out[-1]}={word}"
-        else:
-            out.append(word)
-    return out
-
-
 def check(args: argparse.Namespace) -> None:
     """Refuses what cannot work.
 
@@ -239,22 +81,7 @@ def check(args: argparse.Namespace) -> None:
     for name in args.examples_per_class:
         if name < 1 and name != -1:
             raise UserError(f"--examples_per_class {name}: expected a number of images, or -1 for all")
-    check_passed_on(args)
-
-
-def check_passed_on(args: argparse.Namespace) -> None:
-    """Refuses devices that are none, and words for the stages that would undo the equal budgets.
-
-    Raises:
-        UserError: one line.
-    """
-    for word in args.gpu_ids or []:
-        if word != "cpu" and not word.isdecimal():
-            raise UserError(f"--gpu_ids {word}: expected GPU numbers or the word cpu")
-    for stage, owned in OWN_FLAGS.items():
-        for word in getattr(args, f"stage{stage}_args"):
-            if word.split("=")[0] in owned:
-                raise UserError(f"--stage{stage}_args: {word} is set for every run already; leave it out")
+    flags.check_passed_on(args)
 
 
 def recipe_of(args: argparse.Namespace, place: int) -> Recipe:
@@ -284,50 +111,7 @@ def recipe_of(args: argparse.Namespace, place: int) -> Recipe:
     classify = {"nepoch": own("nepoch"), "eval_every": own("eval_every")}
     sample = {"aug_strength": own("aug_strength", 0.7), "syn_dataset_multiplier": own("multiplier", 5.0)}
     synthetic = {"gamma": own("gamma", 0.5), "synthetic_prob": own("synthetic_prob", 0.3 if few else 0.1)}
-    return make_recipe(args, shots, own("max_train_steps"), sample, classify, synthetic)
-
-
-def make_recipe(
-    args: argparse.Namespace, shots: int, max_train_steps: int | None, sample: dict, classify: dict, synthetic: dict
-) -> Recipe:
-    """A recipe from the flags that are the same for all settings, and what is the setting's own."""
-    tail = args.task == "imbalanced"
-    return Recipe(
-        name=recipes.setting_name(shots, args.task, args.imbalance_factor),
-        base=args.pretrained_model_name_or_path,
-        shared={
-            "dataset": args.dataset,
-            "examples_per_class": shots,
-            "task": args.task,
-            "imbalance_factor": args.imbalance_factor if tail else None,
-            "imbalance_profile": args.imbalance_profile if tail else None,
-            "val_fraction": args.val_fraction,
-        },
-        finetune={
-            "max_train_steps": max_train_steps,
-            "train_batch_size": args.train_batch_size,
-            "learning_rate": args.learning_rate,
-            "ti_learning_rate": args.ti_learning_rate,
-            "initializer": args.initializer,
-        },
-        sample={**sample, "num_inference_steps": args.num_inference_steps},
-        classify={
-            "model": args.model,
-            "res_mode": args.res_mode,
-            "batch_size": args.batch_size,
-            "lr": args.lr,
-            "select_by": args.select_by,
-            **classify,
-        },
-        synthetic=synthetic,
-        extra={stage: tuple(getattr(args, f"stage{stage}_args")) for stage in (1, 2, 3)},
-    )
-
-
-def default_folder(dataset: str, parent: str) -> Path:
-    """``outputs/{parent}/{name of the data set}``."""
-    name = re.sub(r"[^\w.-]+", "_", Path(dataset.partition(":")[2] or dataset).name).strip("_")
-    return Path("outputs") / parent / (name or "data")
+    return flags.make_recipe(args, shots, own("max_train_steps"), sample, classify, synthetic)
 
 
 @dataclass(frozen=True)
@@ -341,7 +125,7 @@ class Job:
 
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
     """All pairs, seed by seed, so that a comparison stopped half-way has every setting."""
-    devices = Devices(tuple(args.gpu_ids) if args.gpu_ids else None)
+    devices = flags.devices_of(args)
     all_recipes = [recipe_of(args, place) for place in range(len(args.examples_per_class))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     jobs = []
@@ -447,10 +231,10 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, devices: D
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, checks, runs what is missing, reports."""
-    words = joined_words(sys.argv[1:] if argv is None else argv)
+    words = flags.joined_words(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     check(args)
-    folder = registry.resolve_path(args.output_dir or default_folder(args.dataset, "compare"))
+    folder = registry.resolve_path(args.output_dir or flags.default_folder(args.dataset, "compare"))
     jobs = jobs_of(args, folder)
     if args.dry_run:
         print_runs(jobs)
@@ -459,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         mine = jobs[args.shard_index :: args.num_shards]
         try:
             with terminated_as_interrupted():
-                check_stages(mine, folder, args.config_dir, Devices(tuple(args.gpu_ids) if args.gpu_ids else None))
+                check_stages(mine, folder, args.config_dir, flags.devices_of(args))
                 for recipe in {job.recipe.name: job.recipe for job in jobs}.values():
                     comparison.claim_setting(folder, recipe.name, recipe.record())
                 comparison.save_request(folder, _request_words(words), *_asked(jobs, args))

@@ -60,7 +60,7 @@ class BatchMaker:
             job.resolution,
             device,
             DTYPES[job.dtype],
-            job.template,
+            job.templates or job.template,
             job.compiled_batch,
         )
         self.sources: SourceMoments | None = None
@@ -94,7 +94,8 @@ class BatchMaker:
 
     def _part(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         generators = [task_rng(self.job.seed, task.number) for task in tasks]
-        targets = [task.target for task in tasks]
+        classes = len(self.job.classes.source_names)
+        targets = [task.template * classes + task.target for task in tasks]  # numbers of prompts
         if self.sources is None:
             return self.engine.generate(targets, generators), {}
         moments, broken = self.sources.batch([task.source for task in tasks])
