@@ -86,6 +86,12 @@ def _add_model_flags(parser: cli.Parser) -> None:
         help="several prompts, of which each image draws one: a text file with one a line, or training or views",
     )
     group.add_argument(
+        "--object_mask",
+        choices=("object", "background"),
+        default=None,
+        help="change only this part of a source image, by the data set's boxes, and keep the rest (default: change all)",
+    )
+    group.add_argument(
         "--image_format",
         choices=("png", "webp", "jpg"),
         default="png",
@@ -261,6 +267,10 @@ def resolve(args: argparse.Namespace):
     )
     if args.lcm_lora:
         files = dataclasses.replace(files, extra_lora=registry.find_lora(args.lcm_lora))
+    if args.object_mask:
+        from semantic_aug.sampling import masks
+
+        masks.check(args.object_mask, dataset.train, dataset.name, strategy.start)
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
@@ -292,6 +302,7 @@ def resolve(args: argparse.Namespace):
         engine=args.engine,
         ray_address=args.ray_address,
         templates=read_templates(args.prompt_templates) if args.prompt_templates else (),
+        object_mask=args.object_mask,
     )
     return sampling.with_batch_size(config, dataset), dataset
 

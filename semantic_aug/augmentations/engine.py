@@ -101,14 +101,22 @@ class Engine:
         return encode_moments(self.vae, to_pixels(images, self.device, self.dtype)).cpu()
 
     def translate(
-        self, moments: Tensor, targets: Sequence[int], strengths: Sequence[float], generators: Sequence[torch.Generator]
+        self,
+        moments: Tensor,
+        targets: Sequence[int],
+        strengths: Sequence[float],
+        generators: Sequence[torch.Generator],
+        masks: Tensor | None = None,
     ) -> Tensor:
-        """Img2img of encoded sources, each towards its target's prompt; uint8 ``(B, H, W, 3)`` on the CPU."""
+        """Img2img of encoded sources, each towards its target's prompt; uint8 ``(B, H, W, 3)`` on the CPU.
+
+        ``masks``, bool ``(B, 1, h, w)``, is True where an image may change; None: everywhere.
+        """
         padded = self._padding(len(targets))
         latents = translate(
             self.denoiser, self.scheduler, moments[padded].to(self.device, self.dtype), self.vae.config.scaling_factor,
             self.prompt_embeds[[targets[i] for i in padded]], self.null_embeds, [strengths[i] for i in padded],
-            _spread(generators, padded), self.settings,
+            _spread(generators, padded), self.settings, None if masks is None else masks[padded],
         )  # fmt: skip
         return self._decoded(latents[: len(targets)])
 

@@ -64,6 +64,7 @@ class SampleConfig:
         engine: ``mp`` (processes of this machine) or ``ray`` (actors).
         ray_address: of a running Ray cluster, or None for one on this machine.
         templates: prompts of which each task draws one, instead of ``template``; empty: none.
+        object_mask: the part of a source that may change: ``object``, ``background``, or None for all of it.
     """
 
     dataset: str
@@ -92,6 +93,7 @@ class SampleConfig:
     engine: str = "mp"
     ray_address: str | None = None
     templates: tuple[str, ...] = ()
+    object_mask: str | None = None
 
     def compiled(self, images: int) -> bool:
         """Whether networks are compiled; decided by the whole subset's size, so that a restart decides alike."""
@@ -201,6 +203,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> dic
         "device": "cpu" if config.devices[0] == "cpu" else "cuda",
         "template": config.template,
         "templates": list(config.templates) or None,
+        "object_mask": config.object_mask,
         "num_inference_steps": config.solver.num_inference_steps,
         "guidance_scale": config.solver.guidance_scale,
         "scheduler": config.solver.scheduler,

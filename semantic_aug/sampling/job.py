@@ -32,6 +32,7 @@ class Job:
         image_format: key of :data:`semantic_aug.sampling.files.FORMATS`.
         compiled_batch: batch size the networks are compiled for, or None.
         templates: prompts to draw from instead of ``template``; empty: none.
+        object_mask: the part of a source that may change (see :mod:`semantic_aug.sampling.masks`); None: all of it.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Job:
     image_format: str = "png"
     compiled_batch: int | None = None
     templates: tuple[str, ...] = ()
+    object_mask: str | None = None
 
 
 @dataclass(frozen=True)
