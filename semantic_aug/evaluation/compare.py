@@ -209,14 +209,13 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say
 
 
 def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, devices: Devices) -> None:
-    """Lets every stage check the flags of each setting that is new, before the first of them runs.
+    """Lets every stage check its flags before the first of them runs, once, for a setting that is new.
 
     Raises:
         UserError: a stage refuses.
     """
-    for job in {job.recipe.name: job for job in reversed(jobs)}.values():
-        if (folder / job.recipe.name / comparison.RECIPE_FILE).is_file():
-            continue
+    new = [job for job in jobs if not (folder / job.recipe.name / comparison.RECIPE_FILE).is_file()]
+    for job in new[:1]:
         recipe, seed, stages = job.recipe, job.seed, {step.stage for step in job.pair.steps.values()}
         place = folder / ".check" / recipe.name
         prepare_config(place, config_dir)
