@@ -83,13 +83,8 @@ def _add_synthetic(parser: cli.Parser) -> None:
         metavar="N",
         help="use only N target classes of each source class, drawn with --subset_seed; 0: all",
     )
-    syn.add_argument(
-        "--syndata_max",
-        type=cli.whole(1),
-        default=None,
-        metavar="N",
-        help="use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)",
-    )
+    text = "use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)"
+    syn.add_argument("--syndata_max", type=cli.whole(1), default=None, metavar="N", help=text)
     syn.add_argument(
         "--allow_other_sources",
         action="store_true",

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionInpaintPipeline
-from helpers import CLASSES, refused, run, sampling_arguments, subset_contents
+from helpers import CLASSES, ROOT, refused, run, sampling_arguments, subset_contents
 from PIL import Image
 from test_loop import PROMPTS, Case
 
@@ -28,6 +28,7 @@ from semantic_aug.sampling.plan import make_plan
 from semantic_aug.sampling.worker import BatchMaker
 from semantic_aug.seeding import task_rng
 
+EMBEDDED = ROOT / "scripts" / "quickstart" / "base"
 SIDE = tiny.RESOLUTION // 8
 LEFT = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
 LEFT[..., : SIDE // 2] = True
@@ -109,25 +110,26 @@ def cub(tmp_path, monkeypatch):
     return load_dataset("cub", Setting())
 
 
-def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tiny_base, tmp_path):
+def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
+    """With the embedded base model: the decoder of a random one sees the whole picture at every pixel."""
     names = ClassNames(cub.source_names, cub.class_names)
     job = Job(
-        folder=tmp_path, dataset="cub", setting=cub.setting, config_dir=tmp_path, files=ModelFiles(str(tiny_base), tiny_base),
-        classes=names, solver=SolverSettings(4), resolution=2 * tiny.RESOLUTION, dtype="fp32", template="a {}",
+        folder=tmp_path, dataset="cub", setting=cub.setting, config_dir=tmp_path, files=ModelFiles("embedded", EMBEDDED),
+        classes=names, solver=SolverSettings(4), resolution=128, dtype="fp32", template="a {}",
         from_noise=False, seed=0, object_mask="object",
     )  # fmt: skip
     maker = BatchMaker(job, "cpu")
     tasks = [Task(0, 0, 0, 1.0, "0.png", {}), Task(1, 1, 1, 1.0, "1.png", {})]
-    nothing = torch.zeros(1, 8, 8, dtype=torch.bool)
+    nothing = torch.zeros(1, 16, 16, dtype=torch.bool)
     right = nothing.clone()
-    right[..., 6:] = True
+    right[..., 12:] = True
     made = {}
     for name, mask in (("source", nothing), ("right", right)):
         maker.masks.known = {0: mask, 1: nothing}
         made[name], broken = maker.pixels(tasks)
         assert not broken
     difference = (made["right"].int() - made["source"].int()).abs().float().mean(-1)
-    assert difference[0, :, 48:].mean() > 4 * difference[0, :, :32].mean()  # the decoder sees a little beyond a cell
+    assert difference[0, :, 96:].mean() > 4 * difference[0, :, :64].mean()  # the decoder sees a little beyond a cell
     assert difference[1].max() <= 1
 
 
