@@ -116,7 +116,7 @@ def test_devices_reach_every_stage(tmp_path):
         (["--nepoch", "1", "2"], "--nepoch 1 2: expected one value, or one for each of the 1"),
         (["--examples_per_class", "0"], "--examples_per_class 0: expected a number of images, or -1"),
         (["--gpu_ids", "gpu0"], "--gpu_ids gpu0: expected GPU numbers or the word cpu"),
-        (["--stage3_args", "--seed 3"], "--stage3_args: --seed is set for every run already"),
+        (["--stage3_args", "--seed 3"], "--stage3_args: --seed is set for each run already"),
         (["--metods", "mixup"], "unknown argument --metods: did you mean --methods?"),
         (["--report_only", "--output_dir", "outputs/no_such_comparison"], "holds no comparison"),
     ],

@@ -86,7 +86,7 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
         (["--trials", "5"], "--trials 5: the smallest search has 6 runs"),
         (["--strategy", "diff-gen"], "argument --strategy: invalid choice: 'diff-gen'"),
         (["--strengths", "1.5"], "1.5: expected a number in (0, 1]"),
-        (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for every run already"),
+        (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for each run already"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):

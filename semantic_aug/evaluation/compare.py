@@ -154,25 +154,19 @@ def print_runs(jobs: Sequence[Job]) -> None:
     print(f"{sum(total.values())} runs ({parts}) in {len(jobs)} pairs of setting and seed; {left} to do")
 
 
-class Progress:
-    """Says what runs, and how long the rest will take as far as can be known from what ran."""
-
-    def __init__(self, jobs: Sequence[Job]):
-        self.jobs = jobs
-
-    def remaining(self) -> str:
-        """Steps and time left in words."""
-        known: dict[tuple[str, str], list[float]] = {}
-        for job in self.jobs:
-            for name, entry in job.pair.records.items():
-                if entry["done"]:
-                    known.setdefault((job.recipe.name, name), []).append(entry["seconds"])
-        todo = [(job.recipe.name, name) for job in self.jobs for name in job.pair.missing()]
-        times = [sum(known[key]) / len(known[key]) for key in todo if key in known]
-        if not times:
-            return f"{len(todo)} runs to do"
-        more = f" and {len(todo) - len(times)} runs not yet timed" if len(times) < len(todo) else ""
-        return f"{len(todo)} runs to do: about {duration(sum(times))}{more}"
+def remaining(jobs: Sequence[Job]) -> str:
+    """How much is left, in words: runs, and their time as far as the same steps under other seeds tell it."""
+    known: dict[tuple[str, str], list[float]] = {}
+    for job in jobs:
+        for name, entry in job.pair.records.items():
+            if entry["done"]:
+                known.setdefault((job.recipe.name, name), []).append(entry["seconds"])
+    todo = [(job.recipe.name, name) for job in jobs for name in job.pair.missing()]
+    times = [sum(known[key]) / len(known[key]) for key in todo if key in known]
+    if not times:
+        return f"{len(todo)} runs to do"
+    more = f" and {len(todo) - len(times)} runs not yet timed" if len(times) < len(todo) else ""
+    return f"{len(todo)} runs to do: about {duration(sum(times))}{more}"
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say: Callable[[str], None]) -> None:
@@ -182,7 +176,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say
         UserError: a step failed.
         KeyboardInterrupt: interrupted.
     """
-    progress, waiting, told = Progress(jobs), list(jobs), False
+    waiting, told = list(jobs), False
     while waiting:
         busy = []
         for job in waiting:
@@ -192,7 +186,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say
                     continue
                 missing = job.pair.missing()
                 if missing:
-                    say(f"{job.recipe.name}, seed {job.seed} ({progress.remaining()})")
+                    say(f"{job.recipe.name}, seed {job.seed} ({remaining(jobs)})")
                     prepare_config(job.pair.folder, config_dir)
                 for name in missing:
                     job.pair.run(name, held, say)

@@ -15,20 +15,16 @@ from semantic_aug.errors import UserError
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.recipe import Devices, Recipe
 
+_ALL_STAGES = (
+    "dataset examples_per_class task imbalance_factor imbalance_profile val_fraction subset_seed seed config_dir "
+    "register_key"
+)
 OWN_FLAGS = {
-    1: {
-        "--dataset",
-        "--seed",
-        "--subset_seed",
-        "--output_dir",
-        "--register_key",
-        "--config_dir",
-        "--finetune_strategy",
-    },
-    2: {"--dataset", "--seed", "--subset_seed", "--output_root", "--register_key", "--config_dir", "--sample_strategy"},
-    3: {"--dataset", "--seed", "--seeds", "--subset_seed", "--output_dir", "--syndata_key", "--config_dir"},
+    1: f"{_ALL_STAGES} output_dir finetune_strategy pretrained_model_name_or_path".split(),
+    2: f"{_ALL_STAGES} output_root sample_strategy finetune_model_key model_path aug_strength syn_dataset_multiplier".split(),
+    3: f"{_ALL_STAGES} output_dir seeds syndata_key syndata_dir syndata_max gamma synthetic_prob use_cutmix use_mixup".split(),
 }
-"""Flags that ``--stageN_args`` may not hold: the comparison sets them itself."""
+"""Flags that ``--stageN_args`` may not hold: they are what runs differ in, or must agree in."""
 
 _ARGS = re.compile(r"--stage[123]_args")
 
@@ -185,8 +181,8 @@ def check_passed_on(args: argparse.Namespace) -> None:
             raise UserError(f"--gpu_ids {word}: expected GPU numbers or the word cpu")
     for stage, owned in OWN_FLAGS.items():
         for word in getattr(args, f"stage{stage}_args"):
-            if word.split("=")[0] in owned:
-                raise UserError(f"--stage{stage}_args: {word} is set for every run already; leave it out")
+            if word.startswith("--") and word[2:].split("=")[0] in owned:
+                raise UserError(f"--stage{stage}_args: {word} is set for each run already; leave it out")
 
 
 def make_recipe(
