@@ -36,10 +36,9 @@ def bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]], 
             axis.barh(names, [statistics.fmean(v) for v in values], xerr=spread, color=colours, ecolor=DOT, capsize=3)
             for place, dots in enumerate(values):
                 axis.plot(dots, [place] * len(dots), ".", color=DOT, markersize=5)
+                text = f"{statistics.fmean(dots):.1f}"
+                axis.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
             axis.invert_yaxis()
-            if names:
-                low = min(min(v) for v in values)
-                axis.set_xlim(max(0.0, low - 10))  # differences are small beside the scores
             axis.set_title(f"{setting}: {TITLES.get(score, score)}", fontsize=10)
             axis.set_xlabel("%")
             axis.spines[["top", "right"]].set_visible(False)
