@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -226,10 +227,10 @@ def trials_within(tuning: Tuning, args: argparse.Namespace, seconds: float) -> i
         done = sum(entry["done"] for entry in tuning.pair.records.values() if entry["stage"] == 3)
         trials = min(trials, done + max(0, int((args.budget_hours * 3600 - spent) / seconds)))
         if trials < needed:
+            enough = math.ceil((spent + (needed - done) * seconds) / 36) / 100  # hours, rounded up
             raise UserError(
                 f"--budget_hours {args.budget_hours:g}: {duration(spent)} are spent, and the smallest search has {needed} "
-                f"runs of {duration(seconds)}: give at least {(spent + (needed - done) * seconds) / 3600:.2g}; what is done "
-                "is kept"
+                f"runs of {duration(seconds)}: give at least {enough:g}; what is done is kept"
             )
     run_dir.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials})
     return trials
