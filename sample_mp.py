@@ -80,6 +80,18 @@ def _add_model_flags(parser: cli.Parser) -> None:
         "--prompt", default=None, metavar="TEMPLATE", help="with {} for the class (default: 'a photo of a {}')"
     )
     group.add_argument(
+        "--prompt_templates",
+        default=None,
+        metavar="FILE|NAME",
+        help="several prompts, of which each image draws one: a text file with one a line, or training or views",
+    )
+    group.add_argument(
+        "--object_mask",
+        choices=("object", "background"),
+        default=None,
+        help="change only this part of a source image, by the data set's boxes, and keep the rest (default: change all)",
+    )
+    group.add_argument(
         "--image_format",
         choices=("png", "webp", "jpg"),
         default="png",
@@ -226,13 +238,15 @@ def check(args: argparse.Namespace) -> None:
         scheduler_class(args.scheduler)
     if args.prompt is not None and args.prompt.count("{}") != 1:
         raise UserError(f"--prompt '{args.prompt}': expected exactly one {{}} where the class goes")
+    if args.prompt is not None and args.prompt_templates is not None:
+        raise UserError("--prompt is one prompt for all images, --prompt_templates several: give one of them")
 
 
 def resolve(args: argparse.Namespace):
     """Checks the arguments and derives what was left unset; returns the request and the loaded data set."""
     from semantic_aug.datasets import load_dataset
     from semantic_aug.diffusion.base import read_geometry
-    from semantic_aug.prompts import SAMPLING_TEMPLATE
+    from semantic_aug.prompts import SAMPLING_TEMPLATE, read_templates
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling.launcher import devices_of
 
@@ -253,6 +267,10 @@ def resolve(args: argparse.Namespace):
     )
     if args.lcm_lora:
         files = dataclasses.replace(files, extra_lora=registry.find_lora(args.lcm_lora))
+    if args.object_mask:
+        from semantic_aug.sampling import masks
+
+        masks.check(args.object_mask, dataset.train, dataset.name, strategy.start)
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
@@ -283,6 +301,8 @@ def resolve(args: argparse.Namespace):
         compile=args.compile,
         engine=args.engine,
         ray_address=args.ray_address,
+        templates=read_templates(args.prompt_templates) if args.prompt_templates else (),
+        object_mask=args.object_mask,
     )
     return sampling.with_batch_size(config, dataset), dataset
 

@@ -83,6 +83,8 @@ def _add_synthetic(parser: cli.Parser) -> None:
         metavar="N",
         help="use only N target classes of each source class, drawn with --subset_seed; 0: all",
     )
+    text = "use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)"
+    syn.add_argument("--syndata_max", type=cli.whole(1), default=None, metavar="N", help=text)
     syn.add_argument(
         "--allow_other_sources",
         action="store_true",
@@ -308,7 +310,9 @@ def resolve(args: argparse.Namespace):
     keys = [key for key in args.syndata_key or [] if key]
     folders = [folder for key in keys for folder in registry.subsets(dataset.name, key, args.config_dir)]
     folders += args.syndata_dir or []
-    synthetic = request.load_synthetic(folders, dataset, args.allow_other_sources, args.target_class_num)
+    synthetic = request.load_synthetic(
+        folders, dataset, args.allow_other_sources, args.target_class_num, args.syndata_max
+    )
     lr, source = args.lr, "--lr"
     if lr is None:
         lr, source = registry.learning_rate(dataset.name, args.model, args.res_mode, args.config_dir)
@@ -320,6 +324,7 @@ def resolve(args: argparse.Namespace):
         syndata=tuple(map(str, folders)),
         gamma=args.gamma,
         target_class_num=args.target_class_num,
+        syndata_max=args.syndata_max,
         draws=DrawSettings(args.synthetic_mode, args.synthetic_prob, args.synthetic_balanced)
         if folders
         else DrawSettings(balanced=args.synthetic_balanced),

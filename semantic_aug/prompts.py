@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from semantic_aug.errors import UserError, nearest_first
 
 TEMPLATES = (
     "a photo of a {}",
@@ -30,6 +33,22 @@ TEMPLATES = (
 
 SAMPLING_TEMPLATE = "a photo of a {}"
 """The caption under which images are made."""
+
+TEMPLATE_SETS = {
+    "training": TEMPLATES,
+    "views": (
+        "a photo of a {}",
+        "a photo of a {} seen from the side",
+        "a photo of a {} seen from the front",
+        "a photo of a {} from far away",
+        "a close-up photo of a {}",
+        "a photo of a {} in bright light",
+        "a photo of a {} in the shade",
+        "a photo of a {} on a plain background",
+        "a photo of a {} in its usual surroundings",
+    ),
+}
+"""Named sets of captions for ``--prompt_templates``: those of training, and plain variations of view and light."""
 
 _VOWELS = "aeiou"
 _SAID_WITH_CONSONANT = re.compile(r"(eu|ewe|uni([^nm]|$)|use|usu|uta|uk|ura|uv|one\b|once)", re.IGNORECASE)
@@ -126,6 +145,32 @@ def fill(template: str, phrase: str) -> str:
     word = article(phrase)
     before = re.sub(r"\b[Aa]n? $", lambda m: ("A" if m.group()[0] == "A" else "a") + word[1:] + " ", before)
     return f"{before}{phrase}{after}"
+
+
+def read_templates(word: str) -> tuple[str, ...]:
+    """Captions to draw from: a named set, or the lines of a file (blank ones and those starting with ``#`` aside).
+
+    Raises:
+        UserError: neither, a file without a caption, or a caption without exactly one ``{}``.
+    """
+    if word in TEMPLATE_SETS:
+        return TEMPLATE_SETS[word]
+    try:
+        lines = [line.strip() for line in Path(word).expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        near = nearest_first(word, TEMPLATE_SETS)
+        raise UserError(
+            f"--prompt_templates {word}: expected a text file with one caption a line, or one of {', '.join(near)}"
+        ) from None
+    found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not found:
+        raise UserError(
+            f"--prompt_templates {word}: the file holds no caption; expected one a line, with {{}} for the class"
+        )
+    for line in found:
+        if line.count("{}") != 1:
+            raise UserError(f"--prompt_templates {word}: '{line}': expected exactly one {{}} where the class goes")
+    return found
 
 
 def initializer_text(name: str, super_class: str, initializer: str) -> str:

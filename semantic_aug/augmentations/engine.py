@@ -41,7 +41,7 @@ class Engine:
         resolution: side of the images in pixels.
         device: where to run.
         dtype: precision of the networks; merging happens in float32 before the cast.
-        template: prompt with ``{}`` for the class.
+        template: prompt with ``{}`` for the class, or several of them; prompt ``t * K + k`` is then template t of class k.
         compiled_batch: compile U-Net and decoder for batches of exactly this many images (smaller ones are padded);
             None runs them as they are.
 
@@ -57,7 +57,7 @@ class Engine:
         resolution: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        template: str = SAMPLING_TEMPLATE,
+        template: str | Sequence[str] = SAMPLING_TEMPLATE,
         compiled_batch: int | None = None,
     ):
         model, tokens = load_model(files)
@@ -66,7 +66,8 @@ class Engine:
             tokens.check_classes(classes.source_names, str(files.tokens))
             token_io.install(tokens, model.tokenizer, model.text_encoder)
         self.prompts = [
-            class_prompt(source, prompt, classes.super_class, tokens, template)
+            class_prompt(source, prompt, classes.super_class, tokens, one)
+            for one in ([template] if isinstance(template, str) else template)
             for source, prompt in zip(classes.source_names, classes.prompt_names, strict=True)
         ]
         model.to(device, dtype)
@@ -100,19 +101,27 @@ class Engine:
         return encode_moments(self.vae, to_pixels(images, self.device, self.dtype)).cpu()
 
     def translate(
-        self, moments: Tensor, targets: Sequence[int], strengths: Sequence[float], generators: Sequence[torch.Generator]
+        self,
+        moments: Tensor,
+        targets: Sequence[int],
+        strengths: Sequence[float],
+        generators: Sequence[torch.Generator],
+        masks: Tensor | None = None,
     ) -> Tensor:
-        """Img2img of encoded sources, each towards its target class; uint8 ``(B, H, W, 3)`` on the CPU."""
+        """Img2img of encoded sources, each towards its target's prompt; uint8 ``(B, H, W, 3)`` on the CPU.
+
+        ``masks``, bool ``(B, 1, h, w)``, is True where an image may change; None: everywhere.
+        """
         padded = self._padding(len(targets))
         latents = translate(
             self.denoiser, self.scheduler, moments[padded].to(self.device, self.dtype), self.vae.config.scaling_factor,
             self.prompt_embeds[[targets[i] for i in padded]], self.null_embeds, [strengths[i] for i in padded],
-            _spread(generators, padded), self.settings,
+            _spread(generators, padded), self.settings, None if masks is None else masks[padded],
         )  # fmt: skip
         return self._decoded(latents[: len(targets)])
 
     def generate(self, targets: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-        """Images of the target classes from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
+        """Images of the targets' prompts from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
         padded = self._padding(len(targets))
         latents = generate(
             self.denoiser, self.scheduler, self.latent_shape, self.prompt_embeds[[targets[i] for i in padded]],

@@ -39,6 +39,7 @@ STRATEGIES = {
         Strategy("real-gen", "base", "noise", "same", paper="Diff-Mix (Wang et al. 2024)"),
         Strategy("ti-mix", "tokens", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
         Strategy("ti-aug", "tokens", "image", "same", paper="Diff-Mix (Wang et al. 2024)"),
+        Strategy("da-fusion", "tokens", "image", "same", (0.25, 0.5, 0.75, 1.0), "DA-Fusion (Trabucco et al. 2023)"),
     )
 }
 ALIASES = {"real-aug": "real-guidance"}

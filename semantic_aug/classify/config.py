@@ -47,6 +47,7 @@ class ClassifyConfig:
         cache: where decoded images are kept.
         seed: of weights, order and augmentation.
         output_dir: of the results.
+        syndata_max: synthetic images used; None: all.
     """
 
     dataset: str
@@ -80,6 +81,7 @@ class ClassifyConfig:
     cache: str
     seed: int
     output_dir: Path
+    syndata_max: int | None = None
 
     def record(self) -> dict:
         """What ``args.yaml`` keeps."""

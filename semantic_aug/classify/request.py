@@ -44,7 +44,11 @@ def device_of(gpu: str | None) -> str:
 
 
 def load_synthetic(
-    folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool, target_class_num: int
+    folders: Sequence[str],
+    dataset: LoadedDataset,
+    allow_other_sources: bool,
+    target_class_num: int,
+    most: int | None = None,
 ) -> SyntheticImages | None:
     """The images of the synthetic subsets, or None without any.
 
@@ -53,6 +57,7 @@ def load_synthetic(
         dataset: whose classes they have.
         allow_other_sources: accept sources from outside the training images.
         target_class_num: target classes kept of each source class; 0: all.
+        most: images kept; None: all.
 
     Raises:
         UserError: see :func:`semantic_aug.datasets.synthetic.read_subset`.
@@ -62,6 +67,8 @@ def load_synthetic(
     images = read_subsets(folders, dataset, allow_other_sources)
     if target_class_num:
         images = images.with_targets(target_class_num, dataset.source_names, dataset.setting.subset_seed)
+    if most is not None:
+        images = images.at_most(most, dataset.setting.subset_seed)
     return images
 
 
@@ -80,6 +87,7 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
     for flag, given in (
         ("--synthetic_balanced", config.draws.balanced),
         ("--target_class_num", config.target_class_num),
+        ("--syndata_max", config.syndata_max),
     ):
         if given and not config.syndata:
             raise UserError(f"{flag}: there are no synthetic images; give --syndata_key or --syndata_dir")
@@ -104,6 +112,7 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
         parts += [f"p{draws.probability:g}"] if draws.mode != "concat" else []
         parts += ["balanced"] if draws.balanced else []
         parts += [f"t{config.target_class_num}"] if config.target_class_num else []
+        parts += [f"n{config.syndata_max}"] if config.syndata_max else []
     else:
         parts.append("real")
     parts += [kind for kind in ("cutmix", "mixup", "cmo") if kind in mixing.kinds]

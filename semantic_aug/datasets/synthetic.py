@@ -106,6 +106,22 @@ class SyntheticImages:
             keep |= rows & np.isin(self.target, np.asarray(found)[drawn])
         return self.take(np.flatnonzero(keep))
 
+    def at_most(self, number: int, seed: int = 0) -> SyntheticImages:
+        """``number`` of the images, as even over the target classes as they allow; a larger number contains a smaller one's.
+
+        Args:
+            number: images kept, 1 or more; all where there are not that many.
+            seed: of the draw.
+        """
+        rng = numpy_rng(seed, "share of a subset")
+        shuffled = rng.permutation(len(self))
+        by_target = shuffled[np.argsort(self.target[shuffled], kind="stable")]
+        counts = np.bincount(self.target)
+        turn = np.empty(len(self), np.int64)  # the how-manieth of its class each image is
+        turn[by_target] = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = np.lexsort((rng.permutation(len(self)), turn))
+        return self.take(np.sort(order[:number]))
+
 
 def read_subset(
     folder: str | os.PathLike, dataset: LoadedDataset, allow_other_sources: bool = False

@@ -105,6 +105,7 @@ def translate(
     strengths: Sequence[float],
     generators: Sequence[torch.Generator],
     settings: SolverSettings,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """Image to image: noises each source to its strength and denoises it under its own prompt.
 
@@ -119,6 +120,8 @@ def translate(
         generators: B CPU generators; each gives its sample's posterior draw, then its noise, then what a stochastic
             solver asks for.
         settings: steps, guidance, solver.
+        masks: bool ``(B, 1, h, w)``, True where an image may change; elsewhere the source, noised to each step's level,
+            is put back after the step (latent blending, Avrahami et al. 2023; the inpainting of DA-Fusion). None: everywhere.
 
     Returns:
         Scaled latents ``(B, C, h, w)``.
@@ -131,11 +134,12 @@ def translate(
     noise = draw(shape, generators, moments)
     starts = [first_step(settings.num_inference_steps, s) for s in strengths]
     groups = _groups(scheduler_template, starts, settings.num_inference_steps, latents.device)
+    kept = None if masks is None else _Kept(masks.to(latents.device), latents.clone(), noise)
     for group in groups:
         step = group.scheduler.timesteps[group.begin : group.begin + 1].repeat(len(group.samples))
         index = torch.tensor(group.samples, device=latents.device)
         latents[index] = group.scheduler.add_noise(latents[index], noise[index], step)
-    return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings)
+    return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings, kept)
 
 
 @torch.no_grad()
@@ -176,6 +180,23 @@ class _Group:
     scheduler: object
 
 
+@dataclass
+class _Kept:
+    """What stays of the sources: masks (True: may change), clean latents, and the noise they were given."""
+
+    masks: Tensor
+    latents: Tensor
+    noise: Tensor
+
+    def put_back(self, scheduler, samples: list[int], x: Tensor, following: Tensor | None) -> Tensor:
+        """Latents after a step, with the sources where nothing may change, at the noise level of the following step."""
+        index = torch.tensor(samples, device=x.device)
+        known = self.latents[index]
+        if following is not None:
+            known = scheduler.add_noise(known, self.noise[index], following.repeat(len(samples)))
+        return torch.where(self.masks[index], x, known.to(x.dtype))
+
+
 def _groups(template, starts: Sequence[int], num_inference_steps: int, device: torch.device) -> list[_Group]:
     groups = []
     for start in sorted(set(starts)):
@@ -196,6 +217,7 @@ def _denoise(
     null_embeds: Tensor,
     generators: Sequence[torch.Generator],
     settings: SolverSettings,
+    kept: _Kept | None = None,
 ) -> Tensor:
     """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
     timesteps = groups[0].scheduler.timesteps
@@ -224,7 +246,11 @@ def _denoise(
         stepped = []
         for group, x, prediction in zip(active, parts, predicted.split(sizes), strict=True):
             options = _step_options(group.scheduler, [generators[i] for i in group.samples])
-            stepped.append(group.scheduler.step(prediction, t, x, return_dict=False, **options)[0])
+            x = group.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
+            if kept is not None:
+                following = timesteps[position + 1 : position + 2] if position + 1 < len(timesteps) else None
+                x = kept.put_back(group.scheduler, group.samples, x, following)
+            stepped.append(x)
         latents = latents.index_copy(0, index, torch.cat(stepped).to(latents.dtype))
     return latents
 

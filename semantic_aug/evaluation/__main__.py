@@ -11,9 +11,11 @@ from pathlib import Path
 from semantic_aug.errors import run_main, unknown
 
 COMMANDS = {
+    "compare": "semantic_aug.evaluation.compare",
     "filter": "semantic_aug.evaluation.filter",
     "measure": "semantic_aug.evaluation.measure",
     "pictures": "semantic_aug.evaluation.pictures",
+    "tune": "semantic_aug.evaluation.tune",
 }
 """Each command's module; its ``main`` takes the words after the command, its first docstring line is the summary."""
 

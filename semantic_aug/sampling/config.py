@@ -63,6 +63,8 @@ class SampleConfig:
         compile: ``auto``, ``on`` or ``off``.
         engine: ``mp`` (processes of this machine) or ``ray`` (actors).
         ray_address: of a running Ray cluster, or None for one on this machine.
+        templates: prompts of which each task draws one, instead of ``template``; empty: none.
+        object_mask: the part of a source that may change: ``object``, ``background``, or None for all of it.
     """
 
     dataset: str
@@ -90,6 +92,8 @@ class SampleConfig:
     compile: str = "auto"
     engine: str = "mp"
     ray_address: str | None = None
+    templates: tuple[str, ...] = ()
+    object_mask: str | None = None
 
     def compiled(self, images: int) -> bool:
         """Whether networks are compiled; decided by the whole subset's size, so that a restart decides alike."""
@@ -198,6 +202,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> dic
         "compiled": config.compiled(len(plan)),
         "device": "cpu" if config.devices[0] == "cpu" else "cuda",
         "template": config.template,
+        "templates": list(config.templates) or None,
+        "object_mask": config.object_mask,
         "num_inference_steps": config.solver.num_inference_steps,
         "guidance_scale": config.solver.guidance_scale,
         "scheduler": config.solver.scheduler,
@@ -216,7 +222,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> dic
 
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
-    return TaskPaths(plan, dataset.source_names, dataset.folders, dataset.train.keys, config.seed, config.image_format)
+    names, keys = dataset.source_names, dataset.train.keys
+    return TaskPaths(plan, names, dataset.folders, keys, config.seed, config.image_format, config.templates)
 
 
 def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from semantic_aug import meta_csv
 from semantic_aug.sampling.plan import Plan
+from semantic_aug.seeding import derive_seed
 
 TEMPORARY_SUFFIX = ".part"
 
@@ -40,6 +41,7 @@ class TaskPaths:
         keys: name of each training image.
         seed: the run's ``--seed``.
         image_format: key of :data:`FORMATS`.
+        templates: prompts of which each task draws one; empty: all have the same.
     """
 
     def __init__(
@@ -50,9 +52,21 @@ class TaskPaths:
         keys: Sequence[str],
         seed: int,
         image_format: str = "png",
+        templates: Sequence[str] = (),
     ):
         self.plan, self.class_names, self.folders, self.keys, self.seed = plan, class_names, folders, keys, seed
-        self.image_format = image_format
+        self.image_format, self.templates = image_format, tuple(templates)
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """The columns of ``meta.csv`` after the first five."""
+        return (*meta_csv.FURTHER_COLUMNS, "Prompt") if self.templates else meta_csv.FURTHER_COLUMNS
+
+    def template(self, number: int) -> int:
+        """The place of a task's prompt in ``templates``: a pure function of (seed, number)."""
+        if len(self.templates) < 2:
+            return 0
+        return derive_seed(self.seed, "template", number) % len(self.templates)
 
     def relative(self, number: int) -> str:
         """A task's path relative to ``data/``."""
@@ -73,6 +87,7 @@ class TaskPaths:
     def text(self, number: int) -> dict[str, str]:
         """What is written into the image besides its pixels."""
         plan = self.plan
+        prompt = {"prompt": self.templates[self.template(number)]} if self.templates else {}
         return {
             "source": self.class_names[plan.source_class[number]],
             "target": self.class_names[plan.target[number]],
@@ -81,6 +96,7 @@ class TaskPaths:
             "seed": str(self.seed),
             "number": str(number),
             "plan": plan.digest,
+            **prompt,
         }
 
     def folders_with_tasks(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -105,7 +121,8 @@ class TaskPaths:
         columns = self._columns(numbers, plan.source_class, plan.target, plan.strength_code, plan.source)
         for (number, a, b, code, row), file in zip(columns, self.file_names(numbers), strict=True):
             key = keys[row] if row >= 0 else ""
-            yield names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed
+            row = (names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed)
+            yield (*row, self.templates[self.template(number)]) if self.templates else row
 
     @staticmethod
     def _columns(numbers: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[int, ...]]:

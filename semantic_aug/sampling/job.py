@@ -31,6 +31,8 @@ class Job:
         cpu_threads: arithmetic threads of a process on the CPU.
         image_format: key of :data:`semantic_aug.sampling.files.FORMATS`.
         compiled_batch: batch size the networks are compiled for, or None.
+        templates: prompts to draw from instead of ``template``; empty: none.
+        object_mask: the part of a source that may change (see :mod:`semantic_aug.sampling.masks`); None: all of it.
     """
 
     folder: Path
@@ -48,6 +50,8 @@ class Job:
     cpu_threads: int = 1
     image_format: str = "png"
     compiled_batch: int | None = None
+    templates: tuple[str, ...] = ()
+    object_mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Task:
         strength: in (0, 1].
         path: relative to ``data/``; None when the file is there already and only the batch's shape needs the task.
         text: written into the image.
+        template: place of its prompt in the job's ``templates``.
     """
 
     number: int
@@ -69,6 +74,7 @@ class Task:
     strength: float
     path: str | None
     text: dict[str, str]
+    template: int = 0
 
 
 def serve(pipe: Connection, job: Job, device: str) -> None:

@@ -193,6 +193,7 @@ def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list
             strength=plan.strength(n),
             path=paths.relative(n) if missing[n] else None,
             text=paths.text(n) if missing[n] else {},
+            template=paths.template(n),
         )
         for n in batch_numbers
     ]

@@ -218,6 +218,8 @@ def job_of(config: SampleConfig, dataset: LoadedDataset, folder: Path, images: i
         resolution=config.resolution,
         dtype=config.dtype,
         template=config.template,
+        templates=config.templates,
+        object_mask=config.object_mask,
         from_noise=config.strategy.start == "noise",
         seed=config.seed,
         cpu_threads=config.cpu_threads,

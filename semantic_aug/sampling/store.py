@@ -194,7 +194,7 @@ def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
     with open(folder / ".lock-meta", "a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # of two shards that end together, the later one lists the rows of both
         done |= Records.latest(folder, len(done))[0] > 0
-        return meta_csv.write(folder / meta_csv.FILE_NAME, paths.meta_rows(np.flatnonzero(done)))
+        return meta_csv.write(folder / meta_csv.FILE_NAME, paths.meta_rows(np.flatnonzero(done)), paths.further_columns)
 
 
 def manifest(identity: dict, repo: Path) -> dict:

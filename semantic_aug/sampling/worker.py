@@ -29,6 +29,7 @@ from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, os_error_line
 from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.masks import SourceMasks
 from semantic_aug.sampling.moments import SourceMoments
 from semantic_aug.sampling.store import DATA
 from semantic_aug.seeding import task_rng
@@ -61,14 +62,16 @@ class BatchMaker:
             job.resolution,
             device,
             DTYPES[job.dtype],
-            job.template,
+            job.templates or job.template,
             job.compiled_batch,
         )
         self.sources: SourceMoments | None = None
+        self.masks: SourceMasks | None = None
         if not job.from_noise:
-            self.sources = SourceMoments(
-                load_dataset(job.dataset, job.setting, job.config_dir).train, self.engine, job.folder
-            )
+            images = load_dataset(job.dataset, job.setting, job.config_dir).train
+            self.sources = SourceMoments(images, self.engine, job.folder)
+            if job.object_mask:
+                self.masks = SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
         self.at_once: int | None = None
 
     def pixels(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
@@ -95,12 +98,15 @@ class BatchMaker:
 
     def _part(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         generators = [task_rng(self.job.seed, task.number) for task in tasks]
-        targets = [task.target for task in tasks]
+        classes = len(self.job.classes.source_names)
+        targets = [task.template * classes + task.target for task in tasks]  # numbers of prompts
         if self.sources is None:
             return self.engine.generate(targets, generators), {}
-        moments, broken = self.sources.batch([task.source for task in tasks])
+        rows, strengths = [task.source for task in tasks], [task.strength for task in tasks]
+        moments, broken = self.sources.batch(rows)
         failures = {task.number: broken[task.source] for task in tasks if task.source in broken}
-        return self.engine.translate(moments, targets, [task.strength for task in tasks], generators), failures
+        masks = self.masks.batch(rows) if self.masks is not None else None
+        return self.engine.translate(moments, targets, strengths, generators, masks), failures
 
     def write(self, task: Task, pixels: Tensor) -> Row:
         """Encodes and writes one image; returns its record row."""

@@ -1,0 +1,104 @@
+"""Successive halving over training seeds (Jamieson and Talwalkar 2016): which settings to try on how many seeds.
+
+A short classifier run says little, because it is noisy; it says more when it is repeated, not when it is cut shorter
+(which favours other settings than a whole run does). So the resource here is the number of seeds: all candidates are
+tried on the first one, the better third also on the second, and so on. The default candidate is never dropped; what
+wins was therefore compared with it over the same seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from semantic_aug.seeding import numpy_rng
+
+KEPT = 3
+"""One in so many candidates goes on to the next seed."""
+
+FINALISTS = 2
+"""At least so many go on, the default among them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of settings.
+
+    Attributes:
+        strength: s of the translations.
+        gamma: of the soft labels.
+        probability: p, chance that an item is synthetic.
+        multiplier: synthetic images per training image.
+    """
+
+    strength: float
+    gamma: float
+    probability: float
+    multiplier: float
+
+    @property
+    def name(self) -> str:
+        """As folders and tables call it."""
+        return f"s{self.strength:g}-g{self.gamma:g}-p{self.probability:g}-m{self.multiplier:g}"
+
+
+def candidates(
+    strengths: Sequence[float],
+    gammas: Sequence[float],
+    probabilities: Sequence[float],
+    multipliers: Sequence[float],
+    default: Candidate,
+    seed: int,
+) -> list[Candidate]:
+    """The grid of all values, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
+    grid = [Candidate(*values) for values in itertools.product(strengths, gammas, probabilities, multipliers)]
+    order = numpy_rng(seed, "tune", "order").permutation(len(grid))
+    return list(dict.fromkeys([default, *(grid[i] for i in order)]))
+
+
+def rungs(first: int, seeds: int) -> list[int]:
+    """How many candidates are tried on each seed when ``first`` are on the first."""
+    sizes = [first]
+    for _ in range(seeds - 1):
+        sizes.append(min(sizes[-1], max(FINALISTS, math.ceil(sizes[-1] / KEPT))))
+    return sizes
+
+
+def affordable(trials: int, known: int, seeds: int) -> int:
+    """The largest number of first candidates whose rungs need at most ``trials`` runs; 0 where not even two fit."""
+    fitting = [first for first in range(min(FINALISTS, known), known + 1) if sum(rungs(first, seeds)) <= trials]
+    return max(fitting, default=0)
+
+
+def search(
+    tried: Sequence[Candidate], seeds: Sequence[int], run: Callable[[Candidate, int], float]
+) -> tuple[Candidate, dict[Candidate, dict[int, float]]]:
+    """Runs the rungs and chooses.
+
+    Args:
+        tried: candidates of the first rung, the default first.
+        seeds: one rung each.
+        run: trains a candidate under a seed and returns its validation score.
+
+    Returns:
+        The candidate with the best mean among those tried on every seed (the earlier of equals, the default before any
+        other), and all scores.
+    """
+    default, alive = tried[0], list(tried)
+    scores: dict[Candidate, dict[int, float]] = {one: {} for one in tried}
+    sizes = [*rungs(len(tried), len(seeds))[1:], 1]
+    for seed, keep in zip(seeds, sizes, strict=True):
+        for one in alive:
+            scores[one][seed] = run(one, seed)
+        last, alive = alive, best_first(alive, scores)[:keep]
+        if default not in alive and seed != seeds[-1]:
+            alive = [default, *alive[: keep - 1]]
+    return best_first(last, scores)[0], scores
+
+
+def best_first(some: Sequence[Candidate], scores: Mapping[Candidate, Mapping[int, float]]) -> list[Candidate]:
+    """Candidates by falling mean score; of equals the earlier one first."""
+    return sorted(some, key=lambda one: -statistics.fmean(scores[one].values()))

@@ -1,0 +1,218 @@
+"""Running the steps of one pair (setting, seed): each a subprocess, skipped when done, its command and time recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from semantic_aug import registry, run_dir
+from semantic_aug.errors import EXIT_INTERRUPTED, UserError
+from semantic_aug.evaluation.recipe import Step
+
+log = logging.getLogger(__name__)
+
+STEPS_FILE = "steps.json"
+LOGS = "logs"
+COPIED = (registry.DATASETS, registry.LEARNING_RATES)
+"""Files of ``--config_dir`` that the pair's own registry folder gets a copy of."""
+
+
+@contextlib.contextmanager
+def pair_lock(folder: Path) -> Iterator[int | None]:
+    """Holds a pair for this process; gives the lock's file descriptor, or None where another process holds it.
+
+    A child that inherits the descriptor keeps the pair locked until it has ended too, whatever becomes of its parent.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield handle.fileno()
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into KeyboardInterrupt, so that a child is stopped with its parent."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    # nohup's wish that SIGHUP be ignored is respected; that SIGINT is, which shells' background jobs inherit, is not
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    kinds += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    old = {kind: signal.signal(kind, stop) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in old.items():
+            signal.signal(kind, handler)
+
+
+def _child() -> None:
+    """In the child, before it becomes the command: listens to SIGINT again, and is told when its parent dies (Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def run_command(words: Iterable[str], log_file: Path, environment: Mapping[str, str], held: int | None = None) -> int:
+    """Runs ``python words`` from the repository's root, its output appended to a file; returns its exit status.
+
+    Raises:
+        KeyboardInterrupt: this process was interrupted; the child was told, and has ended.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_file, "a", encoding="utf-8") as out:
+        out.write(f"$ python {shlex.join(words)}\n")
+        out.flush()
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=registry.REPO_ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            start_new_session=True,  # the terminal's Ctrl-C comes to us, and we pass it on once
+            pass_fds=() if held is None else (held,),
+            preexec_fn=_child,
+        )
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # a second time: at once
+                process.kill()
+                process.wait()
+            raise
+
+
+def last_line(log_file: Path) -> str:
+    """The last line of a step's output, its error's where there is one."""
+    lines = [line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]]
+    lines = [line for line in lines if line]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+class Pair:
+    """The steps of one pair, what is done of them, and how long they took.
+
+    Args:
+        folder: of the pair.
+        steps: name -> step, each after what it needs.
+    """
+
+    def __init__(self, folder: Path, steps: Mapping[str, Step]):
+        self.folder, self.steps = folder, dict(steps)
+
+    @property
+    def records(self) -> dict[str, dict]:
+        """Name of a step -> ``stage``, ``seconds``, ``done`` and ``command``, as recorded."""
+        return read_records(self.folder)
+
+    def done(self, name: str) -> bool:
+        """Whether a step was run to its end and what it made is still there."""
+        made = self.steps[name].made
+        return self.records.get(name, {}).get("done", False) and any(self.folder.glob(made))
+
+    def missing(self) -> list[str]:
+        """The steps still to run: results that are not there, and what they need."""
+        wanted: set[str] = set()
+        for name in reversed(self.steps):
+            result = self.steps[name].stage == 3
+            if (result or name in wanted) and not self.done(name):
+                wanted |= {name, *self.steps[name].needs}
+        return [name for name in self.steps if name in wanted and not self.done(name)]
+
+    def run(self, name: str, held: int | None = None, say: Callable[[str], None] = print) -> None:
+        """Runs one step and records it.
+
+        Raises:
+            UserError: it failed; says its last line and where the rest is.
+            KeyboardInterrupt: it was interrupted.
+        """
+        step, log_file = self.steps[name], self.folder / LOGS / f"{name.replace(' ', '-')}.log"
+        say(shown(step))
+        began, status = time.monotonic(), None
+        try:
+            status = run_command(step.words, log_file, step.environment, held)
+        finally:
+            self._record(step, time.monotonic() - began, status == 0)
+        if status == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        if status:
+            raise UserError(
+                f"{self.folder.parent.name}, {self.folder.name}: step '{name}' ended with status {status}: "
+                f"{last_line(log_file)} (all it said: {registry.shown_path(log_file)}); once mended, the same command "
+                "goes on from here"
+            )
+
+    def _record(self, step: Step, seconds: float, done: bool) -> None:
+        records = self.records
+        entry = records.setdefault(step.name, {"stage": step.stage, "seconds": 0.0, "done": False})
+        # a step that was run again after its result was removed counts once
+        before = 0.0 if entry["done"] else entry["seconds"]
+        entry.update(seconds=round(before + seconds, 1), done=done, command=shown(step))
+        run_dir.write_json(self.folder / STEPS_FILE, records)
+
+    def remove_images(self) -> None:
+        """Frees the disk of the synthetic images; they are made again, the same, when a later step needs them."""
+        shutil.rmtree(self.folder / "aug_samples", ignore_errors=True)
+
+
+def prepare_config(folder: Path, config_dir: Path) -> None:
+    """Makes a pair's registry folder, with the user's own data sets and learning rates in it."""
+    for name in COPIED:
+        target = folder / "config" / name
+        if (config_dir / name).is_file() and not target.exists():
+            run_dir.write_text(target, (config_dir / name).read_text(encoding="utf-8"))
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """What a pair's folder records of its steps; see :attr:`Pair.records`."""
+    try:
+        return json.loads((folder / STEPS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def shown(step: Step) -> str:
+    """A step's command as a user would type it."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
+    return " ".join([*variables, "python", shlex.join(step.words)])
+
+
+def check_commands(steps: Iterable[Step], folder: Path) -> None:
+    """Tries commands as dry runs, before hours are spent on what comes before them.
+
+    Raises:
+        UserError: one is refused; says why.
+    """
+    for step in steps:
+        log_file = folder / LOGS / f"stage{step.stage}.log"
+        if run_command([*step.words, "--dry_run"], log_file, step.environment):
+            raise UserError(f"{step.words[0]} refuses: {last_line(log_file)}")
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``45 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,109 @@
+"""The report of a search for settings: candidates, finalists, the choice, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from semantic_aug import registry, run_dir
+from semantic_aug.evaluation.halving import Candidate, best_first
+from semantic_aug.evaluation.intervals import difference_text, paired_difference
+from semantic_aug.evaluation.report import spread
+from semantic_aug.evaluation.steps import duration
+
+if TYPE_CHECKING:
+    from semantic_aug.evaluation.tune import Tuning
+
+REPORT, CHART = "report.md", "report.png"
+Scores = Mapping[Candidate, Mapping[int, float]]
+
+
+def write(
+    tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores, command: str, entry: Mapping[str, Mapping]
+) -> None:
+    """Writes ``report.md`` and ``report.png`` into the search's folder.
+
+    Args:
+        tuning: the finished search.
+        chosen: by it.
+        default: the candidate all others are compared to.
+        scores: candidate -> seed -> validation score.
+        command: of stage 3 with the chosen settings.
+        entry: for ``synthetic_datasets.yaml``.
+    """
+    from semantic_aug.evaluation.charts import bars
+
+    ordered = ranked(scores)
+    panels = {tuning.recipe.name: {f"validation {tuning.score}": {one.name: scores[one] for one in ordered}}}
+    with run_dir.atomic_path(tuning.folder / CHART) as temporary:
+        bars(panels, temporary)
+    run_dir.write_text(
+        tuning.folder / REPORT, "\n".join(lines_of(tuning, chosen, default, scores, command, entry)) + "\n"
+    )
+
+
+def ranked(scores: Scores) -> list[Candidate]:
+    """Candidates by the number of seeds they were tried on, then by mean."""
+    return sorted(best_first(list(scores), scores), key=lambda one: -len(scores[one]))
+
+
+def lines_of(
+    tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores, command: str, entry: Mapping
+) -> list[str]:
+    """The report's lines; see :func:`write`."""
+    seeds = max(len(found) for found in scores.values())
+    lines = [
+        f"# Settings for {tuning.recipe.shared['dataset']}, {tuning.recipe.name}",
+        "",
+        f"Chosen: strength {chosen.strength:g}, gamma {chosen.gamma:g}, probability {chosen.probability:g}, multiplier "
+        f"{chosen.multiplier:g}, by the mean validation {tuning.score} over {seeds} seeds.",
+        "",
+        f"![validation scores]({CHART})",
+        "",
+        "Every candidate was tried on the first seed, the better third also on the next, and so on; the default "
+        f"({default.name}) was never dropped. Percent; differences to it over common seeds in points, with 95 % confidence "
+        "intervals. The best of many is flattered by its own luck: expect less on new images.",
+        "",
+        f"| strength | gamma | p | multiplier | seeds | validation {tuning.score} | - default |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in ranked(scores):
+        difference = "" if one == default else difference_text(paired_difference(scores[one], scores[default]))
+        mark = " (chosen)" if one == chosen else ""
+        lines.append(
+            f"| {one.strength:g} | {one.gamma:g} | {one.probability:g} | {one.multiplier:g} | {len(scores[one])} | "
+            f"{spread(list(scores[one].values()))}{mark} | {difference} |"
+        )
+    return [*lines, *_test_lines(tuning, chosen, default, scores), *_use_lines(tuning, command, entry)]
+
+
+def _test_lines(tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores) -> list[str]:
+    """Test scores of the chosen and the default settings, which had no part in the choice."""
+    found = {one: {seed: tuning.results(one, seed)["test"] for seed in scores[one]} for one in (default, chosen)}
+    if not all(test for by_seed in found.values() for test in by_seed.values()):
+        return []
+    lines = ["", "## Test", "", "Looked at after the choice.", "", "| settings | top1 | macro |", "|---|---:|---:|"]
+    for one, by_seed in found.items():
+        cells = [spread([test[name] for test in by_seed.values()]) for name in ("top1", "macro")]
+        lines.append(f"| {one.name}{' (default)' if one == default else ''} | {' | '.join(cells)} |")
+    return lines
+
+
+def _use_lines(tuning: Tuning, command: str, entry: Mapping) -> list[str]:
+    text = registry.to_yaml(entry).rstrip()
+    return [
+        "",
+        "## To use it",
+        "",
+        f"In `{registry.SUBSETS}` (`--register_key` writes it):",
+        "",
+        "```yaml",
+        text,
+        "```",
+        "",
+        "```bash",
+        command,
+        "```",
+        "",
+        f"The search took {duration(tuning.spent())}, {len(tuning.pair.records)} runs.",
+    ]

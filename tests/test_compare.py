@@ -1,0 +1,409 @@
+"""The comparison: its commands, its runner on real subprocesses, sharing of pairs, and the numbers of its report."""
+
+import csv
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+import sample_mp
+import train_cls
+import train_lora
+from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation import __main__ as dispatcher
+from semantic_aug.evaluation import compare, comparison, steps
+from semantic_aug.evaluation.intervals import difference_text, paired_difference
+from semantic_aug.evaluation.recipe import METHODS, Devices, Step
+
+ENTRY = {"train_lora.py": train_lora, "sample_mp.py": sample_mp, "train_cls.py": train_cls}
+
+
+def arguments(image_folder, base, out, *more):
+    """Flags of a small comparison."""
+    return [
+        "--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", str(base), "--examples_per_class", "2",
+        "--max_train_steps", "2", "--train_batch_size", "2", "--multiplier", "1", "--num_inference_steps", "4",
+        "--model", "test_vit", "--res_mode", "32", "--nepoch", "2", "--batch_size", "3", "--gpu_ids", "cpu",
+        "--stage3_args", "--weights none", "--output_dir", str(out), *map(str, more),
+    ]  # fmt: skip
+
+
+def parsed(words):
+    args = compare.build_parser().parse_args(compare.flags.joined_words(words))
+    compare.check(args)
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------- the commands
+
+
+def test_every_command_is_one_its_entry_script_takes(image_folder, tmp_path):
+    words = arguments(
+        image_folder, "base", tmp_path, "--methods", *METHODS, "--seeds", 1, 2, "--stage2_args", "--cpu_threads 2"
+    )
+    jobs = compare.jobs_of(parsed(words), tmp_path)
+    assert [(job.recipe.name, job.seed) for job in jobs] == [("2shot", 1), ("2shot", 2)]
+    for job in jobs:
+        taken = {}
+        for name, step in job.pair.steps.items():
+            args = ENTRY[step.words[0]].build_parser().parse_args(list(step.words[1:]))
+            assert args.seed == args.subset_seed == job.seed and args.examples_per_class == 2
+            assert set(step.needs) <= set(taken)  # what it needs comes before it
+            taken[name] = args
+        assert taken["sample diff-mix"].finetune_model_key == "ti_db" == taken["ti_db"].register_key
+        assert taken["sample da-fusion"].finetune_model_key == "ti" == taken["ti"].register_key
+        assert taken["sample real-mix"].model_path == "base" and taken["sample real-mix"].finetune_model_key is None
+        classifiers = [args for name, args in taken.items() if name.startswith("classify")]
+        assert {args.nepoch for args in classifiers} == {2} and {args.batch_size for args in classifiers} == {3}
+        assert taken["classify diff-mix+cutmix"].use_cutmix and taken["classify diff-mix+cutmix"].syndata_key == [
+            "diff-mix"
+        ]
+        assert taken["classify cutmix"].syndata_key is None and not taken["classify real-only"].use_cutmix
+        assert {taken[name].syn_dataset_multiplier for name in taken if name.startswith("sample")} == {1}
+        assert taken["sample diff-mix"].cpu_threads == 2 and taken["classify mixup"].weights == "none"
+
+
+def test_stage_one_runs_only_for_methods_that_need_it(image_folder, tmp_path):
+    words = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "real-only", "cutmix", "real-guidance")
+    assert {step.stage for step in compare.jobs_of(parsed(words), tmp_path)[0].pair.steps.values()} == {2, 3}
+    words = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "diff-mix", "diff-aug")
+    assert [s for s in compare.jobs_of(parsed(words), tmp_path)[0].pair.steps if s in ("ti", "ti_db")] == ["ti_db"]
+
+
+def test_values_may_be_given_for_each_setting(tmp_path):
+    words = [
+        "--dataset",
+        "elpv",
+        "--examples_per_class",
+        "5",
+        "-1",
+        "--nepoch",
+        "40",
+        "4",
+        "--seeds",
+        "1",
+        "--gamma",
+        "0.8",
+    ]
+    jobs = compare.jobs_of(parsed(words), tmp_path)
+    assert [(j.recipe.name, j.recipe.classify["nepoch"]) for j in jobs] == [("5shot", 40), ("all", 4)]
+    assert [j.recipe.synthetic for j in jobs] == [{"gamma": 0.8, "synthetic_prob": p} for p in (0.3, 0.1)]
+
+
+def test_devices_reach_every_stage(tmp_path):
+    assert Devices(("1", "0")).environment("4,7") == {"CUDA_VISIBLE_DEVICES": "7"}
+    assert Devices(("1",)).environment(None) == {"CUDA_VISIBLE_DEVICES": "1"} and Devices().environment("4") == {}
+    words = ["--dataset", "elpv", "--gpu_ids", "1", "1", "--seeds", "1", "--methods", "diff-mix"]
+    made = compare.jobs_of(parsed(words), tmp_path)[0].pair.steps
+    assert "--gpu_ids 1 1 " in shlex.join(made["sample diff-mix"].words)
+    assert "--gpu 1 " in shlex.join(made["classify diff-mix"].words)
+    assert steps.shown(made["ti_db"]).startswith("CUDA_VISIBLE_DEVICES=")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "diffmix"], "unknown method of --methods 'diffmix': did you mean 'diff-mix'?"),
+        (["--shard_index", "2", "--num_shards", "2"], "--shard_index 2: expected a number below --num_shards 2"),
+        (["--nepoch", "1", "2"], "--nepoch 1 2: expected one value, or one for each of the 1"),
+        (["--examples_per_class", "0"], "--examples_per_class 0: expected a number of images, or -1"),
+        (["--gpu_ids", "gpu0"], "--gpu_ids gpu0: expected GPU numbers or the word cpu"),
+        (["--stage3_args", "--seed 3"], "--stage3_args: --seed is set for each run already"),
+        (["--metods", "mixup"], "unknown argument --metods: did you mean --methods?"),
+        (["--report_only", "--output_dir", "outputs/no_such_comparison"], "holds no comparison"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert run_main(dispatcher.main, ["compare", "--dataset", "elpv", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert run_main(dispatcher.main, ["compar"]) == 2
+    assert "unknown command 'compar': did you mean 'compare'?" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
+    words = [
+        "--dataset",
+        "elpv",
+        "--examples_per_class",
+        "5",
+        "--methods",
+        "real-only",
+        "diff-mix",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert compare.main([*words, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "12 runs (3 of stage 1, 3 of stage 2, 6 of stage 3) in 3 pairs of setting and seed; 12 to do" in out
+    assert len(re.findall("^python train_cls.py ", out, re.M)) == 6 and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- the runner
+
+SCRIPT = """
+import pathlib, signal, sys, time
+kind, folder, seconds = sys.argv[1], pathlib.Path(sys.argv[2]), float(sys.argv[3])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "runs.txt", "a") as out: out.write(kind + "\\n")
+try: time.sleep(seconds)
+except KeyboardInterrupt: (folder / "interrupted").touch(); sys.exit(130)
+if kind == "bad": print("some noise"); print("error: no such class", file=sys.stderr); sys.exit(2)
+(folder / (kind + ".json")).write_text("{}")
+"""
+
+
+@pytest.fixture
+def make_pair(tmp_path):
+    """A pair whose steps are small scripts: a writes a.json, b needs it, and so on."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def make(folder, kinds="ab", seconds=0.0):
+        made = {}
+        for stage, kind in enumerate(kinds, 4 - len(kinds)):
+            words = (str(script), kind, str(folder), str(seconds))
+            needs = tuple(made)[-1:]
+            made[kind] = Step(kind, stage, words, needs, f"{kind}.json", {})
+        return steps.Pair(folder, made)
+
+    return make
+
+
+def runs(folder):
+    return (folder / "runs.txt").read_text().split()
+
+
+def test_steps_run_once_and_only_what_is_needed_is_repeated(make_pair, tmp_path):
+    pair = make_pair(tmp_path / "pair")
+    for name in pair.missing():
+        pair.run(name, say=lambda text: None)
+    assert runs(pair.folder) == ["a", "b"] and pair.missing() == []
+    (pair.folder / "a.json").unlink()
+    assert pair.missing() == []  # the result is there, nothing needs a
+    (pair.folder / "b.json").unlink()
+    assert pair.missing() == ["a", "b"]
+    record = pair.records["a"]
+    assert record["done"] and record["seconds"] > 0 and record["command"].startswith("python ")
+
+
+def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
+    pair = steps.Pair(tmp_path / "set" / "seed1", {})
+    pair.steps = make_pair(pair.folder, ["bad"]).steps
+    with pytest.raises(
+        UserError, match=r"set, seed1: step 'bad' ended with status 2: no such class \(all it said: .*bad.log"
+    ):
+        pair.run("bad", say=lambda text: None)
+    assert "some noise" in (pair.folder / "logs" / "bad.log").read_text() and pair.missing() == ["bad"]
+
+
+DRIVER = """
+import sys; sys.path.insert(0, {root!r})
+from semantic_aug.errors import Interrupted, run_main
+from semantic_aug.evaluation import steps
+from semantic_aug.evaluation.recipe import Step
+def main(argv):
+    step = Step("a", 3, ({script!r}, "a", {folder!r}, "60"), (), "a.json", {{}})
+    pair = steps.Pair(__import__("pathlib").Path({folder!r}), {{"a": step}})
+    try:
+        with steps.terminated_as_interrupted(), steps.pair_lock(pair.folder) as held:
+            pair.run("a", held)
+    except KeyboardInterrupt:
+        raise Interrupted("go on with the same command")
+sys.exit(run_main(main))
+"""
+
+
+def begun(make_pair, tmp_path):
+    """A process of its own in the middle of a long step."""
+    folder = tmp_path / "pair"
+    make_pair(folder)
+    code = DRIVER.format(root=str(ROOT), script=str(tmp_path / "script.py"), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(1200):
+        if (folder / "runs.txt").exists():
+            time.sleep(0.3)
+            return process, folder
+        time.sleep(0.05)
+    raise AssertionError("the step did not begin")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_stops_the_child_gently(kind, make_pair, tmp_path):
+    process, folder = begun(make_pair, tmp_path)
+    os.kill(process.pid, kind)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with the same command" in err
+    assert (folder / "interrupted").exists()  # the child had its chance to save
+    record = json.loads((folder / "steps.json").read_text())["a"]
+    assert not record["done"] and record["seconds"] > 0
+
+
+def test_a_killed_parent_takes_its_child_along_and_the_pair_is_free_then(make_pair, tmp_path):
+    process, folder = begun(make_pair, tmp_path)
+    with steps.pair_lock(folder) as held:
+        assert held is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    for _ in range(600):
+        with steps.pair_lock(folder) as held:
+            if held is not None:
+                break
+        time.sleep(0.05)
+    assert held is not None and not (folder / "a.json").exists()
+
+
+def test_pairs_another_process_has_are_waited_for_and_not_run_twice(make_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(comparison, "write", lambda folder: None)
+    recipe = compare.recipe_of(parsed(["--dataset", "elpv"]), 0)
+    pairs = [make_pair(tmp_path / f"pair{i}", "a") for i in range(2)]
+    jobs = [compare.Job(recipe, i, pair) for i, pair in enumerate(pairs)]
+    said = []
+
+    def say(text):
+        said.append(text)
+        if "waiting" in text:  # the other process ends, its pair undone
+            other.close()
+
+    pairs[0].folder.mkdir()
+    other = open(pairs[0].folder / ".lock", "a")  # noqa: SIM115 - closed when the other process is to end
+    fcntl.flock(other, fcntl.LOCK_EX)
+    compare.run_jobs(jobs, tmp_path, tmp_path, "all", say)
+    assert any("waiting for another process" in text for text in said)
+    assert all(runs(pair.folder) == ["a"] for pair in pairs)
+    compare.run_jobs(jobs, tmp_path, tmp_path, "all", say)
+    assert all(runs(pair.folder) == ["a"] for pair in pairs)
+
+
+def test_shards_have_every_pair_once(tmp_path):
+    args = parsed(["--dataset", "elpv", "--examples_per_class", "5", "10", "--seeds", "1", "2", "3"])
+    jobs = compare.jobs_of(args, tmp_path)
+    shards = [jobs[i::4] for i in range(4)]
+    assert sorted(str(j.pair.folder) for part in shards for j in part) == sorted(str(j.pair.folder) for j in jobs)
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_paired_interval_is_the_textbooks():
+    """Differences 1, 2, 3, 4: mean 2.5, s = 1.290994, t(0.975, 3) = 3.182446, half width 2.054260."""
+    found = paired_difference({1: 2.0, 2: 4.0, 3: 6.0, 4: 8.0, 9: 0.0}, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
+    assert found.count == 4 and found.mean == pytest.approx(2.5)
+    assert (found.low, found.high) == (pytest.approx(0.445740, abs=1e-5), pytest.approx(4.554260, abs=1e-5))
+    assert found.clear and paired_difference({1: 1.0}, {2: 1.0}) is None
+    alone = paired_difference({1: 0.5}, {1: 0.25})
+    assert alone.mean == 0.25 and not alone.clear and difference_text(alone) == "+25.00 (one seed)"
+
+
+def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
+    """Writes what a finished classifier leaves."""
+    place = comparison.pair_folder(folder, setting, seed)
+    (place / "classify" / method).mkdir(parents=True)
+    scores = {"top1": top1, "macro": macro, "loss": 1.0}
+    results = {"test": scores, "val": {"top1": top1 - 0.01, "macro": macro}, "steps": steps_taken}
+    (place / "classify" / method / "results.json").write_text(json.dumps(results))
+    records = steps.read_records(place)
+    records[f"classify {method}"] = {
+        "stage": 3,
+        "seconds": 36.0,
+        "done": True,
+        "command": f"python train_cls.py {method}",
+    }
+    if METHODS[method].strategy:
+        records["ti_db"] = {"stage": 1, "seconds": 100.0, "done": True, "command": "python train_lora.py"}
+        command = f"python sample_mp.py --finetune_model_key ti_db --sample_strategy {method}"
+        records[f"sample {method}"] = {"stage": 2, "seconds": 50.0, "done": True, "command": command}
+    (place / "steps.json").write_text(json.dumps(records))
+
+
+@pytest.fixture
+def partial(tmp_path):
+    """A comparison of two seeds of which one of six classifiers is missing."""
+    comparison.claim_setting(tmp_path, "5shot", compare.recipe_of(parsed(["--dataset", "elpv"]), 0).record())
+    comparison.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
+    finished(tmp_path, "5shot", "real-only", 1, 0.50, 0.40)
+    finished(tmp_path, "5shot", "real-only", 2, 0.52, 0.44)
+    finished(tmp_path, "5shot", "diff-mix", 1, 0.60, 0.50)
+    finished(tmp_path, "5shot", "diff-mix", 2, 0.64, 0.56)
+    finished(tmp_path, "5shot", "cutmix", 1, 0.55, 0.45)
+    return tmp_path
+
+
+def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
+    comparison.write(partial)
+    report = (partial / "report.md").read_text()
+    assert "5 of 6 classifiers are there." in report and "Missing: 5shot cutmix seed 2." in report
+    assert "| real-only | 2 | 51.00 ± 1.41 | 42.00 ± 2.83 | 50.00 ± 1.41 | 8 |" in report
+    assert "| cutmix | 1 | 55.00 | 45.00 | 54.00 | 8 |" in report
+    # differences 10 and 12 points: mean 11, s = sqrt 2, t(0.975, 1) = 12.7062, half width 12.7062; macro 10 and 12 too
+    row = "| diff-mix | +11.00 [-1.71, 23.71] | +5.00 (one seed) | +11.00 [-1.71, 23.71] | +5.00 (one seed) |"
+    assert row in report
+    assert (
+        "| 5shot | 3 classify | 5 | 0.05 | 36 s |" in report and "| 5shot | 1 fine-tune | 2 | 0.06 | 2 min |" in report
+    )
+    rows = list(csv.DictReader((partial / "results.csv").open()))
+    assert len(rows) == 5 and [r["method"] for r in rows] == ["real-only"] * 2 + ["cutmix"] + ["diff-mix"] * 2
+    assert rows[3] == {
+        "setting": "5shot", "method": "diff-mix", "seed": "1", "top1": "0.6", "macro": "0.5", "val_top1": "0.59",
+        "val_macro": "0.5", "steps": "8", "seconds_stage1": "100.0", "seconds_stage2": "50.0", "seconds_stage3": "36.0",
+    }  # fmt: skip
+    assert (partial / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (partial / "commands.sh").read_text().count("python train_cls.py") == 5
+
+
+def test_requests_add_up_and_another_budget_is_refused(partial):
+    comparison.save_request(partial, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
+    comparison.save_request(partial, ["--seeds", "3"], ["5shot", "10shot"], [3], ["real-only"])
+    found = comparison.collect(partial)
+    assert len(found.commands) == 2 and found.settings == ["5shot", "10shot"] and len(found.missing) == 3
+    other = compare.recipe_of(parsed(["--dataset", "elpv", "--multiplier", "7"]), 0).record()
+    with pytest.raises(UserError, match=r"other arguments \(sample.syn_dataset_multiplier: 5.0 -> 7.0\)"):
+        comparison.claim_setting(partial, "5shot", other)
+
+
+def test_the_words_that_share_the_work_are_no_part_of_a_request():
+    words = ["--dataset", "x", "--num_shards", "2", "--shard_index=1", "--report_only", "--seeds", "1"]
+    assert compare._request_words(words) == ["--dataset", "x", "--seeds", "1"]
+
+
+# ---------------------------------------------------------------------------------------------------- from end to end
+
+
+@pytest.mark.slow
+def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny_base, tmp_path):
+    out = tmp_path / "out"
+    words = arguments(
+        image_folder, tiny_base, out, "--seeds", 1, "--methods", "real-only", "diff-mix", "--keep", "results"
+    )
+    command = [sys.executable, "-m", "semantic_aug.evaluation", "compare", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    steps_file = out / "2shot" / "seed1" / "steps.json"
+    while process.poll() is None and not steps_file.exists():  # the first classifier is done
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    first = json.loads(steps_file.read_text())["classify real-only"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 classifiers" in done.stdout
+    records = json.loads(steps_file.read_text())
+    assert records["classify real-only"] == first and all(entry["done"] for entry in records.values())
+    assert not (out / "2shot" / "seed1" / "aug_samples").exists()
+    report = (out / "report.md").read_text()
+    assert "2 of 2 classifiers are there." in report and "diff-mix" in report
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert rows[0]["steps"] == rows[1]["steps"] == "4"
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and "train_cls.py" not in again.stdout  # nothing is left to do

@@ -1,0 +1,225 @@
+"""DA-Fusion's row of the table and its object masks, and prompts drawn from several templates."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionInpaintPipeline
+from helpers import CLASSES, ROOT, refused, run, sampling_arguments, subset_contents
+from PIL import Image
+from test_loop import PROMPTS, Case
+
+import tiny
+from official_layouts import write_cub
+from semantic_aug import meta_csv, prompts
+from semantic_aug.augmentations import strategies
+from semantic_aug.augmentations.engine import Engine
+from semantic_aug.augmentations.request import ClassNames, ModelFiles
+from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.diffusion import loop
+from semantic_aug.diffusion.schedulers import SolverSettings
+from semantic_aug.errors import UserError
+from semantic_aug.sampling import config as sampling
+from semantic_aug.sampling import files, masks
+from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.plan import make_plan
+from semantic_aug.sampling.worker import BatchMaker
+from semantic_aug.seeding import task_rng
+
+EMBEDDED = ROOT / "scripts" / "quickstart" / "base"
+SIDE = tiny.RESOLUTION // 8
+LEFT = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
+LEFT[..., : SIDE // 2] = True
+
+
+# ------------------------------------------------------------------------------------------------------- the strategy
+
+
+def test_the_row_takes_tokens_alone_and_spreads_its_own_strengths():
+    row = strategies.find("da-fusion")
+    assert strategies.weights_for(row, True, True, "ck") == strategies.WeightPlan(use_lora=False, use_tokens=True)
+    with pytest.raises(UserError, match="strategy da-fusion needs class tokens"):
+        strategies.weights_for(row, True, False, "ck")
+    strengths, label = sampling.choose_strengths(row, 0.7, "fixed", 25)
+    assert label == "Uniform"
+    plan = make_plan(np.arange(12) % 3, [str(i) for i in range(12)], 3, row, strengths, 4, 8, 0)
+    assert plan.strengths == (1.0, 0.75, 0.5, 0.25) and np.bincount(plan.strength_code).tolist() == [12] * 4
+    assert (plan.source_class == plan.target).all() and (plan.source >= 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- the mask
+
+
+def masked(case, strengths, mask):
+    """Latents of the first images under a mask (None: without)."""
+    indices = range(len(strengths))
+    moments = loop.encode_moments(case.model.vae, loop.to_pixels([case.images[i] for i in indices]))
+    return loop.translate(
+        loop.plain_denoiser(case.model.unet), case.scheduler, moments, case.model.vae.config.scaling_factor,
+        case.embeds[list(indices)], case.null, strengths, [task_rng(0, i) for i in indices], case.settings,
+        None if mask is None else mask.expand(len(strengths), 1, SIDE, SIDE),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "ddim", "euler"])
+def test_masked_translation_equals_diffusers_inpainting(tiny_base, scheduler):
+    case = Case(tiny_base, SolverSettings(8, 4.0, scheduler))
+    got = masked(case, [0.5, 0.75], LEFT)
+    pixels = LEFT[0].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+    for index, strength in enumerate((0.5, 0.75)):
+        wanted = case.pipeline(StableDiffusionInpaintPipeline)(
+            prompt=PROMPTS[index], image=case.images[index], mask_image=Image.fromarray(pixels.astype(np.uint8) * 255),
+            strength=strength, num_inference_steps=8, guidance_scale=4.0, generator=[task_rng(0, index)],
+            height=tiny.RESOLUTION, width=tiny.RESOLUTION, output_type="latent",
+        ).images  # fmt: skip
+        assert (got[index] - wanted[0]).abs().max() <= 1e-4, (scheduler, strength)
+
+
+def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_gives_the_source(tiny_base):
+    case = Case(tiny_base, SolverSettings(8, 4.0))
+    plain = masked(case, [0.5, 1.0], None)
+    assert torch.equal(masked(case, [0.5, 1.0], torch.ones_like(LEFT)), plain)
+    kept = masked(case, [0.5, 1.0], torch.zeros_like(LEFT))
+    for i in range(2):
+        moments = loop.encode_moments(case.model.vae, loop.to_pixels([case.images[i]]))
+        noise = loop.draw((4, SIDE, SIDE), [task_rng(0, i)], moments)
+        source = loop.sample_posterior(moments, noise, case.model.vae.config.scaling_factor)
+        torch.testing.assert_close(
+            kept[i], source[0], atol=1e-4, rtol=0
+        )  # a batch of one computes a little differently
+        half = masked(case, [0.5, 1.0], LEFT)[i]
+        torch.testing.assert_close(half[..., SIDE // 2 :], source[0][..., SIDE // 2 :], atol=1e-4, rtol=0)
+        assert (half[..., : SIDE // 2] - source[0][..., : SIDE // 2]).abs().max() > 0.01
+
+
+def test_the_mask_is_where_the_box_is():
+    mask = masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16))  # left, top, right, bottom of an 80 x 160 image
+    rows, columns = torch.nonzero(mask[0], as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 7, 2, 5) and mask.sum() == 16
+    assert torch.equal(masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16), "background"), ~mask)
+    assert masks.box_mask((500, 500, 600, 600), (80, 160), (16, 16)).sum() == 1  # outside: its nearest cell
+    assert masks.box_mask((0, 0, 80, 160), (80, 160), (16, 16)).all()
+
+
+@pytest.fixture
+def cub(tmp_path, monkeypatch):
+    write_cub(tmp_path / "cub")
+    monkeypatch.setenv("CUB_ROOT", str(tmp_path / "cub"))
+    return load_dataset("cub", Setting())
+
+
+def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
+    """With the embedded base model: the decoder of a random one sees the whole picture at every pixel."""
+    names = ClassNames(cub.source_names, cub.class_names)
+    job = Job(
+        folder=tmp_path, dataset="cub", setting=cub.setting, config_dir=tmp_path, files=ModelFiles("embedded", EMBEDDED),
+        classes=names, solver=SolverSettings(4), resolution=128, dtype="fp32", template="a {}",
+        from_noise=False, seed=0, object_mask="object",
+    )  # fmt: skip
+    maker = BatchMaker(job, "cpu")
+    tasks = [Task(0, 0, 0, 1.0, "0.png", {}), Task(1, 1, 1, 1.0, "1.png", {})]
+    nothing = torch.zeros(1, 16, 16, dtype=torch.bool)
+    right = nothing.clone()
+    right[..., 12:] = True
+    made = {}
+    for name, mask in (("source", nothing), ("right", right)):
+        maker.masks.known = {0: mask, 1: nothing}
+        made[name], broken = maker.pixels(tasks)
+        assert not broken
+    difference = (made["right"].int() - made["source"].int()).abs().float().mean(-1)
+    assert difference[0, :, 96:].mean() > 4 * difference[0, :, :64].mean()  # the decoder sees a little beyond a cell
+    assert difference[1].max() <= 1
+
+
+def test_masks_come_from_the_data_sets_boxes(cub):
+    found = masks.SourceMasks(cub.train, (8, 8), "object")
+    batch = found.batch([0, 1])
+    size = cub.train.image(0).size
+    assert torch.equal(batch[0], masks.box_mask(cub.train.extras["box"][0].tolist(), size, (8, 8)))
+    assert 0 < batch[0].sum() < 64 and batch.shape == (2, 1, 8, 8)
+
+
+def test_masks_without_boxes_or_sources_are_refused(image_folder, cub):
+    images = load_dataset(f"folder:{image_folder}").train
+    with pytest.raises(UserError, match="--object_mask object: animals has no boxes of its objects"):
+        masks.check("object", images, "animals", "image")
+    with pytest.raises(UserError, match="--object_mask object: the strategy starts from noise"):
+        masks.check("object", cub.train, "cub", "noise")
+    masks.check("background", cub.train, "cub", "image")
+
+
+@pytest.mark.slow
+def test_a_masked_subset_is_refused_on_the_command_line_where_there_are_no_boxes(workshop, image_folder, tmp_path):
+    words = sampling_arguments(workshop, image_folder, tmp_path, object_mask="object")
+    assert "has no boxes of its objects" in refused("sample_mp.py", *words)
+
+
+# ------------------------------------------------------------------------------------------------------ the templates
+
+
+def test_templates_come_from_a_set_or_a_file(tmp_path):
+    assert prompts.read_templates("training") == prompts.TEMPLATES
+    assert all(text.count("{}") == 1 for texts in prompts.TEMPLATE_SETS.values() for text in texts)
+    (tmp_path / "t.txt").write_text("# mine\n\na sketch of a {}\na sketch of a {}\n{} at night\n")
+    assert prompts.read_templates(str(tmp_path / "t.txt")) == ("a sketch of a {}", "{} at night")
+    (tmp_path / "bad.txt").write_text("a sketch\n")
+    with pytest.raises(UserError, match="'a sketch': expected exactly one {}"):
+        prompts.read_templates(str(tmp_path / "bad.txt"))
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match="the file holds no caption"):
+        prompts.read_templates(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match="--prompt_templates traning: expected a text file .* or one of training"):
+        prompts.read_templates("traning")
+
+
+def task_files(templates, seed=0):
+    plan = make_plan(np.arange(9) % 3, [str(i) for i in range(9)], 3, strategies.find("real-gen"), (1.0,), 100, 4, seed)
+    return files.TaskPaths(plan, CLASSES, meta_csv.slugs(CLASSES), [str(i) for i in range(9)], seed, "png", templates)
+
+
+def test_a_tasks_template_follows_from_seed_and_number():
+    templates = ("a {}", "the {}", "one {}")
+    some, again, other = task_files(templates), task_files(templates), task_files(templates, seed=1)
+    drawn = [some.template(n) for n in range(900)]
+    assert drawn == [again.template(n) for n in range(900)] != [other.template(n) for n in range(900)]
+    assert min(np.bincount(drawn)) > 250
+    assert some.text(5)["prompt"] == templates[drawn[5]]
+    assert next(iter(some.meta_rows(np.asarray([5]))))[-1] == templates[drawn[5]]
+    plain = task_files(())
+    assert plain.further_columns == meta_csv.FURTHER_COLUMNS and "prompt" not in plain.text(5)
+
+
+def test_every_template_of_every_class_is_a_prompt_of_its_own(tiny_base):
+    templates = ("a photo of a {}", "a drawing of a {}")
+    classes, settings = ClassNames(CLASSES, CLASSES), SolverSettings(4)
+    engine = Engine(ModelFiles("tiny", tiny_base), classes, settings, tiny.RESOLUTION, template=templates)
+    assert engine.prompts == [f"a {kind} of a {name}" for kind in ("photo", "drawing") for name in CLASSES]
+    alone = Engine(ModelFiles("tiny", tiny_base), classes, settings, tiny.RESOLUTION, template=templates[1])
+    made = engine.generate([3 + 1], [task_rng(0, 0)])
+    assert torch.equal(made, alone.generate([1], [task_rng(0, 0)]))
+    assert not torch.equal(made, engine.generate([1], [task_rng(0, 0)]))
+
+
+@pytest.mark.slow
+def test_a_subset_of_several_prompts_is_the_same_however_it_is_made_and_never_mixed(workshop, image_folder, tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("a photo of a {}\na drawing of a {}\n")
+    base = yaml.safe_load((workshop / "config" / "finetuned_ckpts.yaml").read_text())["animals"]["ck"]["model_path"]
+    changes = {"sample_strategy": "real-gen", "finetune_model_key": None, "model_path": base}
+    changes |= {"prompt_templates": file, "syn_dataset_multiplier": 1}
+    one = sampling_arguments(workshop, image_folder, tmp_path / "one", **changes)
+    run("sample_mp.py", *one)
+    run(
+        "sample_mp.py",
+        *sampling_arguments(workshop, image_folder, tmp_path / "two", **changes, num_shards=2, shard_index=1),
+    )
+    run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "two", **changes))
+    assert subset_contents(tmp_path / "one") == subset_contents(tmp_path / "two")
+    folder = next((tmp_path / "one").rglob("meta.csv")).parent
+    rows = list(csv.DictReader((folder / "meta.csv").open()))
+    assert {row["Prompt"] for row in rows} == {"a photo of a {}", "a drawing of a {}"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["templates"] == ["a photo of a {}", "a drawing of a {}"]
+    file.write_text("a photo of a {}\na sketch of a {}\n")
+    assert "templates: " in refused("sample_mp.py", *one)

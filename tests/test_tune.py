@@ -1,0 +1,234 @@
+"""The search for settings: halving, budgets, parts of a pool, and what it chooses where the answer is known."""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from helpers import ROOT
+
+import train_cls
+from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation import __main__ as dispatcher
+from semantic_aug.evaluation import halving, tune
+from semantic_aug.evaluation.halving import Candidate
+
+DEFAULT = Candidate(0.7, 0.5, 0.3, 5.0)
+
+
+def grid():
+    return halving.candidates([0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.3, 0.5], [2.0, 5.0], DEFAULT, 0)
+
+
+def test_candidates_are_the_grid_the_default_first():
+    found = grid()
+    assert found[0] == DEFAULT and len(found) == 54 == len(set(found)) and found == grid()
+    assert len(halving.candidates([0.5], [0.3], [0.1], [5.0], DEFAULT, 0)) == 2  # the default outside the grid
+
+
+@pytest.mark.parametrize(
+    ("first", "seeds", "sizes"), [(54, 3, [54, 18, 6]), (5, 3, [5, 2, 2]), (2, 4, [2, 2, 2, 2]), (1, 2, [1, 1])]
+)
+def test_rungs_keep_a_third_and_two_at_least(first, seeds, sizes):
+    assert halving.rungs(first, seeds) == sizes
+
+
+def test_the_search_fits_the_trials():
+    for trials in range(6, 90):
+        first = halving.affordable(trials, 54, 3)
+        assert sum(halving.rungs(first, 3)) <= trials
+        assert first == 54 or sum(halving.rungs(first + 1, 3)) > trials
+    assert halving.affordable(5, 54, 3) == 0 and halving.affordable(10**9, 54, 3) == 54
+
+
+def planted(best, noise=0.02, better=0.08):
+    """Scores of runs in which one candidate is better by some points, and every run is noisy."""
+    runs = []
+
+    def run(one, seed):
+        runs.append((one, seed))
+        rng = np.random.default_rng(
+            [seed, *(int(100 * v) for v in (one.strength, one.gamma, one.probability, one.multiplier))]
+        )
+        return 0.5 + better * (one == best) + noise * rng.standard_normal()
+
+    return run, runs
+
+
+def test_a_planted_better_setting_is_chosen():
+    best = Candidate(0.9, 0.3, 0.5, 5.0)
+    run, runs = planted(best)
+    chosen, scores = halving.search(grid(), [1, 2, 3], run)
+    assert chosen == best and len(runs) == len(set(runs)) == 54 + 18 + 6
+    assert len(scores[best]) == len(scores[DEFAULT]) == 3
+
+
+def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
+    worse = lambda one, seed: 0.4 if one == DEFAULT else 0.5 + one.strength / 100  # noqa: E731
+    chosen, scores = halving.search(grid(), [1, 2, 3], worse)
+    assert chosen.strength == 0.9 and len(scores[DEFAULT]) == 3
+    assert halving.search(grid(), [1, 2, 3], lambda one, seed: 0.5)[0] == DEFAULT  # of equals
+    for seed in range(20):  # at least as good as the default on validation, whatever the noise
+        run, _ = planted(None, noise=0.1)
+        chosen, scores = halving.search(grid()[:12], [seed, seed + 100], run)
+        assert statistics.fmean(scores[chosen].values()) >= statistics.fmean(scores[DEFAULT].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1"], "--seeds 1: expected two or more"),
+        (["--trials", "5"], "--trials 5: the smallest search has 6 runs"),
+        (["--strategy", "diff-gen"], "argument --strategy: invalid choice: 'diff-gen'"),
+        (["--strengths", "1.5"], "1.5: expected a number in (0, 1]"),
+        (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for each run already"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert run_main(dispatcher.main, ["tune", "--dataset", "elpv", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ a part of a subset
+
+
+def subset(targets):
+    targets = np.asarray(targets)
+    return SyntheticImages([f"{i}.png" for i in range(len(targets))], targets, targets, np.full(len(targets), 0.7))
+
+
+def test_parts_of_a_subset_are_nested_and_even_over_targets():
+    images = subset([0] * 10 + [1] * 10 + [2] * 4)
+    parts = [images.at_most(n, seed=3) for n in range(1, 25)]
+    for n, (small, large) in enumerate(zip(parts, parts[1:], strict=False), 1):
+        assert len(small) == n and set(small.paths) < set(large.paths)
+    assert np.bincount(parts[11].target).tolist() == [4, 4, 4] and np.bincount(parts[17].target).tolist() == [7, 7, 4]
+    assert images.at_most(99).paths == images.paths
+    assert images.at_most(6, seed=4).paths != parts[5].paths
+
+
+# ------------------------------------------------------------------------------------------------ with fake stages
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    """A search whose subprocesses are replaced by a planted answer; returns what was run."""
+    began = []
+
+    def fake(pair, name, held=None, say=print):
+        step = pair.steps[name]
+        began.append(name)
+        if step.stage == 3:
+            args = train_cls.build_parser().parse_args(list(step.words[1:]))
+            good = (args.gamma == 0.8) + (args.syndata_max is None)
+            score = {"top1": 0.5 + 0.1 * good, "macro": 0.3}
+            place = pair.folder / "classify" / name.removeprefix("classify ")
+            place.mkdir(parents=True)
+            (place / "results.json").write_text(json.dumps({"val": score, "test": score, "steps": 4}))
+        elif step.stage == 2:
+            place = pair.folder / "aug_samples" / name.removeprefix("sample ") / "elpv" / "subset"
+            place.mkdir(parents=True)
+            (place / "meta.csv").write_text("")
+            (place / "config.yaml").write_text(yaml.safe_dump({"images": 200}))
+        else:
+            (pair.folder / name).mkdir(parents=True)
+            (pair.folder / name / "summary.json").write_text("{}")
+        pair._record(step, 36.0, True)
+
+    monkeypatch.setattr(tune.Pair, "run", fake)
+
+    def start(*words):
+        began.clear()
+        given = [
+            "--dataset",
+            "elpv",
+            "--examples_per_class",
+            "5",
+            "--output_dir",
+            str(tmp_path),
+            "--seeds",
+            "1",
+            "2",
+            *words,
+        ]
+        return run_main(tune.main, given), list(began)
+
+    return start
+
+
+def test_the_whole_search_reports_registers_and_goes_on(search, tmp_path, capsys):
+    words = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]
+    status, began = search(*words)
+    out = capsys.readouterr().out
+    assert status == 0 and began[:4] == ["ti_db", "sample s0.5", "sample s0.7", "sample s0.9"]
+    assert sum(name.startswith("classify") for name in began) <= 30
+    assert "chosen: s" in out and "-g0.8-" in out and "-m5;" in out
+    registered = yaml.safe_load((tmp_path / "config" / "synthetic_datasets.yaml").read_text())
+    command = out.strip().splitlines()[-1]
+    args = train_cls.build_parser().parse_args(shlex.split(command)[2:])
+    assert args.gamma == 0.8 and args.syndata_key == ["best"] and args.subset_seed == 0 and args.syndata_max is None
+    report = (tmp_path / "5shot" / "report.md").read_text()
+    assert registered["elpv"]["best"].endswith("elpv/subset") and registered["elpv"]["best"] in report
+    assert "(chosen)" in report and command in report and "s0.7-g0.5-p0.3-m5 (default)" in report
+    assert (tmp_path / "5shot" / "report.png").exists()
+    assert search(*words) == (0, [])  # all is done
+
+
+def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):
+    search("--trials", "6", "--multipliers", "2", "5", "--seeds", "1", "2")
+    tuning, _ = tune.tuning_of(
+        tune.build_parser().parse_args(["--dataset", "elpv", "--seeds", "1", "2"]), tmp_path / "5shot"
+    )
+    assert tuning.images(Candidate(0.7, 0.5, 0.3, 2.0)) == 80 and tuning.images(DEFAULT) is None
+
+
+def test_a_budget_in_hours_bounds_the_runs_and_is_fixed_at_the_start(search, tmp_path, capsys):
+    status, began = search("--budget_hours", "0.2")  # 720 s: the pool takes 4 x 36 s, 16 classifiers are left
+    assert status == 0
+    count = sum(name.startswith("classify") for name in began)
+    assert 12 <= count <= 16 and json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 16
+    assert search("--budget_hours", "0.2") == (0, [])
+
+
+def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
+    assert search("--budget_hours", "0.05")[0] == 2
+    assert "--budget_hours 0.05: 3 min are spent, and the smallest search has 4 runs of 36 s" in capsys.readouterr().err
+    assert search("--budget_hours", "0.1")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------- from end to end
+
+
+@pytest.mark.slow
+def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
+    words = [
+        "--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", tiny_base, "--examples_per_class", 2,
+        "--max_train_steps", 2, "--train_batch_size", 2, "--multipliers", 1, 2, "--num_inference_steps", 4, "--model",
+        "test_vit", "--res_mode", 32, "--nepoch", 2, "--batch_size", 3, "--gpu_ids", "cpu", "--stage3_args",
+        "--weights none", "--strengths", 0.7, "--gammas", 0.5, "--probs", 0.3, "--seeds", 1, 2, "--trials", 4,
+        "--output_dir", tmp_path / "out", "--config_dir", tmp_path / "config", "--register_key", "best",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "semantic_aug.evaluation", "tune", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    runs = sorted(p.parent.name for p in (tmp_path / "out" / "2shot" / "classify").glob("*/results.json"))
+    assert runs == [f"s0.7-g0.5-p0.3-m{m}-seed{s}" for m in (1, 2) for s in (1, 2)]
+    arguments = yaml.safe_load((tmp_path / "out" / "2shot" / "classify" / runs[0] / "args.yaml").read_text())
+    assert arguments["syndata_max"] == 6  # 1 x 6 of the pool's 12
+    use = done.stdout.strip().splitlines()[-1].removeprefix("python ")
+    check = subprocess.run([sys.executable, *shlex.split(use), "--dry_run"], cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune.Tuning, "results", lambda *_: {"val": None})
+    with pytest.raises(UserError):
+        tuning, found = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv"]), tmp_path / "x")
+        tuning.pair.done = lambda name: True
+        tuning.trial(found[0], 1, None)
