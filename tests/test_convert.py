@@ -1,9 +1,12 @@
 """The converter: stage 1's files in the original implementation's layout and back, read alike by everything."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import CLASSES, refused, run
+from helpers import CLASSES, ROOT
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -105,11 +108,18 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(checkpoint, tmp_path):
-    module = "semantic_aug/diffusion/convert.py"
-    env = {"PYTHONPATH": "."}
-    out = run(module, "--lora_path", checkpoint[0], "--output_dir", tmp_path / "out", env=env)
-    assert str(tmp_path / "out" / lora.FILE_NAME) in out
-    line = refused(module, "--lora_path", tmp_path / "none.bin", "--output_dir", tmp_path / "out2", env=env)
-    assert "none.bin is not there" in line
-    assert "nothing to convert" in refused(module, "--output_dir", tmp_path / "out2", env=env)
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--lora_path", "{lora}", "--output_dir", "{out}"], 0, "pytorch_lora_weights.safetensors"),
+        (["--lora_path", "/no/none.bin", "--output_dir", "{out}"], 2, "error: lora_path /no/none.bin is not there"),
+        (["--output_dir", "{out}"], 2, "error: nothing to convert: give --lora_path, --embed_path or both"),
+        (["--lora_path", "{lora}"], 2, "error: the following arguments are required: --output_dir"),
+    ],
+)
+def test_the_command(checkpoint, tmp_path, words, status, said):
+    words = [word.format(lora=checkpoint[0], out=tmp_path / "out") for word in words]
+    command = [sys.executable, "-m", "semantic_aug.diffusion.convert", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
+    assert status == 0 or len(done.stderr.strip().splitlines()) == 1
