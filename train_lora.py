@@ -59,6 +59,11 @@ def build_parser() -> cli.Parser:
         help="projections of the U-Net that get a LoRA",
     )
     model.add_argument(
+        "--train_text_encoder_lora",
+        action="store_true",
+        help="a LoRA of the same rank on the text encoders' attention projections too (db and ti_db)",
+    )
+    model.add_argument(
         "--initializer",
         default="class_name",
         metavar="WORDS",
@@ -129,6 +134,13 @@ def build_parser() -> cli.Parser:
         help="crops per image: the centre, and K - 1 seeded random ones",
     )
     images.add_argument("--no_flip", action="store_true", help="do not mirror images")
+    images.add_argument(
+        "--class_prompts_ratio",
+        type=cli.number(0, 1),
+        default=1.0,
+        metavar="P",
+        help="share of the images under a class prompt; the others are under their own captions, where the data set has any",
+    )
     out = parser.add_argument_group("checkpoints and reports")
     out.add_argument(
         "--output_dir",
@@ -162,13 +174,16 @@ def resolve(args: argparse.Namespace):
     """Checks the arguments and derives what was left unset; returns the request and the loaded data set."""
     from semantic_aug.datasets import load_dataset
     from semantic_aug.diffusion.base import find_base, read_geometry
-    from semantic_aug.finetune.config import FinetuneConfig
+    from semantic_aug.finetune.config import FinetuneConfig, check_captions
 
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
     folder = find_base(args.pretrained_model_name_or_path)
     geometry = read_geometry(folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
+    check_captions(dataset, args.class_prompts_ratio)
+    if args.train_text_encoder_lora and args.finetune_strategy == "ti":
+        raise UserError("--train_text_encoder_lora with --finetune_strategy ti, which trains no LoRA: give db or ti_db")
     output_dir = args.output_dir or run_dir.finetune_dir(args.finetune_strategy, dataset.name, dataset.setting.suffix)
     world = int(os.environ.get("WORLD_SIZE", 1))
     scale = args.train_batch_size * args.gradient_accumulation_steps * world if args.scale_lr else 1
@@ -180,6 +195,8 @@ def resolve(args: argparse.Namespace):
         "lr_warmup_steps",
         "rank",
         "lora_alpha",
+        "train_text_encoder_lora",
+        "class_prompts_ratio",
         "initializer",
         "num_vectors",
         "prediction_type",

@@ -173,6 +173,21 @@ def read_templates(word: str) -> tuple[str, ...]:
     return found
 
 
+def caption_prompt(caption: str, phrase: str, name: str) -> str:
+    """An image's own caption, speaking of the class by its phrase.
+
+    Args:
+        caption: with ``{}`` where the class belongs, or with the class's name, which the phrase replaces; a caption with
+            neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch".
+        phrase: of the class.
+        name: of the class as prompts speak it.
+    """
+    if "{}" in caption:
+        return fill(caption, phrase)
+    named = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", caption, count=1, flags=re.IGNORECASE)
+    return fill(named if "{}" in named else f"{SAMPLING_TEMPLATE}, {caption}", phrase)
+
+
 def initializer_text(name: str, super_class: str, initializer: str) -> str:
     """The words whose mean embedding starts a class token.
 

@@ -24,7 +24,7 @@ CHECKPOINTS = "finetuned_ckpts.yaml"
 SUBSETS = "synthetic_datasets.yaml"
 DATASETS = "datasets.yaml"
 LEARNING_RATES = "learning_rates.yaml"
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "pytorch_model.bin")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "pytorch_model.bin", "model.safetensors")
 """What is looked for, in this order, where a ``lora_path`` is a folder."""
 
 

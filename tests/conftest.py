@@ -37,6 +37,20 @@ def tiny_base_v(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bases(tmp_path_factory, tiny_base) -> dict[str, Path]:
+    """A tiny base model of each family; "sdxl-empty" is guided from the empty prompt, "sdxl" from zeros."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        "sd1": tiny_base,
+        "sd2": tiny.write_sd2(folder / "sd2"),
+        "sdxl": tiny.write_sdxl(folder / "sdxl"),
+        "sdxl-empty": tiny.write_sdxl(folder / "sdxl-empty", seed=3, zeros_for_empty_prompt=False),
+    }
+
+
+@pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """Three classes of small pictures in train, val and test folders."""
     import tiny

@@ -1,14 +1,13 @@
 """The batched loop against plain diffusers pipelines, on the same noise."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 import tiny
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step, make_scheduler
-from semantic_aug.diffusion.text import encode_prompts
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import task_rng
 
@@ -24,24 +23,13 @@ class Case:
         self.model, self.settings = load_base(str(folder)), settings
         self.scheduler = make_scheduler(self.model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.images = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(len(PROMPTS))]
-        self.embeds = encode_prompts(self.model.tokenizer, self.model.text_encoder, PROMPTS)
-        self.null = encode_prompts(self.model.tokenizer, self.model.text_encoder, [""])
+        self.embeds = self.model.encode(PROMPTS, tiny.RESOLUTION)
+        self.null = self.model.encode_null(tiny.RESOLUTION)
 
-    def pipeline(self, kind):
-        pipe = kind(
-            vae=self.model.vae,
-            text_encoder=self.model.text_encoder,
-            tokenizer=self.model.tokenizer,
-            unet=self.model.unet,
-            scheduler=make_scheduler(
-                self.model.scheduler_config, self.settings.scheduler, self.settings.final_sigmas_type
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def pipeline(self, start: int):
+        """Diffusers' own, from noise (0) or from an image (1)."""
+        kind = getattr(diffusers, self.model.family.pipelines[start])
+        return tiny.pipeline(self.model, kind, self.settings.scheduler, self.settings.final_sigmas_type)
 
     def reference(self, index: int, strength: float | None) -> torch.Tensor:
         """One image the plain way; latents (1, C, h, w)."""
@@ -53,12 +41,8 @@ class Case:
             output_type="latent",
         )
         if strength is None:
-            return self.pipeline(StableDiffusionPipeline)(
-                **options, height=tiny.RESOLUTION, width=tiny.RESOLUTION
-            ).images
-        return self.pipeline(StableDiffusionImg2ImgPipeline)(
-            **options, image=self.images[index], strength=strength
-        ).images
+            return self.pipeline(0)(**options, height=tiny.RESOLUTION, width=tiny.RESOLUTION).images
+        return self.pipeline(1)(**options, image=self.images[index], strength=strength).images
 
     def ours(self, indices, strengths) -> torch.Tensor:
         """The same images as one batch of ours."""
@@ -113,6 +97,28 @@ def test_each_strength_at_25_steps_equals_img2img_pipeline(tiny_base, strength):
     assert_equal_to_pipeline(case, [3, 0], [strength, strength])
 
 
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_other_families_equal_their_img2img_pipelines(bases, family):
+    case = Case(bases[family], SolverSettings(10, 5.0))
+    assert_equal_to_pipeline(case, [0, 1, 2, 5], [0.3, 0.7, 0.9, 1.0])
+
+
+@pytest.mark.parametrize(("family", "scheduler"), [("sd2", "ddim"), ("sdxl", "euler"), ("sdxl-empty", "dpmsolver++")])
+def test_other_families_equal_their_pipelines_from_noise(bases, family, scheduler):
+    case = Case(bases[family], SolverSettings(6, 5.0, scheduler))
+    assert_equal_to_pipeline(case, [4, 1], None)
+
+
+def test_reused_features_of_xl_at_an_interval_of_one_are_its_own_forward_pass(bases):
+    case = Case(bases["sdxl"], SolverSettings(4, 5.0))
+    denoiser, prompts = loop.reusing_denoiser(case.model.unet), case.embeds[:2]
+    x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
+    with torch.no_grad():
+        whole, deep = denoiser(x, t, prompts, None)
+        assert (whole - loop.plain_denoiser(case.model.unet)(x, t, prompts, None)[0]).abs().max() <= 1e-5
+        assert (denoiser(x, t, prompts, deep)[0] - whole).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "heun", "ddpm", "unipc", "pndm"])
 def test_other_schedulers_equal_img2img_pipeline(tiny_base, scheduler):
     case = Case(tiny_base, SolverSettings(8, 4.0, scheduler))
@@ -138,7 +144,7 @@ def test_decoding_in_micro_batches_equals_the_pipelines_images(tiny_base):
     case = Case(tiny_base, SolverSettings(4, 3.0))
     latents = case.ours([0, 1, 2], [0.8, 0.8, 0.8])
     images = loop.decode_latents(case.model.vae, latents, micro_batch=2)
-    pipe = case.pipeline(StableDiffusionImg2ImgPipeline)
+    pipe = case.pipeline(1)
     wanted = pipe(
         prompt=PROMPTS[1],
         image=case.images[1],

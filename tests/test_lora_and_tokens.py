@@ -10,7 +10,7 @@ from semantic_aug.augmentations.engine import ModelFiles, load_model
 from semantic_aug.diffusion import loop, lora, tokens
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
-from semantic_aug.diffusion.text import class_prompt, encode_prompts
+from semantic_aug.diffusion.text import class_prompt
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import task_rng
 
@@ -54,7 +54,7 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     model, learned = load_model(ModelFiles(str(tiny_base), tiny_base, lora_file, token_file))
     tokens.install(learned, model.tokenizer, model.text_encoder)
     prompt = class_prompt("blue jay", "blue jay", "bird", learned)
-    embeds = encode_prompts(model.tokenizer, model.text_encoder, [prompt, ""])
+    embeds = model.encode([prompt, ""], tiny.RESOLUTION)
     got = loop.generate(
         loop.plain_denoiser(model.unet),
         make_scheduler(model.scheduler_config),
@@ -130,6 +130,16 @@ def test_legacy_attention_processor_bin_loads(tiny_base, checkpoint, tmp_path):
         ("mid.attn2.to_v_lora.down.weight", "mid.attn2.to_v", "down"),
         ("unet.mid.proj_in.lora.down.weight", "mid.proj_in", "down"),
         ("base_model.model.mid.to_q.lora_B.default.weight", "mid.to_q", "up"),
+        (
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight",
+            "text_encoder.encoder.layers.0.self_attn.q_proj",
+            "down",
+        ),
+        (
+            "text_encoder_2.text_model.encoder.layers.1.self_attn.to_out_lora.up.weight",
+            "text_encoder_2.encoder.layers.1.self_attn.out_proj",
+            "up",
+        ),
     ],
 )
 def test_names_of_other_layouts(key, module, part):
@@ -226,10 +236,7 @@ def test_installed_tokens_change_only_prompts_that_name_them(tiny_base):
     learned = tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH))
     tokens.install(learned, taught.tokenizer, taught.text_encoder)
     words = ["a photo of a toad", ""]
-    assert torch.equal(
-        encode_prompts(plain.tokenizer, plain.text_encoder, words),
-        encode_prompts(taught.tokenizer, taught.text_encoder, words),
-    )
+    assert torch.equal(plain.encode(words, tiny.RESOLUTION).hidden, taught.encode(words, tiny.RESOLUTION).hidden)
     ids = taught.tokenizer("a <class_2> bird").input_ids
     assert len(plain.tokenizer) + 2 in ids and ids.count(len(plain.tokenizer) + 2) == 1
 

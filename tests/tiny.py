@@ -22,66 +22,164 @@ def byte_vocabulary() -> dict[str, int]:
     return {word: i for i, word in enumerate(words)}
 
 
-def write_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon", hidden: int = WIDTH) -> Path:
-    """Writes a random base model of some hundred thousand parameters: 32 px images, 4x4x4 latents."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def _autoencoder(**changes):
+    from diffusers import AutoencoderKL
 
-    vocabulary = byte_vocabulary()
-    end = vocabulary["<|endoftext|>"]
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 16, 16),
         norm_num_groups=4,
         latent_channels=4,
         sample_size=RESOLUTION,
+        **changes,
     )
-    unet = UNet2DConditionModel(
+
+
+def _unet(cross_attention_dim: int, **changes):
+    from diffusers import UNet2DConditionModel
+
+    options = dict(
         sample_size=RESOLUTION // 8,
         block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=hidden,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=2,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+    return UNet2DConditionModel(**{**options, **changes})
+
+
+def _text_config(hidden: int, **changes):
+    from transformers import CLIPTextConfig
+
+    end = byte_vocabulary()["<|endoftext|>"]
+    options = dict(
+        vocab_size=end + 1,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
     )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+    return CLIPTextConfig(**{**options, **changes})
+
+
+def _tokenizer(**changes):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer(vocab=byte_vocabulary(), merges=[], model_max_length=24, **changes)
+
+
+NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+
+def write_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon", hidden: int = WIDTH) -> Path:
+    """Writes a random base model of some hundred thousand parameters: 32 px images, 4x4x4 latents."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        scheduler=scheduler,
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24),
+        vae=_autoencoder(),
+        unet=_unet(hidden),
+        text_encoder=CLIPTextModel(_text_config(hidden)),
+        scheduler=PNDMScheduler(
+            **NOISE_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, prediction_type=prediction_type
+        ),
+        tokenizer=_tokenizer(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def write_sd2(folder: Path, seed: int = 1, hidden: int = 40) -> Path:
+    """A tiny Stable Diffusion 2.1: wider text encoder with GELU, padding with "!", linear projections, v-prediction."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    pipeline = StableDiffusionPipeline(
+        vae=_autoencoder(),
+        unet=_unet(hidden, use_linear_projection=True, attention_head_dim=(2, 4)),
+        text_encoder=CLIPTextModel(_text_config(hidden, hidden_act="gelu", num_hidden_layers=3)),
+        scheduler=DDIMScheduler(
+            **NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
+        ),
+        tokenizer=_tokenizer(pad_token="!"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+XL_WIDTHS = (24, 40)
+"""Of the tiny Stable Diffusion XL's text encoders."""
+
+
+def write_sdxl(folder: Path, seed: int = 2, zeros_for_empty_prompt: bool = True) -> Path:
+    """A tiny Stable Diffusion XL: two text encoders of different widths, pooled prompt and sizes as added conditions."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    first, second = XL_WIDTHS
+    projection, sizes = 16, 8
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder(scaling_factor=0.13025),
+        unet=_unet(
+            first + second,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=sizes,
+            projection_class_embeddings_input_dim=6 * sizes + projection,
+        ),
+        text_encoder=CLIPTextModel(_text_config(first)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            _text_config(second, hidden_act="gelu", num_hidden_layers=3, projection_dim=projection)
+        ),
+        tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(pad_token="!"),
+        scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="leading"),
+        force_zeros_for_empty_prompt=zeros_for_empty_prompt,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def pipeline(model, kind, scheduler: str = "dpmsolver++", final_sigmas_type: str = "zero"):
+    """A diffusers pipeline of the class ``kind`` over the parts of a loaded base model."""
+    from semantic_aug.diffusion.schedulers import make_scheduler
+
+    parts = dict(
+        vae=model.vae, unet=model.unet, scheduler=make_scheduler(model.scheduler_config, scheduler, final_sigmas_type)
+    )
+    for encoder, tokenizer, text_encoder in zip(
+        model.family.encoders, model.tokenizers, model.text_encoders, strict=True
+    ):
+        parts |= {encoder.tokenizer: tokenizer, encoder.component: text_encoder}
+    if model.family.sizes:
+        parts |= {"force_zeros_for_empty_prompt": model.zero_null, "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def picture(label: int, index: int, size: tuple[int, int] = (40, 36)) -> Image.Image:

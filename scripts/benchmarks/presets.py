@@ -83,5 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     header = [
         "setting", "images/s", "ratio", "KID to exact", "target-class accuracy", "KID to real", "distance to source",
     ]  # fmt: skip
-    common.publish("presets", header, table, {"arguments": run_dir.plain(vars(args)), "figures": figures, "rates": rates})
+    common.publish(
+        "presets", header, table, {"arguments": run_dir.plain(vars(args)), "figures": figures, "rates": rates}
+    )
     return 0

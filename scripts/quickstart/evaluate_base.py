@@ -165,16 +165,15 @@ def draw_samples(path: Path) -> None:
     from semantic_aug.diffusion.base import load_base
     from semantic_aug.diffusion.loop import decode_latents, generate, plain_denoiser
     from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
-    from semantic_aug.diffusion.text import encode_prompts
     from semantic_aug.pictures import Cell, grid
     from semantic_aug.seeding import torch_rng
 
     model = load_base(BASE)
     prompts = ["a photo of a solar cell", "a photo of a smooth round solar cell", "a photo of a coarse square solar cell",
                "a photo of a dim broken cracked solar cell", "a photo of a white clean even solar cell"]  # fmt: skip
-    null, rows = encode_prompts(model.tokenizer, model.text_encoder, [""]), []
+    null, rows = model.encode_null(128), []
     for prompt in prompts:
-        embeds = encode_prompts(model.tokenizer, model.text_encoder, [prompt]).expand(8, -1, -1)
+        embeds = model.encode([prompt], 128).expand(8)
         noise = [torch_rng(0, "card", i) for i in range(8)]
         shape, scheduler = model.geometry.latent_shape(128), make_scheduler(model.scheduler_config)
         latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SolverSettings(25, 4.0))

@@ -23,7 +23,7 @@ from semantic_aug.diffusion.loop import (
     translate,
 )
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
-from semantic_aug.diffusion.text import class_prompt, encode_prompts
+from semantic_aug.diffusion.text import Conditions, class_prompt
 from semantic_aug.prompts import SAMPLING_TEMPLATE
 
 PROMPT_BATCH = 64
@@ -64,7 +64,7 @@ class Engine:
         model.geometry.check(resolution)
         if tokens is not None:
             tokens.check_classes(classes.source_names, str(files.tokens))
-            token_io.install(tokens, model.tokenizer, model.text_encoder)
+            token_io.install_all(tokens, model.tokenizers, model.text_encoders)
         self.prompts = [
             class_prompt(source, prompt, classes.super_class, tokens, one)
             for one in ([template] if isinstance(template, str) else template)
@@ -72,9 +72,9 @@ class Engine:
         ]
         model.to(device, dtype)
         chunks = [self.prompts[i : i + PROMPT_BATCH] for i in range(0, len(self.prompts), PROMPT_BATCH)]
-        self.prompt_embeds = torch.cat([encode_prompts(model.tokenizer, model.text_encoder, chunk) for chunk in chunks])
-        self.null_embeds = encode_prompts(model.tokenizer, model.text_encoder, [""])
-        # the text encoder has done its work: only what follows stays in memory
+        self.prompt_embeds = Conditions.cat(model.encode(chunk, resolution) for chunk in chunks)
+        self.null_embeds = model.encode_null(resolution)
+        # the text encoders have done their work: only what follows stays in memory
         self.vae, self.batch = model.vae, compiled_batch
         self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.settings, self.resolution = settings, resolution
@@ -98,7 +98,7 @@ class Engine:
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Sources, PIL RGB of ``resolution`` pixels, to posterior parameters ``(B, 2C, h, w)`` on the CPU."""
-        return encode_moments(self.vae, to_pixels(images, self.device, self.dtype)).cpu()
+        return encode_moments(self.vae, to_pixels(images, self.device, self.vae.dtype)).cpu()
 
     def translate(
         self,
@@ -114,7 +114,7 @@ class Engine:
         """
         padded = self._padding(len(targets))
         latents = translate(
-            self.denoiser, self.scheduler, moments[padded].to(self.device, self.dtype), self.vae.config.scaling_factor,
+            self.denoiser, self.scheduler, moments[padded].to(self.device, self.vae.dtype), self.vae.config.scaling_factor,
             self.prompt_embeds[[targets[i] for i in padded]], self.null_embeds, [strengths[i] for i in padded],
             _spread(generators, padded), self.settings, None if masks is None else masks[padded],
         )  # fmt: skip
@@ -165,5 +165,5 @@ def load_model(files: ModelFiles) -> tuple[BaseModel, token_io.ClassTokens | Non
     model = load_base(files.name, files.folder)
     for path in (files.lora, files.extra_lora):
         if path is not None:
-            lora_io.merge_lora(model.unet, lora_io.read_lora(path), str(path))
+            lora_io.merge_into(model.networks, lora_io.read_lora(path), str(path))
     return model, token_io.load_tokens(files.tokens) if files.tokens is not None else None

@@ -1,6 +1,7 @@
 """A list of paths and labels, as CSV or parquet: one's own data without moving a file.
 
-Columns ``path`` and ``label``, and ``split`` where there are splits; others are passed over. Labels and splits are read as
+Columns ``path`` and ``label``, ``split`` where there are splits, and ``caption`` where there are captions; others are
+passed over. Labels and splits are read as
 codes, paths block by block, and only a path that needs it is looked at alone, so that a million rows open in seconds.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from semantic_aug.datasets import captions
 from semantic_aug.datasets.files import below, table_of_files
 from semantic_aug.datasets.sources import split_of, unify
 from semantic_aug.datasets.spec import Splits
@@ -24,7 +26,9 @@ from semantic_aug.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMNS = ("path", "label", "split")
+COLUMNS = ("path", "label", "split", "caption")
+TEXTS = ("path", "caption")
+"""Columns whose cells differ from row to row."""
 
 _PLAIN = r"^[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)*$"
 """A relative path that is what it seems: no component starts with a dot, none is empty, nothing is a backslash."""
@@ -51,11 +55,13 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         if not word.strip() and (codes == code).any():
             raise UserError(f"{file} line {_line(np.argmax(codes == code))}: the label is empty")
     paths, splits = rows["path"], _positions_of_splits(rows, file)
+    texts = rows["caption"] if "caption" in rows.column_names else None
     del rows
     tables = {}
     for split, positions in splits.items():
         keys = _keys(paths, positions, base, file)
-        tables[split] = _table(keys, codes[positions], words, base)
+        extras = None if texts is None else {"caption": captions.as_column(texts.take(positions).to_pylist())}
+        tables[split] = _table(keys, codes[positions], words, base, extras)
         _refuse_repeated(tables[split], positions, file, split)
     if "train" not in tables:
         raise UserError(f"{file} has no row of split train")
@@ -86,7 +92,7 @@ def _read_csv(file: Path) -> pa.Table:
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
         found = [name.strip() for name in next(plain_csv.reader(lines), [])]
     wanted = _check_columns(found, file)
-    kinds = {name: pa.string() if name == "path" else pa.dictionary(pa.int32(), pa.string()) for name in wanted}
+    kinds = {name: pa.string() if name in TEXTS else pa.dictionary(pa.int32(), pa.string()) for name in wanted}
     try:
         return csv.read_csv(
             file,
@@ -110,7 +116,7 @@ def _read_parquet(file: Path) -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{file} cannot be read as parquet ({reason}): write it again") from None
-    return pa.table({name: c if name == "path" else c.dictionary_encode() for name, c in columns.items()})
+    return pa.table({name: c if name in TEXTS else c.dictionary_encode() for name, c in columns.items()})
 
 
 def _codes(rows: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
@@ -161,13 +167,15 @@ def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, file: Path)
     return keys
 
 
-def _table(keys: list[str], codes: np.ndarray, words: list[str], base: Path) -> ImageTable:
+def _table(
+    keys: list[str], codes: np.ndarray, words: list[str], base: Path, extras: dict[str, np.ndarray] | None
+) -> ImageTable:
     """A split's table; its classes are those that occur in it, in alphabetical order."""
     used = sorted(np.flatnonzero(np.bincount(codes, minlength=len(words))).tolist(), key=words.__getitem__)
     rank = np.zeros(len(words), np.int64)
     rank[used] = np.arange(len(used))
     names = [words[code] for code in used]
-    return table_of_files(names, rank[codes], keys, lambda row: os.path.join(base, keys[row]))
+    return table_of_files(names, rank[codes], keys, lambda row: os.path.join(base, keys[row]), extras)
 
 
 def _refuse_repeated(table: ImageTable, positions: np.ndarray, file: Path, split: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semantic_aug.datasets import captions
 from semantic_aug.datasets.files import table_of_files
 from semantic_aug.datasets.images import EXTENSIONS, open_image
 from semantic_aug.datasets.spec import SPLITS, Splits
@@ -215,7 +216,9 @@ def _hub_table(
         return f"{fingerprint} {file_stamp(stored(row))}" if outside else fingerprint
 
     keys = [f"{ours}/{row:08d}" for row in range(len(labels))]
-    return ImageTable.of(class_names, labels, keys, read, stamp, encoded=stored)
+    column = captions.column_in(rows.column_names)
+    extras = {"caption": captions.as_column(rows.select_columns([column])[:][column])} if column else None
+    return ImageTable.of(class_names, labels, keys, read, stamp, extras, encoded=stored)
 
 
 def _label_column(rows: hub.Dataset) -> str | None:
@@ -235,6 +238,7 @@ def read_folder(folder: str | os.PathLike) -> Splits:
     """A folder of class folders, or a folder with ``train`` (and ``val``, ``test``) folders of class folders.
 
     Every image file below a class folder belongs to that class, however deep it lies; hidden files are passed over.
+    A ``metadata.csv`` beside the class folders gives captions (:func:`semantic_aug.datasets.captions.read_metadata`).
 
     Raises:
         UserError: not a folder, no class folders, fewer than two classes, or a class folder without an image.
@@ -277,7 +281,9 @@ def _folder_table(folder: Path, root: Path) -> ImageTable:
         paths += found
         labels += [label] * len(found)
     keys = [path.relative_to(root).as_posix() for path in paths]
-    return table_of_files([c.name for c in classes], labels, keys, paths.__getitem__)
+    column = captions.read_metadata(folder, [path.relative_to(folder).as_posix() for path in paths])
+    extras = None if column is None else {"caption": column}
+    return table_of_files([c.name for c in classes], labels, keys, paths.__getitem__, extras)
 
 
 def _images_below(folder: Path) -> list[Path]:

@@ -1,14 +1,15 @@
-"""Loading a pre-trained Stable Diffusion 1.x/2.x in diffusers layout, from a folder or from the hub."""
+"""Loading a pre-trained Stable Diffusion (1.x, 2.x, XL) in diffusers layout, from a folder or from the hub."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from semantic_aug.diffusion.families import Family, family_of, read_index
 from semantic_aug.errors import UserError
 from semantic_aug.registry import resolve_path, shown_path
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from semantic_aug.diffusion.text import Conditions
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +32,20 @@ HUB_FILES = [
     "*/config.json",
     "scheduler/scheduler_config.json",
     "tokenizer/*",
+    "tokenizer_2/*",
     "*/*.safetensors",
     "*/*.safetensors.index.json",
 ]
-HUB_IGNORED = ["*.fp16.*", "*.non_ema.*", "*.ema.*", "safety_checker/*", "feature_extractor/*", "*.msgpack", "*.onnx"]
-WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
+HUB_IGNORED = [
+    "*.fp16.*",
+    "*.non_ema.*",
+    "*.ema.*",
+    "safety_checker/*",
+    "feature_extractor/*",
+    "vae_1_0/*",  # SDXL's repository has an older VAE beside the one it uses
+    "*.msgpack",
+    "*.onnx",
+]
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,9 @@ def read_geometry(folder: Path) -> Geometry:
     """The geometry of a base model's folder, without loading a weight.
 
     Raises:
-        UserError: the configurations are not those of a Stable Diffusion.
+        UserError: a pipeline of an unknown family, or configurations that are not those of a Stable Diffusion.
     """
+    family_of(folder, shown_path(folder))
     try:
         unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
         return Geometry.of(unet, vae)
@@ -96,32 +109,62 @@ class BaseModel:
     Attributes:
         name: what was asked for (hub id or folder); recorded in checkpoints.
         folder: where its files are on this machine.
-        tokenizer: CLIP tokenizer; class tokens are added to it.
-        text_encoder: CLIP text model, prompts to ``(B, L, D)``.
+        family: what sets 1.x/2.x and XL apart.
+        tokenizers: one per text encoder; class tokens are added to each.
+        text_encoders: CLIP text models.
         vae: autoencoder, images ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, C, H/f, W/f)``.
         unet: the denoiser.
         scheduler_config: of the base model; every scheduler is made from it.
+        zero_null: whether guidance starts from zeros instead of the empty prompt's encoding (XL).
     """
 
     name: str
     folder: Path
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
+    family: Family
+    tokenizers: tuple[CLIPTokenizer, ...]
+    text_encoders: tuple[CLIPTextModel, ...]
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     scheduler_config: dict[str, Any]
+    zero_null: bool = False
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The first tokenizer, the only one of Stable Diffusion 1.x/2.x."""
+        return self.tokenizers[0]
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The first text encoder, the only one of Stable Diffusion 1.x/2.x."""
+        return self.text_encoders[0]
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What a LoRA may change, by the prefix its keys have in a file."""
+        components = (encoder.component for encoder in self.family.encoders)
+        return {"unet": self.unet, **dict(zip(components, self.text_encoders, strict=True))}
 
     @property
     def geometry(self) -> Geometry:
         """Sizes of images and latents."""
         return Geometry.of(self.unet.config, self.vae.config)
 
+    def encode(self, prompts: Sequence[str], resolution: int) -> Conditions:
+        """Prompts, each for a square image of ``resolution`` pixels, to what the U-Net is told; no gradients."""
+        return self.family.encode_prompts(self.tokenizers, self.text_encoders, prompts, resolution)
+
+    def encode_null(self, resolution: int) -> Conditions:
+        """One row: what guidance pushes away from, as the family's diffusers pipeline has it."""
+        null = self.encode([""], resolution)
+        return self.family.zeroed(null) if self.zero_null else null
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BaseModel:
-        """Moves (and casts) the three networks in place."""
-        for part in (self.text_encoder, self.vae, self.unet):
+        """Moves (and casts) the networks in place; a VAE that overflows in float16 stays in float32."""
+        for part in (*self.text_encoders, self.unet, self.vae):
             part.to(device)
-            if dtype not in (None, part.dtype):
-                part.to(dtype)
+            wanted = self.family.vae_dtype(self.vae, dtype) if part is self.vae else dtype
+            if wanted not in (None, part.dtype):
+                part.to(wanted)
         return self
 
 
@@ -171,13 +214,14 @@ def _hub_cached(name: str) -> Path | None:
         )
     except Exception:  # not in the cache, or an id the hub's library does not accept: the download will say so
         return None
-    return folder if _is_whole(folder) else None
+    return folder if _is_whole(folder, name) else None
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() and all(
-        any((folder / part).glob("*.safetensors")) for part in WEIGHT_FOLDERS
-    )
+def _is_whole(folder: Path, name: str) -> bool:
+    if not (folder / "model_index.json").is_file():
+        return False
+    folders = family_of(folder, name).weight_folders
+    return all(any((folder / part).glob("*.safetensors")) for part in folders)
 
 
 def _hub_download(name: str) -> Path:
@@ -191,7 +235,7 @@ def _hub_download(name: str) -> Path:
             f"base model '{name}' is neither a folder nor to be had from the hub "
             f"({type(error).__name__}: {reason}): {_how_to_get(name)}"
         ) from error
-    if not _is_whole(folder):
+    if not _is_whole(folder, name):
         raise UserError(
             f"base model '{name}' on the hub has no safetensors weights in diffusers layout: {_how_to_get(name)}"
         )
@@ -206,40 +250,44 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
         folder: where :func:`find_base` found it; looked up when absent.
 
     Raises:
-        UserError: not there, not in diffusers layout, or not a Stable Diffusion 1.x/2.x.
+        UserError: not there, not in diffusers layout, or of an unknown family.
     """
     import torch
+    import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging as transformers_logging
 
     folder = folder or find_base(name)
     transformers_logging.disable_progress_bar()
+    family = family_of(folder, name)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        if "text_encoder_2" in index or "text_encoder" not in index:
-            raise UserError(
-                f"base model '{name}' is a {index.get('_class_name', 'pipeline of another kind')}: "
-                "expected a Stable Diffusion 1.x or 2.x"
-            )
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        parts = {
-            "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-            "vae": AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
-        }
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        text_encoders = tuple(
+            getattr(transformers, encoder.kind).from_pretrained(folder / encoder.component, dtype=torch.float32)
+            for encoder in family.encoders
+        )
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        tokenizers = tuple(
+            transformers.CLIPTokenizer.from_pretrained(folder / encoder.tokenizer) for encoder in family.encoders
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
             f"base model '{name}' in {shown_path(folder)} cannot be loaded ({reason}): {_how_to_get(name)}"
         ) from error
-    for part in parts.values():
+    family.check(unet, vae, name)
+    for part in (*text_encoders, vae, unet):
         part.requires_grad_(False).eval()
-    return BaseModel(name, folder, tokenizer, scheduler_config=scheduler_config, **parts)
+    zero_null = family.sizes and bool(read_index(folder, name).get("force_zeros_for_empty_prompt", True))
+    return BaseModel(name, folder, family, tokenizers, text_encoders, vae, unet, scheduler_config, zero_null)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that decide what a base model makes: weights, configurations and vocabulary, sorted."""
-    found = [p for part in (*WEIGHT_FOLDERS, "tokenizer", "scheduler") for p in (folder / part).iterdir()]
+    family = family_of(folder, shown_path(folder))
+    parts = (*family.weight_folders, *(encoder.tokenizer for encoder in family.encoders), "scheduler")
+    found = [p for part in parts for p in (folder / part).iterdir()]
+    if family.sizes:
+        found.append(folder / "model_index.json")  # it says what guidance starts from
     return sorted(p for p in found if p.suffix in (".safetensors", ".bin", ".json", ".txt") and "fp16" not in p.name)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from semantic_aug.diffusion.reuse import FeatureReuse
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
+from semantic_aug.diffusion.text import Conditions
 
 
 def to_pixels(images: Sequence, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,7 +60,7 @@ def decode_latents(
         decode: a compiled form of the VAE's decoding; it is always given whole micro-batches, padded where need be.
     """
     images = []
-    for part in (latents / vae.config.scaling_factor).split(micro_batch):
+    for part in (latents.to(vae.dtype) / vae.config.scaling_factor).split(micro_batch):
         if decode is None:
             images.append(to_uint8(vae.decode(part, return_dict=False)[0]))
         else:
@@ -73,25 +74,31 @@ def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Te
     return randn_tensor((len(generators), *shape), generator=list(generators), device=like.device, dtype=like.dtype)
 
 
-Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""(latents, timestep, prompt embeddings, deep features to reuse or None) -> (prediction, deep features or None)."""
+Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(latents, timestep, encoded prompts, deep features to reuse or None) -> (prediction, deep features or None)."""
 
 
 def plain_denoiser(unet: nn.Module) -> Denoiser:
     """The U-Net as it is: nothing is reused."""
-    return lambda x, t, embeds, deep: (unet(x, t, encoder_hidden_states=embeds, return_dict=False)[0], None)
+    return lambda x, t, prompts, deep: (unet(x, t, **prompts.unet_arguments(), return_dict=False)[0], None)
 
 
 def reusing_denoiser(unet: nn.Module, compiled: Callable = lambda part: part) -> Denoiser:
     """The U-Net with its outermost level run alone where deep features are given (lossy).
 
     Args:
-        unet: of Stable Diffusion 1.x/2.x.
+        unet: of any family.
         compiled: applied to both ways of running it.
     """
     parts = FeatureReuse(unet)
     whole, outer = compiled(parts.whole), compiled(parts.outer)
-    return lambda x, t, embeds, deep: whole(x, t, embeds) if deep is None else (outer(x, t, embeds, deep), deep)
+
+    def denoise(x: Tensor, t: Tensor, prompts: Conditions, deep: Tensor | None) -> tuple[Tensor, Tensor]:
+        if deep is None:
+            return whole(x, t, prompts.hidden, prompts.added)
+        return outer(x, t, prompts.hidden, deep, prompts.added), deep
+
+    return denoise
 
 
 @torch.no_grad()
@@ -100,8 +107,8 @@ def translate(
     scheduler_template,
     moments: Tensor,
     scaling_factor: float,
-    prompt_embeds: Tensor,
-    null_embeds: Tensor,
+    prompt_embeds: Conditions,
+    null_embeds: Conditions,
     strengths: Sequence[float],
     generators: Sequence[torch.Generator],
     settings: SolverSettings,
@@ -114,8 +121,8 @@ def translate(
         scheduler_template: from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied, never changed.
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
         scaling_factor: of the VAE.
-        prompt_embeds: ``(B, L, D)``.
-        null_embeds: ``(1, L, D)``, of the empty prompt.
+        prompt_embeds: B rows.
+        null_embeds: one row, of the empty prompt.
         strengths: B numbers in (0, 1]; they may differ.
         generators: B CPU generators; each gives its sample's posterior draw, then its noise, then what a stochastic
             solver asks for.
@@ -130,8 +137,8 @@ def translate(
         UserError: a strength too small for the number of steps.
     """
     shape = (moments.shape[1] // 2, *moments.shape[2:])
-    latents = sample_posterior(moments, draw(shape, generators, moments), scaling_factor)
-    noise = draw(shape, generators, moments)
+    latents = sample_posterior(moments, draw(shape, generators, moments), scaling_factor).to(prompt_embeds.dtype)
+    noise = draw(shape, generators, latents)
     starts = [first_step(settings.num_inference_steps, s) for s in strengths]
     groups = _groups(scheduler_template, starts, settings.num_inference_steps, latents.device)
     kept = None if masks is None else _Kept(masks.to(latents.device), latents.clone(), noise)
@@ -147,8 +154,8 @@ def generate(
     denoiser: Denoiser,
     scheduler_template,
     latent_shape: tuple[int, int, int],
-    prompt_embeds: Tensor,
-    null_embeds: Tensor,
+    prompt_embeds: Conditions,
+    null_embeds: Conditions,
     generators: Sequence[torch.Generator],
     settings: SolverSettings,
 ) -> Tensor:
@@ -158,8 +165,8 @@ def generate(
         denoiser: the U-Net, from :func:`plain_denoiser` or :func:`reusing_denoiser`.
         scheduler_template: copied, never changed.
         latent_shape: (C, h, w).
-        prompt_embeds: ``(B, L, D)``.
-        null_embeds: ``(1, L, D)``, of the empty prompt.
+        prompt_embeds: B rows.
+        null_embeds: one row, of the empty prompt.
         generators: B CPU generators, one per sample.
         settings: steps, guidance, solver.
 
@@ -167,7 +174,7 @@ def generate(
         Scaled latents ``(B, C, h, w)``.
     """
     groups = _groups(scheduler_template, [0] * len(generators), settings.num_inference_steps, prompt_embeds.device)
-    latents = draw(latent_shape, generators, prompt_embeds) * groups[0].scheduler.init_noise_sigma
+    latents = draw(latent_shape, generators, prompt_embeds.hidden) * groups[0].scheduler.init_noise_sigma
     return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings)
 
 
@@ -213,8 +220,8 @@ def _denoise(
     denoiser: Denoiser,
     groups: list[_Group],
     latents: Tensor,
-    prompt_embeds: Tensor,
-    null_embeds: Tensor,
+    prompt_embeds: Conditions,
+    null_embeds: Conditions,
     generators: Sequence[torch.Generator],
     settings: SolverSettings,
     kept: _Kept | None = None,
@@ -234,7 +241,7 @@ def _denoise(
         embeds = prompt_embeds[index]
         if guided:
             scaled = torch.cat([scaled, scaled])
-            embeds = torch.cat([null_embeds.expand_as(embeds), embeds])
+            embeds = Conditions.cat([null_embeds.expand(len(embeds)), embeds])
         # features can be reused only by the very samples, guided or not, they were computed for
         state = (len(active), guided)
         whole = deep is None or state != deep_for or age >= settings.reuse_interval

@@ -7,20 +7,25 @@ change a little. With an interval of one it is the U-Net's own forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from semantic_aug.errors import UserError
 
-EXTRAS = ("class_embedding", "add_embedding", "encoder_hid_proj", "time_embed_act")
-"""Parts that other U-Nets have and this way of running them leaves out; absent or None in Stable Diffusion 1.x and 2.x."""
+EXTRAS = ("class_embedding", "encoder_hid_proj", "time_embed_act")
+"""Parts that other U-Nets have and this way of running them leaves out; absent or None in Stable Diffusion 1.x, 2.x and XL."""
+
+NOTHING: Mapping[str, Tensor] = {}
+"""The added conditions of a family without any."""
 
 
 class FeatureReuse(nn.Module):
     """A U-Net that can run its outermost level alone.
 
     Args:
-        unet: of Stable Diffusion 1.x/2.x, with at least two levels.
+        unet: of Stable Diffusion 1.x, 2.x or XL, with at least two levels.
 
     Raises:
         UserError: a U-Net of another build.
@@ -30,18 +35,22 @@ class FeatureReuse(nn.Module):
         super().__init__()
         if any(getattr(unet, name, None) is not None for name in EXTRAS) or len(unet.down_blocks) < 2:
             raise UserError(
-                "--speed fast and turbo know only the U-Nets of Stable Diffusion 1.x and 2.x: use --speed exact"
+                "--speed fast and turbo know only the U-Nets of Stable Diffusion 1.x, 2.x and XL: use --speed exact"
             )
         self.unet = unet
         self.outer_skips = len(unet.up_blocks[-1].resnets)
 
-    def _embed(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def _embed(self, sample: Tensor, timestep: Tensor, context: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         steps = self.unet.time_proj(timestep.expand(sample.shape[0]))
-        return self.unet.time_embedding(steps.to(sample.dtype))
+        embedded = self.unet.time_embedding(steps.to(sample.dtype))
+        more = self.unet.get_aug_embed(embedded, context, dict(added))  # of the added conditions, None without them
+        return embedded if more is None else embedded + more
 
-    def whole(self, sample: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def whole(
+        self, sample: Tensor, timestep: Tensor, context: Tensor, added: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
         """The whole U-Net: its prediction ``(B, C, h, w)`` and the features that enter its last up block."""
-        unet, embedded = self.unet, self._embed(sample, timestep)
+        unet, embedded = self.unet, self._embed(sample, timestep, context, added)
         hidden = unet.conv_in(sample)
         skips = [hidden]
         for block in unet.down_blocks:
@@ -55,9 +64,11 @@ class FeatureReuse(nn.Module):
             del skips[-count:]
         return self._finish(hidden, embedded, context, skips), hidden
 
-    def outer(self, sample: Tensor, timestep: Tensor, context: Tensor, deep: Tensor) -> Tensor:
+    def outer(
+        self, sample: Tensor, timestep: Tensor, context: Tensor, deep: Tensor, added: Mapping[str, Tensor] = NOTHING
+    ) -> Tensor:
         """The outermost level alone, over the deep features of an earlier step; ``(B, C, h, w)``."""
-        embedded = self._embed(sample, timestep)
+        embedded = self._embed(sample, timestep, context, added)
         hidden = self.unet.conv_in(sample)
         _, outputs = _run(self.unet.down_blocks[0], hidden, embedded, context)
         return self._finish(deep, embedded, context, [hidden, *outputs][: self.outer_skips])

@@ -1,8 +1,9 @@
-"""Prompts to the hidden states the U-Net attends to."""
+"""Prompts to what the U-Net is told: hidden states it attends to and, in some families, a pooled vector and sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +11,57 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the U-Net is told of each of B images.
+
+    Attributes:
+        hidden: ``(B, L, D)``, the prompts' hidden states.
+        added: the U-Net's ``added_cond_kwargs``, each with B rows. Empty in Stable Diffusion 1.x and 2.x; in XL the
+            pooled prompt ``text_embeds`` ``(B, P)`` and ``time_ids`` ``(B, 6)``: original size, crop's corner and target
+            size, each as (height, width) in pixels.
+    """
+
+    hidden: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows) -> Conditions:
+        """The chosen rows; a list, a slice or an index tensor."""
+        return Conditions(self.hidden[rows], {name: value[rows] for name, value in self.added.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def to(self, *where) -> Conditions:
+        """On another device or in another precision."""
+        return Conditions(self.hidden.to(*where), {name: value.to(*where) for name, value in self.added.items()})
+
+    def expand(self, count: int) -> Conditions:
+        """One row, ``count`` times."""
+        return Conditions(
+            self.hidden.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Iterable[Conditions]) -> Conditions:
+        """Several batches as one."""
+        parts = list(parts)
+        added = {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added}
+        return Conditions(torch.cat([part.hidden for part in parts]), added)
+
+    def unet_arguments(self) -> dict:
+        """Keyword arguments of a U-Net's call."""
+        return {"encoder_hidden_states": self.hidden, **({"added_cond_kwargs": dict(self.added)} if self.added else {})}
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -24,12 +76,6 @@ def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     return text_encoder(ids.to(text_encoder.device))[0]
 
 
-@torch.no_grad()
-def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
-    """Prompts to ``(B, L, D)``, without gradients."""
-    return encode_ids(text_encoder, tokenize(tokenizer, prompts))
-
-
 def class_prompt(
     source_name: str, prompt_name: str, super_class: str, tokens: ClassTokens | None, template: str = SAMPLING_TEMPLATE
 ) -> str:
@@ -42,6 +88,11 @@ def class_prompt(
         tokens: class tokens of the checkpoint, or None.
         template: with ``{}`` for the phrase.
     """
+    return fill(template, class_words(source_name, prompt_name, super_class, tokens))
+
+
+def class_words(source_name: str, prompt_name: str, super_class: str, tokens: ClassTokens | None) -> str:
+    """What stands for a class in a sentence: its token, else its name, followed by the super-class."""
     if tokens is None:
-        return fill(template, class_phrase(prompt_name, super_class))
-    return fill(template, f"{tokens.phrase(source_name)} {super_class}".strip())
+        return class_phrase(prompt_name, super_class)
+    return f"{tokens.phrase(source_name)} {super_class}".strip()

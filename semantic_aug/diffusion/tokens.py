@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from semantic_aug.prompts import class_token, initializer_text
 from semantic_aug.run_dir import load_pickle, save_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
+TABLES = ("clip_l", "clip_g")
+"""Names of the text encoders' tables in a file of two, as is the custom for Stable Diffusion XL."""
 
 
 @dataclass
@@ -35,6 +37,7 @@ class ClassTokens:
         base_model: the base model they were trained on (may be empty).
         dataset: the data set they were trained on (may be empty).
         names: placeholders, one per vector; ``<class_i>`` (``<class_i_v>`` for further vectors) unless a file says otherwise.
+        further: of a base model with several text encoders, the others' vectors, ``(K * V, D')`` each.
     """
 
     class_names: tuple[str, ...]
@@ -43,13 +46,20 @@ class ClassTokens:
     base_model: str = ""
     dataset: str = ""
     names: tuple[str, ...] = field(default=())
+    further: tuple[Tensor, ...] = ()
 
     def __post_init__(self):
         if not self.names:
             count, per_class = len(self.class_names), self.vectors_per_class
             self.names = tuple(class_token(i, v) for i in range(count) for v in range(per_class))
-        if len(self.names) != len(self.vectors):
-            raise ValueError(f"{len(self.names)} placeholders for {len(self.vectors)} vectors")
+        for table in self.tables:
+            if len(self.names) != len(table):
+                raise ValueError(f"{len(self.names)} placeholders for {len(table)} vectors")
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """The vectors for each text encoder."""
+        return (self.vectors, *self.further)
 
     def _position(self, class_name: str) -> int | None:
         """Where a class is, spelled alike or, failing that, alike but for case, underscores and slashes.
@@ -167,6 +177,36 @@ def install(
     return vectors
 
 
+def install_all(
+    tokens: ClassTokens,
+    tokenizers: Sequence[CLIPTokenizer],
+    text_encoders: Sequence[CLIPTextModel],
+    trainable: bool = False,
+) -> list[Tensor]:
+    """Teaches every tokenizer and text encoder of a base model the class tokens; see :func:`install`.
+
+    Returns:
+        The installed vectors, one tensor per text encoder.
+
+    Raises:
+        UserError: vectors for another number of text encoders, or what :func:`install` refuses.
+    """
+    if len(tokens.tables) != len(text_encoders):
+        raise UserError(
+            f"class tokens hold vectors for {_encoders(len(tokens.tables))}, the base model has "
+            f"{_encoders(len(text_encoders))}: they were trained on another base model "
+            f"({tokens.base_model or 'not recorded'}); mend model_path or embed_path of the checkpoint's entry"
+        )
+    return [
+        install(replace(tokens, vectors=table, further=()), tokenizer, text_encoder, trainable)
+        for table, tokenizer, text_encoder in zip(tokens.tables, tokenizers, text_encoders, strict=True)
+    ]
+
+
+def _encoders(count: int) -> str:
+    return "one text encoder" if count == 1 else f"{count} text encoders (Stable Diffusion XL)"
+
+
 def initial_tokens(
     class_names: Sequence[str],
     prompt_names: Sequence[str],
@@ -197,7 +237,11 @@ def initial_tokens(
 
 
 def save_tokens(tokens: ClassTokens, path: Path) -> None:
-    """Writes placeholders -> vectors ``(D,)`` as safetensors; names, base model and data set go into the metadata."""
+    """Writes placeholders -> vectors ``(D,)`` as safetensors; names, base model and data set go into the metadata.
+
+    Of a base model with two text encoders the file holds their tables ``clip_l`` and ``clip_g`` instead, ``(K * V, D)``
+    each with a row per placeholder, which ``load_textual_inversion`` takes with the list of placeholders.
+    """
     metadata = {
         "class_names": json.dumps(list(tokens.class_names), ensure_ascii=False),
         "placeholders": json.dumps(list(tokens.names)),
@@ -205,7 +249,11 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
         "base_model": tokens.base_model,
         "dataset": tokens.dataset,
     }
-    save_tensors(path, {name: v.float() for name, v in zip(tokens.names, tokens.vectors, strict=True)}, metadata)
+    if tokens.further:
+        tensors = {name: table.float() for name, table in zip(TABLES, tokens.tables, strict=True)}
+    else:
+        tensors = {name: v.float() for name, v in zip(tokens.names, tokens.vectors, strict=True)}
+    save_tensors(path, tensors, metadata)
 
 
 def load_tokens(path: Path) -> ClassTokens:
@@ -228,16 +276,20 @@ def _load_safetensors(path: Path) -> ClassTokens:
             if "placeholders" not in metadata:
                 raise UserError(f"{path} has no class names in its metadata: expected a file written by train_lora.py")
             names = tuple(json.loads(metadata["placeholders"]))
-            vectors = torch.stack([content.get_tensor(name) for name in names]).float()
+            if TABLES[0] in content.keys():  # noqa: SIM118
+                tables = [content.get_tensor(name).float() for name in TABLES]
+            else:
+                tables = [torch.stack([content.get_tensor(name) for name in names]).float()]
     except SafetensorError as error:
         raise UserError(f"class tokens {path} are damaged ({error}): run train_lora.py again") from None
     return ClassTokens(
         tuple(json.loads(metadata["class_names"])),
-        vectors,
+        tables[0],
         int(metadata["vectors_per_class"]),
         metadata.get("base_model", ""),
         metadata.get("dataset", ""),
         names,
+        tuple(tables[1:]),
     )
 
 

@@ -29,6 +29,7 @@ class Draw:
         timestep: int64 ``(E,)``.
         posterior: ``(E, C, h, w)`` standard normal, for the VAE's posterior.
         noise: ``(E, C, h, w)`` standard normal plus the offset.
+        caption: ``(E,)`` uniform in [0, 1), whether the image's own caption is used, and which.
     """
 
     index: Tensor
@@ -38,6 +39,7 @@ class Draw:
     timestep: Tensor
     posterior: Tensor
     noise: Tensor
+    caption: Tensor
 
     def part(self, position: int, size: int) -> Draw:
         """Slice ``position`` of ``size`` samples."""
@@ -106,4 +108,5 @@ class BatchSource:
         noise = torch.randn(size, *self.latent_shape, generator=rng)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(size, self.latent_shape[0], 1, 1, generator=rng)
-        return Draw(torch.from_numpy(self.indices(step)), view, flip, template, timestep, posterior, noise)
+        caption = torch.rand(size, generator=rng)  # drawn last: what comes before stays as it was without captions
+        return Draw(torch.from_numpy(self.indices(step)), view, flip, template, timestep, posterior, noise, caption)

@@ -28,7 +28,8 @@ def save_weights(model: TrainedModel, folder: Path) -> None:
     """Writes the LoRA and the tokens, whichever are trained, as files that plain diffusers loads."""
     folder.mkdir(parents=True, exist_ok=True)
     if model.lora_parameters:
-        lora_io.save_lora(model.unet, folder / lora_io.FILE_NAME, model.alpha)
+        text_encoders = {name: network for name, network in model.networks.items() if name != "unet"}
+        lora_io.save_lora(model.unet, folder / lora_io.FILE_NAME, model.alpha, text_encoders)
     tokens = model.current_tokens()
     if tokens is not None:
         token_io.save_tokens(tokens, folder / token_io.FILE_NAME)
@@ -41,15 +42,17 @@ def load_weights(model: TrainedModel, folder: Path) -> None:
         UserError: they do not fit.
     """
     if model.lora_parameters:
-        lora_io.load_trained(model.unet, folder / lora_io.FILE_NAME)
-    if model.vectors is not None:
+        lora_io.load_trained(model.networks, folder / lora_io.FILE_NAME)
+    if model.vectors:
         tokens = token_io.load_tokens(folder / token_io.FILE_NAME)
-        if tokens.vectors.shape != model.vectors.shape or tokens.class_names != model.tokens.class_names:
+        shapes = [vectors.shape for vectors in model.vectors]
+        if [table.shape for table in tokens.tables] != shapes or tokens.class_names != model.tokens.class_names:
             raise UserError(
                 f"{folder} has tokens of other classes or another --num_vectors: choose another --output_dir"
             )
         with torch.no_grad():
-            model.vectors.copy_(tokens.vectors)
+            for vectors, table in zip(model.vectors, tokens.tables, strict=True):
+                vectors.copy_(table)
 
 
 def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dict, limit: int | None) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from semantic_aug.datasets import Setting
+from semantic_aug.datasets import LoadedDataset, Setting
+from semantic_aug.errors import UserError
 
 STRATEGIES = {
     "ti": "class tokens only (textual inversion)",
@@ -36,6 +37,8 @@ class FinetuneConfig:
         rank: of the LoRA.
         lora_alpha: None for the rank.
         lora_targets: projections that get a LoRA.
+        train_text_encoder_lora: a LoRA on the text encoders' attention projections too.
+        class_prompts_ratio: share of the images under class prompts, the others are under their captions.
         initializer: ``class_name``, ``super_class`` or words.
         num_vectors: vectors per class token.
         prediction_type: None for the base model's own.
@@ -76,6 +79,8 @@ class FinetuneConfig:
     rank: int
     lora_alpha: float | None
     lora_targets: tuple[str, ...]
+    train_text_encoder_lora: bool
+    class_prompts_ratio: float
     initializer: str
     num_vectors: int
     prediction_type: str | None
@@ -131,3 +136,17 @@ MAY_CHANGE = (
 def may_change(lr_scheduler: str) -> tuple[str, ...]:
     """:data:`MAY_CHANGE`, and the number of steps where the learning rate does not depend on it."""
     return (*MAY_CHANGE, "max_train_steps") if lr_scheduler.startswith("constant") else MAY_CHANGE
+
+
+def check_captions(dataset: LoadedDataset, class_prompts_ratio: float) -> None:
+    """Refuses a share of captions where there are none.
+
+    Raises:
+        UserError: no image of the training split has a caption.
+    """
+    column = dataset.train.extras.get("caption")
+    if class_prompts_ratio < 1 and (column is None or not any(text.strip() for text in column.tolist())):
+        raise UserError(
+            f"--class_prompts_ratio {class_prompts_ratio:g}: data set {dataset.name} has no captions; give it a column "
+            "'caption' (in its list, on the hub, or in a metadata.csv beside a folder's images), or leave the flag at 1"
+        )

@@ -28,6 +28,7 @@ from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.config import FinetuneConfig, may_change
 from semantic_aug.finetune.latents import LatentCache
 from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.finetune.sizes import image_sizes
 from semantic_aug.finetune.validation import save_grid, validation_grid
 from semantic_aug.prompts import TEMPLATES
 
@@ -68,6 +69,7 @@ class Trainer:
         self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
         self.latents = self._encode_images()
+        self.sizes = image_sizes(dataset.train, config) if self.base.family.sizes else None
         self.effective_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         self.source = BatchSource(
             dataset.train.labels,
@@ -229,9 +231,12 @@ class Trainer:
         noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
         wanted = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
         labels = self.labels[draw.index].to(device, non_blocking=True)
+        captions = self.model.captions.choose(draw.index, draw.caption)
+        sizes = None if self.sizes is None else self.sizes[draw.index, draw.view, draw.flip.long()]
+        told = [None if part is None else part.to(device, non_blocking=True) for part in (captions, sizes)]
         dtype = DTYPES[self.config.mixed_precision]
         with self.accelerator.autocast():
-            predicted = wrapped(noisy.to(dtype), timesteps, labels, draw.template.to(device, non_blocking=True))
+            predicted = wrapped(noisy.to(dtype), timesteps, labels, draw.template.to(device, non_blocking=True), *told)
         weights = None
         if self.config.snr_gamma is not None:
             weights = losses.min_snr_weights(timesteps, self.alphas, self.config.snr_gamma, self.prediction_type)
@@ -240,9 +245,7 @@ class Trainer:
     def _learning_rates(self) -> dict[str, float]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         names = [
-            name
-            for name, used in (("lora_lr", self.model.lora_parameters), ("token_lr", self.model.vectors is not None))
-            if used
+            name for name, used in (("lora_lr", self.model.lora_parameters), ("token_lr", self.model.vectors)) if used
         ]
         return dict(zip(names, rates, strict=True))
 

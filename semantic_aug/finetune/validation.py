@@ -10,7 +10,6 @@ from PIL import Image
 from semantic_aug.diffusion.base import BaseModel
 from semantic_aug.diffusion.loop import decode_latents, generate, plain_denoiser
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
-from semantic_aug.diffusion.text import encode_ids, tokenize
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.prompts import TEMPLATES
@@ -40,10 +39,12 @@ def validation_grid(
     shape = base.geometry.latent_shape(resolution)
     rows = []
     with amp():
-        null = encode_ids(base.text_encoder, tokenize(base.tokenizer, [""]))
+        null = base.encode_null(resolution)
         for label in range(0, len(class_names), step):
             labels = torch.full((per_class,), label, device=null.device)
-            embeds = model.encode(labels, torch.full_like(labels, TEMPLATES.index("a photo of a {}"))).to(null.dtype)
+            template = torch.full_like(labels, TEMPLATES.index("a photo of a {}"))
+            sizes = null.added["time_ids"].expand(per_class, -1) if null.added else None
+            embeds = model.encode(labels, template, time_ids=sizes).to(null.dtype)
             noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
             latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SETTINGS)
             images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()

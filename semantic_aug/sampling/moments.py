@@ -77,7 +77,7 @@ class SourceMoments:
             except UserError as error:
                 self.broken[row] = str(error)
         channels, height, width = self.engine.latent_shape
-        block = torch.zeros(len(rows), 2 * channels, height, width, dtype=self.engine.dtype)
+        block = torch.zeros(len(rows), 2 * channels, height, width, dtype=self.engine.vae.dtype)
         if pictures:
             block[[row - rows.start for row in good]] = self.engine.encode(pictures)
             self.encoded += len(pictures)

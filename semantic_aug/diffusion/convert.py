@@ -1,0 +1,158 @@
+"""Stage 1's files in the layout of the original implementation, and back.
+
+    python -m semantic_aug.diffusion.convert --lora_path FILE --embed_path FILE --output_dir DIR [--layout original]
+
+The original keeps the LoRA under the names of diffusers' former attention processors, without a scale, in
+``pytorch_lora_weights.safetensors`` and ``checkpoint-N/pytorch_model.bin``, and the class tokens in
+``learned_embeds-steps-N.bin``, whose last is ``learned_embeds-steps-last.bin``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from semantic_aug import registry, run_dir
+from semantic_aug.diffusion import lora as lora_io
+from semantic_aug.diffusion import tokens as token_io
+from semantic_aug.errors import UserError, run_main
+
+LAYOUTS = ("original", "diffusers")
+
+
+def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Tensor]:
+    """A LoRA under the names of attention processors; its scale goes into the second factor.
+
+    Raises:
+        UserError: it changes more than the U-Net's attention projections, which that layout cannot hold.
+    """
+    state = {}
+    for name, pair in lora.items():
+        target = next((target for target in lora_io.TARGETS if name.endswith(f".{target}")), None)
+        if target is None or lora_io.network_of(name) != "unet":
+            raise UserError(
+                f"LoRA {where}: the original's layout holds only {', '.join(lora_io.TARGETS)} of the U-Net, not '{name}': "
+                "use --layout diffusers"
+            )
+        stem = f"{name.removesuffix('.' + target)}.processor.{target.removesuffix('.0')}_lora"
+        state[f"{stem}.down.weight"], state[f"{stem}.up.weight"] = pair.down, pair.up * pair.scale
+    return state
+
+
+def diffusers_lora(lora: dict[str, lora_io.LoraPair]) -> dict[str, Tensor]:
+    """A LoRA under today's names; its scale goes into the second factor."""
+    state = {}
+    for name, pair in lora.items():
+        if lora_io.network_of(name) == "unet":
+            stem = f"unet.{name}.lora"
+        else:
+            prefix, _, module = name.partition(".")
+            stem = f"{prefix}.text_model.{module}.lora_linear_layer"
+        state[f"{stem}.down.weight"], state[f"{stem}.up.weight"] = pair.down, pair.up * pair.scale
+    return state
+
+
+def original_tokens(tokens: token_io.ClassTokens, where: str) -> dict[str, dict]:
+    """Class tokens as the original pickles them: placeholder -> vector ``(D,)``, and the names both ways.
+
+    Raises:
+        UserError: several vectors per class, or vectors for several text encoders.
+    """
+    if tokens.further or tokens.vectors_per_class != 1:
+        raise UserError(
+            f"class tokens {where} hold {tokens.vectors_per_class} x {len(tokens.tables)} vectors per class (--num_vectors "
+            "times text encoders), the original's layout one: use --layout diffusers"
+        )
+    placeholder_of = dict(zip(tokens.class_names, tokens.names, strict=True))
+    return {
+        "learned_embeds_dict": {name: v.clone() for name, v in zip(tokens.names, tokens.vectors, strict=True)},
+        "name2placeholder": placeholder_of,
+        "placeholder2name": {placeholder: name for name, placeholder in placeholder_of.items()},
+    }
+
+
+def convert(
+    lora_path: Path | None, embed_path: Path | None, output_dir: Path, layout: str, step: int | None = None
+) -> list[Path]:
+    """Writes a checkpoint in another layout.
+
+    Args:
+        lora_path: any file or folder :func:`semantic_aug.diffusion.lora.read_lora` knows, or None.
+        embed_path: any file :func:`semantic_aug.diffusion.tokens.load_tokens` knows, or None.
+        output_dir: made if absent.
+        layout: one of :data:`LAYOUTS`.
+        step: also write the original's checkpoint of that step.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: unreadable input, what the layout cannot hold, or a file that is there already.
+    """
+    files: dict[Path, Callable[[Path], None]] = {}
+    if lora_path:
+        lora = lora_io.read_lora(lora_path)
+        state = original_lora(lora, str(lora_path)) if layout == "original" else diffusers_lora(lora)
+        files[output_dir / lora_io.FILE_NAME] = lambda path: run_dir.save_tensors(path, state, {"format": "pt"})
+        if step is not None:
+            files[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: _pickle(state, path)
+    if embed_path:
+        tokens = token_io.load_tokens(embed_path)
+        if layout == "original":
+            content = original_tokens(tokens, str(embed_path))
+            for name in ("last", *([] if step is None else [step])):
+                files[output_dir / f"learned_embeds-steps-{name}.bin"] = lambda path: _pickle(content, path)
+        else:
+            files[output_dir / token_io.FILE_NAME] = lambda path: token_io.save_tokens(tokens, path)
+    there = [path for path in files if path.exists()]
+    if there:
+        raise UserError(f"{there[0]} is there already: choose another --output_dir")
+    for path, write in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    return list(files)
+
+
+def _pickle(content: dict, path: Path) -> None:
+    with run_dir.atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists what there is")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = _Parser(prog="python -m semantic_aug.diffusion.convert", description=__doc__.split("\n")[0])
+    parser.add_argument("--lora_path", type=registry.resolve_path, metavar="PATH", help="LoRA file or folder")
+    parser.add_argument("--embed_path", type=registry.resolve_path, metavar="FILE", help="class tokens")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files go")
+    parser.add_argument("--layout", choices=LAYOUTS, default="original", help="of the files (default: original)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="with --layout original: write its checkpoint of this step too"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses and converts."""
+    args = build_parser().parse_args(argv)
+    if not (args.lora_path or args.embed_path):
+        raise UserError("nothing to convert: give --lora_path, --embed_path or both")
+    if args.step is not None and args.layout != "original":
+        raise UserError(f"--step {args.step} with --layout {args.layout}: only the original's layout has steps")
+    for path in convert(args.lora_path, args.embed_path, args.output_dir, args.layout, args.step):
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,202 @@
+"""The families of base models and what sets them apart, as data: text encoders, added conditions, precision of the VAE.
+
+Stable Diffusion 1.x and 2.x (Rombach et al. 2022) have one text encoder and differ only in what their configurations
+say: its width, and whether the U-Net predicts the noise or v. Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952)
+attends to the penultimate hidden states of two, one beside the other, and is told the second one's pooled prompt and
+the image's sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantic_aug.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from semantic_aug.diffusion.text import Conditions
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One text encoder of a family.
+
+    Attributes:
+        component: its folder, and the prefix of its LoRA's keys.
+        tokenizer: its tokenizer's folder.
+        kind: class of transformers.
+    """
+
+    component: str
+    tokenizer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family of base models apart.
+
+    Attributes:
+        name: for messages.
+        pipelines: class names in ``model_index.json``; diffusers' pipelines from noise and from an image, which load what
+            stage 1 writes.
+        encoders: text encoders, in the order in which their hidden states are laid side by side.
+        sizes: whether prompts are read from the penultimate layer and the U-Net is told pooled prompt and image sizes.
+    """
+
+    name: str
+    pipelines: tuple[str, str]
+    encoders: tuple[Encoder, ...]
+    sizes: bool = False
+
+    @property
+    def weight_folders(self) -> tuple[str, ...]:
+        """Folders that hold weights."""
+        return ("unet", "vae", *(encoder.component for encoder in self.encoders))
+
+    def trained_layers(self, position: int, text_encoder: CLIPTextModel) -> int:
+        """How many layers of a text encoder, from the first, the image depends on: its last one often is not read."""
+        unread = 1 if self.sizes and position < len(self.encoders) - 1 else 0
+        return text_encoder.config.num_hidden_layers - unread
+
+    def vae_dtype(self, vae: AutoencoderKL, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The precision its VAE works in where the networks are cast to ``dtype``; XL's overflows in float16."""
+        import torch
+
+        return torch.float32 if self.sizes and dtype == torch.float16 and vae.config.force_upcast else dtype
+
+    def encode_ids(
+        self, text_encoders: Sequence[CLIPTextModel], ids: Sequence[Tensor], time_ids: Tensor | None = None
+    ) -> Conditions:
+        """Token ids to what the U-Net is told; gradients flow to what is trainable.
+
+        Args:
+            text_encoders: of the base model.
+            ids: ``(B, L)`` for each of them.
+            time_ids: ``(B, 6)``, of families with sizes.
+        """
+        from semantic_aug.diffusion.text import Conditions, encode_ids
+
+        if not self.sizes:
+            return Conditions(encode_ids(text_encoders[0], ids[0]))
+        outputs = [
+            encoder(each.to(encoder.device), output_hidden_states=True)
+            for encoder, each in zip(text_encoders, ids, strict=True)
+        ]
+        hidden = _beside([output.hidden_states[-2] for output in outputs])
+        pooled = outputs[-1].text_embeds
+        return Conditions(hidden, {"text_embeds": pooled, "time_ids": time_ids.to(hidden)})
+
+    def encode_prompts(
+        self,
+        tokenizers: Sequence[CLIPTokenizer],
+        text_encoders: Sequence[CLIPTextModel],
+        prompts: Sequence[str],
+        resolution: int,
+    ) -> Conditions:
+        """Prompts, each for an uncropped square image of ``resolution`` pixels, without gradients."""
+        import torch
+
+        from semantic_aug.diffusion.text import tokenize
+
+        sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).expand(len(prompts), -1)
+        with torch.no_grad():
+            ids = [tokenize(tokenizer, prompts) for tokenizer in tokenizers]
+            return self.encode_ids(text_encoders, ids, sizes)
+
+    def zeroed(self, conditions: Conditions) -> Conditions:
+        """The same with prompts of zeros; sizes stay."""
+        from semantic_aug.diffusion.text import Conditions
+
+        added = {**conditions.added, "text_embeds": conditions.added["text_embeds"] * 0}
+        return Conditions(conditions.hidden * 0, added)
+
+    def check(self, unet: UNet2DConditionModel, vae: AutoencoderKL, name: str) -> None:
+        """Refuses relatives of a family that need more than it gives.
+
+        Raises:
+            UserError: a U-Net with further inputs (inpainting, a refiner), or latents with statistics of their own.
+        """
+        kind = unet.config.addition_embed_type
+        if unet.config.in_channels != vae.config.latent_channels or kind != ("text_time" if self.sizes else None):
+            raise UserError(
+                f"base model '{name}': its U-Net takes {unet.config.in_channels} channels and added conditions of the kind "
+                f"{kind}: expected a plain {self.name}, which takes {vae.config.latent_channels} and "
+                f"{'text_time' if self.sizes else None}"
+            )
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise UserError(f"base model '{name}': its VAE gives latents_mean, which a plain {self.name} has not")
+
+
+def _beside(hidden: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(list(hidden), dim=-1)
+
+
+FAMILIES = (
+    Family(
+        "Stable Diffusion 1.x/2.x",
+        ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+        (Encoder("text_encoder", "tokenizer", "CLIPTextModel"),),
+    ),
+    Family(
+        "Stable Diffusion XL",
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+        (
+            Encoder("text_encoder", "tokenizer", "CLIPTextModel"),
+            Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection"),
+        ),
+        sizes=True,
+    ),
+)
+
+
+def read_index(folder: Path, name: str) -> Mapping[str, Any]:
+    """A base model's ``model_index.json``.
+
+    Raises:
+        UserError: not there, or not JSON with a pipeline's class.
+    """
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        return {**index, "_class_name": str(index["_class_name"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"base model '{name}': {file} cannot be read ({type(error).__name__}: {error}): expected a folder in "
+            "diffusers layout"
+        ) from None
+
+
+def family_of(folder: Path, name: str) -> Family:
+    """The family of a base model, by the pipeline its ``model_index.json`` names.
+
+    Args:
+        folder: in diffusers layout.
+        name: of the base model, for errors.
+
+    Raises:
+        UserError: a pipeline of another kind, or one that lacks a text encoder (XL's refiner).
+    """
+    index = read_index(folder, name)
+    pipeline = index["_class_name"]
+    family = next((family for family in FAMILIES if pipeline in family.pipelines), None)
+    if family is None:
+        known = [pipeline for family in FAMILIES for pipeline in family.pipelines]
+        raise unknown(f"pipeline of base model '{name}'", pipeline, known, "choose another base model")
+    for encoder in family.encoders:
+        if not (index.get(encoder.component) or [None])[0]:
+            raise UserError(
+                f"base model '{name}' has no {encoder.component} (a refiner?): expected a whole {family.name}; "
+                "choose another base model"
+            )
+    return family
