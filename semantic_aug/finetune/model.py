@@ -54,26 +54,40 @@ class TrainedModel(nn.Module):
             for template in TEMPLATES
         ]
         ids = tokenize(model.tokenizer, prompts).view(len(dataset.class_names), len(TEMPLATES), -1)
-        self.register_buffer("prompt_ids", ids, persistent=False)
+        self.prompt_ids = ids
+        self._denoise = self.unet.forward
         self._encoded: dict[tuple[int, int], Tensor] = {}
 
-    def encode(self, labels: Tensor, templates: Tensor) -> Tensor:
-        """Prompts of classes ``(B,)`` under templates ``(B,)`` to ``(B, L, D)``."""
+    def compile_unet(self) -> None:
+        """Compiles the U-Net for batches of one size; pictures made in between still use it as it is."""
+        self._denoise = torch.compile(self.unet.forward, dynamic=False)
+
+    def conditions(self, labels: Tensor, templates: Tensor) -> Tensor:
+        """What :meth:`forward` takes of the prompts of classes ``(B,)`` under templates ``(B,)``, both on the CPU.
+
+        Returns:
+            On the device: token ids ``(B, L)`` where class tokens train, hidden states ``(B, L, D)`` where they do not.
+        """
+        device = self.text_encoder.device
         if self.vectors is not None:
-            return encode_ids(self.text_encoder, self.prompt_ids[labels, templates])
+            return self.prompt_ids[labels, templates].to(device, non_blocking=True)
         pairs = list(zip(labels.tolist(), templates.tolist(), strict=True))
         new = sorted(set(pairs) - set(self._encoded))
         if new:  # nothing in the text encoder trains: each prompt is encoded once
             with torch.no_grad():
-                where = torch.tensor(new, device=self.prompt_ids.device)
+                where = torch.tensor(new)
                 encoded = encode_ids(self.text_encoder, self.prompt_ids[where[:, 0], where[:, 1]])
             self._encoded.update(zip(new, encoded.unbind(), strict=True))
         return torch.stack([self._encoded[pair] for pair in pairs])
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor, templates: Tensor) -> Tensor:
-        """Noisy latents ``(B, C, h, w)`` of classes ``(B,)`` under templates ``(B,)`` to the U-Net's prediction."""
-        embeds = self.encode(labels, templates).to(noisy.dtype)
-        return self.unet(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+    def hidden_states(self, conditions: Tensor) -> Tensor:
+        """What the U-Net attends to ``(B, L, D)``, of :meth:`conditions`."""
+        return conditions if conditions.is_floating_point() else encode_ids(self.text_encoder, conditions)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
+        embeds = self.hidden_states(conditions).to(noisy.dtype)
+        return self._denoise(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
 
     def parameter_groups(self, config: FinetuneConfig) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""

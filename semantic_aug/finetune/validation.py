@@ -42,8 +42,9 @@ def validation_grid(
     with amp():
         null = encode_ids(base.text_encoder, tokenize(base.tokenizer, [""]))
         for label in range(0, len(class_names), step):
-            labels = torch.full((per_class,), label, device=null.device)
-            embeds = model.encode(labels, torch.full_like(labels, TEMPLATES.index("a photo of a {}"))).to(null.dtype)
+            labels = torch.full((per_class,), label)
+            conditions = model.conditions(labels, torch.full_like(labels, TEMPLATES.index("a photo of a {}")))
+            embeds = model.hidden_states(conditions).to(null.dtype)
             noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
             latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SETTINGS)
             images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()
