@@ -256,6 +256,12 @@ def resolve(args: argparse.Namespace):
     return config, dataset
 
 
+def check_tracker(name: str) -> None:
+    """Raises UserError where a tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--report_to {name} needs the package {name}: pip install it, or give --report_to none")
+
+
 def checkpoint_entry(config) -> dict[str, str | None]:
     """The registry entry of a finished run."""
     from semantic_aug.diffusion import lora, tokens
@@ -281,9 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from semantic_aug.finetune import trainer
 
-    tracker = config.report_to
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"--report_to {tracker} needs the package {tracker}: pip install it, or give --report_to none")
+    check_tracker(config.report_to)
     trainer.run(config, dataset, trainer.make_accelerator(config))
     if not main_process:
         return 0
