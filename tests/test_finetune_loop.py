@@ -119,6 +119,7 @@ def test_stopped_at_any_step_and_resumed_equals_not_stopped(tiny_base, image_fol
     found, wanted = trained(parts), trained(whole)
     assert found.keys() == wanted.keys(), stop
     assert all(torch.equal(found[k], wanted[k]) for k in wanted), stop
+    assert not list(parts.glob(".*"))  # leftovers are gone
 
 
 def test_a_checkpoint_deleted_by_half_is_not_taken_for_whole(tmp_path, monkeypatch):

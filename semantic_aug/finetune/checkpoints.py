@@ -78,6 +78,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Deletes what kills left of checkpoints that were being written or removed."""
+    for path in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def listed(output_dir: Path) -> list[Path]:
     """Whole checkpoints by step."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))]

@@ -66,11 +66,10 @@ class TrainedModel(nn.Module):
         """What :meth:`forward` takes of the prompts of classes ``(B,)`` under templates ``(B,)``, both on the CPU.
 
         Returns:
-            On the device: token ids ``(B, L)`` where class tokens train, hidden states ``(B, L, D)`` where they do not.
+            Token ids ``(B, L)`` on the CPU where class tokens train, hidden states ``(B, L, D)`` where they do not.
         """
-        device = self.text_encoder.device
         if self.vectors is not None:
-            return self.prompt_ids[labels, templates].to(device, non_blocking=True)
+            return self.prompt_ids[labels, templates]
         pairs = list(zip(labels.tolist(), templates.tolist(), strict=True))
         new = sorted(set(pairs) - set(self._encoded))
         if new:  # nothing in the text encoder trains: each prompt is encoded once

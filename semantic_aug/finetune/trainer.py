@@ -216,18 +216,22 @@ class Trainer:
         self.step += 1
         return total, norm
 
-    def _loss(self, draw) -> Tensor:
+    def _moved(self, values: Tensor) -> Tensor:
+        """Values on the device; a copy to a GPU from ordinary memory would wait for all that was started before it."""
         device = self.accelerator.device
-        moments = self.latents.gather(draw.index, draw.view, draw.flip).to(device, non_blocking=True)
-        noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timestep.to(device, non_blocking=True)
-        latents = sample_posterior(
-            moments, draw.posterior.to(device, non_blocking=True), self.base.vae.config.scaling_factor
-        )
+        if device.type == "cuda" and values.device.type == "cpu":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
+
+    def _loss(self, draw) -> Tensor:
+        moments = self._moved(self.latents.gather(draw.index, draw.view, draw.flip))
+        noise, timesteps = self._moved(draw.noise), self._moved(draw.timestep)
+        latents = sample_posterior(moments, self._moved(draw.posterior), self.base.vae.config.scaling_factor)
         noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
         wanted = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
         dtype = DTYPES[self.config.mixed_precision]
         with self.accelerator.autocast():
-            conditions = self.model.conditions(self.labels[draw.index], draw.template)
+            conditions = self._moved(self.model.conditions(self.labels[draw.index], draw.template))
             predicted = self._wrapped(noisy.to(dtype), timesteps, conditions)
         weights = None
         if self.config.snr_gamma is not None:
@@ -336,6 +340,7 @@ class Trainer:
             checkpoints.save_weights(self.model, self.config.output_dir)
             run_dir.write_json(self.config.output_dir / SUMMARY_FILE, summary)
             self.latents.remove()
+            checkpoints.remove_leftovers(self.config.output_dir)
             log.info(
                 "%d steps in %.0f s, %s steps/s: %s",
                 steps,
