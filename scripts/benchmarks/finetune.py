@@ -143,9 +143,9 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
         torch.cuda.reset_peak_memory_stats()
     pipe.send((report, losses))
     while count := pipe.recv():
-        began = time.perf_counter()
+        began, own = time.perf_counter(), time.process_time()
         losses = running.steps(count)
-        pipe.send((time.perf_counter() - began, losses))
+        pipe.send((time.perf_counter() - began, time.process_time() - own, losses))
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
@@ -171,12 +171,14 @@ class Side:
         theirs.close()  # a process that dies is then noticed by its pipe
         self.report, self.losses = self.pipe.recv()
         self.rates: list[float] = []
+        self.cpu_seconds: list[float] = []
 
     def round(self, steps: int) -> None:
         """Trains ``steps`` more steps."""
         self.pipe.send(steps)
-        seconds, losses = self.pipe.recv()
+        seconds, own, losses = self.pipe.recv()
         self.rates.append(steps / seconds)
+        self.cpu_seconds.append(own / steps)
         self.losses += losses
 
     def close(self) -> None:
@@ -269,8 +271,12 @@ def main(argv: list[str] | None = None) -> int:
         header, rows = header[:5] + header[6:], [row[:5] + row[6:] for row in rows]
     details = {
         "arguments": vars(args),
-        "sides": {name: {**side.report, "rates": side.rates, "losses": side.losses} for name, side in sides.items()},
+        "sides": {
+            name: {**side.report, "rates": side.rates, "cpu_seconds_per_step": side.cpu_seconds, "losses": side.losses}
+            for name, side in sides.items()
+        },
         "ratio": ours.rate / port.rate,
+        "ratio_of_cpu_seconds": statistics.median(port.cpu_seconds) / statistics.median(ours.cpu_seconds),
         "ratio_of_rounds": [b / a for a, b in zip(port.rates, ours.rates, strict=True)],
         "largest_difference_of_losses": apart,
     }

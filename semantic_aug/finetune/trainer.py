@@ -66,6 +66,8 @@ class Trainer:
         dtype = DTYPES[config.mixed_precision]
         self.model = TrainedModel(self.base, config, dataset)
         self._place(dtype)
+        self.optimizer = make_optimizer(self.model.parameter_groups(config), config, accelerator.device)
+        self.schedule = make_schedule(self.optimizer, config)
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
         self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
@@ -84,8 +86,6 @@ class Trainer:
             config.seed,
         )
         self.labels = torch.from_numpy(dataset.train.labels)
-        self.optimizer = make_optimizer(self.model.parameter_groups(config), config, accelerator.device)
-        self.schedule = make_schedule(self.optimizer, config)
         self.step = 0
         self.stop_signal: int | None = None
         self._scaler_state: dict | None = None
