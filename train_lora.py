@@ -7,6 +7,7 @@ Run it through accelerate: accelerate launch train_lora.py --dataset cub --finet
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ LR_SCHEDULERS = (
     "piecewise_constant",
 )
 STRATEGIES = ("ti", "db", "ti_db")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvclive", "swanlab", "trackio")
+"""Of accelerate's; each is also the name of the package it needs."""
 
 
 def build_parser() -> cli.Parser:
@@ -78,6 +81,12 @@ def build_parser() -> cli.Parser:
         help="precision of the frozen weights and of the arithmetic; what is trained stays fp32 (default: "
         "accelerate launch's, else no)",
     )
+    model.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the U-Net; auto: on a GPU where the run is long enough to repay it",
+    )
     train = parser.add_argument_group("training")
     train.add_argument("--max_train_steps", type=cli.whole(1), default=35000, metavar="N", help="optimiser steps")
     train.add_argument(
@@ -97,6 +106,16 @@ def build_parser() -> cli.Parser:
         "--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of both learning rates"
     )
     train.add_argument("--lr_warmup_steps", type=cli.whole(0), default=0, metavar="N", help="optimiser steps")
+    train.add_argument(
+        "--lr_num_cycles", type=cli.whole(1), default=1, metavar="N", help="restarts of cosine_with_restarts"
+    )
+    train.add_argument("--lr_power", type=cli.number(0), default=1.0, metavar="X", help="of polynomial")
+    train.add_argument(
+        "--lr_step_rules",
+        default=None,
+        metavar="RULES",
+        help="of piecewise_constant: 1:1000,0.1:2000,0.01 is times 1 before step 1000, times 0.1 before 2000, then 0.01",
+    )
     train.add_argument(
         "--prediction_type",
         choices=("epsilon", "v_prediction"),
@@ -133,6 +152,11 @@ def build_parser() -> cli.Parser:
         metavar="K",
         help="crops per image: the centre, and K - 1 seeded random ones",
     )
+    images.add_argument(
+        "--random_crops",
+        action="store_true",
+        help="a new crop each time an image is seen, encoded in the loop, instead of latents cached once",
+    )
     images.add_argument("--no_flip", action="store_true", help="do not mirror images")
     images.add_argument(
         "--class_prompts_ratio",
@@ -163,7 +187,12 @@ def build_parser() -> cli.Parser:
     out.add_argument(
         "--logging_steps", type=cli.whole(1), default=50, metavar="N", help="steps between rows of metrics.csv"
     )
-    out.add_argument("--report_to", default="tensorboard", metavar="TRACKER", help="none, tensorboard, wandb, ...")
+    out.add_argument(
+        "--report_to",
+        choices=("none", *TRACKERS),
+        default="tensorboard",
+        help="where metrics and picture grids also go",
+    )
     out.add_argument(
         "--register_key", default=None, metavar="KEY", help="write the result into finetuned_ckpts.yaml under this key"
     )
@@ -184,6 +213,10 @@ def resolve(args: argparse.Namespace):
     check_captions(dataset, args.class_prompts_ratio)
     if args.train_text_encoder_lora and args.finetune_strategy == "ti":
         raise UserError("--train_text_encoder_lora with --finetune_strategy ti, which trains no LoRA: give db or ti_db")
+    if args.random_crops and args.crops != 1:
+        raise UserError(
+            f"--random_crops with --crops {args.crops}: crops are either drawn each time or cached; give one"
+        )
     output_dir = args.output_dir or run_dir.finetune_dir(args.finetune_strategy, dataset.name, dataset.setting.suffix)
     world = int(os.environ.get("WORLD_SIZE", 1))
     scale = args.train_batch_size * args.gradient_accumulation_steps * world if args.scale_lr else 1
@@ -193,6 +226,9 @@ def resolve(args: argparse.Namespace):
         "gradient_accumulation_steps",
         "lr_scheduler",
         "lr_warmup_steps",
+        "lr_num_cycles",
+        "lr_power",
+        "lr_step_rules",
         "rank",
         "lora_alpha",
         "train_text_encoder_lora",
@@ -206,7 +242,9 @@ def resolve(args: argparse.Namespace):
         "max_grad_norm",
         "use_8bit_adam",
         "gradient_checkpointing",
+        "compile",
         "crops",
+        "random_crops",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume_from_checkpoint",
@@ -235,6 +273,12 @@ def resolve(args: argparse.Namespace):
     return config, dataset
 
 
+def check_tracker(name: str) -> None:
+    """Raises UserError where a tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--report_to {name} needs the package {name}: pip install it, or give --report_to none")
+
+
 def checkpoint_entry(config) -> dict[str, str | None]:
     """The registry entry of a finished run."""
     from semantic_aug.diffusion import lora, tokens
@@ -261,13 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from semantic_aug.finetune import trainer
 
-    if config.report_to == "tensorboard":
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "--report_to tensorboard needs the package tensorboard: pip install it, or give --report_to none"
-            ) from None
+    check_tracker(config.report_to)
     trainer.run(config, dataset, trainer.make_accelerator(config))
     if not main_process:
         return 0

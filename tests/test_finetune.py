@@ -158,21 +158,29 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_base, image_folder, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tiny_base, image_folder, tmp_path):
-    run("train_lora.py", *arguments(tiny_base, image_folder, tmp_path / "one", max_train_steps=4))
+def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_folder, tmp_path):
+    script = "tests/tracing_finetune.py"
+    run(script, *arguments(tiny_base, image_folder, tmp_path / "one", max_train_steps=4))
     words = arguments(tiny_base, image_folder, tmp_path / "two", max_train_steps=4, train_batch_size=2)
     # what accelerate launch does for several processes, without needing a GPU
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(ROOT / "train_lora.py"), *map(str, words)],
+        [*launch, str(ROOT / script), *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "1"},
     )
     assert done.returncode == 0, done.stderr
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("one/trace-0.pt", "two/trace-0.pt", "two/trace-1.pt")
+    )
+    assert len(one) == len(first) == len(second) == 4 and {"vectors"} < set(one[0])
+    for alone, a, b in zip(one, first, second, strict=True):
+        assert alone.keys() == a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        assert all((alone[k] - a[k]).abs().max() < 1e-4 for k in a)
     assert tiny.read_json(tmp_path / "two" / "summary.json")["processes"] == 2
 
 

@@ -23,7 +23,7 @@ class Draw:
 
     Attributes:
         index: int64 ``(E,)``, rows of the training split.
-        view: int64 ``(E,)``, which cached crop.
+        view: int64 ``(E,)``, which cached crop; or float ``(E, 2)`` in [0, 1), where to crop.
         flip: bool ``(E,)``.
         template: int64 ``(E,)``, which caption template.
         timestep: int64 ``(E,)``.
@@ -54,7 +54,7 @@ class BatchSource:
         labels: ``(N,)`` classes of the training images.
         batch_size: effective batch size, over all processes and micro-batches.
         latent_shape: (C, h, w).
-        views: cached crops per image.
+        views: cached crops per image; 0 for a new crop each time.
         flip: whether images are mirrored half of the time.
         templates: number of caption templates.
         num_train_timesteps: length of the noise schedule.
@@ -100,7 +100,10 @@ class BatchSource:
     def draw(self, step: int) -> Draw:
         """All random numbers of a step."""
         size, rng = self.batch_size, torch_rng(self.seed, "train", "step", step)
-        view = torch.randint(self.views, (size,), generator=rng)
+        if self.views:
+            view = torch.randint(self.views, (size,), generator=rng)
+        else:
+            view = torch.rand(size, 2, generator=rng)
         flip = torch.rand(size, generator=rng) < 0.5 if self.flip else torch.zeros(size, dtype=torch.bool)
         template = torch.randint(self.templates, (size,), generator=rng)
         timestep = draw_timesteps(size, self.num_train_timesteps, rng)

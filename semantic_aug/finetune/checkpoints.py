@@ -64,12 +64,27 @@ def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dic
     for path in temporary.iterdir():
         with open(path, "rb+") as content:
             os.fsync(content.fileno())
-    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an earlier one
+    if final.exists():  # the same step again, after a resume from an earlier one
+        _remove(final)
     os.replace(temporary, final)
     if limit is not None:
         for old in listed(output_dir)[: -max(1, limit)]:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint; it loses its name first, so that one deleted by half is never taken for whole."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Deletes what kills left of checkpoints that were being written or removed."""
+    for path in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def listed(output_dir: Path) -> list[Path]:

@@ -14,6 +14,9 @@ STRATEGIES = {
     "ti_db": "class tokens and U-Net LoRA together",
 }
 
+COMPILE_STEPS = 5000
+"""Optimiser steps from which compiling (a minute or two) is worth it on a GPU."""
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -34,6 +37,9 @@ class FinetuneConfig:
         ti_learning_rate: of the class tokens.
         lr_scheduler: name of a diffusers schedule.
         lr_warmup_steps: optimiser steps.
+        lr_num_cycles: restarts of ``cosine_with_restarts``.
+        lr_power: of ``polynomial``.
+        lr_step_rules: of ``piecewise_constant``, None for the others.
         rank: of the LoRA.
         lora_alpha: None for the rank.
         lora_targets: projections that get a LoRA.
@@ -49,7 +55,9 @@ class FinetuneConfig:
         use_8bit_adam: bitsandbytes' AdamW.
         gradient_checkpointing: trade time for memory in the U-Net.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
+        compile: the U-Net; ``auto``, ``on`` or ``off``.
         crops: 1 for the centre crop, more for further seeded random ones.
+        random_crops: a new crop each time an image is seen, encoded in the loop, instead of ``crops`` cached ones.
         random_flip: mirror half of the images.
         class_balanced: draw classes evenly (long-tail setting).
         checkpointing_steps: steps between checkpoints.
@@ -76,6 +84,9 @@ class FinetuneConfig:
     ti_learning_rate: float
     lr_scheduler: str
     lr_warmup_steps: int
+    lr_num_cycles: int
+    lr_power: float
+    lr_step_rules: str | None
     rank: int
     lora_alpha: float | None
     lora_targets: tuple[str, ...]
@@ -91,7 +102,9 @@ class FinetuneConfig:
     use_8bit_adam: bool
     gradient_checkpointing: bool
     mixed_precision: str
+    compile: str
     crops: int
+    random_crops: bool
     random_flip: bool
     class_balanced: bool
     checkpointing_steps: int
@@ -111,6 +124,12 @@ class FinetuneConfig:
     def trains_lora(self) -> bool:
         return self.strategy != "ti"
 
+    def compiled(self, device_type: str) -> bool:
+        """Whether the U-Net is compiled on a device of this type; ``auto``: on GPUs, where the run repays it."""
+        if self.compile != "auto":
+            return self.compile == "on"
+        return device_type == "cuda" and self.max_train_steps >= COMPILE_STEPS
+
     def record(self) -> dict:
         """What ``args.yaml`` keeps."""
         fields = asdict(self)
@@ -129,6 +148,7 @@ MAY_CHANGE = (
     "report_to",
     "output_dir",
     "gradient_checkpointing",
+    "compile",
 )
 """Arguments a resumed run may be given differently: they do not change what a step computes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -47,9 +48,8 @@ class TrainedModel(nn.Module):
         ]
         self.captions = Captions(dataset, self.tokens, config.class_prompts_ratio)
         self.class_prompts = len(prompts)
-        for position, tokenizer in enumerate(model.tokenizers):
-            ids = tokenize(tokenizer, [*prompts, *self.captions.texts])
-            self.register_buffer(f"prompt_ids_{position}", ids, persistent=False)
+        self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
+        self._denoise = self.unet.forward
         self._encoded: dict[int, Conditions] = {}
 
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
@@ -66,52 +66,59 @@ class TrainedModel(nn.Module):
         """What a LoRA may change, by the prefix its keys have in a file."""
         return {"unet": self.unet, **dict(zip(self.text_components, self.text_encoders, strict=True))}
 
-    def encode(
+    def compile_unet(self) -> None:
+        """Compiles the U-Net for batches of one size; pictures made in between still use it as it is."""
+        self._denoise = torch.compile(self.unet.forward, dynamic=False)
+
+    def conditions(
         self, labels: Tensor, templates: Tensor, captions: Tensor | None = None, time_ids: Tensor | None = None
-    ) -> Conditions:
-        """Prompts of classes to what the U-Net is told.
+    ) -> dict[str, Tensor]:
+        """What :meth:`forward` takes of a batch's prompts. All arguments are on the CPU, so that no GPU is waited for.
 
         Args:
             labels: ``(B,)`` classes.
             templates: ``(B,)`` templates.
             captions: ``(B,)`` rows of the captions that stand instead, -1 for none.
             time_ids: ``(B, 6)`` image sizes, for base models that are told them.
+
+        Returns:
+            Token ids ``(B, L)`` for each text encoder where anything in them trains, else what the U-Net is told of each
+            prompt (``hidden`` ``(B, L, D)`` and what is added to it); and ``time_ids`` where given.
         """
         rows = labels * len(TEMPLATES) + templates
         if captions is not None:
             rows = torch.where(captions >= 0, self.class_prompts + captions, rows)
+        sizes = {} if time_ids is None else {"time_ids": time_ids}
         if self.trains_text:
-            return self._encode_rows(rows, time_ids)
-        # nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come
-        wanted, fresh = rows.tolist(), {}
-        new = sorted(set(wanted) - set(self._encoded))
+            return {f"ids_{position}": ids[rows] for position, ids in enumerate(self.prompt_ids)} | sizes
+        told = self._encoded_once(rows.tolist(), time_ids)
+        return {"hidden": told.hidden, **told.added, **sizes}
+
+    def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
+        """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
+        new, fresh = sorted(set(rows) - set(self._encoded)), {}
         if new:
+            ids = {f"ids_{position}": ids[new] for position, ids in enumerate(self.prompt_ids)}
+            sizes = {} if time_ids is None else {"time_ids": time_ids[:1].expand(len(new), -1)}
             with torch.no_grad():
-                sizes = None if time_ids is None else time_ids[:1].expand(len(new), -1)
-                made = self._encode_rows(torch.tensor(new, device=rows.device), sizes)
+                made = self.told(ids | sizes)
             fresh = {row: made[[i]] for i, row in enumerate(new)}
-        conditions = Conditions.cat(fresh[row] if row in fresh else self._encoded[row] for row in wanted)
+        told = Conditions.cat(fresh[row] if row in fresh else self._encoded[row] for row in rows)
         self._encoded.update((row, one) for row, one in fresh.items() if row < self.class_prompts)
-        if time_ids is None:
-            return conditions
-        return Conditions(conditions.hidden, {**conditions.added, "time_ids": time_ids.to(conditions.hidden)})
+        return told
 
-    def _encode_rows(self, rows: Tensor, time_ids: Tensor | None) -> Conditions:
-        ids = [getattr(self, f"prompt_ids_{position}")[rows] for position in range(len(self.text_encoders))]
-        return self.family.encode_ids(self.text_encoders, ids, time_ids)
+    def told(self, conditions: Mapping[str, Tensor]) -> Conditions:
+        """:meth:`conditions` as the U-Net is told them."""
+        if "hidden" in conditions:
+            hidden = conditions["hidden"]
+            return Conditions(hidden, {k: v.to(hidden) for k, v in conditions.items() if k != "hidden"})
+        ids = [conditions[f"ids_{position}"] for position in range(len(self.text_encoders))]
+        return self.family.encode_ids(self.text_encoders, ids, conditions.get("time_ids"))
 
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        labels: Tensor,
-        templates: Tensor,
-        captions: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Noisy latents ``(B, C, h, w)`` under the prompts of :meth:`encode` to the U-Net's prediction."""
-        told = self.encode(labels, templates, captions, time_ids).to(noisy.dtype)
-        return self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
+    def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
+        told = self.told(conditions).to(noisy.dtype)
+        return self._denoise(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
 
     def parameter_groups(self, config: FinetuneConfig) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""

@@ -9,11 +9,11 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +28,8 @@ from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.config import FinetuneConfig, may_change
 from semantic_aug.finetune.latents import LatentCache
 from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.finetune.optim import make_optimizer, make_schedule
+from semantic_aug.finetune.pixels import PixelCache
 from semantic_aug.finetune.sizes import image_sizes
 from semantic_aug.finetune.validation import save_grid, validation_grid
 from semantic_aug.prompts import TEMPLATES
@@ -62,9 +64,15 @@ class Trainer:
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.base: BaseModel = load_base(config.base_name, config.base_folder)
         self.base.geometry.check(config.resolution)
+        if config.random_crops and self.base.family.sizes:
+            raise UserError(
+                "--random_crops with a Stable Diffusion XL model, which is told where each image was cropped: give --crops K"
+            )
         dtype = DTYPES[config.mixed_precision]
         self.model = TrainedModel(self.base, config, dataset)
         self._place(dtype)
+        self.optimizer = make_optimizer(self.model.parameter_groups(config), config, accelerator.device)
+        self.schedule = make_schedule(self.optimizer, config)
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
         self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
@@ -75,7 +83,7 @@ class Trainer:
             dataset.train.labels,
             self.effective_batch,
             self.base.geometry.latent_shape(config.resolution),
-            config.crops,
+            0 if config.random_crops else config.crops,
             config.random_flip,
             len(TEMPLATES),
             self.noise_scheduler.config.num_train_timesteps,
@@ -84,15 +92,9 @@ class Trainer:
             config.seed,
         )
         self.labels = torch.from_numpy(dataset.train.labels)
-        self.optimizer = self._optimizer()
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
         self.step = 0
         self.stop_signal: int | None = None
+        self._scaler_state: dict | None = None
 
     def _place(self, dtype: torch.dtype) -> None:
         """Frozen weights in the working precision, trained ones in float32, everything on the device."""
@@ -102,8 +104,16 @@ class Trainer:
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+        self.model.unet.to(memory_format=torch.channels_last)
+        if self.config.compiled(device.type):
+            self.model.compile_unet()
 
-    def _encode_images(self) -> LatentCache:
+    def _encode_images(self) -> LatentCache | PixelCache:
+        shared = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.wait_for_everyone)
+        if self.config.random_crops:
+            return PixelCache(
+                self.dataset.train, self.config.output_dir, self.base.vae, self.config.resolution, *shared
+            )
         folder = self.base.folder
         digest = run_dir.sha256_text(
             "".join(run_dir.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae")
@@ -117,23 +127,16 @@ class Trainer:
             self.config.crops,
             self.config.random_flip,
             self.config.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.accelerator.wait_for_everyone,
+            *shared,
         )
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        groups = self.model.parameter_groups(self.config)
-        if self.config.use_8bit_adam:
-            try:
-                import bitsandbytes
-            except ImportError:
-                raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
-            return bitsandbytes.optim.AdamW8bit(groups, weight_decay=self.config.adam_weight_decay)
-        fused = self.accelerator.device.type == "cuda" or None
-        return torch.optim.AdamW(groups, weight_decay=self.config.adam_weight_decay, fused=fused)
-
     # -------------------------------------------------------------------------------------------------- one run
+
+    def prepare(self) -> None:
+        """Wraps what :meth:`optimizer_step` runs for mixed precision and several processes."""
+        self._wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        if self._scaler_state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._scaler_state)
 
     def train(self) -> dict:
         """Runs (or goes on) to ``max_train_steps`` and writes the final files.
@@ -148,9 +151,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         main = accelerator.is_main_process
         self._resume()
-        wrapped, optimizer = accelerator.prepare(self.model, self.optimizer)
-        if self._scaler_state and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(self._scaler_state)
+        self.prepare()
         metrics = (
             run_dir.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
         )
@@ -169,9 +170,8 @@ class Trainer:
             ) as bar,
         ):
             while self.step < config.max_train_steps:
-                loss, norm = self._optimizer_step(wrapped, optimizer)
+                loss, norm = self.optimizer_step()
                 running += loss
-                self.step += 1
                 bar.update()
                 if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
                     now, count = time.monotonic(), self.step - logged_step
@@ -200,43 +200,48 @@ class Trainer:
                     logged_at += time.monotonic() - before
         return self._finish(time.monotonic() - began, self.step - first)
 
-    def _optimizer_step(self, wrapped, optimizer) -> tuple[Tensor, Tensor | None]:
-        """One optimiser step over all micro-batches; returns the mean loss and the gradient norm, without a sync."""
+    def optimizer_step(self) -> tuple[Tensor, Tensor | None]:
+        """The next optimiser step, over all micro-batches; returns the mean loss and the gradient norm, without a sync."""
         config, accelerator = self.config, self.accelerator
         draw = self.source.draw(self.step)
         total, norm = torch.zeros((), device=accelerator.device), None
         for micro in range(config.gradient_accumulation_steps):
             last = micro == config.gradient_accumulation_steps - 1
             part = draw.part(micro * accelerator.num_processes + accelerator.process_index, config.train_batch_size)
-            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                loss = self._loss(wrapped, part) / config.gradient_accumulation_steps
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
+                loss = self._loss(part) / config.gradient_accumulation_steps
                 accelerator.backward(loss)
             total += loss.detach()
         if config.max_grad_norm:
             norm = accelerator.clip_grad_norm_(
                 [p for g in self.optimizer.param_groups for p in g["params"]], config.max_grad_norm
             )
-        optimizer.step()
+        self._stepper.step()
         self.schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        self._stepper.zero_grad(set_to_none=True)
+        self.step += 1
         return total, norm
 
-    def _loss(self, wrapped, draw) -> Tensor:
+    def _moved(self, values: Tensor) -> Tensor:
+        """Values on the device; a copy to a GPU from ordinary memory would wait for all that was started before it."""
         device = self.accelerator.device
-        moments = self.latents.gather(draw.index, draw.view, draw.flip).to(device, non_blocking=True)
-        noise, timesteps = draw.noise.to(device, non_blocking=True), draw.timestep.to(device, non_blocking=True)
-        latents = sample_posterior(
-            moments, draw.posterior.to(device, non_blocking=True), self.base.vae.config.scaling_factor
-        )
+        if device.type == "cuda" and values.device.type == "cpu":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
+
+    def _loss(self, draw) -> Tensor:
+        moments = self._moved(self.latents.gather(draw.index, draw.view, draw.flip))
+        noise, timesteps = self._moved(draw.noise), self._moved(draw.timestep)
+        latents = sample_posterior(moments, self._moved(draw.posterior), self.base.vae.config.scaling_factor)
         noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
         wanted = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
-        labels = self.labels[draw.index].to(device, non_blocking=True)
         captions = self.model.captions.choose(draw.index, draw.caption)
         sizes = None if self.sizes is None else self.sizes[draw.index, draw.view, draw.flip.long()]
-        told = [None if part is None else part.to(device, non_blocking=True) for part in (captions, sizes)]
+        conditions = self.model.conditions(self.labels[draw.index], draw.template, captions, sizes)
+        conditions = {name: self._moved(value) for name, value in conditions.items()}
         dtype = DTYPES[self.config.mixed_precision]
         with self.accelerator.autocast():
-            predicted = wrapped(noisy.to(dtype), timesteps, labels, draw.template.to(device, non_blocking=True), *told)
+            predicted = self._wrapped(noisy.to(dtype), timesteps, conditions)
         weights = None
         if self.config.snr_gamma is not None:
             weights = losses.min_snr_weights(timesteps, self.alphas, self.config.snr_gamma, self.prediction_type)
@@ -252,7 +257,6 @@ class Trainer:
     # ------------------------------------------------------------------------------------- checkpoints and signals
 
     def _resume(self) -> None:
-        self._scaler_state = None
         if not self.config.resume_from_checkpoint:
             return
         folder = checkpoints.find(self.config.output_dir, self.config.resume_from_checkpoint)
@@ -324,10 +328,9 @@ class Trainer:
         self.model.train()
         save_grid(image, self.config.output_dir, self.step)
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                import numpy as np
-
-                tracker.writer.add_image("validation", np.asarray(image), self.step, dataformats="HWC")
+            if hasattr(tracker, "log_images"):  # not all of accelerate's trackers take pictures
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(image)[None]}, step=self.step, **layout)
 
     def _finish(self, seconds: float, steps: int) -> dict:
         self.accelerator.wait_for_everyone()
@@ -344,6 +347,7 @@ class Trainer:
             checkpoints.save_weights(self.model, self.config.output_dir)
             run_dir.write_json(self.config.output_dir / SUMMARY_FILE, summary)
             self.latents.remove()
+            checkpoints.remove_leftovers(self.config.output_dir)
             log.info(
                 "%d steps in %.0f s, %s steps/s: %s",
                 steps,

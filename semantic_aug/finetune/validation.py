@@ -41,10 +41,10 @@ def validation_grid(
     with amp():
         null = base.encode_null(resolution)
         for label in range(0, len(class_names), step):
-            labels = torch.full((per_class,), label, device=null.device)
+            labels = torch.full((per_class,), label)
             template = torch.full_like(labels, TEMPLATES.index("a photo of a {}"))
-            sizes = null.added["time_ids"].expand(per_class, -1) if null.added else None
-            embeds = model.encode(labels, template, time_ids=sizes).to(null.dtype)
+            sizes = null.added["time_ids"].expand(per_class, -1).cpu() if null.added else None
+            embeds = model.told(model.conditions(labels, template, time_ids=sizes)).to(null.dtype)
             noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
             latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SETTINGS)
             images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()

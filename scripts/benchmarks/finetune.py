@@ -1,0 +1,285 @@
+"""Stage 1 against a faithful port of the original's loop, in one run: same batches, same random numbers, alternating rounds.
+
+python scripts/bench.py finetune                                   # embedded base at 128 px, CPU
+python scripts/bench.py finetune --base sd15-random --device cuda  # an SD-1.5-sized network at 224 px, no hub needed
+
+Each side lives in a process of its own, so that its peak memory is its own; while one trains, the other waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from semantic_aug import console
+from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
+from semantic_aug.finetune.config import STRATEGIES, FinetuneConfig
+
+PORT, OURS = "the original's way", "ours"
+
+
+def settings_of(args: argparse.Namespace, base: Path, folder: Path) -> FinetuneConfig:
+    """The request both sides train."""
+    return FinetuneConfig(
+        dataset=args.dataset,
+        setting=Setting(),
+        base_name=str(base),
+        base_folder=base,
+        strategy=args.finetune_strategy,
+        output_dir=folder,
+        max_train_steps=args.rounds * args.steps + args.warmup,
+        resolution=args.resolution,
+        train_batch_size=args.batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-4,
+        ti_learning_rate=5e-4,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        lr_num_cycles=1,
+        lr_power=1.0,
+        lr_step_rules=None,
+        rank=10,
+        lora_alpha=None,
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+        initializer="class_name",
+        num_vectors=1,
+        prediction_type=None,
+        snr_gamma=None,
+        noise_offset=0.0,
+        adam_weight_decay=1e-2,
+        max_grad_norm=1.0,
+        use_8bit_adam=False,
+        gradient_checkpointing=False,
+        mixed_precision=args.mixed_precision,
+        compile=args.compile,
+        crops=1,
+        random_crops=False,
+        random_flip=True,
+        class_balanced=False,
+        checkpointing_steps=0,
+        checkpoints_total_limit=None,
+        resume_from_checkpoint=None,
+        validation_steps=0,
+        num_validation_images=0,
+        logging_steps=50,
+        report_to="none",
+        seed=0,
+    )
+
+
+class Port:
+    """The original's loop, reading its loss after every step."""
+
+    def __init__(self, config: FinetuneConfig, dataset, accelerator, draws: list):
+        from benchmarks.original_finetune import OriginalTrainer
+
+        self.trainer, self.draws = OriginalTrainer(config, dataset, accelerator), iter(draws)
+
+    def steps(self, count: int) -> list[float]:
+        return [self.trainer.step(next(self.draws)) for _ in range(count)]
+
+
+class Ours:
+    """Stage 1's loop as it is; losses are read once per round, as a run reads them once per row of its metrics."""
+
+    def __init__(self, config: FinetuneConfig, dataset, accelerator, draws: list):
+        from semantic_aug.finetune.trainer import Trainer
+
+        self.trainer = Trainer(config, dataset, accelerator)
+        self.trainer.prepare()
+
+    def steps(self, count: int) -> list[float]:
+        losses = [self.trainer.optimizer_step()[0] for _ in range(count)]
+        return torch.stack(losses).tolist()
+
+
+def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: str, threads: int, pipe) -> None:
+    """Body of one side's process: gets ready, then trains as many steps as it is told, until told 0."""
+    from accelerate import Accelerator
+
+    from semantic_aug.finetune.batches import BatchSource
+    from semantic_aug.prompts import TEMPLATES
+
+    console.quiet_libraries()
+    torch.set_num_threads(threads)
+    gpu = device == "cuda"
+    dataset = first_images(load_dataset(config.dataset, config.setting), images)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not gpu)
+    source = BatchSource(
+        dataset.train.labels,
+        config.train_batch_size,
+        read_geometry(config.base_folder).latent_shape(config.resolution),
+        1,
+        config.random_flip,
+        len(TEMPLATES),
+        1000,
+        config.noise_offset,
+        config.class_balanced,
+        config.seed,
+    )
+    draws = [source.draw(step) for step in range(config.max_train_steps)] if side == PORT else []
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    running = {PORT: Port, OURS: Ours}[side](config, dataset, accelerator, draws)
+    ready = time.perf_counter() - began
+    losses = running.steps(warmup)  # compiling happens here
+    report = {"seconds_to_ready": round(ready, 2), "seconds_of_warm_up": round(time.perf_counter() - began - ready, 2)}
+    if gpu:
+        torch.cuda.empty_cache()
+        report["static_memory_mb"] = round(torch.cuda.memory_allocated() / 2**20)
+        torch.cuda.reset_peak_memory_stats()
+    pipe.send((report, losses))
+    while count := pipe.recv():
+        began, own = time.perf_counter(), time.process_time()
+        losses = running.steps(count)
+        pipe.send((time.perf_counter() - began, time.process_time() - own, losses))
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    pipe.send({"peak_memory_mb": round(peak)})
+
+
+def first_images(dataset, count: int):
+    """The data set with at most ``count`` training images (0: all), drawn with a fixed seed."""
+    train = dataset.train
+    if 0 < count < len(train):
+        train = train.take(np.random.default_rng(0).permutation(len(train))[:count])
+    return replace(dataset, train=train)
+
+
+class Side:
+    """A process that trains one way, seen from outside."""
+
+    def __init__(self, name: str, config: FinetuneConfig, args: argparse.Namespace):
+        self.pipe, theirs = multiprocessing.Pipe()
+        arguments = (name, config, args.images, args.warmup, args.device, torch.get_num_threads(), theirs)
+        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
+        self.process.start()
+        theirs.close()  # a process that dies is then noticed by its pipe
+        self.report, self.losses = self.pipe.recv()
+        self.rates: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def round(self, steps: int) -> None:
+        """Trains ``steps`` more steps."""
+        self.pipe.send(steps)
+        seconds, own, losses = self.pipe.recv()
+        self.rates.append(steps / seconds)
+        self.cpu_seconds.append(own / steps)
+        self.losses += losses
+
+    def close(self) -> None:
+        """Ends the process and takes its last figures."""
+        self.pipe.send(0)
+        self.report |= self.pipe.recv()
+        self.process.join()
+
+    @property
+    def rate(self) -> float:
+        """Median steps per second of the rounds."""
+        return statistics.median(self.rates)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench.py finetune", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--base", default=EMBEDDED_MODEL, help="folder of a base model, or sd15-random (default: the embedded one)"
+    )
+    parser.add_argument("--dataset", default="elpv", help="whose images are learned (default: elpv)")
+    parser.add_argument("--images", type=int, default=64, help="training images; 0: all (default: 64)")
+    parser.add_argument("--finetune_strategy", choices=tuple(STRATEGIES), default="ti_db")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument(
+        "--resolution", type=int, default=None, help="default: the base model's own, 224 for sd15-random"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="images per step (default: 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each side, alternating (default: 5)")
+    parser.add_argument("--steps", type=int, default=None, help="in a round (default: 6; GPU: 50)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round (default: 3)")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: GPU fp16")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default=None, help="of ours (default: GPU on)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Times both sides in alternating rounds; prints and writes the table."""
+    args = build_parser().parse_args(argv)
+    console.set_up_logging()
+    console.quiet_libraries()
+    gpu = args.device == "cuda"
+    args.steps = args.steps or (50 if gpu else 6)
+    args.mixed_precision = args.mixed_precision or ("fp16" if gpu else "no")
+    args.compile = args.compile or ("on" if gpu else "off")
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+        folder = Path(place)
+        if args.base == "sd15-random":
+            from benchmarks.sampling import build_sd15
+
+            base, args.resolution = build_sd15(folder / "base", 512), args.resolution or 224
+        else:
+            base = find_base(args.base)
+            args.resolution = args.resolution or read_geometry(base).native_resolution
+        config = settings_of(args, base, folder / "ours")
+        sides = {name: Side(name, config, args) for name in (PORT, OURS)}
+        for _ in range(args.rounds):
+            for side in sides.values():
+                side.round(args.steps)
+        for side in sides.values():
+            side.close()
+    port, ours = sides[PORT], sides[OURS]
+    apart = float(np.abs(np.subtract(port.losses, ours.losses)).max())
+    memory = "static_memory_mb" if gpu else "peak_memory_mb"
+    rows = [
+        [
+            name,
+            f"{side.rate:.3g}",
+            f"{side.rate / port.rate:.2f}",
+            side.report[memory],
+            f"{side.report[memory] / port.report[memory]:.2f}",
+            side.report["peak_memory_mb"],
+            side.report["seconds_to_ready"],
+            side.report["seconds_of_warm_up"],
+        ]
+        for name, side in sides.items()
+    ]
+    header = [
+        f"{args.base}, {args.finetune_strategy}, {args.resolution} px, batch {args.batch_size}",
+        "steps/s",
+        "ratio",
+        "static MB" if gpu else "peak MB",
+        "ratio",
+        "peak MB",
+        "s to ready",
+        "s warm-up",
+    ]
+    if not gpu:  # the two memory columns would say the same
+        header, rows = header[:5] + header[6:], [row[:5] + row[6:] for row in rows]
+    details = {
+        "arguments": vars(args),
+        "sides": {
+            name: {**side.report, "rates": side.rates, "cpu_seconds_per_step": side.cpu_seconds, "losses": side.losses}
+            for name, side in sides.items()
+        },
+        "ratio": ours.rate / port.rate,
+        "ratio_of_cpu_seconds": statistics.median(port.cpu_seconds) / statistics.median(ours.cpu_seconds),
+        "ratio_of_rounds": [b / a for a, b in zip(port.rates, ours.rates, strict=True)],
+        "largest_difference_of_losses": apart,
+    }
+    print(f"largest difference of the two ways' losses: {apart:.2g}")
+    common.publish("finetune", header, rows, details)
+    return 0

@@ -1,0 +1,290 @@
+"""Stage 1's fast loop is the plain one: same losses, same tokens, same LoRA, as a loop with nothing cached or left out."""
+
+import os
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from helpers import ROOT
+from safetensors.torch import load_file
+
+import tiny
+import train_lora
+from semantic_aug.datasets import load_dataset
+from semantic_aug.diffusion.base import load_base
+from semantic_aug.diffusion.loop import encode_moments, to_pixels
+from semantic_aug.errors import Interrupted, UserError
+from semantic_aug.finetune import checkpoints, trainer
+from semantic_aug.finetune.batches import BatchSource
+from semantic_aug.finetune.optim import make_schedule
+from semantic_aug.finetune.pixels import PixelCache, scaled
+
+TOLERANCE = 1e-4
+"""Largest difference of a trained weight after 50 steps at a rate of 1e-2, and ten times that of a loss: Adam divides by
+the root of a running mean square, so gradients that differ in their last bits give steps that differ in more."""
+
+
+def request(tiny_base, image_folder, output_dir, **changes):
+    """A resolved request and its data set."""
+    flags = {
+        "dataset": f"folder:{image_folder}",
+        "pretrained_model_name_or_path": tiny_base,
+        "max_train_steps": 50,
+        "train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "ti_learning_rate": 1e-2,
+        "rank": 2,
+        "checkpointing_steps": 0,
+        "validation_steps": 0,
+        "report_to": "none",
+        "output_dir": output_dir,
+        **changes,
+    }
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return train_lora.resolve(train_lora.build_parser().parse_args(words))
+
+
+def make_trainer(*arguments, **changes):
+    """A trainer ready for :meth:`optimizer_step`, in process."""
+    config, dataset = request(*arguments, **changes)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    running = trainer.Trainer(config, dataset, Accelerator(cpu=True))
+    running.prepare()
+    return running
+
+
+def trained(folder) -> dict[str, torch.Tensor]:
+    names = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
+    return {k: v for name in names if (folder / name).is_file() for k, v in load_file(folder / name).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [("ti", {"num_vectors": 2}), ("db", {"lora_alpha": 4}), ("ti_db", {"crops": 2, "lr_scheduler": "cosine"})],
+)
+def test_fifty_steps_equal_the_plain_loops(tiny_base, image_folder, tmp_path, monkeypatch, strategy, changes):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from benchmarks.original_finetune import OriginalTrainer
+
+    ours = make_trainer(tiny_base, image_folder, tmp_path / "run", finetune_strategy=strategy, **changes)
+    plain = OriginalTrainer(ours.config, ours.dataset, Accelerator(cpu=True))
+    draws = [ours.source.draw(step) for step in range(50)]
+    begin = {name: value.clone() for name, value in plain.result().items()}
+    losses = np.array([[float(ours.optimizer_step()[0]), plain.step(draw)] for draw in draws])
+    checkpoints.save_weights(ours.model, tmp_path / "run")
+    found, wanted = trained(tmp_path / "run"), plain.result()
+    assert found.keys() == wanted.keys() and len(found) > 0
+    assert np.abs(losses[:, 0] - losses[:, 1]).max() < TOLERANCE / 10
+    assert all((found[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
+    assert any((wanted[k] - begin[k]).abs().max() > 1e3 * TOLERANCE for k in wanted)  # it did train
+    assert losses[0, 0] == pytest.approx(losses[0, 1], abs=1e-6)
+    fresh = load_base(str(tiny_base)).text_encoder.get_input_embeddings().weight
+    table = ours.base.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table, fresh)  # words are as they were
+    if plain.tokens is not None:
+        assert torch.equal(plain.table[: len(fresh)], fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"random_crops": True, "noise_offset": 0.1}])
+def test_stopped_at_any_step_and_resumed_equals_not_stopped(tiny_base, image_folder, tmp_path, monkeypatch, changes):
+    changes |= {"max_train_steps": 7, "logging_steps": 7, "lr_scheduler": "polynomial", "train_batch_size": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make_trainer(tiny_base, image_folder, whole, **changes).train()
+    stop = int(np.random.default_rng().integers(1, 7))  # another one every time; the assertions name it
+    running = make_trainer(tiny_base, image_folder, parts, **changes)
+    plain = running.optimizer_step
+
+    def step():
+        if running.step + 1 == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain()
+
+    monkeypatch.setattr(running, "optimizer_step", step)
+    with pytest.raises(Interrupted, match=rf"interrupted at step {stop} of 7.*--resume_from_checkpoint latest goes on"):
+        running.train()
+    later = parts / f".checkpoint-{stop + 1}.tmp"  # as if a later one had been cut off in the middle of its writing
+    shutil.copytree(parts / f"checkpoint-{stop}", later)
+    assert checkpoints.find(parts, "latest") == parts / f"checkpoint-{stop}"
+    make_trainer(tiny_base, image_folder, parts, resume_from_checkpoint="latest", **changes).train()
+    found, wanted = trained(parts), trained(whole)
+    assert found.keys() == wanted.keys(), stop
+    assert all(torch.equal(found[k], wanted[k]) for k in wanted), stop
+    assert not list(parts.glob(".*"))  # leftovers are gone
+
+
+def test_a_checkpoint_deleted_by_half_is_not_taken_for_whole(tmp_path, monkeypatch):
+    model = SimpleNamespace(lora_parameters=[], current_tokens=lambda: None)
+    for step in (1, 2):
+        checkpoints.save_checkpoint(tmp_path, step, model, {}, None)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # a kill before any file is gone
+    checkpoints.save_checkpoint(tmp_path, 3, model, {}, 2)
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    checkpoints.save_checkpoint(tmp_path, 3, model, {}, 2)  # the same step again
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_random_crops_are_cut_from_the_whole_image_and_encoded_as_a_batch(tiny_base, image_folder, tmp_path):
+    vae, table = load_base(str(tiny_base)).vae, load_dataset(f"folder:{image_folder}").train
+    alone = PixelCache(table, tmp_path / "one", vae, tiny.RESOLUTION)
+    with pytest.raises(FileNotFoundError):  # rank 1 has written its share and does not wait for rank 0's
+        PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, 1, 2)
+    shared = PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, 0, 2)
+    index, flip = torch.tensor([3, 7, 12]), torch.tensor([True, False, False])
+    position = torch.tensor([[0.0, 0.0], [0.999, 0.5], [0.5, 0.5]])
+    wanted = []
+    for row, (x, _), mirrored in zip(index.tolist(), position.tolist(), flip.tolist(), strict=True):
+        whole = scaled(table.image(row), tiny.RESOLUTION)  # 40 x 36 pixels: 36 x 32, five places from left to right
+        assert whole.size == (36, 32)
+        left = int(x * 5)
+        pixels = to_pixels([whole.crop((left, 0, left + tiny.RESOLUTION, tiny.RESOLUTION))])
+        wanted.append(pixels.flip(-1) if mirrored else pixels)
+    wanted = encode_moments(vae, torch.cat(wanted))
+    for cache in (alone, shared):
+        assert (cache.gather(index, position, flip) - wanted).abs().max() < 1e-5
+    shared.remove()
+    assert not list((tmp_path / "two").iterdir())
+
+
+def test_crop_positions_are_drawn_afresh_for_every_step():
+    source = BatchSource(np.arange(20) % 3, 6, (4, 2, 2), 0, True, 5, 100, 0.0, False, 3)
+    first, second = source.draw(0).view, source.draw(1).view
+    assert first.shape == (6, 2) and first.min() >= 0 and first.max() < 1 and not torch.equal(first, second)
+    assert torch.equal(first, source.draw(0).view)
+
+
+def test_class_names_are_encoded_once(tiny_base, image_folder, tmp_path):
+    running = make_trainer(tiny_base, image_folder, tmp_path, finetune_strategy="db")
+    labels, templates = torch.tensor([0, 1, 1]), torch.tensor([3, 3, 4])
+    first = running.model.conditions(labels, templates)["hidden"]
+    calls = []
+    running.base.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    again = running.model.conditions(labels.flip(0), templates.flip(0))["hidden"]
+    assert torch.equal(again, first.flip(0)) and not calls
+    running.model.conditions(labels, templates + 1)
+    assert calls == [1] and not first.requires_grad
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_trains_alike(tiny_base, image_folder, tmp_path, monkeypatch):
+    compiler = torch.compile  # all of the compiler's front, without minutes of C++
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiler(call, backend="aot_eager", **options))
+    plain, compiled = (
+        make_trainer(tiny_base, image_folder, tmp_path / mode, compile=mode, num_validation_images=1)
+        for mode in ("off", "on")
+    )
+    losses = [[float(running.optimizer_step()[0]) for _ in range(3)] for running in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    compiled._validate()
+    assert (tmp_path / "on" / "validation" / "step-000003.png").is_file()
+
+
+def test_compiling_is_for_long_runs_on_a_gpu(tiny_base, image_folder, tmp_path):
+    long, _ = request(tiny_base, image_folder, tmp_path, max_train_steps=35000)
+    short, _ = request(tiny_base, image_folder, tmp_path)
+    on, _ = request(tiny_base, image_folder, tmp_path, compile="on")
+    assert long.compiled("cuda") and not long.compiled("cpu") and not short.compiled("cuda") and on.compiled("cpu")
+
+
+@pytest.mark.slow
+def test_picture_grids_reach_tensorboard(tiny_base, image_folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"max_train_steps": 2, "logging_steps": 1, "validation_steps": 2, "num_validation_images": 1}
+    config, dataset = request(tiny_base, image_folder, tmp_path / "run", report_to="tensorboard", **changes)
+    trainer.run(config, dataset, Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "logs"))
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
+    assert events.Tags()["images"] == ["validation/image/0"] or events.Tags()["images"] == ["validation"]
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------ schedules
+
+
+def rates(name, steps=12, **changes):
+    options = {
+        "lr_warmup_steps": 2,
+        "max_train_steps": steps,
+        "lr_num_cycles": 2,
+        "lr_power": 0.5,
+        "lr_step_rules": None,
+    }
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = make_schedule(optimizer, SimpleNamespace(lr_scheduler=name, **{**options, **changes}))
+    out = []
+    for _ in range(steps):
+        out.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in train_lora.LR_SCHEDULERS if n != "piecewise_constant"])
+def test_every_schedule_of_diffusers_is_to_be_had(name):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=12, num_cycles=2, power=0.5)
+    wanted = []
+    for _ in range(12):
+        wanted.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert rates(name) == wanted
+
+
+def test_piecewise_constant_rates():
+    found = rates("piecewise_constant", lr_step_rules="1:3,0.5:6,0.1")
+    assert found == [1] * 3 + [0.5] * 3 + [0.1] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_scheduler": "piecewise_constant"}, "piecewise_constant with --lr_step_rules .not given.*1:1000,0.1:2000"),
+        ({"lr_step_rules": "1:3,0.1"}, "constant with --lr_step_rules 1:3,0.1.*only it, takes rules"),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "half:3,0.1"},
+            "--lr_step_rules half:3,0.1: could not",
+        ),
+        ({"random_crops": True, "crops": 3}, "--random_crops with --crops 3"),
+        ({"report_to": "wandb"}, "--report_to wandb needs the package wandb"),
+        ({"use_8bit_adam": True}, "--use_8bit_adam needs the package bitsandbytes"),
+    ],
+)
+def test_bad_requests_name_the_flag(tiny_base, image_folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    find = train_lora.importlib.util.find_spec
+    monkeypatch.setattr(train_lora.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(UserError, match=message):
+        if "report_to" in changes:
+            config, dataset = request(tiny_base, image_folder, tmp_path / "run", **changes)
+            train_lora.check_tracker(config.report_to)
+        else:
+            make_trainer(tiny_base, image_folder, tmp_path / "run", **changes)
+
+
+# ------------------------------------------------------------------------------------------------------ benchmark
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_both_ways_on_the_same(tiny_base, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'scripts'}:{ROOT}")
+    from benchmarks import common, finetune
+
+    monkeypatch.setattr(common, "OUTPUT", tmp_path / "bench")
+    words = ["--base", tiny_base, "--dataset", f"folder:{image_folder}", "--rounds", 2, "--steps", 2, "--batch_size", 4]
+    assert finetune.main([str(word) for word in [*words, "--device", "cpu"]]) == 0
+    found = tiny.read_json(tmp_path / "bench" / "finetune.json")
+    assert found["largest_difference_of_losses"] < TOLERANCE and found["ratio"] > 0
+    for side in found["sides"].values():
+        assert len(side["losses"]) == 3 + 2 * 2 and len(side["rates"]) == 2 and side["peak_memory_mb"] > 0
+    assert "| the original's way | " in capsys.readouterr().out
