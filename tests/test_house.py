@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "semantic_aug"
 
 # A module may import only from groups to the right of its own; leaves import nothing of the package but `errors`.
-ORDER = "entry cli evaluation finetune sampling classify augmentations datasets diffusion leaf errors".split()
+ORDER = "entry evaluation cli finetune sampling classify augmentations datasets diffusion leaf errors".split()
 SIDE_BY_SIDE = [{"finetune", "sampling", "classify"}, {"augmentations", "datasets"}]
 LEAVES = {"registry", "prompts", "meta_csv", "seeding", "run_dir", "console", "pictures"}
 

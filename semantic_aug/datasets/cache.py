@@ -5,8 +5,8 @@ changed image means another name, so what is found is never stale. One process b
 the same pages. The file appears whole or not at all. Least recently used files go when the bound is reached; a
 process that still maps one keeps it until it ends.
 
-Everything lies below ``outputs/cache`` of the repository, or ``DIFFMIX_CACHE``; ``DIFFMIX_CACHE_GB`` is the bound. Features that
-the evaluation keeps there (``features-*.npy``) count as well, and go by the same rule.
+Everything lies below ``outputs/cache`` of the repository, or ``DIFFMIX_CACHE``; ``DIFFMIX_CACHE_GB`` is the bound.
+Features that the evaluation keeps there (``features-*.npy``) count as well, and go by the same rule.
 """
 
 from __future__ import annotations
