@@ -1,4 +1,4 @@
-"""What the three entry scripts share: a parser whose errors are one line, shared flags, value checks."""
+"""What the entry scripts and the evaluation's commands share: a parser with one-line errors, shared flags, value checks."""
 
 from __future__ import annotations
 

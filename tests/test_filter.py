@@ -222,4 +222,4 @@ def test_precision_on_photographs_with_planted_noise_and_wrong_cells(tmp_path):
     print(
         f"precision {precision:.3f}: {(bad & dropped).sum()} of {bad.sum()} planted images among {dropped.sum()} dropped"
     )
-    assert dropped.sum() == bad.sum() == 40 and precision > 0.5  # by chance it would be 0.2
+    assert dropped.sum() == bad.sum() == 40 and precision > 0.7  # by chance it would be 0.2

@@ -6,6 +6,7 @@ the same pages. The file appears whole or not at all. Least recently used files 
 process that still maps one keeps it until it ends.
 
 Everything lies below ``outputs/cache`` of the repository, or ``DIFFMIX_CACHE``; ``DIFFMIX_CACHE_GB`` is the bound.
+Features that the evaluation keeps there (``features-*.npy``) count as well, and go by the same rule.
 """
 
 from __future__ import annotations
