@@ -11,6 +11,7 @@ from helpers import CLASSES, ROOT, refused, run, sampling_arguments, subset_cont
 from PIL import Image
 from test_loop import PROMPTS, Case
 
+import sample_mp
 import tiny
 from official_layouts import write_cub
 from semantic_aug import meta_csv, prompts
@@ -172,6 +173,12 @@ def test_templates_come_from_a_set_or_a_file(tmp_path):
         prompts.read_templates(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="--prompt_templates traning: expected a text file .* or one of training"):
         prompts.read_templates("traning")
+
+
+def test_one_prompt_and_several_are_not_given_together():
+    words = ["--dataset", "elpv", "--prompt", "a {}", "--prompt_templates", "views"]
+    with pytest.raises(UserError, match="--prompt is one prompt for all images, --prompt_templates several"):
+        sample_mp.check(sample_mp.build_parser().parse_args(words))
 
 
 def task_files(templates, seed=0):

@@ -112,6 +112,7 @@ def test_the_strategy_table_is_the_contract():
         "real-gen": ("base", "noise", "same"),
         "ti-mix": ("tokens", "image", "mixed"),
         "ti-aug": ("tokens", "image", "same"),
+        "da-fusion": ("tokens", "image", "same"),
     }
     assert find("real-aug") is find("real-guidance") and "real-aug" in strategies.names()
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, ROWS, classify_arguments, write_subset
 
 import train_cls
 from semantic_aug.datasets.synthetic import SyntheticImages
@@ -232,3 +232,16 @@ def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monke
         tuning, found = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv"]), tmp_path / "x")
         tuning.pair.done = lambda name: True
         tuning.trial(found[0], 1, None)
+
+
+def test_a_part_of_no_subset_is_refused(image_folder, tmp_path):
+    words = [*classify_arguments(image_folder, tmp_path), "--syndata_max", 5]
+    with pytest.raises(UserError, match="--syndata_max: there are no synthetic images"):
+        train_cls.resolve(train_cls.build_parser().parse_args(list(map(str, words))))
+
+
+def test_the_part_reaches_the_training_images(image_folder, tmp_path):
+    write_subset(tmp_path / "syn", ROWS)
+    words = [*classify_arguments(image_folder, tmp_path / "out"), "--syndata_dir", tmp_path / "syn", "--syndata_max", 3]
+    config, _, synthetic = train_cls.resolve(train_cls.build_parser().parse_args(list(map(str, words))))
+    assert len(synthetic) == 3 and config.syndata_max == 3 and len(set(synthetic.target.tolist())) == 3
