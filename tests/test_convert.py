@@ -45,7 +45,7 @@ def test_to_the_originals_layout_and_back(checkpoint, tmp_path, capsys):
     assert all(".processor.to_" in key for key in state) and state.keys() == load_file(there / names[0]).keys()
     content = torch.load(there / names[2], weights_only=True)
     assert content["name2placeholder"] == {name: f"<class_{i}>" for i, name in enumerate(CLASSES)}
-    assert content["placeholder2name"]["<class_1>"] == "blue jay"
+    assert content["placeholder2name"]["<class_1>"] == CLASSES[1]
     assert content["learned_embeds_dict"]["<class_2>"].shape == (tiny.WIDTH,)
 
     lora_path = there / "checkpoint-35000"  # the registry's lora_path may name a folder
@@ -65,8 +65,8 @@ def test_both_layouts_load_in_plain_diffusers_alike(checkpoint, tiny_base, tmp_p
     for layout in convert.LAYOUTS:
         convert.convert(checkpoint[0], None, tmp_path / layout, layout)
         pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
-        if layout == "original":  # the way of its training script
-            pipe.unet.load_attn_procs(tmp_path / layout, weight_name=lora.FILE_NAME)
+        if layout == "original":  # attention processors' names, which the U-Net's own loader still translates
+            pipe.unet.load_lora_adapter(load_file(tmp_path / layout / lora.FILE_NAME), prefix=None)
         else:
             pipe.load_lora_weights(tmp_path / layout)
         with torch.no_grad():
@@ -88,6 +88,16 @@ def test_text_encoder_loras_travel_in_the_layout_of_diffusers(tmp_path):
     with pytest.raises(UserError, match="layout holds only to_q, .* not 'text_encoder_2.encoder.layers.0"):
         convert.convert(tmp_path / "text.safetensors", None, tmp_path / "no", "original")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_lora_of_some_projections_does_not_fit_the_originals_processors(tiny_base, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
+    lora.add_lora(unet, rank=2, targets=("to_q", "to_v"))
+    lora.save_lora(unet, tmp_path / "part.safetensors")
+    with pytest.raises(
+        UserError, match=r"attn1 lacks to_k, to_out.0 .--lora_targets., which the original's layout has"
+    ):
+        convert.convert(tmp_path / "part.safetensors", None, tmp_path / "no", "original")
 
 
 def test_tokens_the_originals_layout_cannot_hold(tmp_path):
