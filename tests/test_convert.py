@@ -1,17 +1,14 @@
 """The converter: stage 1's files in the original implementation's layout and back, read alike by everything."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import CLASSES, ROOT
+from helpers import CLASSES
 from safetensors.torch import load_file, save_file
 
 import tiny
 from semantic_aug.diffusion import convert, lora, tokens
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, run_main
 
 
 @pytest.fixture
@@ -117,7 +114,6 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
         convert.convert(*checkpoint, tmp_path / "out", "original")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -125,11 +121,15 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
         (["--lora_path", "/no/none.bin", "--output_dir", "{out}"], 2, "error: lora_path /no/none.bin is not there"),
         (["--output_dir", "{out}"], 2, "error: nothing to convert: give --lora_path, --embed_path or both"),
         (["--lora_path", "{lora}"], 2, "error: the following arguments are required: --output_dir"),
+        (
+            ["--lora_path", "{lora}", "--output_dir", "{out}", "--layout", "diffusers", "--step", "3"],
+            2,
+            "error: --step 3",
+        ),
     ],
 )
-def test_the_command(checkpoint, tmp_path, words, status, said):
+def test_the_command(checkpoint, tmp_path, capsys, words, status, said):
     words = [word.format(lora=checkpoint[0], out=tmp_path / "out") for word in words]
-    command = [sys.executable, "-m", "semantic_aug.diffusion.convert", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
-    assert status == 0 or len(done.stderr.strip().splitlines()) == 1
+    assert run_main(convert.main, words) == status
+    out, err = capsys.readouterr()
+    assert said in out + err and (status == 0 or len(err.strip().splitlines()) == 1)
