@@ -1,17 +1,14 @@
 """The converter: stage 1's files in the original implementation's layout and back, read alike by everything."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import CLASSES, ROOT
+from helpers import CLASSES
 from safetensors.torch import load_file, save_file
 
 import tiny
 from semantic_aug.diffusion import convert, lora, tokens
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, run_main
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def test_to_the_originals_layout_and_back(checkpoint, tmp_path, capsys):
     assert all(".processor.to_" in key for key in state) and state.keys() == load_file(there / names[0]).keys()
     content = torch.load(there / names[2], weights_only=True)
     assert content["name2placeholder"] == {name: f"<class_{i}>" for i, name in enumerate(CLASSES)}
-    assert content["placeholder2name"]["<class_1>"] == "blue jay"
+    assert content["placeholder2name"]["<class_1>"] == CLASSES[1]
     assert content["learned_embeds_dict"]["<class_2>"].shape == (tiny.WIDTH,)
 
     lora_path = there / "checkpoint-35000"  # the registry's lora_path may name a folder
@@ -65,8 +62,8 @@ def test_both_layouts_load_in_plain_diffusers_alike(checkpoint, tiny_base, tmp_p
     for layout in convert.LAYOUTS:
         convert.convert(checkpoint[0], None, tmp_path / layout, layout)
         pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
-        if layout == "original":  # the way of its training script
-            pipe.unet.load_attn_procs(tmp_path / layout, weight_name=lora.FILE_NAME)
+        if layout == "original":  # attention processors' names, which the U-Net's own loader still translates
+            pipe.unet.load_lora_adapter(load_file(tmp_path / layout / lora.FILE_NAME), prefix=None)
         else:
             pipe.load_lora_weights(tmp_path / layout)
         with torch.no_grad():
@@ -90,6 +87,16 @@ def test_text_encoder_loras_travel_in_the_layout_of_diffusers(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_lora_of_some_projections_does_not_fit_the_originals_processors(tiny_base, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet").requires_grad_(False)
+    lora.add_lora(unet, rank=2, targets=("to_q", "to_v"))
+    lora.save_lora(unet, tmp_path / "part.safetensors")
+    with pytest.raises(
+        UserError, match=r"attn1 lacks to_k, to_out.0 .--lora_targets., which the original's layout has"
+    ):
+        convert.convert(tmp_path / "part.safetensors", None, tmp_path / "no", "original")
+
+
 def test_tokens_the_originals_layout_cannot_hold(tmp_path):
     several = tokens.ClassTokens(("a", "b"), torch.zeros(4, 8), vectors_per_class=2)
     of_xl = tokens.ClassTokens(("a", "b"), torch.zeros(2, 8), further=(torch.zeros(2, 9),))
@@ -107,7 +114,6 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
         convert.convert(*checkpoint, tmp_path / "out", "original")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -115,11 +121,15 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
         (["--lora_path", "/no/none.bin", "--output_dir", "{out}"], 2, "error: lora_path /no/none.bin is not there"),
         (["--output_dir", "{out}"], 2, "error: nothing to convert: give --lora_path, --embed_path or both"),
         (["--lora_path", "{lora}"], 2, "error: the following arguments are required: --output_dir"),
+        (
+            ["--lora_path", "{lora}", "--output_dir", "{out}", "--layout", "diffusers", "--step", "3"],
+            2,
+            "error: --step 3",
+        ),
     ],
 )
-def test_the_command(checkpoint, tmp_path, words, status, said):
+def test_the_command(checkpoint, tmp_path, capsys, words, status, said):
     words = [word.format(lora=checkpoint[0], out=tmp_path / "out") for word in words]
-    command = [sys.executable, "-m", "semantic_aug.diffusion.convert", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
-    assert status == 0 or len(done.stderr.strip().splitlines()) == 1
+    assert run_main(convert.main, words) == status
+    out, err = capsys.readouterr()
+    assert said in out + err and (status == 0 or len(err.strip().splitlines()) == 1)

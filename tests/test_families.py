@@ -243,6 +243,18 @@ def test_pipelines_of_other_kinds_are_refused(bases, tmp_path):
         read_geometry(refiner)
 
 
+def test_relatives_with_further_inputs_are_refused():
+    from semantic_aug.diffusion.families import FAMILIES
+
+    inpainting, vae = tiny._unet(tiny.WIDTH, in_channels=9), tiny._autoencoder()
+    with pytest.raises(UserError, match="base model 'x': its U-Net takes 9 channels .* expected a plain Stable Diff"):
+        FAMILIES[0].check(inpainting, vae, "x")
+    with pytest.raises(UserError, match="added conditions of the kind None: expected a plain Stable Diffusion XL"):
+        FAMILIES[1].check(tiny._unet(tiny.WIDTH), vae, "x")
+    with pytest.raises(UserError, match="its VAE gives latents_mean"):
+        FAMILIES[0].check(tiny._unet(tiny.WIDTH), tiny._autoencoder(latents_mean=(0.0,) * 4), "x")
+
+
 def test_a_text_encoder_lora_without_a_lora_is_refused(bases, image_folder, tmp_path):
     with pytest.raises(UserError, match="--train_text_encoder_lora with --finetune_strategy ti"):
         request_of(bases["sd1"], image_folder, tmp_path / "x", finetune_strategy="ti")

@@ -30,9 +30,9 @@ def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Te
     """A LoRA under the names of attention processors; its scale goes into the second factor.
 
     Raises:
-        UserError: it changes more than the U-Net's attention projections, which that layout cannot hold.
+        UserError: it changes more than the U-Net's attention projections, or not all of them: that layout holds these.
     """
-    state = {}
+    state, attentions = {}, {}
     for name, pair in lora.items():
         target = next((target for target in lora_io.TARGETS if name.endswith(f".{target}")), None)
         if target is None or lora_io.network_of(name) != "unet":
@@ -40,8 +40,17 @@ def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Te
                 f"LoRA {where}: the original's layout holds only {', '.join(lora_io.TARGETS)} of the U-Net, not '{name}': "
                 "use --layout diffusers"
             )
-        stem = f"{name.removesuffix('.' + target)}.processor.{target.removesuffix('.0')}_lora"
+        attention = name.removesuffix(f".{target}")
+        attentions.setdefault(attention, set()).add(target)
+        stem = f"{attention}.processor.{target.removesuffix('.0')}_lora"
         state[f"{stem}.down.weight"], state[f"{stem}.up.weight"] = pair.down, pair.up * pair.scale
+    for attention, targets in attentions.items():
+        missing = [target for target in lora_io.TARGETS if target not in targets]
+        if missing:
+            raise UserError(
+                f"LoRA {where}: {attention} lacks {', '.join(missing)} (--lora_targets), which the original's layout has: "
+                "use --layout diffusers"
+            )
     return state
 
 
