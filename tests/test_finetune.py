@@ -176,7 +176,8 @@ def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_f
         torch.load(tmp_path / name, weights_only=True)
         for name in ("one/trace-0.pt", "two/trace-0.pt", "two/trace-1.pt")
     )
-    assert len(one) == len(first) == len(second) == 4 and {"vectors"} < set(one[0])
+    assert len(one) == len(first) == len(second) == 4
+    assert all(any(part in name for name in one[0]) for part in ("lora_A", "lora_B", "vectors"))
     for alone, a, b in zip(one, first, second, strict=True):
         assert alone.keys() == a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)

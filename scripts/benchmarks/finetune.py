@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import train_lora
 from benchmarks import common
 from semantic_aug import console
-from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
 from semantic_aug.finetune.config import STRATEGIES, FinetuneConfig
 
@@ -30,52 +31,22 @@ PORT, OURS = "the original's way", "ours"
 
 
 def settings_of(args: argparse.Namespace, base: Path, folder: Path) -> FinetuneConfig:
-    """The request both sides train."""
-    return FinetuneConfig(
-        dataset=args.dataset,
-        setting=Setting(),
-        base_name=str(base),
-        base_folder=base,
-        strategy=args.finetune_strategy,
-        output_dir=folder,
-        max_train_steps=args.rounds * args.steps + args.warmup,
-        resolution=args.resolution,
-        train_batch_size=args.batch_size,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-4,
-        ti_learning_rate=5e-4,
-        lr_scheduler="constant",
-        lr_warmup_steps=0,
-        lr_num_cycles=1,
-        lr_power=1.0,
-        lr_step_rules=None,
-        rank=10,
-        lora_alpha=None,
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
-        initializer="class_name",
-        num_vectors=1,
-        prediction_type=None,
-        snr_gamma=None,
-        noise_offset=0.0,
-        adam_weight_decay=1e-2,
-        max_grad_norm=1.0,
-        use_8bit_adam=False,
-        gradient_checkpointing=False,
-        mixed_precision=args.mixed_precision,
-        compile=args.compile,
-        crops=1,
-        random_crops=False,
-        random_flip=True,
-        class_balanced=False,
-        checkpointing_steps=0,
-        checkpoints_total_limit=None,
-        resume_from_checkpoint=None,
-        validation_steps=0,
-        num_validation_images=0,
-        logging_steps=50,
-        report_to="none",
-        seed=0,
-    )
+    """The request both sides train, as stage 1 resolves it."""
+    flags = {
+        "dataset": args.dataset,
+        "pretrained_model_name_or_path": base,
+        "finetune_strategy": args.finetune_strategy,
+        "output_dir": folder,
+        "max_train_steps": args.rounds * args.steps + args.warmup,
+        "resolution": args.resolution,
+        "train_batch_size": args.batch_size,
+        "mixed_precision": args.mixed_precision,
+        "compile": args.compile,
+        "report_to": "none",
+        "seed": 0,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return train_lora.resolve(train_lora.build_parser().parse_args(words))[0]
 
 
 class Port:

@@ -57,8 +57,8 @@ class PixelCache:
         wait: Callable[[], None] = lambda: None,
     ):
         self.table, self.vae, self.resolution, self.world = table, vae, resolution, world
-        name = f"pixels-{sha256_text(f'{table.signature()} {resolution}')[:16]}"
-        self.paths = [folder / f"{name}-{r}-of-{world}.bin" for r in range(world)]
+        self.name = f"pixels-{sha256_text(f'{table.signature()} {resolution}')[:16]}"
+        self.paths = [folder / f"{self.name}-{r}-of-{world}.bin" for r in range(world)]
         if not self.paths[rank].exists():
             self._build(self.paths[rank], range(rank, len(table), world), rank > 0)
         wait()
@@ -103,10 +103,9 @@ class PixelCache:
         return whole[top : top + self.resolution, left : left + self.resolution]
 
     def remove(self) -> None:
-        """Deletes the files; a finished run has no use for them."""
-        for path in self.paths:
-            for each in (path, path.with_suffix(".sizes.npy")):
-                each.unlink(missing_ok=True)
+        """Deletes the files, those of another number of processes too; a finished run has no use for them."""
+        for path in self.paths[0].parent.glob(f"{self.name}-*"):
+            path.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
