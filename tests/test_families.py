@@ -155,7 +155,8 @@ def test_only_lora_and_class_vectors_train(bases, image_folder, tmp_path):
     sizes = torch.tensor([[40.0, 36, 0, 2, 32, 32]]).expand(2, -1)
     draw = torch.Generator().manual_seed(0)
     noisy, steps = torch.randn(2, 4, 4, 4, generator=draw), torch.tensor([10, 900])
-    model(noisy, steps, torch.tensor([0, 2]), torch.tensor([0, 1]), None, sizes).square().mean().backward()
+    prompts = model.conditions(torch.tensor([0, 2]), torch.tensor([0, 1]), None, sizes)
+    model(noisy, steps, prompts).square().mean().backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "class_vectors" in name for name in trainable)
     assert all(p.grad is None for name, p in model.named_parameters() if name not in trainable)
@@ -180,6 +181,11 @@ def test_what_xl_is_guided_from_is_part_of_its_identity(bases):
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_random_crops_are_not_for_a_model_that_is_told_crops(bases, image_folder, tmp_path):
+    with pytest.raises(UserError, match="--random_crops.*--crops K"):
+        train(bases["sdxl"], image_folder, tmp_path / "x", random_crops=True)
 
 
 def engine_of(base, lora_path=None, embed_path=None):
