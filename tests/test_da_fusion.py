@@ -70,7 +70,8 @@ def test_masked_translation_equals_diffusers_inpainting(tiny_base, scheduler):
     got = masked(case, [0.5, 0.75], LEFT)
     pixels = LEFT[0].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
     for index, strength in enumerate((0.5, 0.75)):
-        wanted = case.pipeline(StableDiffusionInpaintPipeline)(
+        pipe = tiny.pipeline(case.model, StableDiffusionInpaintPipeline, scheduler)
+        wanted = pipe(
             prompt=PROMPTS[index], image=case.images[index], mask_image=Image.fromarray(pixels.astype(np.uint8) * 255),
             strength=strength, num_inference_steps=8, guidance_scale=4.0, generator=[task_rng(0, index)],
             height=tiny.RESOLUTION, width=tiny.RESOLUTION, output_type="latent",

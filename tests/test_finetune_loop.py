@@ -26,7 +26,7 @@ from semantic_aug.finetune.optim import make_schedule
 from semantic_aug.finetune.pixels import PixelCache, scaled
 
 TOLERANCE = 1e-4
-"""Largest difference of a trained weight after 50 steps at a rate of 1e-2, and ten times that of a loss: Adam divides by
+"""Largest difference of a trained weight after 50 steps, and ten times that of a loss: Adam divides by
 the root of a running mean square, so gradients that differ in their last bits give steps that differ in more."""
 
 
@@ -69,7 +69,11 @@ def trained(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "changes"),
-    [("ti", {"num_vectors": 2}), ("db", {"lora_alpha": 4}), ("ti_db", {"crops": 2, "lr_scheduler": "cosine"})],
+    [
+        ("ti", {"num_vectors": 2}),
+        ("db", {"lora_alpha": 4, "learning_rate": 1e-3}),
+        ("ti_db", {"crops": 2, "lr_scheduler": "cosine"}),
+    ],
 )
 def test_fifty_steps_equal_the_plain_loops(tiny_base, image_folder, tmp_path, monkeypatch, strategy, changes):
     monkeypatch.syspath_prepend(ROOT / "scripts")
@@ -85,7 +89,7 @@ def test_fifty_steps_equal_the_plain_loops(tiny_base, image_folder, tmp_path, mo
     assert found.keys() == wanted.keys() and len(found) > 0
     assert np.abs(losses[:, 0] - losses[:, 1]).max() < TOLERANCE / 10
     assert all((found[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
-    assert any((wanted[k] - begin[k]).abs().max() > 1e3 * TOLERANCE for k in wanted)  # it did train
+    assert any((wanted[k] - begin[k]).abs().max() > 100 * TOLERANCE for k in wanted)  # it did train
     assert losses[0, 0] == pytest.approx(losses[0, 1], abs=1e-6)
     fresh = load_base(str(tiny_base)).text_encoder.get_input_embeddings().weight
     table = ours.base.text_encoder.get_input_embeddings().weight
