@@ -100,3 +100,29 @@ def undisturbed(workshop, image_folder, tmp_path_factory) -> dict[str, str]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+@pytest.fixture(scope="session")
+def animals(image_folder):
+    """The image folder as a data set."""
+    from semantic_aug.datasets import load_dataset
+
+    return load_dataset(f"folder:{image_folder}")
+
+
+@pytest.fixture(scope="session")
+def judge_folder(animals, tmp_path_factory) -> Path:
+    """A finished classifier of the image folder's classes."""
+    import evaluating
+
+    train = animals.train
+    images = [train.image(i) for i in range(len(train))]
+    return evaluating.write_judge(tmp_path_factory.mktemp("judge"), images, train.labels, animals.source_names, 32)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A tiny random CLIP."""
+    import evaluating
+
+    return evaluating.write_clip(tmp_path_factory.mktemp("clip"))

@@ -12,7 +12,7 @@ from helpers import ROOT
 from PIL import Image
 
 import tiny
-from semantic_aug.datasets import elpv, load_dataset
+from semantic_aug.datasets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
 from semantic_aug.evaluation import distances, faithfulness, measure, pictures
@@ -20,23 +20,6 @@ from semantic_aug.evaluation.clip import clip_score, load_clip, presence
 from semantic_aug.evaluation.features import load_extractor
 
 NAMES = ("blue jay", "red fox", "toad")
-
-
-@pytest.fixture(scope="module")
-def animals(image_folder):
-    return load_dataset(f"folder:{image_folder}")
-
-
-@pytest.fixture(scope="module")
-def judge_folder(animals, tmp_path_factory):
-    train = animals.train
-    images = [train.image(i) for i in range(len(train))]
-    return evaluating.write_judge(tmp_path_factory.mktemp("judge"), images, train.labels, animals.source_names, 32)
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    return evaluating.write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def translated(animals, strengths=(0.3, 0.9), copies=False):

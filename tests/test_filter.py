@@ -11,27 +11,10 @@ from PIL import Image
 
 import train_cls
 from semantic_aug import registry
-from semantic_aug.datasets import elpv, load_dataset
+from semantic_aug.datasets import elpv
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import filter as command
-
-
-@pytest.fixture(scope="module")
-def animals(image_folder):
-    return load_dataset(f"folder:{image_folder}")
-
-
-@pytest.fixture(scope="module")
-def judge_folder(animals, tmp_path_factory):
-    train = animals.train
-    images = [train.image(i) for i in range(len(train))]
-    return evaluating.write_judge(tmp_path_factory.mktemp("judge"), images, train.labels, animals.source_names, 32)
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    return evaluating.write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
