@@ -126,11 +126,6 @@ def test_warm_up_and_cosine():
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-@pytest.fixture
-def animals(image_folder):
-    return load_dataset(f"folder:{image_folder}")
-
-
 def test_a_subset_of_another_tool_reads(tmp_path, animals):
     subset = read_subset(write_subset(tmp_path / "s", [("blue_jay", "TOAD", 0.7), ("red fox", "toad", 0.5)]), animals)
     assert subset.source.tolist() == [0, 1] and subset.target.tolist() == [2, 2] and subset.image(0).size == (32, 32)
