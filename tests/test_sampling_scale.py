@@ -355,7 +355,9 @@ def test_loop_module_is_what_every_strategy_uses():
 def test_the_steady_rate_counts_the_images_of_the_time_it_spans():
     launcher = Dispatcher(None, ["cpu"], None, None, 0, 0)
     # five batches of 8 take ten seconds each; each but the last is reported when the next is computed
-    launcher.marks = [(20.0, 8), (30.0, 8), (40.0, 8), (50.0, 8), (50.1, 8)]
+    launcher.marks = {"a": [(20.0, 8), (30.0, 8), (40.0, 8), (50.0, 8), (50.1, 8)]}
     assert launcher.steady_rate() == pytest.approx(0.8)
-    launcher.marks = launcher.marks[-2:]
+    launcher.marks["b"] = [(20.0, 8), (30.0, 8), (30.0, 8)]  # it had a batch less to do
+    assert launcher.steady_rate() == pytest.approx(1.6)
+    launcher.marks["b"] = [(20.0, 8), (20.1, 8)]
     assert launcher.steady_rate() == 0.0

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, original_classify
-from semantic_aug import console, meta_csv
+from semantic_aug import allocator, console, meta_csv
 from semantic_aug.classify import trainer
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.draws import DrawSettings
@@ -99,6 +99,7 @@ def time_original(config: ClassifyConfig, dataset: LoadedDataset, subset: Path, 
 def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> dict[str, float]:
     """Images per second of stage 3 as it is: from nothing to results, and in its fastest epoch."""
     torch.backends.cudnn.deterministic = False
+    allocator.keep_freed_memory()  # as train_cls.py does; the port has run before
     synthetic = read_subset(subset, dataset)
     config.output_dir.mkdir(parents=True)
     began = time.perf_counter()

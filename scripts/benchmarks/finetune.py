@@ -22,7 +22,7 @@ import torch
 
 import train_lora
 from benchmarks import common
-from semantic_aug import console
+from semantic_aug import allocator, console
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
 from semantic_aug.finetune.config import STRATEGIES, FinetuneConfig
@@ -83,6 +83,8 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
     from semantic_aug.prompts import TEMPLATES
 
     console.quiet_libraries()
+    if side == OURS:
+        allocator.keep_freed_memory()  # as train_lora.py does
     torch.set_num_threads(threads)
     gpu = device == "cuda"
     dataset = first_images(load_dataset(config.dataset, config.setting), images)

@@ -80,7 +80,7 @@ class Dispatcher:
         self.attempts: dict[int, int] = {}
         self.failed_starts = 0
         self.outcome = Outcome()
-        self.marks: list[tuple[float, int]] = []
+        self.marks: dict[object, list[tuple[float, int]]] = {}
         self.bar: tqdm | None = None
         self._stop_requests, self._stopping_since, self._status_written = 0, None, 0.0
 
@@ -119,12 +119,12 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------------------------- book-keeping
 
-    def take(self, rows: list[Row], failures: dict[int, str]) -> None:
-        """Books a finished batch."""
+    def take(self, process: object, rows: list[Row], failures: dict[int, str]) -> None:
+        """Books a batch that a process finished."""
         self.on_rows(rows)
         self.outcome.made += len(rows)
         self.outcome.unreadable.update(failures)
-        self.marks.append((time.monotonic(), len(rows)))
+        self.marks.setdefault(process, []).append((time.monotonic(), len(rows)))
         if self.bar is not None:
             self.bar.update(len(rows))
 
@@ -163,16 +163,17 @@ class Dispatcher:
             )
 
     def steady_rate(self) -> float:
-        """Images per second once every process had finished a batch; 0 where there is too little to tell.
+        """Images per second of all processes together once each had finished a batch; 0 where there is too little to tell.
 
-        A process reports a batch when it has computed the next, but its last one at once: the last reports are left out,
-        so that the time spanned is that of the images counted.
+        A process reports a batch when it has computed the next, but its last one at once: that report is left out, so that
+        the time spanned is that of the images counted.
         """
-        processes = len(self.devices)
-        marks = self.marks[processes - 1 : max(0, len(self.marks) - processes)]
-        if len(marks) < 2 or marks[-1][0] <= marks[0][0]:
-            return 0.0
-        return sum(count for _, count in marks[1:]) / (marks[-1][0] - marks[0][0])
+        total = 0.0
+        for marks in self.marks.values():
+            if len(marks) < 3:
+                return 0.0
+            total += sum(count for _, count in marks[1:-1]) / (marks[-2][0] - marks[0][0])
+        return total
 
     # -------------------------------------------------------------------------------------------- signals and status
 

@@ -95,7 +95,7 @@ class Launcher(Dispatcher):
             self.slowest = max(self.slowest, now - one.heard)
             one.heard = now
             one.held.remove(batch)
-            self.take(rows, failures)
+            self.take(id(one), rows, failures)
         elif kind == "note":
             log.warning("%s: %s", one.device, message[1])
         elif kind == "error":

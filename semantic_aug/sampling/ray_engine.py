@@ -150,7 +150,7 @@ class RayLauncher(Dispatcher):
                 return
             batch, rows, failures = answer
             actor.held = deque((b, f) for b, f in actor.held if b != batch)
-            self.take(rows, failures)
+            self.take(id(actor), rows, failures)
 
     def _replace(self, actor: _Actor, why: str) -> None:
         self.ray.kill(actor.handle)
