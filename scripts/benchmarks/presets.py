@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     console.quiet_libraries()
     dataset = load_dataset(args.dataset, Setting(), args.config_dir)
     judge = load_judge(registry.resolve_path(args.classifier))
-    measurer = Measurer(dataset, load_extractor(keep=False), judge)
+    measurer = Measurer(dataset, load_extractor(), judge)
     real, threshold = measurer.real()
     multiplier, rates, figures = args.images / len(dataset.train), {}, {}
     with tempfile.TemporaryDirectory(prefix="presets-") as place:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             subset = open_subset(name, [str(folder)], dataset)
             reference = measurer.reference(subset) if reference is None else reference
             rows = measurer.rows(measurer.look(subset, real, threshold), real, reference)
-            figures[name] = next(r for r in rows if r["strength"] == ALL and r["target_class"] == ALL)
+            figures[name] = next(r for r in rows if r["target_class"] == ALL)  # of the one strength
 
         run("exact")
         for speed in (name for name in SPEEDS if name != "exact"):
