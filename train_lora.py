@@ -203,6 +203,7 @@ def resolve(args: argparse.Namespace):
     """Checks the arguments and derives what was left unset; returns the request and the loaded data set."""
     from semantic_aug.datasets import load_dataset
     from semantic_aug.diffusion.base import find_base, read_geometry
+    from semantic_aug.diffusion.families import family_of
     from semantic_aug.finetune.config import FinetuneConfig, check_captions
 
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
@@ -216,6 +217,10 @@ def resolve(args: argparse.Namespace):
     if args.random_crops and args.crops != 1:
         raise UserError(
             f"--random_crops with --crops {args.crops}: crops are either drawn each time or cached; give one"
+        )
+    if args.random_crops and family_of(folder, args.pretrained_model_name_or_path).sizes:
+        raise UserError(
+            "--random_crops with a Stable Diffusion XL model, which is told where each image was cropped: give --crops K"
         )
     output_dir = args.output_dir or run_dir.finetune_dir(args.finetune_strategy, dataset.name, dataset.setting.suffix)
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -46,6 +46,14 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=TEXT_LENGTH)
 
 
+def kept_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a training, kept in its folder: which of two equally frequent merges comes first varies by process."""
+    place = folder / "tokenizer"
+    if not place.is_dir():
+        make_tokenizer().save_pretrained(place)
+    return CLIPTokenizer.from_pretrained(place)
+
+
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The untrained text encoder: three layers of width 192."""
     return CLIPTextModel(
@@ -124,7 +132,7 @@ def train_denoiser(
     """
     moments = encode_images(vae, images, folder)
     vae.register_to_config(scaling_factor=float(1 / moments[:, 0].chunk(2, dim=1)[0].std()))
-    tokenizer = make_tokenizer()
+    tokenizer = kept_tokenizer(folder)
     torch.manual_seed(2)
     model = TextToLatents(make_text_encoder(tokenizer), make_unet(vae.config.latent_channels))
     model.to(images.device, memory_format=torch.channels_last)

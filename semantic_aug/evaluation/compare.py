@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import cli, registry
-from semantic_aug.errors import Interrupted, UserError, run_main, unknown
+from semantic_aug.errors import Interrupted, UserError, unknown
 from semantic_aug.evaluation import comparison, flags
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.recipe import DEFAULT_METHODS, METHODS, Devices, Recipe
@@ -31,7 +31,7 @@ POLL_SECONDS = 5.0
 
 def build_parser() -> cli.Parser:
     """All flags of ``compare``."""
-    parser = cli.Parser(prog="compare", description=__doc__)
+    parser = cli.Parser(prog="python -m semantic_aug.evaluation compare", description=__doc__)
     what = parser.add_argument_group("what to compare")
     what.add_argument(
         "--methods",
@@ -266,7 +266,3 @@ def _request_words(words: Sequence[str]) -> list[str]:
         elif not word.startswith(("--num_shards=", "--shard_index=")) and word != "--report_only":
             out.append(word)
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from semantic_aug import cli, registry, run_dir
 from semantic_aug.augmentations import strategies
-from semantic_aug.errors import Interrupted, UserError, run_main
+from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.evaluation import comparison, flags, halving
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.halving import Candidate
@@ -27,7 +27,7 @@ PLAN_FILE = "plan.json"
 
 def build_parser() -> cli.Parser:
     """All flags of ``tune``."""
-    parser = cli.Parser(prog="tune", description=__doc__)
+    parser = cli.Parser(prog="python -m semantic_aug.evaluation tune", description=__doc__)
     grid = parser.add_argument_group("what to choose among")
     share = cli.number(0, 1, open_low=True)
     for name, kind, values, letter, always in (
@@ -324,7 +324,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

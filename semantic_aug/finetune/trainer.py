@@ -64,10 +64,6 @@ class Trainer:
         self.config, self.dataset, self.accelerator = config, dataset, accelerator
         self.base: BaseModel = load_base(config.base_name, config.base_folder)
         self.base.geometry.check(config.resolution)
-        if config.random_crops and self.base.family.sizes:
-            raise UserError(
-                "--random_crops with a Stable Diffusion XL model, which is told where each image was cropped: give --crops K"
-            )
         dtype = DTYPES[config.mixed_precision]
         self.model = TrainedModel(self.base, config, dataset)
         self._place(dtype)
