@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 import tiny
 import train_lora
 from semantic_aug.datasets import load_dataset
+from semantic_aug.diffusion import lora
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.loop import encode_moments, to_pixels
+from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.finetune import checkpoints, trainer
+from semantic_aug.finetune import checkpoints, projections, trainer
 from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.optim import make_schedule
 from semantic_aug.finetune.pixels import PixelCache, scaled
@@ -190,6 +192,46 @@ def test_a_compiled_unet_trains_alike(tiny_base, image_folder, tmp_path, monkeyp
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     compiled._validate()
     assert (tmp_path / "on" / "validation" / "step-000003.png").is_file()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(("targets", "alpha"), [(lora.TARGETS, None), (("to_q", "to_v", "ff.net.2"), 8)])
+def test_few_large_products_are_pefts_own_in_another_order(bases, family, targets, alpha):
+    base = load_base(str(bases[family]))
+    parameters = lora.add_lora(base.unet, 4, alpha, targets)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.3, generator=rng)
+    count, channels, side = 3, base.unet.config.in_channels, 8
+    noisy = torch.randn(count, channels, side, side, generator=rng)
+    hidden = torch.randn(count, 7, base.unet.config.cross_attention_dim, generator=rng, requires_grad=True)
+    added = {}
+    if base.family.sizes:
+        width = base.unet.config.projection_class_embeddings_input_dim - 6 * base.unet.config.addition_time_embed_dim
+        added = {"text_embeds": torch.randn(count, width, generator=rng), "time_ids": torch.full((count, 6), 64.0)}
+
+    def run():
+        told = Conditions(hidden, added).unet_arguments()
+        out = base.unet(noisy, torch.tensor([1, 500, 999]), **told, return_dict=False)[0]
+        return out, torch.autograd.grad(out.square().mean(), [hidden, *parameters])
+
+    names = set(base.unet.state_dict())
+    plain, plain_gradients = run()
+    projections.use_few_products(base.unet)
+    ours, gradients = run()
+    assert sum(isinstance(m, projections.SummedLora) for m in base.unet.modules()) * 2 == len(parameters)
+    assert any(isinstance(p, projections.JoinedAttention) for p in base.unet.attn_processors.values())
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    for one, other in zip(gradients, plain_gradients, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-4
+    assert set(base.unet.state_dict()) == names  # what is saved has its names still
+
+
+def test_half_precision_keeps_its_small_updates(tiny_base, image_folder, tmp_path):
+    config, dataset = request(tiny_base, image_folder, tmp_path / "run", mixed_precision="bf16")
+    config.output_dir.mkdir()
+    model = trainer.Trainer(config, dataset, Accelerator(cpu=True)).model  # the precision is the request's
+    assert not any(isinstance(m, projections.SummedLora) for m in model.unet.modules())
 
 
 def test_compiling_is_for_long_runs_on_a_gpu(tiny_base, image_folder, tmp_path):
