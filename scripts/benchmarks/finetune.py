@@ -3,7 +3,8 @@
 python scripts/bench.py finetune                                   # embedded base at 128 px, CPU
 python scripts/bench.py finetune --base sd15-random --device cuda  # an SD-1.5-sized network at 224 px, no hub needed
 
-Each side lives in a process of its own, so that its peak memory is its own; while one trains, the other waits.
+Each side lives in a process of its own, so that its peak memory is its own; while one trains, the other waits. How fast a
+process is depends on where its memory happens to lie (by a tenth and more on a CPU), so there are several pairs of them.
 """
 
 from __future__ import annotations
@@ -134,17 +135,24 @@ def first_images(dataset, count: int):
 
 
 class Side:
-    """A process that trains one way, seen from outside."""
+    """The processes that train one way, one after the other, seen from outside."""
 
-    def __init__(self, name: str, config: FinetuneConfig, args: argparse.Namespace):
+    def __init__(self, name: str):
+        self.name = name
+        self.report: dict[str, float] = {}
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def open(self, config: FinetuneConfig, args: argparse.Namespace) -> None:
+        """Starts a process and waits until it is ready."""
         self.pipe, theirs = multiprocessing.Pipe()
-        arguments = (name, config, args.images, args.warmup, args.device, torch.get_num_threads(), theirs)
+        arguments = (self.name, config, args.images, args.warmup, args.device, torch.get_num_threads(), theirs)
         self.process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
         self.process.start()
         theirs.close()  # a process that dies is then noticed by its pipe
-        self.report, self.losses = self.pipe.recv()
-        self.rates: list[float] = []
-        self.cpu_seconds: list[float] = []
+        report, self.losses = self.pipe.recv()
+        self.report |= {**report, **self.report}  # the first one's: later ones find what it compiled
 
     def round(self, steps: int) -> None:
         """Trains ``steps`` more steps."""
@@ -162,7 +170,7 @@ class Side:
 
     @property
     def rate(self) -> float:
-        """Median steps per second of the rounds."""
+        """Median steps per second of all rounds."""
         return statistics.median(self.rates)
 
 
@@ -181,7 +189,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resolution", type=int, default=None, help="default: the base model's own, 224 for sd15-random"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="images per step (default: 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each side, alternating (default: 5)")
+    parser.add_argument("--pairs", type=int, default=3, help="of processes, one after the other (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each side of a pair, alternating (default: 5)")
     parser.add_argument("--steps", type=int, default=None, help="in a round (default: 6; GPU: 50)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the first round (default: 3)")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: GPU fp16")
@@ -208,12 +217,15 @@ def main(argv: list[str] | None = None) -> int:
             base = find_base(args.base)
             args.resolution = args.resolution or read_geometry(base).native_resolution
         config = settings_of(args, base, folder / "ours")
-        sides = {name: Side(name, config, args) for name in (PORT, OURS)}
-        for _ in range(args.rounds):
+        sides = {name: Side(name) for name in (PORT, OURS)}
+        for _ in range(args.pairs):
             for side in sides.values():
-                side.round(args.steps)
-        for side in sides.values():
-            side.close()
+                side.open(config, args)
+            for _ in range(args.rounds):
+                for side in sides.values():
+                    side.round(args.steps)
+            for side in sides.values():
+                side.close()
     port, ours = sides[PORT], sides[OURS]
     apart = float(np.abs(np.subtract(port.losses, ours.losses)).max())
     memory = "static_memory_mb" if gpu else "peak_memory_mb"

@@ -1,9 +1,10 @@
 """A faithful port of how the original implementation fine-tunes, for comparison, and the plain loop our own is tested against.
 
 Images are opened, resized and turned into tensors in the loop, without workers, and encoded by the VAE at every step;
-prompts are tokenised every time; the whole embedding table trains, and after each step every row but the class tokens'
-is put back from a clone; noise and loss are diffusers' and torch's own; the loss is read after every step. The random
-numbers of a step come from outside (:class:`semantic_aug.finetune.batches.Draw`), so that both ways train on the same.
+prompts are tokenised every time; every weight of the text encoder gets a gradient, of which only the embedding table's is
+used: the whole table trains, and after each step every row but the class tokens' is put back from a clone; noise and loss
+are diffusers' and torch's own; the loss is read after every step. The random numbers of a step come from outside
+(:class:`semantic_aug.finetune.batches.Draw`), so that both ways train on the same.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class OriginalTrainer:
         self.text_encoder.train()
 
     def _add_tokens(self):
-        """Class tokens added to tokenizer and table one by one, each with its own resize; all else is frozen."""
+        """Class tokens added to tokenizer and table one by one, each with its own resize; nothing is frozen."""
         tokens = initial_tokens(
             self.dataset.source_names,
             self.dataset.class_names,
@@ -111,8 +112,6 @@ class OriginalTrainer:
             self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
             table = self.text_encoder.get_input_embeddings().weight.data
             table[self.tokenizer.convert_tokens_to_ids(name)] = vector
-        self.text_encoder.requires_grad_(False)
-        self.text_encoder.get_input_embeddings().requires_grad_(True)
         self.is_class_token = torch.zeros(len(self.tokenizer), dtype=torch.bool)
         self.is_class_token[known:] = True
         self.is_class_token = self.is_class_token.to(self.accelerator.device)

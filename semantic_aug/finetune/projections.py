@@ -37,29 +37,22 @@ class SummedLora(LoraLinear):
         return F.linear(x, weight_of(self), self.base_layer.bias)
 
 
-class JoinedAttention:
-    """An attention processor (diffusers' interface) whose projections of one input are one product."""
+class JoinedAttention(Attention):
+    """An attention layer whose projections of one input are one product."""
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
     ) -> Tensor:
         """Image tokens ``(B, N, C)``, and prompts ``(B, L, D)`` in cross-attention, to ``(B, N, C)``."""
-        if attention_mask is not None:
-            raise ValueError("attention masks are not computed here")
-        query, key, value = weight_of(attn.to_q), weight_of(attn.to_k), weight_of(attn.to_v)
+        query, key, value = weight_of(self.to_q), weight_of(self.to_k), weight_of(self.to_v)
         if encoder_hidden_states is None:
             joined = [F.linear(hidden_states, torch.cat([query, key, value]))]
         else:
             joined = [F.linear(hidden_states, query), F.linear(encoder_hidden_states, torch.cat([key, value]))]
         parts = [part for one in joined for part in one.split(len(query), -1)]
-        heads = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts]
+        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](mixed))
+        return self.to_out[1](self.to_out[0](mixed))
 
 
 def _plain(attn: Attention) -> bool:
@@ -84,4 +77,4 @@ def use_few_products(unet: UNet2DConditionModel) -> None:
         if type(module) is LoraLinear:
             module.__class__ = SummedLora
         if isinstance(module, Attention) and _plain(module):
-            module.set_processor(JoinedAttention())
+            module.__class__ = JoinedAttention
