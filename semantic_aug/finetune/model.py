@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -49,8 +51,8 @@ class TrainedModel(nn.Module):
         self.captions = Captions(dataset, self.tokens, config.class_prompts_ratio)
         self.class_prompts = len(prompts)
         self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
-        self._denoise = self.unet.forward
         self._encoded: dict[int, Conditions] = {}
+        self._compiled = False
 
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):  # peft draws the first values from the global generator
@@ -66,9 +68,15 @@ class TrainedModel(nn.Module):
         """What a LoRA may change, by the prefix its keys have in a file."""
         return {"unet": self.unet, **dict(zip(self.text_components, self.text_encoders, strict=True))}
 
-    def compile_unet(self) -> None:
-        """Compiles the U-Net for batches of one size; pictures made in between still use it as it is."""
-        self._denoise = torch.compile(self.unet.forward, dynamic=False)
+    def compile_networks(self) -> None:
+        """Compiles the U-Net and, where anything in them trains, the text encoders for batches of one size."""
+        for network in (self.unet, *(self.text_encoders if self.trains_text else ())):
+            network.compile(dynamic=False)
+        self._compiled = True
+
+    def uncompiled(self) -> AbstractContextManager:
+        """A context in which the networks run as they are, for batches of other sizes than the training's."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
 
     def conditions(
         self, labels: Tensor, templates: Tensor, captions: Tensor | None = None, time_ids: Tensor | None = None
@@ -118,7 +126,7 @@ class TrainedModel(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
         told = self.told(conditions).to(noisy.dtype)
-        return self._denoise(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
+        return self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
 
     def parameter_groups(self, config: FinetuneConfig) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""

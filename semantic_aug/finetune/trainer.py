@@ -66,7 +66,7 @@ class Trainer:
         self.base: BaseModel = load_base(config.base_name, config.base_folder)
         self.base.geometry.check(config.resolution)
         dtype = DTYPES[config.mixed_precision]
-        self.model = TrainedModel(self.base, config, dataset)
+        self.model = TrainedModel(self.base, config, dataset).train()
         self._place(dtype)
         self.optimizer = make_optimizer(self.model.parameter_groups(config), config, accelerator.device)
         self.schedule = make_schedule(self.optimizer, config)
@@ -105,7 +105,7 @@ class Trainer:
         if device.type == "cpu" and dtype == torch.float32:
             use_few_products(self.model.unet)
         if self.config.compiled(device.type):
-            self.model.compile_unet()
+            self.model.compile_networks()
 
     def _encode_images(self) -> LatentCache | PixelCache:
         shared = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.wait_for_everyone)
