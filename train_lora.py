@@ -85,7 +85,7 @@ def build_parser() -> cli.Parser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the U-Net; auto: on a GPU where the run is long enough to repay it",
+        help="compile what trains; auto: on a GPU where the run is long enough to repay it",
     )
     train = parser.add_argument_group("training")
     train.add_argument("--max_train_steps", type=cli.whole(1), default=35000, metavar="N", help="optimiser steps")

@@ -55,7 +55,7 @@ class FinetuneConfig:
         use_8bit_adam: bitsandbytes' AdamW.
         gradient_checkpointing: trade time for memory in the U-Net.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
-        compile: the U-Net; ``auto``, ``on`` or ``off``.
+        compile: the U-Net and the text encoders that train; ``auto``, ``on`` or ``off``.
         crops: 1 for the centre crop, more for further seeded random ones.
         random_crops: a new crop each time an image is seen, encoded in the loop, instead of ``crops`` cached ones.
         random_flip: mirror half of the images.
@@ -125,7 +125,7 @@ class FinetuneConfig:
         return self.strategy != "ti"
 
     def compiled(self, device_type: str) -> bool:
-        """Whether the U-Net is compiled on a device of this type; ``auto``: on GPUs, where the run repays it."""
+        """Whether they are compiled on a device of this type; ``auto``: on GPUs, where the run repays it."""
         if self.compile != "auto":
             return self.compile == "on"
         return device_type == "cuda" and self.max_train_steps >= COMPILE_STEPS
