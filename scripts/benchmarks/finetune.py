@@ -152,7 +152,7 @@ class Side:
         self.process.start()
         theirs.close()  # a process that dies is then noticed by its pipe
         report, self.losses = self.pipe.recv()
-        self.report |= {**report, **self.report}  # the first one's: later ones find what it compiled
+        self.report = report | self.report  # the first one's: later ones find what it compiled
 
     def round(self, steps: int) -> None:
         """Trains ``steps`` more steps."""
