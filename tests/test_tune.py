@@ -121,7 +121,7 @@ def search(tmp_path, monkeypatch):
     """A search whose subprocesses are replaced by a planted answer; returns what was run."""
     began = []
 
-    def fake(pair, name, held=None, say=print):
+    def fake(pair, name, held=None):
         step = pair.steps[name]
         began.append(name)
         if step.stage == 3:

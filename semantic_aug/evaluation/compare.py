@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semantic_aug import cli, registry
+from semantic_aug import cli, console, registry
 from semantic_aug.errors import Interrupted, UserError, unknown
 from semantic_aug.evaluation import comparison, flags
 from semantic_aug.evaluation import recipe as recipes
@@ -25,6 +26,8 @@ from semantic_aug.evaluation.steps import (
     shown,
     terminated_as_interrupted,
 )
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
 
@@ -169,7 +172,7 @@ def remaining(jobs: Sequence[Job]) -> str:
     return f"{len(todo)} runs to do: about {duration(sum(times))}{more}"
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say: Callable[[str], None]) -> None:
+def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> None:
     """Runs what is missing, pair by pair; one that another process has is come back to.
 
     Raises:
@@ -186,17 +189,17 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str, say
                     continue
                 missing = job.pair.missing()
                 if missing:
-                    say(f"{job.recipe.name}, seed {job.seed} ({remaining(jobs)})")
+                    log.info("%s, seed %d (%s)", job.recipe.name, job.seed, remaining(jobs))
                     prepare_config(job.pair.folder, config_dir)
                 for name in missing:
-                    job.pair.run(name, held, say)
+                    job.pair.run(name, held)
                 if keep == "results":
                     job.pair.remove_images()
             if missing:
                 comparison.write(folder)
         if busy and len(busy) == len(waiting):
             if not told:
-                say(f"waiting for another process at work on {len(busy)} pair(s)")
+                log.info("waiting for another process at work on %d pair(s)", len(busy))
             told = True
             time.sleep(POLL_SECONDS)
         waiting = busy
@@ -227,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     words = flags.joined_words(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     check(args)
+    console.set_up_logging()
     folder = registry.resolve_path(args.output_dir or flags.default_folder(args.dataset, "compare"))
     jobs = jobs_of(args, folder)
     if args.dry_run:
@@ -240,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
                 for recipe in {job.recipe.name: job.recipe for job in jobs}.values():
                     comparison.claim_setting(folder, recipe.name, recipe.record())
                 comparison.save_request(folder, _request_words(words), *_asked(jobs, args))
-                run_jobs(mine, folder, args.config_dir, args.keep, lambda text: print(text, flush=True))
+                run_jobs(mine, folder, args.config_dir, args.keep)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
     found = comparison.write(folder)

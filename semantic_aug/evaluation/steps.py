@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from semantic_aug import registry, run_dir
@@ -141,7 +141,7 @@ class Pair:
                 wanted |= {name, *self.steps[name].needs}
         return [name for name in self.steps if name in wanted and not self.done(name)]
 
-    def run(self, name: str, held: int | None = None, say: Callable[[str], None] = print) -> None:
+    def run(self, name: str, held: int | None = None) -> None:
         """Runs one step and records it.
 
         Raises:
@@ -149,7 +149,7 @@ class Pair:
             KeyboardInterrupt: it was interrupted.
         """
         step, log_file = self.steps[name], self.folder / LOGS / f"{name.replace(' ', '-')}.log"
-        say(shown(step))
+        log.info("%s", shown(step))
         began, status = time.monotonic(), None
         try:
             status = run_command(step.words, log_file, step.environment, held)

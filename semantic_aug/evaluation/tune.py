@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import cli, registry, run_dir
+from semantic_aug import cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.evaluation import comparison, flags, halving
@@ -18,6 +19,8 @@ from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.halving import Candidate
 from semantic_aug.evaluation.recipe import Devices, Recipe
 from semantic_aug.evaluation.steps import Pair, duration, pair_lock, prepare_config, shown, terminated_as_interrupted
+
+log = logging.getLogger(__name__)
 
 DEFAULT = {"strength": 0.7, "gamma": 0.5, "probability": 0.3}
 """The authors' recommendation for few shots; always a candidate, at the largest multiplier."""
@@ -181,7 +184,7 @@ class Tuning:
             return
         for need in self.pair.steps[name].needs:
             self.ensure(need, held)
-        self.pair.run(name, held, lambda text: print(text, flush=True))
+        self.pair.run(name, held)
 
     def results(self, one: Candidate, seed: int) -> dict:
         """What a finished run found."""
@@ -280,7 +283,7 @@ def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> Non
         trials = trials_within(tuning, args, seconds)
         first = halving.affordable(trials, len(found), len(seeds))
         planned = sum(halving.rungs(first, len(seeds)))
-        print(f"{first} of {len(found)} candidates, {planned} classifier runs of about {duration(seconds)}", flush=True)
+        log.info("%d of %d candidates, %d classifier runs of about %s", first, len(found), planned, duration(seconds))
         chosen, scores = halving.search(found[:first], seeds, lambda one, seed: tuning.trial(one, seed, held))
         from semantic_aug.evaluation.tune_report import write
 
@@ -311,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, checks, runs what is missing, reports."""
     args = build_parser().parse_args(flags.joined_words(sys.argv[1:] if argv is None else argv))
     check(args)
+    console.set_up_logging()
     name = recipes.setting_name(args.examples_per_class, args.task, args.imbalance_factor)
     folder = registry.resolve_path(args.output_dir or flags.default_folder(args.dataset, "tune")) / name
     tuning, found = tuning_of(args, folder)
