@@ -114,6 +114,28 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
         read_subset(f"{subset}#bset", animals)
 
 
+def test_sources_left_as_they_were_go_only_where_the_target_must_be_seen(
+    tmp_path, image_folder, animals, judge_folder, capsys
+):
+    """Four translations of each class that show their target, and two that still show their source."""
+    train, rows = animals.train, []
+    for label, name in enumerate(animals.source_names):
+        target = (label + 1) % 3
+        of = [np.flatnonzero(train.labels == k) for k in range(3)]
+        for k in range(6):
+            shown = label if k < 2 else target
+            rows.append((train.image(of[shown][k]), name, animals.source_names[target], 0.7, train.keys[of[label][k]]))
+    subset = evaluating.write_subset(tmp_path / "half-way", rows)
+    for judged_as, left in (("label", 18), ("target", 12)):
+        words = arguments(
+            image_folder, subset, classifier=judge_folder, threshold=0.5, judged_as=judged_as, name=judged_as
+        )
+        assert command.main(words) == 0
+        assert len(read_subset(f"{subset}#{judged_as}", animals)) == left
+    numbers = {int(path.stem) % 6 for path in read_subset(f"{subset}#target", animals).paths}
+    assert numbers == {2, 3, 4, 5}
+
+
 def test_clip_and_both_decide_by_what_they_say(tmp_path, image_folder, animals, subset, judge_folder, clip_folder):
     from semantic_aug.evaluation.clip import load_clip, presence
 

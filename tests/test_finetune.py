@@ -194,7 +194,7 @@ def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_f
             "'some/model' is neither a folder nor to be had from the hub",
         ),
         ({"finetune_strategy": "lora"}, "invalid choice: 'lora'"),
-        ({"resolution": 20}, "--resolution 20: expected a multiple of 16"),
+        ({"resolution": 20}, "--resolution 20: expected a multiple of 8"),
         ({"max_train_steps": 0}, "0: expected at least 1"),
         ({"dataset": "cubs"}, "unknown data set 'cubs': did you mean 'cub'"),
         ({"lora_targets": "to_z"}, "--lora_targets to_z: the U-Net has no module of that name"),

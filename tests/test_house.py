@@ -101,7 +101,7 @@ for name in {names!r}:
 after = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_num_threads(),
          torch.get_default_dtype(), torch.is_grad_enabled(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
          torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
-assert before == after
+assert before == after, [i for i, (a, b) in enumerate(zip(before, after)) if a != b]
 import gc
 assert sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)) == 0
 """

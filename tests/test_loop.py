@@ -109,10 +109,11 @@ def test_other_families_equal_their_pipelines_from_noise(bases, family, schedule
     assert_equal_to_pipeline(case, [4, 1], None)
 
 
-def test_reused_features_of_xl_at_an_interval_of_one_are_its_own_forward_pass(bases):
+@pytest.mark.parametrize("side", [4, 5])  # an odd side, as of 224 px in Stable Diffusion 1, is halved upwards
+def test_reused_features_of_xl_at_an_interval_of_one_are_its_own_forward_pass(bases, side):
     case = Case(bases["sdxl"], SolverSettings(4, 5.0))
     denoiser, prompts = loop.reusing_denoiser(case.model.unet), case.embeds[:2]
-    x, t = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
+    x, t = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
     with torch.no_grad():
         whole, deep = denoiser(x, t, prompts, None)
         assert (whole - loop.plain_denoiser(case.model.unet)(x, t, prompts, None)[0]).abs().max() <= 1e-5

@@ -166,7 +166,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(workshop, image_folder, tm
         ({"gpu_ids": ["7"]}, "--gpu_ids 7: this machine has"),
         ({"gpu_ids": ["gpu0"]}, "--gpu_ids gpu0: expected GPU numbers or the word cpu"),
         ({"sample_strategy": "diffmix"}, "invalid choice: 'diffmix'"),
-        ({"resolution": 40}, "--resolution 40: expected a multiple of 16 pixels"),
+        ({"resolution": 44}, "--resolution 44: expected a multiple of 8 pixels"),
         ({"model_path": "/no/such/model"}, "base model folder '/no/such/model' is not there"),
         ({"shard_index": 3}, "--shard_index 3: expected a number below --num_shards 1"),
         ({"guidance": 3}, "unknown argument --guidance: did you mean --guidance_scale?"),

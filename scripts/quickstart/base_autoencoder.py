@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from base_training import Ema, Progress, cosine, load_state, save_state
+from base_training import Ema, Progress, cosine, load_state, make_optimizer, save_state
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from semantic_aug.seeding import torch_rng
 
 SIZE, ZOOM = 128, 160
-BATCH = 8
 KL_WEIGHT, PERCEPTUAL_WEIGHT = 3e-4, 0.1
 
 
@@ -60,18 +59,20 @@ class Perceptual(nn.Module):
         return sum(F.mse_loss(got, want) for got, want in zip(self.features(images), wanted, strict=True))
 
 
-def draw_batch(images: Tensor, zoomed: Tensor, rng: torch.Generator) -> Tensor:
-    """Half whole cells, half crops of a 1.25x enlargement, each flipped at random; ``(B, 3, 128, 128)`` in [-1, 1]."""
-    views = []
-    for index in torch.randint(len(images), (BATCH,), generator=rng).tolist():
-        crop, top, left, flip, flop = torch.rand(5, generator=rng).tolist()
-        view = images[index]
-        if crop < 0.5:
-            top, left = int(top * (ZOOM - SIZE + 1)), int(left * (ZOOM - SIZE + 1))
-            view = zoomed[index, top : top + SIZE, left : left + SIZE]
-        dims = [d for d, value in ((0, flip), (1, flop)) if value < 0.5]
-        views.append(view.flip(dims) if dims else view)
-    return (torch.stack(views).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1).contiguous()
+def draw_batch(images: Tensor, zoomed: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Half whole cells, half crops of a 1.25x enlargement, each flipped at random; ``(count, 3, 128, 128)`` in [-1, 1]."""
+    device = images.device
+    index = torch.randint(len(images), (count,), generator=rng).to(device)
+    crop, top, left, flip, flop = torch.rand(5, count, generator=rng).to(device)
+    along = torch.arange(SIZE, device=device)
+    rows = torch.where(flip[:, None] < 0.5, along.flip(0), along)[:, :, None]
+    columns = torch.where(flop[:, None] < 0.5, along.flip(0), along)[:, None, :]
+    top, left = ((corner * (ZOOM - SIZE + 1)).long()[:, None, None] for corner in (top, left))
+    item = index[:, None, None]
+    views = torch.where(
+        crop[:, None, None] < 0.5, zoomed[item, top + rows, left + columns], images[item, rows, columns]
+    )
+    return (views.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
 def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
@@ -80,12 +81,12 @@ def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_autoencoder(
-    images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, folder: Path, amp
+    images: Tensor, zoomed: Tensor, perceptual: Perceptual, steps: int, batch: int, folder: Path, amp
 ) -> AutoencoderKL:
     """Trains the autoencoder on uint8 ``(N, 128, 128)`` images and their ``(N, 160, 160)`` enlargements; returns its EMA."""
     torch.manual_seed(0)  # initial weights; every batch below has a generator of its own
     model = make_autoencoder().to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = make_optimizer(model, 2e-3)
     ema = Ema(model, 0.999)
     state = folder / "autoencoder.pt"
     start = load_state(state, model=model, ema=ema, optimizer=optimizer)
@@ -94,7 +95,7 @@ def train_autoencoder(
             for group in optimizer.param_groups:
                 group["lr"] = cosine(step, steps, peak=2e-3, warmup=100)
             rng = torch_rng("base", "autoencoder", step)
-            x = draw_batch(images, zoomed, rng)
+            x = draw_batch(images, zoomed, batch, rng)
             with amp():
                 posterior = model.encode(x).latent_dist
                 noise = torch.randn(posterior.mean.shape, generator=rng).to(x.device)

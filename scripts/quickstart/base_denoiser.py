@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from base_captions import Describer, vocabulary_words
-from base_training import Ema, Progress, cosine, load_state, save_state
+from base_training import Ema, Progress, cosine, load_state, make_optimizer, save_state
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -17,14 +17,16 @@ from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.loop import encode_moments, sample_posterior
 from semantic_aug.diffusion.text import encode_ids, tokenize
 from semantic_aug.run_dir import atomic_path, load_pickle
-from semantic_aug.seeding import numpy_rng, torch_rng
+from semantic_aug.seeding import derive_seed, numpy_rng, torch_rng
 
-BATCH = 32
 TEXT_LENGTH = 48
 TEXT_WIDTH = 192
 PEAK_LR = 5e-4
 SNR_GAMMA = 5.0
 FLIPS = ((), (-1,), (-2,), (-2, -1))
+CAPTIONS = 32
+"""Captions drawn for every image before training starts; each step takes one of them."""
+VALIDATE_EVERY = 500
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -123,41 +125,88 @@ class TextToLatents(nn.Module):
         self.text_encoder, self.unet = text_encoder, unet
 
 
+def draw_captions(describer: Describer, tokenizer: CLIPTokenizer) -> Tensor:
+    """Token ids ``(N, CAPTIONS, L)`` of captions of every image."""
+    rng = numpy_rng("base", "captions")
+    texts = [describer.caption(i, rng) for i in range(len(describer.words)) for _ in range(CAPTIONS)]
+    return tokenize(tokenizer, texts).view(len(describer.words), CAPTIONS, -1)
+
+
+class Validation:
+    """The loss of the averaged weights on images kept out, under empty captions and noise that stays the same.
+
+    It shows when a longer training starts to learn its images by heart: the loss rises again.
+    """
+
+    def __init__(self, moments: Tensor, null_ids: Tensor, scale: float, scheduler: DDPMScheduler, alphas: Tensor):
+        rng, count = torch_rng("base", "validation"), len(moments)
+        self.t = losses.draw_timesteps(count, scheduler.config.num_train_timesteps, rng).to(moments.device)
+        shape = (count, moments.shape[2] // 2, *moments.shape[3:])
+        posterior, self.noise = (torch.randn(shape, generator=rng).to(moments.device) for _ in range(2))
+        latents = sample_posterior(moments[:, 0], posterior, scale)
+        self.noisy = losses.add_noise(latents, self.noise, self.t, alphas)
+        self.weights, self.null_ids = losses.min_snr_weights(self.t, alphas, SNR_GAMMA, "epsilon"), null_ids
+
+    @torch.no_grad()
+    def __call__(self, model: TextToLatents, ema: Ema, amp) -> Tensor:
+        with amp():
+            functional_call = torch.func.functional_call
+            weights = {part: ema.values_of(part) for part in ("text_encoder", "unet")}
+            embeds = functional_call(model.text_encoder, weights["text_encoder"], (self.null_ids,))[0]
+            inputs = (self.noisy, self.t, embeds.expand(len(self.noisy), -1, -1))
+            predicted = functional_call(model.unet, weights["unet"], inputs, {"return_dict": False})[0]
+        return losses.denoising_loss(predicted, self.noise, self.weights)
+
+
 def train_denoiser(
-    vae: AutoencoderKL, images: Tensor, describer: Describer, steps: int, folder: Path, amp, compiled: bool
+    vae: AutoencoderKL,
+    images: Tensor,
+    kept_out: Tensor,
+    describer: Describer,
+    steps: int,
+    batch: int,
+    folder: Path,
+    amp,
+    compiled: bool,
 ) -> tuple[CLIPTokenizer, TextToLatents]:
     """Trains U-Net and text encoder; returns the tokenizer and the EMA weights' module.
 
-    Sets the autoencoder's scaling factor so that latents have unit variance.
+    Sets the autoencoder's scaling factor so that latents have unit variance. ``kept_out`` images are only looked at:
+    the loss on them stands in the log.
     """
+    device = images.device
     moments = encode_images(vae, images, folder)
     vae.register_to_config(scaling_factor=float(1 / moments[:, 0].chunk(2, dim=1)[0].std()))
     tokenizer = kept_tokenizer(folder)
+    captions = draw_captions(describer, tokenizer).to(device)
     torch.manual_seed(2)
     model = TextToLatents(make_text_encoder(tokenizer), make_unet(vae.config.latent_channels))
-    model.to(images.device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     unet = torch.compile(model.unet, dynamic=False) if compiled else model.unet
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = make_optimizer(model, PEAK_LR)
     ema = Ema(model, 0.9995)
     state = folder / "denoiser.pt"
     start = load_state(state, model=model, ema=ema, optimizer=optimizer)
-    scheduler = make_scheduler()
-    alphas = losses.alphas_cumprod(scheduler).to(images.device)
+    scheduler, scale = make_scheduler(), vae.config.scaling_factor
+    alphas = losses.alphas_cumprod(scheduler).to(device)
+    null_ids = tokenize(tokenizer, [""]).to(device)
+    validation = Validation(encode_images(vae, kept_out, folder), null_ids, scale, scheduler, alphas)
+    kept_out_loss = torch.full((), float("nan"))
     with Progress("denoiser", start, steps, folder) as progress:
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = cosine(step, steps, peak=PEAK_LR, warmup=300)
-            rng, words = torch_rng("base", "denoiser", step), numpy_rng("base", "captions", step)
-            index = torch.randint(len(images), (BATCH,), generator=rng)
-            chosen = moments[index, torch.randint(len(FLIPS), (BATCH,), generator=rng)]
-            t = losses.draw_timesteps(BATCH, scheduler.config.num_train_timesteps, rng).to(images.device)
-            shape = (BATCH, vae.config.latent_channels, *chosen.shape[2:])
-            posterior, noise = (torch.randn(shape, generator=rng).to(images.device) for _ in range(2))
-            latents = sample_posterior(chosen, posterior, vae.config.scaling_factor)
-            noisy = losses.add_noise(latents, noise, t, alphas)
-            ids = tokenize(tokenizer, [describer.caption(i, words) for i in index.tolist()])
+            rng = torch.Generator(device).manual_seed(derive_seed("base", "denoiser", step))
+            index = torch.randint(len(images), (batch,), generator=rng, device=device)
+            flip = torch.randint(len(FLIPS), (batch,), generator=rng, device=device)
+            caption = torch.randint(CAPTIONS, (batch,), generator=rng, device=device)
+            t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=rng, device=device)
+            chosen = moments[index, flip]
+            shape = (batch, vae.config.latent_channels, *chosen.shape[2:])
+            posterior, noise = (torch.randn(shape, generator=rng, device=device) for _ in range(2))
+            noisy = losses.add_noise(sample_posterior(chosen, posterior, scale), noise, t, alphas)
             with amp():
-                embeds = encode_ids(model.text_encoder, ids)
+                embeds = encode_ids(model.text_encoder, captions[index, caption])
                 predicted = unet(noisy, t, embeds, return_dict=False)[0]
             weights = losses.min_snr_weights(t, alphas, SNR_GAMMA, "epsilon")
             loss = losses.denoising_loss(predicted, noise, weights)
@@ -166,7 +215,9 @@ def train_denoiser(
             optimizer.step()
             optimizer.zero_grad()
             ema.update(model, step)
-            progress.step(loss=loss, grad_norm=norm)
+            if (step + 1) % VALIDATE_EVERY == 0:
+                kept_out_loss = validation(model, ema, amp)
+            progress.step(loss=loss, grad_norm=norm, kept_out_loss=kept_out_loss)
             if progress.time_to_save():
                 save_state(state, step + 1, model=model, ema=ema, optimizer=optimizer)
     save_state(state, steps, model=model, ema=ema, optimizer=optimizer)

@@ -26,8 +26,11 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         state = module.state_dict()
-        for key, value in self.values.items():
-            value.lerp_(state[key].to(value.dtype), 1 - decay)
+        torch._foreach_lerp_(list(self.values.values()), [state[key] for key in self.values], 1 - decay)
+
+    def values_of(self, part: str) -> dict[str, Tensor]:
+        """The averages of the submodule ``part``, under its own names."""
+        return {key.removeprefix(part + "."): value for key, value in self.values.items() if key.startswith(part + ".")}
 
     def copy_to(self, module: nn.Module) -> None:
         module.load_state_dict({**module.state_dict(), **self.values})
@@ -38,6 +41,11 @@ class Ema:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for key, value in self.values.items():
             value.copy_(state[key])
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW as both stages use it, fused."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.01) -> float:

@@ -24,8 +24,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs" / "base_build", help="states and logs")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base", help="the finished model")
-    parser.add_argument("--autoencoder_steps", type=int, default=900, help="steps of 8 images (default: 900)")
-    parser.add_argument("--denoiser_steps", type=int, default=2500, help="steps of 32 images (default: 2500)")
+    for stage, steps, batch in (("autoencoder", 900, 8), ("denoiser", 2500, 32)):
+        parser.add_argument(f"--{stage}_steps", type=int, default=steps, help=f"optimiser steps (default: {steps})")
+        parser.add_argument(f"--{stage}_batch", type=int, default=batch, help=f"images per step (default: {batch})")
     parser.add_argument("--until", choices=STAGES, default="export", help="last stage to run (default: export)")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net: two minutes more, a third faster")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda where there is one)")
@@ -85,7 +86,8 @@ def write_recipe(args: argparse.Namespace, parameters: int) -> None:
             rows = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(lines)]
         # a resumed stage counts its seconds from zero again: add up what lies between the rows
         spent = sum(max(0.0, b[1] - a[1]) for a, b in zip([(0, 0.0), *rows], rows, strict=False))
-        recipe |= {f"{stage}_steps": rows[-1][0], f"{stage}_seconds": round(spent)}
+        recipe |= {f"{stage}_steps": rows[-1][0], f"{stage}_batch": getattr(args, f"{stage}_batch")}
+        recipe |= {f"{stage}_seconds": round(spent)}
     (args.output_dir / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 
@@ -105,11 +107,13 @@ def main(argv: list[str] | None = None) -> int:
 
     images, zoomed = load_images("train", SIZE).to(device), load_images("train", ZOOM).to(device)
     backbone = efficientnet_lite0().to(device)
-    vae = train_autoencoder(images, zoomed, Perceptual(backbone), args.autoencoder_steps, args.work_dir, amp)
+    steps, batch = args.autoencoder_steps, args.autoencoder_batch
+    vae = train_autoencoder(images, zoomed, Perceptual(backbone), steps, batch, args.work_dir, amp)
     if args.until == "autoencoder":
         return 0
     describer = Describer.of(images, backbone)
-    tokenizer, model = train_denoiser(vae, images, describer, args.denoiser_steps, args.work_dir, amp, args.compile)
+    kept_out, steps, batch = load_images("val", SIZE).to(device), args.denoiser_steps, args.denoiser_batch
+    tokenizer, model = train_denoiser(vae, images, kept_out, describer, steps, batch, args.work_dir, amp, args.compile)
     if args.until == "denoiser":
         return 0
     export(vae, tokenizer, model, args.output_dir)

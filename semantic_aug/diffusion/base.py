@@ -55,35 +55,32 @@ class Geometry:
     Attributes:
         downsampling: pixels per latent cell along one side (8 for Stable Diffusion).
         native_resolution: side in pixels the model was trained at.
-        unit: image sides must be multiples of this many pixels, so that the U-Net can halve and double the latents.
         latent_channels: C of the latents.
     """
 
     downsampling: int
     native_resolution: int
-    unit: int
     latent_channels: int
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
         """From the configurations of U-Net and VAE."""
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        levels = 2 ** (len(unet["block_out_channels"]) - 1)
-        return cls(factor, int(unet["sample_size"]) * factor, factor * levels, int(vae["latent_channels"]))
+        return cls(factor, int(unet["sample_size"]) * factor, int(vae["latent_channels"]))
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image."""
         return self.latent_channels, resolution // self.downsampling, resolution // self.downsampling
 
     def check(self, resolution: int) -> None:
-        """Refuses a resolution whose latents the U-Net cannot halve and double again.
+        """Refuses a resolution that is not a whole number of latent cells.
 
         Raises:
-            UserError: not a multiple of :attr:`unit`.
+            UserError: not a multiple of :attr:`downsampling`.
         """
-        if resolution < self.unit or resolution % self.unit:
+        if resolution < self.downsampling or resolution % self.downsampling:
             raise UserError(
-                f"--resolution {resolution}: expected a multiple of {self.unit} pixels for this base model "
+                f"--resolution {resolution}: expected a multiple of {self.downsampling} pixels for this base model "
                 f"(its own resolution is {self.native_resolution})"
             )
 

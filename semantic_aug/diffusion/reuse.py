@@ -59,9 +59,12 @@ class FeatureReuse(nn.Module):
         if unet.mid_block is not None:
             hidden = _run(unet.mid_block, hidden, embedded, context)
         for block in unet.up_blocks[:-1]:
-            count = len(block.resnets)
-            hidden = _run(block, hidden, embedded, context, tuple(skips[-count:]))
-            del skips[-count:]
+            own = tuple(skips[-len(block.resnets) :])
+            del skips[-len(block.resnets) :]
+            # latents of an odd side were halved upwards: doubling must end where the next level's skips are
+            hidden = _run(
+                block, hidden, embedded, context, res_hidden_states_tuple=own, upsample_size=skips[-1].shape[2:]
+            )
         return self._finish(hidden, embedded, context, skips), hidden
 
     def outer(
@@ -75,14 +78,13 @@ class FeatureReuse(nn.Module):
 
     def _finish(self, hidden: Tensor, embedded: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
         unet = self.unet
-        hidden = _run(unet.up_blocks[-1], hidden, embedded, context, tuple(skips))
+        hidden = _run(unet.up_blocks[-1], hidden, embedded, context, res_hidden_states_tuple=tuple(skips))
         if unet.conv_norm_out is not None:
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         return unet.conv_out(hidden)
 
 
-def _run(block: nn.Module, hidden: Tensor, embedded: Tensor, context: Tensor, skips: tuple[Tensor, ...] | None = None):
-    options = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
-    if skips is not None:
-        options["res_hidden_states_tuple"] = skips
+def _run(block: nn.Module, hidden: Tensor, embedded: Tensor, context: Tensor, **options):
+    if getattr(block, "has_cross_attention", False):
+        options["encoder_hidden_states"] = context
     return block(hidden, temb=embedded, **options)

@@ -50,11 +50,16 @@ def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> 
     labels = images.labels(gamma, probabilities.shape[1])
     return {
         "source_probability": probabilities[rows, images.source],
-        "target_probability": probabilities[rows, images.target],
+        "target_probability": target_mass(probabilities, images),
         "source_top1": (best == images.source).astype(float),
         "target_top1": (best == images.target).astype(float),
         "label_agreement": (labels * probabilities).sum(1),
     }
+
+
+def target_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarray:
+    """Probability ``(M,)`` of the target class: low for an image that is something else, and for a source left as it is."""
+    return probabilities[np.arange(len(images)), images.target]
 
 
 def label_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarray:

@@ -35,7 +35,14 @@ def build_parser() -> cli.Parser:
         choices=BY,
         required=True,
         help='confidence in an image. clip: softmax over "a photo with a {super-class}" and "a photo without a '
-        '{super-class}"; classifier: probability of the classes its label names, source and target; both: their product',
+        '{super-class}"; classifier: probability of the classes its label names (see --judged_as); both: their product',
+    )
+    group.add_argument(
+        "--judged_as",
+        choices=("label", "target"),
+        default="label",
+        help="what the classifier is to see. label: source or target, so that a translation on its way loses nothing; target: "
+        "the target alone, so that sources that were left as they are go",
     )
     amount = group.add_mutually_exclusive_group(required=True)
     amount.add_argument(
@@ -127,7 +134,9 @@ def confidences(args, given, judge, clip, images) -> dict[str, np.ndarray]:
         vectors = clip.images(images.image, len(images), args.batch_size)
         found["clip"] = presence(clip, vectors, args.super_class or given.dataset.spec.super_class)
     if args.by in ("classifier", "both"):
-        found["classifier"] = faithfulness.label_mass(faithfulness.judged(judge, images, given.dataset), images)
+        probabilities = faithfulness.judged(judge, images, given.dataset)
+        mass = {"label": faithfulness.label_mass, "target": faithfulness.target_mass}[args.judged_as]
+        found["classifier"] = mass(probabilities, images)
     found["confidence"] = np.prod(list(found.values()), axis=0)
     return found
 
