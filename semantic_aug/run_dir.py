@@ -86,8 +86,12 @@ def plain(value: Any) -> Any:
 
 
 def arguments_text(arguments: Mapping[str, Any]) -> str:
-    """Arguments as YAML, in the order given."""
-    return yaml.safe_dump(plain(arguments), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    """Arguments as YAML, a line each in the order given; lists and mappings stay on theirs."""
+    options = {"sort_keys": False, "allow_unicode": True, "width": 120}
+    return "".join(
+        yaml.safe_dump({name: value}, default_flow_style=None if isinstance(value, (dict, list)) else False, **options)
+        for name, value in plain(arguments).items()
+    )
 
 
 def load_arguments(folder: Path, file: str = ARGS_FILE) -> dict[str, Any] | None:

@@ -200,14 +200,12 @@ def model_card(figures: dict) -> str:
             cells.append(percent(group, f"{name}_share") + spread)
         return f"| {title} | {cells[0]} | {cells[1]} | {found[group].get('images', 0)} |"
 
-    minutes = {name: round(recipe.get(f"{name}_seconds", 0) / 60) for name in ("autoencoder", "denoiser")}
     judge = found["judge"].get("test_top1", {})
     spread_of_judge = f" \u00b1 {100 * judge['std']:.1f}" if judge.get("std") is not None else ""
     return CARD.read_text(encoding="utf-8").format(
         psnr=found["autoencoder"].get("test_psnr_db", "not measured"),
         test_images=found["autoencoder"].get("test_images", 0),
         recipe=recipe,
-        minutes=minutes,
         judge_seeds=", ".join(map(str, JUDGE_SEEDS)),
         judge=f"{100 * judge['mean']:.1f}{spread_of_judge} %" if judge else "not measured",
         rows="\n".join(
