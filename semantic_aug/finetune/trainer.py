@@ -74,6 +74,8 @@ class Trainer:
         self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
         self.latents = self._encode_images()
+        if not config.random_crops:  # the images are encoded: until pictures are drawn the VAE need not lie on a GPU
+            self.base.vae.to("cpu")
         self.sizes = image_sizes(dataset.train, config) if self.base.family.sizes else None
         self.effective_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         self.source = BatchSource(
@@ -315,6 +317,8 @@ class Trainer:
         if not self.accelerator.is_main_process or not self.config.num_validation_images:
             return
         self.model.eval()
+        before = self.base.vae.device
+        self.base.vae.to(self.accelerator.device)
         image = validation_grid(
             self.model,
             self.base,
@@ -324,6 +328,7 @@ class Trainer:
             self.config.seed,
             self.accelerator.autocast,
         )
+        self.base.vae.to(before)
         self.model.train()
         save_grid(image, self.config.output_dir, self.step)
         for tracker in self.accelerator.trackers:
