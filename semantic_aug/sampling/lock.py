@@ -6,9 +6,20 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 from semantic_aug.errors import UserError
+
+
+def holder_of(handle) -> str:
+    """Who holds a lock, as written in its file; who took it this moment has yet to write so."""
+    for _ in range(20):
+        time.sleep(0.1)
+        handle.seek(0)
+        if holder := handle.read().strip():
+            return holder
+    return "another process"
 
 
 class RunLock:
@@ -40,11 +51,9 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
             raise UserError(
-                f"{self.folder} is being written by another run ({holder}): wait for it, stop it, or choose another "
-                "--output_root"
+                f"{self.folder} is being written by another run ({holder_of(handle)}): wait for it, stop it, or choose "
+                "another --output_root"
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
