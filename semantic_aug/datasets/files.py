@@ -38,7 +38,7 @@ def table_of_files(
     )
 
 
-def below(root: Path, text: str, where: str) -> str:
+def below(root: Path, text: str, where: str, remedy: str = "") -> str:
     """A relative path of a list, normalised, with forward slashes.
 
     Links are not resolved: what lies below the root is the user's to arrange, and a million look-ups would take minutes.
@@ -47,6 +47,7 @@ def below(root: Path, text: str, where: str) -> str:
         root: the folder it is relative to; an absolute path is taken if it lies below it.
         text: the path as the list gives it.
         where: file and line, for the error.
+        remedy: what to do about a path that leads outside, for the error.
 
     Raises:
         UserError: the path is empty or leads outside ``root``.
@@ -54,6 +55,6 @@ def below(root: Path, text: str, where: str) -> str:
     base = os.path.abspath(root)
     path = os.path.normpath(os.path.join(base, text))
     if not path.startswith(base + os.sep):
-        what = f"path '{text}' leads outside {base}" if text else "the path is empty"
+        what = f"path '{text}' leads outside {base}{remedy and f': {remedy}'}" if text else "the path is empty"
         raise UserError(f"{where}: {what}")
     return path[len(base) + 1 :].replace(os.sep, "/")
