@@ -54,7 +54,8 @@ def below(root: Path, text: str, where: str, remedy: str = "") -> str:
     """
     base = os.path.abspath(root)
     path = os.path.normpath(os.path.join(base, text))
+    if not text:
+        raise UserError(f"{where}: the path is empty")
     if not path.startswith(base + os.sep):
-        what = f"path '{text}' leads outside {base}{remedy and f': {remedy}'}" if text else "the path is empty"
-        raise UserError(f"{where}: {what}")
+        raise UserError(f"{where}: path '{text}' leads outside {base}" + (f": {remedy}" if remedy else ""))
     return path[len(base) + 1 :].replace(os.sep, "/")

@@ -30,7 +30,7 @@ COLUMNS = ("path", "label", "split", "caption")
 TEXTS = ("path", "caption")
 """Columns whose cells differ from row to row."""
 
-ROOT_REMEDY = "an entry of config/datasets.yaml with csv and root says below which folder images lie"
+_ROOT_REMEDY = "an entry of config/datasets.yaml with csv and root says below which folder images lie"
 
 _PLAIN = r"^[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)*$"
 """A relative path that is what it seems: no component starts with a dot, none is empty, nothing is a backslash."""
@@ -164,7 +164,7 @@ def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, file: Path)
         first = len(keys)
         keys += chosen.to_pylist()
         for i in np.flatnonzero(~plain):
-            keys[first + i] = below(base, keys[first + i], f"{file} line {_line(inside[i])}", ROOT_REMEDY)
+            keys[first + i] = below(base, keys[first + i], f"{file} line {_line(inside[i])}", _ROOT_REMEDY)
         start += len(chunk)
     return keys
 
