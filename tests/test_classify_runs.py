@@ -22,7 +22,7 @@ from semantic_aug.classify import layers, models, trainer
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
-from semantic_aug.evaluation import summary
+from semantic_aug.evaluation import predictions, summary
 
 SMALL = {"model": "test_vit", "nepoch": 2}
 """A transformer of some hundred thousand parameters, without batch statistics."""
@@ -223,21 +223,41 @@ def test_going_on_is_exact_with_averaging_patience_and_parts(image_folder, tmp_p
     assert rows[0] == rows[1]
 
 
+def plant(monkeypatch, *top1):
+    """Evaluations find these scores, one after the other, whatever the classifier says."""
+    found = iter([{"top1": value, "macro": 1 - value, "loss": 1.0} for value in top1])
+    monkeypatch.setattr(trainer.Scores, "summary", lambda *_: next(found))
+
+
+def test_predictions_are_those_of_the_best_epoch(image_folder, tmp_path, monkeypatch):
+    plant(monkeypatch, 0.9, 0.6, 0.4, 0.5)
+    scores, said = trainer.Trainer._scores, []
+
+    def noted(self, batches):
+        said.append(scores(self, batches).predicted.tolist())
+        return scores(self, batches)
+
+    monkeypatch.setattr(trainer.Trainer, "_scores", noted)
+    assert train(image_folder, tmp_path / "run", nepoch=3)["epoch"] == 1
+    names = ["blue jay", "red fox", "toad"]
+    for split, wanted in (("val", said[0]), ("test", said[3])):
+        rows = list(csv.DictReader((tmp_path / "run" / f"{split}_predictions.csv").open()))
+        assert [row["predicted"] for row in rows] == [names[i] for i in wanted]
+        table = getattr(load_dataset(f"folder:{image_folder}"), split)
+        assert [row["file"] for row in rows] == list(table.keys)
+        assert [row["class"] for row in rows] == [names[i] for i in table.labels]
+    assert said[2] != said[0]
+
+
 def test_patience_stops_the_run(image_folder, tmp_path, monkeypatch):
-    scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
-    monkeypatch.setattr(
-        trainer.Trainer, "_scores", lambda *_: {"top1": (top1 := next(scores)), "macro": 1 - top1, "loss": 1.0}
-    )
+    plant(monkeypatch, 0.5, 0.6, 0.6, 0.4, 0.9)
     results = train(image_folder, tmp_path / "run", nepoch=6, patience=2)
     assert results["epochs"] == 4 and results["epoch"] == 2 and results["steps"] == 12
     assert results["test"]["top1"] == 0.9  # the fifth evaluation is the one on test
 
 
 def test_the_chosen_score_chooses_the_epoch(image_folder, tmp_path, monkeypatch):
-    scores = iter([0.5, 0.6, 0.4, 0.9])
-    monkeypatch.setattr(
-        trainer.Trainer, "_scores", lambda *_: {"top1": (top1 := next(scores)), "macro": 1 - top1, "loss": 1.0}
-    )
+    plant(monkeypatch, 0.5, 0.6, 0.4, 0.9)
     assert train(image_folder, tmp_path / "run", nepoch=3, select_by="macro")["epoch"] == 3
 
 
@@ -252,6 +272,8 @@ def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch
     rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
     assert results["val"]["worst_group"] == pytest.approx(max(float(row["val_worst_group"]) for row in rows))
     assert results["test"]["worst_group"] <= results["test"]["average_group"] <= 1
+    said = predictions.read(tmp_path / "run")
+    assert said.shares("worst_group").sum() == pytest.approx(results["val"]["worst_group"])
     run, *_ = summary.find_runs([tmp_path])
     assert "| worst_group | average_group |" in summary.markdown([run])
 
@@ -322,6 +344,12 @@ def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_p
     train(image_folder, three_seeds / "seed1", eval_only=True)
     found = json.loads((three_seeds / "seed1" / "evaluation" / "results.json").read_text())
     assert found["test"] == pytest.approx(wanted["test"]) and found["val"]["top1"] == wanted["val"]["top1"]
+    for split, count in (("val", 6), ("test", 9)):
+        ours, again = (three_seeds / "seed1" / place / f"{split}_predictions.csv" for place in ("", "evaluation"))
+        assert ours.read_bytes() == again.read_bytes()
+        run = predictions.read(three_seeds / "seed1", split)
+        assert run.shares("top1").sum() == pytest.approx(wanted[split]["top1"]) and len(run.files) == count
+        assert run.shares("macro").sum() == pytest.approx(wanted[split]["macro"])
     assert (three_seeds / "seed1" / "args.yaml").read_text() == before
     capsys.readouterr()
     train(image_folder, tmp_path / "other", eval_only=True, weights=three_seeds / "seed1")

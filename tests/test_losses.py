@@ -313,8 +313,12 @@ def test_counts_of_processes_add_up():
     for part, meter in enumerate(meters):
         rows = torch.arange(part, 4, 2)
         meter.add(torch.tensor(shares).log()[rows], torch.tensor(labels)[rows], rows)
-    before = {name: [getattr(m, name) for m in meters] for name in ("confusion", "top5", "loss", "bins", "correct")}
+    before = {
+        name: [getattr(m, name) for m in meters]
+        for name in ("confusion", "top5", "loss", "bins", "correct", "predicted")
+    }
     both = iter([sum(parts) for parts in before.values()])
     meters[0].combine(lambda _: next(both))
     one, whole = meters[0].result(), scores_of(shares, labels)
     assert one.summary() == pytest.approx(whole.summary()) and np.array_equal(one.correct, whole.correct)
+    assert one.predicted.tolist() == whole.predicted.tolist() == [0, 1, 0, 1]

@@ -15,7 +15,7 @@ import train_cls
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation import halving, tune
+from semantic_aug.evaluation import halving, predictions, tune
 from semantic_aug.evaluation.halving import Candidate
 
 DEFAULT = Candidate(0.7, 0.5, 0.3, 5.0)
@@ -116,10 +116,16 @@ def test_parts_of_a_subset_are_nested_and_even_over_targets():
 # ------------------------------------------------------------------------------------------------ with fake stages
 
 
+def write_predictions(folder, right, images):
+    """Predictions of one class, the first ``right`` of which are right."""
+    said = [f"{i}.png,a,{'a' if i < right else 'b'}" for i in range(images)]
+    (folder / "val_predictions.csv").write_text("\n".join(["file,class,predicted", *said]) + "\n")
+
+
 @pytest.fixture
 def search(tmp_path, monkeypatch):
     """A search whose subprocesses are replaced by a planted answer; returns what was run."""
-    began = []
+    began, images = [], 200
 
     def fake(pair, name, held=None):
         step = pair.steps[name]
@@ -131,6 +137,8 @@ def search(tmp_path, monkeypatch):
             place = pair.folder / "classify" / name.removeprefix("classify ")
             place.mkdir(parents=True)
             (place / "results.json").write_text(json.dumps({"val": score, "test": score, "steps": 4}))
+            if images:
+                write_predictions(place, round(images * score["top1"]), images)
         elif step.stage == 2:
             place = pair.folder / "aug_samples" / name.removeprefix("sample ") / "elpv" / "subset"
             place.mkdir(parents=True)
@@ -143,7 +151,9 @@ def search(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune.Pair, "run", fake)
 
-    def start(*words):
+    def start(*words, val_images=200):
+        nonlocal images
+        images = val_images
         began.clear()
         given = [
             "--dataset",
@@ -178,6 +188,36 @@ def test_the_whole_search_reports_registers_and_goes_on(search, tmp_path, capsys
     assert "(chosen)" in report and command in report and "s0.7-g0.5-p0.3-m5 (default)" in report
     assert (tmp_path / "5shot" / "report.png").exists()
     assert search(*words) == (0, [])  # all is done
+
+
+def test_few_validation_images_do_not_take_the_defaults_place(search, tmp_path, capsys):
+    # ahead by ten points under every seed, which is two images of twenty, the same two
+    words = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]
+    assert search(*words, val_images=20)[0] == 0
+    out, report = capsys.readouterr().out, (tmp_path / "5shot" / "report.md").read_text()
+    assert "chosen: s0.7-g0.5-p0.3-m5 (the default; s" in out and "within what chance does" in out
+    assert "which is the default: s" in report and "--gamma 0.5" in out and "+10.00 [-" in report
+    command = out.strip().splitlines()[-1]
+    args = train_cls.build_parser().parse_args(shlex.split(command)[2:])
+    assert (args.gamma, args.synthetic_prob, args.syndata_max) == (0.5, 0.3, None)
+
+
+def test_runs_without_predictions_are_one_line(search, capsys):
+    assert search("--trials", "6", val_images=0)[0] == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("error: ") and "has no val_predictions.csv" in err and "remove that folder" in err
+
+
+def test_shares_add_up_to_each_score(tmp_path):
+    rows = ["1,a,a,0", "2,a,b,0", "3,a,a,1", "4,b,a,1"]
+    (tmp_path / "val_predictions.csv").write_text("\n".join(["file,class,predicted,group", *rows]) + "\n")
+    run = predictions.read(tmp_path)
+    assert run.files == ("1", "2", "3", "4") and run.right.tolist() == [True, False, True, False]
+    assert run.shares("top1").sum() == 0.5 and run.shares("macro").sum() == pytest.approx(1 / 3)
+    assert run.shares("worst_group").sum() == 0.5 and run.strata("worst_group").tolist() == [0, 0, 1, 1]
+    rows[2] = "3,a,b,1"
+    (tmp_path / "val_predictions.csv").write_text("\n".join(["file,class,predicted,group", *rows]) + "\n")
+    assert predictions.read(tmp_path).shares("worst_group").sum() == 0
 
 
 def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):

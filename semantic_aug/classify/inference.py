@@ -15,7 +15,7 @@ from tqdm import tqdm
 from semantic_aug import run_dir
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
-from semantic_aug.classify.metrics import groups_of, write_scores
+from semantic_aug.classify.metrics import groups_of, write_predictions, write_scores
 from semantic_aug.classify.models import make_model, read_state
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, evaluate
@@ -110,6 +110,7 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, config.amp)
             found[split] = scores.summary(dataset.train.counts(), groups_of(table))
             write_scores(scores, dataset.class_names, folder, split)
+            write_predictions(table, scores.predicted, dataset.class_names, folder / f"{split}_predictions.csv")
     run_dir.write_json(folder / RESULTS_FILE, found)
     return found
 

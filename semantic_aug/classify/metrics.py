@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semantic_aug import run_dir
+from semantic_aug.datasets import ImageTable
+
 BINS = 15
 """Of the expected calibration error (Guo et al. 2017)."""
 
@@ -30,7 +33,7 @@ class Meter:
     Args:
         num_classes: K.
         device: where the logits are.
-        size: images of the split, where it is to be known which of them were right.
+        size: images of the split, where it is to be known what was said of each.
     """
 
     def __init__(self, num_classes: int, device: torch.device, size: int = 0):
@@ -40,6 +43,7 @@ class Meter:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
         self.correct = torch.zeros(size, dtype=torch.long, device=device)
+        self.predicted = torch.zeros(size, dtype=torch.long, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
         """Adds a batch: logits ``(B, K)``, labels ``(B,)``, and where wanted the images' rows in the split ``(B,)``."""
@@ -54,10 +58,11 @@ class Meter:
         self.bins.index_add_(0, place, torch.stack([torch.ones_like(sure), sure, right.double()], -1))
         if rows is not None:
             self.correct[rows] = right.long()
+            self.predicted[rows] = best[:, 0]
 
     def combine(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Adds up what several processes counted over disjoint images; ``add_up`` sums a tensor over them."""
-        for name in ("confusion", "top5", "loss", "bins", "correct"):
+        for name in ("confusion", "top5", "loss", "bins", "correct", "predicted"):
             setattr(self, name, add_up(getattr(self, name)))
 
     def result(self) -> Scores:
@@ -65,7 +70,8 @@ class Meter:
         matrix = self.confusion.view(self.k, self.k).cpu().numpy()
         total = max(1, int(matrix.sum()))
         correct = self.correct.cpu().numpy().astype(bool)
-        return Scores(matrix, float(self.top5) / total, float(self.loss) / total, self.bins.cpu().numpy(), correct)
+        loss, bins, predicted = float(self.loss) / total, self.bins.cpu().numpy(), self.predicted.cpu().numpy()
+        return Scores(matrix, float(self.top5) / total, loss, bins, correct, predicted)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Scores:
         loss: mean cross-entropy in nats.
         bins: ``(15, 3)``, by confidence: images, sum of confidences, number right.
         correct: bool, which images were right, in the split's order; empty where that was not asked for.
+        predicted: int64, the class each image was given; empty likewise.
     """
 
     confusion: np.ndarray
@@ -85,6 +92,7 @@ class Scores:
     loss: float
     bins: np.ndarray
     correct: np.ndarray
+    predicted: np.ndarray
 
     @property
     def top1(self) -> float:
@@ -139,6 +147,24 @@ def groups_of(table: object) -> np.ndarray | None:
     if groups is None:
         groups = getattr(table, "extras", {}).get("group")
     return None if groups is None else np.asarray(groups)
+
+
+def write_predictions(table: ImageTable, predicted: Sequence[int], class_names: Sequence[str], path: Path) -> None:
+    """Writes a split's images, one a line: ``file``, ``class``, ``predicted``, and ``group`` where there are groups.
+
+    Args:
+        table: the split, N images.
+        predicted: ``(N,)`` class of each, in the table's order.
+        class_names: as the data set shows them.
+        path: of the CSV file.
+    """
+    groups = groups_of(table)
+    with run_dir.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["file", "class", "predicted", *([] if groups is None else ["group"])])
+        for row, (key, label, said) in enumerate(zip(table.keys, table.labels, predicted, strict=True)):
+            group = [] if groups is None else [int(groups[row])]
+            writer.writerow([key, class_names[label], class_names[int(said)], *group])
 
 
 def write_scores(scores: Scores, class_names: Sequence[str], folder: Path, prefix: str) -> None:

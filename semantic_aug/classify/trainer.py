@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
 from semantic_aug.classify.layers import freeze
 from semantic_aug.classify.losses import make_criterion
-from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_scores
+from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_predictions, write_scores
 from semantic_aug.classify.mixing import mix
 from semantic_aug.classify.models import make_model
 from semantic_aug.classify.optim import learning_rate_at, make_optimizer
@@ -160,10 +161,11 @@ class Trainer:
                 row = self._train_epoch(call, bar)
                 self.epoch += 1
                 if self.val_batches and (self.epoch % config.eval_every == 0 or self.epoch == config.nepoch):
-                    scores = self._scores(self.val_batches, self.dataset.val)
-                    row |= {f"val_{name}": value for name, value in scores.items()}
-                    bar.set_postfix(val=f"{100 * scores['top1']:.2f}", refresh=False)
-                    self._keep_best(scores)
+                    scores = self._scores(self.val_batches)
+                    bar.set_postfix(val=f"{100 * scores.top1:.2f}", refresh=False)
+                    found = scores.summary(self.counts, groups_of(self.dataset.val))
+                    row |= {f"val_{name}": value for name, value in found.items()}
+                    self._keep_best(found, scores.predicted)
                 if main:
                     epochs.add(epoch=self.epoch, **row)
                     report(row, self.epoch)
@@ -236,30 +238,28 @@ class Trainer:
         pixels, targets = batch
         return self.normalise(pixels), targets.to(self.device, non_blocking=True)
 
-    def _scores(self, batches: EvalBatches, table: ImageTable, prefix: str | None = None) -> dict[str, float]:
-        """Scores of the present weights (their average, with EMA) on a split; files are written for a ``prefix``."""
+    def _scores(self, batches: EvalBatches) -> Scores:
+        """Scores of the present weights (their average, with EMA) on a split."""
         model = self.model if self.averaged is None else self.averaged.module
         self.processes.agree_on(model)
         classes = len(self.dataset.class_names)
-        scores = evaluate(model, batches, self.normalise, classes, self.processes, self.config.amp)
-        if prefix and self.processes.main:
-            write_scores(scores, self.dataset.class_names, self.config.output_dir, prefix)
-        return scores.summary(self.counts, groups_of(table))
+        return evaluate(model, batches, self.normalise, classes, self.processes, self.config.amp)
 
     # -------------------------------------------------------------------------------------- best epoch and results
 
-    def _keep_best(self, scores: dict[str, float]) -> None:
+    def _keep_best(self, scores: dict[str, float], predicted: np.ndarray) -> None:
         """The first epoch of the highest validation score; ties go to the lower loss."""
         by = self.config.select_by
         if self.best is None or (scores[by], -scores["loss"]) > (self.best[by], -self.best["loss"]):
             model = self.model if self.averaged is None else self.averaged.module
-            self.best, self.stale = {"epoch": self.epoch, **scores, "state": _detached(model)}, 0
+            kept = {"state": _detached(model), "predicted": torch.from_numpy(predicted)}
+            self.best, self.stale = {"epoch": self.epoch, **scores, **kept}, 0
         else:
             self.stale += 1
 
     def _conclude(self, seconds: float) -> dict:
         config, folder, dataset = self.config, self.config.output_dir, self.dataset
-        chosen = {k: v for k, v in self.best.items() if k != "state"} if self.best else None
+        chosen = {k: v for k, v in self.best.items() if k not in ("state", "predicted")} if self.best else None
         model = self.model if self.averaged is None else self.averaged.module
         if self.best:
             model.load_state_dict(self.best["state"])
@@ -277,11 +277,19 @@ class Trainer:
             "test": None,
             "versions": run_dir.versions(),
         }
+        names, scores = dataset.class_names, None
         if dataset.test is not None:
-            results["test"] = self._scores(self._eval_batches(dataset.test), dataset.test, "test")
+            scores = self._scores(self._eval_batches(dataset.test))
+            results["test"] = scores.summary(self.counts, groups_of(dataset.test))
         elif self.val_batches:
-            self._scores(self.val_batches, dataset.val, "val")
+            scores = self._scores(self.val_batches)
         if self.processes.main:
+            if scores is not None:
+                write_scores(scores, names, folder, "val" if dataset.test is None else "test")
+            if dataset.test is not None:
+                write_predictions(dataset.test, scores.predicted, names, folder / "test_predictions.csv")
+            if self.best:
+                write_predictions(dataset.val, self.best["predicted"], names, folder / "val_predictions.csv")
             metadata = {"model": config.model, "classes": json.dumps(dataset.source_names)}
             run_dir.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
             run_dir.write_json(folder / RESULTS_FILE, results)

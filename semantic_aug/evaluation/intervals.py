@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 CONFIDENCE = 0.95
 
 
@@ -56,6 +58,51 @@ def paired_difference(
         return Difference(1, mean, math.nan, math.nan)
     half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return Difference(len(values), mean, mean - half, mean + half)
+
+
+def crossed_difference(
+    first: Mapping[int, np.ndarray],
+    second: Mapping[int, np.ndarray],
+    strata: np.ndarray,
+    confidence: float = CONFIDENCE,
+) -> Difference | None:
+    """Mean of ``first - second`` over common seeds, with an interval for other seeds *and* other images.
+
+    All seeds are scored on the same images, so their spread alone says nothing of how lucky those images are. Seeds and
+    images are crossed; the variance of the mean is at most the sum of what the seeds show, s^2 / n, and what the images
+    show, each averaged over the seeds (Owen 2007, "The pigeonhole bootstrap"). Degrees of freedom after Satterthwaite
+    (1946).
+
+    Args:
+        first: seed -> ``(N,)`` what each image adds to the score, in the same order for every seed.
+        second: likewise, of what it is compared to.
+        strata: ``(N,)`` int, sorts of images whose numbers do not vary (classes, for a mean over classes).
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        None without a common seed.
+    """
+    from scipy.stats import t
+
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    parts = np.stack([first[seed] - second[seed] for seed in seeds])
+    mean = float(parts.sum(1).mean())
+    if len(seeds) < 2:
+        return Difference(1, mean, math.nan, math.nan)
+    of_seeds = parts.sum(1).var(ddof=1) / len(seeds)
+    image, counts = parts.mean(0), np.bincount(strata)
+    centres = np.bincount(strata, image) / np.maximum(counts, 1)
+    centres[counts < 2] = 0  # the spread of a single image is not known: how far it is from no difference stands for it
+    factors = counts / np.maximum(counts - 1, 1)
+    of_images = float((factors * np.bincount(strata, (image - centres[strata]) ** 2)).sum())
+    if not of_seeds + of_images > 0:
+        return Difference(len(seeds), mean, mean, mean)
+    free = [len(seeds) - 1, max(1, len(image) - np.count_nonzero(counts))]
+    freedom = (of_seeds + of_images) ** 2 / (of_seeds**2 / free[0] + of_images**2 / free[1])
+    half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(of_seeds + of_images)
+    return Difference(len(seeds), mean, mean - half, mean + half)
 
 
 def difference_text(difference: Difference | None) -> str:

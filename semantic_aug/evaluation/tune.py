@@ -8,15 +8,17 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.evaluation import comparison, flags, halving
+from semantic_aug.evaluation import comparison, flags, halving, predictions
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.halving import Candidate
+from semantic_aug.evaluation.intervals import Difference, crossed_difference
 from semantic_aug.evaluation.recipe import Devices, Recipe
 from semantic_aug.evaluation.steps import Pair, duration, pair_lock, prepare_config, shown, terminated_as_interrupted
 
@@ -186,9 +188,26 @@ class Tuning:
             self.ensure(need, held)
         self.pair.run(name, held)
 
+    def run_folder(self, one: Candidate, seed: int) -> Path:
+        """Where a candidate's run under a seed lies."""
+        return self.folder / "classify" / f"{one.name}-seed{seed}"
+
     def results(self, one: Candidate, seed: int) -> dict:
         """What a finished run found."""
-        return json.loads((self.folder / "classify" / f"{one.name}-seed{seed}" / "results.json").read_text())
+        return json.loads((self.run_folder(one, seed) / "results.json").read_text())
+
+    def difference(self, one: Candidate, other: Candidate, seeds: Collection[int]) -> Difference:
+        """How much better a candidate is than another on validation, for other seeds and other images too.
+
+        Raises:
+            UserError: a run left no predictions.
+        """
+        runs = [{seed: predictions.read(self.run_folder(each, seed)) for seed in seeds} for each in (one, other)]
+        every = [run for by_seed in runs for run in by_seed.values()]
+        if len({run.files for run in every}) > 1:
+            raise UserError(f"{self.folder}: its runs saw different validation images; give another --output_dir")
+        first, second = ({seed: run.shares(self.score) for seed, run in by_seed.items()} for by_seed in runs)
+        return crossed_difference(first, second, every[0].strata(self.score))
 
     def trial(self, one: Candidate, seed: int, held: int | None) -> float:
         """Runs a candidate under a seed, unless done; returns its validation score.
@@ -284,14 +303,16 @@ def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> Non
         first = halving.affordable(trials, len(found), len(seeds))
         planned = sum(halving.rungs(first, len(seeds)))
         log.info("%d of %d candidates, %d classifier runs of about %s", first, len(found), planned, duration(seconds))
-        chosen, scores = halving.search(found[:first], seeds, lambda one, seed: tuning.trial(one, seed, held))
+        best, scores = halving.search(found[:first], seeds, lambda one, seed: tuning.trial(one, seed, held))
+        chosen = best if tuning.difference(best, found[0], seeds).low > 0 else found[0]
         from semantic_aug.evaluation.tune_report import write
 
         subset = tuning.subset_folder(chosen.strength)
         key = args.register_key or f"{tuning.recipe.name}_tuned"
         words = classify_words(tuning, chosen, key, args)
         write(tuning, chosen, found[0], scores, words, {subset.parent.name: {key: registry.shown_path(subset)}})
-    print(f"chosen: {chosen.name}; report: {registry.shown_path(tuning.folder / 'report.md')}")
+    why = "" if chosen == best else f" (the default; {best.name} is ahead of it, but within what chance does)"
+    print(f"chosen: {chosen.name}{why}; report: {registry.shown_path(tuning.folder / 'report.md')}")
     entry = registry.shown_path(subset)
     if args.register_key and registry.register(registry.SUBSETS, subset.parent.name, key, entry, args.config_dir):
         print(f"registered as {subset.parent.name}/{key}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from semantic_aug import registry, run_dir
 from semantic_aug.evaluation.halving import Candidate, best_first
-from semantic_aug.evaluation.intervals import difference_text, paired_difference
+from semantic_aug.evaluation.intervals import difference_text
 from semantic_aug.evaluation.report import spread
 from semantic_aug.evaluation.steps import duration
 
@@ -51,24 +51,29 @@ def lines_of(
     tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores, command: str, entry: Mapping
 ) -> list[str]:
     """The report's lines; see :func:`write`."""
-    seeds = max(len(found) for found in scores.values())
+    seeds, best = max(len(found) for found in scores.values()), ranked(scores)[0]
+    how = f"by the mean validation {tuning.score} over {seeds} seeds"
+    if chosen != best:
+        how = f"which is the default: {best.name} is ahead {how}, but not clearly so"
     lines = [
         f"# Settings for {tuning.recipe.shared['dataset']}, {tuning.recipe.name}",
         "",
         f"Chosen: strength {chosen.strength:g}, gamma {chosen.gamma:g}, probability {chosen.probability:g}, multiplier "
-        f"{chosen.multiplier:g}, by the mean validation {tuning.score} over {seeds} seeds.",
+        f"{chosen.multiplier:g}, {how}.",
         "",
         f"![validation scores]({CHART})",
         "",
         "Every candidate was tried on the first seed, the better third also on the next, and so on; the default "
         f"({default.name}) was never dropped. Percent; differences to it over common seeds in points, with 95 % confidence "
-        "intervals. The best of many is flattered by its own luck: expect less on new images.",
+        "intervals for other seeds and other images. Only a candidate whose interval lies above zero takes the default's "
+        "place: all seeds share the validation images, and what is ahead on them by luck stays ahead whatever the seed. The "
+        "best of many is flattered besides: expect less on new images.",
         "",
         f"| strength | gamma | p | multiplier | seeds | validation {tuning.score} | - default |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in ranked(scores):
-        difference = "" if one == default else difference_text(paired_difference(scores[one], scores[default]))
+        difference = "" if one == default else difference_text(tuning.difference(one, default, scores[one]))
         mark = " (chosen)" if one == chosen else ""
         lines.append(
             f"| {one.strength:g} | {one.gamma:g} | {one.probability:g} | {one.multiplier:g} | {len(scores[one])} | "
