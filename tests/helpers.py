@@ -48,8 +48,8 @@ def refused(script: str, *arguments, env: dict | None = None) -> str:
 
 
 def contents(folder: Path, *patterns: str) -> dict[str, str]:
-    """Relative path -> SHA-256 of the files that match."""
-    found = [p for pattern in patterns for p in folder.rglob(pattern) if p.is_file()]
+    """Relative path -> SHA-256 of the files that match; who last held the folder's lock is left out."""
+    found = [p for pattern in patterns for p in folder.rglob(pattern) if p.is_file() and p.name != ".lock"]
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
 
 

@@ -2,8 +2,11 @@
 
 import argparse
 import csv
+import errno
+import fcntl
 import importlib.util
 import json
+import os
 import re
 import socket
 import statistics
@@ -23,6 +26,7 @@ from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import predictions, summary
+from semantic_aug.run_lock import RunLock
 
 SMALL = {"model": "test_vit", "nepoch": 2}
 """A transformer of some hundred thousand parameters, without batch statistics."""
@@ -247,6 +251,29 @@ def test_predictions_are_those_of_the_best_epoch(image_folder, tmp_path, monkeyp
         assert [row["file"] for row in rows] == list(table.keys)
         assert [row["class"] for row in rows] == [names[i] for i in table.labels]
     assert said[2] != said[0]
+
+
+def test_a_folder_in_use_is_left_alone(image_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with RunLock(folder, "--output_dir"):
+        words = [str(word) for word in classify_arguments(image_folder, folder, **SMALL)]
+        assert run_main(train_cls.main, words) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith(f"error: {folder} is being written by another run (process {os.getpid()} on")
+        and err.count("\n") == 1
+    )
+    assert "another --output_dir" in err and [p.name for p in folder.iterdir()] == [".lock"]
+    assert train(image_folder, folder)["epochs"] == train(image_folder, folder)["epochs"]  # free again
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with RunLock(tmp_path / "run", "--output_dir"):
+        assert "no locks on this file system" in caplog.text
 
 
 def test_patience_stops_the_run(image_folder, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
+from semantic_aug.run_lock import RunLock
 from semantic_aug.seeding import derive_seed, numpy_rng
 
 log = logging.getLogger(__name__)
@@ -360,14 +361,15 @@ def run(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImag
     """Runs a request in its output folder, goes on with an interrupted one, or finds it done.
 
     Raises:
-        UserError: the folder holds a run with other arguments.
+        UserError: the folder holds a run with other arguments, or is in use.
     """
-    processes = Processes(config.device)
-    known = run_dir.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE) if processes.main else True
-    processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
-    done = results_of(config.output_dir) if known else None
-    processes.wait()
-    if done is not None:
-        log.info("%s is finished already", config.output_dir)
-        return done
-    return Trainer(config, dataset, synthetic).run()
+    processes, folder = Processes(config.device), config.output_dir
+    with RunLock(folder, "--output_dir") if processes.main else contextlib.nullcontext():
+        known = run_dir.claim(folder, config.record(), "--output_dir", MAY_CHANGE) if processes.main else True
+        processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
+        done = results_of(folder) if known else None
+        processes.wait()
+        if done is not None:
+            log.info("%s is finished already", folder)
+            return done
+        return Trainer(config, dataset, synthetic).run()

@@ -34,6 +34,7 @@ from semantic_aug.finetune.projections import use_few_products
 from semantic_aug.finetune.sizes import image_sizes
 from semantic_aug.finetune.validation import save_grid, validation_grid
 from semantic_aug.prompts import TEMPLATES
+from semantic_aug.run_lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -376,9 +377,16 @@ def run(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator
     """Runs a request in its output folder, or finds it done.
 
     Raises:
-        UserError: the folder holds a run with other arguments, or an unfinished one that is not asked to be resumed.
+        UserError: the folder holds a run with other arguments or an unfinished one that is not asked to be resumed, or
+            is in use.
         Interrupted: a signal stopped it; a checkpoint was written.
     """
+    with RunLock(config.output_dir, "--output_dir") if accelerator.is_main_process else contextlib.nullcontext():
+        return _run_alone(config, dataset, accelerator)
+
+
+def _run_alone(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator) -> dict:
+    """See :func:`run`."""
     if accelerator.is_main_process:
         known = run_dir.claim(config.output_dir, config.record(), "--output_dir", may_change(config.lr_scheduler))
         done = finished(config.output_dir) if known else None

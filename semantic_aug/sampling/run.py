@@ -16,13 +16,13 @@ from semantic_aug import registry
 from semantic_aug.augmentations.request import ClassNames
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.errors import Interrupted, UserError
+from semantic_aug.run_lock import RunLock
 from semantic_aug.sampling import store
 from semantic_aug.sampling.config import SampleConfig, identity_of, plan_of, subset_folder, task_paths
 from semantic_aug.sampling.dispatch import Dispatcher, Outcome
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import Launcher, image_tasks, make_folders
-from semantic_aug.sampling.lock import RunLock
 from semantic_aug.sampling.plan import Plan, batches_of_shard
 from semantic_aug.sampling.records import Records
 
@@ -80,7 +80,7 @@ def opened(config: SampleConfig, dataset: LoadedDataset, content: bool = False) 
     mine = np.zeros(len(plan), bool)
     for batch in batches:
         mine[slice(*plan.starts[batch : batch + 2])] = True
-    with RunLock(folder, config.num_shards, config.shard_index):
+    with RunLock(folder, "--output_root", config.num_shards, config.shard_index):
         store.claim_subset(folder, identity_of(config, dataset, plan), registry.REPO_ROOT)
         make_folders(folder, dataset.folders)
         records = Records(folder, config.num_shards, config.shard_index)

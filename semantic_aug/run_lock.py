@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 
 from semantic_aug.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a file system says that has no locks (some network ones)."""
 
 
 def holder_of(handle) -> str:
@@ -26,10 +32,20 @@ class RunLock:
     """Keeps a second run out of a folder; freed by the kernel when its holder ends, however it ends.
 
     A whole run holds ``.lock`` alone. Shards share it, and each holds a lock of its own.
+
+    Args:
+        folder: made if absent.
+        flag: the flag that names another folder, for the error.
+        num_shards: of the run.
+        shard_index: of this one.
+
+    Raises:
+        UserError: on entering, when another run holds it.
     """
 
-    def __init__(self, folder: Path, num_shards: int = 1, shard_index: int = 0):
-        self.folder, self.shard = folder, None if num_shards == 1 else f".lock-{shard_index}of{num_shards}"
+    def __init__(self, folder: Path, flag: str, num_shards: int = 1, shard_index: int = 0):
+        self.folder, self.flag = folder, flag
+        self.shard = None if num_shards == 1 else f".lock-{shard_index}of{num_shards}"
         self.held: list = []
 
     def __enter__(self) -> RunLock:
@@ -49,11 +65,14 @@ class RunLock:
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                log.warning("%s: no locks on this file system; let no other run write there", self.folder)
+                return
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise UserError(
                 f"{self.folder} is being written by another run ({holder_of(handle)}): wait for it, stop it, or choose "
-                "another --output_root"
+                f"another {self.flag}"
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
