@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from semantic_aug import run_dir
 from semantic_aug.classify import backbones
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.registry import resolve_path
+
+log = logging.getLogger(__name__)
 
 TORCHVISION_NAMES = {
     "vit_b_16": "vit_base_patch16_224",
@@ -97,6 +100,7 @@ def _packaged(name: str) -> nn.Module | None:
 def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
     import timm
 
+    log.info("pre-trained weights of %s: from the hub", name)  # which may be tried for a minute before it fails
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
     except Exception as error:  # hub, network and cache raise many kinds
