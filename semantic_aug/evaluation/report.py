@@ -59,7 +59,8 @@ def _setting_section(found: Comparison, setting: str) -> list[str]:
 def _differences(found: Comparison, setting: str, scores, methods, baselines) -> list[str]:
     columns = [(score, baseline) for score in scores for baseline in baselines]
     lines = [
-        "Paired differences over common seeds in points, with 95 % confidence intervals (Student's t); bold: zero is outside.",
+        "Paired differences over common seeds in points, with 95 % confidence intervals (Student's t) for other seeds on these "
+        "test images; bold: zero is outside.",
         "",
         f"| method | {' | '.join(f'{score} - {baseline}' for score, baseline in columns)} |",
         "|---|" + "---:|" * len(columns),
