@@ -2,8 +2,6 @@
 
 import argparse
 import csv
-import errno
-import fcntl
 import importlib.util
 import json
 import os
@@ -265,15 +263,6 @@ def test_a_folder_in_use_is_left_alone(image_folder, tmp_path, capsys):
     )
     assert "another --output_dir" in err and [p.name for p in folder.iterdir()] == [".lock"]
     assert train(image_folder, folder)["epochs"] == train(image_folder, folder)["epochs"]  # free again
-
-
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
-    def none(*_):
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    with RunLock(tmp_path / "run", "--output_dir"):
-        assert "no locks on this file system" in caplog.text
 
 
 def test_patience_stops_the_run(image_folder, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Registry, prompts, meta.csv, seeding, run folders, errors."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from safetensors import safe_open
 
 from semantic_aug import meta_csv, prompts, registry, run_dir, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
+from semantic_aug.run_lock import RunLock
 
 # --------------------------------------------------------------------------------------------------------- errors
 
@@ -420,3 +423,12 @@ def test_freed_memory_is_used_again_without_page_faults():
         "from semantic_aug.allocator import keep_freed_memory", "assert keep_freed_memory()"
     )
     assert kept < page_faults_of_many_big_tensors() / 4  # a few tensors until the heap has its size
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with RunLock(tmp_path / "run", "--output_dir"):
+        assert "no locks on this file system" in caplog.text

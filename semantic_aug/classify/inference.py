@@ -110,7 +110,7 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, config.amp)
             found[split] = scores.summary(dataset.train.counts(), groups_of(table))
             write_scores(scores, dataset.class_names, folder, split)
-            write_predictions(table, scores.predicted, dataset.class_names, folder / f"{split}_predictions.csv")
+            write_predictions(table, scores.predicted, dataset.class_names, folder, split)
     run_dir.write_json(folder / RESULTS_FILE, found)
     return found
 

@@ -149,16 +149,20 @@ def groups_of(table: object) -> np.ndarray | None:
     return None if groups is None else np.asarray(groups)
 
 
-def write_predictions(table: ImageTable, predicted: Sequence[int], class_names: Sequence[str], path: Path) -> None:
-    """Writes a split's images, one a line: ``file``, ``class``, ``predicted``, and ``group`` where there are groups.
+def write_predictions(
+    table: ImageTable, predicted: Sequence[int], class_names: Sequence[str], folder: Path, prefix: str
+) -> None:
+    """Writes ``{prefix}_predictions.csv``: ``file``, ``class``, ``predicted``, and ``group`` where there are groups.
 
     Args:
         table: the split, N images.
         predicted: ``(N,)`` class of each, in the table's order.
         class_names: as the data set shows them.
-        path: of the CSV file.
+        folder: of the run.
+        prefix: the split's name.
     """
     groups = groups_of(table)
+    path = folder / f"{prefix}_predictions.csv"
     with run_dir.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["file", "class", "predicted", *([] if groups is None else ["group"])])

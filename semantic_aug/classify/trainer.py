@@ -278,19 +278,18 @@ class Trainer:
             "test": None,
             "versions": run_dir.versions(),
         }
-        names, scores = dataset.class_names, None
+        final, predicted = {}, {"val": self.best["predicted"]} if self.best else {}
         if dataset.test is not None:
-            scores = self._scores(self._eval_batches(dataset.test))
-            results["test"] = scores.summary(self.counts, groups_of(dataset.test))
+            final["test"] = self._scores(self._eval_batches(dataset.test))
+            predicted["test"] = final["test"].predicted
+            results["test"] = final["test"].summary(self.counts, groups_of(dataset.test))
         elif self.val_batches:
-            scores = self._scores(self.val_batches)
+            final["val"] = self._scores(self.val_batches)
         if self.processes.main:
-            if scores is not None:
-                write_scores(scores, names, folder, "val" if dataset.test is None else "test")
-            if dataset.test is not None:
-                write_predictions(dataset.test, scores.predicted, names, folder / "test_predictions.csv")
-            if self.best:
-                write_predictions(dataset.val, self.best["predicted"], names, folder / "val_predictions.csv")
+            for split, scores in final.items():
+                write_scores(scores, dataset.class_names, folder, split)
+            for split, said in predicted.items():
+                write_predictions(getattr(dataset, split), said, dataset.class_names, folder, split)
             metadata = {"model": config.model, "classes": json.dumps(dataset.source_names)}
             run_dir.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
             run_dir.write_json(folder / RESULTS_FILE, results)

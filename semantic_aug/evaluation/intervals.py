@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,17 +47,7 @@ def paired_difference(
     Returns:
         None without a common seed.
     """
-    from scipy.stats import t
-
-    seeds = sorted(set(first) & set(second))
-    if not seeds:
-        return None
-    values = [first[seed] - second[seed] for seed in seeds]
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return Difference(1, mean, math.nan, math.nan)
-    half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return Difference(len(values), mean, mean - half, mean + half)
+    return _interval([first[seed] - second[seed] for seed in sorted(set(first) & set(second))], confidence)
 
 
 def crossed_difference(
@@ -82,27 +72,48 @@ def crossed_difference(
     Returns:
         None without a common seed.
     """
-    from scipy.stats import t
+    parts = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
+    of_images, freedom = _variance_of_images(parts, strata) if parts else (0.0, 1)
+    return _interval([float(part.sum()) for part in parts], confidence, of_images, freedom)
 
-    seeds = sorted(set(first) & set(second))
-    if not seeds:
-        return None
-    parts = np.stack([first[seed] - second[seed] for seed in seeds])
-    mean = float(parts.sum(1).mean())
-    if len(seeds) < 2:
-        return Difference(1, mean, math.nan, math.nan)
-    of_seeds = parts.sum(1).var(ddof=1) / len(seeds)
-    image, counts = parts.mean(0), np.bincount(strata)
+
+def _variance_of_images(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[float, int]:
+    """The variance that the images give to the sum of a difference's parts, and its degrees of freedom."""
+    image, counts = np.mean(parts, axis=0), np.bincount(strata)
     centres = np.bincount(strata, image) / np.maximum(counts, 1)
     centres[counts < 2] = 0  # the spread of a single image is not known: how far it is from no difference stands for it
     factors = counts / np.maximum(counts - 1, 1)
-    of_images = float((factors * np.bincount(strata, (image - centres[strata]) ** 2)).sum())
-    if not of_seeds + of_images > 0:
-        return Difference(len(seeds), mean, mean, mean)
-    free = [len(seeds) - 1, max(1, len(image) - np.count_nonzero(counts))]
-    freedom = (of_seeds + of_images) ** 2 / (of_seeds**2 / free[0] + of_images**2 / free[1])
-    half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(of_seeds + of_images)
-    return Difference(len(seeds), mean, mean - half, mean + half)
+    variance = float((factors * np.bincount(strata, (image - centres[strata]) ** 2)).sum())
+    return variance, max(1, len(image) - np.count_nonzero(counts))
+
+
+def _interval(
+    values: Sequence[float], confidence: float, further: float = 0.0, further_freedom: int = 1
+) -> Difference | None:
+    """The mean of one difference per seed, with Student's interval.
+
+    Args:
+        values: the differences.
+        confidence: of the interval, in (0, 1).
+        further: variance of the mean that the seeds do not show.
+        further_freedom: its degrees of freedom.
+
+    Returns:
+        None without a value.
+    """
+    from scipy.stats import t
+
+    count = len(values)
+    if count == 0:
+        return None
+    mean = statistics.fmean(values)
+    if count < 2:
+        return Difference(count, mean, math.nan, math.nan)
+    of_seeds = statistics.variance(values) / count
+    total = of_seeds + further
+    freedom = total**2 / (of_seeds**2 / (count - 1) + further**2 / further_freedom) if total > 0 else count - 1
+    half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(total)
+    return Difference(count, mean, mean - half, mean + half)
 
 
 def difference_text(difference: Difference | None) -> str:

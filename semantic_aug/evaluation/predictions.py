@@ -10,8 +10,6 @@ import numpy as np
 
 from semantic_aug.errors import UserError
 
-FILE = "{split}_predictions.csv"
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -56,7 +54,7 @@ def read(folder: Path, split: str = "val") -> Predictions:
     Raises:
         UserError: they are not there.
     """
-    path = folder / FILE.format(split=split)
+    path = folder / f"{split}_predictions.csv"
     try:
         with open(path, newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,18 +196,31 @@ class Tuning:
         """What a finished run found."""
         return json.loads((self.run_folder(one, seed) / "results.json").read_text())
 
-    def difference(self, one: Candidate, other: Candidate, seeds: Collection[int]) -> Difference:
-        """How much better a candidate is than another on validation, for other seeds and other images too.
+    def differences(
+        self, tried: Mapping[Candidate, Collection[int]], default: Candidate
+    ) -> dict[Candidate, Difference]:
+        """How much better each candidate is than the default on validation, for other seeds and other images too.
+
+        Args:
+            tried: candidate -> the seeds it ran on.
+            default: one of them, tried on every seed.
 
         Raises:
             UserError: a run left no predictions.
         """
-        runs = [{seed: predictions.read(self.run_folder(each, seed)) for seed in seeds} for each in (one, other)]
-        every = [run for by_seed in runs for run in by_seed.values()]
-        if len({run.files for run in every}) > 1:
-            raise UserError(f"{self.folder}: its runs saw different validation images; give another --output_dir")
-        first, second = ({seed: run.shares(self.score) for seed, run in by_seed.items()} for by_seed in runs)
-        return crossed_difference(first, second, every[0].strata(self.score))
+        shares, known = {}, None
+        for one, seeds in tried.items():
+            shares[one] = {}
+            for seed in seeds:
+                run = predictions.read(self.run_folder(one, seed))
+                known = known or run
+                if run.files != known.files:
+                    raise UserError(
+                        f"{self.folder}: its runs saw different validation images; give another --output_dir"
+                    )
+                shares[one][seed] = run.shares(self.score)
+        strata = known.strata(self.score)
+        return {one: crossed_difference(by_seed, shares[default], strata) for one, by_seed in shares.items()}
 
     def trial(self, one: Candidate, seed: int, held: int | None) -> float:
         """Runs a candidate under a seed, unless done; returns its validation score.
@@ -304,17 +317,19 @@ def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> Non
         planned = sum(halving.rungs(first, len(seeds)))
         log.info("%d of %d candidates, %d classifier runs of about %s", first, len(found), planned, duration(seconds))
         best, scores = halving.search(found[:first], seeds, lambda one, seed: tuning.trial(one, seed, held))
-        chosen = best if tuning.difference(best, found[0], seeds).low > 0 else found[0]
-        from semantic_aug.evaluation.tune_report import write
+        differences = tuning.differences(scores, found[0])
+        chosen = best if differences[best].low > 0 else found[0]
+        from semantic_aug.evaluation.tune_report import Choice, write
 
         subset = tuning.subset_folder(chosen.strength)
+        place = registry.shown_path(subset)
         key = args.register_key or f"{tuning.recipe.name}_tuned"
         words = classify_words(tuning, chosen, key, args)
-        write(tuning, chosen, found[0], scores, words, {subset.parent.name: {key: registry.shown_path(subset)}})
+        choice = Choice(chosen, best, found[0], scores, differences)
+        write(tuning, choice, words, {subset.parent.name: {key: place}})
     why = "" if chosen == best else f" (the default; {best.name} is ahead of it, but within what chance does)"
     print(f"chosen: {chosen.name}{why}; report: {registry.shown_path(tuning.folder / 'report.md')}")
-    entry = registry.shown_path(subset)
-    if args.register_key and registry.register(registry.SUBSETS, subset.parent.name, key, entry, args.config_dir):
+    if args.register_key and registry.register(registry.SUBSETS, subset.parent.name, key, place, args.config_dir):
         print(f"registered as {subset.parent.name}/{key}")
     print(f"to use it:\n{words}")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semantic_aug import registry, run_dir
 from semantic_aug.evaluation.halving import Candidate, best_first
-from semantic_aug.evaluation.intervals import difference_text
+from semantic_aug.evaluation.intervals import Difference, difference_text
 from semantic_aug.evaluation.report import spread
 from semantic_aug.evaluation.steps import duration
 
@@ -18,28 +19,41 @@ REPORT, CHART = "report.md", "report.png"
 Scores = Mapping[Candidate, Mapping[int, float]]
 
 
-def write(
-    tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores, command: str, entry: Mapping[str, Mapping]
-) -> None:
+@dataclass(frozen=True)
+class Choice:
+    """What a search found and chose.
+
+    Attributes:
+        chosen: by it: ``best`` where its lead is clear, else ``default``.
+        best: on validation.
+        default: the candidate all others are compared to.
+        scores: candidate -> seed -> validation score.
+        differences: candidate -> how much better than the default it is.
+    """
+
+    chosen: Candidate
+    best: Candidate
+    default: Candidate
+    scores: Scores
+    differences: Mapping[Candidate, Difference]
+
+
+def write(tuning: Tuning, choice: Choice, command: str, entry: Mapping[str, Mapping]) -> None:
     """Writes ``report.md`` and ``report.png`` into the search's folder.
 
     Args:
         tuning: the finished search.
-        chosen: by it.
-        default: the candidate all others are compared to.
-        scores: candidate -> seed -> validation score.
+        choice: its outcome.
         command: of stage 3 with the chosen settings.
         entry: for ``synthetic_datasets.yaml``.
     """
     from semantic_aug.evaluation.charts import bars
 
-    ordered = ranked(scores)
-    panels = {tuning.recipe.name: {f"validation {tuning.score}": {one.name: scores[one] for one in ordered}}}
+    bars_of = {one.name: choice.scores[one] for one in ranked(choice.scores)}
+    panels = {tuning.recipe.name: {f"validation {tuning.score}": bars_of}}
     with run_dir.atomic_path(tuning.folder / CHART) as temporary:
         bars(panels, temporary)
-    run_dir.write_text(
-        tuning.folder / REPORT, "\n".join(lines_of(tuning, chosen, default, scores, command, entry)) + "\n"
-    )
+    run_dir.write_text(tuning.folder / REPORT, "\n".join(lines_of(tuning, choice, command, entry)) + "\n")
 
 
 def ranked(scores: Scores) -> list[Candidate]:
@@ -47,14 +61,12 @@ def ranked(scores: Scores) -> list[Candidate]:
     return sorted(best_first(list(scores), scores), key=lambda one: -len(scores[one]))
 
 
-def lines_of(
-    tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores, command: str, entry: Mapping
-) -> list[str]:
+def lines_of(tuning: Tuning, choice: Choice, command: str, entry: Mapping) -> list[str]:
     """The report's lines; see :func:`write`."""
-    seeds, best = max(len(found) for found in scores.values()), ranked(scores)[0]
-    how = f"by the mean validation {tuning.score} over {seeds} seeds"
-    if chosen != best:
-        how = f"which is the default: {best.name} is ahead {how}, but not clearly so"
+    chosen, default, scores = choice.chosen, choice.default, choice.scores
+    how = f"by the mean validation {tuning.score} over {len(scores[default])} seeds"
+    if chosen != choice.best:
+        how = f"which is the default: {choice.best.name} is ahead {how}, but not clearly so"
     lines = [
         f"# Settings for {tuning.recipe.shared['dataset']}, {tuning.recipe.name}",
         "",
@@ -73,24 +85,25 @@ def lines_of(
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in ranked(scores):
-        difference = "" if one == default else difference_text(tuning.difference(one, default, scores[one]))
+        difference = "" if one == default else difference_text(choice.differences[one])
         mark = " (chosen)" if one == chosen else ""
         lines.append(
             f"| {one.strength:g} | {one.gamma:g} | {one.probability:g} | {one.multiplier:g} | {len(scores[one])} | "
             f"{spread(list(scores[one].values()))}{mark} | {difference} |"
         )
-    return [*lines, *_test_lines(tuning, chosen, default, scores), *_use_lines(tuning, command, entry)]
+    return [*lines, *_test_lines(tuning, choice), *_use_lines(tuning, command, entry)]
 
 
-def _test_lines(tuning: Tuning, chosen: Candidate, default: Candidate, scores: Scores) -> list[str]:
+def _test_lines(tuning: Tuning, choice: Choice) -> list[str]:
     """Test scores of the chosen and the default settings, which had no part in the choice."""
-    found = {one: {seed: tuning.results(one, seed)["test"] for seed in scores[one]} for one in (default, chosen)}
+    shown = (choice.default, choice.chosen)
+    found = {one: {seed: tuning.results(one, seed)["test"] for seed in choice.scores[one]} for one in shown}
     if not all(test for by_seed in found.values() for test in by_seed.values()):
         return []
     lines = ["", "## Test", "", "Looked at after the choice.", "", "| settings | top1 | macro |", "|---|---:|---:|"]
     for one, by_seed in found.items():
         cells = [spread([test[name] for test in by_seed.values()]) for name in ("top1", "macro")]
-        lines.append(f"| {one.name}{' (default)' if one == default else ''} | {' | '.join(cells)} |")
+        lines.append(f"| {one.name}{' (default)' if one == choice.default else ''} | {' | '.join(cells)} |")
     return lines
 
 
