@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console.quiet_libraries()
     allocator.keep_freed_memory()
-    from semantic_aug.classify.processes import is_main
+    from semantic_aug.classify.processes import is_main, leave
 
     console.set_up_logging(is_main())
     say = print if is_main() else lambda *_, **__: None
@@ -411,6 +411,7 @@ def main(argv: list[str] | None = None) -> int:
                 config.model, len(dataset.class_names), config.resolution, config.output_dir / trainer.MODEL_FILE
             )
         )
+    leave()
     say(f"results: {registry.shown_path(config.output_dir)}")
     return 0
 

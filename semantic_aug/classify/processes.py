@@ -21,6 +21,12 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leave() -> None:
+    """Leaves the group of processes, if there is one: its threads may abort an interpreter that ends before they do."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Processes:
     """What a trainer needs to know of the others.
 
