@@ -89,8 +89,8 @@ def same(folder: Path, undisturbed: dict[str, str]) -> bool:
 
 
 def wait_for_images(folder: Path, count: int, process) -> None:
-    """Waits until a running job has made some images."""
-    for _ in range(1200):
+    """Waits until a running job has made some images; long, since a busy machine may start it in a minute or two."""
+    for _ in range(6000):
         if len(list(folder.rglob("*.png"))) >= count or process.poll() is not None:
             return
         time.sleep(0.05)

@@ -231,7 +231,7 @@ def begun(make_pair, tmp_path):
     make_pair(folder)
     code = DRIVER.format(root=str(ROOT), script=str(tmp_path / "script.py"), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for _ in range(1200):
+    for _ in range(6000):
         if (folder / "runs.txt").exists():
             time.sleep(0.3)
             return process, folder
@@ -243,7 +243,7 @@ def begun(make_pair, tmp_path):
 def test_an_interruption_stops_the_child_gently(kind, make_pair, tmp_path):
     process, folder = begun(make_pair, tmp_path)
     os.kill(process.pid, kind)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "go on with the same command" in err
     assert (folder / "interrupted").exists()  # the child had its chance to save
     record = json.loads((folder / "steps.json").read_text())["a"]
@@ -256,7 +256,7 @@ def test_a_killed_parent_takes_its_child_along_and_the_pair_is_free_then(make_pa
         assert held is None
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    for _ in range(600):
+    for _ in range(6000):
         with steps.pair_lock(folder) as held:
             if held is not None:
                 break

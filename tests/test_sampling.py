@@ -65,7 +65,7 @@ def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop
     process = start("sample_mp.py", *words)
     wait_for_images(tmp_path, 4, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does, to parent and workers alike
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "the same command makes the rest" in err
     table = meta_csv.read(tmp_path / SUBSET / "meta.csv")
     assert 4 <= len(table) < 54 and len(table) == len(list((tmp_path / SUBSET).rglob("*.png")))
