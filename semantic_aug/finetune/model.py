@@ -17,6 +17,7 @@ from semantic_aug.diffusion.base import BaseModel
 from semantic_aug.diffusion.text import Conditions, class_prompt, tokenize
 from semantic_aug.finetune.captions import Captions
 from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.projections import LoraCopies, LowRankProjections, join_projections, way_for
 from semantic_aug.prompts import TEMPLATES
 
 
@@ -53,6 +54,7 @@ class TrainedModel(nn.Module):
         self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
         self._encoded: dict[int, Conditions] = {}
         self._compiled = False
+        self._copies: LoraCopies | None = None
 
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):  # peft draws the first values from the global generator
@@ -73,6 +75,18 @@ class TrainedModel(nn.Module):
         for network in (self.unet, *(self.text_encoders if self.trains_text else ())):
             network.compile(dynamic=False)
         self._compiled = True
+
+    def join_projections(self) -> None:
+        """Lets the networks, on their device and in their precision, compute attention and LoRA with few calls."""
+        way = way_for(self.unet.conv_in.weight)
+        groups = [group for network in self.networks.values() for group in join_projections(network, way)]
+        if way is LowRankProjections and self.lora_parameters:
+            self._copies = LoraCopies(groups)
+
+    def refresh(self) -> None:
+        """Lets the networks see the LoRA as it is now; :meth:`forward` does so by itself."""
+        if self._copies is not None:
+            self._copies.refresh()
 
     def uncompiled(self) -> AbstractContextManager:
         """A context in which the networks run as they are, for batches of other sizes than the training's."""
@@ -125,8 +139,10 @@ class TrainedModel(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
-        told = self.told(conditions).to(noisy.dtype)
-        return self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
+        self.refresh()
+        with torch.autocast(noisy.device.type, enabled=False):  # nothing here is in another precision
+            told = self.told(conditions).to(noisy.dtype)
+            return self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
 
     def parameter_groups(self, config: FinetuneConfig) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""

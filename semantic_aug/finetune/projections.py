@@ -1,20 +1,29 @@
-"""The projections of a U-Net under training, computed with few large matrix products: for processors without a GPU.
+"""The projections of networks under training, computed with few calls.
 
-Beside a frozen projection W, peft computes B (A x) over every token of the batch: two thin products and two passes over
-the output. Where a product costs little more than the call, W + (alpha / r) B A is cheaper, and the projections that read
-the same input become one product. Both are the same sums in another order.
+Beside a frozen projection W, peft computes B (A x) call by call, and where W is in half precision it casts x, A and B each
+time. A GPU takes little longer for a step than it takes to be told what to do, and half of the calls are these. Here
+projections that read the same input are one product, and the LoRA comes in by one of two ways to the same sums:
+
+- :class:`SummedProjections`, for processors, where a product costs little more than the call: W + (alpha / r) B A is formed
+  first. Its weights are float32: sums of half-precision ones would lose small updates.
+- :class:`LowRankProjections`, for GPUs and half precision: W x + (alpha / r) B (A x), with all A and all B of one input
+  joined, from copies in the precision of W that are made once per step, together (:class:`LoraCopies`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from semantic_aug.diffusion.lora import ADAPTER
+
+ALIGNMENT = 8
+"""Joint ranks are filled up with zeros to multiples of it: tensor cores want rows of 16 bytes."""
 
 
 def weight_of(projection: nn.Linear | LoraLinear) -> Tensor:
@@ -30,29 +39,148 @@ def weight_of(projection: nn.Linear | LoraLinear) -> Tensor:
     return torch.addmm(base, up, down, alpha=projection.scaling[ADAPTER])
 
 
-class SummedLora(LoraLinear):
-    """A projection with a LoRA as one product with the sum of the weights."""
+class SummedProjections:
+    """Projections of one input as one product with the sums of their weights.
+
+    Args:
+        members: with or without LoRA; several ones have no biases.
+    """
+
+    def __init__(self, members: Sequence[nn.Linear | LoraLinear]):
+        self.members = members
+        self.bias = _plain_layer(members[0]).bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to the members' outputs side by side, ``(..., sum of out)``."""
+        weights = [weight_of(member) for member in self.members]
+        return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0], self.bias)
+
+
+class LowRankProjections:
+    """Projections of one input as three products: of their weights W, of all A, and of all B as the blocks of a diagonal.
+
+    The members' weights become parts of one tensor, so that nothing is held twice.
+
+    Args:
+        members: with or without LoRA; several ones have no biases.
+
+    Attributes:
+        down: ``(R, in)``, all A, or None without LoRA; R is the joint rank, filled up. From :class:`LoraCopies`.
+        up: ``(sum of out, R)``, all B.
+    """
+
+    def __init__(self, members: Sequence[nn.Linear | LoraLinear]):
+        layers = [_plain_layer(member) for member in members]
+        self.members, self.bias = members, layers[0].bias
+        self.weight = layers[0].weight.detach()
+        if len(layers) > 1:
+            self.weight = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, part in zip(layers, self.weight.split([len(layer.weight) for layer in layers]), strict=True):
+                layer.weight.data = part
+        self.scale = next((m.scaling[ADAPTER] for m in members if isinstance(m, LoraLinear)), 1.0)
+        self.down: Tensor | None = None
+        self.up: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to the members' outputs side by side, ``(..., sum of out)``."""
+        rows = x.to(self.weight.dtype).reshape(-1, x.shape[-1])
+        out = F.linear(rows, self.weight, self.bias)
+        if self.down is not None:
+            out = out.addmm_(F.linear(rows, self.down), self.up.t(), alpha=self.scale)
+        return out.view(*x.shape[:-1], -1)
+
+
+class LoraCopies:
+    """The LoRA weights of a run in the precision of its products, laid out as :class:`LowRankProjections` want them.
+
+    Args:
+        groups: whose members' LoRA is copied, on one device and in one precision.
+    """
+
+    def __init__(self, groups: Sequence[LowRankProjections]):
+        self.groups = [group for group in groups if any(isinstance(m, LoraLinear) for m in group.members)]
+        self.parameters: list[nn.Parameter] = []
+        layouts = [layout for group in self.groups for layout in self._lay_out(group)]
+        self.shapes = [layout.shape for layout in layouts]
+        self.sizes = [layout.numel() for layout in layouts]
+        place, count = torch.cat([layout.flatten() for layout in layouts]), self._count
+        filled = place >= 0
+        back = torch.empty(count, dtype=torch.int32)
+        back[place[filled]] = torch.arange(len(place), dtype=torch.int32)[filled]
+        like = self.groups[0].weight
+        self.dtype, self.zero = like.dtype, torch.zeros(1, device=like.device)
+        self.source = place.masked_fill(~filled, count).to(like.device, torch.int32)  # behind all values stands a zero
+        self.back = back.to(like.device)
+
+    @property
+    def _count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def _lay_out(self, group: LowRankProjections) -> tuple[Tensor, Tensor]:
+        """Where the values of a group's ``down`` and ``up`` stand among those of all parameters; -1 for zeros."""
+        rank = sum(len(m.lora_A[ADAPTER].weight) for m in group.members if isinstance(m, LoraLinear))
+        rank = -(-rank // ALIGNMENT) * ALIGNMENT
+        down, up = torch.full((rank, group.weight.shape[1]), -1), torch.full((len(group.weight), rank), -1)
+        row = column = 0
+        for member in group.members:
+            rows = slice(row, row := row + member.out_features)
+            if isinstance(member, LoraLinear):
+                a, b = member.lora_A[ADAPTER].weight, member.lora_B[ADAPTER].weight
+                columns = slice(column, column := column + len(a))
+                for part, weight in ((down[columns], a), (up[rows, columns], b)):
+                    part.copy_(torch.arange(self._count, self._count + weight.numel()).view(weight.shape))
+                    self.parameters.append(weight)
+        return down, up
+
+    def refresh(self) -> None:
+        """Copies the weights as they are now; gradients flow back to them in float32."""
+        made = _Copy.apply(self, *self.parameters)
+        for group, down, up in zip(self.groups, made[::2], made[1::2], strict=True):
+            group.down, group.up = down, up
+
+
+class _Copy(torch.autograd.Function):
+    """Parameters to their copies by one gather, and the copies' gradients back by another."""
+
+    @staticmethod
+    def forward(ctx, copies: LoraCopies, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.copies = copies
+        flat = torch.cat([*(parameter.reshape(-1) for parameter in parameters), copies.zero])
+        parts = flat.to(copies.dtype).index_select(0, copies.source).split(copies.sizes)
+        return tuple(part.view(shape) for part, shape in zip(parts, copies.shapes, strict=True))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        copies = ctx.copies
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).index_select(0, copies.back).float()
+        parts = flat.split([parameter.numel() for parameter in copies.parameters])
+        return None, *(part.view(p.shape) for part, p in zip(parts, copies.parameters, strict=True))
+
+
+class JoinedLora(LoraLinear):
+    """A projection with a LoRA that computes as its ``joined`` says."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, weight_of(self), self.base_layer.bias)
+        return self.joined(x)
 
 
 class JoinedAttention(Attention):
-    """An attention layer whose projections of one input are one product."""
+    """An attention layer whose projections of one input are joined: ``joined`` holds one or, of cross-attention, two."""
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
     ) -> Tensor:
         """Image tokens ``(B, N, C)``, and prompts ``(B, L, D)`` in cross-attention, to ``(B, N, C)``."""
-        query, key, value = weight_of(self.to_q), weight_of(self.to_k), weight_of(self.to_v)
-        if encoder_hidden_states is None:
-            joined = [F.linear(hidden_states, torch.cat([query, key, value]))]
-        else:
-            joined = [F.linear(hidden_states, query), F.linear(encoder_hidden_states, torch.cat([key, value]))]
-        parts = [part for one in joined for part in one.split(len(query), -1)]
+        read = (hidden_states,) if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+        outputs = [group(x) for group, x in zip(self.joined, read, strict=True)]
+        parts = [part for out in outputs for part in out.split(self.inner_dim, -1)]
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         return self.to_out[1](self.to_out[0](mixed))
+
+
+def _plain_layer(projection: nn.Linear | LoraLinear) -> nn.Linear:
+    return projection.base_layer if isinstance(projection, LoraLinear) else projection
 
 
 def _plain(attn: Attention) -> bool:
@@ -67,14 +195,33 @@ def _plain(attn: Attention) -> bool:
     )
 
 
-def use_few_products(unet: UNet2DConditionModel) -> None:
-    """Changes how a U-Net computes its attention and LoRA, in place; what it holds and computes stays.
+def way_for(weight: Tensor) -> type[SummedProjections] | type[LowRankProjections]:
+    """The way of computing that suits a network's device and precision."""
+    return SummedProjections if weight.device.type == "cpu" and weight.dtype == torch.float32 else LowRankProjections
+
+
+def join_projections(network: nn.Module, way: type[SummedProjections] | type[LowRankProjections]) -> list:
+    """Changes how a network computes its attention and LoRA, in place; what it holds and computes stays.
 
     Args:
-        unet: in float32: sums of half-precision weights would lose small updates.
+        network: a U-Net or text encoder, on its device and in its precision, float32 for :class:`SummedProjections`.
+        way: of computing; :class:`LowRankProjections` need :class:`LoraCopies` of the groups, fresh for each step.
+
+    Returns:
+        The groups of projections.
     """
-    for module in unet.modules():
-        if type(module) is LoraLinear:
-            module.__class__ = SummedLora
+    groups, members = [], set()
+    for module in network.modules():
         if isinstance(module, Attention) and _plain(module):
+            query, key, value = module.to_q, module.to_k, module.to_v
+            joined = [[query], [key, value]] if module.is_cross_attention else [[query, key, value]]
+            module.joined = [way(group) for group in joined]
             module.__class__ = JoinedAttention
+            groups += module.joined
+            members |= {query, key, value}
+    for module in network.modules():
+        if type(module) is LoraLinear and module not in members:
+            module.joined = way([module])
+            module.__class__ = JoinedLora
+            groups.append(module.joined)
+    return groups

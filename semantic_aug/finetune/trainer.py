@@ -30,7 +30,6 @@ from semantic_aug.finetune.latents import LatentCache
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.finetune.optim import make_optimizer, make_schedule
 from semantic_aug.finetune.pixels import PixelCache
-from semantic_aug.finetune.projections import use_few_products
 from semantic_aug.finetune.sizes import image_sizes
 from semantic_aug.finetune.validation import save_grid, validation_grid
 from semantic_aug.prompts import TEMPLATES
@@ -105,8 +104,7 @@ class Trainer:
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         self.model.unet.to(memory_format=torch.channels_last)
-        if device.type == "cpu" and dtype == torch.float32:
-            use_few_products(self.model.unet)
+        self.model.join_projections()
         if self.config.compiled(device.type):
             self.model.compile_networks()
 

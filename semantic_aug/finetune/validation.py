@@ -38,6 +38,7 @@ def validation_grid(
     scheduler = make_scheduler(base.scheduler_config)
     shape = base.geometry.latent_shape(resolution)
     rows = []
+    model.refresh()
     with amp(), model.uncompiled():
         null = base.encode_null(resolution)
         for label in range(0, len(class_names), step):
