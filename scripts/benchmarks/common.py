@@ -50,6 +50,23 @@ def timed(call: Callable[[], object], repeat: int = 3, warmup: int = 1) -> float
     return statistics.median(seconds)
 
 
+def calls_of(step: Callable[[], object]) -> int:
+    """How often a step calls upon the device in eager mode; calls that only look at a tensor in another way are not counted."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, call, types, arguments=(), keywords=None):
+            results = call._schema.returns
+            self.count += not any(r.alias_info is not None and not r.alias_info.is_write for r in results)
+            return call(*arguments, **(keywords or {}))
+
+    with Counter() as counter:
+        step()
+    return counter.count
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -5,6 +5,9 @@ python scripts/bench.py finetune --base sd15-random --device cuda  # an SD-1.5-s
 
 Each side lives in a process of its own, so that its peak memory is its own; while one trains, the other waits. How fast a
 process is depends on where its memory happens to lie (by a tenth and more on a CPU), so there are several pairs of them.
+
+Where nothing is compiled, the calls of one more step are counted: how fast a GPU can be told what to do often is how fast
+it is.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def settings_of(args: argparse.Namespace, base: Path, folder: Path) -> FinetuneC
         "pretrained_model_name_or_path": base,
         "finetune_strategy": args.finetune_strategy,
         "output_dir": folder,
-        "max_train_steps": args.rounds * args.steps + args.warmup,
+        "max_train_steps": args.rounds * args.steps + args.warmup + 1,  # the last one to count its calls
         "resolution": args.resolution,
         "train_batch_size": args.batch_size,
         "mixed_precision": args.mixed_precision,
@@ -123,7 +126,9 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
-    pipe.send({"peak_memory_mb": round(peak)})
+    compiled = side == OURS and config.compiled(device)
+    calls = None if compiled else common.calls_of(lambda: running.steps(1))
+    pipe.send({"peak_memory_mb": round(peak), "calls_per_step": calls})
 
 
 def first_images(dataset, count: int):
@@ -237,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             side.report[memory],
             f"{side.report[memory] / port.report[memory]:.2f}",
             side.report["peak_memory_mb"],
+            side.report["calls_per_step"] or "-",
             side.report["seconds_to_ready"],
             side.report["seconds_of_warm_up"],
         ]
@@ -249,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         "static MB" if gpu else "peak MB",
         "ratio",
         "peak MB",
+        "calls/step",
         "s to ready",
         "s warm-up",
     ]

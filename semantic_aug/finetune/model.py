@@ -17,7 +17,7 @@ from semantic_aug.diffusion.base import BaseModel
 from semantic_aug.diffusion.text import Conditions, class_prompt, tokenize
 from semantic_aug.finetune.captions import Captions
 from semantic_aug.finetune.config import FinetuneConfig
-from semantic_aug.finetune.projections import LoraCopies, LowRankProjections, join_projections, way_for
+from semantic_aug.finetune.projections import LoraCopies, join_projections
 from semantic_aug.prompts import TEMPLATES
 
 
@@ -78,9 +78,8 @@ class TrainedModel(nn.Module):
 
     def join_projections(self) -> None:
         """Lets the networks, on their device and in their precision, compute attention and LoRA with few calls."""
-        way = way_for(self.unet.conv_in.weight)
-        groups = [group for network in self.networks.values() for group in join_projections(network, way)]
-        if way is LowRankProjections and self.lora_parameters:
+        groups = [group for network in self.networks.values() for group in join_projections(network)]
+        if groups:
             self._copies = LoraCopies(groups)
 
     def refresh(self) -> None:

@@ -1,13 +1,9 @@
 """The projections of networks under training, computed with few calls.
 
-Beside a frozen projection W, peft computes B (A x) call by call, and where W is in half precision it casts x, A and B each
-time. A GPU takes little longer for a step than it takes to be told what to do, and half of the calls are these. Here
-projections that read the same input are one product, and the LoRA comes in by one of two ways to the same sums:
-
-- :class:`SummedProjections`, for processors, where a product costs little more than the call: W + (alpha / r) B A is formed
-  first. Its weights are float32: sums of half-precision ones would lose small updates.
-- :class:`LowRankProjections`, for GPUs and half precision: W x + (alpha / r) B (A x), with all A and all B of one input
-  joined, from copies in the precision of W that are made once per step, together (:class:`LoraCopies`).
+Beside a frozen projection W, peft computes B (A x) projection by projection, and where W is in half precision it casts x, A
+and B each time. A GPU takes little longer for a step than it takes to be told what to do, and half of what it is told is
+this; on a processor, too, a thin product costs little more than its call. Here projections that read the same input are
+one product, and so are their A and their B; all copies of A and B that this takes are made once per step, together.
 """
 
 from __future__ import annotations
@@ -26,37 +22,7 @@ ALIGNMENT = 8
 """Joint ranks are filled up with zeros to multiples of it: tensor cores want rows of 16 bytes."""
 
 
-def weight_of(projection: nn.Linear | LoraLinear) -> Tensor:
-    """A projection's weight ``(out, in)``, with its LoRA where it has one; gradients flow to the LoRA.
-
-    Args:
-        projection: plain, or with the adapter of :func:`semantic_aug.diffusion.lora.add_lora`.
-    """
-    if not isinstance(projection, LoraLinear):
-        return projection.weight
-    base = projection.base_layer.weight
-    down, up = projection.lora_A[ADAPTER].weight, projection.lora_B[ADAPTER].weight
-    return torch.addmm(base, up, down, alpha=projection.scaling[ADAPTER])
-
-
-class SummedProjections:
-    """Projections of one input as one product with the sums of their weights.
-
-    Args:
-        members: with or without LoRA; several ones have no biases.
-    """
-
-    def __init__(self, members: Sequence[nn.Linear | LoraLinear]):
-        self.members = members
-        self.bias = _plain_layer(members[0]).bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to the members' outputs side by side, ``(..., sum of out)``."""
-        weights = [weight_of(member) for member in self.members]
-        return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0], self.bias)
-
-
-class LowRankProjections:
+class JoinedProjections:
     """Projections of one input as three products: of their weights W, of all A, and of all B as the blocks of a diagonal.
 
     The members' weights become parts of one tensor, so that nothing is held twice.
@@ -91,14 +57,14 @@ class LowRankProjections:
 
 
 class LoraCopies:
-    """The LoRA weights of a run in the precision of its products, laid out as :class:`LowRankProjections` want them.
+    """The LoRA weights of a run in the precision of its products, laid out as :class:`JoinedProjections` want them.
 
     Args:
-        groups: whose members' LoRA is copied, on one device and in one precision.
+        groups: at least one, all of them with LoRA, on one device and in one precision.
     """
 
-    def __init__(self, groups: Sequence[LowRankProjections]):
-        self.groups = [group for group in groups if any(isinstance(m, LoraLinear) for m in group.members)]
+    def __init__(self, groups: Sequence[JoinedProjections]):
+        self.groups = groups
         self.parameters: list[nn.Parameter] = []
         layouts = [layout for group in self.groups for layout in self._lay_out(group)]
         self.shapes = [layout.shape for layout in layouts]
@@ -116,7 +82,7 @@ class LoraCopies:
     def _count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def _lay_out(self, group: LowRankProjections) -> tuple[Tensor, Tensor]:
+    def _lay_out(self, group: JoinedProjections) -> tuple[Tensor, Tensor]:
         """Where the values of a group's ``down`` and ``up`` stand among those of all parameters; -1 for zeros."""
         rank = sum(len(m.lora_A[ADAPTER].weight) for m in group.members if isinstance(m, LoraLinear))
         rank = -(-rank // ALIGNMENT) * ALIGNMENT
@@ -195,33 +161,27 @@ def _plain(attn: Attention) -> bool:
     )
 
 
-def way_for(weight: Tensor) -> type[SummedProjections] | type[LowRankProjections]:
-    """The way of computing that suits a network's device and precision."""
-    return SummedProjections if weight.device.type == "cpu" and weight.dtype == torch.float32 else LowRankProjections
-
-
-def join_projections(network: nn.Module, way: type[SummedProjections] | type[LowRankProjections]) -> list:
+def join_projections(network: nn.Module) -> list[JoinedProjections]:
     """Changes how a network computes its attention and LoRA, in place; what it holds and computes stays.
 
     Args:
-        network: a U-Net or text encoder, on its device and in its precision, float32 for :class:`SummedProjections`.
-        way: of computing; :class:`LowRankProjections` need :class:`LoraCopies` of the groups, fresh for each step.
+        network: a U-Net or text encoder, on its device and in its precision.
 
     Returns:
-        The groups of projections.
+        The groups of projections with LoRA; they need :class:`LoraCopies`, fresh for each step.
     """
     groups, members = [], set()
     for module in network.modules():
         if isinstance(module, Attention) and _plain(module):
             query, key, value = module.to_q, module.to_k, module.to_v
             joined = [[query], [key, value]] if module.is_cross_attention else [[query, key, value]]
-            module.joined = [way(group) for group in joined]
+            module.joined = [JoinedProjections(group) for group in joined]
             module.__class__ = JoinedAttention
             groups += module.joined
             members |= {query, key, value}
     for module in network.modules():
         if type(module) is LoraLinear and module not in members:
-            module.joined = way([module])
+            module.joined = JoinedProjections([module])
             module.__class__ = JoinedLora
             groups.append(module.joined)
-    return groups
+    return [group for group in groups if any(isinstance(member, LoraLinear) for member in group.members)]
