@@ -309,6 +309,18 @@ def test_half_precision_takes_half_of_the_calls_and_is_as_exact(bases, family, m
     assert error < 1.5 * plain_error < 0.2  # rounding, no more (the ratio is 0.5 to 1.3 on other weights)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_changes_no_step(tiny_base, image_folder, tmp_path, precision):
+    losses = []
+    for name, changes in (("kept", {}), ("again", {"gradient_checkpointing": True})):
+        changes |= {"mixed_precision": precision, "gradient_accumulation_steps": 2}
+        running = make_trainer(tiny_base, image_folder, tmp_path / name, **changes)
+        losses.append([float(running.optimizer_step()[0]) for _ in range(3)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert running.model.unet.is_gradient_checkpointing
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
 @pytest.mark.parametrize("targets", [("proj_in",), ("proj_in", "to_v")])
 def test_convolutions_may_have_a_lora(tiny_base, image_folder, tmp_path, targets):
     """Which peft computes itself."""
