@@ -261,9 +261,17 @@ def bytes_held(network) -> int:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize(("targets", "alpha"), [(lora.TARGETS, None), (("to_q", "to_v", "ff.net.2"), 8)])
-def test_joined_projections_are_pefts_own_in_another_order(bases, family, targets, alpha):
-    base = base_with_lora(bases[family], 4, alpha, targets)
+@pytest.mark.parametrize(
+    ("targets", "rank", "alpha"),
+    [
+        (lora.TARGETS, 4, None),
+        (("to_q", "to_v", "ff.net.2"), 4, 8),
+        (lora.TARGETS, 48, None),  # three are more than are joined, two are not
+        (lora.TARGETS, 72, 9),
+    ],
+)
+def test_joined_projections_are_pefts_own_in_another_order(bases, family, targets, rank, alpha):
+    base = base_with_lora(bases[family], rank, alpha, targets)
     names, held = set(base.unet.state_dict()), bytes_held(base.unet)
     plain, plain_gradients = random_call(base)
     groups = join(base.unet)
@@ -277,6 +285,7 @@ def test_joined_projections_are_pefts_own_in_another_order(bases, family, target
         assert float((one - other).norm() / other.norm()) < 1e-4
     assert set(base.unet.state_dict()) == names  # what is saved has its names still
     assert bytes_held(base.unet) == held
+    assert (projections.LoraCopies(groups).source is None) == (rank == 72)  # nothing to gather where none are joined
 
 
 def in_half_precision(base):

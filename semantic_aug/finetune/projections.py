@@ -21,6 +21,9 @@ from semantic_aug.diffusion.lora import ADAPTER
 ALIGNMENT = 8
 """Joint ranks are filled up with zeros to multiples of it: tensor cores want rows of 16 bytes."""
 
+MAX_JOINT_RANK = 128
+"""Beyond it the zeros between joined B cost more memory and time than the calls are worth."""
+
 
 class JoinedProjections:
     """Projections of one input as three products: of their weights W, of all A, and of all B as the blocks of a diagonal.
@@ -75,8 +78,10 @@ class LoraCopies:
         back[place[filled]] = torch.arange(len(place), dtype=torch.int32)[filled]
         like = self.groups[0].weight
         self.dtype, self.zero = like.dtype, torch.zeros(1, device=like.device)
-        self.source = place.masked_fill(~filled, count).to(like.device, torch.int32)  # behind all values stands a zero
-        self.back = back.to(like.device)
+        self.source = self.back = None
+        if not torch.equal(back, place):  # large ranks: everything stands where it stood
+            self.source = place.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
+            self.back = back.to(like.device)
 
     @property
     def _count(self) -> int:
@@ -84,9 +89,11 @@ class LoraCopies:
 
     def _lay_out(self, group: JoinedProjections) -> tuple[Tensor, Tensor]:
         """Where the values of a group's ``down`` and ``up`` stand among those of all parameters; -1 for zeros."""
-        rank = sum(len(m.lora_A[ADAPTER].weight) for m in group.members if isinstance(m, LoraLinear))
-        rank = -(-rank // ALIGNMENT) * ALIGNMENT
-        down, up = torch.full((rank, group.weight.shape[1]), -1), torch.full((len(group.weight), rank), -1)
+        rank = -(-_joint_rank(group.members) // ALIGNMENT) * ALIGNMENT
+        down, up = (
+            torch.full(shape, -1, dtype=torch.int32)
+            for shape in ((rank, group.weight.shape[1]), (len(group.weight), rank))
+        )
         row = column = 0
         for member in group.members:
             rows = slice(row, row := row + member.out_features)
@@ -111,15 +118,20 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, copies: LoraCopies, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.copies = copies
-        flat = torch.cat([*(parameter.reshape(-1) for parameter in parameters), copies.zero])
-        parts = flat.to(copies.dtype).index_select(0, copies.source).split(copies.sizes)
-        return tuple(part.view(shape) for part, shape in zip(parts, copies.shapes, strict=True))
+        flat = [parameter.reshape(-1) for parameter in parameters]
+        if copies.source is None:
+            made = torch.cat(flat).to(copies.dtype)
+        else:
+            made = torch.cat([*flat, copies.zero]).to(copies.dtype).index_select(0, copies.source)
+        return tuple(part.view(shape) for part, shape in zip(made.split(copies.sizes), copies.shapes, strict=True))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         copies = ctx.copies
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).index_select(0, copies.back).float()
-        parts = flat.split([parameter.numel() for parameter in copies.parameters])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        if copies.back is not None:
+            flat = flat.index_select(0, copies.back)
+        parts = flat.float().split([parameter.numel() for parameter in copies.parameters])
         return None, *(part.view(p.shape) for part, p in zip(parts, copies.parameters, strict=True))
 
 
@@ -131,18 +143,32 @@ class JoinedLora(LoraLinear):
 
 
 class JoinedAttention(Attention):
-    """An attention layer whose projections of one input are joined: ``joined`` holds one or, of cross-attention, two."""
+    """An attention layer whose projections of one input are joined.
+
+    Attributes:
+        joined: those of the image tokens, then (in cross-attention) those of the prompts; together query, key and value.
+    """
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
     ) -> Tensor:
         """Image tokens ``(B, N, C)``, and prompts ``(B, L, D)`` in cross-attention, to ``(B, N, C)``."""
-        read = (hidden_states,) if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
-        outputs = [group(x) for group, x in zip(self.joined, read, strict=True)]
+        of_image, of_prompts = self.joined
+        outputs = [group(hidden_states) for group in of_image] + [group(encoder_hidden_states) for group in of_prompts]
         parts = [part for out in outputs for part in out.split(self.inner_dim, -1)]
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         return self.to_out[1](self.to_out[0](mixed))
+
+
+def _joint_rank(members: Sequence[nn.Linear | LoraLinear]) -> int:
+    return sum(len(member.lora_A[ADAPTER].weight) for member in members if isinstance(member, LoraLinear))
+
+
+def _join(members: Sequence[nn.Linear | LoraLinear]) -> list[JoinedProjections]:
+    """Projections of one input as one group, or each by itself where the rank is large."""
+    apart = _joint_rank(members) > MAX_JOINT_RANK
+    return [JoinedProjections([member]) for member in members] if apart else [JoinedProjections(members)]
 
 
 def _plain_layer(projection: nn.Linear | LoraLinear) -> nn.Linear:
@@ -173,12 +199,11 @@ def join_projections(network: nn.Module) -> list[JoinedProjections]:
     groups, members = [], set()
     for module in network.modules():
         if isinstance(module, Attention) and _plain(module):
-            query, key, value = module.to_q, module.to_k, module.to_v
-            joined = [[query], [key, value]] if module.is_cross_attention else [[query, key, value]]
-            module.joined = [JoinedProjections(group) for group in joined]
+            query, *rest = own = module.to_q, module.to_k, module.to_v
+            module.joined = (_join([query]), _join(rest)) if module.is_cross_attention else (_join(own), [])
             module.__class__ = JoinedAttention
-            groups += module.joined
-            members |= {query, key, value}
+            groups += [*module.joined[0], *module.joined[1]]
+            members |= set(own)
     for module in network.modules():
         if type(module) is LoraLinear and module not in members:
             module.joined = JoinedProjections([module])
