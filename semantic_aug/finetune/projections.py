@@ -69,10 +69,11 @@ class LoraCopies:
     def __init__(self, groups: Sequence[JoinedProjections]):
         self.groups = groups
         self.parameters: list[nn.Parameter] = []
+        self.counts: list[int] = []
         layouts = [layout for group in self.groups for layout in self._lay_out(group)]
         self.shapes = [layout.shape for layout in layouts]
         self.sizes = [layout.numel() for layout in layouts]
-        place, count = torch.cat([layout.flatten() for layout in layouts]), self._count
+        place, count = torch.cat([layout.flatten() for layout in layouts]), sum(self.counts)
         filled = place >= 0
         back = torch.empty(count, dtype=torch.int32)
         back[place[filled]] = torch.arange(len(place), dtype=torch.int32)[filled]
@@ -82,10 +83,6 @@ class LoraCopies:
         if not torch.equal(back, place):  # large ranks: everything stands where it stood
             self.source = place.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
             self.back = back.to(like.device)
-
-    @property
-    def _count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
 
     def _lay_out(self, group: JoinedProjections) -> tuple[Tensor, Tensor]:
         """Where the values of a group's ``down`` and ``up`` stand among those of all parameters; -1 for zeros."""
@@ -101,8 +98,9 @@ class LoraCopies:
                 a, b = member.lora_A[ADAPTER].weight, member.lora_B[ADAPTER].weight
                 columns = slice(column, column := column + len(a))
                 for part, weight in ((down[columns], a), (up[rows, columns], b)):
-                    part.copy_(torch.arange(self._count, self._count + weight.numel()).view(weight.shape))
+                    part.copy_(torch.arange(weight.numel()).view(weight.shape) + sum(self.counts))
                     self.parameters.append(weight)
+                    self.counts.append(weight.numel())
         return down, up
 
     def refresh(self) -> None:
@@ -131,7 +129,7 @@ class _Copy(torch.autograd.Function):
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         if copies.back is not None:
             flat = flat.index_select(0, copies.back)
-        parts = flat.float().split([parameter.numel() for parameter in copies.parameters])
+        parts = flat.float().split(copies.counts)
         return None, *(part.view(p.shape) for part, p in zip(parts, copies.parameters, strict=True))
 
 
@@ -209,4 +207,4 @@ def join_projections(network: nn.Module) -> list[JoinedProjections]:
             module.joined = JoinedProjections([module])
             module.__class__ = JoinedLora
             groups.append(module.joined)
-    return [group for group in groups if any(isinstance(member, LoraLinear) for member in group.members)]
+    return [group for group in groups if _joint_rank(group.members)]

@@ -240,8 +240,7 @@ class Trainer:
         conditions = self.model.conditions(self.labels[draw.index], draw.template, captions, sizes)
         conditions = {name: self._moved(value) for name, value in conditions.items()}
         dtype = DTYPES[self.config.mixed_precision]
-        with self.accelerator.autocast():
-            predicted = self._wrapped(noisy.to(dtype), timesteps, conditions)
+        predicted = self._wrapped(noisy.to(dtype), timesteps, conditions)
         weights = None
         if self.config.snr_gamma is not None:
             weights = losses.min_snr_weights(timesteps, self.alphas, self.config.snr_gamma, self.prediction_type)
