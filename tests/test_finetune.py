@@ -182,6 +182,7 @@ def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_f
     )
     assert len(one) == len(first) == len(second) == 4
     assert all(any(part in name for name in one[0]) for part in ("lora_A", "lora_B", "vectors"))
+    assert all((one[3][name] != values).any() for name, values in one[0].items())
     for alone, a, b in zip(one, first, second, strict=True):
         assert alone.keys() == a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)

@@ -152,6 +152,17 @@ def test_a_checkpoint_deleted_by_half_is_not_taken_for_whole(tmp_path, monkeypat
     assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_an_optimiser_of_other_parameters_is_not_taken(tiny_base, image_folder, tmp_path):
+    make_trainer(tiny_base, image_folder, tmp_path / "run", max_train_steps=1, checkpointing_steps=1).train()
+    path = tmp_path / "run" / "checkpoint-1" / checkpoints.STATE_FILE
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][0]["params"] += [7, 8]
+    torch.save(state, path)
+    again = make_trainer(tiny_base, image_folder, tmp_path / "run", max_train_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="an optimiser of other parameters"):
+        again.train()
+
+
 def test_random_crops_are_cut_from_the_whole_image_and_encoded_as_a_batch(tiny_base, image_folder, tmp_path):
     vae, table = load_base(str(tiny_base)).vae, load_dataset(f"folder:{image_folder}").train
     alone = PixelCache(table, tmp_path / "one", vae, tiny.RESOLUTION)
@@ -196,13 +207,13 @@ def test_class_names_are_encoded_once(tiny_base, image_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_compiled_networks_train_alike(tiny_base, image_folder, tmp_path, monkeypatch, precision):
-    compiler, graphs = torch.compile, []  # its tracing, without minutes of C++
+    compiler, graphs = torch.compile, []  # its tracing and guards, without minutes of C++
 
-    def backend(graph, _):
+    def backend(graph, _, options):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda call, **options: compiler(call, backend=backend, **options))
+    monkeypatch.setattr(torch, "compile", lambda call, **arguments: compiler(call, backend=backend, **arguments))
     plain, compiled = (
         make_trainer(
             tiny_base,

@@ -13,9 +13,8 @@ from semantic_aug.diffusion.text import Conditions
 from semantic_aug.finetune import projections
 
 
-def random_call(base, dtype=torch.float32):
-    """A U-Net's step on random inputs: its prediction, and the gradients of what it is told and of its LoRA."""
-    parameters = [p for p in base.unet.parameters() if p.requires_grad]
+def random_call(base, parameters, dtype=torch.float32):
+    """A U-Net's step on random inputs: its prediction, and the gradients of what it is told and of parameters."""
     rng = torch.Generator().manual_seed(0)
     count, channels, side = 3, base.unet.config.in_channels, 8
     noisy = torch.randn(count, channels, side, side, generator=rng).to(dtype)
@@ -30,17 +29,25 @@ def random_call(base, dtype=torch.float32):
 
 
 def base_with_lora(folder, rank=4, alpha=None, targets=lora.TARGETS):
-    """A base model whose U-Net has a LoRA that changes it."""
+    """A base model whose U-Net has a LoRA that changes it, and that LoRA's parameters."""
     base, rng = load_base(str(folder)), torch.Generator().manual_seed(1)
-    for parameter in lora.add_lora(base.unet, rank, alpha, targets):
+    parameters = lora.add_lora(base.unet, rank, alpha, targets)
+    for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.3, generator=rng)
-    return base
+    return base, parameters
 
 
 def join(unet):
-    groups = projections.join_projections(unet)
-    projections.LoraCopies(groups).refresh()
-    return groups
+    flat = projections.FlatLora(projections.join_projections(unet))
+    flat.refresh()
+    return flat
+
+
+def joined_call(base, flat, parameters, dtype=torch.float32):
+    """:func:`random_call` with the gradient of the one tensor taken apart into those of the parameters in it."""
+    out, (told, gradient) = random_call(base, [flat.values], dtype)
+    places = [slice(p.storage_offset(), p.storage_offset() + p.numel()) for p in parameters]
+    return out, (told, *(gradient[place].view(p.shape) for place, p in zip(places, parameters, strict=True)))
 
 
 def bytes_held(network) -> int:
@@ -58,21 +65,22 @@ def bytes_held(network) -> int:
     ],
 )
 def test_joined_projections_are_pefts_own_in_another_order(bases, family, targets, rank, alpha):
-    base = base_with_lora(bases[family], rank, alpha, targets)
+    base, parameters = base_with_lora(bases[family], rank, alpha, targets)
     names, held = set(base.unet.state_dict()), bytes_held(base.unet)
-    plain, plain_gradients = random_call(base)
-    groups = join(base.unet)
-    ours, gradients = random_call(base)
-    parameters = [p for p in base.unet.parameters() if p.requires_grad]
-    adapted = [m for group in groups for m in group.members if hasattr(m, "lora_A")]
-    assert len(adapted) * 2 == len(parameters)
+    plain, plain_gradients = random_call(base, parameters)
+    flat = join(base.unet)
+    ours, gradients = joined_call(base, flat, parameters)
+    assert sum(p.numel() for p in parameters) == len(flat.values)
     assert any(isinstance(m, projections.JoinedAttention) for m in base.unet.modules())
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
     for one, other in zip(gradients, plain_gradients, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-4
     assert set(base.unet.state_dict()) == names  # what is saved has its names still
     assert bytes_held(base.unet) == held
-    assert (projections.LoraCopies(groups).source is None) == (rank == 72)  # nothing to gather where none are joined
+    assert (flat.source is None) == (rank == 72)  # nothing to gather where none are joined
+    with torch.no_grad():
+        flat.values.zero_()
+    assert not any(p.any() for p in parameters)  # what is trained is what is saved
 
 
 def in_half_precision(base):
@@ -87,15 +95,16 @@ def test_half_precision_takes_half_of_the_calls_and_is_as_exact(bases, family, m
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from benchmarks.common import calls_of
 
-    _, wanted = random_call(base_with_lora(bases[family]))
+    _, wanted = random_call(*base_with_lora(bases[family]))
     found = {}
     for joined in (False, True):
-        base = in_half_precision(base_with_lora(bases[family]))
+        base, parameters = base_with_lora(bases[family])
+        call = partial(random_call, in_half_precision(base), parameters, torch.bfloat16)
         if joined:
-            join(base.unet)
+            call = partial(joined_call, base, join(base.unet), parameters, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16, enabled=not joined):
-            _, gradients = random_call(base, torch.bfloat16)
-            calls = calls_of(partial(random_call, base, torch.bfloat16))
+            _, gradients = call()
+            calls = calls_of(call)
         errors = [
             float((one.float() - other).norm() / other.norm()) for one, other in zip(gradients, wanted, strict=True)
         ]

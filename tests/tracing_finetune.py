@@ -11,13 +11,15 @@ import train_lora  # noqa: E402
 from semantic_aug.errors import run_main  # noqa: E402
 from semantic_aug.finetune import trainer  # noqa: E402
 
+TRAINED = "lora_A", "lora_B", "vectors"
 plain_step, plain_train, trace = trainer.Trainer.optimizer_step, trainer.Trainer.train, []
 
 
 def optimizer_step(self):
-    """The step, and a copy of the trained parameters after it."""
+    """The step, and a copy of what it trained."""
     out = plain_step(self)
-    trace.append({n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad})
+    weights = {n: p for n, p in self.model.named_parameters() if any(part in n for part in TRAINED)}
+    trace.append({n: p.detach().clone() for n, p in weights.items()})
     return out
 
 

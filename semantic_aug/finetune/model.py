@@ -17,8 +17,13 @@ from semantic_aug.diffusion.base import BaseModel
 from semantic_aug.diffusion.text import Conditions, class_prompt, tokenize
 from semantic_aug.finetune.captions import Captions
 from semantic_aug.finetune.config import FinetuneConfig
-from semantic_aug.finetune.projections import LoraCopies, join_projections
+from semantic_aug.finetune.projections import FlatLora, join_projections
 from semantic_aug.prompts import TEMPLATES
+
+
+def compile_options() -> dict:
+    """What need not be asked again at every step, for networks that stay as they are and batches of one size."""
+    return {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False}
 
 
 class TrainedModel(nn.Module):
@@ -54,7 +59,7 @@ class TrainedModel(nn.Module):
         self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
         self._encoded: dict[int, Conditions] = {}
         self._compiled = False
-        self._copies: LoraCopies | None = None
+        self.flat_lora: FlatLora | None = None
 
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):  # peft draws the first values from the global generator
@@ -73,19 +78,24 @@ class TrainedModel(nn.Module):
     def compile_networks(self) -> None:
         """Compiles the U-Net and, where anything in them trains, the text encoders for batches of one size."""
         for network in (self.unet, *(self.text_encoders if self.trains_text else ())):
-            network.compile(dynamic=False)
+            network.compile(dynamic=False, options=compile_options())
         self._compiled = True
 
     def join_projections(self) -> None:
-        """Lets the networks, on their device and in their precision, compute attention and LoRA with few calls."""
+        """Lets the networks, on their device and in their precision, compute attention and LoRA with few calls.
+
+        Most of ``lora_parameters`` become one: what is done to parameters at every step takes its time for each of them.
+        """
         groups = [group for network in self.networks.values() for group in join_projections(network)]
         if groups:
-            self._copies = LoraCopies(groups)
+            self.flat_lora = FlatLora(groups)
+            apart = [parameter for parameter in self.lora_parameters if parameter.requires_grad]  # of convolutions
+            self.lora_parameters = [self.flat_lora.values, *apart]
 
     def refresh(self) -> None:
         """Lets the networks see the LoRA as it is now; :meth:`forward` does so by itself."""
-        if self._copies is not None:
-            self._copies.refresh()
+        if self.flat_lora is not None:
+            self.flat_lora.refresh()
 
     def uncompiled(self) -> AbstractContextManager:
         """A context in which the networks run as they are, for batches of other sizes than the training's."""

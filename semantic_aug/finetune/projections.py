@@ -3,7 +3,8 @@
 Beside a frozen projection W, peft computes B (A x) projection by projection, and where W is in half precision it casts x, A
 and B each time. A GPU takes little longer for a step than it takes to be told what to do, and half of what it is told is
 this; on a processor, too, a thin product costs little more than its call. Here projections that read the same input are
-one product, and so are their A and their B; all copies of A and B that this takes are made once per step, together.
+one product, and so are their A and their B; all A and B are one trained tensor, of which the copies that this takes are made
+once per step, together.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class JoinedProjections:
         members: with or without LoRA; several ones have no biases.
 
     Attributes:
-        down: ``(R, in)``, all A, or None without LoRA; R is the joint rank, filled up. From :class:`LoraCopies`.
+        down: ``(R, in)``, all A, or None without LoRA; R is the joint rank, filled up. From :class:`FlatLora`.
         up: ``(sum of out, R)``, all B.
     """
 
@@ -59,78 +60,87 @@ class JoinedProjections:
         return out.view(*x.shape[:-1], -1)
 
 
-class LoraCopies:
-    """The LoRA weights of a run in the precision of its products, laid out as :class:`JoinedProjections` want them.
+class FlatLora(nn.Module):
+    """The LoRA of all joined projections as one trained tensor, whose copies lie as :class:`JoinedProjections` want them.
+
+    What is done to every parameter at every step (copy, gradient, norm, optimiser) is done to one. The members' A and B
+    become parts of it, so that they can be saved and loaded as before, and are not trained themselves any more.
 
     Args:
         groups: at least one, all of them with LoRA, on one device and in one precision.
+
+    Attributes:
+        values: float32 ``(N,)``, of each member in turn A and B.
     """
 
     def __init__(self, groups: Sequence[JoinedProjections]):
+        super().__init__()
         self.groups = groups
-        self.parameters: list[nn.Parameter] = []
-        self.counts: list[int] = []
-        layouts = [layout for group in self.groups for layout in self._lay_out(group)]
+        weights = [w for group in groups for member in group.members for w in _lora_weights(member)]
+        self.values = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+        parts = self.values.detach().split([weight.numel() for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.data = part.view(weight.shape)
+            weight.requires_grad_(False)
+        layouts = [layout for group in groups for layout in _lay_out(group)]
         self.shapes = [layout.shape for layout in layouts]
         self.sizes = [layout.numel() for layout in layouts]
-        place, count = torch.cat([layout.flatten() for layout in layouts]), sum(self.counts)
+        place, count = torch.cat([layout.flatten() for layout in layouts]), len(self.values)
         filled = place >= 0
         back = torch.empty(count, dtype=torch.int32)
         back[place[filled]] = torch.arange(len(place), dtype=torch.int32)[filled]
-        like = self.groups[0].weight
-        self.dtype, self.zero = like.dtype, torch.zeros(1, device=like.device)
+        like = groups[0].weight
+        self.dtype, self.zero = like.dtype, torch.zeros(1, dtype=like.dtype, device=like.device)
         self.source = self.back = None
         if not torch.equal(back, place):  # large ranks: everything stands where it stood
             self.source = place.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
             self.back = back.to(like.device)
 
-    def _lay_out(self, group: JoinedProjections) -> tuple[Tensor, Tensor]:
-        """Where the values of a group's ``down`` and ``up`` stand among those of all parameters; -1 for zeros."""
-        rank = -(-_joint_rank(group.members) // ALIGNMENT) * ALIGNMENT
-        down, up = (
-            torch.full(shape, -1, dtype=torch.int32)
-            for shape in ((rank, group.weight.shape[1]), (len(group.weight), rank))
-        )
-        row = column = 0
-        for member in group.members:
-            rows = slice(row, row := row + member.out_features)
-            if isinstance(member, LoraLinear):
-                a, b = member.lora_A[ADAPTER].weight, member.lora_B[ADAPTER].weight
-                columns = slice(column, column := column + len(a))
-                for part, weight in ((down[columns], a), (up[rows, columns], b)):
-                    part.copy_(torch.arange(weight.numel()).view(weight.shape) + sum(self.counts))
-                    self.parameters.append(weight)
-                    self.counts.append(weight.numel())
-        return down, up
-
     def refresh(self) -> None:
-        """Copies the weights as they are now; gradients flow back to them in float32."""
-        made = _Copy.apply(self, *self.parameters)
+        """Copies the values as they are now; gradients flow back to them in float32."""
+        made = _Copy.apply(self, self.values)
         for group, down, up in zip(self.groups, made[::2], made[1::2], strict=True):
             group.down, group.up = down, up
 
 
 class _Copy(torch.autograd.Function):
-    """Parameters to their copies by one gather, and the copies' gradients back by another."""
+    """Values to their copies by one gather, and the copies' gradients back by another."""
 
     @staticmethod
-    def forward(ctx, copies: LoraCopies, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.copies = copies
-        flat = [parameter.reshape(-1) for parameter in parameters]
-        if copies.source is None:
-            made = torch.cat(flat).to(copies.dtype)
-        else:
-            made = torch.cat([*flat, copies.zero]).to(copies.dtype).index_select(0, copies.source)
-        return tuple(part.view(shape) for part, shape in zip(made.split(copies.sizes), copies.shapes, strict=True))
+    def forward(ctx, flat: FlatLora, values: Tensor) -> tuple[Tensor, ...]:
+        ctx.flat = flat
+        made = values.to(flat.dtype, copy=True)
+        if flat.source is not None:
+            made = torch.cat([made, flat.zero]).index_select(0, flat.source)
+        return tuple(part.view(shape) for part, shape in zip(made.split(flat.sizes), flat.shapes, strict=True))
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        copies = ctx.copies
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        if copies.back is not None:
-            flat = flat.index_select(0, copies.back)
-        parts = flat.float().split(copies.counts)
-        return None, *(part.view(p.shape) for part, p in zip(parts, copies.parameters, strict=True))
+    def backward(ctx, *gradients: Tensor) -> tuple[None, Tensor]:
+        found = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        if ctx.flat.back is not None:
+            found = found.index_select(0, ctx.flat.back)
+        return None, found.float()
+
+
+def _lora_weights(member: nn.Linear | LoraLinear) -> list[nn.Parameter]:
+    """A and B of a projection, nothing without LoRA."""
+    return [member.lora_A[ADAPTER].weight, member.lora_B[ADAPTER].weight] if isinstance(member, LoraLinear) else []
+
+
+def _lay_out(group: JoinedProjections) -> tuple[Tensor, Tensor]:
+    """Where the values of a group's ``down`` and ``up`` stand among those of :class:`FlatLora`; -1 for zeros."""
+    rank = -(-_joint_rank(group.members) // ALIGNMENT) * ALIGNMENT
+    down, up = (
+        torch.full(shape, -1, dtype=torch.int32) for shape in ((rank, group.weight.shape[1]), (len(group.weight), rank))
+    )
+    row = column = 0
+    for member in group.members:
+        rows = slice(row, row := row + member.out_features)
+        if weights := _lora_weights(member):
+            columns = slice(column, column := column + len(weights[0]))
+            for part, weight in zip((down[columns], up[rows, columns]), weights, strict=True):
+                part.copy_(torch.arange(weight.numel()).view(weight.shape) + weight.storage_offset())
+    return down, up
 
 
 class JoinedLora(LoraLinear):
@@ -160,7 +170,7 @@ class JoinedAttention(Attention):
 
 
 def _joint_rank(members: Sequence[nn.Linear | LoraLinear]) -> int:
-    return sum(len(member.lora_A[ADAPTER].weight) for member in members if isinstance(member, LoraLinear))
+    return sum(len(weights[0]) for member in members if (weights := _lora_weights(member)))
 
 
 def _join(members: Sequence[nn.Linear | LoraLinear]) -> list[JoinedProjections]:
@@ -192,7 +202,7 @@ def join_projections(network: nn.Module) -> list[JoinedProjections]:
         network: a U-Net or text encoder, on its device and in its precision.
 
     Returns:
-        The groups of projections with LoRA; they need :class:`LoraCopies`, fresh for each step.
+        The groups of projections with LoRA; they need a :class:`FlatLora`, refreshed for each step.
     """
     groups, members = [], set()
     for module in network.modules():

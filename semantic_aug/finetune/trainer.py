@@ -134,7 +134,9 @@ class Trainer:
 
     def prepare(self) -> None:
         """Wraps what :meth:`optimizer_step` runs for mixed precision and several processes."""
-        self._wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        # the model is where it should be; what copies its tensors would part those that are parts of others
+        placed = self.accelerator.prepare(self.model, self.optimizer, device_placement=[False, True])
+        self._wrapped, self._stepper = placed
         if self._scaler_state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
 
@@ -269,7 +271,13 @@ class Trainer:
                 f"{self.effective_batch} (--train_batch_size x --gradient_accumulation_steps x processes)"
             )
         checkpoints.load_weights(self.model, folder)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError:
+            raise UserError(
+                f"{folder} holds an optimiser of other parameters, of another version of this program or with other "
+                "settings: it cannot be gone on with"
+            ) from None
         self.schedule.load_state_dict(state["schedule"])
         self.step, self._scaler_state = state["step"], state["scaler"]
         log.info("resuming from %s", folder)
