@@ -81,6 +81,10 @@ def test_joined_projections_are_pefts_own_in_another_order(bases, family, target
     with torch.no_grad():
         flat.values.zero_()
     assert not any(p.any() for p in parameters)  # what is trained is what is saved
+    places = [group.down.data_ptr() for group in flat.groups]
+    flat.refresh()
+    assert not any(group.down.any() or group.up.any() for group in flat.groups)
+    assert [group.down.data_ptr() for group in flat.groups] == places
 
 
 def in_half_precision(base):

@@ -90,7 +90,8 @@ class FlatLora(nn.Module):
         back = torch.empty(count, dtype=torch.int32)
         back[place[filled]] = torch.arange(len(place), dtype=torch.int32)[filled]
         like = groups[0].weight
-        self.dtype, self.zero = like.dtype, torch.zeros(1, dtype=like.dtype, device=like.device)
+        self.copies = like.new_empty(len(place))  # made anew in the same place: graphs of a GPU remember addresses
+        self.zero = like.new_zeros(1)
         self.source = self.back = None
         if not torch.equal(back, place):  # large ranks: everything stands where it stood
             self.source = place.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
@@ -109,10 +110,11 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flat: FlatLora, values: Tensor) -> tuple[Tensor, ...]:
         ctx.flat = flat
-        made = values.to(flat.dtype, copy=True)
-        if flat.source is not None:
-            made = torch.cat([made, flat.zero]).index_select(0, flat.source)
-        return tuple(part.view(shape) for part, shape in zip(made.split(flat.sizes), flat.shapes, strict=True))
+        if flat.source is None:
+            flat.copies.copy_(values)
+        else:
+            torch.index_select(torch.cat([values.to(flat.zero.dtype), flat.zero]), 0, flat.source, out=flat.copies)
+        return tuple(part.view(shape) for part, shape in zip(flat.copies.split(flat.sizes), flat.shapes, strict=True))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[None, Tensor]:
