@@ -204,16 +204,38 @@ def test_class_names_are_encoded_once(tiny_base, image_folder, tmp_path):
     assert calls == [1] and not first.requires_grad
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_compiled_networks_train_alike(tiny_base, image_folder, tmp_path, monkeypatch, precision):
-    compiler, graphs = torch.compile, []  # its tracing and guards, without minutes of C++
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """What is traced for compiling, which is then not compiled: that would be minutes of C++."""
+    compiler, traced = torch.compile, []
 
     def backend(graph, _, options):
-        graphs.append(graph)
+        traced.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda call, **arguments: compiler(call, backend=backend, **arguments))
+    return traced
+
+
+@pytest.mark.slow
+def test_compiled_runs_in_one_process_are_not_taken_for_each_other(tiny_base, image_folder, tmp_path, graphs):
+    """What was compiled is soon taken unchecked."""
+    losses = {}
+    for mode in ("off", "on"):
+        folders = {alpha: tmp_path / f"{mode}-{alpha}" for alpha in (2, 64)}
+        runs = [
+            make_trainer(tiny_base, image_folder, folder, compile=mode, lora_alpha=alpha)
+            for alpha, folder in folders.items()
+        ]
+        losses[mode] = [float(running.optimizer_step()[0]) for _ in range(5) for running in runs]
+    assert len(graphs) >= 3  # two U-Nets; the text encoders are alike
+    assert losses["on"] == pytest.approx(losses["off"], abs=1e-4)
+    assert abs(losses["on"][-1] - losses["on"][-2]) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_compiled_networks_train_alike(tiny_base, image_folder, tmp_path, graphs, precision):
     plain, compiled = (
         make_trainer(
             tiny_base,

@@ -21,9 +21,8 @@ from semantic_aug.finetune.projections import FlatLora, join_projections
 from semantic_aug.prompts import TEMPLATES
 
 
-def compile_options() -> dict:
-    """What need not be asked again at every step, for networks that stay as they are and batches of one size."""
-    return {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False}
+WARM_UP_CALLS = 2
+"""So many steps of a compiled run are checked for whether what was compiled fits."""
 
 
 class TrainedModel(nn.Module):
@@ -58,7 +57,7 @@ class TrainedModel(nn.Module):
         self.class_prompts = len(prompts)
         self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
         self._encoded: dict[int, Conditions] = {}
-        self._compiled = False
+        self._compiled, self._calls = False, 0
         self.flat_lora: FlatLora | None = None
 
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
@@ -78,7 +77,7 @@ class TrainedModel(nn.Module):
     def compile_networks(self) -> None:
         """Compiles the U-Net and, where anything in them trains, the text encoders for batches of one size."""
         for network in (self.unet, *(self.text_encoders if self.trains_text else ())):
-            network.compile(dynamic=False, options=compile_options())
+            network.compile(dynamic=False, options={"size_asserts": False})
         self._compiled = True
 
     def join_projections(self) -> None:
@@ -96,6 +95,11 @@ class TrainedModel(nn.Module):
         """Lets the networks see the LoRA as it is now; :meth:`forward` does so by itself."""
         if self.flat_lora is not None:
             self.flat_lora.refresh()
+
+    def _unchecked(self) -> AbstractContextManager:
+        """A context in which what was compiled is taken without asking whether it fits: in a run nothing changes."""
+        warm = self._compiled and self._calls >= WARM_UP_CALLS
+        return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if warm else contextlib.nullcontext()
 
     def uncompiled(self) -> AbstractContextManager:
         """A context in which the networks run as they are, for batches of other sizes than the training's."""
@@ -149,9 +153,11 @@ class TrainedModel(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
         self.refresh()
-        with torch.autocast(noisy.device.type, enabled=False):  # nothing here is in another precision
+        with self._unchecked(), torch.autocast(noisy.device.type, enabled=False):  # nothing is in another precision
             told = self.told(conditions).to(noisy.dtype)
-            return self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
+            predicted = self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
+        self._calls += 1
+        return predicted
 
     def parameter_groups(self, config: FinetuneConfig) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""
