@@ -275,8 +275,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError:
             raise UserError(
-                f"{folder} holds an optimiser of other parameters, of another version of this program or with other "
-                "settings: it cannot be gone on with"
+                f"{folder} holds an optimiser of other parameters, from another version of this program or with other "
+                "settings, and cannot be gone on with: choose another --output_dir"
             ) from None
         self.schedule.load_state_dict(state["schedule"])
         self.step, self._scaler_state = state["step"], state["scaler"]
