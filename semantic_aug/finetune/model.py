@@ -21,7 +21,7 @@ from semantic_aug.finetune.projections import FlatLora, join_projections
 from semantic_aug.prompts import TEMPLATES
 
 WARM_UP_CALLS = 2
-"""So many steps of a compiled run are checked for whether what was compiled fits."""
+"""So many calls of a compiled run are checked for whether what was compiled fits."""
 
 
 class TrainedModel(nn.Module):

@@ -113,7 +113,7 @@ class _Copy(torch.autograd.Function):
         if flat.source is None:
             flat.copies.copy_(values)
         else:
-            torch.index_select(torch.cat([values.to(flat.zero.dtype), flat.zero]), 0, flat.source, out=flat.copies)
+            torch.index_select(torch.cat([values.to(flat.copies.dtype), flat.zero]), 0, flat.source, out=flat.copies)
         return tuple(part.view(shape) for part, shape in zip(flat.copies.split(flat.sizes), flat.shapes, strict=True))
 
     @staticmethod

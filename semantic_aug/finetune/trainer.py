@@ -135,8 +135,9 @@ class Trainer:
     def prepare(self) -> None:
         """Wraps what :meth:`optimizer_step` runs for mixed precision and several processes."""
         # the model is where it should be; what copies its tensors would part those that are parts of others
-        placed = self.accelerator.prepare(self.model, self.optimizer, device_placement=[False, True])
-        self._wrapped, self._stepper = placed
+        self._wrapped, self._stepper = self.accelerator.prepare(
+            self.model, self.optimizer, device_placement=[False, True]
+        )
         if self._scaler_state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
 
