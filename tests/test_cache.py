@@ -13,7 +13,8 @@ from helpers import ROOT
 
 import tiny
 from semantic_aug.classify.data import ImageStore
-from semantic_aug.datasets import cache, sources
+from semantic_aug.datasets import cache
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.errors import UserError
 
 SHAPE = (6, 8, 8, 3)
@@ -146,7 +147,7 @@ def store_of(table, mode="disk"):
 
 
 def test_the_store_gives_the_same_pixels_from_everywhere(folder, image_folder):
-    table = sources.read_folder(image_folder)["train"]
+    table = read_folder(image_folder)["train"]
     rows = np.array([5, 0, 17, 5])
     wanted = ImageStore(table.image, len(table), 16, 10**9).batch(rows)
     for mode in ("disk", "disk", "off"):
@@ -156,7 +157,7 @@ def test_the_store_gives_the_same_pixels_from_everywhere(folder, image_folder):
 
 def test_never_stale(folder, tmp_path, image_folder):
     shutil.copytree(image_folder, tmp_path / "mine")
-    table = sources.read_folder(tmp_path / "mine")["train"]
+    table = read_folder(tmp_path / "mine")["train"]
     before = store_of(table).batch(np.arange(len(table)))
     path = tmp_path / "mine" / "train" / "toad" / "train000.png"
     status = path.stat()
@@ -164,11 +165,11 @@ def test_never_stale(folder, tmp_path, image_folder):
 
     tiny.picture(7, 7).save(path)  # other pixels, the file's time set back
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    after = store_of(sources.read_folder(tmp_path / "mine")["train"]).batch(np.arange(len(table)))
+    after = store_of(read_folder(tmp_path / "mine")["train"]).batch(np.arange(len(table)))
     assert not np.array_equal(after[row], before[row])
 
     (tmp_path / "mine" / "train" / "toad" / "train001.png").unlink()  # a file less: other rows, another name
-    fewer = sources.read_folder(tmp_path / "mine")["train"]
+    fewer = read_folder(tmp_path / "mine")["train"]
     assert np.array_equal(store_of(fewer).batch(np.array([row])), after[[row]])
     assert len(list(folder.glob("*.npy"))) == 3
 
@@ -187,7 +188,7 @@ def test_same_size_and_time_still_tells(tmp_path):
 
 def test_nothing_is_written_into_the_users_folder(folder, image_folder):
     before = {p: p.stat().st_mtime_ns for p in image_folder.rglob("*")}
-    for table in sources.read_folder(image_folder).values():
+    for table in read_folder(image_folder).values():
         store_of(table).batch(np.arange(3))
     assert {p: p.stat().st_mtime_ns for p in image_folder.rglob("*")} == before
     assert cache.cache_folder() == folder

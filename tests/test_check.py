@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from semantic_aug.datasets import __main__ as command
-from semantic_aug.datasets import check, sources
+from semantic_aug.datasets import check
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.errors import UserError, run_main
 
 SIZE = (80, 72)
@@ -143,7 +144,7 @@ def test_missing_splits_are_told(good):
 
 
 def test_a_class_without_training_images_is_a_problem(good):
-    splits = sources.read_folder(good)
+    splits = read_folder(good)
     train = splits["train"].take(np.flatnonzero(splits["train"].labels == 0))
     report, _ = check.check(find_spec(f"folder:{good}"), {**splits, "train": train})
     assert [f.examples for f in report.problems] == [["toad"]]

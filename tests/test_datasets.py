@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from semantic_aug.datasets import ImageTable, Setting, elpv, load_dataset, sources, subsets
+from semantic_aug.datasets import ImageTable, Setting, elpv, load_dataset, subsets
 from semantic_aug.datasets.images import fit, open_image
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.errors import UserError
 
 CLASSES = ("blue jay", "red fox", "toad")
@@ -419,8 +420,8 @@ def test_elpv_images_and_labels_belong_together():
 
 def test_signatures_tell_changed_files(tmp_path, image_folder):
     shutil.copytree(image_folder, tmp_path / "copy")
-    first = sources.read_folder(tmp_path / "copy")["train"]
+    first = read_folder(tmp_path / "copy")["train"]
     before = first.signature()
-    assert sources.read_folder(tmp_path / "copy")["train"].signature() == before
+    assert read_folder(tmp_path / "copy")["train"].signature() == before
     tiny.picture(5, 5).save(tmp_path / "copy" / "train" / "toad" / "train000.png")
-    assert sources.read_folder(tmp_path / "copy")["train"].signature() != before
+    assert read_folder(tmp_path / "copy")["train"].signature() != before

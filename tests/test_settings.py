@@ -18,7 +18,8 @@ from pyarrow import parquet
 import tiny
 from semantic_aug import meta_csv, prompts
 from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, sources, subsets
-from semantic_aug.datasets.listing import read_listing
+from semantic_aug.datasets.readers.folder import read_folder
+from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.errors import UserError
 
 COUNTS = st.lists(st.integers(1, 400), min_size=2, max_size=30)
@@ -301,7 +302,7 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
         with pytest.raises(UserError, match=message):
             read_listing(tmp_path / name)
     with pytest.raises(UserError, match="e.zip is not a folder: .*unpack the archive first"):
-        sources.read_folder(tmp_path / "e.zip")
+        read_folder(tmp_path / "e.zip")
 
 
 MILLION = """

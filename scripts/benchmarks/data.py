@@ -24,7 +24,7 @@ from semantic_aug import console, registry
 from semantic_aug.classify.data import ImageStore
 from semantic_aug.cli import whole
 from semantic_aug.datasets import cache
-from semantic_aug.datasets.sources import read_folder
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.seeding import numpy_rng
 
 CLASSES = 4

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug.datasets import official
-from semantic_aug.datasets.sources import read_folder
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.subsets import per_class
 from semantic_aug.errors import UserError

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import registry
-from semantic_aug.datasets import listing, sources
+from semantic_aug.datasets import sources
+from semantic_aug.datasets.readers.folder import read_folder
+from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.splits import check_classes
 from semantic_aug.datasets.subsets import Setting, apply_setting, hold_out
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError, unknown
@@ -140,10 +143,10 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
     if len(given) != 1:
         raise UserError(f"{where} names {' and '.join(given) or 'no source'}: expected exactly one of folder, csv, hub")
     if given == ["folder"]:
-        read = functools.partial(sources.read_folder, registry.resolve_path(entry["folder"]))
+        read = functools.partial(read_folder, registry.resolve_path(entry["folder"]))
     elif given == ["csv"]:
         root = registry.resolve_path(entry["root"]) if entry.get("root") else None
-        read = functools.partial(listing.read_listing, registry.resolve_path(entry["csv"]), root)
+        read = functools.partial(read_listing, registry.resolve_path(entry["csv"]), root)
     else:
         local = registry.resolve_path(entry["local"]) if entry.get("local") else None
         read = functools.partial(
@@ -169,11 +172,11 @@ def read_splits(word: str, config_dir: Path = registry.CONFIG_DIR) -> tuple[Data
     """A data set's spec and its splits as the source has them, before any setting.
 
     Raises:
-        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
+        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
     """
     spec = find_spec(word, config_dir)
     splits = spec.read()
-    sources.check_classes(splits, spec.name)
+    check_classes(splits, spec.name)
     return spec, splits
 
 
@@ -186,7 +189,7 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
         config_dir: folder of the registry files.
 
     Raises:
-        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.sources`.
+        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
     """
     setting = setting or Setting()
     spec, splits = read_splits(word, config_dir)

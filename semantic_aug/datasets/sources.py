@@ -1,37 +1,25 @@
-"""Where splits come from: a data set of the hub or a local copy of one, a folder of class folders.
+"""Splits of a data set of the hub, or of a local copy of one.
 
-Lists of paths and labels are read by :mod:`semantic_aug.datasets.listing`, official downloads by the modules of their names.
-
-Each reader returns ``{split: ImageTable}``. Labels are read without decoding an image, files are listed in sorted order,
-and nothing is ever written into a user's folder.
+Labels are read without decoding an image, and nothing is ever written into a user's folder.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_aug.datasets import captions
-from semantic_aug.datasets.files import table_of_files
-from semantic_aug.datasets.images import EXTENSIONS, open_image
-from semantic_aug.datasets.spec import SPLITS, Splits
+from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.spec import Splits
+from semantic_aug.datasets.splits import split_of, unify
 from semantic_aug.datasets.table import ImageTable, file_stamp
 from semantic_aug.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import datasets as hub
-
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
-"""Folder and split names taken for each split, in any letter case."""
-
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,8 @@ def read_hub(
 def read_hub_id(
     repo: str, local: str | None = None, image_column: str | None = None, label_column: str | None = None
 ) -> Splits:
-    """All splits of one hub id (or of one local folder), the hub's split names mapped by :data:`SPLIT_FOLDERS`."""
+    """All splits of one hub id (or of one local folder), the hub's split names mapped by
+    :data:`semantic_aug.datasets.splits.SPLIT_NAMES`."""
     import datasets as hub
 
     if local or Path(repo).expanduser().exists():
@@ -108,11 +97,6 @@ def read_hub_id(
     if "train" not in tables:
         raise UserError(f"data set {repo} has the splits {', '.join(map(str, found))}: expected one named train")
     return unify(tables)
-
-
-def split_of(name: str) -> str | None:
-    """Which of our splits a folder or hub split name stands for, or None."""
-    return next((ours for ours, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
 
 
 def _load_hub(where: HubSplit) -> hub.Dataset:
@@ -229,106 +213,3 @@ def _label_column(rows: hub.Dataset) -> str | None:
             return name
     classes = [name for name, feature in rows.features.items() if isinstance(feature, hub.ClassLabel)]
     return classes[0] if len(classes) == 1 else None
-
-
-# ------------------------------------------------------------------------------------------------ folders and CSVs
-
-
-def read_folder(folder: str | os.PathLike) -> Splits:
-    """A folder of class folders, or a folder with ``train`` (and ``val``, ``test``) folders of class folders.
-
-    Every image file below a class folder belongs to that class, however deep it lies; hidden files are passed over.
-    A ``metadata.csv`` beside the class folders gives captions (:func:`semantic_aug.datasets.captions.read_metadata`).
-
-    Raises:
-        UserError: not a folder, no class folders, fewer than two classes, or a class folder without an image.
-    """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        hint = "; unpack the archive first" if root.suffix.lower() in ARCHIVES and root.exists() else ""
-        raise UserError(f"{root} is not a folder: expected a folder with one folder of images per class{hint}")
-    children = _folders(root)
-    # a class may be called "train" or "test" too; a folder of that name is a split if it holds folders
-    splits = {split_of(child.name): child for child in children if split_of(child.name) and _folders(child)}
-    if "train" in splits:
-        return unify({split: _folder_table(where, root) for split, where in splits.items()}, fixed="train")
-    if splits:
-        found = ", ".join(where.name for where in splits.values())
-        raise UserError(f"{root} has the split folder {found} but none named train: add it, or name another folder")
-    return {"train": _folder_table(root, root)}
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
-
-
-def _folder_table(folder: Path, root: Path) -> ImageTable:
-    classes = _folders(folder)
-    if len(classes) < 2:
-        held = f"one class folder ('{classes[0].name}')" if classes else "no class folders"
-        raise UserError(
-            f"{folder} holds {held}: expected at least two, each with that class's images ({', '.join(EXTENSIONS)})"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, where in enumerate(classes):
-        found = sorted(_images_below(where))
-        if not found:
-            raise UserError(
-                f"class folder {where} holds no image: expected files ending in {', '.join(EXTENSIONS)}, "
-                "or remove the folder"
-            )
-        paths += found
-        labels += [label] * len(found)
-    keys = [path.relative_to(root).as_posix() for path in paths]
-    column = captions.read_metadata(folder, [path.relative_to(folder).as_posix() for path in paths])
-    extras = None if column is None else {"caption": column}
-    return table_of_files([c.name for c in classes], labels, keys, paths.__getitem__, extras)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    found = []
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(where, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return found
-
-
-# -------------------------------------------------------------------------------------------------- one class list
-
-
-def unify(tables: Splits, fixed: str | None = None) -> Splits:
-    """Brings all splits to one class list, in the order of the training split's.
-
-    Args:
-        tables: splits; ``train`` among them.
-        fixed: the split whose classes are all there are (a class that only another split has is an error); without
-            it, classes only other splits have are appended.
-
-    Raises:
-        UserError: a split has a class the fixed one lacks.
-    """
-    names: dict[str, None] = {}
-    for split in sorted(tables, key=SPLITS.index):
-        for name in tables[split].class_names:
-            if name not in names and fixed and split != fixed:
-                raise UserError(
-                    f"split {split} has the class '{name}', which split {fixed} lacks: "
-                    "every class needs training images"
-                )
-            names.setdefault(name)
-    return {split: table.relabelled(tuple(names)) for split, table in tables.items()}
-
-
-def check_classes(tables: Splits, name: str) -> None:
-    """Refuses a data set that cannot be trained on.
-
-    Raises:
-        UserError: fewer than two classes, or no training image at all.
-    """
-    train = tables["train"]
-    if len(train.class_names) < 2:
-        shown: Sequence[str] = train.class_names
-        raise UserError(f"data set {name} has {len(shown)} class ({', '.join(shown)}): expected at least two")
-    if len(train) == 0:
-        raise UserError(f"data set {name} has no training image")

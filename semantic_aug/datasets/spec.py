@@ -1,7 +1,7 @@
 """What a data set is: data, not a class hierarchy.
 
 A module per data set declares one :class:`DatasetSpec`. Its ``read`` is a plain function, usually one of
-:mod:`semantic_aug.datasets.sources` with its arguments bound, that returns the splits it has.
+:mod:`semantic_aug.datasets.readers` with its arguments bound, that returns the splits it has.
 """
 
 from __future__ import annotations

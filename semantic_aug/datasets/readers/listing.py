@@ -18,8 +18,8 @@ import numpy as np
 
 from semantic_aug.datasets import captions
 from semantic_aug.datasets.files import below, table_of_files
-from semantic_aug.datasets.sources import split_of, unify
 from semantic_aug.datasets.spec import Splits
+from semantic_aug.datasets.splits import split_of, unify
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
 
