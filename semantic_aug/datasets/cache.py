@@ -6,7 +6,8 @@ the same pages. The file appears whole or not at all. Least recently used files 
 process that still maps one keeps it until it ends.
 
 Everything lies below ``outputs/cache`` of the repository, or ``DIFFMIX_CACHE``; ``DIFFMIX_CACHE_GB`` is the bound.
-Features that the evaluation keeps there (``features-*.npy``) count as well, and go by the same rule.
+Features that the evaluation keeps there (``features-*.npy``) and hashes of images (``hashes-*.npy``) count as well, and go
+by the same rule.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ FREE_SHARE = 0.8
 SMALL_BYTES = 256 << 20
 BLOCK = 4096
 """Images given to the threads at once."""
+KINDS = ("pixels", "features", "hashes")
+"""What the folder's files begin with; all count towards the bound and go by the same rule."""
 VERSION = 1
 """Counts changes of the format or of the decoding; part of every name."""
 
@@ -106,7 +109,7 @@ def open_pixels(
     if identity is not None and (mode == "disk" or (mode == "auto" and not small)):
         try:
             return _from_disk(decode, (count, side, side, 3), identity, workers)
-        except _NoRoom as error:
+        except NoRoom as error:
             if mode == "disk":
                 raise UserError(
                     f"--cache disk: {error}; free some, set {FOLDER_VARIABLE} to another disk, raise {BOUND_VARIABLE}, "
@@ -124,7 +127,7 @@ def open_pixels(
     return None
 
 
-class _NoRoom(Exception):
+class NoRoom(Exception):
     """The disk or the bound does not hold it."""
 
 
@@ -159,7 +162,7 @@ def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: i
             pixels = _map(path, shape)  # another process may have built it meanwhile
             return pixels if pixels is not None else _build(path, decode, shape, workers)
     except OSError as error:
-        raise _NoRoom(f"{folder} cannot be written to ({error.strerror or error})") from None
+        raise NoRoom(f"{folder} cannot be written to ({error.strerror or error})") from None
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -190,7 +193,7 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
     part = path.with_suffix(".part")  # one builder at a time: the lock is ours, so a file there is a dead one's
     part.unlink(missing_ok=True)
     size = int(np.prod(shape))
-    _make_room(path.parent, size)
+    make_room(path.parent, size)
     try:
         pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         with open(part, "rb+") as held:  # a full disk shows here, not as a bus error on writing to the mapping
@@ -208,14 +211,14 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
     return mapped
 
 
-def _make_room(folder: Path, size: int) -> None:
+def make_room(folder: Path, size: int) -> None:
     """Removes the least recently used files until ``size`` bytes fit.
 
     Raises:
-        _NoRoom: they do not fit even then.
+        NoRoom: they do not fit even then.
     """
     files = []
-    for path in (*folder.glob("pixels-*.npy"), *folder.glob("features-*.npy")):
+    for path in [path for kind in KINDS for path in folder.glob(f"{kind}-*.npy")]:
         try:
             status = path.stat()
         except FileNotFoundError:  # another process removes too
@@ -225,7 +228,7 @@ def _make_room(folder: Path, size: int) -> None:
     held, bound = sum(file[1] for file in files), cache_bound()
     free = int(shutil.disk_usage(folder).free * FREE_SHARE)
     if size > bound or size > free + held:
-        raise _NoRoom(f"{_gb(size)} of decoded images, {_gb(min(bound, free + held))} allowed in {folder}")
+        raise NoRoom(f"{_gb(size)} of decoded images, {_gb(min(bound, free + held))} allowed in {folder}")
     for _, length, path in files:
         if held + size <= bound and size <= free:
             return

@@ -190,14 +190,14 @@ def _hub_table(
     def read(row: int):
         return open_image(stored(row), f"{name} {where.split}[{row}]")
 
-    fingerprint = str(rows._fingerprint)  # the library's own hash of the data and of what was done to it
-    outside = None  # whether images are files beside the data, which change without it
+    # the library's own hash of the data and of what was done to it, and its files, should they be written anew
+    fingerprint = " ".join([str(rows._fingerprint), *(file_stamp(file["filename"]) for file in rows.cache_files)])
+    # whether some images are files beside the data, which change without it
+    outside = any(chunk.field("bytes").null_count for chunk in encoded.data.column(image_column).chunks)
 
     def stamp(row: int) -> str:
-        nonlocal outside
-        if outside is None:
-            outside = isinstance(stored(row), str)
-        return f"{fingerprint} {file_stamp(stored(row))}" if outside else fingerprint
+        source = stored(row) if outside else b""
+        return fingerprint if isinstance(source, bytes) else f"{fingerprint} {source} {file_stamp(source)}"
 
     keys = [f"{ours}/{row:08d}" for row in range(len(labels))]
     column = captions.column_in(rows.column_names)

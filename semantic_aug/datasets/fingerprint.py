@@ -1,0 +1,375 @@
+"""What a data set is, whatever it is called and wherever it lies: hashes of its images, and one record made of them.
+
+Every stage keeps :func:`data_identity` beside its results and compares it before it goes on with a run or calls one
+finished. Names are relative to the data set, so that moving it to another disk changes nothing. Reading every image at
+each start would take hours for a large set; so hashes are kept in the cache folder (``hashes-*.npy``) under the file's
+path, size and times, and only what is new or was touched is read. A time that lies less than
+:data:`SETTLED_SECONDS` back is not trusted (the next change might carry the same one): such a file is read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_aug.datasets import cache
+from semantic_aug.datasets.catalog import LoadedDataset
+from semantic_aug.datasets.spec import SPLITS
+from semantic_aug.datasets.table import ImageTable, file_stamp
+from semantic_aug.errors import UserError
+from semantic_aug.run_dir import atomic_path
+
+log = logging.getLogger(__name__)
+
+HASH_BYTES = 16
+UNREADABLE = bytes(HASH_BYTES)
+"""Stands for an image that is missing or cannot be read; what reads it later reports it by name."""
+SETTLED_SECONDS = 2.0
+MOST_KEPT = 4_000_000
+"""Hashes kept for one folder (32 bytes each)."""
+CHUNK = 256
+"""Images that a thread takes at once."""
+
+Source = Callable[[int], "str | Path | bytes"]
+"""From an index to an image's file, or to its encoded bytes."""
+
+
+def _blake(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+
+
+def _hash_of(source: str | Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return _blake(source)
+    with open(source, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=HASH_BYTES)).digest()
+
+
+class ContentHashes:
+    """Hashes of some images or other files, and whether one of them has changed since.
+
+    Args:
+        names: what each is called in messages.
+        source: the file or the encoded bytes of each.
+        stamp: changes when the content of one does (path, size and times of its file); empty where that is not known.
+        place: names the file in which the cache keeps the hashes: the folder of the images, say.
+        what: is hashed, for the progress bar.
+
+    Attributes:
+        values: uint8 ``(N, HASH_BYTES)``.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        source: Source,
+        stamp: Callable[[int], str],
+        place: str,
+        what: str = "images",
+    ):
+        self.names, self._source, self._stamp, self.what = names, source, stamp, what
+        self._stamps = self._take_stamps()
+        store = _Store(place)
+        known, self.values = store.read(), np.zeros((len(names), HASH_BYTES), np.uint8)
+        keys, missing = self._stamps.tobytes(), []
+        for i in range(len(names)):
+            value = known.get(keys[i * HASH_BYTES : (i + 1) * HASH_BYTES])
+            if value is None:
+                missing.append(i)
+            else:
+                self.values[i] = np.frombuffer(value, np.uint8)
+        settled = self._read(missing)
+        if settled:
+            store.add(np.concatenate([self._stamps[settled], self.values[settled]], axis=1))
+
+    def _take_stamps(self) -> np.ndarray:
+        """Hashes of the stamps ``(N, HASH_BYTES)``, in chunks on threads: on a network file system each is a question."""
+
+        def some(start: int) -> bytes:
+            stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
+            return b"".join(_blake(stamp.encode()) if stamp else UNREADABLE for stamp in stamps)
+
+        with ThreadPoolExecutor(_threads()) as pool:
+            joined = b"".join(pool.map(some, range(0, len(self.names), CHUNK)))
+        return np.frombuffer(joined, np.uint8).reshape(-1, HASH_BYTES)
+
+    def _stamp_or_none(self, index: int) -> str:
+        try:
+            return self._stamp(index)
+        except (OSError, UserError):  # no image in this row
+            return ""
+
+    def _read(self, missing: Sequence[int]) -> list[int]:
+        """Reads and hashes some of them; returns those whose hashes may be kept."""
+        if not missing:
+            return []
+        options = {"leave": False, "disable": None, "delay": 2.0, "dynamic_ncols": True}
+        bar = tqdm(total=len(missing), desc=f"hashing {self.what}", unit="file", **options)
+        settled = []
+        with bar, ThreadPoolExecutor(_threads()) as pool:
+            try:
+                for index, (value, keep) in zip(missing, pool.map(self._hash, missing), strict=True):
+                    self.values[index] = np.frombuffer(value, np.uint8)
+                    settled += [index] if keep else []
+                    bar.update()
+            except BaseException:  # an interruption: the rest is not waited for
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return settled
+
+    def _hash(self, index: int) -> tuple[bytes, bool]:
+        """The hash of one, and whether it may be kept under its stamp."""
+        try:
+            value = _hash_of(self._source(index))
+        except (OSError, UserError):
+            return UNREADABLE, False
+        stamp = self._stamp_or_none(index)
+        same = bool(stamp) and _blake(stamp.encode()) == self._stamps[index].tobytes()
+        return value, same and _age(stamp) > SETTLED_SECONDS
+
+    def hex(self) -> list[str]:
+        """Each hash in hexadecimal digits."""
+        joined, digits = self.values.tobytes().hex(), 2 * HASH_BYTES
+        return [joined[i : i + digits] for i in range(0, len(joined), digits)]
+
+    def changed(self) -> list[str]:
+        """Names of those whose content is another now than when they were hashed; only touched ones are read."""
+        now = self._take_stamps()
+        touched = np.flatnonzero((now != self._stamps).any(axis=1) | ~now.any(axis=1)).tolist()
+        with ThreadPoolExecutor(_threads()) as pool:
+            present = [value for value, _ in pool.map(self._hash, touched)]
+        return [self.names[i] for i, value in zip(touched, present, strict=True) if value != self.values[i].tobytes()]
+
+
+def _threads() -> int:
+    return min(16, 4 * (os.cpu_count() or 1))  # more than cores: they wait for the disk
+
+
+def _age(stamp: str) -> float:
+    """Seconds since a file's entry changed, by the last part of its :func:`file_stamp`; without end for other stamps."""
+    try:
+        return time.time() - int(stamp.rpartition("-")[2]) / 1e9
+    except ValueError:
+        return float("inf")
+
+
+class _Store:
+    """The kept hashes of one folder: rows of stamp and hash in a file of the cache; losing it costs reading again."""
+
+    def __init__(self, place: str):
+        self.path = cache.cache_folder() / f"hashes-{_blake(place.encode()).hex()}.npy"
+
+    def read(self) -> dict[bytes, bytes]:
+        data, width = self._rows().tobytes(), 2 * HASH_BYTES
+        return {data[i : i + HASH_BYTES]: data[i + HASH_BYTES : i + width] for i in range(0, len(data), width)}
+
+    def _rows(self) -> np.ndarray:
+        try:
+            rows = np.load(self.path)
+            os.utime(self.path)  # the least recently used files go first
+        except (OSError, ValueError, EOFError):  # absent, or cut off by a failing disk
+            rows = None
+        ours = rows is not None and rows.dtype == np.uint8 and rows.ndim == 2 and rows.shape[1] == 2 * HASH_BYTES
+        return rows if ours else np.empty((0, 2 * HASH_BYTES), np.uint8)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Appends rows to what is there by now; of two processes that do so at once one may lose its own, no more."""
+        rows = np.concatenate([self._rows(), rows])[-max(MOST_KEPT, 2 * len(rows)) :]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            cache.make_room(self.path.parent, rows.nbytes)
+            with atomic_path(self.path) as temporary, open(temporary, "wb") as out:
+                np.save(out, rows)
+        except (OSError, cache.NoRoom) as error:
+            log.info("hashes of images are not kept and will be computed again: %s", error)
+
+
+def hash_files(paths: Sequence[str | os.PathLike], what: str = "files") -> ContentHashes:
+    """Content hashes of files (synthetic images, weights), kept in the cache like those of a table's images."""
+    names = [os.path.abspath(path) for path in paths]
+    return ContentHashes(names, names.__getitem__, lambda i: _file_stamp(names[i]), _common(names), what)
+
+
+def hash_images(table: ImageTable) -> ContentHashes:
+    """Content hashes of a table's images, each of its encoded bytes (of its pixels, where the source tells no more)."""
+    rows = table.rows.tolist()
+    if table.encoded is None:
+        return ContentHashes(table.keys, lambda i: _pixels(table, i), lambda i: "", "")
+    inside = bool(rows) and _encoded_file(table, rows[0]) is None
+    # held in the data set's own files, of which the stamp speaks; asking each row for its file would read all of them
+    files = [None if inside else _encoded_file(table, row) for row in rows]
+
+    def stamp(i: int) -> str:
+        held = table.stamp(rows[i])
+        return held and f"{files[i] or rows[i]} {held}"
+
+    place = table.stamp(rows[0]) if inside else _common([file for file in files if file])
+    return ContentHashes(table.keys, lambda i: table.encoded(rows[i]), stamp, place)
+
+
+def content_hashes(table: ImageTable) -> list[str]:
+    """The hash of each row's encoded bytes, hexadecimal; zeros for an image that is missing or cannot be read."""
+    return hash_images(table).hex()
+
+
+def _encoded_file(table: ImageTable, row: int) -> str | None:
+    """The file that holds a source row, or None where the row holds its bytes."""
+    try:
+        source = table.encoded(row)
+    except (OSError, UserError):
+        return None
+    return None if isinstance(source, bytes) else os.path.abspath(source)
+
+
+def _file_stamp(path: str) -> str:
+    stamp = file_stamp(path)
+    return stamp and f"{path} {stamp}"
+
+
+def _pixels(table: ImageTable, index: int) -> bytes:
+    image = table.image(index)
+    return f"{image.mode} {image.size} ".encode() + image.tobytes()
+
+
+def _common(paths: Sequence[str]) -> str:
+    return os.path.commonpath([min(paths), max(paths)]) if paths else ""
+
+
+# ------------------------------------------------------------------------------------------------------- the record
+
+
+def split_identity(
+    table: ImageTable, hashes: Iterable[str], columns: Sequence[str] | None = None
+) -> dict[str, int | str]:
+    """What a split is: ``images``, their number, and SHA-256 digests over all rows in order.
+
+    Args:
+        table: the split.
+        hashes: of its images.
+        columns: further columns that count (captions, boxes, groups); None: all there are.
+
+    Returns:
+        ``images``; ``names``, ``labels`` and ``content``, which tell a difference apart; ``digest`` of all together.
+    """
+    digests = {name: hashlib.sha256() for name in ("names", "labels", "content", "digest")}
+    further = [table.extras[name] for name in sorted(table.extras) if columns is None or name in columns]
+    for i, (key, label, content) in enumerate(zip(table.keys, table.labels.tolist(), hashes, strict=True)):
+        cells = {"names": key, "labels": table.class_names[label], "content": content}
+        for name, text in cells.items():
+            digests[name].update(text.encode() + b"\0")
+        more = "\0".join(_text(column[i]) for column in further)
+        digests["digest"].update("\0".join([*cells.values(), more, ""]).encode())
+    return {"images": len(table)} | {name: digest.hexdigest()[:32] for name, digest in digests.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value.tolist()) if isinstance(value, (np.ndarray, np.generic)) else str(value)
+
+
+def hash_splits(dataset: LoadedDataset, splits: Sequence[str] = SPLITS) -> dict[str, ContentHashes]:
+    """Content hashes of the splits a data set has among ``splits``."""
+    tables = {split: getattr(dataset, split) for split in splits}
+    return {split: hash_images(table) for split, table in tables.items() if table is not None}
+
+
+def data_identity(
+    dataset: LoadedDataset,
+    splits: Sequence[str] | Mapping[str, ContentHashes] = SPLITS,
+    columns: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The record of a data set as plain values: neither paths nor the word given to ``--dataset`` are part of it.
+
+    Args:
+        dataset: under a setting.
+        splits: names of those that count, or their hashes where they have been computed.
+        columns: see :func:`split_identity`.
+
+    Returns:
+        Each split's :func:`split_identity` (None where the data set lacks it) under its name, and ``classes``,
+        ``prompt_names`` and ``super_class``.
+    """
+    hashes = splits if isinstance(splits, Mapping) else hash_splits(dataset, splits)
+    record: dict[str, Any] = {
+        split: split_identity(getattr(dataset, split), hashes[split].hex(), columns) if split in hashes else None
+        for split in splits
+    }
+    record["classes"] = names_identity(dataset.source_names)
+    record["prompt_names"] = names_identity(dataset.class_names)
+    record["super_class"] = dataset.spec.super_class
+    return record
+
+
+def names_identity(names: Sequence[str]) -> dict[str, int | str]:
+    """Number and digest of names in order."""
+    return {"count": len(names), "digest": hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]}
+
+
+def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, Any]) -> str:
+    """What differs between the data a run was begun with and the data there is, in words; empty where nothing does.
+
+    Only what ``present`` names is compared, so that a stage may leave out what does not concern it.
+    """
+    if not recorded:
+        return "its record does not say which images it was made from"
+    found = []
+    for name, now in present.items():
+        then = recorded.get(name)
+        if then == now:
+            continue
+        if name in ("classes", "prompt_names"):
+            found.append(_names_difference(name.replace("classes", "class names").replace("_", " "), then, now))
+        elif isinstance(now, Mapping) or isinstance(then, Mapping):
+            found.append(_split_difference(name, then, now))
+        else:
+            found.append(f"{name}: {now!r} now, {then!r} when the run began")
+    return "; ".join(found)
+
+
+def _names_difference(what: str, then: Mapping | None, now: Mapping) -> str:
+    if not then or then["count"] == now["count"]:
+        return f"{what} differ"
+    return f"{what} differ: {now['count']} now, {then['count']} when the run began"
+
+
+def _split_difference(name: str, then: Mapping | None, now: Mapping | None) -> str:
+    before, after = (then or {}).get("images", 0), (now or {}).get("images", 0)
+    if before != after:
+        return f"{name}: {after} images now, {before} when the run began"
+    kinds = ("names", "labels", "content")
+    other = [kind for kind in kinds if (then or {}).get(kind) != (now or {}).get(kind)]
+    same = [kind for kind in kinds if kind not in other]
+    if not other:
+        return f"{name}: the same {after} images, other captions, boxes or groups"
+    return f"{name}: {after} images as before, " + (
+        f"the same {' and '.join(same)}, other {' and '.join(other)}" if same else "but all others"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the end of a run
+
+
+def refuse_changed(hashes: Iterable[ContentHashes], kept: str) -> None:
+    """Refuses to conclude a run whose images changed while it went on.
+
+    Args:
+        hashes: taken when it began.
+        kept: what remains and what to do, for the error.
+
+    Raises:
+        UserError: one has another content, or is gone.
+    """
+    changed = [name for some in hashes for name in some.changed()]
+    if changed:
+        raise UserError(
+            f"{len(changed)} images changed while the run was going on ('{changed[0]}' the first), so that its result "
+            f"is of neither the old nor the new ones: {kept}"
+        )
