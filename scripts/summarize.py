@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from semantic_aug import cli, run_dir  # noqa: E402
+from semantic_aug import cli, files  # noqa: E402
 from semantic_aug.errors import run_main  # noqa: E402
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     text = summary.markdown(summary.find_runs(args.folders), args.scores or summary.SHOWN)
     print(text)
     if args.output:
-        run_dir.write_text(args.output, text + "\n")
+        files.write_text(args.output, text + "\n")
     return 0
 
 

@@ -6,10 +6,8 @@ subset (or several under one key) is. Relative paths are relative to the reposit
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from semantic_aug.errors import UserError, unknown
+from semantic_aug.files import locked
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 CONFIG_DIR = REPO_ROOT / "config"
@@ -188,7 +187,7 @@ def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = C
 
     path = config_dir / file
     config_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path.with_name(f".{path.name}.lock")):
         yaml_rt = YAML()
         yaml_rt.preserve_quotes, yaml_rt.width = True, 4096
         try:
@@ -227,13 +226,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, str) else value
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def learning_rate(dataset: str, model: str, resolution: int, config_dir: Path = CONFIG_DIR) -> tuple[float | None, str]:

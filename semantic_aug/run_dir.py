@@ -1,4 +1,4 @@
-"""Output folders: their names, the arguments kept beside the results, whole-or-nothing files, and metrics row by row."""
+"""Output folders: their names, the arguments kept beside the results, and metrics row by row."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from semantic_aug.errors import UserError
+from semantic_aug.files import atomic_path, write_text
 
 ARGS_FILE = "args.yaml"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "timm", "datasets", "numpy", "pillow")
@@ -46,34 +46,6 @@ def subset_name(strategy: str, multiplier: float, key: str | None, strength: str
 def aug_samples_dir(suffix: str) -> str:
     """``outputs/aug_samples{suffix}``, the root under which subsets of a setting lie."""
     return f"outputs/aug_samples{suffix}"
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, moved to ``path`` when the block ends well and removed when it does not.
-
-    The content is flushed to disk before the move, so ``path`` never holds half a file, whatever is killed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from semantic_aug import meta_csv, prompts, registry, run_dir, seeding
+from semantic_aug import files, meta_csv, prompts, registry, run_dir, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
 from semantic_aug.run_lock import RunLock
 
@@ -376,9 +378,9 @@ def test_metrics_survive_and_are_cut_back_to_the_resume_point(tmp_path):
 
 def test_a_killed_writer_leaves_the_old_content(tmp_path):
     path = tmp_path / "f.txt"
-    run_dir.write_text(path, "old")
+    files.write_text(path, "old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from semantic_aug.run_dir import atomic_path\n"
+        "import os, signal, sys; from pathlib import Path; from semantic_aug.files import atomic_path\n"
         f"with atomic_path(Path({str(path)!r})) as t:\n t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=registry.REPO_ROOT, check=False)
@@ -432,3 +434,27 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(fcntl, "flock", none)
     with RunLock(tmp_path / "run", "--output_dir"):
         assert "no locks on this file system" in caplog.text
+    assert registry.register(registry.SUBSETS, "cub", "k", "outputs/x", tmp_path)
+    assert registry.subsets("cub", "k", tmp_path) == ["outputs/x"]
+
+
+def test_a_lock_is_waited_for_shared_or_refused_and_names_its_holder(tmp_path, caplog):
+    caplog.set_level("INFO", "semantic_aug")
+    path, entered = tmp_path / "new" / ".lock", threading.Event()
+
+    def waiter():
+        with files.locked(path, waiting_for="the first"):
+            entered.set()
+
+    with files.locked(path):
+        with pytest.raises(files.LockHeld) as held, files.locked(path, wait=False):
+            pass
+        assert held.value.holder() == f"process {os.getpid()} on {socket.gethostname()}"
+        thread = threading.Thread(target=waiter)
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join(10)
+    assert entered.is_set() and caplog.text.count("waiting for the first") == 1
+    with files.locked(path, shared=True, wait=False), files.locked(path, shared=True, wait=False):
+        with pytest.raises(files.LockHeld), files.locked(path, wait=False):
+            pass

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from semantic_aug import registry, run_dir
+from semantic_aug import files, registry, run_dir
 
 OUTPUT = registry.REPO_ROOT / "outputs" / "bench"
 
@@ -78,6 +78,6 @@ def publish(name: str, header: Sequence[str], rows: Sequence[Sequence[object]], 
     found = machine()
     print(f"\n{table(header, rows)}\n\n{describe(found)}")
     path = OUTPUT / f"{name}.json"
-    run_dir.write_json(path, {"machine": found, "header": list(header), "rows": [list(row) for row in rows], **details})
+    files.write_json(path, {"machine": found, "header": list(header), "rows": [list(row) for row in rows], **details})
     print(f"written: {registry.shown_path(path)}")
     return path

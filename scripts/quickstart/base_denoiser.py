@@ -16,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.loop import encode_moments, sample_posterior
 from semantic_aug.diffusion.text import encode_ids, tokenize
-from semantic_aug.run_dir import atomic_path, load_pickle
+from semantic_aug.files import atomic_path
+from semantic_aug.run_dir import load_pickle
 from semantic_aug.seeding import derive_seed, numpy_rng, torch_rng
 
 TEXT_LENGTH = 48

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from semantic_aug import run_dir  # noqa: E402
+from semantic_aug import files  # noqa: E402
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError, run_main  # noqa: E402
 
 BASE = "scripts/quickstart/base"
@@ -133,7 +133,7 @@ class Quickstart:
                 raise
             finally:
                 entry.update(seconds=round(entry["seconds"] + time.monotonic() - began, 1), command=words)
-                run_dir.write_json(self.times_file, self.times)
+                files.write_json(self.times_file, self.times)
             if status == EXIT_INTERRUPTED:
                 raise KeyboardInterrupt
             if status:
@@ -142,7 +142,7 @@ class Quickstart:
                     "command goes on from here"
                 )
             entry["done"] = True
-            run_dir.write_json(self.times_file, self.times)
+            files.write_json(self.times_file, self.times)
 
     # ------------------------------------------------------------------------------------------------- the report
 
@@ -189,7 +189,7 @@ class Quickstart:
             *(f"python {shlex.join(words)}" for words in self.commands().values()),
             "```",
         ]
-        run_dir.write_text(ROOT / self.out / "report.md", "\n".join(lines) + "\n")
+        files.write_text(ROOT / self.out / "report.md", "\n".join(lines) + "\n")
         return table
 
     def draw(self) -> None:
@@ -241,7 +241,7 @@ class Quickstart:
             title=f"ELPV, {self.size.shots} photographs per class: translations between classes",
         ).save(path)
         self.times["picture"] = {"seconds": round(time.monotonic() - began, 1), "done": True}
-        run_dir.write_json(self.times_file, self.times)
+        files.write_json(self.times_file, self.times)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from semantic_aug import run_dir
+from semantic_aug import files
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import groups_of, write_predictions, write_scores
@@ -111,7 +111,7 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
             found[split] = scores.summary(dataset.train.counts(), groups_of(table))
             write_scores(scores, dataset.class_names, folder, split)
             write_predictions(table, scores.predicted, dataset.class_names, folder, split)
-    run_dir.write_json(folder / RESULTS_FILE, found)
+    files.write_json(folder / RESULTS_FILE, found)
     return found
 
 
@@ -134,7 +134,7 @@ def predict(classifier: Classifier, folder: Path, config: ClassifyConfig) -> tup
     store = ImageStore(lambda index: open_image(paths[index]), len(paths), resized_side(config.resolution), -1)
     out = config.output_dir / PREDICTIONS_FILE
     size = 2 * config.batch_size
-    with run_dir.atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as lines:
+    with files.atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["file", "class", "probability", *classifier.class_names])
         for start in tqdm(range(0, len(paths), size), unit="batch", desc="predict", mininterval=1.0):

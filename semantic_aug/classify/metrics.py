@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semantic_aug import run_dir
+from semantic_aug import files
 from semantic_aug.datasets import ImageTable
 
 BINS = 15
@@ -163,7 +163,7 @@ def write_predictions(
     """
     groups = groups_of(table)
     path = folder / f"{prefix}_predictions.csv"
-    with run_dir.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["file", "class", "predicted", *([] if groups is None else ["group"])])
         for row, (key, label, said) in enumerate(zip(table.keys, table.labels, predicted, strict=True)):

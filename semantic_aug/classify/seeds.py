@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from semantic_aug import run_dir
+from semantic_aug import files
 from semantic_aug.classify import trainer
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.metrics import SCORE_NAMES
@@ -50,10 +50,10 @@ def statistics_of(rows: Mapping[int, Mapping[str, float]]) -> dict:
 
 def write(found: Mapping, folder: Path) -> None:
     """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``."""
-    run_dir.write_json(folder / JSON_FILE, found)
+    files.write_json(folder / JSON_FILE, found)
     names = list(found["mean"])
     with (
-        run_dir.atomic_path(folder / CSV_FILE) as temporary,
+        files.atomic_path(folder / CSV_FILE) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as out,
     ):
         writer = csv.writer(out, lineterminator="\n")

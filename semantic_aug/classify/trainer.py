@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from semantic_aug import run_dir
+from semantic_aug import files, run_dir
 from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
 from semantic_aug.classify.layers import freeze
@@ -292,7 +292,7 @@ class Trainer:
                 write_predictions(getattr(dataset, split), said, dataset.class_names, folder, split)
             metadata = {"model": config.model, "classes": json.dumps(dataset.source_names)}
             run_dir.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
-            run_dir.write_json(folder / RESULTS_FILE, results)
+            files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
         self.processes.wait()
         return results
@@ -310,7 +310,7 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
         }
-        with run_dir.atomic_path(self.config.output_dir / STATE_FILE) as temporary:
+        with files.atomic_path(self.config.output_dir / STATE_FILE) as temporary:
             torch.save(state, temporary)
         self.saved = time.monotonic()
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from semantic_aug import console, registry, run_dir
+from semantic_aug import console, files, registry
 from semantic_aug.datasets import catalog
 from semantic_aug.errors import UserError, run_main
 
@@ -108,9 +108,9 @@ def run_check(word: str, output_dir: Path, strict: bool, workers: int | None, co
         if finding.count > SHOWN:
             _say(f"    ... and {finding.count - SHOWN} more, named in the JSON")
     folder = registry.resolve_path(output_dir)
-    with run_dir.atomic_path(folder / f"{spec.name}.png") as temporary:
+    with files.atomic_path(folder / f"{spec.name}.png") as temporary:
         sheet.save(temporary, "PNG")
-    run_dir.write_json(folder / f"{spec.name}.json", report.as_dict())
+    files.write_json(folder / f"{spec.name}.json", report.as_dict())
     shown = registry.shown_path(folder / spec.name)
     _say(f"written: {shown}.png (contact sheet), {shown}.json")
     failed = bool(report.findings if strict else report.problems)

@@ -12,13 +12,11 @@ by the same rule.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from semantic_aug import registry
 from semantic_aug.errors import UserError
+from semantic_aug.files import locked
 from semantic_aug.run_dir import sha256_text
 
 log = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: i
         return pixels
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), waiting_for="another process that is decoding the same images"):
             pixels = _map(path, shape)  # another process may have built it meanwhile
             return pixels if pixels is not None else _build(path, decode, shape, workers)
     except OSError as error:
@@ -175,18 +174,6 @@ def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):  # absent, cut off by a failing disk, or not ours
         return None
     return np.asarray(pixels)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when that process ends, however it ends."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that is decoding the same images")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | None) -> np.ndarray:

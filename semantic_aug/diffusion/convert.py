@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from semantic_aug import registry, run_dir
+from semantic_aug import files, registry, run_dir
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError, run_main
@@ -129,7 +129,7 @@ def convert(
 
 
 def _pickle(content: dict, path: Path) -> None:
-    with run_dir.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         torch.save(content, temporary)
 
 

@@ -8,9 +8,7 @@ report.md results.csv report.png commands.sh
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from semantic_aug import registry, run_dir
+from semantic_aug import files, registry, run_dir
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.recipe import METHODS
 from semantic_aug.evaluation.steps import read_records
@@ -105,10 +103,10 @@ def save_request(
         "methods": list(methods),
     }
     text = run_dir.arguments_text(request)
-    files = sorted((folder / REQUESTS).glob("*.yaml"))
-    if not any(file.read_text(encoding="utf-8") == text for file in files):
-        name = f"{len(files) + 1:03d}-{run_dir.sha256_text(text)[:8]}.yaml"
-        run_dir.write_text(folder / REQUESTS / name, text)
+    requests = sorted((folder / REQUESTS).glob("*.yaml"))
+    if not any(file.read_text(encoding="utf-8") == text for file in requests):
+        name = f"{len(requests) + 1:03d}-{run_dir.sha256_text(text)[:8]}.yaml"
+        files.write_text(folder / REQUESTS / name, text)
 
 
 def collect(folder: Path) -> Comparison:
@@ -117,11 +115,11 @@ def collect(folder: Path) -> Comparison:
     Raises:
         UserError: it holds none.
     """
-    files = sorted((folder / REQUESTS).glob("*.yaml"))
-    if not files:
+    requests = sorted((folder / REQUESTS).glob("*.yaml"))
+    if not requests:
         raise UserError(f"{folder} holds no comparison (no {REQUESTS}/*.yaml): expected the --output_dir of compare")
     found, planned = Comparison(folder), {}
-    for file in files:
+    for file in requests:
         request = yaml.safe_load(file.read_text(encoding="utf-8"))
         found.commands.append(request["command"])
         for setting in request["settings"]:
@@ -184,7 +182,7 @@ def _seconds(records: Mapping[str, Mapping], method: str) -> dict[int, float]:
 
 def write(folder: Path) -> Comparison:
     """Writes the report over what is there, whatever is missing; processes that share the folder take turns."""
-    with _turn(folder):
+    with files.locked(folder / ".report.lock"):
         found = collect(folder)
         _write_csv(found, folder / RESULTS)
         _write_commands(found, folder / COMMANDS)
@@ -195,23 +193,15 @@ def write(folder: Path) -> Comparison:
 
             scores = [s for s in SCORES if any(s in row.scores for row in found.rows)]
             panels = {setting: {s: found.by_method(setting, s) for s in scores} for setting in found.settings}
-            with run_dir.atomic_path(folder / CHART) as temporary:
+            with files.atomic_path(folder / CHART) as temporary:
                 bars({name: panel for name, panel in panels.items() if any(panel.values())}, temporary)
-        run_dir.write_text(folder / REPORT, markdown(found))
+        files.write_text(folder / REPORT, markdown(found))
     return found
-
-
-@contextlib.contextmanager
-def _turn(folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".report.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write_csv(found: Comparison, path: Path) -> None:
     scores = [s for s in SCORES if any(s in row.scores for row in found.rows)]
-    with run_dir.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         stages = [f"seconds_stage{n}" for n in (1, 2, 3)]
         writer.writerow(["setting", "method", "seed", *scores, *(f"val_{s}" for s in scores), "steps", *stages])
@@ -226,7 +216,7 @@ def _write_commands(found: Comparison, path: Path) -> None:
     lines = ["# Every run of this comparison, each to be repeated by hand from the repository's root.", ""]
     for (setting, seed), records in found.records.items():
         lines += [f"# {setting}, seed {seed}", *(entry["command"] for entry in records.values()), ""]
-    run_dir.write_text(path, "\n".join(lines))
+    files.write_text(path, "\n".join(lines))
 
 
 def claim_setting(folder: Path, name: str, record: Mapping) -> None:

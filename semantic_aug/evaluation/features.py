@@ -18,8 +18,9 @@ from semantic_aug.classify.data import ImageStore, Normaliser
 from semantic_aug.classify.models import make_model
 from semantic_aug.datasets.cache import cache_folder
 from semantic_aug.datasets.table import file_stamp
+from semantic_aug.files import atomic_path
 from semantic_aug.registry import resolve_path
-from semantic_aug.run_dir import atomic_path, sha256_text
+from semantic_aug.run_dir import sha256_text
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import cli, console, files, registry, run_dir
 from semantic_aug.datasets.synthetic import DATA, locate
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation import options
@@ -205,9 +205,9 @@ def write(args, given, folder: str, images, found: dict[str, np.ndarray], stay: 
     text, out, target = kept_lines(source, stay), folder_of(root, args.name), list_of(root, args.name)
     if target.exists() and target.read_text(encoding="utf-8") != text:
         raise UserError(f"{target} is there with other images: nothing was touched; choose another --name")
-    run_dir.write_text(out / run_dir.ARGS_FILE, run_dir.arguments_text(arguments_of(args, source)))
+    files.write_text(out / run_dir.ARGS_FILE, run_dir.arguments_text(arguments_of(args, source)))
     with (
-        run_dir.atomic_path(out / SCORES_FILE) as temporary,
+        files.atomic_path(out / SCORES_FILE) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as lines,
     ):
         writer = csv.writer(lines, lineterminator="\n")
@@ -221,9 +221,9 @@ def write(args, given, folder: str, images, found: dict[str, np.ndarray], stay: 
     dropped = np.flatnonzero(~stay)
     if len(dropped):
         title = f"{len(dropped)} of {len(images)} images dropped by {args.by}; the least confident of them"
-        with run_dir.atomic_path(out / SHEET_FILE) as temporary:
+        with files.atomic_path(out / SHEET_FILE) as temporary:
             sheet(images, found, dropped, given.dataset, title).save(temporary, "PNG")
-    run_dir.write_text(target, text)
+    files.write_text(target, text)
 
 
 def describe(images, stay: np.ndarray, confidence: np.ndarray, names: Sequence[str], args) -> list[str]:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semantic_aug import run_dir
+from semantic_aug import files, run_dir
 from semantic_aug.evaluation.measures import ALL, COLUMNS, REAL
 
 CSV_FILE, JSON_FILE, TABLE_FILE = "measures.csv", "measures.json", "measures.md"
@@ -22,7 +22,7 @@ LABELS = {
 def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
     """Every row; columns that no row has are left out."""
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
-    with run_dir.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
@@ -80,7 +80,7 @@ def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
     plot.margins(0.15)
     plot.grid(alpha=0.3)
     plot.legend(fontsize=8)
-    with run_dir.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
@@ -97,11 +97,11 @@ def write(folder: Path, rows: Sequence[Mapping], facts: Mapping) -> list[Path]:
         The files written.
     """
     write_csv(folder / CSV_FILE, rows)
-    run_dir.write_json(folder / JSON_FILE, {**run_dir.plain(facts), "rows": [dict(row) for row in rows]})
-    run_dir.write_text(folder / TABLE_FILE, markdown(rows) + "\n")
-    files = [folder / CSV_FILE, folder / JSON_FILE, folder / TABLE_FILE]
+    files.write_json(folder / JSON_FILE, {**run_dir.plain(facts), "rows": [dict(row) for row in rows]})
+    files.write_text(folder / TABLE_FILE, markdown(rows) + "\n")
+    written = [folder / CSV_FILE, folder / JSON_FILE, folder / TABLE_FILE]
     axes = axes_of(rows)
     if axes:
         draw(folder / PICTURE_FILE, rows, axes)
-        files.append(folder / PICTURE_FILE)
-    return files
+        written.append(folder / PICTURE_FILE)
+    return written

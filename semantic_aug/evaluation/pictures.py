@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import cli, console, files, registry, run_dir
 from semantic_aug.evaluation import options
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
@@ -173,6 +173,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _save(path: Path, sheet: Image.Image) -> None:
-    with run_dir.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         sheet.save(temporary, "PNG")
     print(f"written: {registry.shown_path(path)}")

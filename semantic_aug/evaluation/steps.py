@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from semantic_aug import registry, run_dir
+from semantic_aug import files, registry
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError
 from semantic_aug.evaluation.recipe import Step
 
@@ -35,11 +34,10 @@ def pair_lock(folder: Path) -> Iterator[int | None]:
 
     A child that inherits the descriptor keeps the pair locked until it has ended too, whatever becomes of its parent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as handle:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            handle = held.enter_context(files.locked(folder / ".lock", wait=False))
+        except files.LockHeld:
             yield None
             return
         yield handle.fileno()
@@ -170,7 +168,7 @@ class Pair:
         # a step that was run again after its result was removed counts once
         before = 0.0 if entry["done"] else entry["seconds"]
         entry.update(seconds=round(before + seconds, 1), done=done, command=shown(step))
-        run_dir.write_json(self.folder / STEPS_FILE, records)
+        files.write_json(self.folder / STEPS_FILE, records)
 
     def remove_images(self) -> None:
         """Frees the disk of the synthetic images; they are made again, the same, when a later step needs them."""
@@ -182,7 +180,7 @@ def prepare_config(folder: Path, config_dir: Path) -> None:
     for name in COPIED:
         target = folder / "config" / name
         if (config_dir / name).is_file() and not target.exists():
-            run_dir.write_text(target, (config_dir / name).read_text(encoding="utf-8"))
+            files.write_text(target, (config_dir / name).read_text(encoding="utf-8"))
 
 
 def read_records(folder: Path) -> dict[str, dict]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import cli, console, files, registry, run_dir
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.evaluation import comparison, flags, halving, predictions
@@ -267,7 +267,7 @@ def trials_within(tuning: Tuning, args: argparse.Namespace, seconds: float) -> i
                 f"--budget_hours {args.budget_hours:g}: {duration(spent)} are spent, and the smallest search has {needed} "
                 f"runs of {duration(seconds)}: give at least {enough:g}; what is done is kept"
             )
-    run_dir.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials})
+    files.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials})
     return trials
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from semantic_aug import registry, run_dir
+from semantic_aug import files, registry
 from semantic_aug.evaluation.halving import Candidate, best_first
 from semantic_aug.evaluation.intervals import Difference, difference_text
 from semantic_aug.evaluation.report import spread
@@ -51,9 +51,9 @@ def write(tuning: Tuning, choice: Choice, command: str, entry: Mapping[str, Mapp
 
     bars_of = {one.name: choice.scores[one] for one in ranked(choice.scores)}
     panels = {tuning.recipe.name: {f"validation {tuning.score}": bars_of}}
-    with run_dir.atomic_path(tuning.folder / CHART) as temporary:
+    with files.atomic_path(tuning.folder / CHART) as temporary:
         bars(panels, temporary)
-    run_dir.write_text(tuning.folder / REPORT, "\n".join(lines_of(tuning, choice, command, entry)) + "\n")
+    files.write_text(tuning.folder / REPORT, "\n".join(lines_of(tuning, choice, command, entry)) + "\n")
 
 
 def ranked(scores: Scores) -> list[Candidate]:

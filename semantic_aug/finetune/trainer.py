@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from semantic_aug import run_dir
+from semantic_aug import files, run_dir
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
@@ -356,7 +356,7 @@ class Trainer:
         }
         if self.accelerator.is_main_process:
             checkpoints.save_weights(self.model, self.config.output_dir)
-            run_dir.write_json(self.config.output_dir / SUMMARY_FILE, summary)
+            files.write_json(self.config.output_dir / SUMMARY_FILE, summary)
             self.latents.remove()
             checkpoints.remove_leftovers(self.config.output_dir)
             log.info(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import write_json
+from semantic_aug.files import write_json
 from semantic_aug.sampling.job import Job, Task
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ record (the run was killed between the two) is taken over if its content proves 
 
 from __future__ import annotations
 
-import fcntl
 import io
 import itertools
 import logging
@@ -30,6 +29,7 @@ from PIL import Image
 
 from semantic_aug import meta_csv
 from semantic_aug.errors import UserError
+from semantic_aug.files import locked, write_text
 from semantic_aug.run_dir import (
     arguments_text,
     differences,
@@ -37,7 +37,6 @@ from semantic_aug.run_dir import (
     load_arguments,
     plain,
     versions,
-    write_text,
 )
 from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
 from semantic_aug.sampling.records import Records
@@ -191,8 +190,7 @@ def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
         paths: names of the plan's tasks.
         done: bool ``(T,)``; tasks that other shards have recorded meanwhile are added to it.
     """
-    with open(folder / ".lock-meta", "a") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # of two shards that end together, the later one lists the rows of both
+    with locked(folder / ".lock-meta"):  # of two shards that end together, the later one lists the rows of both
         done |= Records.latest(folder, len(done))[0] > 0
         return meta_csv.write(folder / meta_csv.FILE_NAME, paths.meta_rows(np.flatnonzero(done)), paths.further_columns)
 

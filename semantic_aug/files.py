@@ -1,0 +1,111 @@
+"""Files as every stage writes them: whole or not at all, and locked against other processes.
+
+Locks are the kernel's (``flock``): it frees them when their holder ends, however it ends. Shards of one run share a lock, and
+a child process may inherit one; lock packages offer neither. File systems without locks (some network ones) are tolerated
+with a warning.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Error numbers of a file system that has no locks."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, moved to ``path`` when the block ends well and removed when it does not.
+
+    The content is flushed to disk before the move, so ``path`` never holds half a file, whatever is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+class LockHeld(Exception):
+    """Another process holds the lock of a file.
+
+    Args:
+        path: of the lock file.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} is locked by another process")
+        self.path = path
+
+    def holder(self) -> str:
+        """The process as it wrote itself into the file; one that took the lock this moment has yet to write so."""
+        for _ in range(20):
+            time.sleep(0.1)
+            if text := self.path.read_text(encoding="utf-8", errors="replace").strip():
+                return text
+        return "another process"
+
+
+@contextmanager
+def locked(path: Path, shared: bool = False, wait: bool = True, waiting_for: str = "") -> Iterator[IO[str]]:
+    """Holds the lock of a file.
+
+    Args:
+        path: of the lock file; it and its folder are made if absent, and it stays.
+        shared: several processes may hold it at once, as long as none holds it alone.
+        wait: until it is free; without, a lock held by another process is an error.
+        waiting_for: logged once where waiting is necessary.
+
+    Yields:
+        The open lock file. A child process that inherits its descriptor holds the lock until it has ended too.
+
+    Raises:
+        LockHeld: another process holds it, and ``wait`` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as handle:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not wait:
+                    raise LockHeld(path) from None
+                if waiting_for:
+                    log.info("waiting for %s", waiting_for)
+                fcntl.flock(handle, kind)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s: no locks on this file system; let no other run write there", path.parent)
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield handle
