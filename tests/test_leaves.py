@@ -455,6 +455,10 @@ def test_a_lock_is_waited_for_shared_or_refused_and_names_its_holder(tmp_path, c
         assert not entered.wait(0.2)
     thread.join(10)
     assert entered.is_set() and caplog.text.count("waiting for the first") == 1
-    with files.locked(path, shared=True, wait=False), files.locked(path, shared=True, wait=False):
-        with pytest.raises(files.LockHeld), files.locked(path, wait=False):
-            pass
+    with (
+        files.locked(path, shared=True, wait=False),
+        files.locked(path, shared=True, wait=False),
+        pytest.raises(files.LockHeld),
+        files.locked(path, wait=False),
+    ):
+        pass
