@@ -10,6 +10,7 @@ from pathlib import Path
 
 from semantic_aug import cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
+from semantic_aug.devices import actors_of, processes_of
 from semantic_aug.diffusion.schedulers import DEFAULT, FINAL_SIGMAS, SCHEDULERS, SPEEDS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError, run_main
 
@@ -248,7 +249,6 @@ def resolve(args: argparse.Namespace):
     from semantic_aug.diffusion.base import read_geometry
     from semantic_aug.prompts import SAMPLING_TEMPLATE, read_templates
     from semantic_aug.sampling import config as sampling
-    from semantic_aug.sampling.launcher import devices_of
 
     check(args)
     strategy, solver = strategies.find(args.sample_strategy), solver_of(args)
@@ -256,11 +256,9 @@ def resolve(args: argparse.Namespace):
         strategy, args.aug_strength, args.strength_strategy, solver.num_inference_steps
     )
     if args.engine == "ray":
-        from semantic_aug.sampling.ray_engine import devices_in_cluster
-
-        devices = tuple(devices_in_cluster(args.gpu_ids))
+        places = actors_of(args.gpu_ids)
     else:
-        devices = tuple(devices_of(args.gpu_ids, args.cpu_threads))
+        places = processes_of(args.gpu_ids, args.cpu_threads)
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
     files, key = sampling.choose_weights(
         strategy, dataset.name, args.finetune_model_key, args.model_path, args.config_dir
@@ -287,11 +285,11 @@ def resolve(args: argparse.Namespace):
         solver=solver,
         resolution=resolution,
         batch_size=0 if args.batch_size == "auto" else args.batch_size,
-        dtype=args.dtype if args.dtype != "auto" else ("fp32" if devices[0] == "cpu" else "fp16"),
+        dtype=args.dtype if args.dtype != "auto" else ("fp32" if places[0] == "cpu" else "fp16"),
         template=args.prompt or SAMPLING_TEMPLATE,
         seed=args.seed,
         output_root=registry.resolve_path(root),
-        devices=devices,
+        devices=tuple(places),
         cpu_threads=args.cpu_threads,
         num_shards=args.num_shards,
         shard_index=args.shard_index,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from semantic_aug import allocator, cli, console, registry, run_dir
+from semantic_aug.devices import device_of
 from semantic_aug.errors import run_main
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
@@ -305,7 +306,7 @@ def resolve(args: argparse.Namespace):
     from semantic_aug.datasets import load_dataset
 
     timm_name(args.model)
-    device = request.device_of(args.gpu)
+    device = device_of(args.gpu)
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
     keys = [key for key in args.syndata_key or [] if key]
     folders = [folder for key in keys for folder in registry.subsets(dataset.name, key, args.config_dir)]

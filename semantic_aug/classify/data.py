@@ -22,6 +22,7 @@ from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import open_pixels
 from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.devices import available_memory
 from semantic_aug.seeding import numpy_rng
 
 log = logging.getLogger(__name__)
@@ -30,17 +31,12 @@ CROP_SHARE = 0.875
 """Images are resized to resolution / CROP_SHARE, then cropped: at random in training, in the centre otherwise."""
 
 RAM_SHARE = 0.4
-"""Share of the free memory that decoded images may take; beyond it they are decoded each time."""
+"""Share of the available memory that decoded images may take; beyond it they are decoded each time."""
 
 
 def resized_side(resolution: int) -> int:
     """Side in pixels to which images are resized before the crop."""
     return round(resolution / CROP_SHARE)
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be had without swapping."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class ImageStore:
@@ -155,7 +151,7 @@ class TrainBatches:
         budget: int | None = None,
         cache: str = "auto",
     ):
-        side, budget = resized_side(resolution), budget if budget is not None else int(free_memory() * RAM_SHARE)
+        side, budget = resized_side(resolution), budget if budget is not None else int(available_memory() * RAM_SHARE)
         k = len(real.class_names)
         draws = draws if isinstance(draws, DrawSettings) else DrawSettings(probability=draws)
         self.real = ImageStore(real.image, len(real), side, budget, cache=cache, identity=real.signature())
@@ -239,7 +235,7 @@ class EvalBatches:
             table.image,
             len(table),
             resized_side(resolution),
-            budget if budget is not None else int(free_memory() * RAM_SHARE),
+            budget if budget is not None else int(available_memory() * RAM_SHARE),
             cache=cache,
             identity=table.signature(),
         )

@@ -8,17 +8,13 @@ import os
 import torch
 from torch import Tensor, nn
 
+from semantic_aug.devices import launched
 from semantic_aug.errors import UserError
 
 
 def is_main() -> bool:
     """Whether this process, of those a launcher started, is the one that speaks; without a launcher it is."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def launched() -> int:
-    """How many processes a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def leave() -> None:

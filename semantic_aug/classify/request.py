@@ -1,4 +1,4 @@
-"""From what the user gave to a resolved request: the device, the run's name, defaults, and conflicts refused by name."""
+"""From what the user gave to a resolved request: the run's name, defaults, and conflicts refused by name."""
 
 from __future__ import annotations
 
@@ -7,40 +7,11 @@ from pathlib import Path
 
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.metrics import groups_of
-from semantic_aug.classify.processes import launched
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
 from semantic_aug.errors import UserError
 
 SELECT_BY = ("top1", "macro", "worst_group")
-
-
-def device_of(gpu: str | None) -> str:
-    """The device ``--gpu`` names.
-
-    Raises:
-        UserError: not a number or ``cpu``, a GPU that is not there, or one GPU for several processes.
-    """
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu == "cpu":
-        return "cpu"
-    if launched() > 1 and gpu is not None:
-        raise UserError(
-            f"--gpu {gpu}: a launcher started {launched()} processes, which have a GPU each; leave --gpu out, or give "
-            "--gpu cpu"
-        )
-    if gpu is None:
-        return "cuda:0" if count else "cpu"
-    if not gpu.isdecimal():
-        raise UserError(f"--gpu {gpu}: expected a GPU number or the word cpu")
-    if int(gpu) >= count:
-        have = f"GPUs 0 to {count - 1}" if count else "no GPU"
-        raise UserError(
-            f"--gpu {gpu}: this machine has {have}; give --gpu cpu" + (" or another number" if count else "")
-        )
-    return f"cuda:{gpu}"
 
 
 def load_synthetic(

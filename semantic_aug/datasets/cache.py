@@ -12,6 +12,7 @@ by the same rule.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_aug import registry
+from semantic_aug.arrays import create_array, open_array, size_text
 from semantic_aug.errors import UserError
 from semantic_aug.files import locked
 from semantic_aug.run_dir import sha256_text
@@ -118,7 +120,7 @@ def open_pixels(
     if mode == "ram" or (mode == "auto" and need <= memory):
         if mode == "ram" and need > memory:
             raise UserError(
-                f"--cache ram: {count} images of {side} px take {_gb(need)}, {_gb(memory)} are free; give --cache disk"
+                f"--cache ram: {count} images of {side} px take {size_text(need)}, {size_text(memory)} are free; give --cache disk"
             )
         pixels = np.empty((count, side, side, 3), np.uint8)
         _fill(pixels, decode, workers)
@@ -128,10 +130,6 @@ def open_pixels(
 
 class NoRoom(Exception):
     """The disk or the bound does not hold it."""
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
 
 
 def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
@@ -165,14 +163,12 @@ def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: i
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The file's array where it is there and whole; its time is set, for the order in which files go."""
-    try:
-        pixels = np.load(path, mmap_mode="r")
-        if pixels.shape != shape or pixels.dtype != np.uint8:
-            return None
-        os.utime(path)
-    except (OSError, ValueError, EOFError):  # absent, cut off by a failing disk, or not ours
+    """The file's array where it exists and is whole; its time is set, for the order in which files go."""
+    pixels = open_array(path, np.uint8, shape)
+    if pixels is None:
         return None
+    with contextlib.suppress(OSError):  # a folder shared read-only, or a file that is removed just now
+        os.utime(path)
     return np.asarray(pixels)
 
 
@@ -182,10 +178,7 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
     size = int(np.prod(shape))
     make_room(path.parent, size)
     try:
-        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        with open(part, "rb+") as held:  # a full disk shows here, not as a bus error on writing to the mapping
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(held.fileno(), 0, os.fstat(held.fileno()).st_size)
+        pixels = create_array(part, np.uint8, shape)
         _fill(pixels, decode, workers)
         pixels.flush()
         del pixels
@@ -215,7 +208,7 @@ def make_room(folder: Path, size: int) -> None:
     held, bound = sum(file[1] for file in files), cache_bound()
     free = int(shutil.disk_usage(folder).free * FREE_SHARE)
     if size > bound or size > free + held:
-        raise NoRoom(f"{_gb(size)} of decoded images, {_gb(min(bound, free + held))} allowed in {folder}")
+        raise NoRoom(f"{size_text(size)} of decoded images, {size_text(min(bound, free + held))} allowed in {folder}")
     for _, length, path in files:
         if held + size <= bound and size <= free:
             return

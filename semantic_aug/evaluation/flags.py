@@ -11,6 +11,7 @@ from pathlib import Path
 from semantic_aug import cli, registry
 from semantic_aug.datasets.subsets import PROFILES
 from semantic_aug.diffusion.base import DEFAULT_MODEL
+from semantic_aug.devices import check_ids
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.recipe import Devices, Recipe
@@ -176,9 +177,7 @@ def check_passed_on(args: argparse.Namespace) -> None:
     Raises:
         UserError: one line.
     """
-    for word in args.gpu_ids or []:
-        if word != "cpu" and not word.isdecimal():
-            raise UserError(f"--gpu_ids {word}: expected GPU numbers or the word cpu")
+    check_ids(args.gpu_ids or [])
     for stage, owned in OWN_FLAGS.items():
         for word in getattr(args, f"stage{stage}_args"):
             if word.startswith("--") and word[2:].split("=")[0] in owned:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_aug import cli, registry
+from semantic_aug.devices import device_of
 
 if TYPE_CHECKING:
     from semantic_aug.datasets import LoadedDataset
@@ -119,7 +120,6 @@ def resolve(args: argparse.Namespace) -> Given:
     Raises:
         UserError: any of them is not what it should be.
     """
-    from semantic_aug.classify.request import device_of
     from semantic_aug.datasets import load_dataset
     from semantic_aug.evaluation.subset import open_subsets
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from semantic_aug.arrays import create_array, is_full, open_array, size_text
 from semantic_aug.datasets import ImageTable
 from semantic_aug.diffusion.loop import encode_moments, to_pixels
+from semantic_aug.errors import UserError
+from semantic_aug.registry import shown_path
 from semantic_aug.run_dir import sha256_text
 from semantic_aug.seeding import numpy_rng
 
@@ -79,7 +83,7 @@ class LatentCache:
         self.views, self.flips = views, 2 if flip else 1
         made_from = f"{table.signature()} {vae_digest} {resolution} {views} {self.flips} {seed} {vae.dtype}"
         self.path = folder / f"latents-{sha256_text(made_from)[:16]}.npy"
-        if not self.path.exists():
+        if open_array(self.path, np.float32) is None:  # absent, or cut off by a failing disk
             wait()  # nobody may finish before everybody has looked
             self._build(rank, world, wait)
         wait()
@@ -87,13 +91,46 @@ class LatentCache:
 
     def _build(self, rank: int, world: int, wait: Callable[[], None]) -> None:
         partial = self.path.with_suffix(".part")
+        try:
+            if rank == 0:
+                self._reserve(partial)
+            wait()
+            self._fill(np.lib.format.open_memmap(partial, "r+"), rank, world)
+            wait()
+            if rank == 0:
+                os.replace(partial, self.path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _reserve(self, partial: Path) -> None:
+        """Says how much space the latents take, and takes it.
+
+        Raises:
+            UserError: there is not enough.
+        """
         probe = encode_moments(self.vae, self._pixels([0])[:1])
         shape = (len(self.table), self.views, self.flips, *probe.shape[1:])
-        if rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
-        wait()
-        out = np.lib.format.open_memmap(partial, "r+")
+        size, folder = 4 * int(np.prod(shape)), partial.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # of a run that was killed
+        log.info("latents of %d images take %s in %s", len(self.table), size_text(size), folder)
+        too_large = (
+            f"--output_dir {shown_path(folder)}: the latents of {len(self.table)} images ({self.views} crop(s), "
+            f"{'with' if self.flips == 2 else 'without'} mirror images) take {size_text(size)}"
+        )
+        remedy = "free some, or give a folder on another disk or fewer --crops"
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise UserError(f"{too_large}, {size_text(free)} are free; {remedy}")
+        try:
+            create_array(partial, np.float32, shape).flush()
+        except OSError as error:
+            if is_full(error):
+                raise UserError(f"{too_large}, which cannot be had ({error.strerror}); {remedy}") from error
+            raise
+
+    def _fill(self, out: np.ndarray, rank: int, world: int) -> None:
         rows = range(rank, len(self.table), world)
         for start in tqdm(
             range(0, len(rows), ENCODE_BATCH),
@@ -112,9 +149,6 @@ class LatentCache:
                     moments.float().cpu().numpy().reshape(len(chosen), self.views, *moments.shape[1:])
                 )
         out.flush()
-        wait()
-        if rank == 0:
-            os.replace(partial, self.path)
 
     def _pixels(self, rows: list[int]) -> Tensor:
         """``(len(rows) * views, 3, H, W)`` in [-1, 1]."""

@@ -18,8 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from semantic_aug.arrays import is_full, size_text
 from semantic_aug.datasets import ImageTable
 from semantic_aug.diffusion.loop import encode_moments
+from semantic_aug.errors import UserError
+from semantic_aug.registry import shown_path
 from semantic_aug.run_dir import sha256_text
 
 DECODE_BLOCK = 64
@@ -66,7 +69,27 @@ class PixelCache:
 
     def _build(self, path: Path, rows: range, quiet: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial, sizes = path.with_suffix(".part"), np.zeros((len(rows), 2), np.int64)
+        partial = path.with_suffix(".part")
+        try:
+            sizes = self._write(partial, rows, quiet)
+            np.save(path.with_suffix(".sizes.npy"), sizes)
+            os.replace(partial, path)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and is_full(error):
+                raise UserError(
+                    f"--output_dir {shown_path(path.parent)}: the decoded images (about {size_text(self._estimate())}) do "
+                    f"not fit ({error.strerror}); free some, or give a folder on another disk or no --random_crops"
+                ) from error
+            raise
+
+    def _estimate(self) -> int:
+        """Bytes of all decoded images, were all shaped like the first."""
+        width, height = scaled(self.table.image(0), self.resolution).size
+        return len(self.table) * width * height * 3
+
+    def _write(self, partial: Path, rows: range, quiet: bool) -> np.ndarray:
+        sizes = np.zeros((len(rows), 2), np.int64)
         decode = lambda row: np.asarray(scaled(self.table.image(row), self.resolution))  # noqa: E731
         bar = tqdm(
             total=len(rows), desc="decoding images", unit="image", disable=quiet, leave=False, dynamic_ncols=True
@@ -77,8 +100,7 @@ class PixelCache:
                     sizes[number] = pixels.shape[:2]
                     out.write(pixels.tobytes())
                     bar.update()
-        np.save(path.with_suffix(".sizes.npy"), sizes)
-        os.replace(partial, path)
+        return sizes
 
     def gather(self, index: Tensor, position: Tensor, flip: Tensor) -> Tensor:
         """The posterior parameters ``(B, 2C, h, w)`` of crops of the chosen images, on the VAE's device.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -148,38 +147,6 @@ def _kill(one: _Worker) -> None:
         one.process.kill()
     one.process.join(timeout=10)
     one.pipe.close()
-
-
-def devices_of(gpu_ids: Sequence[str] | None, cpu_threads: int) -> list[str]:
-    """The processes that ``--gpu_ids`` asks for: ``0 0 1`` or ``cpu cpu``; by default one per GPU, or per CPU core.
-
-    Args:
-        gpu_ids: words of the flag, or None.
-        cpu_threads: arithmetic threads of a CPU process.
-
-    Raises:
-        UserError: neither a number nor ``cpu``, both kinds at once, or a GPU that is not there.
-    """
-    if gpu_ids and set(gpu_ids) == {"cpu"}:
-        return list(gpu_ids)
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not gpu_ids:
-        if count:
-            return [f"cuda:{i}" for i in range(count)]
-        return ["cpu"] * max(1, len(os.sched_getaffinity(0)) // cpu_threads)
-    for word in gpu_ids:
-        if word != "cpu" and not word.isdecimal():
-            raise UserError(
-                f"--gpu_ids {word}: expected GPU numbers or the word cpu, one per process, e.g. 0 0 1 or cpu cpu"
-            )
-        if word != "cpu" and int(word) >= count:
-            have = f"GPUs 0 to {count - 1}" if count else "no GPU"
-            raise UserError(f"--gpu_ids {word}: this machine has {have}; give other numbers, or cpu")
-    if "cpu" in gpu_ids:
-        raise UserError("--gpu_ids mixes GPUs and cpu: images would differ in their last bits; give one kind")
-    return [f"cuda:{word}" for word in gpu_ids]
 
 
 def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list[Task]:

@@ -174,18 +174,3 @@ class RayLauncher(Dispatcher):
 
     def describe_workers(self) -> list[dict]:
         return [{"device": a.device, "batches": [batch for batch, _ in a.held]} for a in self.actors]
-
-
-def devices_in_cluster(gpu_ids: list[str] | None) -> list[str]:
-    """The actors that ``--gpu_ids`` asks for: ``cpu cpu`` for two on CPUs, ``0 1`` for two with a GPU each, ``0 0 1 1`` for
-    four with half a GPU each; the numbers only say which share one. Default: a single CPU actor.
-
-    Raises:
-        UserError: words of both kinds, or other ones.
-    """
-    words = gpu_ids or ["cpu"]
-    if set(words) == {"cpu"}:
-        return words
-    if not all(word.isdecimal() for word in words):
-        raise UserError(f"--gpu_ids {' '.join(words)}: expected GPU numbers, or the word cpu, one per actor")
-    return [f"cuda:{word}" for word in words]
