@@ -144,7 +144,10 @@ def test_what_the_flags_name(monkeypatch):
     for call, line in (
         (lambda: devices.processes_of(["2"], 1), "--gpu_ids 2: this machine has GPUs 0 to 1"),
         (lambda: devices.processes_of(["0", "cpu"], 1), "--gpu_ids mixes GPUs and cpu"),
-        (lambda: devices.actors_of(["0", "cpu"]), "--gpu_ids 0 cpu: expected GPU numbers, or the word cpu, one per actor"),
+        (
+            lambda: devices.actors_of(["0", "cpu"]),
+            "--gpu_ids 0 cpu: expected GPU numbers, or the word cpu, one per actor",
+        ),
         (lambda: devices.device_of("1"), "--gpu 1: a launcher started 2 processes"),
     ):
         with pytest.raises(UserError, match=line):

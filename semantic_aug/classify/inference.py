@@ -21,6 +21,7 @@ from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, evaluate
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.images import EXTENSIONS, open_image
+from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
 from semantic_aug.registry import resolve_path
 
@@ -142,6 +143,7 @@ def predict(classifier: Classifier, folder: Path, config: ClassifyConfig) -> tup
             pixels = torch.from_numpy(centre(store.batch(rows), config.resolution))
             with autocast(classifier.device, config.amp):
                 shares = classifier.model(classifier.normalise(pixels)).float().softmax(-1).cpu()
+            check_outputs(float(shares.sum()), config.amp)
             for row, share in zip(rows.tolist(), shares, strict=True):
                 best = int(share.argmax())
                 name = paths[row].relative_to(folder).as_posix()

@@ -27,6 +27,7 @@ from semantic_aug.classify.optim import learning_rate_at, make_optimizer
 from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, check_outputs, non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.run_lock import RunLock
 from semantic_aug.seeding import derive_seed, numpy_rng
@@ -69,6 +70,9 @@ def evaluate(
         classes: K.
         processes: what every one of them counted is added up.
         amp: ``no``, ``fp16`` or ``bf16``.
+
+    Raises:
+        UserError: the model's outputs are not finite.
     """
     model.eval()
     meter = Meter(classes, processes.device, batches.store.count)
@@ -77,7 +81,9 @@ def evaluate(
             logits = model(normalise(pixels))
         meter.add(logits, labels.to(processes.device), rows.to(processes.device))
     meter.combine(processes.add_up)
-    return meter.result()
+    scores = meter.result()
+    check_outputs(scores.loss, amp)
+    return scores
 
 
 class Trainer:
@@ -187,13 +193,14 @@ class Trainer:
         self.model.train()
         for module in self.frozen:
             module.eval()
-        total = torch.zeros((), device=self.device)
+        loss_log, total = LossLog(self.device, CHECK_STEPS, self.processes.add_up), 0.0
         warmup, lr = round(config.warmup_epochs * self.steps_per_epoch), config.lr
         for step, parts in enumerate(self._epoch_parts()):
             done = self.epoch * self.steps_per_epoch + step
             lr = learning_rate_at(done, self.total_steps, warmup, config.lr)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            step_loss = torch.zeros((), device=self.device)
             for number, part in enumerate(parts):
                 last = number + 1 == len(parts)
                 with contextlib.nullcontext() if last else self.processes.no_sync(call):
@@ -201,16 +208,20 @@ class Trainer:
                     # processes' gradients are averaged: times their number, so that shares may differ in size
                     share = self.processes.count / self.train_batches.batch_size
                     self.scaler.scale(loss * share).backward()
-                total += loss.detach()
+                step_loss += loss.detach()
+            loss_log.add(step_loss)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             if self.averaged is not None:
                 self.averaged.update(self.model, step=done + 1)
             bar.update()
+            if loss_log.count == CHECK_STEPS or step + 1 == self.steps_per_epoch:
+                recent = loss_log.read()
+                check_losses(recent, done + 1, self._advice())
+                total += float(recent.sum())
         count = self.steps_per_epoch * self.train_batches.batch_size
-        mean = float(self.processes.add_up(total)) / count
-        return {"lr": lr, "train_loss": mean, "images_per_second": count / (time.monotonic() - began)}
+        return {"lr": lr, "train_loss": total / count, "images_per_second": count / (time.monotonic() - began)}
 
     def _epoch_parts(self) -> Iterator[list[tuple]]:
         """For every step the parts this process takes: (batch, foregrounds or None) each."""
@@ -243,8 +254,17 @@ class Trainer:
         """Scores of the present weights (their average, with EMA) on a split."""
         model = self.model if self.averaged is None else self.averaged.module
         self.processes.agree_on(model)
+        if bad := non_finite(model.state_dict().items()):
+            raise UserError(f"training diverged: after epoch {self.epoch} '{bad}' is not finite; {self._advice()}")
         classes = len(self.dataset.class_names)
         return evaluate(model, batches, self.normalise, classes, self.processes, self.config.amp)
+
+    def _advice(self) -> str:
+        config = self.config
+        state = config.output_dir / STATE_FILE
+        kept = f"{state} holds the last good epoch saved" if state.exists() else "no epoch was saved yet"
+        fp16 = ", use --amp bf16" if config.amp == "fp16" else ""
+        return f"lower --lr {config.lr:g}{fp16} and choose another --output_dir; {kept}"
 
     # -------------------------------------------------------------------------------------- best epoch and results
 

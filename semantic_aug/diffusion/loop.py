@@ -58,14 +58,19 @@ def decode_latents(
         latents: ``(B, C, h, w)``.
         micro_batch: images decoded at once.
         decode: a compiled form of the VAE's decoding; it is always given whole micro-batches, padded where need be.
+
+    Returns:
+        The images; one whose latents or pixels are not all finite (half precision overflowed) is black everywhere.
     """
     images = []
     for part in (latents.to(vae.dtype) / vae.config.scaling_factor).split(micro_batch):
         if decode is None:
-            images.append(to_uint8(vae.decode(part, return_dict=False)[0]))
+            pixels = vae.decode(part, return_dict=False)[0]
         else:
             padded = torch.cat([part, part[-1:].expand(micro_batch - len(part), -1, -1, -1)])
-            images.append(to_uint8(decode(padded))[: len(part)])
+            pixels = decode(padded)[: len(part)]
+        finite = part.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
+        images.append(to_uint8(torch.where(finite[:, None, None, None], pixels, -1)))
     return torch.cat(images)
 
 

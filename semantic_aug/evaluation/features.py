@@ -18,6 +18,7 @@ from semantic_aug.classify.data import ImageStore, Normaliser
 from semantic_aug.classify.models import make_model
 from semantic_aug.datasets.cache import cache_folder
 from semantic_aug.datasets.table import file_stamp
+from semantic_aug.divergence import check_outputs
 from semantic_aug.files import atomic_path
 from semantic_aug.registry import resolve_path
 from semantic_aug.run_dir import sha256_text
@@ -71,6 +72,7 @@ class Extractor:
             for start in range(0, count, batch_size):
                 pixels = torch.from_numpy(store.batch(np.arange(start, min(count, start + batch_size))))
                 rows.append(self.model(self.normalise(pixels)).flatten(1).float().cpu().numpy())
+                check_outputs(float(rows[-1].sum()))
                 bar.update(len(pixels))
         features = np.concatenate(rows)
         if self.keep and identity is not None:

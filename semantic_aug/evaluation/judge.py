@@ -17,6 +17,7 @@ from semantic_aug import run_dir
 from semantic_aug.classify.data import ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.models import make_model
 from semantic_aug.classify.trainer import MODEL_FILE
+from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
 
 
@@ -44,6 +45,7 @@ class Judge:
             pixels = store.batch(np.arange(start, min(count, start + batch_size)))
             logits = self.model(self.normalise(torch.from_numpy(centre(pixels, self.resolution))))
             rows.append(logits.float().softmax(-1).cpu().numpy())
+            check_outputs(float(rows[-1].sum()))
         return np.concatenate(rows)
 
 

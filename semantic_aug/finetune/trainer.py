@@ -22,8 +22,9 @@ from semantic_aug.datasets import LoadedDataset
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
 from semantic_aug.diffusion.loop import sample_posterior
+from semantic_aug.divergence import CHECK_STEPS, LossLog
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.finetune import checkpoints
+from semantic_aug.finetune import checkpoints, divergence
 from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.config import FinetuneConfig, may_change
 from semantic_aug.finetune.latents import LatentCache
@@ -159,7 +160,8 @@ class Trainer:
             run_dir.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
         )
         began, first = time.monotonic(), self.step
-        running, norm, logged_at, logged_step = torch.zeros((), device=accelerator.device), None, began, self.step
+        loss_log = LossLog(accelerator.device, CHECK_STEPS, lambda part: accelerator.reduce(part, "mean"))
+        total, norm, logged_at, logged_step = 0.0, None, began, self.step
         with (
             self._signals(),
             tqdm(
@@ -174,23 +176,23 @@ class Trainer:
         ):
             while self.step < config.max_train_steps:
                 loss, norm = self.optimizer_step()
-                running += loss
+                loss_log.add(loss)
                 bar.update()
-                if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+                logged = self.step % config.logging_steps == 0 or self.step == config.max_train_steps
+                stopping = self._should_stop()
+                saving = stopping or (config.checkpointing_steps and self.step % config.checkpointing_steps == 0)
+                if logged or saving or loss_log.count == CHECK_STEPS:
+                    total += divergence.sum_of_losses(loss_log, self.step, accelerator.scaler, config)
+                if logged:
                     now, count = time.monotonic(), self.step - logged_step
-                    row = {
-                        "loss": float(accelerator.reduce(running, "mean")) / count,
-                        "steps_per_second": count / (now - logged_at),
-                    }
+                    row = {"loss": total / count, "steps_per_second": count / (now - logged_at)}
                     row |= self._learning_rates() | ({"grad_norm": float(norm)} if norm is not None else {})
                     if main:
                         metrics.add(step=self.step, **row)
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                     accelerator.log(row, step=self.step)
-                    running.zero_()
-                    logged_at, logged_step = now, self.step
-                stopping = self._should_stop()
-                if stopping or (config.checkpointing_steps and self.step % config.checkpointing_steps == 0):
+                    total, logged_at, logged_step = 0.0, now, self.step
+                if saving:
                     self._checkpoint()
                 if stopping:
                     raise Interrupted(
@@ -284,6 +286,7 @@ class Trainer:
         log.info("resuming from %s", folder)
 
     def _checkpoint(self) -> None:
+        divergence.check_weights(self.model, self.step, self.config)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -344,6 +347,7 @@ class Trainer:
                 tracker.log_images({"validation": np.asarray(image)[None]}, step=self.step, **layout)
 
     def _finish(self, seconds: float, steps: int) -> dict:
+        divergence.check_weights(self.model, self.step, self.config)
         self.accelerator.wait_for_everyone()
         summary = {
             "steps": self.step,

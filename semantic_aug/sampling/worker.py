@@ -39,6 +39,9 @@ WRITERS = 4
 
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM}
 
+MOST_BLACK = 16
+"""A process whose first so many images are all black cannot work."""
+
 Row = tuple[int, int, int]
 
 
@@ -73,6 +76,7 @@ class BatchMaker:
             if job.object_mask:
                 self.masks = SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
         self.at_once: int | None = None
+        self.only_black: int | None = 0  # images since the start, as long as all of them are black
 
     def pixels(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         """The images of a batch, uint8 ``(B, H, W, 3)``, and the tasks whose source cannot be read: number -> why.
@@ -84,9 +88,9 @@ class BatchMaker:
             size = self.at_once or len(tasks)
             try:
                 parts = [self._part(tasks[i : i + size]) for i in range(0, len(tasks), size)]
-                return torch.cat([p for p, _ in parts]), {
-                    n: why for _, failures in parts for n, why in failures.items()
-                }
+                pixels = torch.cat([p for p, _ in parts])
+                failures = {n: why for _, failures in parts for n, why in failures.items()}
+                return pixels, self._black(tasks, pixels) | failures
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -95,6 +99,23 @@ class BatchMaker:
                 self.note(
                     f"out of memory with {size} images at once: going on with {self.at_once} (--batch_size sets it)"
                 )
+
+    def _black(self, tasks: Sequence[Task], pixels: Tensor) -> dict[int, str]:
+        """The tasks whose image is black everywhere, as those are that are not finite: number -> why it is refused.
+
+        Raises:
+            UserError: nothing but black images has come out since the start.
+        """
+        remedy = "give --dtype bf16 or fp32" if self.job.dtype == "fp16" else "the model's weights are not sound"
+        why = f"black everywhere, since the networks' values are not finite: {remedy}"
+        black = pixels.flatten(1).amax(1) == 0
+        if self.only_black is not None:
+            self.only_black = self.only_black + len(black) if black.all() else None
+            if self.only_black is not None and self.only_black >= MOST_BLACK:
+                raise UserError(f"the first {self.only_black} images are all {why}")
+        return {
+            task.number: f"its image is {why}" for task, refused in zip(tasks, black.tolist(), strict=True) if refused
+        }
 
     def _part(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         generators = [task_rng(self.job.seed, task.number) for task in tasks]
@@ -149,6 +170,8 @@ def main(pipe: Connection, job: Job, device: str) -> None:
         _serve(pipe, maker)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+    except UserError as error:
+        pipe.send(("fatal", str(error)))
     except OSError as error:
         fatal = error.errno in _FATAL_ERRNOS
         pipe.send(("fatal", os_error_line(error)) if fatal else ("error", traceback.format_exc()))
