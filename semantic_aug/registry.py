@@ -7,13 +7,12 @@ subset (or several under one key) is. Relative paths are relative to the reposit
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from semantic_aug import yaml_files
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.files import locked
 
@@ -23,6 +22,8 @@ CHECKPOINTS = "finetuned_ckpts.yaml"
 SUBSETS = "synthetic_datasets.yaml"
 DATASETS = "datasets.yaml"
 LEARNING_RATES = "learning_rates.yaml"
+FILES = (CHECKPOINTS, SUBSETS, DATASETS, LEARNING_RATES)
+CHECKPOINT_FIELDS = {"model_path": "text", "lora_path": "text", "embed_path": "text"}
 LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "pytorch_model.bin", "model.safetensors")
 """What is looked for, in this order, where a ``lora_path`` is a folder."""
 
@@ -54,23 +55,84 @@ class CheckpointEntry:
     embed_path: Path | None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; an absent or empty file is an empty one.
+def read_yaml(path: Path, typed: bool = False) -> dict[str, Any]:
+    """A YAML file's mapping; an absent or empty file is an empty one. Names are text as written, empty fields are None.
+
+    Args:
+        path: of the file.
+        typed: numbers and truth values become such; otherwise every value is text, too.
 
     Raises:
-        UserError: the file is not valid YAML, or not a mapping.
+        UserError: damaged, not UTF-8, not a mapping, or a name written twice; names the file and the line.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    return yaml_files.read(path, typed)
+
+
+def check_files(config_dir: Path = CONFIG_DIR) -> None:
+    """Reads every registry file once, so that a damaged one is found before anything runs.
+
+    Raises:
+        UserError: see :func:`read_yaml`; or a section that is no mapping.
+    """
+    for file in FILES:
+        for section in read_yaml(config_dir / file):
+            _section(section, file, config_dir)
+
+
+def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> dict[str, Any]:
+    """The fields of an entry that are set.
+
+    Args:
+        entry: as read.
+        kinds: of every known field: ``text``, ``texts`` (a list of texts) or ``names`` (a mapping of texts).
+        where: the entry, for errors.
+        expected: what the entry should hold, for errors.
+
+    Raises:
+        UserError: not a mapping, an unknown field, or a value of another kind.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} holds {yaml_files.kind_of(entry)}: expected {expected}")
+    out = {}
+    for name, value in entry.items():
+        if name not in kinds:
+            raise unknown(f"field in {where}", name, kinds, "correct the entry")
+        if value is None or value == "":
+            continue
+        kind = kinds[name]
+        if kind == "texts" and isinstance(value, list):
+            value = [item for item in value if item not in (None, "")]
+        elif kind == "names" and isinstance(value, dict):
+            value = {key: item for key, item in value.items() if item not in (None, "")}
+        parts = {"text": [value], "texts": value, "names": value}[kind]
+        right = {"text": str, "texts": list, "names": dict}[kind]
+        if isinstance(parts, dict):
+            parts = parts.values()
+        if not isinstance(value, right) or not all(isinstance(part, str) for part in parts):
+            words = {"text": "one text", "texts": "a list of texts", "names": "a mapping of a text to a text each"}
+            raise UserError(
+                f"{where}: {name} is {yaml_files.kind_of(value)}, expected {words[kind]}: correct the entry"
+            )
+        out[name] = value
+    return out
+
+
+def _section(section: str, file: str, config_dir: Path) -> dict[str, Any]:
+    """The entries of a section; none where it is absent or empty."""
+    entries = read_yaml(config_dir / file).get(section)
+    if entries is None:
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML ({error}): mend the file") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a mapping of data set names: mend the file")
-    return content
+    if not isinstance(entries, dict):
+        raise UserError(
+            f"section '{section}' of {shown_path(config_dir / file)} holds {yaml_files.kind_of(entries)}, "
+            "expected keys with entries: correct the file"
+        )
+    return entries
+
+
+def keys(dataset: str, file: str, config_dir: Path = CONFIG_DIR) -> list[str]:
+    """The keys of a data set's section in a registry file."""
+    return list(_section(dataset, file, config_dir))
 
 
 def look_up(dataset: str, key: str, file: str, config_dir: Path, kind: str, made_by: str) -> Any:
@@ -87,13 +149,9 @@ def look_up(dataset: str, key: str, file: str, config_dir: Path, kind: str, made
     Raises:
         UserError: no such section or key; lists the known keys, the nearest first, and says what to edit.
     """
-    path = config_dir / file
-    section = read_yaml(path).get(dataset) or {}
-    if not isinstance(section, dict):
-        raise UserError(f"section '{dataset}' of {path} holds a {type(section).__name__}, expected keys with entries")
-    entries = {str(k): v for k, v in section.items()}
+    entries = _section(dataset, file, config_dir)
     if key not in entries:
-        where = f"add it to section '{dataset}' of {shown_path(path)}, or let {made_by} --register_key write it"
+        where = f"add it to section '{dataset}' of {shown_path(config_dir / file)}, or let {made_by} --register_key write it"
         raise unknown(f"{kind} of data set '{dataset}'", key, entries, where)
     return entries[key]
 
@@ -106,13 +164,9 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
     """
     entry = look_up(dataset, key, CHECKPOINTS, config_dir, "checkpoint key", "train_lora.py")
     where = f"entry {dataset}/{key} of {shown_path(config_dir / CHECKPOINTS)}"
-    if not isinstance(entry, dict) or not entry.get("model_path"):
+    entry = fields(entry, CHECKPOINT_FIELDS, where, "model_path, lora_path and embed_path")
+    if "model_path" not in entry:
         raise UserError(f"{where} has no model_path: expected model_path, lora_path and embed_path")
-    extra = set(entry) - {"model_path", "lora_path", "embed_path"}
-    if extra:
-        raise UserError(
-            f"{where} has the unknown field '{sorted(extra)[0]}': expected model_path, lora_path, embed_path"
-        )
     paths = {}
     for field in ("lora_path", "embed_path"):
         paths[field] = resolve_path(entry[field]) if entry.get(field) else None
@@ -123,7 +177,7 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
             )
     if paths["lora_path"] is not None:
         paths["lora_path"] = find_lora(paths["lora_path"])
-    return CheckpointEntry(str(entry["model_path"]), **paths)
+    return CheckpointEntry(entry["model_path"], **paths)
 
 
 def find_lora(path: Path) -> Path:
@@ -161,14 +215,9 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
     return [f"{item.partition('#')[0]}#{variant}" for item in listed] if variant else listed
 
 
-def checkpoint_block(dataset: str, key: str, entry: Mapping[str, str | None]) -> dict:
-    """The YAML of a checkpoint as a mapping: {dataset: {key: entry}}."""
-    return {dataset: {key: dict(entry)}}
-
-
 def to_yaml(block: Mapping) -> str:
     """A block of YAML to print and paste."""
-    return yaml.safe_dump(dict(block), sort_keys=False, default_flow_style=False, allow_unicode=True)
+    return yaml_files.to_text(block)
 
 
 def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> bool:
@@ -180,52 +229,45 @@ def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = C
         True when the file changed, False when it already held exactly this entry.
 
     Raises:
-        UserError: the key is taken by another entry.
+        UserError: see :func:`check_key`.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     path = config_dir / file
-    config_dir.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
-        yaml_rt = YAML()
-        yaml_rt.preserve_quotes, yaml_rt.width = True, 4096
-        try:
-            content = yaml_rt.load(path.read_text(encoding="utf-8")) if path.exists() else None
-        except YAMLError as error:
-            raise UserError(f"{path} is not valid YAML ({error}): mend the file") from None
-        header = None
-        if content is None:  # only comments, or nothing: keep the text and write the section below it
-            header = path.read_text(encoding="utf-8") if path.exists() else ""
-            content = {}
-        section = content.get(dataset)
-        if section is None:
-            content[dataset] = section = {}
-        if key in section:
-            if _plain(section[key]) == entry:
-                return False
-            raise UserError(
-                f"{shown_path(path)} already has {dataset}/{key} with another entry: "
-                "choose another --register_key or remove the old entry"
-            )
-        section[key] = entry
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as out:
-            if header:
-                out.write(header if header.endswith("\n") else header + "\n")
-            yaml_rt.dump(content, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    return True
+        text = check_key(file, dataset, key, entry, config_dir)
+        if text is not None:
+            yaml_files.write(path, text)
+    return text is not None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, str) else value
+def check_key(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> str | None:
+    """Everything that can refuse :func:`register`, without writing: to be called before the work whose result it is.
+
+    Returns:
+        The file's new text, or None where it already holds exactly this entry.
+
+    Raises:
+        UserError: a key that no flag could name, a damaged file, one that cannot be written, or a key taken by another entry.
+    """
+    path = config_dir / file
+    if not key.strip() or key != key.strip() or "#" in key or not key.isprintable() or key.lower() in ("none", "null"):
+        raise UserError(
+            f"--register_key '{key}': expected a name without '#' (which parts a key from a variant) or blanks around it, "
+            "and other than None"
+        )
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(
+            f"--register_key {key}: {path} cannot be written; change its permissions or give another --config_dir"
+        )
+    entries = _section(dataset, file, config_dir)
+    if key in entries and entries[key] != yaml_files.as_read(entry):
+        raise UserError(
+            f"{shown_path(path)} already has {dataset}/{key} with another entry: "
+            "choose another --register_key or remove the old entry"
+        )
+    if key in entries:
+        return None
+    return yaml_files.extended(yaml_files.read_text(path) or "", path, dataset, key, entry)
 
 
 def learning_rate(dataset: str, model: str, resolution: int, config_dir: Path = CONFIG_DIR) -> tuple[float | None, str]:
@@ -233,15 +275,30 @@ def learning_rate(dataset: str, model: str, resolution: int, config_dir: Path = 
 
     Returns:
         The rate, or None where the table has nothing, and the entry it comes from.
+
+    Raises:
+        UserError: a rate that is not a number above 0, or a resolution that is not a whole number.
     """
-    table = read_yaml(config_dir / LEARNING_RATES) or read_yaml(CONFIG_DIR / LEARNING_RATES)
+    folder = config_dir if read_yaml(config_dir / LEARNING_RATES) else CONFIG_DIR
     for section in (dataset, "default"):
-        rates = (table.get(section) or {}).get(model)
-        if isinstance(rates, Mapping):
-            by_resolution = {int(k): float(v) for k, v in rates.items()}
+        rates = _section(section, LEARNING_RATES, folder).get(model)
+        where = f"{LEARNING_RATES}: {section}/{model}"
+        if isinstance(rates, dict):
+            by_resolution = {_number(k, f"{where}: resolution", int): (k, v) for k, v in rates.items() if v is not None}
             nearest = min(by_resolution, key=lambda r: (abs(r - resolution), r), default=None)
             if nearest is not None:
-                return by_resolution[nearest], f"{LEARNING_RATES}: {section}/{model}/{nearest}"
+                name, rate = by_resolution[nearest]
+                return _number(rate, f"{where}/{name}"), f"{where}/{name}"
         elif rates is not None:
-            return float(rates), f"{LEARNING_RATES}: {section}/{model}"
+            return _number(rates, where), where
     return None, ""
+
+
+def _number(value: Any, where: str, kind: Callable[[str], float] = float) -> float:
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = 0
+    if not 0 < number < float("inf"):
+        raise UserError(f"{where} is {yaml_files.kind_of(value)}: expected a number above 0; correct the file")
+    return number

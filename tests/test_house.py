@@ -27,7 +27,7 @@ def group_of(module: str) -> str:
     if len(parts) == 1:
         return "leaf"  # the package itself: a version
     name = parts[1]
-    return "leaf" if name in LEAVES else name
+    return "leaf" if name in LEAVES else "files" if name == "yaml_files" else name
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -247,10 +247,11 @@ def test_files_that_are_gone_are_named(config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cub:\n  k: just a string\n", "has no model_path"),
-        ("cub:\n  k:\n    model_path: m\n    lora: x\n", "unknown field 'lora'"),
+        ("cub:\n  k: just a string\n", "holds 'just a string': expected model_path, lora_path and embed_path"),
+        ("cub:\n  k: {lora_path: x}\n", "has no model_path"),
+        ("cub:\n  k:\n    model_path: m\n    lora: x\n", "unknown field in entry cub/k.*'lora'"),
         ("cub: [1, 2]\n", "expected keys with entries"),
-        ("cub: {a\n", "is not valid YAML"),
+        ("cub: {a\n", "finetuned_ckpts.yaml, line 2: not valid YAML"),
         ("- a\n", "holds a list"),
     ],
 )

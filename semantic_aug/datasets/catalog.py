@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ REGISTERED = (
 """Each has a module of its name in this folder that declares ``SPEC``."""
 
 _SCHEMES = ("folder", "csv", "hf")
-_ENTRY_FIELDS = {
+_TEXTS = (
     "folder",
     "csv",
     "root",
@@ -52,12 +51,12 @@ _ENTRY_FIELDS = {
     "image_column",
     "label_column",
     "super_class",
-    "class_name_rules",
-    "class_names",
     "license",
     "citation",
     "homepage",
-}
+)
+_ENTRY_FIELDS = {**dict.fromkeys(_TEXTS, "text"), "class_name_rules": "texts", "class_names": "names"}
+"""Kinds of the fields, see :func:`semantic_aug.registry.fields`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class LoadedDataset:
 
 def known_names(config_dir: Path = registry.CONFIG_DIR) -> list[str]:
     """Every name ``--dataset`` takes, without the ``scheme:PATH`` forms."""
-    return sorted({*REGISTERED, *map(str, registry.read_yaml(config_dir / registry.DATASETS))})
+    return sorted({*REGISTERED, *registry.read_yaml(config_dir / registry.DATASETS)})
 
 
 def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
@@ -134,11 +133,7 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
         UserError: not a mapping, an unknown field, or not exactly one of ``folder``, ``csv``, ``hub``.
     """
     where = f"entry '{name}' of {registry.DATASETS}"
-    if not isinstance(entry, Mapping):
-        raise UserError(f"{where} holds {entry!r}: expected a mapping with one of folder, csv or hub")
-    for field in entry:
-        if field not in _ENTRY_FIELDS:
-            raise unknown(f"field in {where}", str(field), _ENTRY_FIELDS, "mend the entry")
+    entry = registry.fields(entry, _ENTRY_FIELDS, where, "a mapping with one of folder, csv or hub")
     given = [field for field in ("folder", "csv", "hub") if entry.get(field)]
     if len(given) != 1:
         raise UserError(f"{where} names {' and '.join(given) or 'no source'}: expected exactly one of folder, csv, hub")
@@ -155,15 +150,15 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
     rules = tuple(entry.get("class_name_rules", ("underscores",)))
     for rule in rules:
         if rule not in RULES:
-            raise unknown(f"class_name_rules in {where}", str(rule), RULES, "mend the entry")
-    texts = {field: str(entry.get(field, "")) for field in ("super_class", "citation", "homepage")}
+            raise unknown(f"class_name_rules in {where}", rule, RULES, "correct the entry")
+    texts = {field: entry.get(field, "") for field in ("super_class", "citation", "homepage")}
     return DatasetSpec(
         name=name,
         read=read,
         class_name_rules=rules,
-        class_name_overrides={str(k): str(v) for k, v in (entry.get("class_names") or {}).items()},
-        license=str(entry.get("license", "not stated")),
-        hub=(str(entry["hub"]),) if entry.get("hub") else (),
+        class_name_overrides=entry.get("class_names", {}),
+        license=entry.get("license", "not stated"),
+        hub=(entry["hub"],) if "hub" in entry else (),
         **texts,
     )
 
