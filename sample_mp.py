@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
 from semantic_aug.devices import actors_of, processes_of
 from semantic_aug.diffusion.schedulers import DEFAULT, FINAL_SIGMAS, SCHEDULERS, SPEEDS, SolverSettings, scheduler_class
@@ -310,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console.set_up_logging()
     console.quiet_libraries()
+    allocator.let_waiting_threads_sleep()
     config, dataset = resolve(args)
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling import run as running

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from semantic_aug import files, meta_csv, prompts, registry, run_dir, seeding
+from semantic_aug import allocator, files, meta_csv, prompts, registry, run_dir, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
 from semantic_aug.run_lock import RunLock
 
@@ -426,6 +426,23 @@ def test_freed_memory_is_used_again_without_page_faults():
         "from semantic_aug.allocator import keep_freed_memory", "assert keep_freed_memory()"
     )
     assert kept < page_faults_of_many_big_tensors() / 4  # a few tensors until the heap has its size
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_spin_briefly_unless_the_user_says_otherwise(chosen):
+    """Every command sets it before torch is loaded, since the library reads it once."""
+    code = (
+        "import os, sys\n"
+        "sys.argv = ['train_cls.py', '--dataset', 'no-such-set']\n"
+        "import train_cls\n"
+        "try: train_cls.main()\n"
+        "except Exception: pass\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in allocator.SPIN_VARIABLES}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, **chosen}, capture_output=True, text=True)
+    spins = chosen.get("GOMP_SPINCOUNT") if chosen else str(allocator.SPINS)
+    assert done.stdout.split() == [str(spins), str(chosen.get("OMP_WAIT_POLICY"))], done.stderr
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):

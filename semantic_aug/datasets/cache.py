@@ -120,7 +120,8 @@ def open_pixels(
     if mode == "ram" or (mode == "auto" and need <= memory):
         if mode == "ram" and need > memory:
             raise UserError(
-                f"--cache ram: {count} images of {side} px take {size_text(need)}, {size_text(memory)} are free; give --cache disk"
+                f"--cache ram: {count} images of {side} px take {size_text(need)}, {size_text(memory)} are free; "
+                "give --cache disk"
             )
         pixels = np.empty((count, side, side, 3), np.uint8)
         _fill(pixels, decode, workers)

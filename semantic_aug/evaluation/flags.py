@@ -10,8 +10,8 @@ from pathlib import Path
 
 from semantic_aug import cli, registry
 from semantic_aug.datasets.subsets import PROFILES
-from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.devices import check_ids
+from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.recipe import Devices, Recipe
