@@ -380,8 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, resolves, prints, saves, and trains, evaluates or predicts."""
     args = build_parser().parse_args(argv)
     console.quiet_libraries()
-    allocator.let_waiting_threads_sleep()
-    allocator.keep_freed_memory()
+    allocator.prepare_process()
     from semantic_aug.classify.processes import is_main, leave
 
     console.set_up_logging(is_main())

@@ -301,8 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     main_process = int(os.environ.get("RANK", 0)) == 0
     console.set_up_logging(main_process)
     console.quiet_libraries()
-    allocator.let_waiting_threads_sleep()
-    allocator.keep_freed_memory()
+    allocator.prepare_process()
     config, dataset = resolve(args)
     if main_process:
         print(dataset.describe())

@@ -41,3 +41,9 @@ def let_waiting_threads_sleep() -> None:
     """
     if not any(os.environ.get(name) for name in SPIN_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def prepare_process() -> None:
+    """Both settings, for a process that is to train on the CPU; to be called before torch is imported."""
+    let_waiting_threads_sleep()
+    keep_freed_memory()
