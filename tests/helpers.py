@@ -137,3 +137,11 @@ def workers_of(process) -> list[int]:
     """Process ids of a running job's sampling processes."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def planned(table, columns=()):
+    """The training images of a plan made now."""
+    from semantic_aug.datasets.fingerprint import hash_images
+    from semantic_aug.sampling.sources import PlannedSources
+
+    return PlannedSources.of(table, hash_images(table), columns)

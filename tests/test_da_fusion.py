@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionInpaintPipeline
-from helpers import CLASSES, ROOT, refused, run, sampling_arguments, subset_contents
+from helpers import CLASSES, ROOT, planned, refused, run, sampling_arguments, subset_contents
 from PIL import Image
 from test_loop import PROMPTS, Case
 
@@ -118,7 +118,7 @@ def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
     job = Job(
         folder=tmp_path, dataset="cub", setting=cub.setting, config_dir=tmp_path, files=ModelFiles("embedded", EMBEDDED),
         classes=names, solver=SolverSettings(4), resolution=128, dtype="fp32", template="a {}",
-        from_noise=False, seed=0, object_mask="object",
+        from_noise=False, seed=0, object_mask="object", sources=planned(cub.train, ("box",)),
     )  # fmt: skip
     maker = BatchMaker(job, "cpu")
     tasks = [Task(0, 0, 0, 1.0, "0.png", {}), Task(1, 1, 1, 1.0, "1.png", {})]

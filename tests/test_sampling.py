@@ -1,6 +1,7 @@
 """Stage 2 as a whole: real processes, real kills, real folders."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, i
     victims = sorted((tmp_path / SUBSET).rglob("*.png"))
     victims[0].unlink()
     victims[1].write_bytes(victims[1].read_bytes()[:100])
+    moved = shutil.copytree(image_folder, tmp_path / "another disk" / "animals")
+    words = sampling_arguments(workshop, moved, tmp_path, gpu_ids=["cpu"] * 3)
+    run("sample_mp.py", *words, "--num_shards", "2", "--shard_index", "1")
     run("sample_mp.py", *words)
     assert same(tmp_path / SUBSET, undisturbed)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / SUBSET).rglob("*.png")}

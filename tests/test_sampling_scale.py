@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
+from helpers import ROOT, SUBSET, planned, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
 from PIL import Image
 
 import tiny
@@ -27,9 +27,10 @@ from semantic_aug.sampling import files, store
 from semantic_aug.sampling.config import automatic_batch_size
 from semantic_aug.sampling.dispatch import Dispatcher
 from semantic_aug.sampling.job import Job, Task
-from semantic_aug.sampling.moments import BLOCK, SourceMoments
+from semantic_aug.sampling.moments import SourceMoments
 from semantic_aug.sampling.plan import make_plan
 from semantic_aug.sampling.records import Records
+from semantic_aug.sampling.sources import BLOCK, SourceImages
 from semantic_aug.sampling.worker import BatchMaker
 from semantic_aug.seeding import task_rng
 
@@ -109,6 +110,7 @@ def test_a_micro_batch_that_fits_memory_gives_the_same_images(workshop, image_fo
         folder=tmp_path, dataset=f"folder:{image_folder}", setting=Setting(), config_dir=workshop / "config",
         files=ModelFiles(str(tiny_base), tiny_base), classes=ClassNames(CLASSES, CLASSES), solver=SolverSettings(4),
         resolution=tiny.RESOLUTION, dtype="fp32", template="a photo of a {}", from_noise=False, seed=0,
+        sources=planned(load_dataset(f"folder:{image_folder}").train),
     )  # fmt: skip
     tasks = [Task(n, n, n % 3, 0.5, f"{n}.png", {}) for n in range(6)]
     whole, _ = BatchMaker(job, "cpu").pixels(tasks)
@@ -132,17 +134,20 @@ def test_a_micro_batch_that_fits_memory_gives_the_same_images(workshop, image_fo
 
 def test_sources_are_encoded_once_and_shared(engine_of, image_folder, tmp_path):
     table = load_dataset(f"folder:{image_folder}").train
-    one = SourceMoments(table, engine_of(), tmp_path, memory=1)  # room for a single block
+    sources, engine = SourceImages(table, planned(table)), engine_of()
+    one = SourceMoments(sources, engine, "tiny", tmp_path, memory=1)  # room for a single block
     rows = list(range(len(table))) * 2
     first, broken = one.batch(rows)
     assert not broken and one.encoded == len(table) and len(one.blocks) == 1
-    two = SourceMoments(table, engine_of(), tmp_path)
+    two = SourceMoments(sources, engine, "tiny", tmp_path)
     again, _ = two.batch(rows)
     assert two.encoded == 0 and torch.equal(first, again)
-    (tmp_path / ".moments" / "0000000.safetensors").write_bytes(b"torn")
-    three = SourceMoments(table, engine_of(), tmp_path)
+    (tmp_path / ".moments" / two.files[0]).write_bytes(b"torn")
+    three = SourceMoments(sources, engine, "tiny", tmp_path)
     assert torch.equal(three.batch(rows)[0], first) and three.encoded == BLOCK
-    alone = SourceMoments(table, engine_of(), None)
+    other = SourceMoments(sources, engine, "another resolution", tmp_path)
+    assert torch.equal(other.batch(rows)[0], first) and other.encoded == len(table)
+    alone = SourceMoments(sources, engine, "tiny", None)
     assert torch.equal(alone.batch([3, 17])[0], first[[3, 17]])
 
 

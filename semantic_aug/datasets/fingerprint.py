@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from semantic_aug.datasets import cache
@@ -43,13 +44,16 @@ Source = Callable[[int], "str | Path | bytes"]
 """From an index to an image's file, or to its encoded bytes."""
 
 
-def _blake(content: bytes) -> bytes:
+def hash_bytes(content: bytes) -> bytes:
+    """The hash of an image's encoded bytes."""
     return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
 
 
 def _hash_of(source: str | Path | bytes) -> bytes:
     if isinstance(source, bytes):
-        return _blake(source)
+        return hash_bytes(source)
+    if not Path(source).is_file():  # opening a pipe would wait for its writer without end
+        raise FileNotFoundError(source)
     with open(source, "rb") as content:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=HASH_BYTES)).digest()
 
@@ -96,7 +100,7 @@ class ContentHashes:
 
         def some(start: int) -> bytes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
-            return b"".join(_blake(stamp.encode()) if stamp else UNREADABLE for stamp in stamps)
+            return b"".join(hash_bytes(stamp.encode()) if stamp else UNREADABLE for stamp in stamps)
 
         with ThreadPoolExecutor(_threads()) as pool:
             joined = b"".join(pool.map(some, range(0, len(self.names), CHUNK)))
@@ -133,13 +137,12 @@ class ContentHashes:
         except (OSError, UserError):
             return UNREADABLE, False
         stamp = self._stamp_or_none(index)
-        same = bool(stamp) and _blake(stamp.encode()) == self._stamps[index].tobytes()
+        same = bool(stamp) and hash_bytes(stamp.encode()) == self._stamps[index].tobytes()
         return value, same and _age(stamp) > SETTLED_SECONDS
 
     def hex(self) -> list[str]:
         """Each hash in hexadecimal digits."""
-        joined, digits = self.values.tobytes().hex(), 2 * HASH_BYTES
-        return [joined[i : i + digits] for i in range(0, len(joined), digits)]
+        return hex_digits(self.values)
 
     def changed(self) -> list[str]:
         """Names of those whose content is another now than when they were hashed; only touched ones are read."""
@@ -166,7 +169,7 @@ class _Store:
     """The kept hashes of one folder: rows of stamp and hash in a file of the cache; losing it costs reading again."""
 
     def __init__(self, place: str):
-        self.path = cache.cache_folder() / f"hashes-{_blake(place.encode()).hex()}.npy"
+        self.path = cache.cache_folder() / f"hashes-{hash_bytes(place.encode()).hex()}.npy"
 
     def read(self) -> dict[bytes, bytes]:
         data, width = self._rows().tobytes(), 2 * HASH_BYTES
@@ -193,6 +196,12 @@ class _Store:
             log.info("hashes of images are not kept and will be computed again: %s", error)
 
 
+def hex_digits(values: np.ndarray) -> list[str]:
+    """Hashes uint8 ``(N, HASH_BYTES)``, each in hexadecimal digits."""
+    joined, digits = values.tobytes().hex(), 2 * HASH_BYTES
+    return [joined[i : i + digits] for i in range(0, len(joined), digits)]
+
+
 def hash_files(paths: Sequence[str | os.PathLike], what: str = "files") -> ContentHashes:
     """Content hashes of files (synthetic images, weights), kept in the cache like those of a table's images."""
     names = [os.path.abspath(path) for path in paths]
@@ -203,7 +212,7 @@ def hash_images(table: ImageTable) -> ContentHashes:
     """Content hashes of a table's images, each of its encoded bytes (of its pixels, where the source tells no more)."""
     rows = table.rows.tolist()
     if table.encoded is None:
-        return ContentHashes(table.keys, lambda i: _pixels(table, i), lambda i: "", "")
+        return ContentHashes(table.keys, lambda i: pixel_bytes(table.image(i)), lambda i: "", "")
     inside = bool(rows) and _encoded_file(table, rows[0]) is None
     # held in the data set's own files, of which the stamp speaks; asking each row for its file would read all of them
     files = [None if inside else _encoded_file(table, row) for row in rows]
@@ -235,8 +244,8 @@ def _file_stamp(path: str) -> str:
     return stamp and f"{path} {stamp}"
 
 
-def _pixels(table: ImageTable, index: int) -> bytes:
-    image = table.image(index)
+def pixel_bytes(image: Image.Image) -> bytes:
+    """What is hashed of an image whose source tells no more than its pixels."""
     return f"{image.mode} {image.size} ".encode() + image.tobytes()
 
 
@@ -269,6 +278,11 @@ def split_identity(
         more = "\0".join(_text(column[i]) for column in further)
         digests["digest"].update("\0".join([*cells.values(), more, ""]).encode())
     return {"images": len(table)} | {name: digest.hexdigest()[:32] for name, digest in digests.items()}
+
+
+def content_digest(hashes: Iterable[str]) -> str:
+    """What :func:`split_identity` says of the ``content`` of images with these hashes."""
+    return hashlib.sha256(b"".join(value.encode() + b"\0" for value in hashes)).hexdigest()[:32]
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,7 @@ from semantic_aug import registry, run_dir
 from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, weight_files
+from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.meta_csv import strength_text
@@ -65,6 +65,7 @@ class SampleConfig:
         ray_address: of a running Ray cluster, or None for one on this machine.
         templates: prompts of which each task draws one, instead of ``template``; empty: none.
         object_mask: the part of a source that may change: ``object``, ``background``, or None for all of it.
+        automatic_batch: ``batch_size`` was chosen by :func:`with_batch_size`.
     """
 
     dataset: str
@@ -94,9 +95,10 @@ class SampleConfig:
     ray_address: str | None = None
     templates: tuple[str, ...] = ()
     object_mask: str | None = None
+    automatic_batch: bool = False
 
     def compiled(self, images: int) -> bool:
-        """Whether networks are compiled; decided by the whole subset's size, so that a restart decides alike."""
+        """Whether networks are compiled; by the size of the whole subset, so that a restart on as many GPUs decides alike."""
         if self.compile != "auto":
             return self.compile == "on"
         return self.devices[0] != "cpu" and images >= COMPILE_IMAGES * len(self.devices)
@@ -179,47 +181,6 @@ def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
     return config.output_root / dataset.name / name
 
 
-def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> dict:
-    """Everything that decides what the files of the subset contain; ``config.yaml`` keeps it."""
-    lora, tokens = config.files.lora, config.files.tokens
-    base = "\n".join(f"{p.parent.name}/{p.name} {run_dir.sha256_file(p)}" for p in weight_files(config.files.folder))
-    return {
-        "dataset": dataset.name,
-        "strategy": config.strategy.name,
-        "checkpoint_key": config.key,
-        "examples_per_class": config.setting.examples_per_class,
-        "task": config.setting.task,
-        "imbalance_factor": config.setting.imbalance_factor if config.setting.task == "imbalanced" else None,
-        "subset_seed": config.setting.subset_seed,
-        "val_fraction": config.setting.val_fraction,
-        "strengths": list(config.strengths),
-        "multiplier": config.multiplier,
-        "seed": config.seed,
-        "resolution": config.resolution,
-        "batch_size": config.batch_size,
-        "dtype": config.dtype,
-        "image_format": config.image_format,
-        "compiled": config.compiled(len(plan)),
-        "device": "cpu" if config.devices[0] == "cpu" else "cuda",
-        "template": config.template,
-        "templates": list(config.templates) or None,
-        "object_mask": config.object_mask,
-        "num_inference_steps": config.solver.num_inference_steps,
-        "guidance_scale": config.solver.guidance_scale,
-        "scheduler": config.solver.scheduler,
-        "final_sigmas_type": config.solver.final_sigmas_type,
-        "guidance_stop": config.solver.guidance_stop,
-        "reuse_interval": config.solver.reuse_interval,
-        "images": len(plan),
-        "plan_sha256": plan.digest,
-        "base_model": config.files.name,
-        "base_sha256": run_dir.sha256_text(base),
-        "lora_sha256": run_dir.sha256_file(lora) if lora else None,
-        "tokens_sha256": run_dir.sha256_file(tokens) if tokens else None,
-        "extra_lora_sha256": run_dir.sha256_file(config.files.extra_lora) if config.files.extra_lora else None,
-    }
-
-
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
     names, keys = dataset.source_names, dataset.train.keys
@@ -250,12 +211,15 @@ def default_key(config: SampleConfig) -> str:
 
 
 def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfig:
-    """The request with ``batch_size`` 0 (auto) resolved: what an existing folder was begun with, else from memory."""
-    if config.batch_size:
+    """The request with ``batch_size`` 0 (auto) resolved: what an existing folder was begun with, else from memory.
+
+    Asked again of a request that was resolved so, it takes what another shard has begun the folder with meanwhile.
+    """
+    if config.batch_size and not config.automatic_batch:
         return config
-    begun = recorded_identity(subset_folder(config, dataset)) or {}
-    size = begun.get("batch_size") or automatic_batch_size(config.devices, config.resolution)
-    return replace(config, batch_size=int(size))
+    begun = (recorded_identity(subset_folder(config, dataset)) or {}).get("batch_size")
+    size = begun or config.batch_size or automatic_batch_size(config.devices, config.resolution)
+    return replace(config, batch_size=int(size), automatic_batch=True)
 
 
 def automatic_batch_size(devices: Sequence[str], resolution: int) -> int:

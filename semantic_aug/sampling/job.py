@@ -9,6 +9,7 @@ from pathlib import Path
 from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.datasets import Setting
 from semantic_aug.diffusion.schedulers import SolverSettings
+from semantic_aug.sampling.sources import PlannedSources
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Job:
         compiled_batch: batch size the networks are compiled for, or None.
         templates: prompts to draw from instead of ``template``; empty: none.
         object_mask: the part of a source that may change (see :mod:`semantic_aug.sampling.masks`); None: all of it.
+        sources: the training images as the plan has them; None from noise.
+        encoder: says what encodes them and how, for the names of what is kept of it.
     """
 
     folder: Path
@@ -52,6 +55,8 @@ class Job:
     compiled_batch: int | None = None
     templates: tuple[str, ...] = ()
     object_mask: str | None = None
+    sources: PlannedSources | None = None
+    encoder: str = ""
 
 
 @dataclass(frozen=True)

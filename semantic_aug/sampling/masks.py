@@ -14,11 +14,17 @@ from torch import Tensor
 
 from semantic_aug.datasets import ImageTable
 from semantic_aug.errors import UserError
+from semantic_aug.sampling.sources import DataChanged, SourceImages
 
 PARTS = ("object", "background")
 """What ``--object_mask`` takes: the part that is changed."""
 
 COLUMN = "box"
+
+
+def columns(part: str | None) -> tuple[str, ...]:
+    """The columns of a data set that masks of this part depend on; none without a mask."""
+    return () if part is None else (COLUMN,)
 
 
 def check(part: str, images: ImageTable, dataset: str, start: str) -> None:
@@ -64,12 +70,12 @@ class SourceMasks:
     """Masks of source images by row, each computed once.
 
     Args:
-        images: training split, with boxes.
+        images: training split, with boxes; as the plan has it.
         latent: (h, w) of the latents.
         part: one of :data:`PARTS`.
     """
 
-    def __init__(self, images: ImageTable, latent: tuple[int, int], part: str):
+    def __init__(self, images: SourceImages, latent: tuple[int, int], part: str):
         self.images, self.latent, self.part = images, latent, part
         self.known: dict[int, Tensor] = {}
 
@@ -81,6 +87,8 @@ class SourceMasks:
         if row not in self.known:
             try:
                 size = self.images.image(row).size
+            except DataChanged:
+                raise
             except UserError:  # said where the source is encoded
                 return torch.ones(1, *self.latent, dtype=torch.bool)
             self.known[row] = box_mask(self.images.extras[COLUMN][row].tolist(), size, self.latent, self.part)

@@ -2,7 +2,8 @@
 
 Sources are encoded in fixed blocks of neighbouring rows, so that an image's moments depend on nothing but the plan.
 What is encoded stays in memory up to a bound and is written to ``.moments`` in the subset's folder, where the other
-processes, and a restarted run, find it; the folder is removed when the subset is complete.
+processes, and a restarted run, find it under a name made of the images' content and of what encodes them; the folder is
+removed when the subset is complete.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semantic_aug.augmentations.engine import Engine
-from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.images import fit
 from semantic_aug.errors import UserError
+from semantic_aug.sampling.sources import BLOCK, DataChanged, SourceImages, block_files
 from semantic_aug.sampling.store import MOMENTS
-
-BLOCK = 8
-"""Rows encoded together."""
 
 MEMORY_BYTES = 1 << 29
 """What one process keeps in memory: at 512 px about 4,000 sources in half precision."""
@@ -34,14 +32,18 @@ class SourceMoments:
     """Posterior parameters of source images by row.
 
     Args:
-        images: training split.
+        images: training split, as the plan has it.
         engine: encodes.
+        encoder: says how images are encoded; part of the blocks' names.
         folder: of the subset; blocks are shared through ``.moments`` in it. None keeps to memory.
         memory: bytes of the blocks kept in memory.
     """
 
-    def __init__(self, images: ImageTable, engine: Engine, folder: Path | None, memory: int = MEMORY_BYTES):
+    def __init__(
+        self, images: SourceImages, engine: Engine, encoder: str, folder: Path | None, memory: int = MEMORY_BYTES
+    ):
         self.images, self.engine, self.memory = images, engine, memory
+        self.files = block_files(images.planned, encoder)
         self.folder = folder / MOMENTS if folder is not None else None
         self.blocks: OrderedDict[int, Tensor] = OrderedDict()
         self.broken: dict[int, str] = {}
@@ -56,7 +58,7 @@ class SourceMoments:
         if number in self.blocks:
             self.blocks.move_to_end(number)
             return self.blocks[number]
-        path = self.folder / f"{number:07d}.safetensors" if self.folder is not None else None
+        path = self.folder / self.files[number] if self.folder is not None else None
         block = _read(path) if path is not None else None
         if block is None:
             block, whole = self._encode(number)
@@ -74,6 +76,8 @@ class SourceMoments:
             try:
                 pictures.append(fit(self.images.image(row), self.engine.resolution))
                 good.append(row)
+            except DataChanged:  # of an exchanged image nothing may be made, nor of what else has changed
+                raise
             except UserError as error:
                 self.broken[row] = str(error)
         channels, height, width = self.engine.latent_shape

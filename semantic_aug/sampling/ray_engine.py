@@ -34,6 +34,10 @@ class ImageActor:
     """
 
     def __init__(self, job: Job, device: str):
+        self.job, self.device = job, device
+
+    def ready(self) -> str:
+        """Loads everything, and answers then. (What the user can mend is an error here; in a constructor Ray hides it.)"""
         from semantic_aug.allocator import keep_freed_memory
         from semantic_aug.console import quiet_libraries
 
@@ -41,10 +45,7 @@ class ImageActor:
         keep_freed_memory()
         from semantic_aug.sampling.worker import BatchMaker
 
-        self.maker = BatchMaker(job, device, log.warning)
-
-    def ready(self) -> str:
-        """Answers once everything is loaded."""
+        self.maker = BatchMaker(self.job, self.device, log.warning)
         return self.maker.engine.attention
 
     def make(self, batch: int, tasks: list[Task]) -> tuple[int, list[Row], dict[int, str]]:

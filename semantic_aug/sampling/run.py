@@ -12,21 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import registry
 from semantic_aug.augmentations.request import ClassNames
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.errors import Interrupted, UserError
+from semantic_aug.files import locked
 from semantic_aug.run_lock import RunLock
+from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling import store
-from semantic_aug.sampling.config import SampleConfig, identity_of, plan_of, subset_folder, task_paths
+from semantic_aug.sampling.config import SampleConfig, plan_of, subset_folder, task_paths, with_batch_size
 from semantic_aug.sampling.dispatch import Dispatcher, Outcome
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import Launcher, image_tasks, make_folders
 from semantic_aug.sampling.plan import Plan, batches_of_shard
 from semantic_aug.sampling.records import Records
+from semantic_aug.sampling.sources import block_files
 
 log = logging.getLogger(__name__)
+
+CLAIM_LOCK = ".lock-claim"
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Subset:
     """A subset's folder opened for writing: what is planned, what is there.
 
     Attributes:
+        config: the request, with the batch size that the folder was begun with.
+        identity: what the subset is made from.
         folder: of the subset.
         plan: of all tasks.
         paths: file names.
@@ -43,6 +50,8 @@ class Subset:
         done: bool ``(T,)``, tasks whose file is there.
     """
 
+    config: SampleConfig
+    identity: identities.Identity
     folder: Path
     plan: Plan
     paths: TaskPaths
@@ -74,18 +83,41 @@ def opened(config: SampleConfig, dataset: LoadedDataset, content: bool = False) 
     Raises:
         UserError: a folder of another subset, or in use.
     """
-    plan = plan_of(config, dataset)
-    folder, paths = subset_folder(config, dataset), task_paths(config, dataset, plan)
-    batches = batches_of_shard(plan, config.num_shards, config.shard_index, config.seed)
-    mine = np.zeros(len(plan), bool)
-    for batch in batches:
-        mine[slice(*plan.starts[batch : batch + 2])] = True
+    folder, identity, plan = subset_folder(config, dataset), *_identified(config, dataset)
     with RunLock(folder, "--output_root", config.num_shards, config.shard_index):
-        store.claim_subset(folder, identity_of(config, dataset, plan), registry.REPO_ROOT)
+        with locked(folder / CLAIM_LOCK):  # two shards that begin together settle on one batch size
+            begun = with_batch_size(config, dataset)
+            if begun != config:
+                config, (identity, plan) = begun, _identified(begun, dataset)
+            paths = task_paths(config, dataset, plan)
+            identities.claim(folder, identity, paths, alone=config.num_shards == 1)
         make_folders(folder, dataset.folders)
+        batches = batches_of_shard(plan, config.num_shards, config.shard_index, config.seed)
+        mine = np.zeros(len(plan), bool)
+        for batch in batches:
+            mine[slice(*plan.starts[batch : batch + 2])] = True
         records = Records(folder, config.num_shards, config.shard_index)
+        if config.num_shards == 1 and identity.sources is not None:
+            store.remove_stale_moments(folder, block_files(identity.sources, identity.encoder))
         done = store.finished(folder, paths, records, mine, content)
-        yield Subset(folder, plan, paths, batches, mine, records, done)
+        yield Subset(config, identity, folder, plan, paths, batches, mine, records, done)
+
+
+def _identified(config: SampleConfig, dataset: LoadedDataset) -> tuple[identities.Identity, Plan]:
+    plan = plan_of(config, dataset)
+    return identities.identity_of(config, dataset, plan, hash_images(dataset.train)), plan
+
+
+def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Refuses a request whose folder holds another subset, for ``--dry_run``; nothing is written.
+
+    Raises:
+        UserError: says what differs.
+    """
+    folder = subset_folder(config, dataset)
+    if folder.exists():
+        identity, plan = _identified(config, dataset)
+        identities.belongs(folder, identity, task_paths(config, dataset, plan))
 
 
 def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:
@@ -117,14 +149,20 @@ def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> P
         there, wanted = subset.count()
         if there:
             log.info("%s: %d of %d images are there, %d to make", subset.folder, there, wanted, wanted - there)
+        job = job_of(subset.config, dataset, subset.folder, subset.identity, len(subset.plan))
         launcher = make_launcher(
             config,
-            job_of(config, dataset, subset.folder, len(subset.plan)),
+            job,
             lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing),
             on_rows,
             wanted,
             there,
         )
+        if missing.any():
+            with locked(subset.folder / CLAIM_LOCK):
+                shard = f"{config.shard_index} of {config.num_shards}"
+                how = {"compiled": job.compiled_batch is not None, "processes": len(config.devices)}
+                identities.note_run(subset.folder, shard, there, **how)
         try:
             outcome = launcher.run([b for b in subset.batches if missing[slice(*subset.plan.starts[b : b + 2])].any()])
         except UserError:
@@ -141,6 +179,9 @@ def merge(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") ->
     Raises:
         UserError: shards are still at work, or images are missing.
     """
+    folder = subset_folder(config, dataset)
+    if store.recorded_identity(folder) is None:
+        raise UserError(f"--merge: {folder} holds no subset; run the shards first, or mend --output_root")
     with opened(config, dataset, verify == "content") as subset:
         subset.close()
         there, wanted = subset.count()
@@ -159,14 +200,14 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 
 
     Nothing is written into the subset's folder.
     """
-    plan = plan_of(config, dataset)
+    identity, plan = _identified(config, dataset)
     paths, everything = task_paths(config, dataset, plan), np.ones(len(plan), bool)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as place:
         folder = Path(place) / "calibration"
         make_folders(folder, dataset.folders)
         launcher = make_launcher(
             config,
-            job_of(config, dataset, folder, len(plan)),
+            job_of(config, dataset, folder, identity, len(plan)),
             lambda batch: image_tasks(plan.numbers(batch), paths, everything),
             lambda rows: None,
             len(plan),
@@ -198,13 +239,16 @@ def make_launcher(
     return Launcher(job, config.devices, tasks_of, on_rows, total, already, config.worker_timeout)
 
 
-def job_of(config: SampleConfig, dataset: LoadedDataset, folder: Path, images: int) -> Job:
+def job_of(
+    config: SampleConfig, dataset: LoadedDataset, folder: Path, identity: identities.Identity, images: int
+) -> Job:
     """What the processes are told.
 
     Args:
         config: the request.
         dataset: loaded under ``config.setting``.
         folder: that gets the images.
+        identity: of the subset.
         images: of the whole subset.
     """
     return Job(
@@ -225,6 +269,8 @@ def job_of(config: SampleConfig, dataset: LoadedDataset, folder: Path, images: i
         cpu_threads=config.cpu_threads,
         image_format=config.image_format,
         compiled_batch=config.batch_size if config.compiled(images) else None,
+        sources=identity.sources,
+        encoder=identity.encoder,
     )
 
 

@@ -7,6 +7,7 @@
     status.json                                    how far a run is, for other tools
     .lock*                                         held while a run writes; the kernel frees it when the run dies
     .moments                                       encoded sources, until the subset is complete
+    .sources.npy                                   content hashes of the training images, to tell which one changed
 
 A restart does what is in the plan and not in a record whose file is there with the recorded size. A file without a
 record (the run was killed between the two) is taken over if its content proves right.
@@ -20,7 +21,7 @@ import logging
 import multiprocessing
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +29,8 @@ import numpy as np
 from PIL import Image
 
 from semantic_aug import meta_csv
-from semantic_aug.errors import UserError
-from semantic_aug.files import locked, write_text
-from semantic_aug.run_dir import (
-    arguments_text,
-    differences,
-    git_revision,
-    load_arguments,
-    plain,
-    versions,
-)
+from semantic_aug.files import locked
+from semantic_aug.run_dir import load_arguments
 from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
 from semantic_aug.sampling.records import Records
 
@@ -67,7 +60,7 @@ def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray,
         bool ``(T,)``.
     """
     size, crc = Records.latest(folder, len(paths.plan))
-    found, changes = np.zeros(len(paths.plan), bool), []
+    found = np.zeros(len(paths.plan), bool)
     for scan in _scans(_Scanner(folder / DATA, paths, size, crc if content else None)):
         right = scan.right
         for name in scan.unknown:
@@ -81,12 +74,11 @@ def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray,
             row = None if size[number] else _verified(scan.folder / name, number, paths)
             if row:
                 right[place] = True
-                changes.append(row)
+                _, size[number], crc[number] = row
             else:
                 os.unlink(scan.folder / name)
         found[scan.numbers] = right
-    changes += [(int(n), 0, 0) for n in np.flatnonzero((size > 0) & ~found & mine)]
-    records.append(changes)
+    records.update(mine, np.where(found, size, 0), crc)
     return found
 
 
@@ -195,56 +187,30 @@ def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
         return meta_csv.write(folder / meta_csv.FILE_NAME, paths.meta_rows(np.flatnonzero(done)), paths.further_columns)
 
 
-def manifest(identity: dict, repo: Path) -> dict:
-    """What ``config.yaml`` holds: the identity of the subset, and what it was made with."""
-    return {**identity, "made_with": {"versions": versions(), "git_revision": git_revision(repo)}}
-
-
 def recorded_identity(folder: Path) -> dict | None:
     """What a subset's folder says it is made from, or None where there is none yet."""
     return load_arguments(folder, CONFIG_FILE)
 
 
-def claim_subset(folder: Path, identity: dict, repo: Path) -> None:
-    """Takes the folder for this subset, or finds that it already is this subset.
+def has_images(folder: Path) -> bool:
+    """Whether a subset's folder holds any image, recorded or not."""
+    return any(path.stat().st_size for path in folder.glob("records*.bin")) or any(
+        entry.is_file() for source in _folders(folder / DATA) for entry in os.scandir(source)
+    )
+
+
+def _folders(folder: Path) -> list[str]:
+    return [entry.path for entry in os.scandir(folder) if entry.is_dir()] if folder.is_dir() else []
+
+
+def remove_stale_moments(folder: Path, names: Sequence[str]) -> None:
+    """Removes encoded sources that this subset has no use for, and what dead processes left half written.
 
     Args:
-        folder: of the subset.
-        identity: everything that decides what the files contain.
-        repo: root of the checkout, for the git revision.
-
-    Raises:
-        UserError: the folder holds a subset made otherwise (lists what differs), or other files.
+        folder: of the subset; no run is at work in it.
+        names: file names of the blocks it can use.
     """
-    old = recorded_identity(folder)
-    if old is None:
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
-        if others:
-            raise UserError(
-                f"{folder} is not empty ('{sorted(others)[0]}') and holds no {CONFIG_FILE}: nothing was touched; "
-                "choose another --output_root"
-            )
-        write_text(folder / CONFIG_FILE, arguments_text(manifest(identity, repo)))
-        return
-    made_with = old.pop("made_with", {})
-    changed = differences(_flat(old), _flat(plain(identity)))
-    if changed:
-        raise UserError(
-            f"{folder} holds a subset made otherwise ({'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}): "
-            "nothing was touched; choose another --output_root, or remove the folder"
-        )
-    mixed = differences(made_with.get("versions", {}), versions())
-    if mixed:
-        log.warning(
-            "%s was begun with other versions (%s): new files may differ in their last bits", folder, "; ".join(mixed)
-        )
-
-
-def _flat(nested: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
+    usable = set(names)
+    for name in os.listdir(folder / MOMENTS) if (folder / MOMENTS).is_dir() else ():
+        if name not in usable:
+            (folder / MOMENTS / name).unlink(missing_ok=True)

@@ -27,10 +27,11 @@ from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, os_error_line
+from semantic_aug.sampling import masks
 from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.job import Job, Task
-from semantic_aug.sampling.masks import SourceMasks
 from semantic_aug.sampling.moments import SourceMoments
+from semantic_aug.sampling.sources import SourceImages
 from semantic_aug.sampling.store import DATA
 from semantic_aug.seeding import task_rng
 
@@ -58,6 +59,7 @@ class BatchMaker:
         if device == "cpu":
             torch.set_num_threads(job.cpu_threads)
         self.job, self.note = job, note
+        images = None if job.from_noise else _sources(job)  # before the weights: a listing is checked sooner
         self.engine = Engine(
             job.files,
             job.classes,
@@ -69,12 +71,11 @@ class BatchMaker:
             job.compiled_batch,
         )
         self.sources: SourceMoments | None = None
-        self.masks: SourceMasks | None = None
-        if not job.from_noise:
-            images = load_dataset(job.dataset, job.setting, job.config_dir).train
-            self.sources = SourceMoments(images, self.engine, job.folder)
+        self.masks: masks.SourceMasks | None = None
+        if images is not None:
+            self.sources = SourceMoments(images, self.engine, job.encoder, job.folder)
             if job.object_mask:
-                self.masks = SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
+                self.masks = masks.SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
         self.at_once: int | None = None
         self.only_black: int | None = 0  # images since the start, as long as all of them are black
 
@@ -135,6 +136,12 @@ class BatchMaker:
         return task.number, *write_image(self.job.folder / DATA / task.path, content)
 
 
+def _sources(job: Job) -> SourceImages:
+    """This process's own listing of the training images, which must be the plan's."""
+    images = load_dataset(job.dataset, job.setting, job.config_dir).train
+    return SourceImages(images, job.sources, masks.columns(job.object_mask))
+
+
 @dataclass
 class _Written:
     """A computed batch whose images are on their way to disk."""
@@ -188,7 +195,12 @@ def _serve(pipe: Connection, maker: BatchMaker) -> None:
                 continue
             batch, tasks = pipe.recv()
             pipe.send(("begin", batch))
-            pixels, failures = maker.pixels(tasks)
+            try:
+                pixels, failures = maker.pixels(tasks)
+            except UserError:  # nothing more can be made: what is on its way to disk is reported first
+                while written:
+                    _report(pipe, written.popleft())
+                raise
             wanted = [(t, p) for t, p in zip(tasks, pixels, strict=True) if t.path]
             futures = [threads.submit(maker.write, t, p) for t, p in wanted if t.number not in failures]
             written.append(

@@ -1,0 +1,293 @@
+"""What a synthetic subset is made from, and whether a folder holds that very subset.
+
+``config.yaml`` has four parts: the identity (whatever decides a byte of the images: training images, class names, prompts,
+weights, settings), compared whenever a folder is opened; under ``arguments`` what the identity follows from and what may change
+(the places of data set and base model, the few-shot setting); ``made_with``, the versions of the first run; and ``runs``, how
+each part was computed where that changed: on how many processes, with compiled networks or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semantic_aug import registry, run_dir
+from semantic_aug.datasets import ImageTable, LoadedDataset
+from semantic_aug.datasets.fingerprint import (
+    ContentHashes,
+    content_digest,
+    data_difference,
+    data_identity,
+    hash_files,
+    hex_digits,
+)
+from semantic_aug.diffusion.base import weight_files
+from semantic_aug.errors import UserError
+from semantic_aug.files import atomic_path, write_text
+from semantic_aug.sampling import masks, store
+from semantic_aug.sampling.config import SampleConfig
+from semantic_aug.sampling.files import TaskPaths
+from semantic_aug.sampling.plan import Plan
+from semantic_aug.sampling.records import Records
+from semantic_aug.sampling.sources import PlannedSources
+
+log = logging.getLogger(__name__)
+
+ARGUMENTS, MADE_WITH, RUNS, DATA = "arguments", "made_with", "runs", "data"
+FOLLOWS = ("images", "plan_sha256")
+"""Values that differ only where another one does; told where nothing else explains them."""
+CONTENT_FILE = ".sources.npy"
+"""Content hashes of the training images when the subset was begun, uint8 ``(N, 16)``: to name those that changed."""
+REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a subset is made from.
+
+    Attributes:
+        compared: everything that decides a byte of its images.
+        arguments: what ``compared`` follows from, and what may change.
+        table: the training images.
+        images: their content hashes.
+        sources: the training images as processes get them; None where denoising starts from noise.
+        encoder: says what encodes sources and how.
+    """
+
+    compared: dict[str, Any]
+    arguments: dict[str, Any]
+    table: ImageTable
+    images: ContentHashes
+    sources: PlannedSources | None
+    encoder: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Hashes of a model's files.
+
+    Attributes:
+        base: of everything that decides what the base model makes.
+        vae: of its autoencoder alone.
+    """
+
+    base: str
+    vae: str
+
+    @classmethod
+    def of(cls, folder: Path) -> Weights:
+        """Of a base model's folder. Files that have not been touched since are not read again."""
+        files = weight_files(folder)
+        lines = [
+            f"{p.parent.name}/{p.name} {h}" for p, h in zip(files, hash_files(files, "weights").hex(), strict=True)
+        ]
+        vae = [line for line in lines if line.startswith("vae/")]
+        return cls(run_dir.sha256_text("\n".join(lines)), run_dir.sha256_text("\n".join(vae)))
+
+
+def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images: ContentHashes) -> Identity:
+    """The identity of the subset that a request describes.
+
+    Args:
+        config: the request.
+        dataset: loaded under ``config.setting``.
+        plan: of the request.
+        images: content hashes of the training images.
+    """
+    columns = masks.columns(config.object_mask)
+    weights = Weights.of(config.files.folder)
+    device = "cpu" if config.devices[0] == "cpu" else "cuda"
+    hashed = {"lora": config.files.lora, "tokens": config.files.tokens, "extra_lora": config.files.extra_lora}
+    compared = {
+        "dataset": dataset.name,
+        "class_names": list(dataset.source_names),
+        DATA: data_identity(dataset, {"train": images}, columns),
+        "strategy": config.strategy.name,
+        "checkpoint_key": config.key,
+        "strengths": list(config.strengths),
+        "multiplier": config.multiplier,
+        "seed": config.seed,
+        "resolution": config.resolution,
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "image_format": config.image_format,
+        "device": device,
+        "template": config.template,
+        "templates": list(config.templates) or None,
+        "object_mask": config.object_mask,
+        "num_inference_steps": config.solver.num_inference_steps,
+        "guidance_scale": config.solver.guidance_scale,
+        "scheduler": config.solver.scheduler,
+        "final_sigmas_type": config.solver.final_sigmas_type,
+        "guidance_stop": config.solver.guidance_stop,
+        "reuse_interval": config.solver.reuse_interval,
+        "images": len(plan),
+        "plan_sha256": plan.digest,
+        "base_sha256": weights.base,
+        **{f"{name}_sha256": run_dir.sha256_file(path) if path else None for name, path in hashed.items()},
+    }
+    arguments = {
+        "dataset": config.dataset,
+        "base_model": config.files.name,
+        "examples_per_class": config.setting.examples_per_class,
+        "task": config.setting.task,
+        "imbalance_factor": config.setting.imbalance_factor if config.setting.task == "imbalanced" else None,
+        "subset_seed": config.setting.subset_seed,
+        "val_fraction": config.setting.val_fraction,
+    }
+    sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
+    compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
+    encoder = f"{weights.vae} {config.resolution} {config.dtype} {device} {'compiled' if compiled else 'plain'}"
+    return Identity(run_dir.plain(compared), run_dir.plain(arguments), dataset.train, images, sources, encoder)
+
+
+# -------------------------------------------------------------------------------------------------- claiming a folder
+
+
+def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> None:
+    """Takes the folder for this subset, or finds that it already is this subset; see :func:`belongs`.
+
+    Args:
+        folder: of the subset; the caller keeps other processes from claiming it meanwhile.
+        identity: of the subset.
+        paths: names of its files.
+        alone: no shard of this subset can be at work.
+
+    Raises:
+        UserError: the folder holds a subset made otherwise, or other files.
+    """
+    if belongs(folder, identity, paths, alone):
+        return
+    old = store.recorded_identity(folder) or {}
+    made_with = {"versions": run_dir.versions(), "git_revision": run_dir.git_revision(registry.REPO_ROOT)}
+    kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and store.has_images(folder)}
+    _write(folder, {**identity.compared, ARGUMENTS: identity.arguments, MADE_WITH: made_with, **kept})
+    with atomic_path(folder / CONTENT_FILE) as temporary, open(temporary, "wb") as out:
+        np.save(out, identity.images.values)
+
+
+def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = True) -> bool:
+    """Whether a folder holds this very subset; False where it is free to be claimed. Nothing is written.
+
+    A subset without an image is free. So is one that differs in replaced training images alone, where nothing has been made
+    from the old ones and no other run is at work: a damaged file that was restored, as the error about it asks for.
+
+    Raises:
+        UserError: the folder holds a subset made otherwise (says what differs), or other files.
+    """
+    old = store.recorded_identity(folder)
+    if old is None:
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
+        if others:
+            raise UserError(
+                f"{folder} is not empty ('{sorted(others)[0]}') and holds no {store.CONFIG_FILE}: nothing was touched; "
+                "choose another --output_root"
+            )
+        return False
+    if DATA in old and _compared(old) == identity.compared:
+        _warn_of_versions(folder, old)
+        return True
+    if alone and not store.has_images(folder):
+        return False
+    if DATA not in old:
+        raise UserError(
+            f"{folder} was begun by an earlier version of this program, which did not record the training images, class "
+            f"names and prompts, so that nothing shows that they are the same: {REMEDY} (train_cls.py reads it as it is)"
+        )
+    replaced = _replaced(old, identity, folder)
+    if not (alone and len(replaced) and _unused(folder, paths, replaced)):
+        raise UserError(f"{folder} holds a subset made otherwise ({_told(old, identity, replaced)}): {REMEDY}")
+    log.warning(
+        "%d training images were replaced since this subset was begun ('%s' the first); nothing had been made from them",
+        len(replaced),
+        identity.table.keys[replaced[0]],
+    )
+    return False
+
+
+def note_run(folder: Path, shard: str, after: int, **how: Any) -> None:
+    """Records how a run computes, where that is not what the last run of its shard recorded.
+
+    Args:
+        folder: of the subset; the caller keeps other processes from claiming it meanwhile.
+        shard: which part of the subset the run makes.
+        after: images of this part that other runs have made.
+        how: compiled networks or not, the number of processes.
+    """
+    record = store.recorded_identity(folder)
+    runs = list(record.get(RUNS) or [])
+    last = next((run for run in reversed(runs) if run.get("shard") == shard), {})
+    if any(last.get(name) != value for name, value in how.items()):
+        runs.append({"shard": shard, "after_images": after, **how})
+        _write(folder, {**record, RUNS: runs})
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    write_text(folder / store.CONFIG_FILE, run_dir.arguments_text(record))
+
+
+def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in (ARGUMENTS, MADE_WITH, RUNS)}
+
+
+def _warn_of_versions(folder: Path, record: Mapping[str, Any]) -> None:
+    mixed = run_dir.differences((record.get(MADE_WITH) or {}).get("versions") or {}, run_dir.versions())
+    if mixed:
+        log.warning(
+            "%s was begun with other versions (%s): new files may differ in their last bits", folder, "; ".join(mixed)
+        )
+
+
+# --------------------------------------------------------------------------------------------------- what has changed
+
+
+def _replaced(old: Mapping[str, Any], identity: Identity, folder: Path) -> np.ndarray:
+    """Rows of the training images whose content is all that differs; none where anything else does."""
+    then, now = dict(old[DATA].get("train") or {}), dict(identity.compared[DATA]["train"])
+    alike = {name: now[name] for name in now if name not in ("content", "digest")}
+    if {name: then.get(name) for name in alike} != alike:
+        return np.empty(0, np.int64)
+    try:
+        values = np.load(folder / CONTENT_FILE)
+    except (OSError, ValueError, EOFError):
+        return np.empty(0, np.int64)
+    if values.shape != identity.images.values.shape or content_digest(hex_digits(values)) != then.get("content"):
+        return np.empty(0, np.int64)
+    return np.flatnonzero((values != identity.images.values).any(axis=1))
+
+
+def _unused(folder: Path, paths: TaskPaths, rows: np.ndarray) -> bool:
+    """Whether no image of the subset has been made from these training images."""
+    tasks = np.flatnonzero(np.isin(paths.plan.source, rows))
+    recorded = Records.latest(folder, len(paths.plan))[0]
+    return not recorded[tasks].any() and not any((folder / store.DATA / paths.relative(n)).exists() for n in tasks)
+
+
+def _told(old: Mapping[str, Any], identity: Identity, replaced: np.ndarray) -> str:
+    """What differs, in words: the data, then the arguments it follows from, then everything else."""
+    told = [data_difference(old[DATA], identity.compared[DATA])]
+    if told[0] and len(replaced):
+        told[0] += f" ({len(replaced)} of them, '{identity.table.keys[replaced[0]]}' the first)"
+    told += run_dir.differences(old.get(ARGUMENTS) or {}, identity.arguments)
+    then, now = ({k: v for k, v in d.items() if k != DATA} for d in (_compared(old), identity.compared))
+    follows = []
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            (follows if name in FOLLOWS else told).append(_one_difference(name, then.get(name), now.get(name)))
+    told = [text for text in told if text] or follows
+    return "; ".join(told[:6]) + ("; ..." if len(told) > 6 else "")
+
+
+def _one_difference(name: str, then: Any, now: Any) -> str:
+    """One value's difference; of lists the first entry that differs."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        place = next(i for i, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
+        then, now = then[place], now[place]
+    elif isinstance(then, list) and isinstance(now, list) and max(len(then), len(now)) > 10:
+        then, now = f"{len(then)} entries", f"{len(now)} entries"
+    return f"{name}: {then!r} -> {now!r}"

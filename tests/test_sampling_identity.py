@@ -1,0 +1,344 @@
+"""What a synthetic subset is made from: what continues it, what is refused, and data that changes while a job runs."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from helpers import SUBSET, planned, run, same, sampling_arguments, start, wait_for_images, workers_of
+from PIL import Image
+
+import sample_mp
+import tiny
+from semantic_aug.datasets import load_dataset
+from semantic_aug.errors import UserError
+from semantic_aug.sampling import config as sampling
+from semantic_aug.sampling import files, store
+from semantic_aug.sampling import run as running
+from semantic_aug.sampling.records import Records
+from semantic_aug.sampling.sources import DataChanged, PlannedSources, SourceImages, block_files
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A data set of this test's own."""
+    return tiny.write_image_folder(tmp_path / "animals")
+
+
+@pytest.fixture
+def request_of(workshop, tmp_path):
+    """Makes resolved requests for subsets below ``out``, as the command line does."""
+
+    def make(pictures, *words, **changes):
+        flags = sampling_arguments(workshop, pictures, tmp_path / "out", **changes)
+        return sample_mp.resolve(sample_mp.build_parser().parse_args([*map(str, flags), *words]))
+
+    return make
+
+
+def begin(config, dataset, rows=()) -> Path:
+    """Claims the subset's folder, and puts the images that the plan makes of some training images in place."""
+    with running.opened(config, dataset) as subset:
+        for number in np.flatnonzero(np.isin(subset.plan.source, rows)).tolist():
+            content = files.encode_image(np.full((8, 8, 3), number, np.uint8), subset.paths.text(number))
+            row = files.write_image(subset.folder / store.DATA / subset.paths.relative(number), content)
+            subset.records.append([(number, *row)])
+    return subset.folder
+
+
+def reopened(config, dataset) -> int:
+    """Images that a restart finds."""
+    with running.opened(config, dataset) as subset:
+        return int(subset.done.sum())
+
+
+# ----------------------------------------------------------------------------------------------------- what continues it
+
+
+def test_what_changes_speed_or_place_alone_continues(request_of, pictures, tmp_path):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, [0, 5])
+    before = reopened(config, dataset)
+    assert before == 6
+    for changes in (
+        {"devices": ("cpu",) * 3},
+        {"compile": "on"},
+        {"num_shards": 3, "shard_index": 2},
+        {"engine": "ray"},
+        {"worker_timeout": 9.0},
+    ):
+        assert reopened(dataclasses.replace(config, **changes), dataset) == before
+    (tmp_path / "disk").mkdir()
+    moved = shutil.move(pictures, tmp_path / "disk" / "animals")
+    assert reopened(*request_of(moved)) == before
+    assert reopened(*request_of(moved, val_fraction=0.3)) == before  # the data set has a validation split of its own
+    assert Records.read_all(folder)["number"].size >= before
+
+
+def test_how_each_part_was_computed_is_recorded_beside_the_identity(request_of, pictures, monkeypatch):
+    config, dataset = request_of(pictures)
+    monkeypatch.setattr(running, "make_launcher", lambda *_: _Nothing())
+    for changes in ({}, {}, {"devices": ("cpu", "cpu")}, {"devices": ("cpu", "cpu"), "compile": "on"}):
+        running.run(dataclasses.replace(config, **changes), dataset)
+    record = store.recorded_identity(sampling.subset_folder(config, dataset))
+    assert record["runs"] == [
+        {"shard": "0 of 1", "after_images": 0, "compiled": compiled, "processes": processes}
+        for compiled, processes in ((False, 1), (False, 2), (True, 2))
+    ]
+    assert record["class_names"] == ["blue jay", "red fox", "toad"] and record["data"]["train"]["images"] == 18
+    assert record["arguments"]["dataset"] == f"folder:{pictures}"
+
+
+class _Nothing:
+    """An engine that makes no image."""
+
+    def run(self, batches):
+        from semantic_aug.sampling.dispatch import Outcome
+
+        return Outcome()
+
+
+def test_shards_that_choose_their_batch_size_settle_on_the_first_ones(request_of, pictures):
+    config, dataset = request_of(pictures, batch_size="auto")
+    large, small = (dataclasses.replace(config, batch_size=size, num_shards=2) for size in (8, 4))
+    with (
+        running.opened(large, dataset) as first,
+        running.opened(dataclasses.replace(small, shard_index=1), dataset) as second,
+    ):
+        assert first.config.batch_size == second.config.batch_size == second.plan.batch_size == 8
+        assert (first.mine ^ second.mine).all()
+    given = dataclasses.replace(small, automatic_batch=False)
+    with pytest.raises(UserError, match="batch_size: 8 -> 4"), running.opened(given, dataset):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- what is refused
+
+
+def exchange(pictures):
+    """Two images of one class under each other's names."""
+    one, other = (pictures / "train" / "toad" / f"train00{i}.png" for i in (1, 2))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def relabel(pictures):
+    """An image of one class under its name in another, whose image takes its place."""
+    one, other = pictures / "train" / "toad" / "train001.png", pictures / "train" / "red fox" / "train001.png"
+    one.rename(pictures / "x.png")
+    other.rename(one)
+    (pictures / "x.png").rename(other)
+
+
+def rename_class(pictures):
+    for split in ("train", "val", "test"):
+        (pictures / split / "toad").rename(pictures / split / "toads")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (exchange, r"the same names and labels, other content \(2 of them, 'train/toad/train001.png' the first\)"),
+        (relabel, "the same names and labels, other content"),
+        (rename_class, "class_names: 'toad' -> 'toads'"),
+        (lambda p: (p / "train/toad/train001.png").unlink(), "train: 17 images now, 18 when the run began"),
+        (lambda p: shutil.copy(p / "test/toad/test001.png", p / "train/toad"), "train: 19 images now, 18 when"),
+        (lambda p: (p / "train/toad/train001.png").rename(p / "train/toad/a.png"), "other names"),
+    ],
+    ids=["exchanged", "relabelled", "class renamed", "removed", "added", "renamed"],
+)
+def test_a_changed_data_set_is_refused_and_nothing_is_touched(request_of, pictures, change, message):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, range(18))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")}
+    change(pictures)
+    changed = request_of(pictures)
+    for refusing in (
+        lambda: reopened(*changed),
+        lambda: running.merge(*changed),
+        lambda: running.check_folder(*changed),
+    ):
+        with pytest.raises(UserError, match=f"{message}.*nothing was touched; choose another --output_root"):
+            refusing()
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")}
+
+
+def test_another_folder_of_the_same_name_is_refused(request_of, pictures, tmp_path):
+    begin(*request_of(pictures), [0])
+    other = tiny.write_image_folder(tmp_path / "other" / "animals", classes=("red fox", "toad", "blue jay"))
+    with pytest.raises(UserError, match=rf"other content.*dataset: 'folder:{pictures}' -> 'folder:{other}'"):
+        reopened(*request_of(other))
+
+
+def test_prompts_and_weights_are_part_of_the_identity(request_of, pictures, workshop, tmp_path):
+    (tmp_path / "config").mkdir()
+    shutil.copy(workshop / "config" / "finetuned_ckpts.yaml", tmp_path / "config")
+    entries, base = tmp_path / "config" / "datasets.yaml", tmp_path / "base"
+
+    def request(super_class, **names):
+        entry = {"folder": str(pictures), "super_class": super_class, "class_names": names}
+        entries.write_text(yaml.safe_dump({"animals": entry}))
+        return request_of(pictures, "--dataset", "animals", "--model_path", str(base), config_dir=tmp_path / "config")
+
+    tiny.write_base(base)
+    begin(*request("animal"), [0])
+    assert reopened(*request("animal")) == 3
+    with pytest.raises(UserError, match="super_class: 'beast' now, 'animal' when the run began"):
+        reopened(*request("beast"))
+    with pytest.raises(UserError, match="prompt names differ"):
+        reopened(*request("animal", toad="frog"))
+    moved = shutil.move(base, tmp_path / "models")
+    base = Path(moved)
+    assert reopened(*request("animal")) == 3
+    tiny.write_base(base, seed=5)
+    with pytest.raises(UserError, match="base_sha256: "):
+        reopened(*request("animal"))
+
+
+def test_a_restored_image_continues_where_nothing_was_made_from_the_damaged_one(request_of, pictures):
+    damaged = pictures / "train" / "toad" / "train002.png"
+    good = damaged.read_bytes()
+    damaged.write_bytes(b"broken")
+    config, dataset = request_of(pictures)
+    row = dataset.train.keys.index("train/toad/train002.png")
+    folder = begin(config, dataset, [0])
+    damaged.write_bytes(good)
+    shard = dataclasses.replace(config, num_shards=2)
+    with pytest.raises(UserError, match="1 of them, 'train/toad/train002.png' the first"):
+        reopened(shard, dataset)  # another shard may be at work on the old one
+    assert reopened(config, dataset) == 3 and reopened(shard, dataset) == 3
+    begin(config, dataset, [row])
+    damaged.write_bytes(b"broken")
+    with pytest.raises(UserError, match="1 of them, 'train/toad/train002.png' the first"):
+        reopened(config, dataset)
+    assert len(list(folder.rglob("*.png"))) == 6
+
+
+def test_a_subset_of_an_earlier_version_is_refused_with_the_reason(request_of, pictures):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, [0])
+    old = {"dataset": "animals", "strategy": "diff-mix", "compiled": False, "base_model": "tiny", "images": 54}
+    (folder / "config.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(
+        UserError, match="begun by an earlier version of this program, which did not record the training"
+    ):
+        reopened(config, dataset)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == old
+    shutil.rmtree(folder / "data")
+    (folder / "records.bin").unlink()
+    assert reopened(config, dataset) == 0  # without an image there is nothing to mix up
+
+
+def test_merging_where_there_is_no_subset_makes_none(request_of, pictures, tmp_path):
+    with pytest.raises(UserError, match="--merge: .* holds no subset"):
+        running.merge(*request_of(pictures))
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------- tasks name their training images
+
+
+def test_a_process_refuses_another_listing_and_an_exchanged_image(pictures):
+    table = load_dataset(f"folder:{pictures}").train
+    plan, key = planned(table), "train/toad/train001.png"
+    row = table.keys.index(key)
+    images = SourceImages(table, plan)
+    assert np.array_equal(np.asarray(images.image(row)), np.asarray(Image.open(pictures / key)))
+    exchange(pictures)
+    with pytest.raises(DataChanged, match="train001.png was exchanged while images were made from it"):
+        images.image(row)
+    (pictures / key).unlink()
+    with pytest.raises(UserError, match=f"image {pictures / key} is not there") as missing:
+        images.image(row)
+    assert not isinstance(missing.value, DataChanged)  # costs its own images alone
+    with pytest.raises(DataChanged, match=r"17 training images now, 18 in the plan \(0 new, 1 gone\)"):
+        SourceImages(load_dataset(f"folder:{pictures}").train, plan)
+    shutil.copy(pictures / "val" / "toad" / "val000.png", pictures / "train" / "red fox" / "train001b.png")
+    with pytest.raises(DataChanged, match=r"1 new, 1 gone; 'train/red fox/train001b.png' is new or has another label"):
+        SourceImages(load_dataset(f"folder:{pictures}").train, plan)
+
+
+def test_an_image_that_could_not_be_read_when_the_plan_was_made_is_not_used_later(pictures):
+    path = pictures / "train" / "toad" / "train001.png"
+    table, content = load_dataset(f"folder:{pictures}").train, path.read_bytes()
+    path.unlink()
+    plan = planned(table)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="could not be read when this run began"):
+        SourceImages(table, plan).image(table.keys.index("train/toad/train001.png"))
+
+
+def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(request_of, pictures):
+    config, dataset = request_of(pictures)
+    plan = planned(dataset.train)
+    names = block_files(plan, "vae")
+    assert len(names) == 3 and not set(names) & set(block_files(plan, "another vae"))
+    exchange(pictures)
+    changed = block_files(PlannedSources.of(dataset.train, running.hash_images(dataset.train)), "vae")
+    assert [a == b for a, b in zip(names, changed, strict=True)] == [True, False, True]  # rows 13 and 14 of 18
+    folder = begin(config, dataset)
+    with running.opened(config, dataset) as subset:
+        usable = block_files(subset.identity.sources, subset.identity.encoder)
+    (folder / ".moments").mkdir()
+    for name in (usable[0], names[0], "0000000.safetensors", f".{usable[1]}.123"):
+        (folder / ".moments" / name).write_bytes(b"")
+    reopened(config, dataset)
+    assert [p.name for p in (folder / ".moments").iterdir()] == [usable[0]]
+
+
+# ------------------------------------------------------------------------------------------------ other numbers of shards
+
+
+def test_the_list_of_the_latest_run_is_right_whatever_the_number_of_shards(tmp_path):
+    everything, crc = np.ones(4, bool), np.full(4, 1, np.uint32)
+    Records(tmp_path, 2, 0).append([(0, 10, 1), (2, 10, 1)])
+    Records(tmp_path, 2, 1).append([(1, 10, 1), (3, 10, 1)])
+    whole = Records(tmp_path)
+    whole.update(everything, np.array([10, 0, 10, 10], np.uint32), crc)  # file 1 is gone
+    assert Records.latest(tmp_path, 4)[0].tolist() == [10, 0, 10, 10]
+    whole.append([(1, 12, 5)])  # and made again, in other bytes
+    half = Records(tmp_path, 2, 1)
+    time.sleep(0.01)
+    half.update(np.array([False, True, False, True]), np.array([10, 12, 10, 10], np.uint32), np.array([1, 5, 1, 1]))
+    assert Records.latest(tmp_path, 4)[0].tolist() == [10, 12, 10, 10]
+    assert Records.latest(tmp_path, 4)[1].tolist() == [1, 5, 1, 1]
+
+
+# --------------------------------------------------------------------------------------------- changes while a job runs
+
+
+@pytest.mark.slow
+def test_data_that_changes_while_a_job_runs_never_becomes_an_image(
+    workshop, pictures, request_of, tmp_path, undisturbed
+):
+    words = sampling_arguments(workshop, pictures, tmp_path / "out", num_inference_steps=6)
+    folder, image = tmp_path / "out" / SUBSET, pictures / "train" / "toad" / "train001.png"
+    content = image.read_bytes()
+    process = start("sample_mp.py", *words)
+    while not (folder / "config.yaml").exists() and process.poll() is None:
+        time.sleep(0.01)
+    shutil.copy(pictures / "train" / "red fox" / "train001.png", image)  # before a process has read it
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and f"image {image} was exchanged while images were made from it" in err
+    image.write_bytes(content)
+
+    process = start("sample_mp.py", *words)
+    wait_for_images(folder, 3, process)
+    shutil.copy(pictures / "test" / "toad" / "test001.png", pictures / "train" / "blue jay" / "new.png")
+    os.kill(workers_of(process)[0], signal.SIGKILL)  # its replacement lists the data set anew
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    assert "19 training images now, 18 in the plan (1 new, 0 gone; 'train/blue jay/new.png' is new" in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert (folder / "meta.csv").exists()
+    with pytest.raises(UserError, match="train: 19 images now, 18 when the run began"):
+        reopened(*request_of(pictures))
+    (pictures / "train" / "blue jay" / "new.png").unlink()
+    run("sample_mp.py", *words)
+    assert same(folder, undisturbed)
