@@ -321,6 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(config.devices)} process(es): {' '.join(config.devices)}; {config.dtype}, batches of {config.batch_size}"
     )
     if args.dry_run:
+        running.check_folder(config, dataset)
         print(sampling.describe_plan(config, dataset))
         if args.calibrate:
             print(running.calibrate(config, dataset))

@@ -16,6 +16,8 @@ from PIL import Image
 import sample_mp
 import tiny
 from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.fingerprint import data_identity
+from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
 from semantic_aug.sampling import files, store
@@ -144,10 +146,16 @@ def rename_class(pictures):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (exchange, r"the same names and labels, other content \(2 of them, 'train/toad/train001.png' the first\)"),
+        (
+            exchange,
+            r"the same names and labels, other content \('train/toad/train001.png' has another content and 1 more\)",
+        ),
         (relabel, "the same names and labels, other content"),
         (rename_class, "class_names: 'toad' -> 'toads'"),
-        (lambda p: (p / "train/toad/train001.png").unlink(), "train: 17 images now, 18 when the run began"),
+        (
+            lambda p: (p / "train/toad/train001.png").unlink(),
+            r"train: 17 images now, 18 when the run began \('train/toad/train001.png' is gone\)",
+        ),
         (lambda p: shutil.copy(p / "test/toad/test001.png", p / "train/toad"), "train: 19 images now, 18 when"),
         (lambda p: (p / "train/toad/train001.png").rename(p / "train/toad/a.png"), "other names"),
     ],
@@ -169,11 +177,14 @@ def test_a_changed_data_set_is_refused_and_nothing_is_touched(request_of, pictur
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")}
 
 
-def test_another_folder_of_the_same_name_is_refused(request_of, pictures, tmp_path):
+def test_another_folder_of_the_same_name_is_refused(request_of, workshop, pictures, tmp_path):
     begin(*request_of(pictures), [0])
     other = tiny.write_image_folder(tmp_path / "other" / "animals", classes=("red fox", "toad", "blue jay"))
     with pytest.raises(UserError, match=rf"other content.*dataset: 'folder:{pictures}' -> 'folder:{other}'"):
         reopened(*request_of(other))
+    words = sampling_arguments(workshop, other, tmp_path / "out")
+    with pytest.raises(UserError, match="holds a subset made otherwise"):
+        sample_mp.main([*map(str, words), "--dry_run"])
 
 
 def test_prompts_and_weights_are_part_of_the_identity(request_of, pictures, workshop, tmp_path):
@@ -210,12 +221,12 @@ def test_a_restored_image_continues_where_nothing_was_made_from_the_damaged_one(
     folder = begin(config, dataset, [0])
     damaged.write_bytes(good)
     shard = dataclasses.replace(config, num_shards=2)
-    with pytest.raises(UserError, match="1 of them, 'train/toad/train002.png' the first"):
+    with pytest.raises(UserError, match=r"\('train/toad/train002.png' has another content\)"):
         reopened(shard, dataset)  # another shard may be at work on the old one
     assert reopened(config, dataset) == 3 and reopened(shard, dataset) == 3
     begin(config, dataset, [row])
     damaged.write_bytes(b"broken")
-    with pytest.raises(UserError, match="1 of them, 'train/toad/train002.png' the first"):
+    with pytest.raises(UserError, match=r"\('train/toad/train002.png' has another content\)"):
         reopened(config, dataset)
     assert len(list(folder.rglob("*.png"))) == 6
 
@@ -233,6 +244,45 @@ def test_a_subset_of_an_earlier_version_is_refused_with_the_reason(request_of, p
     shutil.rmtree(folder / "data")
     (folder / "records.bin").unlink()
     assert reopened(config, dataset) == 0  # without an image there is nothing to mix up
+
+
+def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, [0, 1])
+    with running.opened(config, dataset) as subset:
+        subset.close()
+    assert len(read_subset(folder, dataset)) == 6
+    few = load_dataset(f"folder:{pictures}", dataclasses.replace(dataset.setting, examples_per_class=5))
+    assert len(read_subset(folder, few, allow_other_sources=True)) == 6
+    moved = load_dataset(f"folder:{shutil.copytree(pictures, tmp_path / 'elsewhere' / 'animals')}")
+    assert len(read_subset(folder, moved)) == 6
+    exchange(pictures)  # of an image that nothing was made from
+    assert len(read_subset(folder, dataset)) == 6
+    other = tiny.write_image_folder(tmp_path / "other" / "animals", classes=("red fox", "toad", "blue jay"))
+    other = load_dataset(f"folder:{other}")
+    with pytest.raises(UserError, match="meta.csv: 2 of 2 source images have another content than when the subset was"):
+        read_subset(folder, other)
+    assert len(read_subset(folder, other, allow_other_sources=True)) == 6
+
+
+def test_a_checkpoint_of_other_images_is_told_in_one_line(request_of, workshop, pictures, tmp_path, caplog):
+    folder = shutil.copytree(workshop / "ck", tmp_path / "ck")
+    entries = yaml.safe_load((workshop / "config" / "finetuned_ckpts.yaml").read_text())
+    entry = entries["animals"]["ck"] | {
+        "lora_path": str(folder),
+        "embed_path": str(folder / "learned_embeds.safetensors"),
+    }
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({"animals": {"ck": entry}}))
+    config, dataset = request_of(pictures, config_dir=tmp_path / "config")
+    trained_on = data_identity(dataset, ["train"])
+    (folder / "args.yaml").write_text(yaml.safe_dump({"made_from": {"data": trained_on}}))
+    running.check_folder(config, dataset)
+    assert not caplog.messages
+    (pictures / "train" / "toad" / "train001.png").write_bytes(b"other")
+    running.check_folder(config, dataset)
+    assert len(caplog.messages) == 1
+    assert "was trained on other images than these (train: 18 images as before, the same names and" in caplog.text
 
 
 def test_merging_where_there_is_no_subset_makes_none(request_of, pictures, tmp_path):
@@ -272,6 +322,14 @@ def test_an_image_that_could_not_be_read_when_the_plan_was_made_is_not_used_late
     path.write_bytes(content)
     with pytest.raises(UserError, match="could not be read when this run began"):
         SourceImages(table, plan).image(table.keys.index("train/toad/train001.png"))
+
+
+def test_a_pipe_in_place_of_an_image_is_told_and_not_waited_for(request_of, pictures, caplog):
+    path = pictures / "train" / "toad" / "train001.png"
+    path.unlink()
+    os.mkfifo(path)
+    running.check_folder(*request_of(pictures))
+    assert "1 training images cannot be read ('train/toad/train001.png' the first): nothing will be made" in caplog.text
 
 
 def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(request_of, pictures):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, nearest_first, unknown
+from semantic_aug.files import atomic_path
 from semantic_aug.seeding import numpy_rng
 
 DATA = "data"
+SOURCES_FILE = ".sources.npz"
+"""Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
 
 
 def soft_labels(
@@ -135,7 +139,8 @@ def read_subset(
 
     Raises:
         UserError: no such folder, an empty subset, a class that is not the data set's, an image that is missing or lies
-            outside the folder, or sources from outside the training images (a leak into validation or test).
+            outside the folder, or sources from outside the training images (a leak into validation or test) or with another
+            content than when the subset was made (another data set of the same names).
     """
     root, file = locate(folder)
     if not file.is_file() and (root / "config.yaml").is_file():
@@ -145,7 +150,9 @@ def read_subset(
         raise UserError(f"synthetic subset {file} is empty: run its sample_mp.py command again")
     position = _positions(table.class_names, dataset, file)
     paths = _paths(root / DATA, table.path, file)
-    _check_sources(table, dataset, file, allow_other_sources)
+    if not allow_other_sources:
+        _check_sources(table, dataset, file)
+        _check_content(root, table, dataset, file)
     return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
 
 
@@ -233,9 +240,9 @@ def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
     return paths
 
 
-def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path, allowed: bool) -> None:
+def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
     sources = table.further.get("Source Image")
-    if sources is None or allowed:
+    if sources is None:
         return
     used = {str(key) for key in sources if key}
     strange = used - set(dataset.train.keys)
@@ -249,3 +256,48 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
             f"{dataset.setting.suffix} ('{sorted(strange)[0]}'{where}): give the stages the same "
             "--examples_per_class, --task and --subset_seed, or accept it with --allow_other_sources"
         )
+
+
+def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
+    from semantic_aug.datasets.fingerprint import hash_images  # it knows synthetic images itself
+
+    recorded, sources = read_sources(root), table.further.get("Source Image")
+    if recorded is None or sources is None:
+        return
+    keys, values = recorded
+    row_of, used = {key: row for row, key in enumerate(keys)}, {str(key) for key in sources}
+    rows = [row for row, key in enumerate(dataset.train.keys) if key in used and key in row_of]
+    images = dataset.train.take(rows)
+    now = hash_images(images).values
+    other = (now != values[[row_of[key] for key in images.keys]]).any(axis=1) & now.any(
+        axis=1
+    )  # a missing one is told later
+    if other.any():
+        raise UserError(
+            f"{file}: {int(other.sum())} of {len(rows)} source images have another content than when the subset was made "
+            f"('{images.keys[int(np.argmax(other))]}' the first): it belongs to another data set, or to an earlier state of "
+            "this one; make it again with sample_mp.py, or accept it with --allow_other_sources"
+        )
+
+
+def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray) -> None:
+    """Keeps the training images of a subset beside it.
+
+    Args:
+        folder: of the subset.
+        keys: name of each image.
+        values: content hash of each, uint8 ``(N, 16)``.
+    """
+    joined = np.frombuffer("\0".join(keys).encode("utf-8", "surrogateescape"), np.uint8)
+    with atomic_path(folder / SOURCES_FILE) as temporary, open(temporary, "wb") as out:
+        np.savez_compressed(out, keys=joined, values=values)
+
+
+def read_sources(folder: Path) -> tuple[list[str], np.ndarray] | None:
+    """What :func:`write_sources` kept; None for a subset made elsewhere."""
+    try:
+        with np.load(folder / SOURCES_FILE) as content:
+            keys = content["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0")
+            return (keys, content["values"]) if len(keys) == len(content["values"]) else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None

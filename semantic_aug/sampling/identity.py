@@ -8,6 +8,7 @@ each part was computed where that changed: on how many processes, with compiled 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ from semantic_aug.datasets.fingerprint import (
     data_identity,
     hash_files,
     hex_digits,
+    split_identity,
 )
+from semantic_aug.datasets.synthetic import read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.errors import UserError
-from semantic_aug.files import atomic_path, write_text
+from semantic_aug.files import write_text
 from semantic_aug.sampling import masks, store
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
@@ -41,8 +44,6 @@ log = logging.getLogger(__name__)
 ARGUMENTS, MADE_WITH, RUNS, DATA = "arguments", "made_with", "runs", "data"
 FOLLOWS = ("images", "plan_sha256")
 """Values that differ only where another one does; told where nothing else explains them."""
-CONTENT_FILE = ".sources.npy"
-"""Content hashes of the training images when the subset was begun, uint8 ``(N, 16)``: to name those that changed."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
 
 
@@ -146,6 +147,34 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     return Identity(run_dir.plain(compared), run_dir.plain(arguments), dataset.train, images, sources, encoder)
 
 
+def warn(config: SampleConfig, identity: Identity) -> None:
+    """Tells what does not stop a run: images that cannot be read, a checkpoint that was trained on other images."""
+    unreadable = np.flatnonzero(~identity.images.values.any(axis=1))
+    if len(unreadable) and identity.sources is not None:
+        log.warning(
+            "%d training images cannot be read ('%s' the first): nothing will be made from them",
+            len(unreadable),
+            identity.table.keys[unreadable[0]],
+        )
+    path = config.files.lora or config.files.tokens
+    then, now = _trained_on(path) if path else {}, identity.compared[DATA]["train"]
+    if any(then.get(name) != now[name] for name in ("labels", "content") if then):
+        log.warning(
+            "checkpoint %s was trained on other images than these (%s): is --finetune_model_key of this data set and setting?",
+            path,
+            data_difference({"train": {**now, **then}}, {"train": now}),
+        )
+
+
+def _trained_on(path: Path) -> dict[str, Any]:
+    """The record of the training images of the run that a checkpoint's file belongs to; empty where there is none."""
+    folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    with contextlib.suppress(UserError):  # not the record of our stage 1
+        record = run_dir.load_arguments(folder) or {}
+        return dict(((record.get("made_from") or {}).get(DATA) or {}).get("train") or {})
+    return {}
+
+
 # -------------------------------------------------------------------------------------------------- claiming a folder
 
 
@@ -167,8 +196,7 @@ def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> No
     made_with = {"versions": run_dir.versions(), "git_revision": run_dir.git_revision(registry.REPO_ROOT)}
     kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and store.has_images(folder)}
     _write(folder, {**identity.compared, ARGUMENTS: identity.arguments, MADE_WITH: made_with, **kept})
-    with atomic_path(folder / CONTENT_FILE) as temporary, open(temporary, "wb") as out:
-        np.save(out, identity.images.values)
+    write_sources(folder, identity.table.keys, identity.images.values)
 
 
 def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = True) -> bool:
@@ -201,7 +229,7 @@ def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = Tr
         )
     replaced = _replaced(old, identity, folder)
     if not (alone and len(replaced) and _unused(folder, paths, replaced)):
-        raise UserError(f"{folder} holds a subset made otherwise ({_told(old, identity, replaced)}): {REMEDY}")
+        raise UserError(f"{folder} holds a subset made otherwise ({_told(old, identity, folder)}): {REMEDY}")
     log.warning(
         "%d training images were replaced since this subset was begun ('%s' the first); nothing had been made from them",
         len(replaced),
@@ -246,19 +274,24 @@ def _warn_of_versions(folder: Path, record: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------- what has changed
 
 
+def _recorded_images(old: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
+    """The training images of a record and their content hashes, by name; empty where the folder does not have them."""
+    keys, values = read_sources(folder) or ([], np.empty((0, 0), np.uint8))
+    if content_digest(hex_digits(values)) != (old[DATA].get("train") or {}).get("content"):
+        return {}
+    return dict(zip(keys, (value.tobytes() for value in values), strict=True))
+
+
 def _replaced(old: Mapping[str, Any], identity: Identity, folder: Path) -> np.ndarray:
     """Rows of the training images whose content is all that differs; none where anything else does."""
-    then, now = dict(old[DATA].get("train") or {}), dict(identity.compared[DATA]["train"])
-    alike = {name: now[name] for name in now if name not in ("content", "digest")}
-    if {name: then.get(name) for name in alike} != alike:
-        return np.empty(0, np.int64)
-    try:
-        values = np.load(folder / CONTENT_FILE)
-    except (OSError, ValueError, EOFError):
-        return np.empty(0, np.int64)
-    if values.shape != identity.images.values.shape or content_digest(hex_digits(values)) != then.get("content"):
-        return np.empty(0, np.int64)
-    return np.flatnonzero((values != identity.images.values).any(axis=1))
+    before, keys, now = _recorded_images(old, folder), identity.table.keys, identity.compared
+    if before.keys() == set(keys):
+        hashes, columns = [before[key] for key in keys], masks.columns(now["object_mask"])
+        train = split_identity(identity.table, (value.hex() for value in hashes), columns)
+        if {**now, DATA: {**now[DATA], "train": train}} == _compared(old):
+            then = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(keys), -1)
+            return np.flatnonzero((then != identity.images.values).any(axis=1))
+    return np.empty(0, np.int64)
 
 
 def _unused(folder: Path, paths: TaskPaths, rows: np.ndarray) -> bool:
@@ -268,11 +301,18 @@ def _unused(folder: Path, paths: TaskPaths, rows: np.ndarray) -> bool:
     return not recorded[tasks].any() and not any((folder / store.DATA / paths.relative(n)).exists() for n in tasks)
 
 
-def _told(old: Mapping[str, Any], identity: Identity, replaced: np.ndarray) -> str:
+def _told(old: Mapping[str, Any], identity: Identity, folder: Path) -> str:
     """What differs, in words: the data, then the arguments it follows from, then everything else."""
     told = [data_difference(old[DATA], identity.compared[DATA])]
-    if told[0] and len(replaced):
-        told[0] += f" ({len(replaced)} of them, '{identity.table.keys[replaced[0]]}' the first)"
+    before = _recorded_images(old, folder) if told[0] else {}
+    now = dict(zip(identity.table.keys, (value.tobytes() for value in identity.images.values), strict=True))
+    names = [
+        *(f"'{key}' is new" for key in now if key not in before),
+        *(f"'{key}' is gone" for key in before if key not in now),
+        *(f"'{key}' has another content" for key in now if key in before and now[key] != before[key]),
+    ]
+    if before and names:
+        told[0] += f" ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
     told += run_dir.differences(old.get(ARGUMENTS) or {}, identity.arguments)
     then, now = ({k: v for k, v in d.items() if k != DATA} for d in (_compared(old), identity.compared))
     follows = []

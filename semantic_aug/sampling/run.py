@@ -91,6 +91,7 @@ def opened(config: SampleConfig, dataset: LoadedDataset, content: bool = False) 
                 config, (identity, plan) = begun, _identified(begun, dataset)
             paths = task_paths(config, dataset, plan)
             identities.claim(folder, identity, paths, alone=config.num_shards == 1)
+        identities.warn(config, identity)
         make_folders(folder, dataset.folders)
         batches = batches_of_shard(plan, config.num_shards, config.shard_index, config.seed)
         mine = np.zeros(len(plan), bool)
@@ -109,15 +110,14 @@ def _identified(config: SampleConfig, dataset: LoadedDataset) -> tuple[identitie
 
 
 def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Refuses a request whose folder holds another subset, for ``--dry_run``; nothing is written.
+    """Checks for ``--dry_run`` what a run checks before its processes start; nothing is written.
 
     Raises:
-        UserError: says what differs.
+        UserError: the folder holds another subset (says what differs).
     """
-    folder = subset_folder(config, dataset)
-    if folder.exists():
-        identity, plan = _identified(config, dataset)
-        identities.belongs(folder, identity, task_paths(config, dataset, plan))
+    identity, plan = _identified(config, dataset)
+    identities.belongs(subset_folder(config, dataset), identity, task_paths(config, dataset, plan))
+    identities.warn(config, identity)
 
 
 def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:

@@ -7,7 +7,7 @@
     status.json                                    how far a run is, for other tools
     .lock*                                         held while a run writes; the kernel frees it when the run dies
     .moments                                       encoded sources, until the subset is complete
-    .sources.npy                                   content hashes of the training images, to tell which one changed
+    .sources.npz                                   names and content hashes of the training images, to tell which changed
 
 A restart does what is in the plan and not in a record whose file is there with the recorded size. A file without a
 record (the run was killed between the two) is taken over if its content proves right.
