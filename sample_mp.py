@@ -39,6 +39,7 @@ def _add_model_flags(parser: cli.Parser) -> None:
     )
     group.add_argument(
         "--model_path",
+        type=cli.model,
         default=None,
         metavar="MODEL",
         help="base model, a hub id or a folder (default: the checkpoint's, else Stable Diffusion 1.5)",
@@ -52,7 +53,7 @@ def _add_model_flags(parser: cli.Parser) -> None:
     )
     group.add_argument(
         "--aug_strength",
-        type=float,
+        type=cli.number(0, 1, open_low=True),
         default=0.7,
         metavar="S",
         help="how far an image is noised, in (0, 1]; from-noise strategies use 1",
@@ -137,7 +138,7 @@ def _add_solver_flags(parser: cli.Parser) -> None:
         "U-Net reused for one or two steps",
     )
     group.add_argument(
-        "--lcm_lora", type=Path, default=None, metavar="FILE", help="an LCM-LoRA to merge too: a few steps then do"
+        "--lcm_lora", type=cli.path, default=None, metavar="FILE", help="an LCM-LoRA to merge too: a few steps then do"
     )
     group.add_argument(
         "--dtype",
@@ -184,7 +185,7 @@ def _add_run_flags(parser: cli.Parser) -> None:
     group.add_argument("--cpu_threads", type=cli.whole(1), default=1, metavar="N", help="threads per CPU process")
     group.add_argument(
         "--output_root",
-        type=Path,
+        type=cli.path,
         default=None,
         metavar="DIR",
         help="folder that gets {dataset}/{subset} (default: outputs/aug_samples with the setting's suffix)",
@@ -302,6 +303,9 @@ def resolve(args: argparse.Namespace):
         templates=read_templates(args.prompt_templates) if args.prompt_templates else (),
         object_mask=args.object_mask,
     )
+    if args.register_key:
+        entry = registry.shown_path(sampling.subset_folder(config, dataset))
+        registry.check_key(registry.SUBSETS, dataset.name, args.register_key, entry, args.config_dir)
     return sampling.with_batch_size(config, dataset), dataset
 
 

@@ -47,6 +47,7 @@ def _add_synthetic(parser: cli.Parser) -> None:
     syn.add_argument(
         "--syndata_dir",
         nargs="+",
+        type=cli.path_or(),
         default=None,
         metavar="DIR",
         help="folders of subsets (DIR#VARIANT for a filtered one), besides or instead of keys",
@@ -100,6 +101,7 @@ def _add_model(parser: cli.Parser) -> None:
     )
     model.add_argument(
         "--weights",
+        type=cli.path_or("auto", "none"),
         default="auto",
         metavar="auto|none|PATH",
         help="pre-trained weights: auto (an installed package, else the hub), none, or a file or folder",
@@ -263,7 +265,7 @@ def _add_evaluation(parser: cli.Parser) -> None:
     )
     only.add_argument(
         "--predict",
-        type=Path,
+        type=cli.path,
         default=None,
         metavar="FOLDER",
         help="classify every image below a folder with that classifier; writes predictions.csv",
@@ -287,12 +289,22 @@ def _add_where(parser: cli.Parser) -> None:
     )
     where.add_argument(
         "--output_dir",
-        type=Path,
+        type=cli.path,
         default=None,
         metavar="DIR",
         help="(default: outputs/classification/{dataset}{setting}/{model}-{res}-{data}-seed{seed}; with --seeds without the "
         "last part)",
     )
+
+
+def learning_rate_of(args: argparse.Namespace, dataset: str) -> tuple[float, str]:
+    """The peak learning rate and where it comes from: the flag, the table, or the optimiser's default."""
+    if args.lr is not None:
+        return args.lr, "--lr"
+    lr, source = registry.learning_rate(dataset, args.model, args.res_mode, args.config_dir)
+    if lr is not None and args.optimizer != "adamw":
+        return lr, source
+    return DEFAULT_LR[args.optimizer], f"default of {args.optimizer}"
 
 
 def resolve(args: argparse.Namespace):
@@ -314,11 +326,7 @@ def resolve(args: argparse.Namespace):
     synthetic = request.load_synthetic(
         folders, dataset, args.allow_other_sources, args.target_class_num, args.syndata_max
     )
-    lr, source = args.lr, "--lr"
-    if lr is None:
-        lr, source = registry.learning_rate(dataset.name, args.model, args.res_mode, args.config_dir)
-    if lr is None or (args.lr is None and args.optimizer == "adamw"):
-        lr, source = DEFAULT_LR[args.optimizer], f"default of {args.optimizer}"
+    lr, source = learning_rate_of(args, dataset.name)
     config = ClassifyConfig(
         dataset=args.dataset,
         setting=dataset.setting,
@@ -402,10 +410,10 @@ def main(argv: list[str] | None = None) -> int:
 
         say(seeds.table(seeds.run(config, list(dict.fromkeys(args.seeds)), dataset, synthetic)))
     else:
-        from semantic_aug.classify import models, trainer
+        from semantic_aug.classify import metrics, models, trainer
 
         results = trainer.run(config, dataset, synthetic)
-        report(results, say)
+        metrics.report(results, say)
         say("the classifier in plain timm:")
         say(
             models.timm_lines(
@@ -417,28 +425,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def report(results: dict, say) -> None:
-    """Prints the scores of each split that was evaluated."""
-    for split in ("val", "test"):
-        if results[split]:
-            numbers = {name: value for name, value in results[split].items() if name not in ("epoch", "loss")}
-            scores = ", ".join(f"{name} {100 * value:.2f} %" for name, value in numbers.items())
-            say(
-                f"{split}: {scores}"
-                + (f" (best epoch {results['epoch']})" if split == "val" and "epoch" in results else "")
-            )
-
-
 def apply(config, dataset, folder: Path | None, dry_run: bool) -> int:
     """``--eval_only`` and ``--predict``: a trained classifier is used as it is."""
-    from semantic_aug.classify import inference
+    from semantic_aug.classify import inference, metrics
 
     classifier = inference.load(config, dataset)
     print(f"classifier: {registry.shown_path(classifier.path)}")
     if dry_run:
         return 0
     if folder is None:
-        report(inference.evaluate_splits(classifier, config, dataset), print)
+        metrics.report(inference.evaluate_splits(classifier, config, dataset), print)
         print(f"results: {registry.shown_path(config.output_dir / inference.EVAL_FOLDER)}")
     else:
         path, count = inference.predict(classifier, folder, config)

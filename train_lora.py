@@ -7,10 +7,9 @@ Run it through accelerate: accelerate launch train_lora.py --dataset cub --finet
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import os
 import sys
-from pathlib import Path
 
 from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.errors import UserError, run_main
@@ -36,6 +35,7 @@ def build_parser() -> cli.Parser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_model_name_or_path",
+        type=cli.model,
         default="stable-diffusion-v1-5/stable-diffusion-v1-5",
         metavar="MODEL",
         help="base model, a hub id or a folder in diffusers layout",
@@ -168,7 +168,7 @@ def build_parser() -> cli.Parser:
     out = parser.add_argument_group("checkpoints and reports")
     out.add_argument(
         "--output_dir",
-        type=Path,
+        type=cli.path,
         default=None,
         metavar="DIR",
         help="(default: outputs/finetune_model/finetune_{strategy}{setting}/{dataset})",
@@ -275,13 +275,23 @@ def resolve(args: argparse.Namespace):
         mixed_precision=args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         **{name: getattr(args, name) for name in copied},
     )
+    check_tracker(config.report_to)
+    if args.register_key:
+        entry = checkpoint_entry(config)
+        registry.check_key(registry.CHECKPOINTS, dataset.name, args.register_key, entry, args.config_dir)
     return config, dataset
 
 
 def check_tracker(name: str) -> None:
-    """Raises UserError where a tracker's package is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise UserError(f"--report_to {name} needs the package {name}: pip install it, or give --report_to none")
+    """Raises UserError where a tracker's package is not installed, or cannot be imported."""
+    try:
+        if name != "none":
+            importlib.import_module(name)
+    except Exception as error:  # a package of another version can raise anything
+        raise UserError(
+            f"--report_to {name} needs the package {name} ({type(error).__name__}: {error}): pip install it, or give "
+            "--report_to none"
+        ) from None
 
 
 def checkpoint_entry(config) -> dict[str, str | None]:
@@ -310,7 +320,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from semantic_aug.finetune import trainer
 
-    check_tracker(config.report_to)
     trainer.run(config, dataset, trainer.make_accelerator(config))
     if not main_process:
         return 0

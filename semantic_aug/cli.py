@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,16 +63,16 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
-    """An argument type: a number in [low, high], or in (low, high] with ``open_low``."""
+    """An argument type: a finite number in [low, high], or in (low, high] with ``open_low``."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-        if not (low < value if open_low else low <= value) or value > high or value != value:
-            bracket = "(" if open_low else "["
-            raise argparse.ArgumentTypeError(f"{text}: expected a number in {bracket}{low:g}, {high:g}]")
+        if not (low < value if open_low else low <= value) or value > high or not math.isfinite(value):
+            bracket, end = "(" if open_low else "[", ")" if math.isinf(high) else "]"
+            raise argparse.ArgumentTypeError(f"{text}: expected a number in {bracket}{low:g}, {high:g}{end}")
         return value
 
     return parse
@@ -82,11 +83,42 @@ def optional_word(text: str) -> str | None:
     return None if text.lower() in ("none", "null", "") else text
 
 
+def path(text: str) -> Path:
+    """An argument type: a path, relative to the folder in which the command was typed."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return registry.typed_path(text)
+
+
+def path_or(*words: str) -> Callable[[str], str]:
+    """An argument type: one of ``words``, or a path as records spell it (relative to the repository root where below it)."""
+
+    def parse(text: str) -> str:
+        return text if text in words else registry.shown_path(path(text))
+
+    return parse
+
+
+def model(text: str) -> str:
+    """An argument type: a model's folder, where there is one in the folder in which the command was typed; else the text
+    itself, which is a hub id or a folder of the repository."""
+    relative = Path(text).expanduser()
+    return registry.shown_path(relative) if not relative.is_absolute() and text and relative.is_dir() else text
+
+
+def dataset(text: str) -> str:
+    """An argument type: the name of a data set, or ``scheme:PATH`` with the path made absolute."""
+    scheme, colon, rest = text.partition(":")
+    local = scheme in ("folder", "csv") or (scheme == "hf" and Path(rest).expanduser().exists())
+    return f"{scheme}:{path(rest)}" if colon and rest and local else text
+
+
 def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
     """The flags every stage has."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
+        type=dataset,
         required=True,
         metavar="NAME",
         help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID",
@@ -133,8 +165,8 @@ def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
     run.add_argument("--seed", type=int, default=seed, metavar="N", help="seed of everything else that is drawn")
     run.add_argument(
         "--config_dir",
-        type=Path,
-        default=registry.CONFIG_DIR,
+        type=registry.config_folder,
+        default=str(registry.CONFIG_DIR),
         metavar="DIR",
         help="folder of the registry files (default: config)",
     )

@@ -7,9 +7,12 @@ import os
 import sys
 import warnings
 
+from semantic_aug.errors import tolerate_encodings
+
 
 def set_up_logging(main_process: bool = True) -> None:
     """Plain lines on standard error; only errors from other processes than the main one."""
+    tolerate_encodings()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     level = logging.INFO if main_process else logging.ERROR
     logging.getLogger("semantic_aug").setLevel(logging.DEBUG if os.environ.get("DIFFMIX_DEBUG") else level)

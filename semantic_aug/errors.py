@@ -8,6 +8,7 @@ appears only with ``DIFFMIX_DEBUG=1``.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -51,9 +53,20 @@ def debugging() -> bool:
 
 
 def os_error_line(error: OSError) -> str:
-    """An operating-system error (full disk, read-only folder, missing file) as one line that names the file."""
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}; nothing finished so far is lost, the same command goes on from there"
+    """An operating-system error as one line that names the file; after one of the disk the same command can go on."""
+    reason = " ".join(str(error.strerror or error).split())[:300] or type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = f" ({', '.join(names)})" if names else ""
+    if error.errno in DISK_ERRORS:
+        return f"{reason}{where}; nothing finished so far is lost, the same command goes on from there"
+    return f"{reason}{where}"
+
+
+def tolerate_encodings() -> None:
+    """Lets the terminal's encoding show what it can, and the rest as escapes; text is never a reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
@@ -66,6 +79,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     Returns:
         0 on success, 2 after a :class:`UserError` or an operating-system error, 130 after an interruption.
     """
+    tolerate_encodings()
     try:
         return int(main(argv) or 0)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough

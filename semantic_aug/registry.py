@@ -29,9 +29,14 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "p
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
-    """A path of a registry or flag: ``~`` expanded, relative ones taken from the repository root."""
+    """A path of a registry or a default: ``~`` expanded, relative ones taken from the repository root."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else REPO_ROOT / path
+
+
+def typed_path(text: str) -> Path:
+    """A path of a flag: ``~`` expanded, relative ones taken from the folder in which the command was typed."""
+    return Path(text).expanduser().absolute()
 
 
 def shown_path(path: str | os.PathLike) -> str:
@@ -66,6 +71,13 @@ def read_yaml(path: Path, typed: bool = False) -> dict[str, Any]:
         UserError: damaged, not UTF-8, not a mapping, or a name written twice; names the file and the line.
     """
     return yaml_files.read(path, typed)
+
+
+def config_folder(text: str) -> Path:
+    """The folder that ``--config_dir`` names, its files checked."""
+    folder = typed_path(text)
+    check_files(folder)
+    return folder
 
 
 def check_files(config_dir: Path = CONFIG_DIR) -> None:
@@ -249,6 +261,25 @@ def check_key(file: str, dataset: str, key: str, entry: Any, config_dir: Path = 
         UserError: a key that no flag could name, a damaged file, one that cannot be written, or a key taken by another entry.
     """
     path = config_dir / file
+    check_writable(file, key, config_dir)
+    entries = _section(dataset, file, config_dir)
+    if key in entries and entries[key] != yaml_files.as_read(entry):
+        raise UserError(
+            f"--register_key {key}: {shown_path(path)} already has {dataset}/{key} with another entry: "
+            "choose another --register_key or remove the old entry"
+        )
+    if key in entries:
+        return None
+    return yaml_files.extended(yaml_files.read_text(path) or "", path, dataset, key, entry)
+
+
+def check_writable(file: str, key: str, config_dir: Path = CONFIG_DIR) -> None:
+    """Refuses a ``--register_key`` that no flag could name, and a registry file that is damaged or cannot be written.
+
+    Raises:
+        UserError: one of them.
+    """
+    path = config_dir / file
     if not key.strip() or key != key.strip() or "#" in key or not key.isprintable() or key.lower() in ("none", "null"):
         raise UserError(
             f"--register_key '{key}': expected a name without '#' (which parts a key from a variant) or blanks around it, "
@@ -259,15 +290,7 @@ def check_key(file: str, dataset: str, key: str, entry: Any, config_dir: Path = 
         raise UserError(
             f"--register_key {key}: {path} cannot be written; change its permissions or give another --config_dir"
         )
-    entries = _section(dataset, file, config_dir)
-    if key in entries and entries[key] != yaml_files.as_read(entry):
-        raise UserError(
-            f"{shown_path(path)} already has {dataset}/{key} with another entry: "
-            "choose another --register_key or remove the old entry"
-        )
-    if key in entries:
-        return None
-    return yaml_files.extended(yaml_files.read_text(path) or "", path, dataset, key, entry)
+    read_yaml(path)
 
 
 def learning_rate(dataset: str, model: str, resolution: int, config_dir: Path = CONFIG_DIR) -> tuple[float | None, str]:

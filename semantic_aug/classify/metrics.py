@@ -212,3 +212,15 @@ def draw_confusion(scores: Scores, class_names: Sequence[str], path: Path) -> No
                 axes.text(j, i, int(scores.confusion[i, j]), ha="center", va="center", color=color, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def report(results: dict, say: Callable[[str], None]) -> None:
+    """Prints the scores of each split that was evaluated."""
+    for split in ("val", "test"):
+        if results[split]:
+            numbers = {name: value for name, value in results[split].items() if name not in ("epoch", "loss")}
+            scores = ", ".join(f"{name} {100 * value:.2f} %" for name, value in numbers.items())
+            say(
+                f"{split}: {scores}"
+                + (f" (best epoch {results['epoch']})" if split == "val" and "epoch" in results else "")
+            )

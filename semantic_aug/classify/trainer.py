@@ -47,7 +47,7 @@ SAVE_SECONDS = 60.0
 def results_of(folder: Path) -> dict | None:
     """The results of a finished run in a folder, or None."""
     try:
-        return json.loads((folder / RESULTS_FILE).read_text())
+        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -29,14 +29,21 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The three commands and their flags."""
     parser = _Parser(prog="python -m semantic_aug.datasets", description=__doc__.split("\n")[0])
-    parser.add_argument("--config_dir", type=Path, default=registry.CONFIG_DIR, help="folder of the registry files")
+    parser.add_argument(
+        "--config_dir",
+        type=registry.config_folder,
+        default=str(registry.CONFIG_DIR),
+        help="folder of the registry files",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     commands.add_parser("list", help="the data sets there are")
     info = commands.add_parser("info", help="what one is, its license, and how to get it")
     info.add_argument("name", metavar="NAME", help=WORD)
     check = commands.add_parser("check", help="opens every image; counts, broken images, duplicates, leaks, odd images")
     check.add_argument("name", metavar="NAME", help=WORD)
-    check.add_argument("--output_dir", type=Path, default=OUTPUT, help=f"of the sheet and the JSON (default: {OUTPUT})")
+    check.add_argument(
+        "--output_dir", type=registry.typed_path, default=OUTPUT, help=f"of the sheet and the JSON (default: {OUTPUT})"
+    )
     check.add_argument("--strict", action="store_true", help="warnings fail the check too")
     check.add_argument("--workers", type=int, default=None, metavar="N", help="threads (default: one per core)")
     return parser

@@ -93,7 +93,9 @@ def read_geometry(folder: Path) -> Geometry:
     """
     family_of(folder, shown_path(folder))
     try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+        unet, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae")
+        )
         return Geometry.of(unet, vae)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"base model folder {folder} is not a Stable Diffusion in diffusers layout ({error})") from None
@@ -258,7 +260,7 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     transformers_logging.disable_progress_bar()
     family = family_of(folder, name)
     try:
-        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         text_encoders = tuple(
             getattr(transformers, encoder.kind).from_pretrained(folder / encoder.component, dtype=torch.float32)
             for encoder in family.encoders

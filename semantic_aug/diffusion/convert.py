@@ -141,9 +141,11 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = _Parser(prog="python -m semantic_aug.diffusion.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("--lora_path", type=registry.resolve_path, metavar="PATH", help="LoRA file or folder")
-    parser.add_argument("--embed_path", type=registry.resolve_path, metavar="FILE", help="class tokens")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files go")
+    parser.add_argument("--lora_path", type=registry.typed_path, metavar="PATH", help="LoRA file or folder")
+    parser.add_argument("--embed_path", type=registry.typed_path, metavar="FILE", help="class tokens")
+    parser.add_argument(
+        "--output_dir", type=registry.typed_path, required=True, metavar="DIR", help="where the files go"
+    )
     parser.add_argument("--layout", choices=LAYOUTS, default="original", help="of the files (default: original)")
     parser.add_argument(
         "--step", type=int, metavar="N", help="with --layout original: write its checkpoint of this step too"

@@ -255,12 +255,16 @@ def main(argv: list[str] | None = None) -> int:
     print(given.dataset.describe())
     from semantic_aug.datasets.synthetic import read_subset
 
-    entries = []
+    entries = [
+        f"{registry.shown_path(locate(folder)[0])}#{args.name}" for one in given.subsets for folder in one.folders
+    ]
+    entry = entries[0] if len(entries) == 1 else entries
+    if args.register_key:
+        registry.check_key(registry.SUBSETS, given.dataset.name, args.register_key, entry, args.config_dir)
     for folder in [folder for subset in given.subsets for folder in subset.folders]:
         images = read_subset(folder, given.dataset, args.allow_other_sources)
         root, _ = locate(folder)
         print(f"synthetic: {folder}, {len(images)} images")
-        entries.append(f"{registry.shown_path(root)}#{args.name}")
         if args.dry_run:
             continue
         found = confidences(args, given, judge, clip, images)
@@ -275,7 +279,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kept {stay.sum()} of {len(images)}: {registry.shown_path(list_of(root, args.name))}")
         print(f"scores and dropped images: {registry.shown_path(folder_of(root, args.name))}")
     if args.register_key and not args.dry_run:
-        entry = entries[0] if len(entries) == 1 else entries
         registry.register(registry.SUBSETS, given.dataset.name, args.register_key, entry, args.config_dir)
         print(f"registered: {given.dataset.name}/{args.register_key}")
     print("to use it: " + " ".join(["train_cls.py --syndata_dir", *(f"'{entry}'" for entry in entries)]))

@@ -33,7 +33,7 @@ _ARGS = re.compile(r"--stage[123]_args")
 def add_settings(parser: argparse.ArgumentParser, several: bool) -> None:
     """The flags that say which data; ``several``: many few-shot settings at once."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, metavar="NAME", help="as in the three stages")
+    data.add_argument("--dataset", type=cli.dataset, required=True, metavar="NAME", help="as in the three stages")
     data.add_argument(
         "--examples_per_class",
         type=int,
@@ -72,6 +72,7 @@ def add_budget(parser: argparse.ArgumentParser, several: bool) -> None:
     one = parser.add_argument_group("stage 1")
     one.add_argument(
         "--pretrained_model_name_or_path",
+        type=cli.model,
         default=DEFAULT_MODEL,
         metavar="MODEL",
         help="base model of stages 1 and 2",
@@ -150,11 +151,11 @@ def add_where(parser: argparse.ArgumentParser, folder: str) -> None:
         help="stage 2 has one process per entry, stages 1 and 3 run on the first; GPU numbers or the word cpu "
         "(default: each stage's own choice)",
     )
-    where.add_argument("--output_dir", type=Path, default=None, metavar="DIR", help=f"(default: {folder})")
+    where.add_argument("--output_dir", type=cli.path, default=None, metavar="DIR", help=f"(default: {folder})")
     where.add_argument(
         "--config_dir",
-        type=Path,
-        default=registry.CONFIG_DIR,
+        type=registry.config_folder,
+        default=str(registry.CONFIG_DIR),
         metavar="DIR",
         help="folder of the registry files (default: config)",
     )

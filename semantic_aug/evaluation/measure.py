@@ -16,6 +16,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("measures")
     group.add_argument(
         "--reference",
+        type=cli.path_or(),
         default=None,
         metavar="DIR",
         help="another subset (DIR#NAME for a filtered one): FID and KID to it are given too, as of a faster sampling preset "

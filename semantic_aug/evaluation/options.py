@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_aug import cli, registry
@@ -34,6 +33,7 @@ def add_subsets(parser: cli.Parser) -> None:
     syn.add_argument(
         "--syndata_dir",
         nargs="+",
+        type=cli.path_or(),
         default=[],
         metavar="DIR",
         help="folders of subsets (DIR#NAME for a filtered one), besides or instead of keys",
@@ -50,12 +50,14 @@ def add_models(parser: cli.Parser, features: bool = True) -> None:
     models = parser.add_argument_group("models")
     models.add_argument(
         "--classifier",
+        type=cli.path_or(),
         default=None,
         metavar="DIR",
         help="output folder of a train_cls.py run on this data set; one trained on real images only is an independent judge",
     )
     models.add_argument(
         "--clip",
+        type=cli.model,
         default=None,
         metavar="DIR|ID",
         help="a CLIP model: folder in transformers' layout, or hub id",
@@ -69,6 +71,7 @@ def add_models(parser: cli.Parser, features: bool = True) -> None:
         )
         models.add_argument(
             "--weights",
+            type=cli.path_or("auto", "none"),
             default="auto",
             metavar="auto|none|PATH",
             help="its weights: auto (an installed package, else the hub), none (random), or a file or folder",
@@ -95,7 +98,7 @@ def add_models(parser: cli.Parser, features: bool = True) -> None:
 def add_output(parser: cli.Parser) -> None:
     """Where results go."""
     parser.add_argument(
-        "--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results; made if absent"
+        "--output_dir", type=cli.path, required=True, metavar="DIR", help="folder of the results; made if absent"
     )
 
 

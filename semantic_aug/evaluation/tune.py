@@ -194,7 +194,7 @@ class Tuning:
 
     def results(self, one: Candidate, seed: int) -> dict:
         """What a finished run found."""
-        return json.loads((self.run_folder(one, seed) / "results.json").read_text())
+        return json.loads((self.run_folder(one, seed) / "results.json").read_text(encoding="utf-8"))
 
     def differences(
         self, tried: Mapping[Candidate, Collection[int]], default: Candidate
@@ -350,6 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, checks, runs what is missing, reports."""
     args = build_parser().parse_args(flags.joined_words(sys.argv[1:] if argv is None else argv))
     check(args)
+    if args.register_key:
+        registry.check_writable(registry.SUBSETS, args.register_key, args.config_dir)
     console.set_up_logging()
     name = recipes.setting_name(args.examples_per_class, args.task, args.imbalance_factor)
     folder = registry.resolve_path(args.output_dir or flags.default_folder(args.dataset, "tune")) / name

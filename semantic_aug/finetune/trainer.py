@@ -48,7 +48,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def finished(output_dir: Path) -> dict | None:
     """The summary of a finished run in this folder, or None."""
     try:
-        return json.loads((output_dir / SUMMARY_FILE).read_text())
+        return json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
