@@ -261,9 +261,8 @@ def resolve(args: argparse.Namespace):
     else:
         places = processes_of(args.gpu_ids, args.cpu_threads)
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
-    files, key = sampling.choose_weights(
-        strategy, dataset.name, args.finetune_model_key, args.model_path, args.config_dir
-    )
+    section = dataset.section(registry.CHECKPOINTS, args.finetune_model_key or "", args.config_dir)
+    files, key = sampling.choose_weights(strategy, section, args.finetune_model_key, args.model_path, args.config_dir)
     if args.lcm_lora:
         files = dataclasses.replace(files, extra_lora=registry.find_lora(args.lcm_lora))
     if args.object_mask:

@@ -297,11 +297,11 @@ def _add_where(parser: cli.Parser) -> None:
     )
 
 
-def learning_rate_of(args: argparse.Namespace, dataset: str) -> tuple[float, str]:
+def learning_rate_of(args: argparse.Namespace, dataset) -> tuple[float, str]:
     """The peak learning rate and where it comes from: the flag, the table, or the optimiser's default."""
     if args.lr is not None:
         return args.lr, "--lr"
-    lr, source = registry.learning_rate(dataset, args.model, args.res_mode, args.config_dir)
+    lr, source = dataset.learning_rate(args.model, args.res_mode, args.config_dir)
     if lr is not None and args.optimizer != "adamw":
         return lr, source
     return DEFAULT_LR[args.optimizer], f"default of {args.optimizer}"
@@ -321,12 +321,12 @@ def resolve(args: argparse.Namespace):
     device = device_of(args.gpu)
     dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
     keys = [key for key in args.syndata_key or [] if key]
-    folders = [folder for key in keys for folder in registry.subsets(dataset.name, key, args.config_dir)]
+    folders = [folder for key in keys for folder in dataset.subsets(key, args.config_dir)]
     folders += args.syndata_dir or []
     synthetic = request.load_synthetic(
         folders, dataset, args.allow_other_sources, args.target_class_num, args.syndata_max
     )
-    lr, source = learning_rate_of(args, dataset.name)
+    lr, source = learning_rate_of(args, dataset)
     config = ClassifyConfig(
         dataset=args.dataset,
         setting=dataset.setting,

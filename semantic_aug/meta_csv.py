@@ -55,11 +55,19 @@ class MetaTable:
         return len(self.path)
 
 
-def slug(name: str) -> str:
-    """A class name as a folder name: ASCII letters, digits, dots, hyphens; not injective by itself (:func:`slugs`)."""
+def slug(name: str, empty: str = "class") -> str:
+    """A name as a folder name: ASCII letters, digits, dots, hyphens, or ``empty`` where none is left.
+
+    Different names may have one slug; :func:`slugs` and :func:`hashed_slug` tell them apart.
+    """
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     text = re.sub(r"[^A-Za-z0-9.]+", "-", ascii_name).strip("-.")[:_SLUG_LENGTH].strip("-.")
-    return text or "class"
+    return text or empty
+
+
+def hashed_slug(text: str, identity: str, digits: int = 6, empty: str = "class") -> str:
+    """The slug of ``text`` and hexadecimal digits of the hash of ``identity``: readable, and another for another identity."""
+    return f"{slug(text, empty)}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:digits]}"
 
 
 def slugs(names: Sequence[str]) -> list[str]:
@@ -77,14 +85,11 @@ def slugs(names: Sequence[str]) -> list[str]:
     plain = [slug(name) for name in names]
     folded = [text.casefold() for text in plain]
     taken = {text for text in folded if folded.count(text) > 1} | _RESERVED | {"class"}
-    out = []
-    for name, text in zip(names, plain, strict=True):
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        out.append(f"{text}-{digest[:6]}" if text.casefold() in taken else text)
+    out = [
+        hashed_slug(name, name) if text.casefold() in taken else text for name, text in zip(names, plain, strict=True)
+    ]
     if len({text.casefold() for text in out}) != len(out):  # a plain slug that looks like another's hashed one
-        out = [
-            f"{text}-{hashlib.sha256(name.encode()).hexdigest()[:16]}" for name, text in zip(names, plain, strict=True)
-        ]
+        out = [hashed_slug(name, name, 16) for name in names]
     return out
 
 

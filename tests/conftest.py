@@ -62,7 +62,7 @@ def image_folder(tmp_path_factory) -> Path:
 def workshop(tmp_path_factory, tiny_base, image_folder):
     """Base model, images, a checkpoint of random tokens and LoRA, and a registry that knows them."""
     import yaml
-    from helpers import CLASSES
+    from helpers import CLASSES, name_of
 
     import tiny
 
@@ -81,7 +81,8 @@ def workshop(tmp_path_factory, tiny_base, image_folder):
         "bare": {**entry, "embed_path": None, "lora_path": None},
         "foreign": {**entry, "embed_path": str(folder / "ck" / "others.safetensors")},
     }
-    _write(folder / "config" / "finetuned_ckpts.yaml", yaml.safe_dump({"animals": entries}))
+    sections = {"animals": entries, name_of(image_folder): entries}  # as a name of datasets.yaml, and as folder:PATH
+    _write(folder / "config" / "finetuned_ckpts.yaml", yaml.safe_dump(sections))
     return folder
 
 

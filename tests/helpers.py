@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,12 +65,28 @@ SUBSET = "animals/diff-mix-Multi3-ck-Strength0.7"
 """Where :func:`sampling_arguments` puts the subset, below the output root."""
 
 
+def name_of(folder: Path) -> str:
+    """The name of the data set ``folder:FOLDER``, which names its registry section and its output folders."""
+    from semantic_aug.datasets import find_spec
+
+    return find_spec(f"folder:{folder}").name
+
+
+def registry_of(workshop, image_folder) -> Path:
+    """A registry folder with the workshop's checkpoints, in which the image folder is the data set ``animals``."""
+    folder = workshop / f"config-{name_of(image_folder)}"
+    if not folder.exists():
+        shutil.copytree(workshop / "config", folder)
+        (folder / "datasets.yaml").write_text(yaml.safe_dump({"animals": {"folder": str(image_folder)}}))
+    return folder
+
+
 def sampling_arguments(workshop, image_folder, root, **changes):
-    """Flags of a small run: 54 images in 14 batches."""
+    """Flags of a small run: 54 images in 14 batches. The folder is the data set ``animals`` of a registry made for it."""
     flags = {
-        "dataset": f"folder:{image_folder}",
+        "dataset": f"folder:{image_folder}" if "config_dir" in changes else "animals",
         "finetune_model_key": "ck",
-        "config_dir": workshop / "config",
+        "config_dir": registry_of(workshop, image_folder),
         "output_root": root,
         "syn_dataset_multiplier": 3,
         "batch_size": 4,

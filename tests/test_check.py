@@ -47,9 +47,9 @@ def test_a_good_folder_passes(good, tmp_path, capsys):
     status = run_main(command.main, ["check", f"folder:{good}", "--output_dir", str(tmp_path / "out"), "--strict"])
     out = capsys.readouterr().out
     assert status == 0 and "0 problems, 0 warnings: passed" in out and "train        8 images, 4 to 4 per class" in out
-    saved = json.loads((tmp_path / "out" / "set.json").read_text())
+    saved = json.loads(next((tmp_path / "out").glob("set-*.json")).read_text())
     assert saved["passed"] and saved["counts"] == {"train": [4, 4], "val": [2, 2], "test": [2, 2]}
-    sheet = Image.open(tmp_path / "out" / "set.png")
+    sheet = Image.open(next((tmp_path / "out").glob("set-*.png")))
     assert sheet.width > 4 * check.SHEET_SIDE and sheet.height > 2 * check.SHEET_SIDE
 
 

@@ -1,6 +1,7 @@
 """Sources, subsets, settings and their errors, on real folders and in the hub's own formats."""
 
 import io
+import logging
 import shutil
 
 import datasets as hub
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from semantic_aug.datasets import ImageTable, Setting, elpv, load_dataset, subsets
+from semantic_aug import registry
+from semantic_aug.datasets import ImageTable, Setting, elpv, find_spec, load_dataset, subsets
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.errors import UserError
@@ -30,7 +32,11 @@ def table_of(labels, names=None) -> ImageTable:
 
 def test_a_folder_with_splits(image_folder):
     found = load_dataset(f"folder:{image_folder}")
-    assert found.name == "animals" and found.class_names == CLASSES and found.folders == ("blue-jay", "red-fox", "toad")
+    assert (
+        found.name.startswith("animals-")
+        and found.class_names == CLASSES
+        and found.folders == ("blue-jay", "red-fox", "toad")
+    )
     assert (len(found.train), len(found.val), len(found.test)) == (18, 6, 9)
     assert found.train.image(0).mode == "RGB" and found.train.counts().tolist() == [6, 6, 6]
     assert "3 classes, images: train 18, val 6, test 9" in found.describe()
@@ -125,6 +131,51 @@ def test_more_shots_than_a_class_has_uses_all_and_says_so(image_folder, caplog):
 
 
 # ------------------------------------------------------------------------------------------------------------ CSVs
+
+
+def names_of(*words) -> list[str]:
+    return [find_spec(str(word)).name for word in words]
+
+
+def test_default_names_are_readable_and_one_to_one(tmp_path):
+    folders = [
+        tmp_path / name for name in ("a/data", "b/data", "cells.v1", "cells.v2", "猫", "狗", "a/data-x", "a/data x")
+    ]
+    lists = [tmp_path / name for name in ("a/train.csv", "b/train.csv", "a/train.parquet")]
+    copies = [tmp_path / name for name in ("a/copy", "b/copy")]
+    for folder in (*folders, *copies):
+        folder.mkdir(parents=True)
+    names = names_of(*(f"folder:{f}" for f in folders), *(f"csv:{f}" for f in lists), *(f"hf:{f}" for f in copies))
+    assert len({name.casefold() for name in names}) == len(names)
+    readable = [name.rpartition("-")[0] for name in names]
+    assert readable[:6] == ["data", "data", "cells.v1", "cells.v2", "data", "data"]
+    assert readable[8:] == ["a-train", "b-train", "a-train", "copy", "copy"]
+    (tmp_path / "link").symlink_to(folders[0])  # one data set has one name, however it is reached
+    assert names_of(f"folder:{tmp_path / 'link'}", f"folder:{folders[0]}/../data/") == [names[0]] * 2
+
+
+def test_hub_ids_keep_plain_names_where_no_other_id_has_the_same():
+    assert names_of("hf:ethz/food101", "hf:org/my-data", "hf:cifar10") == ["ethz-food101", "org-my-data", "cifar10"]
+    ids = ["org/my-data", "org/my_data", "org-my/data", "org/my--data", "org-my-data", "a/" + "x" * 90, "a/" + "x" * 91]
+    names = names_of(*(f"hf:{name}" for name in ids))
+    assert len(set(names)) == len(ids) and names_of("hf:cub") != ["cub"]
+
+
+def test_a_registry_section_of_the_former_plain_name_is_found(image_folder, tmp_path, caplog):
+    found = load_dataset(f"folder:{image_folder}")
+    caplog.set_level(logging.INFO, "semantic_aug")
+    file = tmp_path / registry.SUBSETS
+    file.write_text("animals: {old: outputs/old, both: outputs/old2}\n")
+    assert found.subsets("old", tmp_path) == ["outputs/old"]
+    assert found.subsets("old#filtered", tmp_path) == ["outputs/old#filtered"]
+    assert "old of synthetic_datasets.yaml is taken from section 'animals'" in caplog.text
+    registry.register(registry.SUBSETS, found.name, "both", "outputs/new", tmp_path)
+    assert found.subsets("both", tmp_path) == ["outputs/new"] and found.subsets("old", tmp_path) == ["outputs/old"]
+    with pytest.raises(UserError, match=f"unknown subset key of data set '{found.name}' 'bth': did you mean 'both'"):
+        found.subsets("bth", tmp_path)
+    file.write_text(f"pets: {{old: outputs/old}}\n{found.name}: {{}}\n")
+    with pytest.raises(UserError, match="unknown subset key"):
+        found.subsets("old", tmp_path)
 
 
 def write_csv(folder, lines, header="path,label,split"):

@@ -245,7 +245,7 @@ def test_features_are_kept_and_found_again(tmp_path, monkeypatch, animals):
     ("changes", "message"),
     [
         ({"syndata_dir": ["gone"]}, "subset gone is not a folder"),
-        ({"syndata_key": "nothing"}, "unknown subset key of data set 'animals' 'nothing'"),
+        ({"syndata_key": "nothing"}, "unknown subset key of data set 'animals-"),
         ({"classifier": "gone"}, "gone holds no finished classifier"),
         ({"clip": "gone"}, "--clip gone cannot be loaded"),
         ({"model": "resnet51"}, "unknown --model 'resnet51': did you mean"),

@@ -6,7 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from helpers import CLASSES, run
+from helpers import CLASSES, name_of, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -286,5 +286,5 @@ def test_both_stages_from_the_command_line_with_xl_and_captions(bases, tmp_path)
     run("sample_mp.py", *shared, "--finetune_model_key", "xl", "--sample_strategy", "diff-mix", "--aug_strength", 0.5,
         "--syn_dataset_multiplier", 1, "--num_inference_steps", 4, "--batch_size", 4, "--gpu_ids", "cpu",
         "--output_root", tmp_path / "samples")  # fmt: skip
-    folder = tmp_path / "samples" / "animals" / "diff-mix-Multi1-xl-Strength0.5"
+    folder = tmp_path / "samples" / name_of(images) / "diff-mix-Multi1-xl-Strength0.5"
     assert len(list(folder.rglob("*.png"))) == len((folder / "meta.csv").read_text().splitlines()) - 1 == 6

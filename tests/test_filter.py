@@ -97,7 +97,7 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
     said = capsys.readouterr().out
     assert "kept 15 of 18" in said and "| toad | 6 | 5 |" in said
     # the registry, and stage 3 by key and by folder
-    assert registry.subsets("animals", "clean", config) == [f"{registry.shown_path(subset)}#filtered"]
+    assert registry.subsets(animals.name, "clean", config) == [f"{registry.shown_path(subset)}#filtered"]
     by_key = classify_arguments(image_folder, tmp_path / "run", syndata_key="clean", config_dir=config)
     by_folder = classify_arguments(image_folder, tmp_path / "run", syndata_dir=f"{subset}#filtered")
     for flags in (by_key, by_folder):
@@ -157,12 +157,12 @@ def test_five_columns_and_a_key_of_several_folders(tmp_path, image_folder, anima
     folders = [str(evaluating.write_subset(tmp_path / name, rows, evaluating.FIVE)) for name in ("one", "two")]
     config = tmp_path / "config"
     config.mkdir()
-    (config / "synthetic_datasets.yaml").write_text(yaml.safe_dump({"animals": {"pair": folders}}))
+    (config / "synthetic_datasets.yaml").write_text(yaml.safe_dump({animals.name: {"pair": folders}}))
     words = ["--dataset", f"folder:{image_folder}", "--syndata_key", "pair", "--by", "classifier", "--keep", "0.5"]
     words += ["--classifier", str(judge_folder), "--config_dir", str(config), "--register_key", "half", "--gpu", "cpu"]
     assert command.main(words) == 0
-    assert registry.subsets("animals", "half", config) == [f"{registry.shown_path(f)}#filtered" for f in folders]
-    assert registry.subsets("animals", "pair#filtered", config) == [f"{f}#filtered" for f in folders]
+    assert registry.subsets(animals.name, "half", config) == [f"{registry.shown_path(f)}#filtered" for f in folders]
+    assert registry.subsets(animals.name, "pair#filtered", config) == [f"{f}#filtered" for f in folders]
     assert len(read_subset(f"{folders[1]}#filtered", animals)) == 9
 
 
@@ -182,7 +182,7 @@ def test_a_class_that_would_be_emptied_is_named(image_folder, animals, subset, j
         ({"keep": 0.5}, "--by classifier needs a model: give --classifier"),
         ({"keep": 0.5, "by": "clip"}, "--by clip needs a model: give --clip"),
         ({"keep": 0.5, "by": "both", "classifier": "x"}, "--by both needs a model: give --clip"),
-        ({"keep": 0.5, "by": "clip", "clip": "x"}, "data set animals has no super-class; give --super_class"),
+        ({"keep": 0.5, "by": "clip", "clip": "x"}, "has no super-class; give --super_class"),
         ({"keep": 0.5, "by": "taste"}, "invalid choice: 'taste'"),
         ({"keep": 0}, "--keep: 0: expected a number in (0, 1]"),
         ({"keep": 0.5, "threshold": 0.5}, "--threshold: not allowed with argument --keep"),

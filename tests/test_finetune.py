@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from helpers import ROOT, contents, refused, run, start
+from helpers import ROOT, contents, name_of, refused, run, start
 from safetensors.torch import load_file
 
 import tiny
@@ -61,7 +61,7 @@ def uninterrupted(tiny_base, image_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_output_contract(uninterrupted, tiny_base):
+def test_output_contract(uninterrupted, tiny_base, image_folder):
     folder, config, out = uninterrupted
     assert [p.name for p in checkpoints.listed(folder)] == ["checkpoint-3", "checkpoint-6"]
     for place in (folder, folder / "checkpoint-6"):
@@ -77,9 +77,10 @@ def test_output_contract(uninterrupted, tiny_base):
     ]
     assert tiny.read_json(folder / "summary.json")["steps"] == 8
     assert not list(folder.glob("latents-*")) and not list(folder.glob(".*.tmp"))
-    entry = yaml.safe_load((config / "finetuned_ckpts.yaml").read_text())["animals"]["mine"]
+    name = name_of(image_folder)
+    entry = yaml.safe_load((config / "finetuned_ckpts.yaml").read_text())[name]["mine"]
     assert entry["model_path"] == str(tiny_base) and entry["lora_path"].endswith(WEIGHTS[0])
-    assert "animals:\n  mine:\n    model_path:" in out  # the block to paste
+    assert f"{name}:\n  mine:\n    model_path:" in out  # the block to paste
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     pipe.load_lora_weights(folder)
     pipe.load_textual_inversion([{name: vector} for name, vector in load_file(folder / WEIGHTS[1]).items()])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from semantic_aug.datasets.splits import check_classes
 from semantic_aug.datasets.subsets import Setting, apply_setting, hold_out
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError, unknown
-from semantic_aug.meta_csv import slug, slugs
+from semantic_aug.meta_csv import hashed_slug, slug, slugs
 from semantic_aug.prompts import RULES, clean_class_name
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,28 @@ class LoadedDataset:
         """The data set's name in the registry and in output folders."""
         return self.spec.name
 
+    def section(self, file: str, key: str, config_dir: Path = registry.CONFIG_DIR) -> str:
+        """The section of a registry file to look ``key`` up in: the one of this name, or of the name that earlier versions
+        made from the path where only that has the key. What an entry was made from is checked by whoever reads it."""
+        former, key = self.spec.former_name, key.partition("#")[0]
+        if former in ("", self.name) or key in registry.keys(self.name, file, config_dir):
+            return self.name
+        if key not in registry.keys(former, file, config_dir):
+            return self.name
+        log.info("%s of %s is taken from section '%s', the name given to this path before", key, file, former)
+        return former
+
+    def subsets(self, key: str, config_dir: Path = registry.CONFIG_DIR) -> list[str]:
+        """The folders of the synthetic subset(s) that ``synthetic_datasets.yaml`` has under ``key``."""
+        return registry.subsets(self.section(registry.SUBSETS, key, config_dir), key, config_dir)
+
+    def learning_rate(
+        self, model: str, resolution: int, config_dir: Path = registry.CONFIG_DIR
+    ) -> tuple[float | None, str]:
+        """The tuned classifier learning rate, as :func:`registry.learning_rate` gives it."""
+        section = self.section(registry.LEARNING_RATES, model, config_dir)
+        return registry.learning_rate(section, model, resolution, config_dir)
+
     def describe(self) -> str:
         """One line: classes and images of each split."""
         parts = [
@@ -112,8 +134,8 @@ def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
         if scheme not in _SCHEMES or not rest:
             raise unknown("data set scheme", scheme, _SCHEMES, "expected folder:PATH, csv:PATH or hf:ID")
         field = "hub" if scheme == "hf" else scheme
-        name = slug(Path(rest).expanduser().absolute().stem if scheme != "hf" else rest.replace("/", "-"))
-        return spec_of_entry(name, {field: rest if scheme == "hf" else str(Path(rest).expanduser().absolute())})
+        entry = {field: rest if scheme == "hf" else str(Path(rest).expanduser().absolute())}
+        return replace(spec_of_entry(default_name(scheme, rest), entry), former_name=_former_name(scheme, rest))
     entries = registry.read_yaml(config_dir / registry.DATASETS)
     if word in entries:
         return spec_of_entry(word, entries[word])
@@ -124,6 +146,27 @@ def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
         "csv:PATH or hf:ID"
     )
     raise unknown("data set", word, known_names(config_dir), where)
+
+
+def default_name(scheme: str, rest: str) -> str:
+    """The name of a data set given as ``scheme:rest``: readable, and another one for another path or hub id.
+
+    A path's name is its last part (of a list the folder's name, too) and six digits of the hash of the whole path, links
+    resolved; so a data set that is moved gets another default name, and a name in ``datasets.yaml`` is the stable way. A hub
+    id's name has such digits only where another id could have the same name without them.
+    """
+    path = Path(rest).expanduser()
+    if scheme == "hf" and not path.exists():
+        plain = slug(rest.replace("/", "-"))
+        unique = plain.replace("-", "/", 1) == rest and plain not in REGISTERED
+        return plain if unique else hashed_slug(rest.replace("/", "-"), rest)
+    path = path.resolve()
+    readable = f"{path.parent.name}-{path.stem}" if scheme == "csv" else path.name
+    return hashed_slug(readable, str(path), empty="data")
+
+
+def _former_name(scheme: str, rest: str) -> str:
+    return slug(Path(rest).expanduser().absolute().stem if scheme != "hf" else rest.replace("/", "-"))
 
 
 def spec_of_entry(name: str, entry: Any) -> DatasetSpec:

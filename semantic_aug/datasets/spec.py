@@ -32,6 +32,7 @@ class DatasetSpec:
         variables: environment variables that name local copies.
         group_names: meaning of the values of the tables' ``group`` column, where they have one.
         about: what it is and how to get it, the module's own docstring.
+        former_name: the name that earlier versions made from the path, whose registry sections are still read.
     """
 
     name: str
@@ -46,3 +47,4 @@ class DatasetSpec:
     variables: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
     about: str = ""
+    former_name: str = ""

@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(words)
     check(args)
     console.set_up_logging()
-    folder = registry.resolve_path(args.output_dir or flags.default_folder(args.dataset, "compare"))
+    folder = registry.resolve_path(args.output_dir or flags.default_folder(args, "compare"))
     jobs = jobs_of(args, folder)
     if args.dry_run:
         print_runs(jobs)

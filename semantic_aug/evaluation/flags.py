@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from semantic_aug import cli, registry
+from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.subsets import PROFILES
 from semantic_aug.devices import check_ids
 from semantic_aug.diffusion.base import DEFAULT_MODEL
@@ -222,10 +223,9 @@ def make_recipe(
     )
 
 
-def default_folder(dataset: str, parent: str) -> Path:
+def default_folder(args: argparse.Namespace, parent: str) -> Path:
     """``outputs/{parent}/{name of the data set}``."""
-    name = re.sub(r"[^\w.-]+", "_", Path(dataset.partition(":")[2] or dataset).name).strip("_")
-    return Path("outputs") / parent / (name or "data")
+    return Path("outputs") / parent / find_spec(args.dataset, args.config_dir).name
 
 
 def devices_of(args: argparse.Namespace) -> Devices:

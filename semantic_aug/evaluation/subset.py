@@ -69,7 +69,7 @@ def open_subsets(
     Raises:
         UserError: none at all, one given twice, an unknown key, or a subset that cannot be read.
     """
-    named = {key: registry.subsets(dataset.name, key, config_dir) for key in keys}
+    named = {key: dataset.subsets(key, config_dir) for key in keys}
     short = [Path(folder).name for folder in folders]
     for folder, name in zip(folders, short, strict=True):
         name = name if short.count(name) == 1 and name not in named else str(folder)

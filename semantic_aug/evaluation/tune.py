@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         registry.check_writable(registry.SUBSETS, args.register_key, args.config_dir)
     console.set_up_logging()
     name = recipes.setting_name(args.examples_per_class, args.task, args.imbalance_factor)
-    folder = registry.resolve_path(args.output_dir or flags.default_folder(args.dataset, "tune")) / name
+    folder = registry.resolve_path(args.output_dir or flags.default_folder(args, "tune")) / name
     tuning, found = tuning_of(args, folder)
     if args.dry_run:
         print("\n".join([*(shown(step) for step in tuning.pair.steps.values()), *(one.name for one in found)]))
