@@ -16,6 +16,7 @@ from semantic_aug import registry
 from semantic_aug.datasets import ImageTable, Setting, elpv, find_spec, load_dataset, subsets
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.datasets.readers.folder import read_folder
+from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.errors import UserError
 
 CLASSES = ("blue jay", "red fox", "toad")
@@ -209,10 +210,14 @@ def test_bad_csvs_are_one_clear_line(tmp_path, lines, header, message):
         load_dataset(write_csv(tmp_path, lines, header))
 
 
-def test_a_missing_image_is_named_when_it_is_read(tmp_path):
-    found = load_dataset(write_csv(tmp_path, ["0.png,owl,train", "gone.png,toad,train"]))
+def test_missing_images_are_counted_and_named_before_a_run(tmp_path):
+    word = write_csv(tmp_path, ["0.png,owl,train", "gone.png,toad,train", "1.png,toad,train", "lost.png,toad,val"])
+    with pytest.raises(
+        UserError, match="data set list: 2 of 4 images are not there .the first: .*gone.png, split train"
+    ):
+        load_dataset(word)
     with pytest.raises(UserError, match="gone.png is not there"):
-        found.train.image(1)
+        read_listing(tmp_path / "list.csv")["train"].image(2)
 
 
 # ------------------------------------------------------------------------------------------------- the hub's formats

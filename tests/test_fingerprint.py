@@ -13,6 +13,7 @@ from helpers import ROOT
 from PIL import Image
 
 from semantic_aug.datasets import Setting, cache, fingerprint, load_dataset, sources
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.errors import UserError
 
 ALL = Setting(val_fraction=0.0)
@@ -49,7 +50,7 @@ def read(monkeypatch):
 
 
 def table_of(folder):
-    return sources.read_folder(folder)["train"]
+    return read_folder(folder)["train"]
 
 
 def identity_of(folder, **options):
@@ -122,8 +123,9 @@ def test_hashes_count_towards_the_bound(folder, cache_folder, monkeypatch):
 
 def test_two_processes_at_once(folder, cache_folder):
     code = (
-        "import sys; from semantic_aug.datasets import fingerprint, sources; fingerprint.SETTLED_SECONDS = -1\n"
-        "for _ in range(20): print(*fingerprint.content_hashes(sources.read_folder(sys.argv[1])['train']))"
+        "import sys; from semantic_aug.datasets import fingerprint\n"
+        "from semantic_aug.datasets.readers.folder import read_folder; fingerprint.SETTLED_SECONDS = -1\n"
+        "for _ in range(20): print(*fingerprint.content_hashes(read_folder(sys.argv[1])['train']))"
     )
     pair = [
         subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -52,8 +52,9 @@ def test_the_original_profile_is_the_authors_formula(counts, factor):
     order = np.argsort(-np.asarray(counts), kind="stable")
     mean = sum(counts) / len(counts)
     for rank, k in enumerate(order):
-        exponent = rank / max(1, len(counts) - 2)
-        assert found[k] == min(counts[k], max(1, math.floor(mean * factor**exponent)))
+        wanted = mean * factor ** (rank / max(1, len(counts) - 2))
+        either = {math.floor(wanted * (1 - 1e-12)), math.floor(wanted * (1 + 1e-12))}  # whole but for rounding
+        assert found[k] in {min(counts[k], max(1, number)) for number in either}
 
 
 def test_the_original_counts_of_cub():
@@ -317,10 +318,14 @@ print(len(found.train) + len(found.val), time.process_time() - began, int(status
 
 @pytest.mark.slow
 def test_a_million_rows_open_in_five_seconds_and_500_megabytes(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(1000):  # seen through a thousand linked folders: a million paths
+        (tmp_path / "images" / f"image_{i * 7919 % 10**7:08d}.jpg").touch()
+        (tmp_path / f"class_{i:04d}").symlink_to("images")
     with open(tmp_path / "list.csv", "w") as out:
         out.write("path,label\n")
         out.writelines(
-            f"class_{i % 1000:04d}/image_{i * 7919 % 10**7:08d}.jpg,class {i % 1000}\n" for i in range(10**6)
+            f"class_{i % 1000:04d}/image_{i // 1000 * 7919 % 10**7:08d}.jpg,class {i % 1000}\n" for i in range(10**6)
         )
     words = [sys.executable, "-c", MILLION, str(tmp_path / "list.csv")]
     rows, seconds, megabytes = subprocess.run(

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from semantic_aug import console, files, registry
 from semantic_aug.datasets import catalog
+from semantic_aug.datasets.notes import collected
 from semantic_aug.errors import UserError, run_main
 
 OUTPUT = Path("outputs/check")
@@ -98,12 +99,13 @@ def run_check(word: str, output_dir: Path, strict: bool, workers: int | None, co
 
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: expected at least 1")
-    spec, splits = catalog.read_splits(word, config_dir)
+    with collected() as notes:
+        spec, splits = catalog.read_splits(word, config_dir)
 
     def bar(items, total):
         return tqdm(items, total=total, desc=f"checking {spec.name}", unit="image", leave=False, dynamic_ncols=True)
 
-    report, sheet = checks.check(spec, splits, workers, bar)
+    report, sheet = checks.check(spec, splits, workers, bar, notes)
     _say(f"{spec.name}: {len(report.class_names)} classes")
     for split, counts in report.counts.items():
         _say(f"  {split:<6}{sum(counts):>8} images, {min(counts)} to {max(counts)} per class")

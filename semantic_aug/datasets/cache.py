@@ -46,7 +46,7 @@ BLOCK = 4096
 """Images given to the threads at once."""
 KINDS = ("pixels", "features", "hashes")
 """What the folder's files begin with; all count towards the bound and go by the same rule."""
-VERSION = 1
+VERSION = 2
 """Counts changes of the format or of the decoding; part of every name."""
 
 Decode = Callable[[int], np.ndarray]

@@ -14,6 +14,7 @@ from typing import Any
 
 from semantic_aug import registry
 from semantic_aug.datasets import sources
+from semantic_aug.datasets.files import refuse_missing
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.spec import DatasetSpec, Splits
@@ -231,6 +232,7 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
     """
     setting = setting or Setting()
     spec, splits = read_splits(word, config_dir)
+    refuse_missing(splits, spec.name)
     train, val = splits["train"], splits.get("val")
     if val is None:
         train, val = hold_out(train, setting.val_fraction, setting.subset_seed)

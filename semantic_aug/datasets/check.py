@@ -7,20 +7,19 @@ difference hash: 256 bits, each saying whether one of 16 x 17 grey values is dar
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from semantic_aug.datasets.catalog import prompt_names
-from semantic_aug.datasets.images import MAX_PIXELS, to_rgb
+from semantic_aug.datasets.images import Stored, read_image
+from semantic_aug.datasets.notes import Note
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
@@ -36,8 +35,9 @@ BLOCK = 4096
 MAX_EXAMPLES = 1000
 SMALL_SIDE = 64
 LONG_RATIO = 3.0
+DARK = 16
+"""An image whose values all lie below is nearly black."""
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 200, 96
-ORIENTATION = 0x0112
 
 
 @dataclass
@@ -93,23 +93,34 @@ class Report:
         return {**asdict(self), "passed": not self.problems}
 
 
-def oddities(image: Image.Image) -> tuple[str, ...]:
-    """What is unusual about an opened, not yet decoded image."""
+def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str, ...]:
+    """What is unusual about an image.
+
+    Args:
+        stored: how its file holds it.
+        size: (width, height) of the upright image.
+        name: of its file.
+    """
     found = []
-    mode = image.mode
-    if mode in ("1", "L"):
+    if stored.mode in ("1", "L"):
         found.append("greyscale")
-    elif mode.startswith(("I", "F")):
-        found.append("16-bit or floating-point")
-    elif mode == "CMYK":
-        found.append("CMYK")
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    elif stored.mode in ("CMYK", "LAB"):
+        found.append(stored.mode)
+    if stored.scaling:
+        found.append(f"16-bit or floating-point, scaled to 8 bits ({stored.scaling})")
+    if stored.transparent:
         found.append("alpha channel")
-    if getattr(image, "is_animated", False):
-        found.append("animated (the first frame is used)")
-    if image.getexif().get(ORIENTATION, 1) not in (0, 1):
+    if stored.animated:
+        found.append("animated or of several pages (the first is used)")
+    if stored.orientation != 1:
         found.append("EXIF rotation (it is applied)")
-    short, long = sorted(image.size)
+    if stored.damaged:
+        found.append("damaged metadata (it is passed over)")
+    ending = PurePath(name).suffix.lower()
+    expected = {"MPO": "JPEG"}.get(stored.format, stored.format)
+    if expected and Image.registered_extensions().get(ending) != expected:
+        found.append(f"{expected} file with {f'the ending {ending}' if ending else 'no ending'}")
+    short, long = sorted(size)
     if short < SMALL_SIDE:
         found.append(f"shorter side below {SMALL_SIDE} pixels")
     if long > LONG_RATIO * short:
@@ -127,38 +138,26 @@ def look_at(table: ImageTable, index: int, split: str, thumbnail: bool = False) 
     """Opens one image as it is stored and decodes it."""
     seen = Seen(split, int(table.labels[index]), table.keys[index])
     try:
-        stored = table.encoded(int(table.rows[index])) if table.encoded is not None else None
-        if stored is None:
+        source = table.encoded(int(table.rows[index])) if table.encoded is not None else None
+        if source is None:
             image = table.image(index)
             seen.digest = hashlib.sha256(image.tobytes()).hexdigest()
         else:
-            content = stored if isinstance(stored, bytes) else Path(stored).read_bytes()
-            seen.digest = hashlib.sha256(content).hexdigest()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(content)) as opened:
-                    if opened.width * opened.height > MAX_PIXELS:
-                        table.image(index)  # says why it is refused
-                    seen.oddities = oddities(opened)
-                    opened.load()
-                    image = to_rgb(ImageOps.exif_transpose(opened))
+            inside = isinstance(source, bytes)
+            image, stored = read_image(source, seen.key if inside else None)
+            seen.digest = hashlib.sha256(source if inside else Path(source).read_bytes()).hexdigest()
+            seen.oddities = oddities(stored, image.size, "" if inside else os.fspath(source))
+        if max(high for _, high in image.getextrema()) < DARK:
+            seen.oddities += (f"nearly black, no value above {DARK - 1} of 255",)
         seen.size = image.size
         seen.hash = difference_hash(image)
         if thumbnail:
             seen.thumbnail = ImageOps.fit(image, (SHEET_SIDE, SHEET_SIDE))
     except UserError as error:
         seen.error = str(error)
-    except Exception:  # whatever a broken file provokes; the reader words it
-        seen.error = _why(table, index)
+    except OSError as error:
+        seen.error = f"image {seen.key} cannot be read ({error.strerror}): is the disk failing?"
     return seen
-
-
-def _why(table: ImageTable, index: int) -> str:
-    try:
-        table.image(index)
-    except UserError as error:
-        return str(error)
-    return f"image {table.keys[index]} was read only at the second attempt: is the disk failing?"
 
 
 def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int, int]]:
@@ -189,7 +188,9 @@ def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int
     return sorted(pairs[:MAX_PAIRS])
 
 
-def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progress=None) -> tuple[Report, Image.Image]:
+def check(
+    spec: DatasetSpec, splits: Splits, workers: int | None = None, progress=None, notes: Sequence[Note] = ()
+) -> tuple[Report, Image.Image]:
     """Looks at every image of a data set.
 
     Args:
@@ -197,6 +198,7 @@ def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progres
         splits: as the source gives them, before any setting.
         workers: threads.
         progress: wraps the iterable of images (a progress bar), or None.
+        notes: on what was left out or set right when the splits were read.
 
     Returns:
         The report, and a contact sheet of the first images of each class.
@@ -209,6 +211,8 @@ def check(spec: DatasetSpec, splits: Splits, workers: int | None = None, progres
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         found = in_blocks(pool, lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
         seen = list(progress(found, len(tasks)) if progress else found)
+    for note in notes:
+        _add(report, note.kind, note.cases, note.problem)
     _classes(report, spec, splits)
     bad = [image for image in seen if image.error]
     _add(report, "unreadable image", (image.error for image in bad), True)

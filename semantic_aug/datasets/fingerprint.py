@@ -100,7 +100,7 @@ class ContentHashes:
 
         def some(start: int) -> bytes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
-            return b"".join(hash_bytes(stamp.encode()) if stamp else UNREADABLE for stamp in stamps)
+            return b"".join(hash_bytes(os.fsencode(stamp)) if stamp else UNREADABLE for stamp in stamps)
 
         with ThreadPoolExecutor(_threads()) as pool:
             joined = b"".join(pool.map(some, range(0, len(self.names), CHUNK)))
@@ -137,7 +137,7 @@ class ContentHashes:
         except (OSError, UserError):
             return UNREADABLE, False
         stamp = self._stamp_or_none(index)
-        same = bool(stamp) and hash_bytes(stamp.encode()) == self._stamps[index].tobytes()
+        same = bool(stamp) and hash_bytes(os.fsencode(stamp)) == self._stamps[index].tobytes()
         return value, same and _age(stamp) > SETTLED_SECONDS
 
     def hex(self) -> list[str]:
@@ -169,7 +169,7 @@ class _Store:
     """The kept hashes of one folder: rows of stamp and hash in a file of the cache; losing it costs reading again."""
 
     def __init__(self, place: str):
-        self.path = cache.cache_folder() / f"hashes-{hash_bytes(place.encode()).hex()}.npy"
+        self.path = cache.cache_folder() / f"hashes-{hash_bytes(os.fsencode(place)).hex()}.npy"
 
     def read(self) -> dict[bytes, bytes]:
         data, width = self._rows().tobytes(), 2 * HASH_BYTES

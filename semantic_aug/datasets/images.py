@@ -1,80 +1,287 @@
 """Opening one image, whatever its mode, and bringing it to a size.
 
 Images are PIL RGB with 8 bits a channel from here on. A file that cannot be read is a :class:`UserError` that names it.
+Metadata never decides whether an image can be read: where Pillow fails on it, the image is decoded without it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from semantic_aug.datasets.encoded import (
+    HEAD,
+    HEIC,
+    exif_block,
+    metadata_follows,
+    orientation_of,
+    sniff,
+    without_metadata,
+)
 from semantic_aug.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga",
+)  # fmt: skip
+"""Endings of files that are taken for images unseen; of other files the first bytes decide."""
+HEIC_REMEDY = "install pillow-heif (pip install pillow-heif), or convert to JPEG"
 MAX_PIXELS = 178_956_970
 """Largest image opened, in pixels (1 GiB as float32 RGB is 89 million); above it a file is taken for a decompression bomb."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> the transposition that brings the image upright."""
+_SIDEWAYS = (5, 6, 7, 8)
+_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a file holds an image.
+
+    Attributes:
+        format: Pillow's name of the format, "PNG".
+        mode: Pillow's mode, "L" for greyscale.
+        orientation: EXIF orientation, 1 to 8; 1 where there is none (or where the decoder has applied it).
+        animated: whether there are several frames or pages.
+        transparent: whether there is an alpha channel or a transparent colour.
+        scaling: how samples of other than 8 bits were brought to 8 (:func:`to_rgb`); empty for 8 bits.
+        damaged: whether it could only be read without its metadata.
+    """
+
+    format: str = ""
+    mode: str = "RGB"
+    orientation: int = 1
+    animated: bool = False
+    transparent: bool = False
+    scaling: str = ""
+    damaged: bool = False
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """Decodes an image to RGB, upright: :func:`read_image` without how it was stored."""
+    return read_image(source, name)[0]
+
+
+def read_image(source: str | Path | bytes, name: str | None = None) -> tuple[Image.Image, Stored]:
     """Decodes an image to RGB, upright.
 
-    Greyscale, palette, CMYK and 16-bit images are converted, alpha is laid over white, the EXIF rotation is applied,
-    and of an animation the first frame is taken.
+    Greyscale, palette, CMYK, LAB and 16-bit or floating-point images are converted (:func:`to_rgb`), alpha is laid over
+    white, the EXIF orientation is applied, and of an animation or of several pages the first is taken. Metadata that
+    Pillow cannot read is passed over; the orientation is applied as far as its own entry is intact.
 
     Args:
         source: a path, or the encoded bytes.
         name: what to call the image in an error (a path's own name when absent).
 
     Raises:
-        UserError: the file is missing, empty, truncated, not an image, or larger than :data:`MAX_PIXELS`.
+        UserError: the file is missing, empty, truncated, no image, no regular file, or larger than :data:`MAX_PIXELS`.
     """
-    name = name or (str(source) if not isinstance(source, bytes) else "<bytes>")
+    name = name or _name(source)
+    with _named_errors(source, name):
+        try:
+            return _decode(_stream(source, name), name)
+        except (UserError, MemoryError, FileNotFoundError, Image.DecompressionBombError):
+            raise
+        except Exception as error:  # of whatever kind a damaged file provokes
+            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            if sniff(content[:HEAD]) == HEIC and reads_heic():
+                return _decode(io.BytesIO(content), name)
+            try:
+                return _decode(io.BytesIO(without_metadata(content)), name, exif_block(content), damaged=True)
+            except Exception:
+                raise error from None
+
+
+def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """(width, height) of the upright image in pixels, from the header where that says it.
+
+    Raises:
+        UserError: see :func:`read_image`.
+    """
+    name = name or _name(source)
+    with _named_errors(source, name):
+        try:
+            with _quiet(), Image.open(_stream(source, name)) as image:
+                kind, (width, height) = image.format, image.size
+                if kind == "TIFF":  # some versions of Pillow give the upright size here, others the stored one
+                    width, height = image.tag_v2[256], image.tag_v2[257]
+                sideways = orientation_of(image) in _SIDEWAYS
+                late = kind == "PNG" and not sideways and "exif" not in image.info and metadata_follows(image.fp)
+            if not late:
+                return (height, width) if sideways else (width, height)
+        except (UserError, MemoryError, FileNotFoundError, Image.DecompressionBombError):
+            raise
+        except Exception:  # of whatever kind a damaged file provokes
+            pass
+        return open_image(source, name).size
+
+
+def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False) -> tuple[Image.Image, Stored]:
+    with _quiet(), Image.open(source) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(
+                f"image {name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} "
+                "allowed: it is taken for a decompression bomb; shrink it or remove it"
+            )
+        kind, animated, colour16 = image.format or "", _animated(image), _holds_16_bit_colour(image)
+        stored_orientation = orientation_of(image, exif) if kind == "TIFF" else 1
+        image.load()
+        orientation = orientation_of(image, exif)  # 1 if Pillow has applied it; PNG may have it behind the pixels
+        transparent = image.mode in _ALPHA_MODES or "transparency" in image.info
+        rgb, scaling = _to_rgb(image)
+        if colour16:
+            scaling = "16-bit colour, upper 8 bits"
+            if 0 < max(high for _, high in rgb.getextrema()) < 16:
+                raise ValueError("16-bit colour that uses the lower 12 bits only; convert it to 8 bits")
+        if orientation in _UPRIGHT:
+            rgb = rgb.transpose(_UPRIGHT[orientation])
+        elif rgb is image:
+            rgb = image.copy()  # apart from the file
+        found = orientation if orientation != 1 else stored_orientation
+        return rgb, Stored(kind, image.mode, found, animated, transparent, scaling, damaged)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's on damaged metadata; sizes are checked by ourselves
+        yield
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "<bytes>" if isinstance(source, bytes) else str(source)
+
+
+def _stream(source: str | Path | bytes, name: str):
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    mode = os.stat(source).st_mode  # opening a pipe would wait for ever
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise UserError(f"image {name} is {kind}: expected a file; remove it from the data set")
+    return source
+
+
+@contextmanager
+def _named_errors(source: str | Path | bytes, name: str) -> Iterator[None]:
+    """Whatever a missing or damaged file provokes, as an error that names it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(
-                        f"image {name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} "
-                        "allowed: it is taken for a decompression bomb; shrink it or remove it"
-                    )
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+        yield
+    except (UserError, MemoryError):
+        raise
     except FileNotFoundError:
         raise UserError(f"image {name} is not there: restore it or remove it from the data set") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"image {name} is taken for a decompression bomb ({error}): shrink it or remove it") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        size = len(source) if isinstance(source, bytes) else _size(source)
-        what = "is empty" if size == 0 else f"cannot be decoded ({error})"
+    except PermissionError as error:
+        raise UserError(f"image {name} cannot be read ({error.strerror}): give yourself permission to") from None
+    except Exception as error:
+        head = _head(source)
+        if sniff(head) == HEIC:
+            raise UserError(f"image {name} is a HEIC image, which Pillow does not read: {HEIC_REMEDY}") from None
+        reason = "no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        what = "is empty" if head == b"" else f"cannot be decoded ({reason})"
         raise UserError(f"image {name} {what}: replace it or remove it from the data set") from None
 
 
-def _size(path: str | Path) -> int | None:
+def _head(source: str | Path | bytes) -> bytes | None:
+    if isinstance(source, bytes):
+        return source[:HEAD]
     try:
-        return Path(path).stat().st_size
+        with open(source, "rb") as file:
+            return file.read(HEAD)
     except OSError:
         return None
 
 
+def reads_heic() -> bool:
+    """Whether the optional package pillow-heif is installed; if so, Pillow reads HEIC images from here on."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    if "HEIF" not in Image.OPEN:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return True
+
+
+def _animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # of whatever kind a damaged index of frames provokes; the first frame is what counts
+        return False
+
+
+def _holds_16_bit_colour(image: Image.Image) -> bool:
+    return image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)
+
+
+# ---------------------------------------------------------------------------------------------------- modes, sizes
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to 8-bit RGB; 16-bit samples keep their upper byte, alpha is laid over white."""
+    """Any PIL mode to 8-bit RGB, alpha laid over white.
+
+    Integer samples of more than 8 bits are divided by the power of two that brings the smallest of 8, 10, 12, 14 and 16
+    bits that holds the image's largest value to 8 bits. Floating-point samples in [0, 1] are multiplied by 255. Others
+    (32-bit or negative integers, further floats) are stretched from the image's own range to [0, 255].
+
+    Raises:
+        ValueError: a sample that is not finite.
+    """
+    return _to_rgb(image)[0]
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = values >> 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return image, ""
+    if image.mode[0] in "IF":
+        values, scaling = _to_bytes(np.asarray(image))
+        return Image.fromarray(values).convert("RGB"), scaling
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, image).convert("RGB"), ""
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"), ""
+    return image.convert("RGB"), ""
+
+
+def _to_bytes(values: np.ndarray) -> tuple[np.ndarray, str]:
+    """Samples of more than 8 bits to uint8, and the rule that applied."""
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        if low >= 0 and high <= 1:
+            return (values * 255).round().astype(np.uint8), "floating-point, 0 to 1"
+    elif low >= 0 and high < 1 << 16:
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
+        return (values >> (bits - 8)).astype(np.uint8), f"integers of {bits} bits"
+    span = float(high) - float(low)
+    scaled = (values.astype(np.float64) - float(low)) * (255 / span if span else 0.0)
+    return scaled.round().astype(np.uint8), "the image's own range"
 
 
 def fit(image: Image.Image, size: int, mode: str = "squash") -> Image.Image:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "tf_efficientnet_lite0"
 """Its ImageNet weights come in a Python package, so features can be had without a model hub."""
-VERSION = 1
+VERSION = 2
 """Counts changes of how features are made; part of every cache file's name."""
 
 
