@@ -15,8 +15,9 @@ import train_lora
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.diffusion import loop, lora, tokens
-from semantic_aug.diffusion.base import load_base, read_geometry, weight_files
-from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
+from semantic_aug.diffusion.base import find_base, load_base, read_geometry, weight_files
+from semantic_aug.diffusion.families import FAMILIES
+from semantic_aug.diffusion.schedulers import SolverSettings, check_noise_schedule, make_scheduler
 from semantic_aug.errors import UserError
 from semantic_aug.finetune import checkpoints, trainer
 from semantic_aug.finetune.model import TrainedModel
@@ -239,7 +240,7 @@ def altered(base, folder, **changes):
 
 def test_pipelines_of_other_kinds_are_refused(bases, tmp_path):
     for use in (read_geometry, lambda folder: load_base(str(folder))):
-        with pytest.raises(UserError, match="unknown pipeline of base model .* 'FluxPipeline': did you mean"):
+        with pytest.raises(UserError, match="is a FluxPipeline, which is not supported: expected Stable Diff"):
             use(altered(bases["sd1"], tmp_path / f"flux{use.__name__}", _class_name="FluxPipeline"))
     refiner = altered(bases["sdxl"], tmp_path / "refiner", text_encoder=[None, None])
     with pytest.raises(UserError, match="has no text_encoder \\(a refiner\\?\\): expected a whole Stable Diffusion XL"):
@@ -250,15 +251,164 @@ def test_pipelines_of_other_kinds_are_refused(bases, tmp_path):
 
 
 def test_relatives_with_further_inputs_are_refused():
-    from semantic_aug.diffusion.families import FAMILIES
+    unet, vae = tiny._unet(tiny.WIDTH).config, tiny._autoencoder().config
+    for family, changed_unet, changed_vae, message in (
+        (
+            0,
+            {"in_channels": 9},
+            {},
+            "base model 'x': its U-Net takes 9 channels .*inpainting.* expected a plain Stable Diff",
+        ),
+        (1, {}, {}, "added conditions of the kind None .*refiner.*: expected a plain Stable Diffusion XL"),
+        (0, {"class_embed_type": "projection"}, {}, "its U-Net has class_embed_type projection .an unCLIP"),
+        (0, {"_class_name": "SD3Transformer2DModel"}, {}, "its U-Net is a SD3Transformer2DModel: expected a plain"),
+        (0, {}, {"latents_mean": [0.0] * 4}, "its VAE gives latents_mean"),
+        (0, {}, {"_class_name": "AutoencoderTiny"}, "its VAE is a AutoencoderTiny"),
+    ):
+        with pytest.raises(UserError, match=message):
+            FAMILIES[family].check({**unet, **changed_unet}, {**vae, **changed_vae}, "x")
+    FAMILIES[0].check(unet, vae, "x")
 
-    inpainting, vae = tiny._unet(tiny.WIDTH, in_channels=9), tiny._autoencoder()
-    with pytest.raises(UserError, match="base model 'x': its U-Net takes 9 channels .* expected a plain Stable Diff"):
-        FAMILIES[0].check(inpainting, vae, "x")
-    with pytest.raises(UserError, match="added conditions of the kind None: expected a plain Stable Diffusion XL"):
-        FAMILIES[1].check(tiny._unet(tiny.WIDTH), vae, "x")
-    with pytest.raises(UserError, match="its VAE gives latents_mean"):
-        FAMILIES[0].check(tiny._unet(tiny.WIDTH), tiny._autoencoder(latents_mean=(0.0,) * 4), "x")
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "uses flow matching .scheduler FlowMatchEuler.*not supp"),
+        ({"use_flow_sigmas": True}, "uses flow matching"),
+        ({"prediction_type": "flow_prediction"}, "uses flow matching"),
+        ({"_class_name": "EDMEulerScheduler"}, "uses EDM .scheduler EDMEulerScheduler"),
+        ({"sigma_data": 0.5}, "uses EDM"),
+        ({"_class_name": "UnCLIPScheduler"}, "another noise process"),
+        ({"prediction_type": "sample"}, "prediction type 'sample'"),
+        ({"beta_start": None, "beta_schedule": None}, "gives no betas"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with epsilon prediction"),
+    ],
+)
+def test_other_noise_processes_are_refused_by_both_stages(bases, tmp_path, changes, message):
+    folder = shutil.copytree(bases["sd1"], tmp_path / "base")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for use in (lambda folder: find_base(str(folder)), read_geometry, lambda folder: load_base(str(folder), folder)):
+        with pytest.raises(UserError, match=message):
+            use(folder)
+
+
+def test_rescaled_betas_are_followed_or_the_solver_is_refused(bases):
+    config = {**load_base(str(bases["sd2"])).scheduler_config, "rescale_betas_zero_snr": True}
+    check_noise_schedule(config, "v-prediction")
+    assert diffusers.DDPMScheduler.from_config(config).alphas_cumprod[-1] == 0  # what stage 1 trains on
+    for solver in ("dpmsolver++", "unipc", "ddim", "euler", "euler_a"):
+        assert make_scheduler(config, solver).alphas_cumprod[-1] < 1e-6
+    for solver in ("pndm", "heun", "lms"):
+        with pytest.raises(UserError, match=f"--scheduler {solver}: it cannot follow .*rescale_betas_zero_snr"):
+            make_scheduler(config, solver)
+
+
+# -------------------------------------------------------------------------------------------------- files of weights
+
+
+def renamed(base, folder, variant: str, keep: bool = False, parts=("unet", "vae", "text_encoder")):
+    """A copy of a base model whose weight files have a variant's name, beside or instead of the plain ones."""
+    shutil.copytree(base, folder)
+    for part in parts:
+        for path in list((folder / part).glob("*.safetensors")):
+            (shutil.copy if keep else shutil.move)(path, path.with_suffix(f".{variant}.safetensors"))
+    return folder
+
+
+def same_weights(one, other) -> bool:
+    pairs = zip(one.networks.values(), other.networks.values(), strict=True)
+    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x.parameters(), y.parameters(), strict=True))
+
+
+def test_folders_with_only_a_variant_load(bases, tmp_path):
+    wanted = load_base(str(bases["sd1"]))
+    for variant in ("fp16", "non_ema"):
+        folder = renamed(bases["sd1"], tmp_path / variant, variant)
+        assert find_base(str(folder)) == folder and same_weights(load_base(str(folder)), wanted)
+        assert f"diffusion_pytorch_model.{variant}.safetensors" in [path.name for path in weight_files(folder)]
+    both = renamed(bases["sd1"], tmp_path / "both", "fp16", keep=True)
+    for path in both.rglob("*.fp16.safetensors"):
+        path.write_bytes(b"")  # would fail if it were read
+    assert same_weights(load_base(str(both)), wanted)
+    assert [path.name for path in weight_files(both)] == [path.name for path in weight_files(bases["sd1"])]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_load_and_a_missing_one_is_named(bases, tmp_path, variant):
+    wanted, folder = load_base(str(bases["sd1"])), shutil.copytree(bases["sd1"], tmp_path / "base")
+    for part, network in (("unet", wanted.unet), ("text_encoder", wanted.text_encoder)):
+        for path in (folder / part).glob("*.safetensors"):
+            path.unlink()
+        network.save_pretrained(folder / part, max_shard_size="60KB", variant=variant)
+        assert len(list((folder / part).glob("*-of-*"))) > 1
+    assert same_weights(load_base(str(folder)), wanted)
+    hashed = [path.name for path in weight_files(folder)]
+    shards = sorted((folder / "unet").glob("*-of-*"))
+    assert {path.name for path in shards} < set(hashed) and any(".index." in name for name in hashed)
+    shards[0].unlink()
+    with pytest.raises(UserError, match=f"lists {len(shards)} shards and '{shards[0].name}' is missing"):
+        find_base(str(folder))
+
+
+def test_pickled_weights_are_read_without_running_code(bases, tmp_path):
+    wanted, folder = load_base(str(bases["sd1"])), shutil.copytree(bases["sd1"], tmp_path / "base")
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        (path,) = (folder / part).glob("*.safetensors")
+        torch.save(load_file(path), folder / part / f"{stem}.bin")
+        path.unlink()
+    assert same_weights(load_base(str(folder)), wanted)
+
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    torch.save({"conv_in.weight": Evil()}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="unet cannot be loaded"):
+        load_base(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_of_published_folders_load(bases, tmp_path):
+    wanted, folder = load_base(str(bases["sd1"])), shutil.copytree(bases["sd1"], tmp_path / "base")
+    (text,) = (folder / "text_encoder").glob("*.safetensors")
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(text).items()}
+    save_file({**state, "text_model.embeddings.position_ids": torch.arange(24)[None]}, text, {"format": "pt"})
+    (vae,) = (folder / "vae").glob("*.safetensors")
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(vae)
+    for now, before in former.items():
+        state = {k.replace(f"attentions.0.{now}.", f"attentions.0.{before}."): v for k, v in state.items()}
+    assert any(".query." in key for key in state)
+    save_file(state, vae, {"format": "pt"})
+    assert same_weights(load_base(str(folder)), wanted)
+
+
+def test_what_is_missing_or_damaged_is_named(bases, tmp_path):
+    def refused(change, message, use=lambda folder: find_base(str(folder))):
+        folder = shutil.copytree(bases["sd1"], tmp_path / str(len(list(tmp_path.iterdir()))))
+        (path,) = (folder / "unet").glob("*.safetensors")
+        change(path)
+        with pytest.raises(UserError, match=message) as error:
+            use(folder)
+        assert "hf download" not in str(error.value)  # of a folder on this machine
+
+    def without(path):
+        state = load_file(path)
+        del state["conv_in.weight"]
+        save_file(state, path, {"format": "pt"})
+
+    def infinite(path):
+        state = load_file(path)
+        state["conv_out.weight"][0, 0, 0, 0] = float("inf")
+        save_file(state, path, {"format": "pt"})
+
+    load = lambda folder: load_base(str(folder))  # noqa: E731
+    refused(lambda path: path.unlink(), "no weights in its folder unet .it holds config.json.: expected diffusion_py")
+    refused(lambda path: path.write_bytes(path.read_bytes()[:-100]), "diffusion_pytorch_model.safetensors is damaged")
+    refused(lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer")
+    refused(without, "lack 1 tensors .'conv_in.weight' the first.", load)
+    refused(infinite, "unet holds values that are not finite .'conv_out.weight'", load)
 
 
 def test_a_text_encoder_lora_without_a_lora_is_refused(bases, image_folder, tmp_path):

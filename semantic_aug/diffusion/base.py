@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_aug.diffusion.families import Family, family_of, read_index
+from semantic_aug.diffusion.families import Family, family_of, read_configs, read_index
+from semantic_aug.diffusion.schedulers import check_noise_schedule
+from semantic_aug.diffusion.weights import check_weights, find_weights
 from semantic_aug.errors import UserError
 from semantic_aug.registry import resolve_path, shown_path
 
@@ -36,8 +38,12 @@ HUB_FILES = [
     "*/*.safetensors",
     "*/*.safetensors.index.json",
 ]
+HUB_CONFIGS = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
+"""What says whether a model of the hub is supported; read before its weights are downloaded."""
+
+HUB_VARIANTS = ["*.fp16.*"]
 HUB_IGNORED = [
-    "*.fp16.*",
+    *HUB_VARIANTS,
     "*.non_ema.*",
     "*.ema.*",
     "safety_checker/*",
@@ -91,14 +97,55 @@ def read_geometry(folder: Path) -> Geometry:
     Raises:
         UserError: a pipeline of an unknown family, or configurations that are not those of a Stable Diffusion.
     """
-    family_of(folder, shown_path(folder))
+    check_configs(folder, shown_path(folder))
+    unet, vae = read_configs(folder, shown_path(folder))
     try:
-        unet, vae = (
-            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae")
-        )
         return Geometry.of(unet, vae)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"base model folder {folder} is not a Stable Diffusion in diffusers layout ({error})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"base model folder {folder} is not a Stable Diffusion in diffusers layout ({type(error).__name__}: {error})"
+        ) from None
+
+
+def check_configs(folder: Path, name: str) -> Family:
+    """The family of a base model whose configurations are all supported: pipeline, networks, noise schedule.
+
+    Raises:
+        UserError: names what is not supported, and what is.
+    """
+    family = family_of(folder, name)
+    family.check(*read_configs(folder, name), name)
+    check_noise_schedule(read_scheduler_config(folder, name), name)
+    return family
+
+
+def check_base(folder: Path, name: str) -> Family:
+    """:func:`check_configs`, and whether the weights of all networks are present and whole as far as headers tell.
+
+    Raises:
+        UserError: names what is not supported, or what is missing.
+    """
+    family = check_configs(folder, name)
+    check_weights(folder, family.weight_folders, name)
+    return family
+
+
+def read_scheduler_config(folder: Path, name: str) -> dict[str, Any]:
+    """A base model's ``scheduler_config.json``.
+
+    Raises:
+        UserError: absent or not a JSON object.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"holds a {type(config).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"base model '{name}': {path} cannot be read ({error}): expected the noise schedule of a Stable Diffusion"
+        ) from None
+    return config
 
 
 @dataclass
@@ -168,6 +215,8 @@ class BaseModel:
 
 
 def _how_to_get(name: str) -> str:
+    if resolve_path(name).exists():
+        return f"complete the folder, or use the embedded small model '{EMBEDDED_MODEL}'"
     return (
         f"download it with 'hf download {name}', give a folder in diffusers layout, "
         f"or use the embedded small model '{EMBEDDED_MODEL}'"
@@ -180,8 +229,14 @@ def find_base(name: str) -> Path:
     A removed hub id is replaced by its successor, with one line saying so; a local copy of either serves.
 
     Raises:
-        UserError: neither a folder in diffusers layout nor to be had from the hub.
+        UserError: neither a folder in diffusers layout nor available on the hub, or not supported (:func:`check_base`).
     """
+    folder = _find_folder(name)
+    check_base(folder, name)
+    return folder
+
+
+def _find_folder(name: str) -> Path:
     names = [name] + ([SUCCESSORS[name]] if name in SUCCESSORS else [k for k, v in SUCCESSORS.items() if v == name])
     for candidate in names:
         folder = resolve_path(candidate)
@@ -219,15 +274,23 @@ def _hub_cached(name: str) -> Path | None:
 def _is_whole(folder: Path, name: str) -> bool:
     if not (folder / "model_index.json").is_file():
         return False
-    folders = family_of(folder, name).weight_folders
-    return all(any((folder / part).glob("*.safetensors")) for part in folders)
+    try:
+        return all(find_weights(folder / part) for part in check_configs(folder, name).weight_folders)
+    except UserError:  # a configuration, an index or a shard is missing, or the model is not supported
+        return False
 
 
 def _hub_download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        check_configs(Path(snapshot_download(name, allow_patterns=HUB_CONFIGS, ignore_patterns=HUB_IGNORED)), name)
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+        if not _is_whole(folder, name):  # the repository may hold half precision only
+            others = [pattern for pattern in HUB_IGNORED if pattern not in HUB_VARIANTS]
+            folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=others))
+    except UserError:
+        raise
     except Exception as error:  # the library has many kinds for "no such id", "no network", "no permission"
         reason = str(error).split("\n")[0][:160]
         raise UserError(
@@ -251,42 +314,86 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     Raises:
         UserError: not there, not in diffusers layout, or of an unknown family.
     """
-    import torch
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers.utils import logging as transformers_logging
 
+    from semantic_aug.divergence import non_finite
+
     folder = folder or find_base(name)
     transformers_logging.disable_progress_bar()
-    family = family_of(folder, name)
+    family = check_base(folder, name)
+    scheduler_config = read_scheduler_config(folder, name)
+    kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+    kinds |= {encoder.component: getattr(transformers, encoder.kind) for encoder in family.encoders}
+    networks = {part: _load_network(kind, folder / part, name) for part, kind in kinds.items()}
     try:
-        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        text_encoders = tuple(
-            getattr(transformers, encoder.kind).from_pretrained(folder / encoder.component, dtype=torch.float32)
-            for encoder in family.encoders
-        )
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         tokenizers = tuple(
             transformers.CLIPTokenizer.from_pretrained(folder / encoder.tokenizer) for encoder in family.encoders
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
-            f"base model '{name}' in {shown_path(folder)} cannot be loaded ({reason}): {_how_to_get(name)}"
+            f"base model '{name}': no tokenizer in {shown_path(folder)} ({reason}): {_how_to_get(name)}"
         ) from error
-    family.check(unet, vae, name)
-    for part in (*text_encoders, vae, unet):
-        part.requires_grad_(False).eval()
+    for part, network in networks.items():
+        if tensor := non_finite(network.named_parameters()):
+            raise UserError(
+                f"base model '{name}': {part} holds values that are not finite ('{tensor}' the first tensor): download "
+                f"{shown_path(folder / part)} again, or use another base model"
+            )
+        network.requires_grad_(False).eval()
+    text_encoders = tuple(networks[encoder.component] for encoder in family.encoders)
     zero_null = family.sizes and bool(read_index(folder, name).get("force_zeros_for_empty_prompt", True))
-    return BaseModel(name, folder, family, tokenizers, text_encoders, vae, unet, scheduler_config, zero_null)
+    return BaseModel(
+        name, folder, family, tokenizers, text_encoders, networks["vae"], networks["unet"], scheduler_config, zero_null
+    )
+
+
+def _load_network(kind: type, folder: Path, name: str) -> torch.nn.Module:
+    """One network in float32, from the files that :func:`find_weights` chooses."""
+    import torch
+
+    weights = find_weights(folder)
+    precision = {"torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype": torch.float32}
+    try:
+        network, loaded = kind.from_pretrained(
+            folder,
+            variant=weights.variant,
+            use_safetensors=not weights.pickled,
+            output_loading_info=True,
+            local_files_only=True,
+            **precision,
+        )
+    except Exception as error:  # the libraries raise many kinds for a damaged file or another architecture
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"base model '{name}': {shown_path(folder)} cannot be loaded ({type(error).__name__}: {reason}): "
+            f"{_how_to_get(name)}"
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"base model '{name}': the weights in {shown_path(folder)} lack {len(missing)} tensors ('{missing[0]}' the "
+            "first) that its config.json asks for: the two do not belong together"
+        )
+    return network
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that decide what a base model makes: weights, configurations and vocabulary, sorted."""
     family = family_of(folder, shown_path(folder))
     parts = (*family.weight_folders, *(encoder.tokenizer for encoder in family.encoders), "scheduler")
-    found = [p for part in parts for p in (folder / part).iterdir()]
-    if family.sizes:
-        found.append(folder / "model_index.json")  # it says what guidance starts from
-    return sorted(p for p in found if p.suffix in (".safetensors", ".bin", ".json", ".txt") and "fp16" not in p.name)
+    texts = {
+        path
+        for part in parts
+        for path in (folder / part).iterdir()
+        if path.suffix in (".json", ".txt") and ".index." not in path.name
+    }
+    weights = {path for part in family.weight_folders for path in _files(folder / part)}
+    index = {folder / "model_index.json"} if family.sizes else set()  # it says what guidance starts from
+    return sorted(texts | weights | index)
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    weights = find_weights(folder)
+    return weights.files if weights else ()

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_aug.errors import UserError, unknown
+from semantic_aug.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -119,21 +119,41 @@ class Family:
         added = {**conditions.added, "text_embeds": conditions.added["text_embeds"] * 0}
         return Conditions(conditions.hidden * 0, added)
 
-    def check(self, unet: UNet2DConditionModel, vae: AutoencoderKL, name: str) -> None:
+    def check(self, unet: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> None:
         """Refuses relatives of a family that need more than it gives.
 
+        Args:
+            unet: configuration of the U-Net.
+            vae: configuration of the autoencoder.
+            name: of the base model, for errors.
+
         Raises:
-            UserError: a U-Net with further inputs (inpainting, a refiner), or latents with statistics of their own.
+            UserError: a U-Net with further inputs (inpainting, depth, unCLIP, upscaling, a refiner), or latents with
+                statistics of their own.
         """
-        kind = unet.config.addition_embed_type
-        if unet.config.in_channels != vae.config.latent_channels or kind != ("text_time" if self.sizes else None):
+        for part, config, expected in (("U-Net", unet, "UNet2DConditionModel"), ("VAE", vae, "AutoencoderKL")):
+            if config.get("_class_name", expected) != expected:
+                raise UserError(
+                    f"base model '{name}': its {part} is a {config['_class_name']}: expected a plain {self.name}, whose "
+                    f"{part} is a {expected}; choose another base model"
+                )
+        kind, channels = unet.get("addition_embed_type"), unet.get("in_channels", 4)
+        latent_channels = vae.get("latent_channels", 4)
+        if channels != latent_channels or kind != ("text_time" if self.sizes else None):
             raise UserError(
-                f"base model '{name}': its U-Net takes {unet.config.in_channels} channels and added conditions of the kind "
-                f"{kind}: expected a plain {self.name}, which takes {vae.config.latent_channels} and "
-                f"{'text_time' if self.sizes else None}"
+                f"base model '{name}': its U-Net takes {channels} channels and added conditions of the kind {kind} (as "
+                f"inpainting, depth and refiner models do): expected a plain {self.name}, which takes {latent_channels} "
+                f"and {'text_time' if self.sizes else None}"
             )
-        if getattr(vae.config, "latents_mean", None) is not None:
-            raise UserError(f"base model '{name}': its VAE gives latents_mean, which a plain {self.name} has not")
+        for field in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
+            if unet.get(field) is not None:
+                raise UserError(
+                    f"base model '{name}': its U-Net has {field} {unet[field]} (an unCLIP, upscaling or distilled model?): "
+                    f"expected a plain {self.name}, which has none"
+                )
+        for field in ("latents_mean", "shift_factor"):
+            if vae.get(field) is not None:
+                raise UserError(f"base model '{name}': its VAE gives {field}, which a plain {self.name} has not")
 
 
 def _beside(hidden: Sequence[Tensor]) -> Tensor:
@@ -177,6 +197,27 @@ def read_index(folder: Path, name: str) -> Mapping[str, Any]:
         ) from None
 
 
+def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configurations of a base model's U-Net and VAE.
+
+    Raises:
+        UserError: absent or not JSON objects.
+    """
+    configs = []
+    for part in ("unet", "vae"):
+        path = folder / part / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError(f"holds a {type(config).__name__}")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"base model '{name}' is not a Stable Diffusion in diffusers layout: {path} cannot be read ({error})"
+            ) from None
+        configs.append(config)
+    return configs[0], configs[1]
+
+
 def family_of(folder: Path, name: str) -> Family:
     """The family of a base model, by the pipeline its ``model_index.json`` names.
 
@@ -191,8 +232,10 @@ def family_of(folder: Path, name: str) -> Family:
     pipeline = index["_class_name"]
     family = next((family for family in FAMILIES if pipeline in family.pipelines), None)
     if family is None:
-        known = [pipeline for family in FAMILIES for pipeline in family.pipelines]
-        raise unknown(f"pipeline of base model '{name}'", pipeline, known, "choose another base model")
+        known = " and ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in FAMILIES)
+        raise UserError(
+            f"base model '{name}' is a {pipeline}, which is not supported: expected {known}; choose another base model"
+        )
     for encoder in family.encoders:
         if not (index.get(encoder.component) or [None])[0]:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 
 
 def alphas_cumprod(scheduler) -> Tensor:

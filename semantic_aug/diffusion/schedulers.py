@@ -23,6 +23,9 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
 }
 DEFAULT = "dpmsolver++"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+OTHER_PROCESSES = ("ScoreSde", "KarrasVe", "UnCLIP", "CMStochastic", "VQDiffusion", "DDPMWuerstchen", "Amused", "IPNDM")
+"""Starts of the names of diffusers' schedulers whose noise is not that of a DDPM."""
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
@@ -72,6 +75,43 @@ def scheduler_class(name: str):
     return found
 
 
+def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
+    """Refuses a base model whose noise is not that of a discrete variance-preserving diffusion (DDPM).
+
+    Args:
+        config: the base model's ``scheduler_config``.
+        name: of the base model, for errors.
+
+    Raises:
+        UserError: flow matching, EDM (Karras et al. 2022), another prediction type, a schedule without betas, or betas
+            rescaled to a zero terminal signal-to-noise ratio under a U-Net that predicts the noise.
+    """
+    supported = "expected a DDPM noise schedule with epsilon or v-prediction, as Stable Diffusion 1.x, 2.x and XL have"
+    kind, prediction = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
+    for family, found in (
+        ("flow matching", "Flow" in kind or config.get("use_flow_sigmas") or "flow" in str(prediction)),
+        ("EDM", kind.startswith("EDM") or config.get("sigma_data") is not None),
+        ("another noise process", kind.startswith(OTHER_PROCESSES)),
+    ):
+        if found:
+            raise UserError(
+                f"base model '{name}' uses {family} (scheduler {kind or 'not named'}), which is not supported: {supported}"
+            )
+    if prediction not in PREDICTION_TYPES:
+        raise UserError(
+            f"base model '{name}' has the prediction type '{prediction}', which is not supported: {supported}"
+        )
+    if not {"beta_start", "beta_schedule", "trained_betas"} & {
+        key for key, value in config.items() if value is not None
+    }:
+        raise UserError(f"base model '{name}': its scheduler {kind or 'not named'} gives no betas: {supported}")
+    if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        raise UserError(
+            f"base model '{name}': rescale_betas_zero_snr with epsilon prediction, which says nothing of an image that is "
+            f"all noise: {supported}, with v-prediction where betas are rescaled"
+        )
+
+
 def make_scheduler(config: Mapping[str, Any], name: str = DEFAULT, final_sigmas_type: str = "zero"):
     """A scheduler of the base model's noise schedule.
 
@@ -80,11 +120,19 @@ def make_scheduler(config: Mapping[str, Any], name: str = DEFAULT, final_sigmas_
         name: short name or class name.
         final_sigmas_type: where solvers that know the option end: ``zero`` (diffusers' default since 0.26) or
             ``sigma_min`` (what the original implementation ran with).
+
+    Raises:
+        UserError: an unknown name, or a solver that does not know an option of the base model's noise schedule.
     """
     kind = scheduler_class(name)
     # latents are not confined to [-1, 1], and Stable Diffusion's last step is at t = 1: diffusers' pipelines see to both
     options = {"final_sigmas_type": final_sigmas_type, "clip_sample": False, "steps_offset": 1}
     known = inspect.signature(kind.__init__).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise UserError(
+            f"--scheduler {name}: it cannot follow the base model's noise schedule (rescale_betas_zero_snr): choose "
+            "dpmsolver++, unipc, ddim, euler or euler_a"
+        )
     return kind.from_config(dict(config), **{k: v for k, v in options.items() if k in known})
 
 
