@@ -7,20 +7,25 @@ with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import fnmatch
+import itertools
 import json
 import logging
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
+LOCK_FILE = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Error numbers of a file system that has no locks."""
 
@@ -109,3 +114,52 @@ def locked(path: Path, shared: bool = False, wait: bool = True, waiting_for: str
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
         yield handle
+
+
+@contextmanager
+def no_trace(folder: Path, disposable: Sequence[str]) -> Iterator[None]:
+    """Leaves a folder as it was where the work in it fails before it has a result.
+
+    A folder that was absent or empty loses what the work made, as long as all of it is disposable; of any other folder
+    only new lock files go.
+
+    Args:
+        folder: of the work.
+        disposable: patterns of what the work writes before its first result, relative to the folder; a CSV that holds a
+            header alone is disposable, too.
+    """
+    new_parents = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    before = set(os.listdir(folder)) if folder.exists() else set()
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError, LockHeld):
+            _restore(folder, before, disposable)
+            for parent in new_parents:
+                parent.rmdir()  # an error where anything else is in it
+        raise
+
+
+def _restore(folder: Path, before: set[str], disposable: Sequence[str]) -> None:
+    fresh = all(name.startswith(".") for name in before)
+    with locked(folder / LOCK_FILE, wait=False) if LOCK_FILE not in before else contextlib.nullcontext():
+        made = [folder / name for name in os.listdir(folder) if name not in before]
+        if fresh and all(_is_disposable(path, folder, disposable) for path in made):
+            for path in made:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        elif not fresh:
+            for path in made:
+                if path.name.startswith(LOCK_FILE):
+                    path.unlink()
+
+
+def _is_disposable(path: Path, folder: Path, patterns: Sequence[str]) -> bool:
+    name = path.relative_to(folder).as_posix()
+    if path.name.startswith(LOCK_FILE) or any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+        return True
+    if path.is_dir() and not path.is_symlink():
+        return all(_is_disposable(inner, folder, patterns) for inner in path.iterdir())
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8") as lines:
+            return sum(1 for _ in itertools.islice(lines, 2)) < 2
+    return False

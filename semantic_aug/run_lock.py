@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from semantic_aug.errors import UserError
-from semantic_aug.files import LockHeld, locked
+from semantic_aug.files import LOCK_FILE, LockHeld, locked
 
 
 class RunLock(contextlib.ExitStack):
@@ -27,11 +27,11 @@ class RunLock(contextlib.ExitStack):
     def __init__(self, folder: Path, flag: str, num_shards: int = 1, shard_index: int = 0):
         super().__init__()
         self.folder, self.flag = folder, flag
-        self.shard = None if num_shards == 1 else f".lock-{shard_index}of{num_shards}"
+        self.shard = None if num_shards == 1 else f"{LOCK_FILE}-{shard_index}of{num_shards}"
 
     def __enter__(self) -> RunLock:
         try:
-            self.enter_context(locked(self.folder / ".lock", shared=self.shard is not None, wait=False))
+            self.enter_context(locked(self.folder / LOCK_FILE, shared=self.shard is not None, wait=False))
             if self.shard is not None:
                 self.enter_context(locked(self.folder / self.shard, wait=False))
         except LockHeld as held:

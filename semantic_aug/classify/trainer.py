@@ -39,6 +39,8 @@ RESULTS_FILE = "results.json"
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "last.pt"
 BOARD_FOLDER = "tensorboard"
+BEFORE_RESULTS = (run_dir.ARGS_FILE, f"{BOARD_FOLDER}/*")
+"""What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 COLUMNS = ("epoch", "lr", "train_loss", *(f"val_{name}" for name in SCORE_NAMES), "images_per_second")
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_SECONDS = 60.0
@@ -383,7 +385,10 @@ def run(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImag
         UserError: the folder holds a run with other arguments, or is in use.
     """
     processes, folder = Processes(config.device), config.output_dir
-    with RunLock(folder, "--output_dir") if processes.main else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if processes.main:
+            held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
+            held.enter_context(RunLock(folder, "--output_dir"))
         known = run_dir.claim(folder, config.record(), "--output_dir", MAY_CHANGE) if processes.main else True
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         done = results_of(folder) if known else None

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 SUMMARY_FILE = "summary.json"
+BEFORE_RESULTS = (run_dir.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
+"""What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 METRIC_COLUMNS = ("step", "loss", "lora_lr", "token_lr", "grad_norm", "steps_per_second")
 STOP_CHECK_STEPS = 10
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -391,7 +393,10 @@ def run(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator
             is in use.
         Interrupted: a signal stopped it; a checkpoint was written.
     """
-    with RunLock(config.output_dir, "--output_dir") if accelerator.is_main_process else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(files.no_trace(config.output_dir, BEFORE_RESULTS))
+            held.enter_context(RunLock(config.output_dir, "--output_dir"))
         return _run_alone(config, dataset, accelerator)
 
 

@@ -16,12 +16,12 @@ from semantic_aug.augmentations.request import ClassNames
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.files import locked
+from semantic_aug.files import locked, no_trace
 from semantic_aug.run_lock import RunLock
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling import store
 from semantic_aug.sampling.config import SampleConfig, plan_of, subset_folder, task_paths, with_batch_size
-from semantic_aug.sampling.dispatch import Dispatcher, Outcome
+from semantic_aug.sampling.dispatch import STATUS_FILE, Dispatcher, Outcome
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import Launcher, image_tasks, make_folders
@@ -30,6 +30,9 @@ from semantic_aug.sampling.records import Records
 from semantic_aug.sampling.sources import block_files
 
 log = logging.getLogger(__name__)
+
+BEFORE_RESULTS = (store.CONFIG_FILE, f"{store.MOMENTS}/*", STATUS_FILE, ".sources.npz")
+"""What a run writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 CLAIM_LOCK = ".lock-claim"
 
@@ -135,7 +138,8 @@ def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> P
         UserError: a folder of another subset or in use, weights that do not fit, sources that cannot be read.
         Interrupted: stopped by a signal; everything made so far is in place and listed.
     """
-    with opened(config, dataset, verify == "content") as subset:
+    folder = subset_folder(config, dataset)
+    with no_trace(folder, BEFORE_RESULTS), opened(config, dataset, verify == "content") as subset:
         missing = subset.mine & ~subset.done
 
         def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:

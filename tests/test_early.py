@@ -1,0 +1,97 @@
+"""What can fail fails before the work, and a command that is refused leaves everything as it was."""
+
+import os
+
+import pytest
+from helpers import refused, sampling_arguments
+
+import train_cls
+import train_lora
+from semantic_aug import files
+from semantic_aug.errors import UserError, run_main
+
+
+def everything(folder):
+    """Names and contents of all that lies below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("existing", [[], [".hidden"]])
+def test_work_that_fails_before_a_result_leaves_its_folder_as_it_was(tmp_path, existing):
+    folder = tmp_path / "new" / "run" if not existing else tmp_path
+    for name in existing:
+        (folder / name).touch()
+    before = everything(tmp_path)
+    with pytest.raises(UserError), files.no_trace(folder, ("args.yaml", "logs/*")):
+        (folder / "logs" / "a").mkdir(parents=True)
+        for name in ("args.yaml", "logs/a/events", ".lock", ".lock-0of2"):
+            (folder / name).touch()
+        (folder / "metrics.csv").write_text("step,loss\n")
+        raise UserError("no")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5/x", "metrics.csv", "notes.txt"])
+def test_work_that_fails_with_a_result_keeps_everything(tmp_path, name):
+    with pytest.raises(UserError), files.no_trace(tmp_path / "run", ("args.yaml",)):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "args.yaml").touch()
+        (tmp_path / "run" / name).write_text("step,loss\n1,2\n")
+        raise UserError("no")
+    assert (tmp_path / "run" / name).is_file() and (tmp_path / "run" / "args.yaml").is_file()
+
+
+def test_a_folder_with_other_files_or_another_run_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError), files.no_trace(tmp_path, ("*",)):
+        (tmp_path / ".lock").touch()
+        (tmp_path / "args.yaml").touch()
+        raise UserError("no")
+    assert sorted(os.listdir(tmp_path)) == ["args.yaml", "mine.txt"]
+    run = tmp_path / "run"
+    with pytest.raises(UserError), files.no_trace(run, ("*",)):
+        run.mkdir()
+        (run / "args.yaml").touch()
+        held = files.locked(run / ".lock", shared=True)
+        held.__enter__()
+        raise UserError("no")
+    assert (run / "args.yaml").exists()  # another shard is at work there
+    held.__exit__(None, None, None)
+
+
+FINETUNE = ("--max_train_steps", 1, "--train_batch_size", 2, "--report_to", "none", "--validation_steps", 0)
+CLASSIFY = ("--model", "resnet18", "--res_mode", 32, "--nepoch", 1, "--gpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train_lora.py", [*FINETUNE, "--lora_targets", "nothing"], "--lora_targets nothing: the U-Net has no module"),
+        ("train_lora.py", [*FINETUNE, "--lr_scheduler", "piecewise_constant"], "--lr_step_rules (not given)"),
+        ("train_cls.py", [*CLASSIFY, "--weights", "typo"], "typo: expected a .safetensors or .pth file"),
+        ("train_cls.py", [*CLASSIFY, "--weights", "none", "--trainable_layers", "stages9"], "'stages9' is no part"),
+        (
+            "train_cls.py",
+            [*CLASSIFY, "--weights", "none", "--batch_size", 2, "--gradient_accumulation_steps", 9],
+            "too small",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dry", [False])
+def test_a_refused_command_leaves_no_folder_and_a_dry_run_refuses_it_too(
+    script, flags, message, dry, tiny_base, image_folder, tmp_path, capsys
+):
+    base = ["--pretrained_model_name_or_path", tiny_base] if script == "train_lora.py" else []
+    words = ["--dataset", f"folder:{image_folder}", "--output_dir", tmp_path / "a" / "out", *base, *flags]
+    module = {"train_lora.py": train_lora, "train_cls.py": train_cls}[script]
+    assert run_main(module.main, [*map(str, words), *(["--dry_run"] if dry else [])]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0] and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [False])
+def test_a_refused_sampling_leaves_no_folder(workshop, image_folder, tmp_path, dry):
+    words = sampling_arguments(workshop, image_folder, tmp_path / "out", finetune_model_key="foreign")
+    line = refused("sample_mp.py", *words, *(["--dry_run"] if dry else []))
+    assert "no token" in line, line
+    assert not any(tmp_path.iterdir()), sorted(everything(tmp_path))[3:]
