@@ -15,9 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
+
+from semantic_aug.datasets import elpv  # noqa: E402
+from semantic_aug.datasets.images import fit  # noqa: E402
 
 BASE = "scripts/quickstart/base"
 OUT = "outputs/base_evaluation"
@@ -32,7 +37,7 @@ TRAINING = (
 )  # fmt: skip
 
 RECIPE_FILE = "recipe.json"
-"""Written by build_base.py: steps and seconds of each stage."""
+"""Written by scripts/build_base.py: steps, batch and seconds of each stage."""
 
 CARD = HERE / "model_card.md"
 """Template of the model card."""
@@ -44,15 +49,20 @@ def python(*words) -> None:
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
+def load_test_photographs(size: int) -> np.ndarray:
+    """ELPV's test photographs, uint8 ``(N, size, size, 1)``."""
+    table = elpv.read()["test"]
+    return np.stack([np.asarray(fit(table.image(i), size).convert("L"))[..., None] for i in range(len(table))])
+
+
 def measure_autoencoder() -> dict:
     """PSNR on ELPV's test photographs at 128 px, in dB."""
     import torch
-    from base_autoencoder import psnr, reconstruct
-    from build_base import load_images
+    from base_model.autoencoder import psnr, reconstruct
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(ROOT / BASE / "vae", torch_dtype=torch.float32).eval()
-    images = load_images("test", 128)
+    images = load_test_photographs(128)
     return {"test_psnr_db": round(psnr(reconstruct(vae, images), images), 2), "test_images": len(images)}
 
 
@@ -89,7 +99,6 @@ def generate(name: str, config: Path, shots: int = -1) -> Path:
 
 def agreement(subset: Path, judge_folders: list[Path]) -> dict:
     """How the judges take a subset's images: shares that agree with the prompt, averaged over the judges."""
-    import numpy as np
 
     from semantic_aug.datasets import load_dataset
     from semantic_aug.datasets.elpv import CLASS_NAMES, LEVELS
@@ -120,7 +129,6 @@ def agreement(subset: Path, judge_folders: list[Path]) -> dict:
 
 def distance_to_real(subset: Path) -> dict:
     """KID of a subset to the training photographs, over features of the ImageNet backbone."""
-    import numpy as np
 
     from semantic_aug.datasets import load_dataset
     from semantic_aug.evaluation import distances, features
@@ -142,7 +150,6 @@ def distance_to_real(subset: Path) -> dict:
 
 def judge_accuracy(folders: list[Path]) -> dict:
     """Mean and standard deviation over seeds of the judges' own test accuracy."""
-    import numpy as np
 
     found = [json.loads((folder / "results.json").read_text())["test"] for folder in folders]
     figures: dict = {"seeds": list(JUDGE_SEEDS)}
@@ -157,9 +164,7 @@ def judge_accuracy(folders: list[Path]) -> dict:
 
 def draw_samples(path: Path) -> None:
     """Cells under captions of the base model's own words, and its reconstructions of test photographs."""
-    import torch
-    from base_autoencoder import reconstruct
-    from build_base import load_images
+    from base_model.autoencoder import reconstruct
     from PIL import Image
 
     from semantic_aug.diffusion.base import load_base
@@ -178,9 +183,9 @@ def draw_samples(path: Path) -> None:
         shape, scheduler = model.geometry.latent_shape(128), make_scheduler(model.scheduler_config)
         latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SolverSettings(25, 4.0))
         rows.append([Cell(Image.fromarray(image.numpy())) for image in decode_latents(model.vae, latents)])
-    photographs = load_images("test", 128)[torch.arange(8) * 80]
+    photographs = load_test_photographs(128)[np.arange(8) * 80]
     for images in (photographs, reconstruct(model.vae, photographs)):
-        rows.append([Cell(Image.fromarray(image.numpy()).convert("RGB")) for image in images])
+        rows.append([Cell(Image.fromarray(image[..., 0]).convert("RGB")) for image in images])
     grid(rows, row_titles=[*prompts, "test photographs", "reconstructed"]).save(path)
 
 
