@@ -211,7 +211,8 @@ def _add_run_flags(parser: cli.Parser) -> None:
         type=cli.number(1),
         default=None,
         metavar="SECONDS",
-        help="silence after which a process is replaced (default: 20 times its slowest batch, at least 300)",
+        help="seconds without a message, a step or processor time after which a process is replaced (default: 300; while it "
+        "loads: 1800)",
     )
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import ROOT, SUBSET, planned, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
@@ -27,6 +28,7 @@ from semantic_aug.sampling import files, store
 from semantic_aug.sampling.config import automatic_batch_size
 from semantic_aug.sampling.dispatch import Dispatcher
 from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.liveness import Liveness, processor_seconds
 from semantic_aug.sampling.moments import SourceMoments
 from semantic_aug.sampling.plan import make_plan
 from semantic_aug.sampling.records import Records
@@ -288,6 +290,64 @@ def test_a_process_that_stands_still_is_replaced(workshop, image_folder, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_batch_slower_than_the_limit_of_silence_goes_on_as_long_as_it_works(workshop, image_folder, tmp_path):
+    """The first batch of a large model on a CPU takes hours; here hundreds of steps against a limit of two seconds."""
+    words = sampling_arguments(
+        workshop, image_folder, tmp_path, syn_dataset_multiplier=0.4, num_inference_steps=700, worker_timeout=2
+    )
+    process = start("sample_mp.py", *words)
+    wait_for_images(tmp_path, 1, process)
+    written = time.monotonic()
+    os.killpg(process.pid, signal.SIGSTOP)  # Ctrl-Z: what nobody could hear is nobody's silence
+    time.sleep(12)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "replaced" not in err and "set aside" not in err, err
+    assert time.monotonic() - written > 12 + 2, "the batch was not slower than the limit: give it more steps"
+
+
+def test_signs_of_life_are_messages_steps_and_processor_time():
+    busy = "while True: pass"
+    idle = "import time\nwhile True: time.sleep(0.01)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"  # it waits for a compiler
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], start_new_session=True) for code in (busy, idle, parent)
+    ]
+    lives = [Liveness(gpu=False) for _ in processes]
+    try:
+        time.sleep(1)  # starting takes processor time
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            for life, process in zip(lives, processes, strict=True):
+                life.observe(processor_seconds(process.pid))
+            time.sleep(0.25)
+        assert [life.failure(3) is None for life in lives] == [True, False, True]
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        lives[0].observe(processor_seconds(processes[0].pid))
+        lives[1].hear()
+        lives[2].observe(None, steps=1)
+        time.sleep(1.5)
+        lives[0].observe(processor_seconds(processes[0].pid))
+        assert [life.failure(1) is None for life in lives] == [False, False, False]
+        assert [life.failure(60) for life in lives] == [None, None, None]
+        lives[1].skip(1.5)
+        assert lives[1].failure(1) is None
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_gpu_that_hangs_is_found_although_waiting_for_it_takes_processor_time():
+    life, cpu = Liveness(gpu=True), Liveness(gpu=False)
+    for one in (life, cpu):
+        one.skip(-2000)  # as if they had been silent for 2,000 s
+        one.observe(1.0)
+        one.observe(1000.0)
+    assert life.failure(300).startswith("without a step for 2000 s") and cpu.failure(300) is None
+
+
+@pytest.mark.slow
 def test_a_batch_that_hangs_three_times_is_set_aside_and_named(workshop, tmp_path):
     folder = tiny.write_image_folder(tmp_path / "animals", train=8)
     (folder / "train" / "blue jay" / "train000.png").unlink()
@@ -313,18 +373,22 @@ def test_calibration_says_how_long_and_writes_nothing(workshop, image_folder, tm
 
 
 @pytest.mark.slow
-def test_ray_makes_the_same_files_and_survives_a_killed_actor(workshop, image_folder, tmp_path, undisturbed):
+def test_ray_makes_the_same_files_and_survives_a_killed_and_a_stopped_actor(
+    workshop, image_folder, tmp_path, undisturbed
+):
     pytest.importorskip("ray")
-    words = sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu", "cpu"], engine="ray")
-    process = start("sample_mp.py", *words, env={"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
-    wait_for_images(tmp_path, 4, process)
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-    actors = [int(line.split()[0]) for line in listed if "ray::ImageActor" in line]
-    if actors:
-        os.kill(actors[0], signal.SIGKILL)
+    words = sampling_arguments(workshop, image_folder, tmp_path, engine="ray", worker_timeout=5)
+    mark = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OF_THIS_TEST": str(tmp_path)}
+    process = start("sample_mp.py", *words, env=mark)
+    for number, images in ((signal.SIGKILL, 4), (signal.SIGSTOP, 16)):
+        wait_for_images(tmp_path, images, process)
+        actors = [p for p in psutil.process_iter(["cmdline"]) if "ray::ImageActor" in " ".join(p.info["cmdline"] or [])]
+        actors = [p for p in actors if p.environ().get("OF_THIS_TEST") == str(tmp_path)]
+        assert len(actors) == 1
+        actors[0].send_signal(number)
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    assert actors and "a sampling actor is replaced" in err
+    assert process.returncode == 0 and err.count("a sampling actor is replaced") == 2, err
+    assert "its process or node ended" in err and "silent for" in err, err
     assert same(tmp_path / SUBSET, undisturbed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -82,6 +82,7 @@ class Engine:
         self.latent_shape = model.geometry.latent_shape(resolution)
         self.attention = attention_kernel(model.unet, self.device, dtype)
         self.denoiser, self.decode = self._networks(model.unet)
+        self.on_step: Callable[[], None] = lambda: None
 
     def _networks(self, unet: nn.Module):
         """The denoiser and the decoder, compiled (channels last, static shapes) where a batch size was given."""
@@ -114,7 +115,7 @@ class Engine:
         """
         padded = self._padding(len(targets))
         latents = translate(
-            self.denoiser, self.scheduler, moments[padded].to(self.device, self.vae.dtype), self.vae.config.scaling_factor,
+            self._predict, self.scheduler, moments[padded].to(self.device, self.vae.dtype), self.vae.config.scaling_factor,
             self.prompt_embeds[[targets[i] for i in padded]], self.null_embeds, [strengths[i] for i in padded],
             _spread(generators, padded), self.settings, None if masks is None else masks[padded],
         )  # fmt: skip
@@ -124,10 +125,15 @@ class Engine:
         """Images of the targets' prompts from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
         padded = self._padding(len(targets))
         latents = generate(
-            self.denoiser, self.scheduler, self.latent_shape, self.prompt_embeds[[targets[i] for i in padded]],
+            self._predict, self.scheduler, self.latent_shape, self.prompt_embeds[[targets[i] for i in padded]],
             self.null_embeds, _spread(generators, padded), self.settings,
         )  # fmt: skip
         return self._decoded(latents[: len(targets)])
+
+    def _predict(self, *inputs):
+        """One call of the denoiser, announced to whoever watches."""
+        self.on_step()
+        return self.denoiser(*inputs)
 
     def _padding(self, count: int) -> list[int]:
         """Indices of a batch, the last sample repeated up to the size the networks were compiled for."""

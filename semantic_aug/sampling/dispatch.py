@@ -6,6 +6,7 @@ where processes run (:mod:`launcher` on this machine, :mod:`ray_engine` under Ra
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from semantic_aug.errors import UserError
 from semantic_aug.files import write_json
 from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.liveness import LOADING_SECONDS, SILENCE_SECONDS, Standstill
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,11 @@ STATUS_FILE = "status.json"
 STATUS_SECONDS = 2.0
 GRACE_SECONDS = 30.0
 """How long batches in flight may take after a request to stop."""
+
+FATAL_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+}  # fmt: skip
+"""Errors of the file system that no other process would be spared."""
 
 Row = tuple[int, int, int]
 
@@ -61,7 +68,7 @@ class Dispatcher:
         on_rows: takes (number, size, crc) rows of files that are in place.
         total: images of the whole subset (of this shard).
         already: images that were there before.
-        timeout: seconds of silence after which a process counts as hung, or None for the engine's own rule.
+        timeout: seconds of silence after which a process counts as hung (see :mod:`liveness`), or None for the default.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Dispatcher:
         self.outcome = Outcome()
         self.marks: dict[object, list[tuple[float, int]]] = {}
         self.bar: tqdm | None = None
+        self.standstill = Standstill()
         self._stop_requests, self._stopping_since, self._status_written = 0, None, 0.0
 
     def run(self, batches: Sequence[int]) -> Outcome:
@@ -149,6 +157,10 @@ class Dispatcher:
             raise UserError(
                 f"a sampling process on {device} could not start, {MAX_ATTEMPTS} times ({why}); DIFFMIX_DEBUG=1 shows more"
             )
+
+    def silence_limit(self, ready: bool) -> float:
+        """Seconds without a sign of life after which a process, loading or ready, is replaced."""
+        return self.timeout or SILENCE_SECONDS if ready else LOADING_SECONDS
 
     def show_bar(self) -> None:
         """Shows the progress bar, once there is a process to make progress."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.sampling.dispatch import Dispatcher
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.job import Task, serve
+from semantic_aug.sampling.liveness import Liveness, processor_seconds
 from semantic_aug.sampling.store import DATA
 
 log = logging.getLogger(__name__)
@@ -25,20 +25,16 @@ log = logging.getLogger(__name__)
 AHEAD = 3
 """Batches a process holds at once: one being written, one being computed, and the next."""
 
-LOADING_SECONDS = 1800.0
-MIN_PATIENCE, PATIENCE = 300.0, 20.0
-"""A process counts as hung after 20 times its slowest batch so far, and at least five minutes."""
-
 
 @dataclass
 class _Worker:
     device: str
     process: multiprocessing.Process
     pipe: Connection
+    life: Liveness
     held: deque[int] = field(default_factory=deque)
     current: int | None = None
     ready: bool = False
-    heard: float = field(default_factory=time.monotonic)
 
 
 class Launcher(Dispatcher):
@@ -48,7 +44,6 @@ class Launcher(Dispatcher):
         super().__init__(*arguments, **options)
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[_Worker] = []
-        self.slowest = 0.0
 
     def _serve(self) -> None:
         self.workers = [self._start(device) for device in self.devices[: len(self.queue)]]
@@ -71,7 +66,7 @@ class Launcher(Dispatcher):
                 self.queue.appendleft(batch)
                 return
             if not one.held:
-                one.heard = time.monotonic()
+                one.life.hear()
             one.held.append(batch)
 
     def _listen(self, one: _Worker) -> None:
@@ -81,18 +76,16 @@ class Launcher(Dispatcher):
             one.process.join(timeout=5)
             self._replace(one, f"its process ended with status {one.process.exitcode}")
             return
-        now = time.monotonic()
+        one.life.hear()
         kind = message[0]
         if kind == "ready":
-            one.ready, one.heard = True, now
+            one.ready = True
             self.show_bar()
             log.debug(message[1])
         elif kind == "begin":
             one.current = message[1]
         elif kind == "done":
             _, batch, rows, failures = message
-            self.slowest = max(self.slowest, now - one.heard)
-            one.heard = now
             one.held.remove(batch)
             self.take(id(one), rows, failures)
         elif kind == "note":
@@ -110,7 +103,7 @@ class Launcher(Dispatcher):
         process = self.context.Process(target=serve, args=(theirs, self.job, device), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(device, process, ours)
+        return _Worker(device, process, ours, Liveness(gpu=device != "cpu"))
 
     def _replace(self, one: _Worker, why: str) -> None:
         """Ends a process that failed, gives its batches back, and starts another in its place."""
@@ -124,11 +117,16 @@ class Launcher(Dispatcher):
             self.workers.append(self._start(one.device))
 
     def _replace_hung(self) -> None:
-        now = time.monotonic()
+        stopped = self.standstill.seconds()
         for one in list(self.workers):
-            limit = self.timeout or max(MIN_PATIENCE, PATIENCE * self.slowest) if one.ready else LOADING_SECONDS
-            if (one.held or not one.ready) and now - one.heard > limit:
-                self._replace(one, f"silent for {now - one.heard:.0f} s")
+            one.life.skip(stopped)
+            if not one.held and one.ready:
+                continue
+            limit = self.silence_limit(one.ready)
+            if one.life.due(limit):
+                one.life.observe(processor_seconds(one.process.pid))
+            if why := one.life.failure(limit):
+                self._replace(one, why)
 
     def _end(self) -> None:
         for one in self.workers:

@@ -1,20 +1,21 @@
 """The engine for many machines: the same batch maker in Ray actors, on a laptop's local cluster or a real one.
 
 The subset's folder, the base model, the checkpoint and the images must be reachable under the same paths on every node
-(a shared file system). An actor that dies with its process or its node is started elsewhere and its batches done again.
+(a shared file system). An actor that dies with its process or its node, or hangs, is started elsewhere and its batches are
+done again.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
 from semantic_aug.errors import UserError, os_error_line
 from semantic_aug.registry import REPO_ROOT
-from semantic_aug.sampling.dispatch import Dispatcher, Row
+from semantic_aug.sampling.dispatch import FATAL_ERRNOS, Dispatcher, Row
 from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.liveness import Liveness, processor_seconds
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ AHEAD = 2
 """Batches an actor holds at once: the one it makes and the next."""
 
 WAIT_SECONDS = 0.5
-START_SECONDS = 1800.0
+PULSE = "pulse"
+"""Concurrency group of the actor's method that answers while it makes a batch."""
 
 
 class ImageActor:
@@ -34,10 +36,10 @@ class ImageActor:
     """
 
     def __init__(self, job: Job, device: str):
-        self.job, self.device = job, device
+        self.job, self.device, self.steps = job, device, 0
 
-    def ready(self) -> str:
-        """Loads everything, and answers then. (What the user can mend is an error here; in a constructor Ray hides it.)"""
+    def load(self) -> str:
+        """Loads everything; returns the name of the attention kernel. (In a constructor Ray hides a user's error.)"""
         from semantic_aug.allocator import keep_freed_memory
         from semantic_aug.console import quiet_libraries
 
@@ -46,7 +48,15 @@ class ImageActor:
         from semantic_aug.sampling.worker import BatchMaker
 
         self.maker = BatchMaker(self.job, self.device, log.warning)
+        self.maker.engine.on_step = self._count
         return self.maker.engine.attention
+
+    def _count(self) -> None:
+        self.steps += 1
+
+    def pulse(self) -> tuple[float | None, int]:
+        """Signs of life: the processor time of this process in seconds, and its denoising steps so far."""
+        return processor_seconds(), self.steps
 
     def make(self, batch: int, tasks: list[Task]) -> tuple[int, list[Row], dict[int, str]]:
         """Makes and writes a batch; returns its number, the record rows, and tasks whose source cannot be read."""
@@ -61,7 +71,9 @@ class _Actor:
     device: str
     handle: object
     starting: object | None
-    begun: float = field(default_factory=time.monotonic)
+    life: Liveness
+    pulse: object | None = None
+    running: bool = False
     held: deque = field(default_factory=deque)
 
 
@@ -95,9 +107,7 @@ class RayLauncher(Dispatcher):
             ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=WAIT_SECONDS)
             for future in ready:
                 self._listen(waiting[future], future)
-            for actor in list(self.actors):
-                if actor.starting and time.monotonic() - actor.begun > START_SECONDS:
-                    self._replace(actor, "it did not start: are there enough free CPUs or GPUs in the cluster?")
+            self._replace_hung()
             self.report_status("running")
 
     def _connect(self) -> None:
@@ -121,24 +131,29 @@ class RayLauncher(Dispatcher):
 
     def _start(self, device: str) -> _Actor:
         gpus = 0.0 if device == "cpu" else 1 / self.devices.count(device)
-        options = {"num_cpus": self.job.cpu_threads if device == "cpu" else 1, "num_gpus": gpus, "max_restarts": 0}
-        place = device if device == "cpu" else "cuda:0"
-        handle = self.ray.remote(ImageActor).options(**options).remote(self.job, place)
-        return _Actor(device, handle, handle.ready.remote())
+        threads = self.job.cpu_threads if device == "cpu" else 1
+        actor = self.ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0, concurrency_groups={PULSE: 1})(
+            ImageActor
+        )
+        handle = actor.remote(self.job, device if device == "cpu" else "cuda:0")
+        return _Actor(device, handle, handle.load.remote(), Liveness(gpu=device != "cpu"))
 
     def _feed(self, actor: _Actor) -> None:
         while actor.starting is None and self.queue and len(actor.held) < AHEAD:
             batch = self.queue.popleft()
+            if not actor.held:
+                actor.life.hear()
             actor.held.append((batch, actor.handle.make.remote(batch, self.tasks_of(batch))))
 
     def _listen(self, actor: _Actor, future) -> None:
+        actor.life.hear()
         try:
             answer = self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
-            if isinstance(cause, OSError) and cause.errno is not None:
+            if isinstance(cause, OSError) and cause.errno in FATAL_ERRNOS:
                 raise UserError(os_error_line(cause)) from error
             log.debug(str(error))
             self._replace(actor, str(cause).splitlines()[0] if str(cause) else type(cause).__name__)
@@ -152,6 +167,31 @@ class RayLauncher(Dispatcher):
             batch, rows, failures = answer
             actor.held = deque((b, f) for b, f in actor.held if b != batch)
             self.take(id(actor), rows, failures)
+
+    def _replace_hung(self) -> None:
+        stopped = self.standstill.seconds()
+        for actor in list(self.actors):
+            actor.life.skip(stopped)
+            if not actor.held and actor.starting is None:
+                continue
+            limit = self.silence_limit(actor.starting is None)
+            self._take_pulse(actor, limit)
+            if why := actor.life.failure(limit):
+                waits = "it did not start: are there enough free CPUs or GPUs in the cluster?"
+                self._replace(actor, why if actor.running or actor.starting is None else waits)
+
+    def _take_pulse(self, actor: _Actor, limit: float) -> None:
+        """Asks an actor for signs of life; one that is stopped, or whose node is, does not answer."""
+        if actor.pulse is None:
+            if actor.life.due(limit):
+                actor.pulse = actor.handle.pulse.options(concurrency_group=PULSE).remote()
+        elif self.ray.wait([actor.pulse], timeout=0)[0]:
+            try:
+                actor.life.observe(*self.ray.get(actor.pulse))
+                actor.running = True
+            except self.ray.exceptions.RayError:  # it is gone, as its batch will say
+                log.debug("an actor did not answer")
+            actor.pulse = None
 
     def _replace(self, actor: _Actor, why: str) -> None:
         self.ray.kill(actor.handle)

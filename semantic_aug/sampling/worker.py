@@ -1,15 +1,15 @@
 """One sampling process: takes batches from a pipe, makes the images, writes them, reports what it wrote.
 
-What it says: ``("ready", text)`` once loaded; ``("begin", batch)``; ``("done", batch, rows, failures)`` with (number, size,
-crc) rows; ``("note", text)`` for the log; ``("error", text)`` when a batch broke and the process should be replaced;
-``("fatal", line)`` when nothing can work (a full disk, weights that do not fit). It ends when the pipe does, that is, when
-its parent ends, however that happens. Images are encoded and written by threads while the next batch is computed.
+What it says: ``("ready", text)`` once loaded; ``("begin", batch)``; ``("step",)``, at most every second, while it denoises;
+``("done", batch, rows, failures)`` with (number, size, crc) rows; ``("note", text)`` for the log; ``("error", text)`` when a
+batch broke and the process should be replaced; ``("fatal", line)`` when nothing can work (a full disk, weights that do not
+fit). It ends when the pipe does, that is, when its parent ends, however that happens. Images are encoded and written by
+threads while the next batch is computed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import signal
 import sys
 import traceback
@@ -28,8 +28,10 @@ from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, os_error_line
 from semantic_aug.sampling import masks
+from semantic_aug.sampling.dispatch import FATAL_ERRNOS, Row
 from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.liveness import Heartbeat
 from semantic_aug.sampling.moments import SourceMoments
 from semantic_aug.sampling.sources import SourceImages
 from semantic_aug.sampling.store import DATA
@@ -38,12 +40,8 @@ from semantic_aug.seeding import task_rng
 WRITERS = 4
 """Threads that encode and write images."""
 
-_FATAL_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM}
-
 MOST_BLACK = 16
 """A process whose first so many images are all black cannot work."""
-
-Row = tuple[int, int, int]
 
 
 class BatchMaker:
@@ -172,6 +170,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
     except Exception:
         pipe.send(("error", traceback.format_exc()))
         return
+    maker.engine.on_step = Heartbeat(lambda: pipe.send(("step",)))
     pipe.send(("ready", f"{device}: attention kernel {maker.engine.attention}"))
     try:
         _serve(pipe, maker)
@@ -180,7 +179,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
     except UserError as error:
         pipe.send(("fatal", str(error)))
     except OSError as error:
-        fatal = error.errno in _FATAL_ERRNOS
+        fatal = error.errno in FATAL_ERRNOS
         pipe.send(("fatal", os_error_line(error)) if fatal else ("error", traceback.format_exc()))
     except Exception:
         pipe.send(("error", traceback.format_exc()))
