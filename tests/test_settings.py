@@ -270,19 +270,20 @@ def test_awkward_but_honest_paths(tmp_path):
     ("rows", "message"),
     [
         ([*ROWS, ("a/../../x.png", "owl", "train")], "line 6: path 'a/../../x.png' leads outside"),
-        (
-            [*ROWS, ("/etc/passwd", "owl", "train")],
-            "line 6: path '/etc/passwd' leads outside .*: an entry .*datasets.yaml",
-        ),
         ([*ROWS, ("", "owl", "train")], "line 6: the path is empty"),
         ([*ROWS, ("0.png", " ", "train")], "line 6: the label is empty"),
-        ([*ROWS, ("./0.png", "toad", "train")], "line 6: '0.png' is listed twice in split train"),
+        (
+            [*ROWS, ("./0.png", "toad", "train")],
+            "line 6: '0.png' is listed under two labels, 'owl' and 'toad': remove one row",
+        ),
         ([*ROWS, ("9.png", "newt", "test")], "split test has the class 'newt', which split train lacks"),
         ([*ROWS, ("9.png", "owl", "holdout")], "line 6: split 'holdout': expected train, val or test"),
     ],
 )
 @pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
 def test_bad_lists_are_one_clear_line(tmp_path, rows, message, name):
+    if name.endswith(".parquet"):
+        message = message.replace("line 6", "row 5")
     with pytest.raises(UserError, match=message):
         read_listing(write_list(tmp_path, rows, name))
 
@@ -295,9 +296,9 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
     (tmp_path / "e.zip").write_bytes(b"PK")
     for name, message in (
         ("a.parquet", "cannot be read as parquet"),
-        ("b.csv", "cannot be read as CSV \\(.*[Ee]xpected 2 columns, got 1"),
+        ("b.csv", "b.csv line 3: expected 2 columns, got 1"),
         ("c.csv", "lacks the column 'path': .*it has none"),
-        ("d.csv", "cannot be read as CSV"),
+        ("d.csv", "d.csv line 2: byte 0xff is not UTF-8 text: save the list as UTF-8"),
         ("f.csv", "is not there: expected a CSV or parquet file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -5,13 +5,15 @@ The column is called ``caption``, ``text`` or ``description``. Several captions 
 
 from __future__ import annotations
 
-import csv
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from semantic_aug.datasets.delimited import read_header
 from semantic_aug.datasets.files import below
+from semantic_aug.datasets.notes import note
 from semantic_aug.errors import UserError
 
 COLUMNS = ("caption", "text", "description")
@@ -48,19 +50,21 @@ def read_metadata(folder: Path, files: Sequence[str]) -> np.ndarray | None:
     path = folder / METADATA
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
-        column = column_in(rows.fieldnames or ())
-        if column is None or "file_name" not in (rows.fieldnames or ()):
-            return None  # a list about something else
-        position = {name: i for i, name in enumerate(files)}
-        captions: list[str | None] = [None] * len(files)
-        for row in rows:
-            where = f"{path} line {rows.line_num}"
-            index = position.get(below(folder, row["file_name"] or "", where))
-            if index is None:
-                raise UserError(f"{where}: '{row['file_name']}' is no image of {folder}: mend or remove the row")
-            if captions[index] is not None:
-                raise UserError(f"{where}: '{row['file_name']}' is listed twice: put its captions into one cell")
-            captions[index] = row[column] or ""
+    table = read_header(path, ("file_name", *COLUMNS))
+    name_at, caption_at = table.column("file_name"), table.column(*COLUMNS)
+    if name_at is None or caption_at is None:  # a list about something else
+        note("metadata.csv without the columns file_name and caption left out", [str(path)])
+        return None
+    position = {unicodedata.normalize("NFC", name): i for i, name in enumerate(files)}
+    captions: list[str | None] = [None] * len(files)
+    for line, cells in table.records():
+        where, name = f"{path} line {line}", cells[name_at].strip()
+        if unicodedata.normalize("NFC", name) not in position:
+            name = name.replace("\\", "/")
+        index = position.get(unicodedata.normalize("NFC", below(folder, name, where)))
+        if index is None:
+            raise UserError(f"{where}: '{name}' is no image of {folder}: correct or remove the row")
+        if captions[index] is not None:
+            raise UserError(f"{where}: '{name}' is listed twice: put its captions into one cell")
+        captions[index] = cells[caption_at]
     return as_column(captions)

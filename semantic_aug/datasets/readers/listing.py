@@ -1,24 +1,28 @@
 """A list of paths and labels, as CSV or parquet: one's own data without moving a file.
 
 Columns ``path`` and ``label``, ``split`` where there are splits, and ``caption`` where there are captions; others are
-passed over. Labels and splits are read as
-codes, paths block by block, and only a path that needs it is looked at alone, so that a million rows open in seconds.
+passed over. Labels and splits are read as codes, paths block by block, and only a path that needs it is looked at alone,
+so that a million rows open in seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import operator
 import os
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from semantic_aug.datasets import captions
+from semantic_aug.datasets.delimited import TextTable, as_utf8, read_header
 from semantic_aug.datasets.files import below, table_of_files
-from semantic_aug.datasets.spec import Splits
+from semantic_aug.datasets.notes import note
+from semantic_aug.datasets.spec import SPLITS, Splits
 from semantic_aug.datasets.splits import split_of, unify
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
@@ -32,93 +36,160 @@ TEXTS = ("path", "caption")
 
 _ROOT_REMEDY = "an entry of config/datasets.yaml with csv and root says below which folder images lie"
 
-_PLAIN = r"^[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)*$"
-"""A relative path that is what it seems: no component starts with a dot, none is empty, nothing is a backslash."""
+_START, _ANY, _END = r"[!-\-0-\[\]-}]", r"[ -.0-\[\]-~]", r"[!-.0-\[\]-~]"
+_PLAIN = f"^({_START}{_ANY}*/)*{_START}({_ANY}*{_END})?$"
+"""A relative path that is what it seems: printable ASCII without backslash, no spaces around it, no component that is empty or
+starts with a dot, a tilde or a space."""
+
+Place = Callable[[int], str]
+"""From a row's number to the file and line it stands on, for errors."""
 
 
 def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None) -> Splits:
     """The splits of a CSV or parquet file.
 
+    Spaces around cells, lines without cells, and the letter case of the header do not matter; labels are compared and given
+    in composed Unicode (NFC). An image listed twice in a split under one label is kept once.
+
     Args:
         file: the list.
-        root: folder that relative paths start from and that no path may leave (None: the list's own folder).
+        root: folder that relative paths start from and that they may not leave (None: the list's own folder).
 
     Raises:
-        UserError: not there, not a table, a missing column, an empty label, an unknown split, a path outside ``root``
-            or listed twice in a split, or a class that train lacks.
+        UserError: not there, not a table, a missing column, an empty label, an unknown split, a relative path outside
+            ``root``, an image under two labels or in train and another split, or a class that train lacks.
     """
     file = Path(file).expanduser()
     if not file.is_file():
         raise UserError(f"{file} is not there: expected a CSV or parquet file with the columns path and label")
     base = Path(os.path.abspath(Path(root).expanduser() if root else file.parent))
-    rows = _read_parquet(file) if file.suffix.lower() in (".parquet", ".pq") else _read_csv(file)
+    if not base.is_dir():
+        raise UserError(
+            f"root {base} of the list {file} is not a folder: correct root, the folder that paths start from"
+        )
+    is_parquet = file.suffix.lower() in (".parquet", ".pq")
+    rows, place = _read_parquet(file) if is_parquet else _read_csv(file)
     codes, words = _codes(rows, "label")
-    for code, word in enumerate(words):
-        if not word.strip() and (codes == code).any():
-            raise UserError(f"{file} line {_line(np.argmax(codes == code))}: the label is empty")
-    paths, splits = rows["path"], _positions_of_splits(rows, file)
+    paths, splits = rows["path"], _positions_of_splits(rows, place)
+    empty = np.flatnonzero(np.isin(codes, [code for code, word in enumerate(words) if not word]))
+    if len(empty):
+        raise UserError(f"{place(empty[0])}: the label is empty")
     texts = rows["caption"] if "caption" in rows.column_names else None
     del rows
-    tables = {}
+    tables, doubled = {}, []
     for split, positions in splits.items():
-        keys = _keys(paths, positions, base, file)
+        keys = _keys(paths, positions, base, place)
+        kept = _without_repeated(keys, codes[positions], words, lambda i, at=positions: place(at[i]), doubled)
+        if len(kept) < len(positions):
+            positions, keys = positions[kept], [keys[i] for i in kept.tolist()]
         extras = None if texts is None else {"caption": captions.as_column(texts.take(positions).to_pylist())}
         tables[split] = _table(keys, codes[positions], words, base, extras)
-        _refuse_repeated(tables[split], positions, file, split)
+    note("rows that repeat an image of their split left out", doubled)
     if "train" not in tables:
         raise UserError(f"{file} has no row of split train")
+    _refuse_shared(tables, file)
     return unify(tables, fixed="train")
 
 
-def _line(row: int | np.integer) -> int:
-    """The line of the CSV a row stands on, the header being line 1."""
-    return int(row) + 2
-
-
 def _check_columns(found: Sequence[str], file: Path) -> list[str]:
+    """The columns that are read, as the file spells them."""
+    spelled = {name.strip().casefold(): name for name in found}
     for name in COLUMNS[:2]:
-        if name not in found:
+        if name not in spelled:
             raise UserError(
                 f"{file} lacks the column '{name}': expected path, label and optionally split; "
                 f"it has {', '.join(found) or 'none'}"
             )
-    return [name for name in COLUMNS if name in found]
+    return [spelled[name] for name in COLUMNS if name in spelled]
 
 
-def _read_csv(file: Path) -> pa.Table:
-    import csv as plain_csv
+def _read_csv(file: Path) -> tuple[pa.Table, Place]:
+    import pyarrow as pa
 
+    table = read_header(file, COLUMNS)
+    _check_columns(table.columns, file)
+    wanted = {name: table.column(name) for name in COLUMNS if table.column(name) is not None}
+    names = [f"column {i}" for i in range(len(table.columns))]
+    for name, position in wanted.items():
+        names[position] = name
+    kinds = {name: pa.string() if name in TEXTS else pa.dictionary(pa.int32(), pa.string()) for name in wanted}
+    try:
+        rows = _parsed(table, names, kinds)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        for _ in table.records():  # names the line at fault
+            pass
+        reason = str(error).split("\n")[0][:160]
+        raise UserError(f"{file} cannot be read as CSV ({reason}): correct the list") from None
+    return _without_empty(rows), _LinesOf(table)
+
+
+def _parsed(table: TextTable, names: list[str], kinds: dict[str, pa.DataType]) -> pa.Table:
+    """A table's wanted columns; a record longer than the block it is read in is read in a larger one."""
     import pyarrow as pa
     from pyarrow import csv
 
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        found = [name.strip() for name in next(plain_csv.reader(lines), [])]
-    wanted = _check_columns(found, file)
-    kinds = {name: pa.string() if name in TEXTS else pa.dictionary(pa.int32(), pa.string()) for name in wanted}
-    try:
-        return csv.read_csv(
-            file,
-            read_options=csv.ReadOptions(column_names=found, skip_rows=1),
-            convert_options=csv.ConvertOptions(include_columns=wanted, column_types=kinds, strings_can_be_null=False),
-            memory_pool=pa.system_memory_pool(),  # gives back at once what it frees; the images are going to need it
-        )
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise UserError(f"{file} cannot be read as CSV ({reason}): expected UTF-8 text, commas between cells") from None
+    parse = csv.ParseOptions(delimiter=table.separator, newlines_in_values=_holds_quotes(table.path))
+    convert = csv.ConvertOptions(include_columns=list(kinds), column_types=kinds, strings_can_be_null=False)
+    block = 1 << 20
+    while True:
+        try:
+            return csv.read_csv(
+                table.path if table.is_utf8 else as_utf8(table),
+                read_options=csv.ReadOptions(column_names=names, skip_rows=table.skipped, block_size=block),
+                parse_options=parse,
+                convert_options=convert,
+                memory_pool=pa.system_memory_pool(),  # gives back at once what it frees; the images are going to need it
+            )
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error) or block > 4 * table.path.stat().st_size:
+                raise
+            block = min(16 * block, (1 << 31) - 1)
 
 
-def _read_parquet(file: Path) -> pa.Table:
+class _LinesOf:
+    """Names the line a row of a CSV stands on; the file is read for it only when an error asks."""
+
+    def __init__(self, table: TextTable):
+        self.table = table
+
+    def __call__(self, row: int) -> str:
+        columns = [self.table.column(name) for name in COLUMNS[:2]]
+        with contextlib.suppress(UserError):
+            filled = (line for line, cells in self.table.records() if any(cells[column].strip() for column in columns))
+            return f"{self.table.path} line {next(itertools.islice(filled, int(row), None))}"
+        return f"{self.table.path} row {row + 1}"
+
+
+def _holds_quotes(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return any(b'"' in block for block in iter(lambda: content.read(1 << 20), b""))
+
+
+def _read_parquet(file: Path) -> tuple[pa.Table, Place]:
     import pyarrow as pa
     from pyarrow import compute, parquet
 
     try:
-        wanted = _check_columns(parquet.read_schema(file).names, file)
-        rows = parquet.read_table(file, columns=wanted)
-        columns = {name: compute.fill_null(rows[name].cast(pa.string()), "") for name in wanted}
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        spelled = _check_columns(parquet.read_schema(file).names, file)
+        rows = parquet.read_table(file, columns=spelled)
+        columns = {name.strip().casefold(): compute.fill_null(rows[name].cast(pa.string()), "") for name in spelled}
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OSError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{file} cannot be read as parquet ({reason}): write it again") from None
-    return pa.table({name: c if name in TEXTS else c.dictionary_encode() for name, c in columns.items()})
+    table = pa.table({name: c if name in TEXTS else c.dictionary_encode() for name, c in columns.items()})
+    return table, lambda row: f"{file} row {row + 1}"
+
+
+def _without_empty(rows: pa.Table) -> pa.Table:
+    """The rows that have a path or a label; spreadsheets write rows of separators at the end."""
+    from pyarrow import compute
+
+    codes, words = _codes(rows, "label")
+    blank = np.isin(codes, [code for code, word in enumerate(words) if not word])
+    if not blank.any():
+        return rows
+    filled = ~blank | compute.not_equal(compute.utf8_trim_whitespace(rows["path"]), "").to_numpy(zero_copy_only=False)
+    return rows if filled.all() else rows.filter(filled)
 
 
 def _codes(rows: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
@@ -132,10 +203,15 @@ def _codes(rows: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
     if any(chunk.null_count for chunk in column):  # an empty cell
         words.append("")
         column = [pa.DictionaryArray.from_arrays(c.indices.fill_null(len(words) - 1), words) for c in column]
-    return np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in column]).astype(np.int32), words
+    codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in column]).astype(np.int32)
+    clean = [unicodedata.normalize("NFC", word.strip()) for word in words]
+    if clean == words:
+        return codes, words
+    position = {word: i for i, word in enumerate(dict.fromkeys(clean))}
+    return np.array([position[word] for word in clean], np.int32)[codes], list(position)
 
 
-def _positions_of_splits(rows: pa.Table, file: Path) -> dict[str, np.ndarray]:
+def _positions_of_splits(rows: pa.Table, place: Place) -> dict[str, np.ndarray]:
     """Row numbers of each split, ascending; all are train where there is no column ``split``."""
     if "split" not in rows.column_names:
         return {"train": np.arange(len(rows))}
@@ -143,16 +219,15 @@ def _positions_of_splits(rows: pa.Table, file: Path) -> dict[str, np.ndarray]:
     found: dict[str, list[int]] = {}
     for code, word in enumerate(words):
         split = split_of(word or "train")
-        if split is None:
-            raise UserError(
-                f"{file} line {_line(np.argmax(codes == code))}: split '{word}': expected train, val or test"
-            )
-        found.setdefault(split, []).append(code)
-    return {split: np.flatnonzero(np.isin(codes, members)) for split, members in found.items()}
+        if split is None and (codes == code).any():
+            raise UserError(f"{place(np.argmax(codes == code))}: split '{word}': expected train, val or test")
+        found.setdefault(split or "train", []).append(code)
+    positions = {split: np.flatnonzero(np.isin(codes, members)) for split, members in found.items()}
+    return {split: rows for split, rows in positions.items() if len(rows)}
 
 
-def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, file: Path) -> list[str]:
-    """The paths at some rows, relative to the root."""
+def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, place: Place) -> list[str]:
+    """The paths at some rows, relative to the root where they lie below it."""
     from pyarrow import compute
 
     keys: list[str] = []
@@ -164,9 +239,49 @@ def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, file: Path)
         first = len(keys)
         keys += chosen.to_pylist()
         for i in np.flatnonzero(~plain):
-            keys[first + i] = below(base, keys[first + i], f"{file} line {_line(inside[i])}", _ROOT_REMEDY)
+            keys[first + i] = _key(keys[first + i], base, lambda at=inside[i]: place(at))
         start += len(chunk)
     return keys
+
+
+def _key(text: str, base: Path, where: Callable[[], str]) -> str:
+    """One path that needs a look: absolute, of Windows, with spaces around it, or not in ASCII.
+
+    Raises:
+        UserError: empty, of another computer, or a relative path that leads outside the root.
+    """
+    if not text.strip():
+        raise UserError(f"{where()}: the path is empty")
+    for candidate in _spellings(text):
+        if "\0" not in candidate and Path(base, candidate).is_file():
+            text = candidate
+            break
+    else:
+        text = text.strip()
+        if re.match(r"[A-Za-z]:[\\/]|\\\\", text):
+            raise UserError(
+                f"{where()}: '{text}' is a path of a Windows drive: give paths relative to the list or to root"
+            )
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+            raise UserError(f"{where()}: '{text}' is an address: download the images and give their paths")
+        if "\0" in text:
+            raise UserError(f"{where()}: '{text!r}' is no path: correct it")
+        text = text.replace("\\", "/")
+    text = str(Path(text).expanduser()) if text.startswith("~/") and not Path(base, text).exists() else text
+    if text.startswith(os.sep):  # the user's own list may name any place
+        path, start = os.path.normpath(text), str(base).rstrip(os.sep) + os.sep
+        return path[len(start) :] if path.startswith(start) else path
+    try:
+        return below(base, text, "", _ROOT_REMEDY)
+    except UserError as error:
+        raise UserError(f"{where()}{error}") from None
+
+
+def _spellings(text: str) -> Iterator[str]:
+    """The ways in which a path may be meant, as it stands first."""
+    for spaces in dict.fromkeys((text, text.strip())):
+        for slashes in dict.fromkeys((spaces, spaces.replace("\\", "/"))):
+            yield from dict.fromkeys((slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))))
 
 
 def _table(
@@ -180,9 +295,40 @@ def _table(
     return table_of_files(names, rank[codes], keys, lambda row: os.path.join(base, keys[row]), extras)
 
 
-def _refuse_repeated(table: ImageTable, positions: np.ndarray, file: Path, split: str) -> None:
-    keys = table.keys  # sorted, so equal ones are neighbours
-    if any(map(operator.eq, keys, itertools.islice(keys, 1, None))):
-        i = next(i for i in range(1, len(keys)) if keys[i] == keys[i - 1])
-        line = _line(max(positions[table.rows[i - 1]], positions[table.rows[i]]))
-        raise UserError(f"{file} line {line}: '{keys[i]}' is listed twice in split {split}: remove one row")
+def _without_repeated(
+    keys: list[str], codes: np.ndarray, words: list[str], place: Place, doubled: list[str]
+) -> np.ndarray:
+    """Positions without those that name an image again; what is left out is added to ``doubled``.
+
+    Raises:
+        UserError: an image has two labels.
+    """
+    if len(set(keys)) == len(keys):
+        return np.arange(len(keys))
+    first: dict[str, int] = {}
+    kept = []
+    for i, key in enumerate(keys):
+        known = first.setdefault(key, i)
+        if known == i:
+            kept.append(i)
+        elif codes[known] != codes[i]:
+            raise UserError(
+                f"{place(i)}: '{key}' is listed under two labels, '{words[codes[known]]}' and '{words[codes[i]]}': "
+                "remove one row"
+            )
+        else:
+            doubled.append(key)
+    return np.array(kept, np.int64)
+
+
+def _refuse_shared(tables: Splits, file: Path) -> None:
+    """Refuses images that are listed for train and another split; those of val and test are noted."""
+    names = [split for split in SPLITS if split in tables]
+    for one, other in itertools.combinations(names, 2):
+        fewer = set(tables[other].keys)
+        shared = sorted(key for key in tables[one].keys if key in fewer)
+        if shared and one == "train":
+            raise UserError(
+                f"{file} lists {len(shared)} images for {one} and {other} ('{shared[0]}' the first): remove one row of each"
+            )
+        note(f"images listed for {one} and {other}", shared)
