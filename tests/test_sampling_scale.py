@@ -16,7 +16,7 @@ from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv
-from semantic_aug.augmentations.engine import Engine
+from semantic_aug.augmentations.engine import EncodedPrompts, Engine
 from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.augmentations.strategies import find
 from semantic_aug.datasets import Setting, load_dataset
@@ -24,6 +24,7 @@ from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.reuse import FeatureReuse
 from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
+from semantic_aug.diffusion.text import ConditionCache, Conditions
 from semantic_aug.sampling import files, store
 from semantic_aug.sampling.config import automatic_batch_size
 from semantic_aug.sampling.dispatch import Dispatcher
@@ -100,20 +101,24 @@ def test_presets_change_what_they_say(engine_of):
     )
 
 
-@pytest.mark.slow
-def test_compiled_and_padded_batches_give_the_same_images(engine_of):
-    plain, compiled = translated(engine_of()), translated(engine_of(compiled_batch=4))
-    assert (plain.int() - compiled.int()).abs().max() <= 1
+@pytest.fixture
+def job_of(workshop, image_folder, tiny_base, tmp_path):
+    """Makes jobs over the tiny base model."""
+
+    def make(**changes) -> Job:
+        return Job(
+            folder=tmp_path, dataset=f"folder:{image_folder}", setting=Setting(), config_dir=workshop / "config",
+            files=ModelFiles(str(tiny_base), tiny_base), classes=ClassNames(CLASSES, CLASSES), solver=SolverSettings(4),
+            resolution=tiny.RESOLUTION, dtype="fp32", template="a photo of a {}", from_noise=False, seed=0,
+            sources=planned(load_dataset(f"folder:{image_folder}").train), **changes,
+        )  # fmt: skip
+
+    return make
 
 
-def test_a_micro_batch_that_fits_memory_gives_the_same_images(workshop, image_folder, tiny_base, tmp_path):
+def test_a_micro_batch_that_fits_memory_gives_the_same_images(job_of):
     """Where memory runs out the batch goes on in halves, and says so."""
-    job = Job(
-        folder=tmp_path, dataset=f"folder:{image_folder}", setting=Setting(), config_dir=workshop / "config",
-        files=ModelFiles(str(tiny_base), tiny_base), classes=ClassNames(CLASSES, CLASSES), solver=SolverSettings(4),
-        resolution=tiny.RESOLUTION, dtype="fp32", template="a photo of a {}", from_noise=False, seed=0,
-        sources=planned(load_dataset(f"folder:{image_folder}").train),
-    )  # fmt: skip
+    job = job_of()
     tasks = [Task(n, n, n % 3, 0.5, f"{n}.png", {}) for n in range(6)]
     whole, _ = BatchMaker(job, "cpu").pixels(tasks)
     notes = []
@@ -129,9 +134,90 @@ def test_a_micro_batch_that_fits_memory_gives_the_same_images(workshop, image_fo
     halves, _ = maker.pixels(tasks)
     assert (whole.int() - halves.int()).abs().max() <= 1
     assert notes == [
-        "out of memory with 6 images at once: going on with 3 (--batch_size sets it)",
-        "out of memory with 3 images at once: going on with 2 (--batch_size sets it)",
+        f"out of memory with {size} images at once: going on with {half} (last bits of images may differ from those of "
+        "whole batches; --batch_size sets it)"
+        for size, half in ((6, 3), (3, 2))
     ]
+
+
+@torch.library.custom_op("tests::limited_memory", mutates_args=())
+def limited_memory(x: torch.Tensor) -> torch.Tensor:
+    """A part of a network, opaque to the compiler, that memory does not hold for more than MOST rows."""
+    ROWS.append(len(x))
+    if len(x) > MOST[0]:
+        raise torch.OutOfMemoryError("out of memory")
+    return x.clone()
+
+
+limited_memory.register_fake(torch.empty_like)
+ROWS, MOST = [], [0]
+
+
+@pytest.mark.slow
+def test_out_of_memory_with_compiled_networks_halves_what_they_compute(job_of):
+    tasks = [Task(n, n, n % 3, 0.5, f"{n}.png", {}) for n in range(4)]
+    whole, _ = BatchMaker(job_of(), "cpu").pixels(tasks)
+    notes = []
+    torch.compiler.reset()  # what another test compiled has no such hook
+    maker = BatchMaker(job_of(compiled_batch=4), "cpu", notes.append)
+    maker.engine.unet.conv_in.register_forward_pre_hook(lambda _, inputs: limited_memory(inputs[0]))
+    ROWS.clear()
+    MOST[0] = 2 * 2  # two images, each with guidance
+    halves, _ = maker.pixels(tasks)
+    assert (whole.int() - halves.int()).abs().max() <= 1
+    assert ROWS == [8] + [4] * 4  # the whole batch once; then two halves of two steps each
+    assert len(notes) == 1 and "going on with 2 (networks are compiled for it, last bits" in notes[0]
+    ROWS.clear()
+    padded, _ = maker.pixels(tasks[:3])  # from then on in halves, the last one padded
+    assert ROWS == [4] * 4 and (whole[:3].int() - padded.int()).abs().max() <= 1
+
+
+def test_sources_are_encoded_in_halves_where_memory_runs_out(engine_of):
+    engine = engine_of()
+    images = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(8)]
+    whole = engine.encode(images)
+    engine.vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: limited_memory(inputs[0]))
+    ROWS.clear()
+    MOST[0] = 3
+    assert (engine.encode(images) - whole).abs().max() < 1e-4 and ROWS == [8, 4, 2, 2, 2, 2]
+    MOST[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.encode(images[:1])
+
+
+def test_encoded_prompts_are_bounded_and_the_same_bits(tiny_base):
+    """27 templates of 40 classes: 1,080 prompts in 17 chunks, of which 3 are held."""
+    names = [f"class {k}" for k in range(40)]
+    files, templates = ModelFiles(str(tiny_base), tiny_base), [f"{t} photo of a {{}}" for t in range(27)]
+    engine = Engine(files, ClassNames(names, names), SolverSettings(4), tiny.RESOLUTION, template=templates)
+    whole, row = engine.prompt_embeds, engine.null_embeds.nbytes
+    assert whole.encode is None and whole.nbytes == 1080 * row  # the text encoders are let go
+    model, calls = load_base(str(tiny_base)), []
+
+    def encode(prompts):
+        calls.append(len(prompts))
+        return model.encode(prompts, tiny.RESOLUTION)
+
+    bound = 3 * 64 * row
+    bounded = EncodedPrompts(encode, engine.prompts, row, bound)
+    assert not calls and bounded.nbytes == 0
+    order = np.random.default_rng(0).permutation(1080)
+    for first in range(0, 1080, 120):
+        rows = order[first : first + 120].tolist()
+        assert torch.equal(bounded[rows].hidden, whole[rows].hidden) and bounded.nbytes <= bound
+    assert set(calls) == {64, 56} and len(calls) <= 9 * 17
+    calls.clear()
+    bounded[[5, 70, 5, 6]], bounded[[71]]
+    assert len(calls) <= 2, "prompts of a chunk that is held are not encoded again"
+
+
+def test_stage_1_holds_a_bounded_number_of_encoded_prompts():
+    row = Conditions(torch.zeros(1, 4, 8))
+    cache = ConditionCache(3 * row.nbytes)
+    for key in range(10):
+        cache.put(key, row)
+        cache.get(0)
+    assert cache.nbytes == 3 * row.nbytes and [k for k in range(10) if cache.get(k) is not None] == [0, 8, 9]
 
 
 def test_sources_are_encoded_once_and_shared(engine_of, image_folder, tmp_path):

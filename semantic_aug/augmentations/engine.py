@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,12 +24,67 @@ from semantic_aug.diffusion.loop import (
     translate,
 )
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
-from semantic_aug.diffusion.text import Conditions, class_prompt
+from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt
 from semantic_aug.prompts import SAMPLING_TEMPLATE
 
+log = logging.getLogger(__name__)
+
 PROMPT_BATCH = 64
-DECODE_BATCH = 8
+ENCODE_BATCH = DECODE_BATCH = 8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class EncodedPrompts:
+    """The conditioning of numbered prompts, encoded in fixed chunks so that it depends on nothing but the list of prompts.
+
+    Where all of it fits the bound it is encoded at once and the text encoders are let go. Otherwise they stay, chunks are
+    encoded when a prompt of theirs is needed, and the least recently used ones are forgotten.
+
+    Args:
+        encode: prompts to their conditioning.
+        prompts: all of them.
+        row_bytes: one prompt's conditioning.
+        bound: bytes held.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], Conditions],
+        prompts: Sequence[str],
+        row_bytes: int,
+        bound: int = PROMPT_BYTES,
+    ):
+        self.prompts, self.cache = prompts, ConditionCache(bound)
+        self.encode: Callable | None = encode
+        self.whole: Conditions | None = None
+        if len(prompts) * row_bytes <= bound:
+            chunks = range(-(-len(prompts) // PROMPT_BATCH))
+            self.whole = Conditions.cat(self._encoded(chunk) for chunk in chunks)
+            self.encode = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return self.whole.nbytes if self.whole is not None else self.cache.nbytes
+
+    def __getitem__(self, rows: Sequence[int]) -> Conditions:
+        """The conditioning of the prompts of these numbers, in their order."""
+        if self.whole is not None:
+            return self.whole[rows]
+        picked: dict[int, Conditions] = {}
+        for row in sorted(set(rows)):  # chunk by chunk, so that each is encoded once, however small the bound
+            picked[row] = self._chunk(row // PROMPT_BATCH)[[row % PROMPT_BATCH]]
+        return Conditions.cat(picked[row] for row in rows)
+
+    def _chunk(self, number: int) -> Conditions:
+        chunk = self.cache.get(number)
+        if chunk is None:
+            chunk = self._encoded(number)
+            self.cache.put(number, chunk)
+        return chunk
+
+    def _encoded(self, number: int) -> Conditions:
+        return self.encode(self.prompts[number * PROMPT_BATCH : (number + 1) * PROMPT_BATCH])
 
 
 class Engine:
@@ -71,17 +127,18 @@ class Engine:
             for source, prompt in zip(classes.source_names, classes.prompt_names, strict=True)
         ]
         model.to(device, dtype)
-        chunks = [self.prompts[i : i + PROMPT_BATCH] for i in range(0, len(self.prompts), PROMPT_BATCH)]
-        self.prompt_embeds = Conditions.cat(model.encode(chunk, resolution) for chunk in chunks)
         self.null_embeds = model.encode_null(resolution)
-        # the text encoders have done their work: only what follows stays in memory
-        self.vae, self.batch = model.vae, compiled_batch
+        encode = functools.partial(model.family.encode_prompts, model.tokenizers, model.text_encoders)
+        self.prompt_embeds = EncodedPrompts(
+            lambda prompts: encode(prompts, resolution), self.prompts, self.null_embeds.nbytes
+        )
+        self.unet, self.vae, self.batch, self.encode_batch = model.unet, model.vae, compiled_batch, ENCODE_BATCH
         self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.settings, self.resolution = settings, resolution
         self.device, self.dtype = torch.device(device), dtype
         self.latent_shape = model.geometry.latent_shape(resolution)
         self.attention = attention_kernel(model.unet, self.device, dtype)
-        self.denoiser, self.decode = self._networks(model.unet)
+        self.denoiser, self.decode = self._networks(self.unet)
         self.on_step: Callable[[], None] = lambda: None
 
     def _networks(self, unet: nn.Module):
@@ -97,9 +154,28 @@ class Engine:
             return reusing_denoiser(unet, compiled), decode
         return plain_denoiser(compiled(unet)), decode
 
+    def compile_for(self, batch: int) -> None:
+        """Compiles the networks anew for batches of another size, where they are compiled at all."""
+        if self.batch is not None:
+            self.batch = batch
+            self.denoiser = self.decode = None
+            torch.compiler.reset()
+            self.denoiser, self.decode = self._networks(self.unet)
+
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Sources, PIL RGB of ``resolution`` pixels, to posterior parameters ``(B, 2C, h, w)`` on the CPU."""
-        return encode_moments(self.vae, to_pixels(images, self.device, self.vae.dtype)).cpu()
+        while True:
+            try:
+                parts = [images[i : i + self.encode_batch] for i in range(0, len(images), self.encode_batch)]
+                return torch.cat(
+                    [encode_moments(self.vae, to_pixels(part, self.device, self.vae.dtype)).cpu() for part in parts]
+                )
+            except torch.OutOfMemoryError:
+                if min(self.encode_batch, len(images)) == 1:
+                    raise
+            self.encode_batch = -(-min(self.encode_batch, len(images)) // 2)
+            torch.cuda.empty_cache()
+            log.warning("out of memory: from now on %d source images are encoded at once", self.encode_batch)
 
     def translate(
         self,
@@ -140,7 +216,7 @@ class Engine:
         return [*range(count), *[count - 1] * max(0, (self.batch or 0) - count)]
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        return decode_latents(self.vae, latents, DECODE_BATCH, self.decode).cpu()
+        return decode_latents(self.vae, latents, min(DECODE_BATCH, self.batch or DECODE_BATCH), self.decode).cpu()
 
 
 def _spread(generators: Sequence[torch.Generator], padded: list[int]) -> list[torch.Generator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
+
+PROMPT_BYTES = 1 << 29
+"""Encoded prompts that a process holds on its device; with many classes and templates they would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Conditions:
     def device(self) -> torch.device:
         return self.hidden.device
 
+    @property
+    def nbytes(self) -> int:
+        return self.hidden.nbytes + sum(value.nbytes for value in self.added.values())
+
     def to(self, *where) -> Conditions:
         """On another device or in another precision."""
         return Conditions(self.hidden.to(*where), {name: value.to(*where) for name, value in self.added.items()})
@@ -62,6 +70,34 @@ class Conditions:
     def unet_arguments(self) -> dict:
         """Keyword arguments of a U-Net's call."""
         return {"encoder_hidden_states": self.hidden, **({"added_cond_kwargs": dict(self.added)} if self.added else {})}
+
+
+class ConditionCache:
+    """Encoded prompts by key, up to a bound of bytes; the least recently used go first.
+
+    Args:
+        bound: bytes; one entry is always kept.
+    """
+
+    def __init__(self, bound: int):
+        self.bound, self.nbytes = bound, 0
+        self._entries: OrderedDict[int, Conditions] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: int) -> Conditions | None:
+        """An entry, or None where it is not held."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: int, conditions: Conditions) -> None:
+        """Holds an entry that is new."""
+        self._entries[key] = conditions
+        self.nbytes += conditions.nbytes
+        while self.nbytes > self.bound and len(self._entries) > 1:
+            self.nbytes -= self._entries.popitem(last=False)[1].nbytes
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

@@ -14,7 +14,7 @@ from semantic_aug.datasets import LoadedDataset
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel
-from semantic_aug.diffusion.text import Conditions, class_prompt, tokenize
+from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt, tokenize
 from semantic_aug.finetune.captions import Captions
 from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.finetune.projections import FlatLora, join_projections
@@ -55,7 +55,7 @@ class TrainedModel(nn.Module):
         self.captions = Captions(dataset, self.tokens, config.class_prompts_ratio)
         self.class_prompts = len(prompts)
         self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
-        self._encoded: dict[int, Conditions] = {}
+        self._encoded = ConditionCache(PROMPT_BYTES)
         self._compiled, self._calls = False, 0
         self.flat_lora: FlatLora | None = None
 
@@ -130,15 +130,18 @@ class TrainedModel(nn.Module):
 
     def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
         """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
-        new, fresh = sorted(set(rows) - set(self._encoded)), {}
+        held = {row: self._encoded.get(row) for row in set(rows)}
+        new, fresh = sorted(row for row, one in held.items() if one is None), {}
         if new:
             ids = {f"ids_{position}": ids[new] for position, ids in enumerate(self.prompt_ids)}
             sizes = {} if time_ids is None else {"time_ids": time_ids[:1].expand(len(new), -1)}
             with torch.no_grad():
                 made = self.told(ids | sizes)
             fresh = {row: made[[i]] for i, row in enumerate(new)}
-        told = Conditions.cat(fresh[row] if row in fresh else self._encoded[row] for row in rows)
-        self._encoded.update((row, one) for row, one in fresh.items() if row < self.class_prompts)
+        told = Conditions.cat(fresh[row] if row in fresh else held[row] for row in rows)
+        for row, one in fresh.items():
+            if row < self.class_prompts:
+                self._encoded.put(row, one)
         return told
 
     def told(self, conditions: Mapping[str, Tensor]) -> Conditions:

@@ -93,11 +93,18 @@ class BatchMaker:
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-                self.at_once = -(-size // 2)
-                torch.cuda.empty_cache()
-                self.note(
-                    f"out of memory with {size} images at once: going on with {self.at_once} (--batch_size sets it)"
-                )
+            self._halve(size)
+
+    def _halve(self, size: int) -> None:
+        """Goes on with half the images at once, after an exception that held on to the memory is gone."""
+        self.at_once = -(-size // 2)
+        torch.cuda.empty_cache()
+        self.engine.compile_for(self.at_once)
+        compiled = "networks are compiled for it, " if self.job.compiled_batch else ""
+        self.note(
+            f"out of memory with {size} images at once: going on with {self.at_once} ({compiled}last bits of images may "
+            "differ from those of whole batches; --batch_size sets it)"
+        )
 
     def _black(self, tasks: Sequence[Task], pixels: Tensor) -> dict[int, str]:
         """The tasks whose image is black everywhere, as those are that are not finite: number -> why it is refused.
