@@ -1,0 +1,88 @@
+"""Every command printed in the README and in docs/ is one that the real parsers accept, and every link leads somewhere."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECORDER = '#!/bin/sh\nfor word in "$@"; do printf "%s\\037" "$word"; done >>"$RECORD"\nprintf "\\036" >>"$RECORD"\n'
+"""A stand-in for python that writes down its arguments: words end in a unit separator, commands in a record separator."""
+
+
+def blocks(page) -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(block: str, folder) -> list[list[str]]:
+    """The arguments of each python command of a block, as bash hands them over; wrappers are the real ones."""
+    for name in ("python", "pip"):
+        (folder / name).write_text(RECORDER)
+        (folder / name).chmod(0o755)
+    record = folder / "record"
+    record.write_text("")
+    lines = [line for line in block.splitlines() if not re.match(r"\s*(bash scripts/|export DIFFMIX)", line)]
+    variables = {k: v for k, v in os.environ.items() if k not in ("GPU_IDS", "MODEL_NAME", "MULTIPLIER")}
+    env = {
+        **variables,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "RECORD": str(record),
+        "DIFFMIX_PYTHON": str(folder / "python"),
+    }
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, f"{block}\n{done.stderr}"
+    return [text.split("\x1f")[:-1] for text in record.read_text().split("\x1e")[:-1]]
+
+
+def parser_of(words: list[str]):
+    """The parser of a command and the words it gets; None for commands that are not ours."""
+    for stage in ("train_lora", "sample_mp", "train_cls"):
+        if words[0].endswith(f"{stage}.py"):
+            return importlib.import_module(stage).build_parser(), words[1:]
+    if words[:2] == ["-m", "semantic_aug.evaluation"]:
+        from semantic_aug.evaluation.__main__ import COMMANDS
+        from semantic_aug.evaluation.flags import joined_words
+
+        rest = joined_words(words[3:]) if words[2] in ("compare", "tune") else words[3:]
+        return importlib.import_module(COMMANDS[words[2]]).build_parser(), rest
+    if words[0] == "-m" and words[1].startswith("semantic_aug."):
+        name = words[1] if words[1] != "semantic_aug.datasets" else "semantic_aug.datasets.__main__"
+        return importlib.import_module(name).build_parser(), words[2:]
+    if words[0] == "scripts/bench.py":
+        module = importlib.import_module(f"benchmarks.{words[1]}")
+        return (module.build_parser(), words[2:]) if hasattr(module, "build_parser") else None
+    if words[0].startswith("scripts/"):
+        assert (ROOT / words[0]).is_file(), words
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_printed_commands_are_accepted(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for words in commands("\n".join(blocks(page)), tmp_path):  # a reader goes down a page in one shell
+        found = parser_of(words)
+        if found is not None:
+            parser, rest = found
+            parser.parse_args(rest)  # raises with the flag that is wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_scripts_and_links_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for script in re.findall(r"^\s*(?:bash|source) (scripts/\S+)", text, re.MULTILINE):
+        assert (ROOT / script).is_file(), script
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def test_the_readme_is_a_newcomers_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_recorder_hands_over_what_bash_would(tmp_path):
+    found = commands('X="--a 1"\npython train_cls.py $X "b c" \\\n    --d', tmp_path)
+    assert found == [["train_cls.py", "--a", "1", "b c", "--d"]], sys.version
