@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     config, dataset = resolve(args)
     if main_process:
         print(dataset.describe())
-        print(run_dir.arguments_text(config.record()), end="")
+        print(run_dir.arguments_text(config.record(int(os.environ.get("WORLD_SIZE", 1)))), end="")
     if args.dry_run:
         return 0
     from semantic_aug.finetune import trainer

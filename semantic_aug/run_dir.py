@@ -11,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -19,6 +19,8 @@ from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path, write_text
 
 ARGS_FILE = "args.yaml"
+MADE_FROM, SPOILED = "made_from", "spoiled"
+"""What a record keeps beside the arguments: the run's origin, and why it must not be gone on with."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "timm", "datasets", "numpy", "pillow")
 
 
@@ -89,10 +91,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequenc
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 
 
+class Origin(Protocol):
+    """What a run is made from, apart from its arguments: data and weights by content."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """The record, plain values; asked for when the arguments agree, since it may take reading many images."""
+
+    def compare(self, kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+        """What differs between a kept record and the present one, in words; empty where nothing does."""
+
+
 def claim(
-    folder: Path, arguments: Mapping[str, Any], flag: str, ignored: Sequence[str] = (), file: str = ARGS_FILE
+    folder: Path,
+    arguments: Mapping[str, Any],
+    flag: str,
+    ignored: Sequence[str] = (),
+    file: str = ARGS_FILE,
+    origin: Origin | None = None,
 ) -> bool:
     """Takes a folder for a run with these arguments, or finds that it belongs to one.
+
+    A folder whose record does not say what it was made from (earlier versions wrote none) is never gone on with: nothing
+    can show that its images are the present ones.
 
     Args:
         folder: made if absent.
@@ -100,26 +120,61 @@ def claim(
         flag: the flag that names another folder, for the error.
         ignored: arguments that may differ between the first start and a restart.
         file: where in the folder the arguments are kept.
+        origin: data and weights, kept as ``made_from`` beside the arguments.
 
     Returns:
-        True when the folder already holds a run with the same arguments, False when it is new.
+        True when the folder already holds a run with the same arguments and origin, False when it is new.
 
     Raises:
-        UserError: the folder holds a run with other arguments (lists what differs), or other files.
+        UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
+            gone on with, or other files.
     """
-    old = load_arguments(folder, file)
-    if old is not None:
-        changed = differences(old, arguments, ignored)
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with other arguments ({'; '.join(changed[:6])}"
-                f"{'; ...' if len(changed) > 6 else ''}): nothing was touched; choose another {flag}"
-            )
+    if load_arguments(folder, file) is not None:
+        refuse_other_run(folder, arguments, flag, ignored, file, origin=origin)
         return True
     if folder.exists() and any(not name.name.startswith(".") for name in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
-    write_text(folder / file, arguments_text(arguments))
+    made_from = {MADE_FROM: origin.describe()} if origin else {}
+    write_text(folder / file, arguments_text({**arguments, **made_from}))
     return False
+
+
+def refuse_other_run(
+    folder: Path,
+    arguments: Mapping[str, Any],
+    flag: str,
+    ignored: Sequence[str] = (),
+    file: str = ARGS_FILE,
+    *,
+    origin: Origin | None = None,
+) -> None:
+    """Refuses a folder whose run has other arguments or another origin; see :func:`claim`.
+
+    Raises:
+        UserError: it does, or it has no record.
+    """
+    kept, remedy = load_arguments(folder, file) or {}, "nothing was touched; choose another"
+    if kept.get(SPOILED):
+        raise UserError(f"{folder} cannot be gone on with ({kept[SPOILED]}): choose another {flag}")
+    if origin and not kept.get(MADE_FROM):
+        raise UserError(
+            f"{folder} holds a run whose {file} does not say which images it was made from (an earlier version began it): "
+            f"{remedy} {flag}"
+        )
+    changed = differences(kept, arguments, (*ignored, MADE_FROM))
+    if changed:
+        shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
+        raise UserError(f"{folder} holds a run with other arguments ({shown}): {remedy} {flag}")
+    difference = origin.compare(kept[MADE_FROM], plain(origin.describe())) if origin else ""
+    if difference:
+        raise UserError(
+            f"{folder} holds a run made from other data ({difference}): {remedy} {flag}, or restore what changed"
+        )
+
+
+def spoil(folder: Path, reason: str, file: str = ARGS_FILE) -> None:
+    """Notes in a run's record why it must not be gone on with; :func:`claim` refuses it from then on."""
+    write_text(folder / file, arguments_text({**(load_arguments(folder, file) or {}), SPOILED: reason}))
 
 
 class MetricsCsv:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import statistics
 from dataclasses import replace
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT, ROWS, classify_arguments, start, write_subset
+import yaml
+from helpers import ROOT, ROWS, classify_arguments, contents, exchange, start, write_subset
 from safetensors.torch import load_file
 
 import tiny
@@ -106,6 +108,114 @@ def test_summarize_prints_and_writes_the_table(three_seeds, tmp_path, capsys):
     assert out == (tmp_path / "t.md").read_text() and "| seeds | top1 | loss |" in out
     assert run_main(summarize.main, [str(three_seeds), "--scores", "top"]) == 2
     assert "error: unknown score of --scores 'top': did you mean" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- what a run is made from
+
+
+@pytest.fixture(scope="module")
+def movable(image_folder, tmp_path_factory):
+    """A finished run, and what it was made from: images, two kinds of synthetic ones, weights."""
+    home = tmp_path_factory.mktemp("movable")
+    shutil.copytree(image_folder, home / "animals")
+    write_subset(home / "subset", ROWS)
+    rows = (home / "subset/meta.csv").read_text().splitlines()
+    (home / "subset/meta-kept.csv").write_text("\n".join(rows[:-1]) + "\n")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), home / "weights.pth")
+    again(home)
+    return home
+
+
+def again(home, **changes):
+    """The same command, wherever its files lie."""
+    files = {"weights": home / "weights.pth", "syndata_dir": [f"{home}/subset", f"{home}/subset#kept"]}
+    words = {"allow_other_sources": True, "synthetic_prob": 0.5, **files, "nepoch": 1, **changes}
+    return train(home / "animals", home / "run", **words)
+
+
+@pytest.fixture
+def moved(movable, tmp_path):
+    shutil.copytree(movable, tmp_path / "moved")
+    return tmp_path / "moved"
+
+
+def other_bytes(file):
+    exchange(file, bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+def exchange_rows(file):
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+
+
+def test_a_finished_run_is_found_when_all_has_moved(movable, moved, caplog):
+    caplog.set_level("INFO")
+    found = again(moved, cache="off", gradient_accumulation_steps=2)
+    assert found == trainer.results_of(movable / "run") and "is finished already" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda home: other_bytes(home / "animals/train/toad/train000.png"),
+            "train: 18 images as before, the same names and labels, other content",
+        ),
+        (
+            lambda home: (home / "animals/test/toad/test000.png").rename(home / "animals/test/red fox/new.png"),
+            "test: 9 images as before, but all others",
+        ),
+        (lambda home: (home / "animals/val/toad/val000.png").unlink(), "val: 5 images now, 6 when the run began"),
+        (
+            lambda home: shutil.copy(home / "subset/meta.csv", home / "subset/meta-kept.csv"),
+            "synthetic: 8 images now, 7 when the run began",
+        ),
+        (
+            lambda home: exchange_rows(home / "subset/meta-kept.csv"),
+            "synthetic: 7 images as before, but all others",
+        ),
+        (
+            lambda home: other_bytes(next((home / "subset/data").rglob("*.png"))),
+            "synthetic: 7 images as before, the same labels, other content",
+        ),
+        (lambda home: other_bytes(home / "weights.pth"), "weights: "),
+    ],
+)
+def test_a_finished_run_is_not_the_result_of_something_else(moved, change, message):
+    before = contents(moved / "run", "*")
+    change(moved)
+    with pytest.raises(UserError, match=rf"made from other data \({message}.*choose another --output_dir"):
+        again(moved)
+    assert contents(moved / "run", "*") == before
+
+
+def test_a_run_of_an_earlier_version_is_not_taken_for_the_present_images(moved):
+    arguments = yaml.safe_load((moved / "run/args.yaml").read_text())
+    del arguments["made_from"]
+    (moved / "run/args.yaml").write_text(yaml.safe_dump(arguments))
+    with pytest.raises(UserError, match="does not say which images it was made from"):
+        again(moved)
+
+
+def test_images_that_change_while_a_run_goes_on(image_folder, tmp_path, monkeypatch):
+    shutil.copytree(image_folder, tmp_path / "animals")
+    picture, epoch = tmp_path / "animals/train/toad/train000.png", trainer.Trainer._train_epoch
+
+    def disturbed(self, *arguments):
+        shutil.copyfile(picture.with_name("train001.png"), picture)
+        return epoch(self, *arguments)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", disturbed)
+    kept = picture.read_bytes()
+    with pytest.raises(
+        UserError, match=r"1 images changed while the run was going on \('train/toad/train000.png' the first\)"
+    ):
+        train(tmp_path / "animals", tmp_path / "run", nepoch=1)
+    assert not list((tmp_path / "run").glob("*.json")) and not list((tmp_path / "run").glob("*.safetensors"))
+    picture.write_bytes(kept)
+    with pytest.raises(UserError, match="cannot be gone on with"):
+        train(tmp_path / "animals", tmp_path / "run", nepoch=1)
 
 
 # --------------------------------------------------------------------------------------------- synthetic data, losses

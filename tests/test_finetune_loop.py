@@ -9,17 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
-from helpers import ROOT
+from helpers import ROOT, contents, exchange
 from safetensors.torch import load_file
 
 import tiny
 import train_lora
 from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.loop import encode_moments, to_pixels
+from semantic_aug.diffusion.tokens import load_tokens
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.finetune import checkpoints, trainer
 from semantic_aug.finetune.batches import BatchSource
@@ -140,6 +143,127 @@ def test_stopped_at_any_step_and_resumed_equals_not_stopped(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[k], wanted[k]) for k in wanted)
     assert not list(parts.glob(".*"))  # leftovers are gone
+
+
+# -------------------------------------------------------------------------------------------- what a run is made from
+
+
+def finetune(home, *, images="animals", base="base", output="run", **changes):
+    """The same short command, wherever its files lie."""
+    flags = {"max_train_steps": 4, "logging_steps": 1, "checkpointing_steps": 2, "lr_scheduler": "cosine", **changes}
+    config, dataset = request(home / base, home / images, home / output, **flags)
+    return trainer.run(config, dataset, Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def movable(tiny_base, image_folder, tmp_path_factory):
+    """A finished run beside the images and the base model that it was made from."""
+    home = tmp_path_factory.mktemp("movable")
+    shutil.copytree(image_folder, home / "animals")
+    shutil.copytree(tiny_base, home / "base")
+    finetune(home)
+    yield home
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def moved(movable, tmp_path):
+    shutil.copytree(movable, tmp_path / "moved")
+    return tmp_path / "moved"
+
+
+def losses(folder):
+    rows = (folder / "metrics.csv").read_text().splitlines()[1:]
+    return {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows}
+
+
+def test_a_finished_run_is_found_when_all_has_moved(moved, caplog):
+    caplog.set_level("INFO")
+    (moved / "animals").rename(moved / "creatures")
+    (moved / "base").rename(moved / "model")
+    changes = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "lr_power": 2.0}  # the power is not used
+    before = contents(moved / "run", "*")
+    finetune(moved, images="creatures", base="model", **changes)
+    assert "is finished already (4 steps)" in caplog.text and contents(moved / "run", "*") == before
+
+
+def other_bytes(file):
+    exchange(file, file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda home: other_bytes(home / "animals/train/toad/train000.png"),
+            "train: 18 images as before, the same names and labels, other content",
+        ),
+        (lambda home: (home / "animals/train/toad/train000.png").unlink(), "train: 17 images now, 18 when"),
+        (
+            lambda home: [(home / "animals" / s / "toad").rename(home / "animals" / s / "newt") for s in SPLITS],
+            "class names differ; prompt names differ",
+        ),
+        (lambda home: other_bytes(home / "base/vae/diffusion_pytorch_model.safetensors"), "base_model: "),
+    ],
+)
+def test_a_finished_run_is_not_the_result_of_something_else(moved, change, message):
+    before = contents(moved / "run", "*")
+    change(moved)
+    with pytest.raises(UserError, match=rf"made from other data \(.*{message}.*choose another --output_dir"):
+        finetune(moved)
+    assert contents(moved / "run", "*") == before
+
+
+def test_checkpoints_of_other_images_are_not_gone_on_with(moved):
+    other_bytes(moved / "animals/train/toad/train000.png")
+    for words in ({}, {"output": "new"}):
+        with pytest.raises(UserError, match="the same names and labels, other content"):
+            finetune(moved, resume_from_checkpoint=moved / "run/checkpoint-2", **words)
+    assert not list((moved / "new").glob("[!.]*"))
+
+
+def test_a_run_goes_on_with_another_split_of_the_same_batch(movable, moved):
+    for name in ("summary.json", "checkpoint-4"):
+        (shutil.rmtree if name.startswith("c") else os.remove)(moved / "run" / name)
+    split = {"train_batch_size": 1, "gradient_accumulation_steps": 4}
+    with pytest.raises(UserError, match="effective_batch: 4 -> 8"):
+        finetune(moved, resume_from_checkpoint="latest", **(split | {"train_batch_size": 2}))
+    finetune(moved, resume_from_checkpoint="latest", **split)
+    found, wanted = losses(moved / "run"), losses(movable / "run")
+    assert found.keys() == wanted.keys() == {1, 2, 3, 4}
+    assert all(found[step] == pytest.approx(wanted[step], abs=1e-5) for step in wanted)
+    found, wanted = trained(moved / "run"), trained(movable / "run")
+    assert all((found[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
+
+
+def test_images_that_change_while_a_run_goes_on(movable, moved, monkeypatch):
+    picture, step = moved / "animals/train/toad/train000.png", trainer.Trainer.optimizer_step
+    kept = picture.read_bytes()
+
+    def disturbed(self):
+        picture.write_bytes(picture.with_name("train001.png").read_bytes())
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "optimizer_step", disturbed)
+    with pytest.raises(UserError, match=r"1 images changed while the run was going on \('train/toad/train000.png'.*"):
+        finetune(moved, output="new", checkpointing_steps=3)
+    names = sorted(path.name for path in (moved / "new").iterdir() if not path.name.startswith((".", "latents")))
+    assert names == ["args.yaml", "checkpoint-3", "checkpoint-4", "metrics.csv"]
+    monkeypatch.undo()
+    picture.write_bytes(kept)
+    finetune(moved, output="new", resume_from_checkpoint="latest")
+    found, wanted = trained(moved / "new"), trained(movable / "run")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_tokens_say_which_images_they_were_trained_on(movable):
+    record = yaml.safe_load((movable / "run/args.yaml").read_text())["made_from"]
+    tokens = load_tokens(movable / "run/learned_embeds.safetensors")
+    assert tokens.images == record["data"]["train"]["digest"] and record["data"]["classes"]["count"] == 3
+    assert load_tokens(movable / "run/checkpoint-2/learned_embeds.safetensors").images == tokens.images
+
+
+# ------------------------------------------------------------------------------------------- checkpoints, caches, speed
 
 
 def test_a_checkpoint_deleted_by_half_is_not_taken_for_whole(tmp_path, monkeypatch):

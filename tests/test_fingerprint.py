@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, exchange
 from PIL import Image
 
 from semantic_aug.datasets import Setting, cache, fingerprint, load_dataset, sources
@@ -55,14 +55,6 @@ def table_of(folder):
 
 def identity_of(folder, **options):
     return fingerprint.data_identity(load_dataset(f"folder:{folder}", ALL), **options)
-
-
-def exchange(path, content):
-    """Another content of the same size under the same name, with the old modification time."""
-    status = path.stat()
-    assert len(content) == status.st_size
-    path.write_bytes(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def blake(path):

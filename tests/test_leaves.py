@@ -363,6 +363,35 @@ def test_a_folder_is_claimed_once(tmp_path):
         run_dir.claim(tmp_path / "other", {}, "--output_dir")
 
 
+def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):
+    class Weights:
+        def __init__(self, name):
+            self.name, self.asked = name, 0
+
+        def describe(self):
+            self.asked += 1
+            return {"weights": self.name}
+
+        def compare(self, kept, present):
+            return "" if kept == present else f"{kept['weights']} became {present['weights']}"
+
+    folder, arguments = tmp_path / "run", {"lr": 0.1}
+    assert not run_dir.claim(folder, arguments, "--output_dir", origin=Weights("a"))
+    assert run_dir.claim(folder, arguments, "--output_dir", origin=Weights("a"))
+    with pytest.raises(UserError, match="made from other data \\(a became b\\).*choose another --output_dir"):
+        run_dir.claim(folder, arguments, "--output_dir", origin=Weights("b"))
+    asked = Weights("a")
+    with pytest.raises(UserError, match="other arguments"):  # said before anything is read
+        run_dir.claim(folder, {"lr": 0.2}, "--output_dir", origin=asked)
+    assert asked.asked == 0
+    run_dir.spoil(folder, "its images changed")
+    with pytest.raises(UserError, match="cannot be gone on with \\(its images changed\\)"):
+        run_dir.claim(folder, arguments, "--output_dir", origin=asked)
+    run_dir.claim(tmp_path / "old", arguments, "--output_dir")
+    with pytest.raises(UserError, match="does not say which images it was made from"):
+        run_dir.claim(tmp_path / "old", arguments, "--output_dir", origin=asked)
+
+
 def test_metrics_survive_and_are_cut_back_to_the_resume_point(tmp_path):
     metrics = run_dir.MetricsCsv(tmp_path / "m.csv", ("step", "loss"))
     for step in (10, 20, 30):

@@ -88,5 +88,17 @@ class ClassifyConfig:
         return asdict(self)
 
 
-MAY_CHANGE = ("device", "output_dir", "lr_source", "gradient_accumulation_steps", "compile", "report_to", "cache")
+BY_CONTENT = ("dataset", "syndata", "weights")
+"""Arguments that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
+
+MAY_CHANGE = (
+    "device",
+    "output_dir",
+    "lr_source",
+    "gradient_accumulation_steps",
+    "compile",
+    "report_to",
+    "cache",
+    *BY_CONTENT,
+)
 """Arguments that a restarted run may be given differently."""

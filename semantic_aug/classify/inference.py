@@ -20,6 +20,7 @@ from semantic_aug.classify.models import make_model, read_state
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, evaluate
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.datasets.images import EXTENSIONS, open_image
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
@@ -98,11 +99,12 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
     """Scores on validation and test; files go to ``{output_dir}/evaluation``.
 
     Returns:
-        ``val`` and ``test``, None where there is no such split.
+        ``val`` and ``test``, None where there is no such split, and what images these are.
     """
     folder = config.output_dir / EVAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     found = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}
+    found["data"] = data_identity(dataset, ("val", "test"), ("group",))
     processes = Processes(config.device)
     for split, table in (("val", dataset.val), ("test", dataset.test)):
         if table is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 
 from semantic_aug import run_dir
 from semantic_aug.classify import backbones
+from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.registry import resolve_path
 
@@ -33,6 +35,9 @@ TORCHVISION_NAMES = {
 
 PACKAGED = {"tf_efficientnet_lite0": backbones.efficientnet_lite0}
 """Models whose ImageNet weights come in a Python package, and what makes them."""
+
+PACKAGED_FILES = {"tf_efficientnet_lite0": backbones.efficientnet_lite0_file}
+"""Where the package keeps them."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     Raises:
         UserError: not there, unreadable, or of another architecture.
     """
-    if path.is_dir():
-        path = next((path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).is_file()), path)
-    if not path.is_file():
-        raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
+    path = weight_file(path)
     state = read_state(path)
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
     own = model.state_dict()
@@ -157,6 +159,43 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
             f"'{strange[0]}' the first): they are of another architecture"
         )
     model.load_state_dict(fitting, strict=False)
+
+
+def weights_identity(name: str, weights: str) -> str:
+    """What pre-trained weights are, wherever they lie: the hub's name of them, the package's file by content, or a file's.
+
+    Args:
+        name: timm's or torchvision's name of the model.
+        weights: see :func:`make_model`.
+    """
+    import timm
+
+    if weights == "none":
+        return "none"
+    name = timm_name(name)
+    if weights != "auto":
+        return files_digest([weight_file(resolve_path(weights))])
+    with contextlib.suppress(UserError):  # the package is not installed: the hub has the weights too
+        return files_digest([PACKAGED_FILES[name]()]) if name in PACKAGED_FILES else _hub_name(timm, name)
+    return _hub_name(timm, name)
+
+
+def _hub_name(timm, name: str) -> str:
+    config = timm.get_pretrained_cfg(name)
+    return str((config and (config.hf_hub_id or config.url)) or name)
+
+
+def weight_file(path: Path) -> Path:
+    """The file of ``--weights PATH``: itself, or the known file inside a folder.
+
+    Raises:
+        UserError: none there.
+    """
+    if path.is_dir():
+        path = next((path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).is_file()), path)
+    if not path.is_file():
+        raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
+    return path
 
 
 def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:

@@ -91,10 +91,10 @@ def run(
     Returns:
         What :func:`statistics_of` gives.
     """
-    rows = {}
+    rows, origin = {}, trainer.origin_of(config, dataset, synthetic)  # one for all: they are averaged
     for seed in seeds:
         one = replace(config, seed=seed, output_dir=folder_of(config.output_dir, seed))
-        rows[seed] = scores_of(trainer.run(one, dataset, synthetic))
+        rows[seed] = scores_of(trainer.run(one, dataset, synthetic, origin))
     found = statistics_of(rows)
     if trainer.Processes(config.device).main:
         write(found, config.output_dir)

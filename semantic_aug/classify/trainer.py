@@ -22,10 +22,12 @@ from semantic_aug.classify.layers import freeze
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_predictions, write_scores
 from semantic_aug.classify.mixing import mix
-from semantic_aug.classify.models import make_model
+from semantic_aug.classify.models import make_model, weights_identity
 from semantic_aug.classify.optim import learning_rate_at, make_optimizer
 from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable, LoadedDataset
+from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, check_outputs, non_finite
 from semantic_aug.errors import UserError
@@ -95,10 +97,17 @@ class Trainer:
         config: the request.
         dataset: loaded under ``config.setting``.
         synthetic: images of the synthetic subsets, or None.
+        origin: of the run, whose images are looked at again at its end; None: they are not.
     """
 
-    def __init__(self, config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None):
-        self.config, self.dataset = config, dataset
+    def __init__(
+        self,
+        config: ClassifyConfig,
+        dataset: LoadedDataset,
+        synthetic: SyntheticImages | None,
+        origin: RunOrigin | None = None,
+    ):
+        self.config, self.dataset, self.origin = config, dataset, origin
         self.processes = Processes(config.device)
         self.device = self.processes.device
         if self.device.type == "cuda":
@@ -308,6 +317,7 @@ class Trainer:
         elif self.val_batches:
             final["val"] = self._scores(self.val_batches)
         if self.processes.main:
+            self._refuse_changed_images()
             for split, scores in final.items():
                 write_scores(scores, dataset.class_names, folder, split)
             for split, said in predicted.items():
@@ -318,6 +328,16 @@ class Trainer:
             (folder / STATE_FILE).unlink(missing_ok=True)
         self.processes.wait()
         return results
+
+    def _refuse_changed_images(self) -> None:
+        """Images that are decoded each time may have been seen in both states: such a run cannot be gone on with."""
+        if self.origin is None:
+            return
+        try:
+            self.origin.refuse_changed("nothing was written; run the command again with another --output_dir")
+        except UserError:
+            run_dir.spoil(self.config.output_dir, "its images changed while it was going on")
+            raise
 
     # ------------------------------------------------------------------------------------------------ kill and restart
 
@@ -378,22 +398,41 @@ def _board(folder: Path | None, done: int):
         writer.close()
 
 
-def run(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> dict:
+def origin_of(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> RunOrigin:
+    """What a request's results are made from; captions and the super-class have no part in a classifier."""
+    weights = lambda: {"weights": weights_identity(config.model, config.weights)}  # noqa: E731
+    return RunOrigin(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
+
+
+def run(
+    config: ClassifyConfig,
+    dataset: LoadedDataset,
+    synthetic: SyntheticImages | None,
+    origin: RunOrigin | None = None,
+) -> dict:
     """Runs a request in its output folder, goes on with an interrupted one, or finds it done.
 
+    Args:
+        config: the request.
+        dataset: loaded under ``config.setting``.
+        synthetic: images of the synthetic subsets, or None.
+        origin: see :func:`origin_of`; of several runs of one command the same.
+
     Raises:
-        UserError: the folder holds a run with other arguments, or is in use.
+        UserError: the folder holds a run with other arguments or of other images, or is in use; images changed meanwhile.
     """
     processes, folder = Processes(config.device), config.output_dir
+    origin = origin or origin_of(config, dataset, synthetic)
     with contextlib.ExitStack() as held:
+        known = True
         if processes.main:
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
             held.enter_context(RunLock(folder, "--output_dir"))
-        known = run_dir.claim(folder, config.record(), "--output_dir", MAY_CHANGE) if processes.main else True
+            known = run_dir.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         done = results_of(folder) if known else None
         processes.wait()
         if done is not None:
             log.info("%s is finished already", folder)
             return done
-        return Trainer(config, dataset, synthetic).run()
+        return Trainer(config, dataset, synthetic, origin).run()

@@ -327,6 +327,25 @@ def names_identity(names: Sequence[str]) -> dict[str, int | str]:
     return {"count": len(names), "digest": hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]}
 
 
+def files_digest(paths: Sequence[Path], root: Path | None = None) -> str:
+    """One digest of the weights of a model: of the files' content, and of their names where there are several.
+
+    Args:
+        paths: of the files.
+        root: the folder of all of them, from which names are taken; None for a single file, whatever it is called.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    hashes = hash_files(paths, "weights").hex()
+    missing = next((path for path, value in zip(paths, hashes, strict=True) if not int(value, 16)), None)
+    if missing is not None:
+        raise UserError(f"{missing} cannot be read: restore it")
+    names = [path.relative_to(root).as_posix() if root else "" for path in paths]
+    lines = sorted(f"{name} {value}\n" for name, value in zip(names, hashes, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
 def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, Any]) -> str:
     """What differs between the data a run was begun with and the data there is, in words; empty where nothing does.
 
@@ -336,15 +355,17 @@ def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, An
         return "its record does not say which images it was made from"
     found = []
     for name, now in present.items():
-        then = recorded.get(name)
+        then, kind = recorded.get(name), now if isinstance(now, Mapping) else recorded.get(name)
         if then == now:
             continue
-        if name in ("classes", "prompt_names"):
-            found.append(_names_difference(name.replace("classes", "class names").replace("_", " "), then, now))
-        elif isinstance(now, Mapping) or isinstance(then, Mapping):
-            found.append(_split_difference(name, then, now))
-        else:
+        if not isinstance(kind, Mapping):
             found.append(f"{name}: {now!r} now, {then!r} when the run began")
+        elif "count" in kind:
+            found.append(_names_difference(name.replace("classes", "class names").replace("_", " "), then, now))
+        elif "images" in kind:
+            found.append(_split_difference(name, then or {}, now or {}))
+        else:
+            found.append(data_difference(then, now))
     return "; ".join(found)
 
 
@@ -354,12 +375,12 @@ def _names_difference(what: str, then: Mapping | None, now: Mapping) -> str:
     return f"{what} differ: {now['count']} now, {then['count']} when the run began"
 
 
-def _split_difference(name: str, then: Mapping | None, now: Mapping | None) -> str:
-    before, after = (then or {}).get("images", 0), (now or {}).get("images", 0)
+def _split_difference(name: str, then: Mapping, now: Mapping) -> str:
+    before, after = then.get("images", 0), now.get("images", 0)
     if before != after:
         return f"{name}: {after} images now, {before} when the run began"
-    kinds = ("names", "labels", "content")
-    other = [kind for kind in kinds if (then or {}).get(kind) != (now or {}).get(kind)]
+    kinds = [kind for kind in ("names", "labels", "content") if kind in now]
+    other = [kind for kind in kinds if then.get(kind) != now[kind]]
     same = [kind for kind in kinds if kind not in other]
     if not other:
         return f"{name}: the same {after} images, other captions, boxes or groups"

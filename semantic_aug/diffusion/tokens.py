@@ -36,6 +36,7 @@ class ClassTokens:
         vectors_per_class: V.
         base_model: the base model they were trained on (may be empty).
         dataset: the data set they were trained on (may be empty).
+        images: digest of the training images, as ``made_from`` of the run's ``args.yaml`` has it (may be empty).
         names: placeholders, one per vector; ``<class_i>`` (``<class_i_v>`` for further vectors) unless a file says otherwise.
         further: of a base model with several text encoders, the others' vectors, ``(K * V, D')`` each.
     """
@@ -47,6 +48,7 @@ class ClassTokens:
     dataset: str = ""
     names: tuple[str, ...] = field(default=())
     further: tuple[Tensor, ...] = ()
+    images: str = ""
 
     def __post_init__(self):
         if not self.names:
@@ -248,6 +250,7 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
         "vectors_per_class": str(tokens.vectors_per_class),
         "base_model": tokens.base_model,
         "dataset": tokens.dataset,
+        "images": tokens.images,
     }
     if tokens.further:
         tensors = {name: table.float() for name, table in zip(TABLES, tokens.tables, strict=True)}
@@ -290,6 +293,7 @@ def _load_safetensors(path: Path) -> ClassTokens:
         metadata.get("dataset", ""),
         names,
         tuple(tables[1:]),
+        metadata.get("images", ""),
     )
 
 

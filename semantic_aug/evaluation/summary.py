@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import run_dir
-from semantic_aug.classify.config import MAY_CHANGE
+from semantic_aug.classify.config import BY_CONTENT, MAY_CHANGE
 from semantic_aug.classify.metrics import SCORE_NAMES
 from semantic_aug.classify.seeds import percent, scores_of, statistics_of
 from semantic_aug.classify.trainer import RESULTS_FILE, results_of
 from semantic_aug.errors import UserError
+from semantic_aug.run_dir import MADE_FROM
 
 SHOWN = tuple(name for name in SCORE_NAMES if name not in ("loss", "top5"))
 _SEED = re.compile(r"[-_]?seed\d+$")
@@ -58,7 +59,9 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs that differ in nothing but the seed (and what has no part in the outcome) together; order is kept."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        rest = {key: value for key, value in run.arguments.items() if key != "seed" and key not in MAY_CHANGE}
+        # the names of files tell runs apart whose record does not say what the files held
+        ignored = {"seed", *MAY_CHANGE} - ({*BY_CONTENT} if MADE_FROM not in run.arguments else set())
+        rest = {key: value for key, value in run.arguments.items() if key not in ignored}
         groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
     return list(groups.values())
 

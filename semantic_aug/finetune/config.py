@@ -130,9 +130,10 @@ class FinetuneConfig:
             return self.compile == "on"
         return device_type == "cuda" and self.max_train_steps >= COMPILE_STEPS
 
-    def record(self) -> dict:
-        """What ``args.yaml`` keeps."""
+    def record(self, processes: int = 1) -> dict:
+        """What ``args.yaml`` keeps of a run on so many processes."""
         fields = asdict(self)
+        fields["effective_batch"] = self.train_batch_size * self.gradient_accumulation_steps * processes
         fields["setting"] = asdict(self.setting)
         del fields["base_folder"]  # where a hub model lies differs between machines
         return fields
@@ -149,13 +150,32 @@ MAY_CHANGE = (
     "output_dir",
     "gradient_checkpointing",
     "compile",
+    # compared by content instead
+    "dataset",
+    "base_name",
+    # compared as effective_batch: a step draws for all of it, each process and micro-batch takes its slice
+    "train_batch_size",
+    "gradient_accumulation_steps",
 )
 """Arguments a resumed run may be given differently: they do not change what a step computes."""
 
+UNUSED = {
+    "lr_num_cycles": lambda config: config.lr_scheduler != "cosine_with_restarts",
+    "lr_power": lambda config: config.lr_scheduler != "polynomial",
+    "lr_warmup_steps": lambda config: config.lr_scheduler in ("constant", "piecewise_constant"),
+    "max_train_steps": lambda config: "constant" in config.lr_scheduler,
+    **dict.fromkeys(
+        ("rank", "lora_alpha", "lora_targets", "train_text_encoder_lora", "learning_rate"),
+        lambda config: not config.trains_lora,
+    ),
+    **dict.fromkeys(("ti_learning_rate", "num_vectors", "initializer"), lambda config: not config.trains_tokens),
+}
+"""Arguments that decide nothing under some others, ``max_train_steps`` of a step's learning rate."""
 
-def may_change(lr_scheduler: str) -> tuple[str, ...]:
-    """:data:`MAY_CHANGE`, and the number of steps where the learning rate does not depend on it."""
-    return (*MAY_CHANGE, "max_train_steps") if lr_scheduler.startswith("constant") else MAY_CHANGE
+
+def may_change(config: FinetuneConfig) -> tuple[str, ...]:
+    """:data:`MAY_CHANGE`, and what decides nothing in this run (:data:`UNUSED`)."""
+    return (*MAY_CHANGE, *(name for name, unused in UNUSED.items() if unused(config)))
 
 
 def check_captions(dataset: LoadedDataset, class_prompts_ratio: float) -> None:

@@ -170,6 +170,11 @@ class TrainedModel(nn.Module):
             groups.append({"params": self.vectors, "lr": config.ti_learning_rate})
         return groups
 
+    def describe_images(self, digest: str) -> None:
+        """Notes in the class tokens which images they are trained on."""
+        if self.tokens is not None:
+            self.tokens = replace(self.tokens, images=digest)
+
     def current_tokens(self) -> token_io.ClassTokens | None:
         """The class tokens as they are now."""
         if self.tokens is None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from semantic_aug import files, run_dir
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
 from semantic_aug.diffusion.loop import sample_posterior
@@ -26,7 +25,8 @@ from semantic_aug.divergence import CHECK_STEPS, LossLog
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.finetune import checkpoints, divergence
 from semantic_aug.finetune.batches import BatchSource
-from semantic_aug.finetune.config import FinetuneConfig, may_change
+from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.folder import SUMMARY_FILE, finished, origin_of, take_folder
 from semantic_aug.finetune.latents import LatentCache
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.finetune.optim import make_optimizer, make_schedule
@@ -39,20 +39,11 @@ from semantic_aug.run_lock import RunLock
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
-SUMMARY_FILE = "summary.json"
 BEFORE_RESULTS = (run_dir.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
 """What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 METRIC_COLUMNS = ("step", "loss", "lora_lr", "token_lr", "grad_norm", "steps_per_second")
 STOP_CHECK_STEPS = 10
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def finished(output_dir: Path) -> dict | None:
-    """The summary of a finished run in this folder, or None."""
-    try:
-        return json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 class Trainer:
@@ -62,10 +53,17 @@ class Trainer:
         config: the request.
         dataset: loaded under ``config.setting``.
         accelerator: made by :func:`make_accelerator`.
+        origin: of the run, on the main process; its images are looked at again when they have been encoded and at the end.
     """
 
-    def __init__(self, config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator):
-        self.config, self.dataset, self.accelerator = config, dataset, accelerator
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        dataset: LoadedDataset,
+        accelerator: Accelerator,
+        origin: RunOrigin | None = None,
+    ):
+        self.config, self.dataset, self.accelerator, self.origin = config, dataset, accelerator, origin
         self.base: BaseModel = load_base(config.base_name, config.base_folder)
         self.base.geometry.check(config.resolution)
         dtype = DTYPES[config.mixed_precision]
@@ -97,6 +95,9 @@ class Trainer:
         self.step = 0
         self.stop_signal: int | None = None
         self._scaler_state: dict | None = None
+        if origin is not None:
+            origin.refuse_changed("no step was trained; run the command again with another --output_dir")
+            self.model.describe_images(origin.describe()["data"]["train"]["digest"])
 
     def _place(self, dtype: torch.dtype) -> None:
         """Frozen weights in the working precision, trained ones in float32, everything on the device."""
@@ -291,16 +292,35 @@ class Trainer:
         divergence.check_weights(self.model, self.step, self.config)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "effective_batch": self.effective_batch,
-            }
-            limit = self.config.checkpoints_total_limit
-            checkpoints.save_checkpoint(self.config.output_dir, self.step, self.model, state, limit)
+            self._save_checkpoint()
         self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "effective_batch": self.effective_batch,
+        }
+        limit = self.config.checkpoints_total_limit
+        checkpoints.save_checkpoint(self.config.output_dir, self.step, self.model, state, limit)
+
+    def _refuse_changed_images(self) -> None:
+        """Nothing is concluded of images that are no longer those of the record.
+
+        All of them were read, and compared, before the first step: with the old images back the run may be concluded.
+        """
+        if self.origin is None:
+            return
+        try:
+            self.origin.refuse_changed(
+                f"no final weights were written, {self.config.output_dir}/checkpoint-{self.step} is kept; restore the "
+                "images and add --resume_from_checkpoint latest, or choose another --output_dir"
+            )
+        except UserError:
+            self._save_checkpoint()
+            raise
 
     @contextlib.contextmanager
     def _signals(self):
@@ -361,6 +381,7 @@ class Trainer:
             "versions": run_dir.versions(),
         }
         if self.accelerator.is_main_process:
+            self._refuse_changed_images()
             checkpoints.save_weights(self.model, self.config.output_dir)
             files.write_json(self.config.output_dir / SUMMARY_FILE, summary)
             self.latents.remove()
@@ -402,21 +423,15 @@ def run(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator
 
 def _run_alone(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator) -> dict:
     """See :func:`run`."""
+    origin = origin_of(config, dataset)
     if accelerator.is_main_process:
-        known = run_dir.claim(config.output_dir, config.record(), "--output_dir", may_change(config.lr_scheduler))
-        done = finished(config.output_dir) if known else None
-        if done and done["steps"] >= config.max_train_steps:
-            log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])
-        elif known and checkpoints.listed(config.output_dir) and not config.resume_from_checkpoint:
-            raise UserError(
-                f"{config.output_dir} holds {checkpoints.listed(config.output_dir)[-1].name} of an unfinished run: add "
-                "--resume_from_checkpoint latest to go on, or choose another --output_dir"
-            )
+        take_folder(config, origin, accelerator.num_processes)
     accelerator.wait_for_everyone()
     done = finished(config.output_dir)
     if done and done["steps"] >= config.max_train_steps:
         return done
     if config.report_to != "none":
-        flat = {k: v for k, v in run_dir.plain(config.record()).items() if isinstance(v, (str, int, float, bool))}
+        record = run_dir.plain(config.record(accelerator.num_processes))
+        flat = {name: value for name, value in record.items() if isinstance(value, (str, int, float, bool))}
         accelerator.init_trackers("finetune", flat)
-    return Trainer(config, dataset, accelerator).train()
+    return Trainer(config, dataset, accelerator, origin if accelerator.is_main_process else None).train()

@@ -1,0 +1,72 @@
+"""What a run of stages 1 and 3 is made from: images, labels, names and weights, recorded beside its arguments."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from semantic_aug.datasets import fingerprint
+from semantic_aug.datasets.catalog import LoadedDataset
+from semantic_aug.datasets.fingerprint import ContentHashes
+from semantic_aug.datasets.spec import SPLITS
+from semantic_aug.datasets.synthetic import SyntheticImages
+
+
+class RunOrigin:
+    """What a run of a stage is made from: computed once when it begins, compared with a kept record, checked at its end.
+
+    Args:
+        dataset: under its setting.
+        splits: that the run reads.
+        columns: further columns of the data set that count, see :func:`semantic_aug.datasets.fingerprint.split_identity`.
+        synthetic: images of synthetic subsets, or None.
+        further: computes what else the record names, weights say.
+        without: entries of :func:`semantic_aug.datasets.fingerprint.data_identity` that do not concern the stage.
+    """
+
+    def __init__(
+        self,
+        dataset: LoadedDataset,
+        splits: Sequence[str] = SPLITS,
+        columns: Sequence[str] | None = None,
+        synthetic: SyntheticImages | None = None,
+        further: Callable[[], Mapping[str, Any]] = dict,
+        without: Sequence[str] = (),
+    ):
+        self.dataset, self.splits, self.columns, self.synthetic = dataset, splits, columns, synthetic
+        self.further, self.without = further, without
+        self._hashes: list[ContentHashes] = []
+        self._record: dict[str, Any] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The record: the data set's under ``data``, that of synthetic images under ``synthetic``, and what was added."""
+        if self._record is None:
+            hashes = fingerprint.hash_splits(self.dataset, self.splits)
+            data = dict.fromkeys(self.splits) | fingerprint.data_identity(self.dataset, hashes, self.columns)
+            self._record = {"data": {name: value for name, value in data.items() if name not in self.without}}
+            self._hashes = list(hashes.values())
+            if self.synthetic is not None:
+                made = fingerprint.hash_files(self.synthetic.paths, "synthetic images")
+                self._record["synthetic"] = synthetic_identity(self.synthetic, made, self.dataset.source_names)
+                self._hashes.append(made)
+            self._record |= self.further()
+        return self._record
+
+    @staticmethod
+    def compare(kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+        """The difference in words, see :func:`fingerprint.data_difference`; what only the kept record names counts too."""
+        return fingerprint.data_difference(kept, {**dict.fromkeys(kept), **present})
+
+    def refuse_changed(self, kept: str) -> None:
+        """See :func:`semantic_aug.datasets.fingerprint.refuse_changed`."""
+        fingerprint.refuse_changed(self._hashes, kept)
+
+
+def synthetic_identity(images: SyntheticImages, hashes: ContentHashes, class_names: Sequence[str]) -> dict[str, Any]:
+    """What synthetic images are: their number, and digests of labels (source, target, strength) and content, in order."""
+    labels, content = hashlib.sha256(), hashlib.sha256(hashes.values.tobytes())
+    columns = (images.source.tolist(), images.target.tolist(), images.strength.tolist())
+    for source, target, strength in zip(*columns, strict=True):
+        labels.update(f"{class_names[source]}\0{class_names[target]}\0{strength!r}\0".encode())
+    return {"images": len(images), "labels": labels.hexdigest()[:32], "content": content.hexdigest()[:32]}
