@@ -204,6 +204,24 @@ def write_waterbird(root: Path) -> tuple[list[str], dict[str, int]]:
     return names, {"train": 12, "val": 6, "test": 6}
 
 
+def write_seedlings(root: Path) -> tuple[list[str], dict[str, int]]:
+    names = ["Black-grass", "Maize", "Shepherds Purse"]
+    for label, name in enumerate(names):
+        for i in range(1, 15):
+            _save(root / name / f"{i}.png", label, i)
+    return names, {"train": 27, "val": 6, "test": 9}
+
+
+def write_signs(root: Path) -> tuple[list[str], dict[str, int]]:
+    for digit in range(10):
+        (root / "Dataset" / str(digit)).mkdir(parents=True)
+    for digit in range(3):
+        for number in (1118, 1201, 4200, 5126, 5136, 5456, 5469, 5479, 5989):
+            _save(root / "Dataset" / str(digit) / f"IMG_{number + digit}.JPG", digit, number, format="JPEG")
+    # 5,136 to 5,138 and 5,456 to 5,458 are validation photographs
+    return [f"digit_{digit}" for digit in range(10)], {"train": 12, "val": 6, "test": 9}
+
+
 WRITERS = {
     "aircraft": write_aircraft,
     "caltech": write_caltech,
@@ -214,6 +232,8 @@ WRITERS = {
     "food": write_food,
     "pascal": write_pascal,
     "pet": write_pet,
+    "seedlings": write_seedlings,
+    "signs": write_signs,
     "waterbird": write_waterbird,
 }
 

@@ -1,5 +1,7 @@
 """Every registered data set, read from its official download in small: all splits, all settings, and damaged copies."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,8 @@ def test_prompt_names(use):
         "car": "AM General Hummer SUV 2000",
         "waterbird": "Black footed Albatross",
         "flower": "pink primrose",
+        "signs": "digit 0",
+        "seedlings": "Black-grass",
     }.items():
         use(name)
         assert load_dataset(name).class_names[0] == expected
@@ -122,6 +126,40 @@ def test_caltech_draw_is_fixed_and_leaves_the_background_out(use):
     assert not any("BACKGROUND" in key for table in one.values() for key in table.keys)
 
 
+def test_splits_by_the_numbers_of_the_files(use):
+    use("signs")
+    numbers = {split: [int(key[-8:-4]) for key in t.keys] for split, t in catalog.find_spec("signs").read().items()}
+    assert max(numbers["train"]) < 5136 <= min(numbers["val"]) and max(numbers["val"]) < 5469 <= min(numbers["test"])
+    use("seedlings")
+    splits = catalog.find_spec("seedlings").read()
+    assert [key for key in splits["val"].keys if key.startswith("Maize")] == ["Maize/10.png", "Maize/11.png"]
+
+
+@pytest.mark.parametrize("name", ["seedlings", "signs"])
+def test_a_folder_of_splits_is_read_as_it_is(name, tmp_path, monkeypatch):
+    import tiny
+
+    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+        for label in range(3):
+            for i in range(count):
+                file = tmp_path / split / f"class_{label}" / f"{split}{i}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                tiny.picture(label, i).save(file)
+    monkeypatch.setenv(f"{name.upper()}_ROOT", str(tmp_path))
+    splits = catalog.find_spec(name).read()
+    assert {split: len(table) for split, table in splits.items()} == {"train": 12, "val": 6, "test": 9}
+    assert splits["val"].class_names == ("class_0", "class_1", "class_2")
+
+
+def test_the_kaggle_copy_of_seedlings_has_no_labels_in_its_test_folder(downloads, tmp_path, monkeypatch):
+    shutil.copytree(downloads["seedlings"][0], tmp_path / "train")
+    (tmp_path / "test").mkdir()
+    shutil.copy(tmp_path / "train" / "Maize" / "1.png", tmp_path / "test" / "unlabelled.png")
+    monkeypatch.setenv("SEEDLINGS_ROOT", str(tmp_path))
+    splits = catalog.find_spec("seedlings").read()
+    assert {split: len(table) for split, table in splits.items()} == downloads["seedlings"][1][1]
+
+
 def test_the_older_layout_of_cars(tmp_path, monkeypatch):
     names, sizes = official_layouts.write_car_single(tmp_path)
     monkeypatch.setenv("CAR_ROOT", str(tmp_path))
@@ -156,7 +194,7 @@ def test_images_of_other_kinds_than_their_names_say(use, downloads):
         path.write_bytes(before)
 
 
-@pytest.mark.parametrize("name", ["caltech", "dog", "pascal", "waterbird"])
+@pytest.mark.parametrize("name", ["caltech", "dog", "pascal", "seedlings", "signs", "waterbird"])
 def test_without_the_variable_the_error_says_where_to_get_it(name, use):
     with pytest.raises(UserError, match=f"get it at http.*set {name.upper()}_ROOT to the folder"):
         load_dataset(name)
@@ -198,6 +236,14 @@ def _swap(old, new):
         ("pascal", "Annotations/2007_000001.xml", lambda p: p.write_text("<a/>"), "names no object"),
         ("pascal", "Annotations/2007_000001.xml", _swap("aeroplane", "zeppelin"), "unknown class in .*'zeppelin'"),
         ("waterbird", "metadata.csv", _swap(",1,0,0,", ",1,7,0,"), "metadata.csv line 2: split '7': expected 0, 1, 2"),
+        ("signs", "Dataset/7", lambda p: p.rmdir(), "Dataset lacks 7"),
+        (
+            "signs",
+            "Dataset/1/IMG_1119.JPG",
+            lambda p: p.rename(p.with_name("me.JPG")),
+            "me.JPG has no number in its name",
+        ),
+        ("seedlings", "Maize", lambda p: [file.unlink() for file in p.iterdir()], "Maize holds no image"),
         ("waterbird", "metadata.csv", _swap("place,", "where,"), "lacks the column 'place'"),
     ],
 )

@@ -38,6 +38,8 @@ REGISTERED = (
     "food",
     "pascal",
     "pet",
+    "seedlings",
+    "signs",
     "waterbird",
 )
 """Each has a module of its name in this folder that declares ``SPEC``."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from semantic_aug.datasets.files import below, table_of_files
+from semantic_aug.datasets.images import EXTENSIONS
 from semantic_aug.datasets.spec import Splits
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
@@ -82,6 +83,11 @@ def part(root: Path, *names: str) -> Path:
         f"{root} lacks {' or '.join(names)}: unpack every archive of the official download into one folder and name "
         "that folder"
     )
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files directly in a folder, in the order of their names."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
 
 
 def read_lines(file: Path, columns: int) -> list[list[str]]:
