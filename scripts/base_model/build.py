@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -35,6 +36,8 @@ def build(config: Config) -> None:
     Raises:
         UserError: images, folders or settings that cannot be used.
     """
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("captions need clusters of scikit-learn: pip install -r scripts/quickstart/requirements.txt")
     machine = Machine(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")), config.compile)
     pool = images.open_pool(config.images, config.exclude, config.recipe.kept_out)
     backbone = load_backbone(machine)
