@@ -24,8 +24,17 @@ DATASETS = "datasets.yaml"
 LEARNING_RATES = "learning_rates.yaml"
 FILES = (CHECKPOINTS, SUBSETS, DATASETS, LEARNING_RATES)
 CHECKPOINT_FIELDS = {"model_path": "text", "lora_path": "text", "embed_path": "text"}
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "pytorch_model.bin", "model.safetensors")
+LORA_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_model.bin",
+    "model.safetensors",
+)
 """What is looked for, in this order, where a ``lora_path`` is a folder."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""Of a LoRA that PEFT saved, beside its file: the scale is there."""
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
@@ -202,10 +211,17 @@ def find_lora(path: Path) -> Path:
         for name in LORA_FILES:
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"lora_path {path} holds no {LORA_FILES[0]}: mend the checkpoint's entry")
+        raise UserError(f"lora_path {path} holds no {LORA_FILES[0]} or {LORA_FILES[2]}: mend the checkpoint's entry")
     if not path.is_file():
         raise UserError(f"lora_path {path} is not there: mend the checkpoint's entry")
     return path
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The files that decide what a LoRA does: its weights and, of one that PEFT saved, its settings."""
+    file = find_lora(path)
+    config = file.with_name(ADAPTER_CONFIG)
+    return [file, config] if config.is_file() else [file]
 
 
 def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:

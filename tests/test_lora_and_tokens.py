@@ -1,13 +1,16 @@
 """LoRA and class tokens against diffusers' own loaders, and the files of others."""
 
+import json
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
 from semantic_aug.augmentations.engine import ModelFiles, load_model
-from semantic_aug.diffusion import loop, lora, tokens
+from semantic_aug.diffusion import loop, lora, lora_files, tokens
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import class_prompt
@@ -143,7 +146,7 @@ def test_legacy_attention_processor_bin_loads(tiny_base, checkpoint, tmp_path):
     ],
 )
 def test_names_of_other_layouts(key, module, part):
-    assert lora.normal_name(key) == (module, part)
+    assert lora_files.normal_name(key) == (module, part)
 
 
 def test_a_key_that_matches_nothing_is_an_error(tiny_base, checkpoint, tmp_path):
@@ -155,6 +158,183 @@ def test_a_key_that_matches_nothing_is_an_error(tiny_base, checkpoint, tmp_path)
     with pytest.raises(UserError, match="middle_block.*matches no module"):
         lora.merge_lora(unet, lora.read_lora(tmp_path / "odd.safetensors"), "odd")
     assert torch.equal(run_unet(unet), before)  # nothing was merged half-way
+
+
+def kohya_lora(networks, flat, seed=0):
+    """A random LoRA under kohya's names with alphas that are not the ranks, of linear layers and convolutions."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for stem, network, name in flat:
+        weight, rank = network.get_submodule(name).weight, 2
+        inner = weight.shape[1:]
+        state[f"{stem}.lora_down.weight"] = torch.randn(rank, *inner, generator=generator) * 0.1
+        state[f"{stem}.lora_up.weight"] = torch.randn(
+            weight.shape[0], rank, *[1] * (len(inner) - 1), generator=generator
+        )
+        state[f"{stem}.alpha"] = torch.tensor(3.0)
+    return {key: value.half() for key, value in state.items()}
+
+
+def merged_by_diffusers(kind, base, path):
+    pipe = kind.from_pretrained(base, **({"safety_checker": None} if kind is StableDiffusionPipeline else {}))
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    pipe.fuse_lora(components=[c for c in ("unet", "text_encoder", "text_encoder_2") if getattr(pipe, c, None)])
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def check_against_diffusers(kind, base, path):
+    """Our merge of a file and diffusers' own give the same weights in every network, other than the base model's."""
+    pipe, model, plain = merged_by_diffusers(kind, base, path), load_base(str(base)), load_base(str(base))
+    lora.check_lora(path, base)
+    lora.merge_into(model.networks, lora.read_lora(path), str(path))
+    changed = 0
+    for component, network in model.networks.items():
+        wanted = {name.removeprefix("text_model."): p for name, p in getattr(pipe, component).named_parameters()}
+        before = dict(plain.networks[component].named_parameters())
+        for name, weight in network.named_parameters():
+            assert (weight - wanted[name.removeprefix("text_model.")]).abs().max() <= 1e-5, name
+            changed += bool((weight - before[name]).abs().max() > 1e-3)
+    return changed
+
+
+def test_kohyas_files_are_merged_as_diffusers_does(bases, tmp_path):
+    model = load_base(str(bases["sd1"]))
+    names = [n for n, _ in model.unet.named_modules() if n.endswith(("attn1.to_q", "to_out.0", "proj_in", "ff.net.2"))]
+    names += ["down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.time_emb_proj"]
+    flat = [(f"lora_unet_{n.replace('.', '_')}", model.unet, n) for n in names]
+    for projection in ("q_proj", "out_proj"):
+        text = next(n for n, _ in model.text_encoder.named_modules() if n.endswith(f"layers.1.self_attn.{projection}"))
+        flat.append((f"lora_te_text_model_encoder_layers_1_self_attn_{projection}", model.text_encoder, text))
+    save_file(kohya_lora(model.networks, flat), tmp_path / "kohya.safetensors")
+    assert check_against_diffusers(StableDiffusionPipeline, bases["sd1"], tmp_path / "kohya.safetensors") == len(flat)
+
+
+def test_kohyas_names_of_xl_are_those_of_the_original_implementation(bases, tmp_path):
+    model = load_base(str(bases["sdxl"]))
+    pairs = {
+        "input_blocks_3_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks_2_0_op": "down_blocks.0.downsamplers.0.conv",
+        "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+        "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+        "output_blocks_1_1_transformer_blocks_1_attn2_to_k": "up_blocks.0.attentions.1.transformer_blocks.1.attn2.to_k",
+        "output_blocks_2_0_skip_connection": "up_blocks.1.resnets.0.conv_shortcut",
+        "output_blocks_1_2_conv": "up_blocks.0.upsamplers.0.conv",
+    }
+    assert {k: lora_files.flat_names(model.networks)[f"lora_unet_{k}"] for k in pairs} == pairs
+    flat = [(f"lora_unet_{k}", model.unet, n) for k, n in pairs.items() if "upsamplers" not in n]
+    for stem, encoder in (("lora_te1", model.text_encoders[0]), ("lora_te2", model.text_encoders[1])):
+        text = next(n for n, _ in encoder.named_modules() if n.endswith("layers.0.mlp.fc1"))
+        flat.append((f"{stem}_text_model_encoder_layers_0_mlp_fc1", encoder, text))
+    save_file(kohya_lora(model.networks, flat), tmp_path / "xl.safetensors")
+    assert check_against_diffusers(StableDiffusionXLPipeline, bases["sdxl"], tmp_path / "xl.safetensors") == len(flat)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_folders_are_merged_at_the_scale_they_were_trained_at(tiny_base, tmp_path, rslora):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        use_rslora=rslora,
+        target_modules=["to_q", "to_k", "conv1"],
+        rank_pattern={"attn2.to_k": 2},
+        alpha_pattern={"attn1.to_q": 3, "mid_block.*to_k": 5},
+    )
+    adapted = get_peft_model(unet_of(tiny_base), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted, got = adapted.merge_and_unload(), unet_of(tiny_base)
+    lora.check_lora(tmp_path / "adapter", tiny_base)
+    lora.merge_lora(got, lora.read_lora(tmp_path / "adapter"), "adapter")
+    for (name, a), (_, b) in zip(got.named_parameters(), wanted.named_parameters(), strict=True):
+        assert (a - b).abs().max() <= 1e-5, name
+    scales = {pair.scale for pair in lora.read_lora(tmp_path / "adapter").values()}
+    assert len(scales) >= 4  # the patterns took effect
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="saved by PEFT; its scale is in .*adapter_config.json, which cannot be read"):
+        lora.read_lora(tmp_path / "adapter")
+
+
+def test_scales_in_diffusers_metadata_are_followed(tiny_base, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    options = dict(
+        use_rslora=True, target_modules=["to_q", "to_k"], alpha_pattern={"attn1.to_q": 7}, rank_pattern={"to_k": 2}
+    )
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=6, **options))
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    assert check_against_diffusers(StableDiffusionPipeline, tiny_base, tmp_path / lora.FILE_NAME) > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["lora_unet_mid.hada_w1_a"], "the format LoHa"),
+        (["lora_unet_mid.lokr_w1"], "the format LoKr"),
+        (["lora_unet_mid.lora_down.weight", "lora_unet_mid.dora_scale"], "the format DoRA"),
+        (["unet.mid.to_q.lora_magnitude_vector"], "the format DoRA"),
+        (["lora_unet_mid.lora_mid.weight"], "Tucker"),
+        (["lora_unet_mid.diff"], "the format full weight differences"),
+        (["unet.mid.to_q.lora_B.bias"], "LoRA with a bias"),
+        (["transformer.blocks.0.to_q.lora_A.weight"], "a diffusion transformer"),
+        (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "a diffusion transformer"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path, keys, message):
+    save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        lora.read_lora(tmp_path / "x.safetensors")
+    assert "another base model" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "adapter of the kind LOHA"),
+        ({"use_dora": True}, "use_dora = True"),
+        ({"modules_to_save": ["conv_out"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias = all"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa"),
+        ({"r": 8}, "has rank 2, its settings say 8"),
+        ({"alpha_pattern": {"(": 1}}, "cannot be read"),
+    ],
+)
+def test_pefts_settings_that_change_more_are_refused(tmp_path, settings, message):
+    save_file(
+        {f"base_model.model.mid.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | settings))
+    with pytest.raises(UserError, match=message):
+        lora.read_lora(tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused_by_file_and_tensor(tiny_base, checkpoint, tmp_path):
+    for source, read, name in (
+        (checkpoint[0], lora.read_lora, "LoRA"),
+        (checkpoint[1], tokens.load_tokens, "class tokens"),
+    ):
+        state = load_file(source)
+        with safe_open(source, "pt") as content:
+            metadata = content.metadata()
+        key = sorted(state)[1]
+        state[key].view(-1)[0] = float("nan")
+        save_file(state, tmp_path / source.name, metadata)
+        with pytest.raises(UserError, match=f"{name} .*{source.name}.* not finite .'{key}'"):
+            read(tmp_path / source.name)
 
 
 def test_damaged_and_foreign_lora_files(tmp_path):

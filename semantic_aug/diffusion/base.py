@@ -379,6 +379,21 @@ def _load_network(kind: type, folder: Path, name: str) -> torch.nn.Module:
     return network
 
 
+def networks_without_weights(folder: Path) -> dict[str, torch.nn.Module]:
+    """The networks of a base model on the meta device, by the prefix their LoRA's keys have: structure and shapes alone."""
+    import torch
+    import transformers
+    from diffusers import UNet2DConditionModel
+
+    family = family_of(folder, shown_path(folder))
+    with torch.device("meta"):
+        networks = {"unet": UNet2DConditionModel.from_config(read_configs(folder, shown_path(folder))[0])}
+        for encoder in family.encoders:
+            config = transformers.CLIPTextConfig.from_pretrained(folder / encoder.component)
+            networks[encoder.component] = getattr(transformers, encoder.kind)(config)
+    return networks
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that decide what a base model makes: weights, configurations and vocabulary, sorted."""
     family = family_of(folder, shown_path(folder))

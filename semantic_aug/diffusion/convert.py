@@ -107,6 +107,10 @@ def convert(
     files: dict[Path, Callable[[Path], None]] = {}
     if lora_path:
         lora = lora_io.read_lora(lora_path)
+        if kohya := next((name for name in lora if name.startswith(lora_io.KOHYA_PREFIXES)), None):
+            raise UserError(
+                f"LoRA {lora_path}: kohya's names ('{kohya}') are read by stage 2 as they are and not converted"
+            )
         state = original_lora(lora, str(lora_path)) if layout == "original" else diffusers_lora(lora)
         files[output_dir / lora_io.FILE_NAME] = lambda path: run_dir.save_tensors(path, state, {"format": "pt"})
         if step is not None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import class_token, initializer_text
 from semantic_aug.run_dir import load_pickle, save_tensors
@@ -265,11 +266,19 @@ def load_tokens(path: Path) -> ClassTokens:
     The latter holds ``learned_embeds_dict`` (placeholder -> vector), ``name2placeholder`` and ``placeholder2name``.
 
     Raises:
-        UserError: missing, damaged or of another format.
+        UserError: missing, damaged, of another format, or with values that are not finite.
     """
     if not path.is_file():
         raise UserError(f"class tokens {path} are not there: mend embed_path of the checkpoint's entry")
-    return _load_bin(path) if path.suffix in (".bin", ".pt", ".pth") else _load_safetensors(path)
+    tokens = _load_bin(path) if path.suffix in (".bin", ".pt", ".pth") else _load_safetensors(path)
+    if bad := non_finite(zip(TABLES, tokens.tables, strict=False)):
+        table = tokens.tables[TABLES.index(bad)]
+        name = bad if tokens.further else tokens.names[int(table.isfinite().all(1).int().argmin())]
+        raise UserError(
+            f"class tokens {path} hold values that are not finite ('{name}' the first): their training diverged; use an "
+            "earlier checkpoint"
+        )
+    return tokens
 
 
 def _load_safetensors(path: Path) -> ClassTokens:

@@ -91,6 +91,13 @@ class Weights:
         return cls(run_dir.sha256_text("\n".join(lines)), run_dir.sha256_text("\n".join(vae)))
 
 
+def _hash_of(path: Path) -> str:
+    """SHA-256 of a LoRA's or class tokens' file; of PEFT's settings too where they lie beside it."""
+    files = registry.lora_files(path)
+    hashes = [run_dir.sha256_file(file) for file in files]
+    return hashes[0] if len(files) == 1 else run_dir.sha256_text("\n".join(hashes))
+
+
 def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images: ContentHashes) -> Identity:
     """The identity of the subset that a request describes.
 
@@ -130,7 +137,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "images": len(plan),
         "plan_sha256": plan.digest,
         "base_sha256": weights.base,
-        **{f"{name}_sha256": run_dir.sha256_file(path) if path else None for name, path in hashed.items()},
+        **{f"{name}_sha256": _hash_of(path) if path else None for name, path in hashed.items()},
     }
     arguments = {
         "dataset": config.dataset,
