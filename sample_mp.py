@@ -161,7 +161,8 @@ def _add_run_flags(parser: cli.Parser) -> None:
         nargs="+",
         default=None,
         metavar="ID",
-        help="one process per entry: GPU numbers or the word cpu (default: every GPU once, else all CPU cores)",
+        help="one process per entry: GPU numbers or the word cpu (default: every GPU once, else as many CPU "
+        "processes as there are cores and as memory holds)",
     )
     group.add_argument(
         "--batch_size",
@@ -270,6 +271,8 @@ def resolve(args: argparse.Namespace):
         from semantic_aug.sampling import masks
 
         masks.check(args.object_mask, dataset.train, dataset.name, strategy.start)
+    if args.gpu_ids is None and args.engine == "mp":
+        places = sampling.fitting(places, files)
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,16 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug import registry, run_dir
+from semantic_aug.arrays import size_text
 from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base
+from semantic_aug.devices import available_memory
+from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, weight_files
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, make_plan, table_of_counts
 from semantic_aug.sampling.store import recorded_identity
+
+log = logging.getLogger(__name__)
 
 BYTES_PER_PIXEL = {"png": 1.8, "webp": 1.3, "jpg": 0.5}
 """Rough sizes of encoded photographs, for estimates."""
@@ -28,6 +33,9 @@ CPU_BATCH = 16
 MODEL_BYTES, BYTES_PER_IMAGE_512 = 3 * 2**30, 2**30
 """Estimates for Stable Diffusion 1.5 in half precision: weights, and activations of one image at 512 px with guidance. An
 estimate that proves too high costs nothing but a message: out of memory halves what is computed at once."""
+
+PROCESS_BYTES = 1 << 29
+"""Memory of a CPU process besides the networks (float32, whatever the files hold) and what computing with them takes."""
 
 COMPILE_IMAGES = 3000
 """Images per process from which compiling (a minute or two on a GPU) is worth it."""
@@ -220,6 +228,20 @@ def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfi
     begun = (recorded_identity(subset_folder(config, dataset)) or {}).get("batch_size")
     size = begun or config.batch_size or automatic_batch_size(config.devices, config.resolution)
     return replace(config, batch_size=int(size), automatic_batch=True)
+
+
+def fitting(devices: Sequence[str], files: ModelFiles) -> Sequence[str]:
+    """As many of the CPU processes as memory holds, at least one; each loads the networks. GPUs are left as they are."""
+    if devices[0] != "cpu":
+        return devices
+    need = PROCESS_BYTES + 2 * sum(path.stat().st_size for path in weight_files(files.folder))
+    count = max(1, min(len(devices), available_memory() // need))
+    if count < len(devices):
+        log.info(
+            "%d process(es) instead of %d: each takes about %s of memory (--gpu_ids cpu cpu ... gives another number)",
+            count, len(devices), size_text(need),
+        )  # fmt: skip
+    return devices[:count]
 
 
 def automatic_batch_size(devices: Sequence[str], resolution: int) -> int:
