@@ -265,10 +265,12 @@ def _add_evaluation(parser: cli.Parser) -> None:
     )
     only.add_argument(
         "--predict",
+        nargs="+",
         type=cli.path,
         default=None,
-        metavar="FOLDER",
-        help="classify every image below a folder with that classifier; writes predictions.csv",
+        metavar="PATH",
+        help="classify images, or every image below folders, with that classifier; writes predictions.csv, in which the row "
+        "of an image that cannot be read is empty (exit status 2)",
     )
 
 
@@ -425,20 +427,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def apply(config, dataset, folder: Path | None, dry_run: bool) -> int:
+def apply(config, dataset, places: list[Path] | None, dry_run: bool) -> int:
     """``--eval_only`` and ``--predict``: a trained classifier is used as it is."""
     from semantic_aug.classify import inference, metrics
 
+    images = inference.images_to_predict(places) if places else {}
     classifier = inference.load(config, dataset)
     print(f"classifier: {registry.shown_path(classifier.path)}")
     if dry_run:
         return 0
-    if folder is None:
+    if not places:
         metrics.report(inference.evaluate_splits(classifier, config, dataset), print)
         print(f"results: {registry.shown_path(config.output_dir / inference.EVAL_FOLDER)}")
     else:
-        path, count = inference.predict(classifier, folder, config)
-        print(f"{count} images classified: {registry.shown_path(path)}")
+        inference.predict(classifier, images, config)
     return 0
 
 

@@ -495,6 +495,30 @@ def test_prediction_of_a_folder(three_seeds, image_folder):
         assert float(row["probability"]) == max(shares.values()) == shares[row["class"]]
 
 
+def test_prediction_passes_over_litter_and_loses_no_run_to_a_broken_file(three_seeds, image_folder, tmp_path, capsys):
+    shutil.copytree(image_folder / "test" / "toad", tmp_path / "new" / "batch")
+    good = sorted(f"batch/{path.name}" for path in (tmp_path / "new" / "batch").iterdir())
+    (tmp_path / "new" / "._0.png").write_bytes(b"Mac OS X")
+    (tmp_path / "new" / "@eaDir").mkdir()
+    shutil.copy(tmp_path / "new" / good[0], tmp_path / "new" / "@eaDir" / "thumb.png")
+    os.mkfifo(tmp_path / "new" / "pipe.png")
+    out = three_seeds / "seed1" / "predictions.csv"
+    train(image_folder, three_seeds / "seed1", predict=tmp_path / "new")
+    whole = {row["file"]: row for row in csv.DictReader(out.open())}
+    assert list(whole) == good
+    (tmp_path / "new" / "cut.png").write_bytes((tmp_path / "new" / good[0]).read_bytes()[:300])
+    with pytest.raises(UserError, match=r"1 of \d+ images could not be read .* image .*cut.png cannot be decoded"):
+        train(image_folder, three_seeds / "seed1", predict=tmp_path / "new")
+    assert f"{len(good)} images classified" in capsys.readouterr().out
+    rows = {row["file"]: row for row in csv.DictReader(out.open())}
+    assert set(rows.pop("cut.png").values()) == {"cut.png", ""} and rows == whole
+    files = [tmp_path / "new" / name for name in good[:2]]
+    train(image_folder, three_seeds / "seed1", predict=files)
+    rows = list(csv.DictReader(out.open()))
+    assert [row["file"] for row in rows] == list(map(str, files))
+    assert [row["class"] for row in rows] == [whole[name]["class"] for name in good[:2]]
+
+
 def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_folder, tmp_path):
     others = tiny.write_image_folder(tmp_path / "others", classes=("newt", "owl", "toad"))
     (tmp_path / "empty").mkdir()
@@ -503,7 +527,7 @@ def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_fol
         ({"eval_only": True, "output_dir": tmp_path / "none"}, "--output_dir .*: no trained classifier there"),
         ({"eval_only": True, "weights": seed1, "model": "resnet18"}, "does not fit resnet18 .*--model and --res_mode"),
         ({"eval_only": True, "weights": seed1, "dataset": f"folder:{others}"}, "'blue jay' is one\\) .* not those of"),
-        ({"predict": tmp_path / "none", "weights": seed1}, "--predict .*: not a folder"),
+        ({"predict": tmp_path / "none", "weights": seed1}, "--predict .*: not a folder or file"),
         ({"predict": tmp_path / "empty", "weights": seed1}, "--predict .*: no image there"),
     ]:
         folder = changes.pop("output_dir", tmp_path / "x")

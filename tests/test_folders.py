@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import tiny
 from semantic_aug.datasets import load_dataset
@@ -321,3 +321,19 @@ def test_reading_opens_no_image(animals, monkeypatch):
     monkeypatch.setattr(io, "open", None)
     monkeypatch.setattr(Image, "open", None)
     assert len(read_folder(animals)["train"]) == 4
+
+
+def test_sizes_are_those_of_the_upright_images_and_decode_nothing(animals, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tiny.picture(0, 5).save(animals / "owl" / "turned.jpg", exif=exif)
+    tiny.picture(0, 6).resize((30, 50)).convert("P").save(animals / "owl" / "palette.gif")
+    table = read_folder(animals)["train"]
+    expected = [table.image(row).size for row in range(len(table))]
+    assert (36, 40) in expected and (30, 50) in expected and (40, 36) in expected
+
+    def refuse(self, *args):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert [table.size(row) for row in range(len(table))] == expected

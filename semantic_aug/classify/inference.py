@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -21,10 +24,12 @@ from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, evaluate
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import data_identity
-from semantic_aug.datasets.images import EXTENSIONS, open_image
+from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.readers.folder import EXPECTED
+from semantic_aug.datasets.readers.walk import Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
-from semantic_aug.registry import resolve_path
+from semantic_aug.registry import resolve_path, shown_path
 
 EVAL_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
@@ -118,23 +123,57 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
     return found
 
 
-@torch.inference_mode()
-def predict(classifier: Classifier, folder: Path, config: ClassifyConfig) -> tuple[Path, int]:
-    """Classifies every image below a folder; writes ``predictions.csv`` with one probability per class.
+def images_to_predict(places: Sequence[Path]) -> dict[str, str]:
+    """The images that ``--predict`` names: name in the list of predictions -> path.
 
-    Returns:
-        The file and the number of images.
+    Of a folder these are all images below it, as data folders are read
+    (:mod:`semantic_aug.datasets.readers.walk`): litter is passed over, and what else is left out is noted. A file is taken
+    whatever it is called. Names are relative to the folder where there is just one, else paths.
 
     Raises:
-        UserError: no such folder, no image in it, or one that cannot be read.
+        UserError: a place that does not exist, or no image at all.
     """
-    if not folder.is_dir():
-        raise UserError(f"--predict {folder}: not a folder; expected one with images ({', '.join(EXTENSIONS)})")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not paths:
-        raise UserError(f"--predict {folder}: no image there; expected files ending in {', '.join(EXTENSIONS)}")
-    # decoded as they come, never kept
-    store = ImageStore(lambda index: open_image(paths[index]), len(paths), resized_side(config.resolution), -1)
+    images: dict[str, str] = {}
+    for place in places:
+        if place.is_dir():
+            walk = Walk(Path(os.path.abspath(place)))
+            found = walk.images(walk.root)
+            walk.note_left_out()
+            images |= {walk.name_of(path) if len(places) == 1 else text_of(path): path for path in found}
+        elif place.exists():
+            images[text_of(place)] = os.fspath(place)
+        else:
+            raise UserError(f"--predict {place}: not a folder or file; expected images or folders with images")
+    if not images:
+        raise UserError(f"--predict {' '.join(map(str, places))}: no image there; expected {EXPECTED}")
+    return images
+
+
+@torch.inference_mode()
+def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyConfig) -> None:
+    """Classifies images; writes ``predictions.csv`` with one probability per class.
+
+    An image that cannot be read has a row without a class and without probabilities.
+
+    Args:
+        classifier: that predicts.
+        images: name in the list -> path.
+        config: of the command.
+
+    Raises:
+        UserError: after the file is written, that some images could not be read.
+    """
+    names, paths = list(images), list(images.values())
+    unreadable: dict[str, str] = {}
+
+    def read(index: int) -> Image.Image:
+        try:
+            return open_image(paths[index])
+        except UserError as error:
+            unreadable[names[index]] = str(error)
+            return Image.new("RGB", (1, 1))
+
+    store = ImageStore(read, len(paths), resized_side(config.resolution), -1)  # decoded as they come, never kept
     out = config.output_dir / PREDICTIONS_FILE
     size = 2 * config.batch_size
     with files.atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as lines:
@@ -147,8 +186,15 @@ def predict(classifier: Classifier, folder: Path, config: ClassifyConfig) -> tup
                 shares = classifier.model(classifier.normalise(pixels)).float().softmax(-1).cpu()
             check_outputs(float(shares.sum()), config.amp)
             for row, share in zip(rows.tolist(), shares, strict=True):
+                if names[row] in unreadable:
+                    writer.writerow([names[row], *[""] * (2 + len(share))])
+                    continue
                 best = int(share.argmax())
-                name = paths[row].relative_to(folder).as_posix()
                 numbers = [f"{value:.6f}" for value in (share[best], *share)]
-                writer.writerow([name, classifier.class_names[best], *numbers])
-    return out, len(paths)
+                writer.writerow([names[row], classifier.class_names[best], *numbers])
+    print(f"{len(images) - len(unreadable)} images classified: {shown_path(out)}")
+    if unreadable:
+        reasons = "; ".join(unreadable[name] for name in sorted(unreadable)[:3])
+        raise UserError(
+            f"{len(unreadable)} of {len(images)} images could not be read and have empty rows in {shown_path(out)}: {reasons}"
+        )

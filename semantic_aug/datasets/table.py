@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semantic_aug.datasets.images import image_size
+
 Reader = Callable[[int], Image.Image]
 """From a row's position in the *source* to its image, PIL RGB."""
 
@@ -77,6 +79,17 @@ class ImageTable:
             UserError: the image is missing or cannot be decoded.
         """
         return self.read(int(self.rows[index]))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels of the image of row ``index``, from its header where the source holds it encoded.
+
+        Raises:
+            UserError: the image is missing or cannot be read.
+        """
+        if self.encoded is None:
+            return self.image(index).size
+        source = self.encoded(int(self.rows[index]))
+        return image_size(source, self.keys[index] if isinstance(source, bytes) else None)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageTable:
         """The rows at ``indices``, in ascending order."""

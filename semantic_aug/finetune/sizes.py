@@ -17,7 +17,7 @@ def image_sizes(table: ImageTable, config: FinetuneConfig) -> Tensor:
     """
     rows = []
     for row, key in enumerate(table.keys):
-        width, height = table.image(row).size
+        width, height = table.size(row)
         scale = config.resolution / min(width, height)
         for view in range(config.crops):
             left, top, right, _ = crop_box(width, height, view, key, config.seed)

@@ -86,7 +86,7 @@ class SourceMasks:
     def _mask(self, row: int) -> Tensor:
         if row not in self.known:
             try:
-                size = self.images.image(row).size
+                size = self.images.size(row)
             except DataChanged:
                 raise
             except UserError:  # said where the source is encoded
