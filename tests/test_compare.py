@@ -7,13 +7,14 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, exchange
 
 import sample_mp
 import train_cls
@@ -366,6 +367,31 @@ def test_the_words_that_share_the_work_are_no_part_of_a_request():
 
 
 # ---------------------------------------------------------------------------------------------------- from end to end
+
+
+def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base, tmp_path):
+    for name, place in (("animals", image_folder), ("base", tiny_base)):
+        shutil.copytree(place, tmp_path / name)
+    words = ["--dataset", f"folder:{tmp_path}/animals", "--pretrained_model_name_or_path", str(tmp_path / "base")]
+    recipe, pair = compare.recipe_of(parsed(words), 0), tmp_path / "pair"
+
+    def claim(*stages):
+        steps.claim_data(pair, recipe, 1, ROOT / "config", stages)
+
+    claim(3)
+    claim(1, 2, 3)  # methods that need a base model may come later
+    claim(3)
+    weights = tmp_path / "base/vae/diffusion_pytorch_model.safetensors"
+    exchange(weights, weights.read_bytes()[:-1] + bytes([weights.read_bytes()[-1] ^ 1]))
+    with pytest.raises(UserError, match="made from other data .base_model: .*choose another --output_dir"):
+        claim(1, 2, 3)
+    (tmp_path / "animals/test/toad/test000.png").unlink()
+    with pytest.raises(UserError, match="test: 8 images now, 9 when the run began.*choose another --output_dir"):
+        claim(3)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / steps.STEPS_FILE).write_text('{"ti_db": {"done": true}}')
+    with pytest.raises(UserError, match="does not say which images its steps were made from"):
+        steps.claim_data(tmp_path / "old", recipe, 1, ROOT / "config", (3,))
 
 
 @pytest.mark.slow

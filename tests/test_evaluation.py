@@ -8,7 +8,7 @@ import evaluating
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, exchange
 from PIL import Image
 
 import tiny
@@ -205,6 +205,14 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     assert measure.main(words) == 0  # the same again is no other run
     with pytest.raises(UserError, match="other arguments .*gamma.*choose another --output_dir"):
         measure.main([*words, "--gamma", "0.9"])
+    picture = next(subset.rglob("*.png"))
+    kept = picture.read_bytes()
+    try:
+        exchange(picture, kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(UserError, match="mixed: 12 images as before, the same labels, other content.*--output_dir"):
+            measure.main(words)
+    finally:
+        picture.write_bytes(kept)
 
 
 def test_a_subset_of_another_tool_is_measured_without_what_it_lacks(tmp_path, image_folder, animals, capsys):
@@ -225,6 +233,9 @@ def test_a_subset_of_another_tool_is_measured_without_what_it_lacks(tmp_path, im
     assert not (tmp_path / "out" / "faithfulness_diversity.png").exists()
 
 
+CONTENT = "a digest of the images"
+
+
 def test_features_are_kept_and_found_again(tmp_path, monkeypatch, animals):
     monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path))
     train, read = animals.train, []
@@ -234,10 +245,10 @@ def test_features_are_kept_and_found_again(tmp_path, monkeypatch, animals):
         return train.image(index)
 
     extractor = load_extractor(weights="none", resolution=32)
-    first = extractor.features(image, len(train), train.signature())
-    again = load_extractor(weights="none", resolution=32).features(image, len(train), train.signature())
+    first = extractor.features(image, len(train), CONTENT)
+    again = load_extractor(weights="none", resolution=32).features(image, len(train), CONTENT)
     assert np.array_equal(first, again) and len(read) == len(train)
-    other = load_extractor(weights="none", resolution=48).features(image, len(train), train.signature())
+    other = load_extractor(weights="none", resolution=48).features(image, len(train), CONTENT)
     assert len(read) == 2 * len(train) and not np.allclose(first, other)
 
 

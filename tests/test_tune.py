@@ -123,7 +123,7 @@ def write_predictions(folder, right, images):
 
 
 @pytest.fixture
-def search(tmp_path, monkeypatch):
+def search(tmp_path, tiny_base, monkeypatch):
     """A search whose subprocesses are replaced by a planted answer; returns what was run."""
     began, images = [], 200
 
@@ -158,6 +158,8 @@ def search(tmp_path, monkeypatch):
         given = [
             "--dataset",
             "elpv",
+            "--pretrained_model_name_or_path",
+            str(tiny_base),
             "--examples_per_class",
             "5",
             "--output_dir",

@@ -20,6 +20,7 @@ from semantic_aug.evaluation.recipe import DEFAULT_METHODS, METHODS, Devices, Re
 from semantic_aug.evaluation.steps import (
     Pair,
     check_commands,
+    claim_data,
     duration,
     pair_lock,
     prepare_config,
@@ -243,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
                 check_stages(mine, folder, args.config_dir, flags.devices_of(args))
                 for recipe in {job.recipe.name: job.recipe for job in jobs}.values():
                     comparison.claim_setting(folder, recipe.name, recipe.record())
+                for job in mine:
+                    stages = {step.stage for step in job.pair.steps.values()}
+                    claim_data(job.pair.folder, job.recipe, job.seed, args.config_dir, stages)
                 comparison.save_request(folder, _request_words(words), *_asked(jobs, args))
                 run_jobs(mine, folder, args.config_dir, args.keep)
         except KeyboardInterrupt:

@@ -15,12 +15,10 @@ from torch import nn
 from tqdm import tqdm
 
 from semantic_aug.classify.data import ImageStore, Normaliser
-from semantic_aug.classify.models import make_model
+from semantic_aug.classify.models import make_model, weights_identity
 from semantic_aug.datasets.cache import cache_folder
-from semantic_aug.datasets.table import file_stamp
 from semantic_aug.divergence import check_outputs
 from semantic_aug.files import atomic_path
-from semantic_aug.registry import resolve_path
 from semantic_aug.run_dir import sha256_text
 
 log = logging.getLogger(__name__)
@@ -58,7 +56,7 @@ class Extractor:
         Args:
             read: from an index to a PIL RGB image.
             count: number of images N, 1 or more.
-            identity: what the images are (a table's ``signature()``); None: features are not kept.
+            identity: what the images are (a digest of their content); None: features are not kept.
             batch_size: images at a time.
 
         Returns:
@@ -99,9 +97,10 @@ def load_extractor(
         torch.manual_seed(0)
         model, normalisation = make_model(name, 0, resolution, weights)
     place = torch.device(device)
-    stamp = file_stamp(resolve_path(weights)) if weights not in ("auto", "none") else ""
     normalise = Normaliser(normalisation.mean, normalisation.std, place)
-    return Extractor(f"{name} {weights} {stamp} {resolution}", model.to(place).eval(), normalise, resolution, keep)
+    return Extractor(
+        f"{name} {weights_identity(name, weights)} {resolution}", model.to(place).eval(), normalise, resolution, keep
+    )
 
 
 def _load(path: Path, count: int) -> np.ndarray | None:

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     folder = registry.resolve_path(args.output_dir)
     arguments = options.record(args)
-    run_dir.claim(folder, arguments, "--output_dir", options.MAY_CHANGE)
+    run_dir.claim(folder, arguments, "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
     measurer = Measurer(
         given.dataset, extractor, judge, clip, args.gamma, args.seed, args.copy_percentile, args.batch_size
     )

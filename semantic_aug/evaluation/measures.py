@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
 from semantic_aug.evaluation import distances, faithfulness
 from semantic_aug.evaluation.clip import Clip, clip_score
 from semantic_aug.evaluation.features import Extractor
@@ -90,7 +91,9 @@ class Measurer:
         a training image than all but that share of real ones is not a new one. Photographs taken twice lower it.
         """
         train = self.dataset.train
-        features = self.extractor.features(train.image, len(train), train.signature(), self.batch_size)
+        features = self.extractor.features(
+            train.image, len(train), content_digest(hash_images(train).hex()), self.batch_size
+        )
         nearest = distances.neighbours(features, features, skip_self=True)[0]
         nearest = nearest[:, 0] if nearest.shape[1] else np.full(len(train), np.nan)
         threshold = float(np.percentile(nearest, self.copy_percentile))
@@ -119,9 +122,8 @@ class Measurer:
 
     def features(self, subset: Subset) -> np.ndarray:
         """Features ``(M, D)`` of a subset."""
-        return self.extractor.features(
-            subset.images.image, len(subset), subset.images.signature(), batch_size=self.batch_size
-        )
+        content = content_digest(hash_files(subset.images.paths, "synthetic images").hex())
+        return self.extractor.features(subset.images.image, len(subset), content, batch_size=self.batch_size)
 
     def reference(self, subset: Subset) -> Looks:
         """A subset that others are compared with by FID and KID only."""

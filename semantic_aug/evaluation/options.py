@@ -11,6 +11,7 @@ from semantic_aug.devices import device_of
 
 if TYPE_CHECKING:
     from semantic_aug.datasets import LoadedDataset
+    from semantic_aug.datasets.origin import RunOrigin
     from semantic_aug.evaluation.clip import Clip
     from semantic_aug.evaluation.features import Extractor
     from semantic_aug.evaluation.judge import Judge
@@ -167,3 +168,21 @@ def clip(args: argparse.Namespace, device: str) -> Clip | None:
 def record(args: argparse.Namespace) -> dict:
     """The arguments as they are kept beside the results."""
     return {name: value for name, value in vars(args).items() if name not in (*MAY_CHANGE, "output_dir")}
+
+
+def origin(args: argparse.Namespace, given: Given) -> RunOrigin:
+    """What results are made from: training images, the subsets, and the weights of ``--classifier``."""
+    from semantic_aug.classify.trainer import MODEL_FILE
+    from semantic_aug.datasets.fingerprint import files_digest, hash_files
+    from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
+
+    def further() -> dict:
+        names, subsets = given.dataset.source_names, {}
+        for subset in given.subsets:
+            hashes = hash_files(subset.images.paths, "synthetic images")
+            subsets[subset.name] = synthetic_identity(subset.images, hashes, names)
+        classifier = getattr(args, "classifier", None)
+        file = registry.resolve_path(classifier) / MODEL_FILE if classifier else None
+        return {"subsets": subsets, "classifier": files_digest([file]) if file else None}
+
+    return RunOrigin(given.dataset, ("train",), further=further)

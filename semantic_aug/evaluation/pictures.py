@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from semantic_aug import cli, console, files, registry, run_dir
+from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
 from semantic_aug.evaluation import options
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
@@ -89,8 +90,8 @@ def neighbours(
     from semantic_aug.evaluation import distances
 
     train, names, images = given.dataset.train, given.dataset.class_names, subset.images
-    real = extractor.features(train.image, len(train), train.signature(), batch_size)
-    made = extractor.features(images.image, len(images), images.signature(), batch_size)
+    real = extractor.features(train.image, len(train), content_digest(hash_images(train).hex()), batch_size)
+    made = extractor.features(images.image, len(images), content_digest(hash_files(images.paths).hex()), batch_size)
     distance, nearest = distances.neighbours(made, real, count)
     ranked = np.argsort(distance[:, 0], kind="stable")
     shown = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(rows, len(ranked))).round().astype(int))]
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(f"would draw {', '.join(wanted)} into {registry.shown_path(folder)}")
         return 0
-    run_dir.claim(folder, options.record(args), "--output_dir", options.MAY_CHANGE)
+    run_dir.claim(folder, options.record(args), "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
     if "translations" in wanted:
         sheet = translations(given, args.rows, args.size, args.seed)
         if sheet is None:

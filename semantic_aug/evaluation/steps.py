@@ -16,14 +16,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from semantic_aug import files, registry
+from semantic_aug import files, registry, run_dir
+from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.fingerprint import files_digest
+from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError
-from semantic_aug.evaluation.recipe import Step
+from semantic_aug.evaluation.recipe import Recipe, Step
 
 log = logging.getLogger(__name__)
 
 STEPS_FILE = "steps.json"
 LOGS = "logs"
+MADE_FROM = "made_from"
+"""Folder of a pair that keeps which images and base model its steps were made from."""
 COPIED = (registry.DATASETS, registry.LEARNING_RATES)
 """Files of ``--config_dir`` that the pair's own registry folder gets a copy of."""
 
@@ -173,6 +178,38 @@ class Pair:
     def remove_images(self) -> None:
         """Frees the disk of the synthetic images; they are made again, the same, when a later step needs them."""
         shutil.rmtree(self.folder / "aug_samples", ignore_errors=True)
+
+
+def claim_data(folder: Path, recipe: Recipe, subset_seed: int, config_dir: Path, stages: Iterable[int]) -> None:
+    """Ties a pair to the images it draws and to the base model, or finds that its steps were made from these.
+
+    Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
+
+    Args:
+        folder: of the pair.
+        recipe: of the setting.
+        subset_seed: of the draw.
+        config_dir: of the registry files.
+        stages: that the pair runs.
+
+    Raises:
+        UserError: they were made from something else, or by a version that did not record it.
+    """
+    places = {name: folder / MADE_FROM / name for name in ("data", "base_model")}
+    if read_records(folder) and not places["data"].is_dir():
+        raise UserError(
+            f"{registry.shown_path(folder)} does not say which images its steps were made from (an earlier version ran "
+            "them): nothing was touched; choose another --output_dir"
+        )
+    chosen = {name: value for name, value in recipe.shared.items() if name != "dataset" and value is not None}
+    dataset = load_dataset(recipe.shared["dataset"], Setting(**chosen, subset_seed=subset_seed), config_dir)
+    run_dir.claim(places["data"], {}, "--output_dir", origin=RunOrigin(dataset))
+    if {1, 2} & set(stages):
+        from semantic_aug.diffusion.base import find_base, weight_files
+
+        base = find_base(recipe.base)
+        weights = RunOrigin(dataset, (), further=lambda: {"base_model": files_digest(weight_files(base), base)})
+        run_dir.claim(places["base_model"], {}, "--output_dir", origin=weights)
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:

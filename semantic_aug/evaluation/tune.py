@@ -20,7 +20,15 @@ from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.halving import Candidate
 from semantic_aug.evaluation.intervals import Difference, crossed_difference
 from semantic_aug.evaluation.recipe import Devices, Recipe
-from semantic_aug.evaluation.steps import Pair, duration, pair_lock, prepare_config, shown, terminated_as_interrupted
+from semantic_aug.evaluation.steps import (
+    Pair,
+    claim_data,
+    duration,
+    pair_lock,
+    prepare_config,
+    shown,
+    terminated_as_interrupted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +315,7 @@ def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> Non
             "multiplier": tuning.most,
         }
         run_dir.claim(tuning.folder, record, "--output_dir")
+        claim_data(tuning.folder, tuning.recipe, tuning.subset_seed, args.config_dir, (1, 2, 3))
         prepare_config(tuning.folder, args.config_dir)
         for name in list(tuning.pair.steps):
             tuning.ensure(name, held)
