@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from semantic_aug.diffusion.families import Family, family_of, read_configs, rea
 from semantic_aug.diffusion.schedulers import check_noise_schedule
 from semantic_aug.diffusion.weights import check_weights, find_weights
 from semantic_aug.errors import UserError
+from semantic_aug.files import read_json_object
 from semantic_aug.registry import resolve_path, shown_path
 
 if TYPE_CHECKING:
@@ -138,14 +138,11 @@ def read_scheduler_config(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / "scheduler" / "scheduler_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"holds a {type(config).__name__}")
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"base model '{name}': {path} cannot be read ({error}): expected the noise schedule of a Stable Diffusion"
         ) from None
-    return config
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_aug.errors import UserError
+from semantic_aug.files import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -207,14 +208,11 @@ def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
     for part in ("unet", "vae"):
         path = folder / part / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise ValueError(f"holds a {type(config).__name__}")
+            configs.append(read_json_object(path))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"base model '{name}' is not a Stable Diffusion in diffusers layout: {path} cannot be read ({error})"
             ) from None
-        configs.append(config)
     return configs[0], configs[1]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
+from semantic_aug.files import read_json_object
 from semantic_aug.registry import ADAPTER_CONFIG, find_lora
 from semantic_aug.run_dir import load_pickle
 
@@ -223,9 +224,7 @@ def _settings(path: Path, from_peft: bool, metadata: Mapping[str, str]) -> dict[
     elif from_peft:
         file = path.with_name(ADAPTER_CONFIG)
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError(f"it holds a {type(settings).__name__}")
+            settings = read_json_object(file)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"LoRA {path} was saved by PEFT; its scale is in {file}, which cannot be read ({error})"
