@@ -1,5 +1,6 @@
 """Looking a data set over: every kind of trouble planted in a folder, found, named, and turned into an exit status."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -246,3 +247,26 @@ def test_the_hash_bears_what_near_duplicates_go_through():
         changed.save(out, "JPEG", quality=60)
         assert check.near_pairs([first, check.difference_hash(open_image(out.getvalue()))]) == [(0, 1)]
     assert check.near_pairs([first, check.difference_hash(other)]) == []
+
+
+def test_what_was_left_out_or_scaled_is_named(good, tmp_path, capsys):
+    owl = good / "train" / "owl"
+    (owl / "phone.heic").write_bytes((24).to_bytes(4, "big") + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(99))
+    (owl / "notes.txt").write_text("x")
+    deep = np.random.default_rng(5).random((70, 80))
+    Image.fromarray((deep * 4095).astype(np.uint16)).save(owl / "deep.png")
+    Image.fromarray(deep[::-1].astype(np.float32)).save(owl / "float.tif")
+    Image.new("RGB", (80, 70), (3, 3, 3)).save(owl / "dark.png")
+    Image.fromarray((deep.T * 255).astype(np.uint8)).convert("RGB").save(owl / "picture.jpg", "PNG")
+    status = run_main(command.main, ["check", f"folder:{good}", "--output_dir", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    heic = importlib.util.find_spec("pillow_heif") is None
+    assert status == 1 and ("PROBLEM: HEIC images left out: install pillow-heif" if heic else "unreadable image") in out
+    for line in (
+        "warning: files left out: no images [.txt 1]: 1",
+        "scaled to 8 bits (integers of 12 bits): 1",
+        "scaled to 8 bits (floating-point, 0 to 1): 1",
+        "nearly black, no value above 15 of 255: 1",
+        "PNG file with the ending .jpg: 1",
+    ):
+        assert line in out
