@@ -24,6 +24,7 @@ from semantic_aug.sampling import files, store
 from semantic_aug.sampling import run as running
 from semantic_aug.sampling.records import Records
 from semantic_aug.sampling.sources import DataChanged, PlannedSources, SourceImages, block_files
+from semantic_aug.sampling.worker import BatchMaker
 
 
 @pytest.fixture
@@ -348,6 +349,18 @@ def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(re
         (folder / ".moments" / name).write_bytes(b"")
     reopened(config, dataset)
     assert [p.name for p in (folder / ".moments").iterdir()] == [usable[0]]
+
+
+def test_a_process_refuses_weights_that_changed_since_the_plan(request_of, pictures, workshop, tmp_path):
+    config, dataset = request_of(pictures)
+    lora = shutil.copy(config.files.lora, tmp_path / "lora.safetensors")
+    config = dataclasses.replace(config, files=dataclasses.replace(config.files, lora=Path(lora)))
+    with running.opened(config, dataset) as subset:
+        job = running.job_of(config, dataset, subset.folder, subset.identity, len(subset.plan))
+    assert BatchMaker(job, "cpu").sources is not None
+    shutil.copy(config.files.tokens, lora)
+    with pytest.raises(UserError, match=f"the weights in {lora} changed while images were made with them"):
+        job.weights.check(job.files)
 
 
 # ------------------------------------------------------------------------------------------------ other numbers of shards

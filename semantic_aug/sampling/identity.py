@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from semantic_aug import registry, run_dir
+from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.fingerprint import (
     ContentHashes,
@@ -32,12 +33,12 @@ from semantic_aug.datasets.synthetic import read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.errors import UserError
 from semantic_aug.files import write_text
-from semantic_aug.sampling import masks, store
+from semantic_aug.sampling import store
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.plan import Plan
 from semantic_aug.sampling.records import Records
-from semantic_aug.sampling.sources import PlannedSources
+from semantic_aug.sampling.sources import PlannedSources, columns_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,50 @@ ARGUMENTS, MADE_WITH, RUNS, DATA = "arguments", "made_with", "runs", "data"
 FOLLOWS = ("images", "plan_sha256")
 """Values that differ only where another one does; told where nothing else explains them."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Hashes of a model's files; None where there is no such file.
+
+    Attributes:
+        base: of everything that decides what the base model makes.
+        vae: of its autoencoder alone.
+        lora: of the LoRA.
+        tokens: of the class tokens.
+        extra_lora: of the further LoRA.
+    """
+
+    base: str
+    vae: str
+    lora: str | None
+    tokens: str | None
+    extra_lora: str | None
+
+    @classmethod
+    def of(cls, files: ModelFiles) -> Weights:
+        """Of the files as they are now. A base model that has not been touched since is not read again."""
+        base = weight_files(files.folder)
+        hashes = hash_files(base, "weights").hex()
+        lines = [f"{path.parent.name}/{path.name} {value}" for path, value in zip(base, hashes, strict=True)]
+        vae = [line for line in lines if line.startswith("vae/")]
+        further = (_hash_of(path) if path else None for path in (files.lora, files.tokens, files.extra_lora))
+        return cls(run_dir.sha256_text("\n".join(lines)), run_dir.sha256_text("\n".join(vae)), *further)
+
+    def check(self, files: ModelFiles) -> None:
+        """Refuses files that have changed, for a process that has loaded them.
+
+        Raises:
+            UserError: names the first that has another content.
+        """
+        now = Weights.of(files)
+        named = {"base": files.folder, "lora": files.lora, "tokens": files.tokens, "extra_lora": files.extra_lora}
+        for name, path in named.items():
+            if getattr(now, name) != getattr(self, name):
+                raise UserError(
+                    f"the weights in {path} changed while images were made with them: everything made so far is kept and "
+                    "listed; restore them and run the same command, or give another --output_root"
+                )
 
 
 @dataclass(frozen=True)
@@ -57,6 +102,7 @@ class Identity:
         table: the training images.
         images: their content hashes.
         sources: the training images as processes get them; None where denoising starts from noise.
+        weights: hashes of the model's files.
         encoder: says what encodes sources and how.
     """
 
@@ -65,30 +111,8 @@ class Identity:
     table: ImageTable
     images: ContentHashes
     sources: PlannedSources | None
+    weights: Weights
     encoder: str
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Hashes of a model's files.
-
-    Attributes:
-        base: of everything that decides what the base model makes.
-        vae: of its autoencoder alone.
-    """
-
-    base: str
-    vae: str
-
-    @classmethod
-    def of(cls, folder: Path) -> Weights:
-        """Of a base model's folder. Files that have not been touched since are not read again."""
-        files = weight_files(folder)
-        lines = [
-            f"{p.parent.name}/{p.name} {h}" for p, h in zip(files, hash_files(files, "weights").hex(), strict=True)
-        ]
-        vae = [line for line in lines if line.startswith("vae/")]
-        return cls(run_dir.sha256_text("\n".join(lines)), run_dir.sha256_text("\n".join(vae)))
 
 
 def _hash_of(path: Path) -> str:
@@ -107,10 +131,9 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         plan: of the request.
         images: content hashes of the training images.
     """
-    columns = masks.columns(config.object_mask)
-    weights = Weights.of(config.files.folder)
+    columns = columns_of(config.object_mask)
+    weights = Weights.of(config.files)
     device = "cpu" if config.devices[0] == "cpu" else "cuda"
-    hashed = {"lora": config.files.lora, "tokens": config.files.tokens, "extra_lora": config.files.extra_lora}
     compared = {
         "dataset": dataset.name,
         "class_names": list(dataset.source_names),
@@ -137,7 +160,9 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "images": len(plan),
         "plan_sha256": plan.digest,
         "base_sha256": weights.base,
-        **{f"{name}_sha256": _hash_of(path) if path else None for name, path in hashed.items()},
+        "lora_sha256": weights.lora,
+        "tokens_sha256": weights.tokens,
+        "extra_lora_sha256": weights.extra_lora,
     }
     arguments = {
         "dataset": config.dataset,
@@ -151,7 +176,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
     compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
     encoder = f"{weights.vae} {config.resolution} {config.dtype} {device} {'compiled' if compiled else 'plain'}"
-    return Identity(run_dir.plain(compared), run_dir.plain(arguments), dataset.train, images, sources, encoder)
+    return Identity(run_dir.plain(compared), run_dir.plain(arguments), dataset.train, images, sources, weights, encoder)
 
 
 def warn(config: SampleConfig, identity: Identity) -> None:
@@ -293,7 +318,7 @@ def _replaced(old: Mapping[str, Any], identity: Identity, folder: Path) -> np.nd
     """Rows of the training images whose content is all that differs; none where anything else does."""
     before, keys, now = _recorded_images(old, folder), identity.table.keys, identity.compared
     if before.keys() == set(keys):
-        hashes, columns = [before[key] for key in keys], masks.columns(now["object_mask"])
+        hashes, columns = [before[key] for key in keys], columns_of(now["object_mask"])
         train = split_identity(identity.table, (value.hex() for value in hashes), columns)
         if {**now, DATA: {**now[DATA], "train": train}} == _compared(old):
             then = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(keys), -1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.datasets import Setting
 from semantic_aug.diffusion.schedulers import SolverSettings
+from semantic_aug.sampling.identity import Weights
 from semantic_aug.sampling.sources import PlannedSources
 
 
@@ -36,6 +37,7 @@ class Job:
         object_mask: the part of a source that may change (see :mod:`semantic_aug.sampling.masks`); None: all of it.
         sources: the training images as the plan has them; None from noise.
         encoder: says what encodes them and how, for the names of what is kept of it.
+        weights: hashes of ``files``, which a process compares when it has loaded them; None: it does not.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Job:
     object_mask: str | None = None
     sources: PlannedSources | None = None
     encoder: str = ""
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Task:
 
     Attributes:
         number: in the plan.
-        source: row of the training split, -1 from noise.
+        source: row of the plan's training images (the job's ``sources`` say which image that is), -1 from noise.
         target: class.
         strength: in (0, 1].
         path: relative to ``data/``; None when the file is there already and only the batch's shape needs the task.

@@ -14,17 +14,10 @@ from torch import Tensor
 
 from semantic_aug.datasets import ImageTable
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.sources import DataChanged, SourceImages
+from semantic_aug.sampling.sources import BOX, DataChanged, SourceImages
 
 PARTS = ("object", "background")
 """What ``--object_mask`` takes: the part that is changed."""
-
-COLUMN = "box"
-
-
-def columns(part: str | None) -> tuple[str, ...]:
-    """The columns of a data set that masks of this part depend on; none without a mask."""
-    return () if part is None else (COLUMN,)
 
 
 def check(part: str, images: ImageTable, dataset: str, start: str) -> None:
@@ -35,7 +28,7 @@ def check(part: str, images: ImageTable, dataset: str, start: str) -> None:
     """
     if start == "noise":
         raise UserError(f"--object_mask {part}: the strategy starts from noise and has no source image; leave it out")
-    if COLUMN not in images.extras:
+    if BOX not in images.extras:
         raise UserError(
             f"--object_mask {part}: {dataset} has no boxes of its objects; the official downloads of cub, car and pascal "
             "have them; leave it out for other data"
@@ -91,5 +84,5 @@ class SourceMasks:
                 raise
             except UserError:  # said where the source is encoded
                 return torch.ones(1, *self.latent, dtype=torch.bool)
-            self.known[row] = box_mask(self.images.extras[COLUMN][row].tolist(), size, self.latent, self.part)
+            self.known[row] = box_mask(self.images.extras[BOX][row].tolist(), size, self.latent, self.part)
         return self.known[row]

@@ -275,6 +275,7 @@ def job_of(
         compiled_batch=config.batch_size if config.compiled(images) else None,
         sources=identity.sources,
         encoder=identity.encoder,
+        weights=identity.weights,
     )
 
 

@@ -22,10 +22,18 @@ from semantic_aug.errors import UserError
 BLOCK = 8
 """Rows encoded together."""
 
+BOX = "box"
+"""The column of a data set from which masks are made."""
+
 REMEDY = (
     "everything made so far is kept and listed; restore the data set and run the same command, or give another "
     "--output_root"
 )
+
+
+def columns_of(object_mask: str | None) -> tuple[str, ...]:
+    """The columns of a data set, besides names, labels and content, that decide what a translation looks like."""
+    return () if object_mask is None else (BOX,)
 
 
 class DataChanged(UserError):

@@ -27,13 +27,13 @@ from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, os_error_line
-from semantic_aug.sampling import masks
 from semantic_aug.sampling.dispatch import FATAL_ERRNOS, Row
 from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.liveness import Heartbeat
+from semantic_aug.sampling.masks import SourceMasks
 from semantic_aug.sampling.moments import SourceMoments
-from semantic_aug.sampling.sources import SourceImages
+from semantic_aug.sampling.sources import SourceImages, columns_of
 from semantic_aug.sampling.store import DATA
 from semantic_aug.seeding import task_rng
 
@@ -68,12 +68,14 @@ class BatchMaker:
             job.templates or job.template,
             job.compiled_batch,
         )
+        if job.weights is not None:
+            job.weights.check(job.files)
         self.sources: SourceMoments | None = None
-        self.masks: masks.SourceMasks | None = None
+        self.masks: SourceMasks | None = None
         if images is not None:
             self.sources = SourceMoments(images, self.engine, job.encoder, job.folder)
             if job.object_mask:
-                self.masks = masks.SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
+                self.masks = SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
         self.at_once: int | None = None
         self.only_black: int | None = 0  # images since the start, as long as all of them are black
 
@@ -144,7 +146,7 @@ class BatchMaker:
 def _sources(job: Job) -> SourceImages:
     """This process's own listing of the training images, which must be the plan's."""
     images = load_dataset(job.dataset, job.setting, job.config_dir).train
-    return SourceImages(images, job.sources, masks.columns(job.object_mask))
+    return SourceImages(images, job.sources, columns_of(job.object_mask))
 
 
 @dataclass
