@@ -278,6 +278,8 @@ def test_a_checkpoint_of_other_images_is_told_in_one_line(request_of, workshop, 
     config, dataset = request_of(pictures, config_dir=tmp_path / "config")
     trained_on = data_identity(dataset, ["train"])
     (folder / "args.yaml").write_text(yaml.safe_dump({"made_from": {"data": trained_on}}))
+    caplog.set_level("WARNING")
+    caplog.clear()
     running.check_folder(config, dataset)
     assert not caplog.messages
     (pictures / "train" / "toad" / "train001.png").write_bytes(b"other")
@@ -326,10 +328,10 @@ def test_an_image_that_could_not_be_read_when_the_plan_was_made_is_not_used_late
 
 
 def test_a_pipe_in_place_of_an_image_is_told_and_not_waited_for(request_of, pictures, caplog):
-    path = pictures / "train" / "toad" / "train001.png"
+    path, (config, dataset) = pictures / "train" / "toad" / "train001.png", request_of(pictures)
     path.unlink()
     os.mkfifo(path)
-    running.check_folder(*request_of(pictures))
+    running.check_folder(config, dataset)
     assert "1 training images cannot be read ('train/toad/train001.png' the first): nothing will be made" in caplog.text
 
 
