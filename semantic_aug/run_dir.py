@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -292,5 +293,10 @@ def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is not there: {expected}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}): {expected}") from error
+        refused = re.search(
+            r"GLOBAL ([\w.]+)", str(error)
+        )  # torch's message goes on with advice to run the file's code
+        reason = (
+            f"holds an object of {refused[1]}, not tensors alone" if refused else "damaged or not written by torch.save"
+        )
+        raise UserError(f"{path} cannot be read ({reason}): {expected}") from error

@@ -278,6 +278,63 @@ def test_models_by_either_librarys_name():
     assert torch.equal(model.conv_stem.weight, backbones.efficientnet_lite0().conv_stem.weight)
 
 
+def test_checkpoints_of_other_scripts_are_read(tmp_path, caplog):
+    import argparse
+
+    import timm
+
+    caplog.set_level("INFO")
+    donor = timm.create_model("resnet18", num_classes=3)
+    state = donor.state_dict()
+    other = {key: value + 1 for key, value in state.items()}
+    files = {
+        "timm": {"state_dict": state, "state_dict_ema": other, "args": argparse.Namespace(lr=0.1), "arch": "resnet18"},
+        "ema": {"state_dict_ema": state},
+        "ddp": {f"module.{key}": value for key, value in state.items()},
+        "compiled": {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+        "lightning": {
+            "state_dict": {f"model.backbone.{k}": v for k, v in state.items()} | {"loss.weight": torch.ones(3)}
+        },
+        "moco": {f"module.{p}.{k}": v for p, s in (("encoder_k", other), ("encoder_q", state)) for k, v in s.items()},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        model, _ = models.make_model("resnet18", 3, 64, str(tmp_path / f"{name}.pth"))
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), name
+    assert "'state_dict' is used; its moving average 'state_dict_ema' is passed over" in caplog.text
+    assert "'state_dict_ema' is used" in caplog.text and "below 'encoder_q.' are used" in caplog.text
+    torch.save({f"{p}.{k}": v for p in "ab" for k, v in state.items()}, tmp_path / "two.pth")
+    with pytest.raises(UserError, match="several such networks .below 'a.', 'b.'."):
+        models.make_model("resnet18", 3, 64, str(tmp_path / "two.pth"))
+    torch.save({**state, "conv1.weight": state["conv1.weight"] * float("nan")}, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="nan.pth holds values that are not finite .'conv1.weight'"):
+        models.make_model("resnet18", 3, 64, str(tmp_path / "nan.pth"))
+    torch.save({"state_dict": state, "model": torch.nn.Linear(1, 1)}, tmp_path / "module.pth")
+    with pytest.raises(UserError, match="holds an object of torch.nn.modules.linear.Linear, not tensors alone"):
+        models.make_model("resnet18", 3, 64, str(tmp_path / "module.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "smallest", "fits"),
+    [("resnet18", 32, 1, False), ("resnet18", 64, 1, True), ("resnet18", 32, 2, True), ("test_vit", 160, 1, True)],
+)
+def test_one_image_is_refused_only_where_batch_norm_sees_one_value(name, resolution, smallest, fits):
+    from semantic_aug.classify.checkpoints import check_batch_norm
+
+    model, _ = models.make_model(name, 3, resolution, "none")
+    image = torch.zeros(smallest, 3, resolution, resolution)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if fits:
+        check_batch_norm(model.train(), resolution, smallest, "advice")
+        model(image)
+    else:
+        with pytest.raises(UserError, match="a single image.*BatchNorm.*advice"):
+            check_batch_norm(model.train(), resolution, smallest, "advice")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        with pytest.raises(ValueError, match="more than 1 value"):
+            model(image)
+
+
 def test_weights_from_files(tmp_path):
     import timm
     from safetensors.torch import save_file
@@ -287,7 +344,7 @@ def test_weights_from_files(tmp_path):
     model, _ = models.make_model("resnet18", 3, 64, str(tmp_path / "w.pth"))
     assert torch.equal(model.layer1[0].conv1.weight, donor.layer1[0].conv1.weight) and model.fc.out_features == 3
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="do not fit resnet18 .* another architecture"):
+    with pytest.raises(UserError, match="do not fit resnet18 .*missing.*the file seems to hold a ResNet of b"):
         models.make_model("resnet18", 3, 64, str(tmp_path / "other.safetensors"))
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(UserError, match="cannot be read"):

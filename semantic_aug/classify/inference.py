@@ -16,10 +16,11 @@ from torch import nn
 from tqdm import tqdm
 
 from semantic_aug import files
+from semantic_aug.classify.checkpoints import misfit, read_state
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import groups_of, write_predictions, write_scores
-from semantic_aug.classify.models import make_model, read_state
+from semantic_aug.classify.models import make_model
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, evaluate
 from semantic_aug.datasets import LoadedDataset
@@ -74,14 +75,13 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
             "the --dataset it was trained on"
         )
     model, normalisation = make_model(config.model, len(names), config.resolution, "none")
-    state, own = read_state(path), model.state_dict()
-    strange = sorted(k for k in {*own, *state} if k not in state or k not in own or own[k].shape != state[k].shape)
-    if strange:
+    own = model.state_dict()
+    state = read_state(path, own, flag)
+    if reason := misfit(state, own):
         raise UserError(
-            f"{flag} {path} does not fit {config.model} ('{strange[0]}', the first of {len(strange)} tensors): give the "
-            "--model and --res_mode it was trained with"
+            f"{flag} {path} does not fit {config.model} ({reason}: give the --model and --res_mode it was trained with"
         )
-    model.load_state_dict(state)
+    model.load_state_dict({key: state[key] for key in own})
     device = torch.device(config.device)
     normalise = Normaliser(normalisation.mean, normalisation.std, device)
     return Classifier(path, model.to(device, memory_format=torch.channels_last).eval(), names, normalise, device)

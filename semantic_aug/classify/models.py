@@ -9,8 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from semantic_aug import run_dir
-from semantic_aug.classify import backbones
+from semantic_aug.classify import backbones, checkpoints
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.registry import resolve_path
@@ -38,6 +37,10 @@ PACKAGED = {"tf_efficientnet_lite0": backbones.efficientnet_lite0}
 
 PACKAGED_FILES = {"tf_efficientnet_lite0": backbones.efficientnet_lite0_file}
 """Where the package keeps them."""
+
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model_best.pth.tar")
+"""What is looked for, in this order, where ``--weights`` is a folder; the last is what timm's ``train.py`` writes."""
 
 
 @dataclass(frozen=True)
@@ -116,48 +119,27 @@ def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
         ) from error
 
 
-def read_state(path: Path) -> dict:
-    """A state dict from ``.safetensors`` or a pickle.
-
-    Raises:
-        UserError: damaged, or something else.
-    """
-    expected = "expected the state dict of a model"
-    if path.suffix != ".safetensors":
-        return run_dir.load_pickle(path, expected)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({str(error)[:120]}): {expected}") from None
-
-
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
     """Puts pre-trained weights into a model, its head excepted where the number of classes differs.
 
     Args:
         model: freshly made.
-        path: ``.safetensors`` or a pickled state dict, or a folder with ``model.safetensors`` or ``pytorch_model.bin``.
+        path: ``.safetensors`` or a pickle (see :mod:`semantic_aug.classify.checkpoints`), or a folder with one.
         name: for errors.
 
     Raises:
-        UserError: not there, unreadable, or of another architecture.
+        UserError: not there, unreadable, of another architecture, or with values that are not finite.
     """
     path = weight_file(path)
-    state = read_state(path)
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
     own = model.state_dict()
-    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    state = checkpoints.read_state(path, own)
     classifier = model.pretrained_cfg.get("classifier")
-    head = tuple([classifier] if isinstance(classifier, str) else classifier or ())
-    strange = sorted(key for key in own if key not in fitting and not key.startswith(head))
-    if strange:
-        raise UserError(
-            f"--weights {path} do not fit {name} ({len(strange)} of {len(own)} tensors missing or of another shape, "
-            f"'{strange[0]}' the first): they are of another architecture"
-        )
+    head = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier or ()))
+    if reason := checkpoints.misfit(state, own, head):
+        raise UserError(f"--weights {path} do not fit {name} ({reason}")
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    if dropped := [key for key in own if key not in fitting]:
+        log.info("--weights %s: the head is new (the file's '%s' is not one of these classes)", path, dropped[0])
     model.load_state_dict(fitting, strict=False)
 
 
@@ -192,7 +174,10 @@ def weight_file(path: Path) -> Path:
         UserError: none there.
     """
     if path.is_dir():
-        path = next((path / f for f in ("model.safetensors", "pytorch_model.bin") if (path / f).is_file()), path)
+        path = next(
+            (path / f for f in WEIGHT_FILES if (path / f).is_file()),
+            path,
+        )
     if not path.is_file():
         raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
     return path

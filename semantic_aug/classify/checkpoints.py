@@ -1,0 +1,187 @@
+"""Checkpoint files of classifiers: whose training script wrote them, and the state dict inside under the model's own names.
+
+Read are plain state dicts, timm's ``train.py`` and its EMA copies, wrappers of DataParallel and ``torch.compile``, and modules
+that hold the classifier as a part (Lightning's ``model.``, a backbone, MoCo's ``encoder_q``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semantic_aug import run_dir
+from semantic_aug.divergence import non_finite
+from semantic_aug.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "module", "net")
+EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that DataParallel and ``torch.compile`` put before every name."""
+
+_MOMENTUM = ("encoder_k", "momentum", "teacher", "target_")
+"""Slowly moving copies beside the trained network, which goes first."""
+
+_KINDS = (
+    ("lora_", "a LoRA"),
+    ("learned_embeds", "class tokens of stage 1"),
+    ("down_blocks.", "a diffusion model"),
+    ("encoder.layers.encoder_layer_0", "a vision transformer of torchvision, whose names differ from timm's"),
+    ("vision_model.", "a CLIP of transformers"),
+    ("blocks.0.attn.qkv", "a vision transformer"),
+    ("stages.0.blocks", "a network of stages (ConvNeXt, RegNet, ...)"),
+    ("layers.0.blocks.0.attn.relative_position", "a Swin transformer"),
+    ("layer4.0.conv3", "a ResNet of bottleneck blocks (50 layers or more)"),
+    ("layer4.0.conv1", "a ResNet of basic blocks (18 or 34 layers)"),
+    ("features.0.", "a network of torchvision, whose names differ from timm's"),
+    ("blocks.0.0.", "an EfficientNet or MobileNet"),
+)
+"""Marks in the names of tensors, and what the file then seems to be."""
+
+
+def read_state(path: Path, own: Mapping[str, Tensor], flag: str = "--weights") -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names of a model.
+
+    Args:
+        path: ``.safetensors``, or a pickle, which is read without running code.
+        own: the model's state dict; says which prefix the names in the file have.
+        flag: that named the file, for errors.
+
+    Raises:
+        UserError: damaged, not a checkpoint of a model, ambiguous, or holding values that are not finite.
+    """
+    state = _unwrapped(_tensors(_content(path), path, flag))
+    prefix = _prefix(state, own, f"{flag} {path}")
+    if prefix:
+        log.info("%s %s: the tensors below '%s' are used", flag, path, prefix)
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if bad := non_finite(state.items()):
+        raise UserError(
+            f"{flag} {path} holds values that are not finite ('{bad}' the first tensor): its training diverged"
+        )
+    return state
+
+
+def _content(path: Path) -> Any:
+    expected = "expected the state dict of a model"
+    if path.suffix != ".safetensors":
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments as one
+            return run_dir.load_pickle(path, expected)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({str(error)[:120]}): {expected}") from None
+
+
+def _tensors(content: Any, path: Path, flag: str) -> dict[str, Tensor]:
+    """The state dict of a checkpoint; of two, the one that was trained, with a line saying so."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{flag} {path} holds a {type(content).__name__}: expected the state dict of a model")
+    found = [key for key in (*STATE_KEYS, *EMA_KEYS) if isinstance(content.get(key), Mapping) and content[key]]
+    if found:
+        averaged = [key for key in found if key in EMA_KEYS and key != found[0]]
+        beside = f"; its moving average '{averaged[0]}' is passed over" if averaged else ""
+        log.info("%s %s: '%s' is used%s", flag, path, found[0], beside)
+        content = content[found[0]]
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{flag} {path} holds no tensor: expected the state dict of a model")
+    return state
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that wrappers put before all names."""
+    while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in state)), None):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state
+
+
+def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> str:
+    """The prefix below which most of a model's tensors lie; '' where the names are its own."""
+    probes = list(own)[:3]
+    prefixes = {""} | {key.removesuffix(p) for p in probes for key in state if key.endswith(f".{p}")}
+
+    def fitting(prefix: str) -> int:
+        return sum(prefix + k in state and state[prefix + k].shape == value.shape for k, value in own.items())
+
+    counts = {prefix: fitting(prefix) for prefix in prefixes}
+    most = max(counts.values())
+    best = sorted(prefix for prefix, count in counts.items() if count == most)
+    trained = [prefix for prefix in best if not any(word in prefix for word in _MOMENTUM)] or best
+    if most == 0 or "" in best:
+        return ""
+    if len(trained) > 1:
+        raise UserError(
+            f"{where} holds several such networks (below {', '.join(map(repr, trained))}): save one of them alone"
+        )
+    return trained[0]
+
+
+def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], allowed: tuple[str, ...] = ()) -> str | None:
+    """What keeps a state dict from filling a model, in words, or None where it fits.
+
+    Args:
+        state: of the file, under the model's names.
+        own: the model's state dict.
+        allowed: starts of names that may be missing or of another shape.
+    """
+    wanted = [key for key in own if not (allowed and key.startswith(allowed))]
+    missing = [key for key in wanted if key not in state]
+    other = [key for key in wanted if key in state and state[key].shape != own[key].shape]
+    if not missing and not other:
+        return None
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of the model's {len(wanted)} tensors are missing, '{missing[0]}' the first")
+    if other:
+        shapes = f"{tuple(state[other[0]].shape)} instead of {tuple(own[other[0]].shape)}"
+        parts.append(f"{len(other)} are of another shape, '{other[0]}' the first, {shapes}")
+    unexpected = next((key for key in state if key not in own), None)
+    if unexpected is not None:
+        parts.append(f"'{unexpected}' is not the model's")
+    return f"{'; '.join(parts)}); the file seems to hold {kind_of(state)}"
+
+
+def kind_of(state: Mapping[str, Tensor]) -> str:
+    """What a state dict seems to belong to, from the names of its tensors."""
+    return next((kind for mark, kind in _KINDS if any(mark in key for key in state)), "another architecture")
+
+
+def check_batch_norm(model: nn.Module, resolution: int, smallest: int, advice: str) -> None:
+    """Refuses training steps in which a BatchNorm layer would see one value per channel: it cannot normalise that.
+
+    The model is run on the meta device, which computes shapes alone.
+
+    Args:
+        model: in training mode, layers that do not train in evaluation mode.
+        resolution: side of its images in pixels.
+        smallest: images of the smallest part of a batch.
+        advice: what to change.
+
+    Raises:
+        UserError: it would.
+    """
+    if smallest > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+        return
+    import copy
+
+    probe = copy.deepcopy(model).to("meta")
+    try:
+        with torch.no_grad():
+            probe(torch.empty(smallest, 3, resolution, resolution, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"a part of a training batch is a single image, of which a BatchNorm layer sees one value: {advice}"
+        ) from None
