@@ -319,7 +319,7 @@ def test_checkpoints_of_other_scripts_are_read(tmp_path, caplog):
     [("resnet18", 32, 1, False), ("resnet18", 64, 1, True), ("resnet18", 32, 2, True), ("test_vit", 160, 1, True)],
 )
 def test_one_image_is_refused_only_where_batch_norm_sees_one_value(name, resolution, smallest, fits):
-    from semantic_aug.classify.checkpoints import check_batch_norm
+    from semantic_aug.classify.batch_norm import check_batch_norm
 
     model, _ = models.make_model(name, 3, resolution, "none")
     image = torch.zeros(smallest, 3, resolution, resolution)

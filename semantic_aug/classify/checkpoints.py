@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semantic_aug import run_dir
 from semantic_aug.divergence import non_finite
@@ -155,33 +155,3 @@ def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], allowed: tupl
 def kind_of(state: Mapping[str, Tensor]) -> str:
     """What a state dict seems to belong to, from the names of its tensors."""
     return next((kind for mark, kind in _KINDS if any(mark in key for key in state)), "another architecture")
-
-
-def check_batch_norm(model: nn.Module, resolution: int, smallest: int, advice: str) -> None:
-    """Refuses training steps in which a BatchNorm layer would see one value per channel: it cannot normalise that.
-
-    The model is run on the meta device, which computes shapes alone.
-
-    Args:
-        model: in training mode, layers that do not train in evaluation mode.
-        resolution: side of its images in pixels.
-        smallest: images of the smallest part of a batch.
-        advice: what to change.
-
-    Raises:
-        UserError: it would.
-    """
-    if smallest > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
-        return
-    import copy
-
-    probe = copy.deepcopy(model).to("meta")
-    try:
-        with torch.no_grad():
-            probe(torch.empty(smallest, 3, resolution, resolution, device="meta"))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            f"a part of a training batch is a single image, of which a BatchNorm layer sees one value: {advice}"
-        ) from None

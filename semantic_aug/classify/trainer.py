@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug import files, run_dir
-from semantic_aug.classify.checkpoints import check_batch_norm
+from semantic_aug.classify.checkpoints import check_parts
 from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
-from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches, share_of
+from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
 from semantic_aug.classify.layers import freeze
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_predictions, write_scores
@@ -135,7 +135,7 @@ class Trainer:
         )
         self.parts = self.processes.count * config.gradient_accumulation_steps
         self.processes.check(self.train_batches.batch_size, self.parts)
-        self._check_parts()
+        check_parts(self.model, self.frozen, config, self.processes, (self.train_batches.batch_size, self.parts))
         self.counts = dataset.train.counts()
         self.criterion = make_criterion(config.loss, self.counts, self.device)
         self.val_batches = self._eval_batches(dataset.val) if dataset.val else None
@@ -145,22 +145,6 @@ class Trainer:
         self.total_steps = config.nepoch * self.steps_per_epoch
         self.best: dict | None = None
         self.epoch, self.stale, self.saved = 0, 0, time.monotonic()
-
-    def _check_parts(self) -> None:
-        """Refuses parts of a batch that BatchNorm cannot train on; synchronised over GPUs it sees all parts of a step."""
-        if self.processes.count > 1 and self.device.type == "cuda":
-            return
-        size, config = self.train_batches.batch_size, self.config
-        smallest = min(len(share_of(size, part, self.parts)) for part in range(self.parts))
-        self.model.train()
-        for module in self.frozen:
-            module.eval()
-        advice = (
-            f"batches of {size} (--batch_size {config.batch_size}, {len(self.dataset.train)} training images) in {self.parts} "
-            f"part(s), {config.model} at --res_mode {config.resolution}: give a larger --batch_size or --res_mode, fewer "
-            "--gradient_accumulation_steps, or a model without BatchNorm"
-        )
-        check_batch_norm(self.model, config.resolution, smallest, advice)
 
     def _average(self):
         from timm.utils import ModelEmaV3
