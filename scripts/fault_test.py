@@ -5,8 +5,10 @@
 
 Each trial starts the same small subset afresh and, drawn from its seed, does some of: kill a random worker or the parent
 (SIGKILL), ask it to stop (SIGTERM, SIGINT), delete or truncate random images, fill the disk (a small tmpfs, where this
-user may mount one). It restarts the command until it ends well and compares every byte with an undisturbed run.
-The tally goes to ``outputs/fault_test.json``.
+user may mount one), go on with another number of processes, or change what the images are made from: add, remove or exchange
+a training image, exchange the base model or the LoRA. What was changed must be refused with one line, and no image may be
+another than the undisturbed run's; then it is restored. The command is started again until it ends well, and every byte
+compared with the undisturbed run. The tally goes to ``outputs/fault_test.json``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +40,10 @@ FAULTS = (
     "interrupt parent",
     "delete images",
     "truncate images",
-    "fill disk",
+    "change processes",
 )
+CHANGES = ("add image", "remove image", "exchange image", "change base", "change LoRA")
+"""Faults that make the inputs other than those the subset was begun with."""
 
 
 class Workshop:
@@ -69,6 +74,24 @@ class Workshop:
         (folder / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({"animals": {"ck": entry}}))
         self.folder, self.multiplier, self.processes = folder, images / 18, processes
 
+    def change(self, fault: str, rng: random.Random) -> Callable[[], None]:
+        """Changes an input; returns what restores it."""
+        images = sorted((self.pictures / "train").rglob("*.png"))
+        chosen, other = rng.sample(images, 2)
+        place = {
+            "add image": chosen.with_name("added.png"),
+            "change base": self.folder / "base" / "unet" / "diffusion_pytorch_model.safetensors",
+            "change LoRA": self.folder / "ck" / "pytorch_lora_weights.safetensors",
+        }.get(fault, chosen)
+        before = place.read_bytes() if place.exists() else None
+        if fault == "remove image":
+            place.unlink()
+        elif place.suffix == ".png":
+            put(place, other.read_bytes())
+        else:  # the last weight becomes another one
+            put(place, before[:-2] + bytes(2))
+        return lambda: put(place, before)
+
     def start(self, root: Path) -> subprocess.Popen:
         """Starts the command in a process group of its own."""
         words = [
@@ -80,6 +103,16 @@ class Workshop:
         return subprocess.Popen(
             words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
+
+
+def put(path: Path, content: bytes | None) -> None:
+    """Gives a file this content, at once as copying tools do; None removes it."""
+    if content is None:
+        path.unlink()
+        return
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -165,25 +198,76 @@ def finish(workshop: Workshop, root: Path) -> dict[str, str]:
     raise AssertionError(f"did not end well in {RESTARTS} starts: {err}")
 
 
+def start_and_wait(workshop: Workshop, root: Path, enough: int, rng: random.Random) -> subprocess.Popen:
+    """A started command that has made some images, or has ended."""
+    process, limit = workshop.start(root), time.monotonic() + 300
+    while process.poll() is None and len(list(root.rglob("*.png"))) < enough and time.monotonic() < limit:
+        time.sleep(0.02)
+    time.sleep(rng.random() * 0.5)
+    return process
+
+
+def wrong_images(root: Path, wanted: dict[str, str]) -> set[str]:
+    """Images that are not the undisturbed run's."""
+    return {name for name, value in contents(root).items() if name.endswith(".png") and wanted.get(name) != value}
+
+
+def change_and_restore(
+    workshop: Workshop, root: Path, fault: str, wanted: dict[str, str], rng: random.Random
+) -> bool | None:
+    """Changes an input of a running command, which is then disturbed or left alone, and of one that is started again.
+
+    Returns:
+        Whether all that was made is right and the changed input was refused with one line; None where nothing ran any more.
+    """
+    damaged = wrong_images(root, wanted)  # by an earlier fault; a run that is refused does not repair them
+    process = start_and_wait(workshop, root, rng.randint(0, len(wanted) // 2), rng)
+    running = process.poll() is None and (root.exists() and any(root.rglob("config.yaml")))
+    restore = workshop.change(fault, rng)
+    if rng.random() < 0.6:
+        disturb("kill worker", process, root, rng)  # its replacement meets the changed input
+    _, first = process.communicate(timeout=900)
+    fine = wrong_images(root, wanted) <= damaged
+    if process.returncode == 0:  # whatever could meet the change had been read before
+        fine &= contents(root) == wanted
+    if running:
+        process = workshop.start(root)
+        _, second = process.communicate(timeout=900)
+        fine &= process.returncode == 2 and "holds a subset made otherwise" in second
+        for err in (first, second):
+            fine &= len([line for line in err.splitlines() if line.startswith(("error: ", "Traceback"))]) <= 1
+        fine &= wrong_images(root, wanted) <= damaged
+    else:  # it was changed before the subset was begun: another subset, and a right one
+        shutil.rmtree(root, ignore_errors=True)
+    restore()
+    return fine if running else None
+
+
 def trial(workshop: Workshop, seed: int, wanted: dict[str, str], tally: Counter) -> bool:
     """One disturbed run; returns whether the outcome is byte for byte the undisturbed one."""
-    rng = random.Random(seed)
-    chosen = rng.sample(FAULTS[:-1], rng.randint(1, 3)) if rng.random() > 0.15 else ["fill disk"]
+    rng, processes = random.Random(seed), workshop.processes
+    chosen = rng.sample(FAULTS, rng.randint(1, 3)) if rng.random() > 0.15 else ["fill disk"]
+    chosen += [rng.choice(CHANGES)] if rng.random() < 0.6 and chosen != ["fill disk"] else []
     if chosen == ["fill disk"]:
         fine = fill_and_recover(workshop, wanted, rng)
         if fine is not None:
             tally["fill disk"] += 1
             return fine
         chosen = ["kill parent"]
-    root = workshop.folder / f"trial-{seed}"
+    root, fine = workshop.folder / f"trial-{seed}", True
     for fault in chosen:
-        process = workshop.start(root)
-        enough = rng.randint(1, max(1, len(wanted) // 2))
-        limit = time.monotonic() + 300
-        while process.poll() is None and len(list(root.rglob("*.png"))) < enough and time.monotonic() < limit:
-            time.sleep(0.02)
-        time.sleep(rng.random() * 0.5)
-        tally[fault] += disturb(fault, process, root, rng)
+        if fault in CHANGES:
+            right = change_and_restore(workshop, root, fault, wanted, rng)
+            tally[fault] += right is not None
+            fine &= right is not False
+            continue
+        process = start_and_wait(workshop, root, rng.randint(1, max(1, len(wanted) // 2)), rng)
+        if fault == "change processes":
+            workshop.processes, hit = rng.choice([n for n in (1, 2, 3) if n != workshop.processes]), True
+            process.kill()
+        else:
+            hit = disturb(fault, process, root, rng)
+        tally[fault] += hit
         if (
             fault in ("delete images", "truncate images", "kill worker")
             and rng.random() < 0.5
@@ -191,7 +275,8 @@ def trial(workshop: Workshop, seed: int, wanted: dict[str, str], tally: Counter)
         ):
             process.kill()
         process.communicate(timeout=900)
-    fine = finish(workshop, root) == wanted
+    fine &= finish(workshop, root) == wanted
+    workshop.processes = processes
     shutil.rmtree(root)
     return fine
 
