@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from semantic_aug import registry
+from semantic_aug.datasets.readers.hub import parse_id
 from semantic_aug.datasets.subsets import PROFILES, TASKS, Setting
 from semantic_aug.errors import UserError, nearest_first
 
@@ -109,8 +110,10 @@ def model(text: str) -> str:
 def dataset(text: str) -> str:
     """An argument type: the name of a data set, or ``scheme:PATH`` with the path made absolute."""
     scheme, colon, rest = text.partition(":")
+    rest, config = parse_id(rest) if scheme == "hf" else (rest, None)
     local = scheme in ("folder", "csv") or (scheme == "hf" and Path(rest).expanduser().exists())
-    return f"{scheme}:{path(rest)}" if colon and rest and local else text
+    end = f":{config}" if config else ""
+    return f"{scheme}:{path(rest)}{end}" if colon and rest and local else text
 
 
 def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
@@ -121,7 +124,7 @@ def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
         type=dataset,
         required=True,
         metavar="NAME",
-        help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID",
+        help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID, hf:ID:CONFIGURATION",
     )
     data.add_argument(
         "--examples_per_class",

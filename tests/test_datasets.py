@@ -262,7 +262,7 @@ def test_the_constant_in_the_module_serves_too(tmp_path, monkeypatch, no_cub_fol
 
 
 def test_without_a_hub_the_error_says_what_to_do(no_cub_folders):
-    with pytest.raises(UserError, match="CUB_train could not be loaded from the hub .*name a local copy"):
+    with pytest.raises(UserError, match="CUB_train could not be loaded from the hub .*set CUB_ROOT"):
         load_dataset("cub")
 
 

@@ -12,8 +12,9 @@ import pytest
 from helpers import ROOT, exchange
 from PIL import Image
 
-from semantic_aug.datasets import Setting, cache, fingerprint, load_dataset, sources
+from semantic_aug.datasets import Setting, cache, fingerprint, load_dataset
 from semantic_aug.datasets.readers.folder import read_folder
+from semantic_aug.datasets.readers.hub import read_hub_id
 from semantic_aug.errors import UserError
 
 ALL = Setting(val_fraction=0.0)
@@ -147,7 +148,7 @@ def test_hub_tables_hold_images_or_name_files(folder, tmp_path, read, inside, mo
     parquet.write_table(rows.data.table.replace_schema_metadata(features.arrow_schema.metadata), file)
     expected = [blake(path) for path in paths]
     for _ in range(2):
-        table = sources.read_hub_id(str(tmp_path / "copy"))["train"]
+        table = read_hub_id(str(tmp_path / "copy"))["train"]
         assert fingerprint.content_hashes(table) == expected and len(read) == 6
     assert sum(isinstance(source, bytes) for source in read) == len(chosen)
     beside = next((i for i, path in enumerate(paths) if path not in chosen), None)

@@ -17,7 +17,8 @@ from pyarrow import parquet
 
 import tiny
 from semantic_aug import meta_csv, prompts
-from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, sources, subsets
+from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, subsets
+from semantic_aug.datasets.readers import hub as sources
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.errors import UserError

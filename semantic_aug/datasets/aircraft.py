@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from semantic_aug.datasets import official
-from semantic_aug.datasets.sources import read_hub, train_and_test
+from semantic_aug.datasets.readers.hub import read_hub, train_and_test
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
 from semantic_aug.errors import unknown
 
@@ -31,7 +31,7 @@ def read() -> Splits:
 
 
 def _read_hub() -> Splits:
-    places = train_and_test("aircraft", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    places = train_and_test("aircraft", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
     return read_hub(places, image_column="image", label_column="label")
 
 

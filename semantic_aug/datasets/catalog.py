@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import registry
-from semantic_aug.datasets import sources
 from semantic_aug.datasets.files import refuse_missing
 from semantic_aug.datasets.readers.folder import read_folder
+from semantic_aug.datasets.readers.hub import parse_id, read_hub_id
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.splits import check_classes
@@ -51,6 +51,7 @@ _TEXTS = (
     "root",
     "hub",
     "local",
+    "config",
     "image_column",
     "label_column",
     "super_class",
@@ -158,13 +159,17 @@ def default_name(scheme: str, rest: str) -> str:
     resolved; so a data set that is moved gets another default name, and a name in ``datasets.yaml`` is the stable way. A hub
     id's name has such digits only where another id could have the same name without them.
     """
+    rest, config = parse_id(rest) if scheme == "hf" else (rest, None)
     path = Path(rest).expanduser()
     if scheme == "hf" and not path.exists():
+        rest = f"{rest}:{config}" if config else rest
         plain = slug(rest.replace("/", "-"))
         unique = plain.replace("-", "/", 1) == rest and plain not in REGISTERED
         return plain if unique else hashed_slug(rest.replace("/", "-"), rest)
     path = path.resolve()
     readable = f"{path.parent.name}-{path.stem}" if scheme == "csv" else path.name
+    if config:
+        return hashed_slug(f"{readable}-{config}", f"{path}:{config}", empty="data")
     return hashed_slug(readable, str(path), empty="data")
 
 
@@ -190,9 +195,8 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
         read = functools.partial(read_listing, registry.resolve_path(entry["csv"]), root)
     else:
         local = registry.resolve_path(entry["local"]) if entry.get("local") else None
-        read = functools.partial(
-            sources.read_hub_id, entry["hub"], local, entry.get("image_column"), entry.get("label_column")
-        )
+        columns = entry.get("image_column"), entry.get("label_column")
+        read = functools.partial(read_hub_id, entry["hub"], local, *columns, entry.get("config"))
     rules = tuple(entry.get("class_name_rules", ("underscores",)))
     for rule in rules:
         if rule not in RULES:

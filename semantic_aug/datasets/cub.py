@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug.datasets import official
-from semantic_aug.datasets.sources import read_hub, train_and_test
+from semantic_aug.datasets.readers.hub import read_hub, train_and_test
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
@@ -32,7 +32,7 @@ def read() -> Splits:
 
 
 def _read_hub() -> Splits:
-    places = train_and_test("cub", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    places = train_and_test("cub", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
     return read_hub(places, image_column="image", label_column="label")
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from semantic_aug.datasets import official
-from semantic_aug.datasets.sources import read_hub, train_and_test
+from semantic_aug.datasets.readers.hub import read_hub, train_and_test
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import unknown
 
@@ -29,7 +29,7 @@ def read() -> Splits:
 
 
 def _read_hub() -> Splits:
-    places = train_and_test("food", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR)
+    places = train_and_test("food", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
     if places["test"].local is None:
         places["test"] = replace(places["test"], split="validation")
     return read_hub(places, image_column="image", label_column="label")

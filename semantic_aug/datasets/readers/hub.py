@@ -1,0 +1,357 @@
+"""Splits of a data set of the hub, or of a local copy of one in any layout that the library ``datasets`` reads.
+
+Labels are read without decoding an image, and nothing is ever written into a user's folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantic_aug.datasets import captions
+from semantic_aug.datasets.files import below
+from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.readers.hub_files import load_local
+from semantic_aug.datasets.spec import Splits
+from semantic_aug.datasets.splits import split_of, unify
+from semantic_aug.datasets.table import ImageTable, file_stamp
+from semantic_aug.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import datasets as hub
+
+log = logging.getLogger(__name__)
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+IMAGE_COLUMNS = ("image", "img", "picture", "file_name", "path")
+HUB_SECONDS = 4.0
+"""How long the hub may take to answer before only the library's cache is looked at."""
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split in the hub's format.
+
+    Attributes:
+        repo: hub id ("org/name").
+        split: the hub's name of the split.
+        local: folder of a local copy; None loads from the hub.
+        remedy: what to set where the hub has no such data set or cannot be reached, for the error.
+    """
+
+    repo: str
+    split: str = "train"
+    local: str | os.PathLike | None = None
+    remedy: str = "name a local copy with 'local' in config/datasets.yaml, or with hf:FOLDER"
+
+
+def train_and_test(
+    dataset: str, repo: str, train_dir: str | None, test_dir: str | None, homepage: str
+) -> dict[str, HubSplit]:
+    """The two splits of a data set whose hub ids differ in one word.
+
+    Args:
+        dataset: name, for the environment variables ``{DATASET}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR``, which name local
+            copies and take precedence over the next two.
+        repo: hub id with ``{split}`` in it.
+        train_dir: local copy of the training split, or None.
+        test_dir: local copy of the test split, or None.
+        homepage: where the official download is, for the error.
+    """
+    name, places = dataset.upper(), {}
+    ids = " and ".join(dict.fromkeys(repo.format(split=split) for split in ("train", "test")))
+    remedy = (
+        f"set {name}_ROOT to the unpacked official download ({homepage}), or {name}_HUG_LOCAL_IMAGE_TRAIN_DIR and "
+        f"{name}_HUG_LOCAL_IMAGE_TEST_DIR to local copies of {ids}"
+    )
+    for split, written in (("train", train_dir), ("test", test_dir)):
+        local = os.environ.get(f"{name}_HUG_LOCAL_IMAGE_{split.upper()}_DIR") or written
+        places[split] = HubSplit(repo.format(split=split), split, local, remedy)
+    return places
+
+
+def parse_id(text: str) -> tuple[str, str | None]:
+    """``ID`` or ``ID:CONFIGURATION``, where ``ID`` is a hub id or a local folder."""
+    if Path(text).expanduser().exists():
+        return text, None
+    repo, colon, config = text.rpartition(":")
+    return (repo, config) if colon and repo and config else (text, None)
+
+
+# ---------------------------------------------------------------------------------------------------------- splits
+
+
+def read_hub(
+    splits: Mapping[str, HubSplit], image_column: str | None = None, label_column: str | None = None
+) -> Splits:
+    """Splits in the hub's format, each from the hub or from a local copy.
+
+    Args:
+        splits: our split name -> where it is.
+        image_column: column of images (None: the first column of images).
+        label_column: column of labels (None: one of :data:`LABEL_COLUMNS`, or the only column of classes).
+
+    Raises:
+        UserError: not to be had, a missing column, a label without a name, no labels in the training split.
+    """
+    tables = {
+        ours: _hub_table(_load_split(where), where, ours, image_column, label_column) for ours, where in splits.items()
+    }
+    return _labelled(tables, splits["train"])
+
+
+def read_hub_id(
+    repo: str,
+    local: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config: str | None = None,
+) -> Splits:
+    """All splits of one hub id or of one local folder, by :data:`semantic_aug.datasets.splits.SPLIT_NAMES`.
+
+    Args:
+        repo: hub id or local folder; ``:CONFIGURATION`` may follow.
+        local: local copy of the hub id, or None.
+        image_column: see :func:`read_hub`.
+        label_column: see :func:`read_hub`.
+        config: the configuration to read where there are several.
+    """
+    if config is None:
+        repo, config = parse_id(repo)
+    if local is None and Path(repo).expanduser().exists():
+        local = repo
+    where = HubSplit(repo, "train", local)
+    found = load_local(Path(local).expanduser(), config) if local else _from_hub(where, None, config)
+    if not isinstance(found, dict):
+        found = {"train": found}
+    tables, left_out = {}, []
+    for name, rows in found.items():
+        ours = split_of(str(name))
+        if ours is None or ours in tables:
+            left_out.append(str(name))
+        else:
+            place = HubSplit(repo, str(name), local)
+            tables[ours] = _hub_table(rows, place, ours, image_column, label_column)
+    if "train" not in tables:
+        raise UserError(f"data set {repo} has the splits {', '.join(map(str, found))}: expected one named train")
+    if left_out:
+        log.warning("%s: the splits %s are left out (train, validation and test are read)", repo, ", ".join(left_out))
+    return _labelled(tables, where)
+
+
+def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Splits:
+    """The splits that have labels, on one class list."""
+    name = where.local or where.repo
+    if tables["train"] is None:
+        raise UserError(f"data set {name}: its training split has no labels (-1 or empty in every row)")
+    for split, table in tables.items():
+        if table is None:
+            log.warning("%s: the split %s has no labels (-1 or empty in every row) and is left out", name, split)
+    return unify({split: table for split, table in tables.items() if table is not None})
+
+
+def _load_split(where: HubSplit) -> hub.Dataset:
+    found = load_local(Path(where.local).expanduser()) if where.local else _from_hub(where, where.split)
+    if not isinstance(found, dict):
+        return found
+    if where.split in found:
+        return found[where.split]
+    if len(found) == 1:  # a copy of one split, whatever it is called there
+        return next(iter(found.values()))
+    raise unknown("split", where.split, map(str, found), f"looked in {where.local or where.repo}")
+
+
+# --------------------------------------------------------------------------------------------------------- the hub
+
+
+def _answers(address: str) -> bool:
+    """Whether a server answers within :data:`HUB_SECONDS`, whatever it says; proxies of the environment are used."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS):
+                answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except (OSError, ValueError):
+            return
+
+    # on a thread of its own, since looking a name up knows no time limit
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()
+
+
+@contextmanager
+def _reachable_or_offline() -> Iterator[None]:
+    """One short attempt to reach the hub; without an answer only the library's cache is looked at, at once."""
+    import datasets as hub
+    from huggingface_hub import constants
+
+    before = hub.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not any(before) and not _answers(constants.ENDPOINT):
+        hub.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> hub.Dataset | hub.DatasetDict:
+    import datasets as hub
+
+    try:
+        with _reachable_or_offline():
+            return hub.load_dataset(where.repo, name=config, split=split)
+    except Exception as error:  # the library raises many kinds for "not there" and "no network"
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and "onfig" in reason:
+            raise UserError(
+                f"data set {where.repo}: {reason}; name a configuration, as in hf:{where.repo}:NAME"
+            ) from error
+        raise UserError(
+            f"data set {where.repo} could not be loaded from the hub ({type(error).__name__}: {reason[:150]}): check the "
+            f"network, or {where.remedy}"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- columns
+
+
+def _hub_table(
+    rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None
+) -> ImageTable | None:
+    """The table of one split; None where none of its rows has a label."""
+    import datasets as hub
+
+    name = str(where.local or where.repo)
+    image_column = image_column or _image_column(rows)
+    if image_column is None or image_column not in rows.features:
+        raise UserError(
+            f"data set {name} has no image column '{image_column or 'image'}': its columns are "
+            f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml"
+        )
+    label_column = label_column or _label_column(rows, name, image_column)
+    if label_column is None or label_column not in rows.features:
+        raise UserError(
+            f"data set {name} has no label column '{label_column or 'label'}': its columns are "
+            f"{', '.join(rows.column_names)}; name one with label_column in config/datasets.yaml"
+        )
+    labelled = _labels(rows, label_column, f"data set {name}, split {where.split}")
+    if labelled is None:
+        return None
+    class_names, labels = labelled
+    encoded = rows.select_columns([image_column]).cast_column(image_column, hub.Image(decode=False))
+
+    def stored(row: int) -> str | bytes:
+        cell = encoded[row][image_column]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise UserError(f"data set {name}, split {where.split}, row {row} has no image: remove the row")
+        return cell["bytes"] if cell["bytes"] is not None else _located(cell["path"], where)
+
+    def read(row: int):
+        return open_image(stored(row), f"{name} {where.split}[{row}]")
+
+    # the library's own hash of the data and of what was done to it, and its files, should they be written anew
+    fingerprint = " ".join([str(rows._fingerprint), *(file_stamp(file["filename"]) for file in rows.cache_files)])
+    # whether some images are files beside the data, which change without it
+    outside = any(chunk.field("bytes").null_count for chunk in encoded.data.column(image_column).chunks)
+
+    def stamp(row: int) -> str:
+        source = stored(row) if outside else b""
+        return fingerprint if isinstance(source, bytes) else f"{fingerprint} {source} {file_stamp(source)}"
+
+    keys = [f"{ours}/{row:08d}" for row in range(len(labels))]
+    column = captions.column_in(rows.column_names)
+    extras = {"caption": captions.as_column(rows.select_columns([column])[:][column])} if column else None
+    return ImageTable.of(class_names, labels, keys, read, stamp, extras, encoded=stored)
+
+
+def _located(path: str, where: HubSplit) -> str:
+    """The file of an image that is not in the rows themselves: relative paths start at the local copy."""
+    if where.local is None or "://" in path or Path(path).is_absolute():
+        return path
+    root = Path(where.local).expanduser()
+    return str(root / below(root, path, f"data set {where.local}, split {where.split}"))
+
+
+def _labels(rows: hub.Dataset, column: str, where: str) -> tuple[tuple[str, ...], list[int]] | None:
+    """Class names and the label of every row; None where no row has one.
+
+    Raises:
+        UserError: rows without a label among others, a label without a class name, or a column of another kind.
+    """
+    import datasets as hub
+
+    feature = rows.features[column]
+    values = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    if any(isinstance(value, (list, dict, bytes)) for value in values[:1]):
+        raise UserError(f"{where}: column {column} holds {type(values[0]).__name__}s, expected one class a row")
+    values = [int(v) if isinstance(v, float) and v.is_integer() else None if v != v else v for v in values]
+    if all(value is None or value in (-1, "") for value in values):
+        return None
+    missing = next((i for i, v in enumerate(values) if v is None or v in (-1, "")), None)
+    if missing is not None:
+        shown = "no label" if values[missing] in (None, "") else "label -1, which has no class name"
+        raise UserError(f"{where}, row {missing} has {shown}: remove the row, or name another label_column")
+    if isinstance(feature, hub.ClassLabel):
+        bad = next((i for i, v in enumerate(values) if not 0 <= v < len(feature.names)), None)
+        if bad is not None:
+            raise UserError(f"{where}, row {bad}: label {values[bad]!r} has no class name")
+        return tuple(feature.names), values
+    names = tuple(str(value) for value in sorted(set(values)))
+    position = {name: i for i, name in enumerate(names)}
+    return names, [position[str(value)] for value in values]
+
+
+def _image_column(rows: hub.Dataset) -> str | None:
+    """The column of images: by its kind, else of bytes (as pandas writes them) or of paths under a usual name."""
+    import datasets as hub
+
+    features = rows.features
+    images = [name for name, feature in features.items() if isinstance(feature, hub.Image)]
+    if images:
+        return images[0]
+    stored = [name for name, feature in features.items() if _holds_bytes(feature)]
+    if len(stored) == 1:
+        return stored[0]
+    texts = [n for n in IMAGE_COLUMNS if isinstance(features.get(n), hub.Value) and "string" in features[n].dtype]
+    return next((name for name in (*IMAGE_COLUMNS, *texts) if name in (*stored, *texts)), None)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    import datasets as hub
+
+    if isinstance(feature, Mapping):
+        return "bytes" in feature
+    return isinstance(feature, hub.Value) and "binary" in feature.dtype
+
+
+def _label_column(rows: hub.Dataset, name: str, image_column: str) -> str | None:
+    """The column of labels.
+
+    Raises:
+        UserError: several could be meant.
+    """
+    import datasets as hub
+
+    usual = next((column for column in LABEL_COLUMNS if column in rows.features), None)
+    if usual:
+        return usual
+    classes = [column for column, feature in rows.features.items() if isinstance(feature, hub.ClassLabel)]
+    if len(classes) > 1:
+        raise UserError(
+            f"data set {name} has the label columns {' and '.join(classes)}: name one with label_column in "
+            "config/datasets.yaml"
+        )
+    return classes[0] if classes else None
