@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug import files, run_dir
-from semantic_aug.classify.checkpoints import check_parts
+from semantic_aug.classify.batch_norm import check_parts
 from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
 from semantic_aug.classify.layers import freeze
