@@ -12,7 +12,7 @@ from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
 from semantic_aug.devices import actors_of, processes_of
 from semantic_aug.diffusion.schedulers import DEFAULT, FINAL_SIGMAS, SCHEDULERS, SPEEDS, SolverSettings, scheduler_class
-from semantic_aug.errors import UserError, run_main
+from semantic_aug.errors import UserError, no_downloads, run_main
 
 SOLVER_DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 7.5, "scheduler": DEFAULT}
 LCM_DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
@@ -318,7 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up_logging()
     console.quiet_libraries()
     allocator.let_waiting_threads_sleep()
-    config, dataset = resolve(args)
+    with no_downloads(args.dry_run):
+        config, dataset = resolve(args)
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling import run as running
 
@@ -328,6 +329,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(config.devices)} process(es): {' '.join(config.devices)}; {config.dtype}, batches of {config.batch_size}"
     )
     if args.dry_run:
+        from semantic_aug.sampling import early
+
+        early.check(config, dataset)
         running.check_folder(config, dataset)
         print(sampling.describe_plan(config, dataset))
         if args.calibrate:

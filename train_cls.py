@@ -10,14 +10,13 @@ from pathlib import Path
 
 from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.devices import device_of
-from semantic_aug.errors import run_main
+from semantic_aug.errors import no_downloads, run_main
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 SYNTHETIC_MODES = ("item", "ratio", "concat")
 CACHES = ("auto", "ram", "disk", "off")
 SELECT_BY = ("top1", "macro", "worst_group")
 OPTIMIZERS = ("sgd", "adamw")
-DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
 def build_parser() -> cli.Parser:
@@ -299,16 +298,6 @@ def _add_where(parser: cli.Parser) -> None:
     )
 
 
-def learning_rate_of(args: argparse.Namespace, dataset) -> tuple[float, str]:
-    """The peak learning rate and where it comes from: the flag, the table, or the optimiser's default."""
-    if args.lr is not None:
-        return args.lr, "--lr"
-    lr, source = dataset.learning_rate(args.model, args.res_mode, args.config_dir)
-    if lr is not None and args.optimizer != "adamw":
-        return lr, source
-    return DEFAULT_LR[args.optimizer], f"default of {args.optimizer}"
-
-
 def resolve(args: argparse.Namespace):
     """Checks the arguments and derives what was left unset; returns the request, the data set and the synthetic images."""
     from semantic_aug.classify import request
@@ -328,7 +317,7 @@ def resolve(args: argparse.Namespace):
     synthetic = request.load_synthetic(
         folders, dataset, args.allow_other_sources, args.target_class_num, args.syndata_max
     )
-    lr, source = learning_rate_of(args, dataset)
+    lr, source = request.learning_rate_of(args, dataset)
     config = ClassifyConfig(
         dataset=args.dataset,
         setting=dataset.setting,
@@ -395,7 +384,8 @@ def main(argv: list[str] | None = None) -> int:
 
     console.set_up_logging(is_main())
     say = print if is_main() else lambda *_, **__: None
-    config, dataset, synthetic = resolve(args)
+    with no_downloads(args.dry_run):
+        config, dataset, synthetic = resolve(args)
     say(dataset.describe())
     if args.eval_only or args.predict:
         return apply(config, dataset, args.predict, args.dry_run)
@@ -406,6 +396,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     say(run_dir.arguments_text(config.record()), end="")
     if args.dry_run:
+        from semantic_aug.classify import early
+
+        early.check(config, dataset)
         return 0
     if args.seeds:
         from semantic_aug.classify import seeds

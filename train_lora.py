@@ -12,7 +12,7 @@ import os
 import sys
 
 from semantic_aug import allocator, cli, console, registry, run_dir
-from semantic_aug.errors import UserError, run_main
+from semantic_aug.errors import UserError, all_local, no_downloads, run_main
 
 LR_SCHEDULERS = (
     "constant",
@@ -206,8 +206,10 @@ def resolve(args: argparse.Namespace):
     from semantic_aug.diffusion.families import family_of
     from semantic_aug.finetune.config import FinetuneConfig, check_captions
 
-    dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
-    folder = find_base(args.pretrained_model_name_or_path)
+    dataset, folder = all_local(
+        lambda: load_dataset(args.dataset, cli.setting_of(args), args.config_dir),
+        lambda: find_base(args.pretrained_model_name_or_path),
+    )
     geometry = read_geometry(folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
@@ -312,11 +314,15 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up_logging(main_process)
     console.quiet_libraries()
     allocator.prepare_process()
-    config, dataset = resolve(args)
+    with no_downloads(args.dry_run):
+        config, dataset = resolve(args)
     if main_process:
         print(dataset.describe())
         print(run_dir.arguments_text(config.record(int(os.environ.get("WORLD_SIZE", 1)))), end="")
     if args.dry_run:
+        from semantic_aug.finetune import early
+
+        early.check(config, dataset)
         return 0
     from semantic_aug.finetune import trainer
 

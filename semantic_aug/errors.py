@@ -7,12 +7,15 @@ appears only with ``DIFFMIX_DEBUG=1``.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -25,6 +28,45 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class WouldDownload(Exception):
+    """A dry run has come to what a run would download; the text says what."""
+
+
+_downloads = contextvars.ContextVar("downloads", default=True)
+
+
+def downloads_allowed() -> bool:
+    """Whether missing models and data may be downloaded; False in a dry run."""
+    return _downloads.get()
+
+
+@contextlib.contextmanager
+def no_downloads(dry_run: bool) -> Iterator[None]:
+    """A context in which nothing is downloaded, where ``dry_run`` is set."""
+    token = _downloads.set(not dry_run)
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
+
+
+def all_local(*steps: Callable[[], Any]) -> list[Any]:
+    """The results of all steps.
+
+    Raises:
+        WouldDownload: some of them would download; names what, after all were tried.
+    """
+    results, missing = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except WouldDownload as error:
+            missing.append(str(error))
+    if missing:
+        raise WouldDownload(" and ".join(missing))
+    return results
 
 
 class Interrupted(Exception):
@@ -82,6 +124,9 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     tolerate_encodings()
     try:
         return int(main(argv) or 0)
+    except WouldDownload as what:
+        sys.stdout.write(f"a run would download {what}; what depends on that was not checked\n")
+        return 0
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

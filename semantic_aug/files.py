@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from semantic_aug.errors import UserError
+
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
@@ -69,6 +71,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
     return content
+
+
+def check_space(folder: Path, needed: int, flag: str) -> None:
+    """Refuses work that the disk cannot hold.
+
+    Args:
+        folder: that gets the files; it need not exist.
+        needed: bytes.
+        flag: the flag that names another folder, for the error.
+
+    Raises:
+        UserError: less is free.
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{folder} would need {needed / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free: give another {flag}"
+        )
 
 
 class LockHeld(Exception):

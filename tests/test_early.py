@@ -77,7 +77,7 @@ CLASSIFY = ("--model", "resnet18", "--res_mode", 32, "--nepoch", 1, "--gpu", "cp
         ),
     ],
 )
-@pytest.mark.parametrize("dry", [False])
+@pytest.mark.parametrize("dry", [False, True])
 def test_a_refused_command_leaves_no_folder_and_a_dry_run_refuses_it_too(
     script, flags, message, dry, tiny_base, image_folder, tmp_path, capsys
 ):
@@ -89,9 +89,42 @@ def test_a_refused_command_leaves_no_folder_and_a_dry_run_refuses_it_too(
     assert len(error) == 1 and message in error[0] and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dry", [False])
+@pytest.mark.parametrize("dry", [False, True])
 def test_a_refused_sampling_leaves_no_folder(workshop, image_folder, tmp_path, dry):
     words = sampling_arguments(workshop, image_folder, tmp_path / "out", finetune_model_key="foreign")
     line = refused("sample_mp.py", *words, *(["--dry_run"] if dry else []))
     assert "no token" in line, line
     assert not any(tmp_path.iterdir()), sorted(everything(tmp_path))[3:]
+
+
+@pytest.mark.parametrize("flags", [[], ["--finetune_strategy", "db", "--train_text_encoder_lora", "--random_crops"]])
+def test_a_dry_run_of_a_good_request_passes_and_writes_nothing(flags, tiny_base, image_folder, tmp_path, capsys):
+    words = ["--dataset", f"folder:{image_folder}", "--output_dir", f"{tmp_path}/out", "--dry_run"]
+    base = ["--pretrained_model_name_or_path", str(tiny_base), "--register_key", "new", "--config_dir", str(tmp_path)]
+    assert run_main(train_lora.main, [*words, *base, *flags, *map(str, FINETUNE)]) == 0, capsys.readouterr().err
+    assert run_main(train_cls.main, [*words, "--weights", "none", *map(str, CLASSIFY)]) == 0, capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(image_folder, tiny_base, tmp_path, capsys, monkeypatch):
+    def no_network(*_, **__):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    data = ["--dataset", f"folder:{image_folder}", "--output_dir", f"{tmp_path}/out", "--dry_run"]
+    cases = [
+        (train_lora, [*data, "--pretrained_model_name_or_path", "no-such/model"], "the base model no-such/model"),
+        (train_lora, ["--dataset", "hf:no-such/set", "--dry_run", "--pretrained_model_name_or_path", "no-such/model"],
+         "the data set no-such/set from the hub and the base model no-such/model from the hub"),
+        (train_cls, [*data, *map(str, CLASSIFY)], "the pre-trained weights of resnet18 from the hub"),
+    ]  # fmt: skip
+    for module, words, message in cases:
+        assert run_main(module.main, words) == 0
+        assert f"a run would download {message}" in capsys.readouterr().out
+    assert run_main(train_cls.main, [*data, *map(str, CLASSIFY), "--trainable_layers", "stages9"]) == 2
+
+
+def test_a_disk_that_is_clearly_too_small_is_refused_with_both_sizes(tmp_path):
+    files.check_space(tmp_path / "a" / "b", 1000, "--output_dir")
+    with pytest.raises(UserError, match=r"would need 1e\+09 GB of disk, .* GB are free: give another --output_dir"):
+        files.check_space(tmp_path / "a" / "b", 10**18, "--output_dir")

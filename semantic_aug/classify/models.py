@@ -6,12 +6,13 @@ import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from semantic_aug.classify import backbones, checkpoints
 from semantic_aug.datasets.fingerprint import files_digest
-from semantic_aug.errors import UserError, unknown
+from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
 from semantic_aug.registry import resolve_path
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ def _packaged(name: str) -> nn.Module | None:
 def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
     import timm
 
+    if not downloads_allowed() and not _is_cached(timm.get_pretrained_cfg(name)):
+        raise WouldDownload(f"the pre-trained weights of {name} from the hub")
     log.info("pre-trained weights of %s: from the hub", name)  # which may be tried for a minute before it fails
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
@@ -117,6 +120,20 @@ def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
             f"pre-trained weights of {name} cannot be loaded ({type(error).__name__}: {reason}): connect to the hub, "
             "give a file with --weights, or --weights none to start from scratch"
         ) from error
+
+
+def _is_cached(config: Any) -> bool:
+    """Whether timm's pre-trained weights are on this machine."""
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    if config is None or not (config.hf_hub_id or config.url):
+        return True  # there are none, which creating the model says
+    names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    names = (config.hf_hub_filename, *names) if config.hf_hub_filename else names
+    if config.hf_hub_id:
+        return any(isinstance(try_to_load_from_cache(config.hf_hub_id, name), str) for name in names)
+    return (Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]).is_file()
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:

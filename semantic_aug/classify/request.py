@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
 from semantic_aug.errors import UserError
 
+DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 SELECT_BY = ("top1", "macro", "worst_group")
 
 
@@ -41,6 +43,16 @@ def load_synthetic(
     if most is not None:
         images = images.at_most(most, dataset.setting.subset_seed)
     return images
+
+
+def learning_rate_of(args: argparse.Namespace, dataset: LoadedDataset) -> tuple[float, str]:
+    """The peak learning rate and where it comes from: the flag, the table, or the optimiser's default."""
+    if args.lr is not None:
+        return args.lr, "--lr"
+    lr, source = dataset.learning_rate(args.model, args.res_mode, args.config_dir)
+    if lr is not None and args.optimizer != "adamw":
+        return lr, source
+    return DEFAULT_LR[args.optimizer], f"default of {args.optimizer}"
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:

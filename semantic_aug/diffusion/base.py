@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from semantic_aug.diffusion.families import Family, family_of, read_configs, read_index
 from semantic_aug.diffusion.schedulers import check_noise_schedule
 from semantic_aug.diffusion.weights import check_weights, find_weights
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, WouldDownload, downloads_allowed
 from semantic_aug.files import read_json_object
 from semantic_aug.registry import resolve_path, shown_path
 
@@ -251,6 +251,8 @@ def _find_folder(name: str) -> Path:
     if cached:
         return cached
     name = SUCCESSORS.get(name, name)
+    if not downloads_allowed():
+        raise WouldDownload(f"the base model {name} from the hub")
     if name != names[0]:
         log.warning("base model %s was removed from the hub: using %s, the same weights", names[0], name)
     return _hub_download(name)

@@ -67,10 +67,13 @@ def add_lora(
             raise UserError(
                 f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(TARGETS)}"
             )
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets)),
-        ADAPTER,
-    )
+    settings = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
+    try:
+        unet.add_adapter(settings, ADAPTER)
+    except (ValueError, NotImplementedError) as error:  # a module that no LoRA can be added to
+        raise UserError(
+            f"--lora_targets {' '.join(targets)}: {str(error)[:160]}; usual ones: {', '.join(TARGETS)}"
+        ) from None
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()

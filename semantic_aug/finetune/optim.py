@@ -52,7 +52,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig) -> t
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-    except ValueError as error:
+    except (ValueError, IndexError, TypeError) as error:
         raise UserError(
             f"--lr_scheduler {config.lr_scheduler}, --lr_step_rules {rules}: {error}; rules look like 1:1000,0.1:2000,0.01"
         ) from None

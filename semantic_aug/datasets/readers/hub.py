@@ -23,7 +23,7 @@ from semantic_aug.datasets.readers.hub_files import load_local
 from semantic_aug.datasets.spec import Splits
 from semantic_aug.datasets.splits import split_of, unify
 from semantic_aug.datasets.table import ImageTable, file_stamp
-from semantic_aug.errors import UserError, unknown
+from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
 
 if TYPE_CHECKING:
     import datasets as hub
@@ -199,7 +199,7 @@ def _reachable_or_offline() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = hub.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if not any(before) and not _answers(constants.ENDPOINT):
+    if not any(before) and not (downloads_allowed() and _answers(constants.ENDPOINT)):
         hub.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -215,6 +215,8 @@ def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> 
             return hub.load_dataset(where.repo, name=config, split=split)
     except Exception as error:  # the library raises many kinds for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
+        if not downloads_allowed() and not (isinstance(error, ValueError) and "onfig" in reason):
+            raise WouldDownload(f"the data set {where.repo} from the hub") from None
         if isinstance(error, ValueError) and "onfig" in reason:
             raise UserError(
                 f"data set {where.repo}: {reason}; name a configuration, as in hf:{where.repo}:NAME"

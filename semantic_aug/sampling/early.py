@@ -1,0 +1,35 @@
+"""What ``--dry_run`` checks of a sampling request besides its flags: all that its processes would find out while they start."""
+
+from __future__ import annotations
+
+from semantic_aug import files
+from semantic_aug.datasets import LoadedDataset
+from semantic_aug.diffusion import lora as lora_io
+from semantic_aug.diffusion import tokens as token_io
+from semantic_aug.diffusion.schedulers import make_scheduler
+from semantic_aug.diffusion.skeleton import load_skeleton
+from semantic_aug.sampling.config import BYTES_PER_PIXEL, SampleConfig, plan_of, subset_folder
+
+
+def check(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Compares LoRA and class tokens with the base model without loading its weights, and looks at the disk.
+
+    Raises:
+        UserError: weights of another base model or other classes, a solver that the base model refuses, a full disk.
+    """
+    weights = config.files
+    base = load_skeleton(weights.name, weights.folder)
+    make_scheduler(base.scheduler_config, config.solver.scheduler, config.solver.final_sigmas_type)
+    for path in (weights.lora, weights.extra_lora):
+        if path is not None:
+            lora_io.merge_into(base.networks, lora_io.read_lora(path), str(path))
+    if weights.tokens is not None:
+        tokens = token_io.load_tokens(weights.tokens)
+        tokens.check_classes(dataset.source_names, str(weights.tokens))
+        token_io.install_all(tokens, base.tokenizers, base.text_encoders)
+    folder = subset_folder(config, dataset)
+    made = sum(path.stat().st_size for path in folder.rglob(f"*.{config.image_format}")) if folder.exists() else 0
+    needed = (
+        len(plan_of(config, dataset)) * config.resolution**2 * BYTES_PER_PIXEL[config.image_format] / config.num_shards
+    )
+    files.check_space(folder, int(needed) // 4 - made, "--output_root")  # photographs of little detail take a quarter
