@@ -460,7 +460,7 @@ def test_without_validation_or_test_the_run_says_what_it_has(image_folder, tmp_p
     ("changes", "message"),
     [
         ({"model": "resnet5O"}, "unknown --model 'resnet5O'"),
-        ({"gamma": 0}, "argument --gamma: 0: expected a number in (0, inf]"),
+        ({"gamma": 0}, "argument --gamma: 0: expected a number in (0, inf)"),
         ({"synthetic_prob": 1.5}, "argument --synthetic_prob: 1.5: expected a number in [0, 1]"),
         ({"syndata_key": "nokey"}, "unknown subset key of data set 'animals-"),
         ({"syndata_dir": ["/no/such"]}, "synthetic subset /no/such is not a folder"),
