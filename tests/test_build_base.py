@@ -306,6 +306,15 @@ def test_training_state_of_another_recipe_cannot_be_taken_for_ones_own():
     assert replace(recipe, subject="leaf").identity() != recipe.identity()
 
 
+def test_colour_loss_sees_hue_and_not_brightness():
+    from base_model.autoencoder import colour_loss
+
+    images = torch.rand(2, 3, 16, 16) * 0.5
+    assert float(colour_loss(images + 0.3, images, 8)) < 1e-6
+    redder = images + torch.tensor([0.1, 0, 0]).view(1, 3, 1, 1)
+    assert float(colour_loss(redder, images, 8)) == pytest.approx(0.05)  # of red - green and blue - green, one by 0.1
+
+
 def test_grey_pixels_are_the_mean_of_the_three_channels():
     from base_model.autoencoder import to_tensor, to_uint8
 
