@@ -6,6 +6,7 @@ Each input is drawn from its number alone, so a failure names what gives it agai
 import contextlib
 import csv
 import io
+import logging
 import random
 import re
 import shutil
@@ -121,8 +122,13 @@ class Outcome:
 
     def __init__(self, main, *words):
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            self.status = run_main(main, list(map(str, words)))
+        handler = logging.StreamHandler(err)  # the log writes to what was standard error when it was set up
+        logging.getLogger().addHandler(handler)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                self.status = run_main(main, list(map(str, words)))
+        finally:
+            logging.getLogger().removeHandler(handler)
         self.out, self.err = out.getvalue(), err.getvalue()
 
     @property

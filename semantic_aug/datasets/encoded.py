@@ -120,9 +120,25 @@ def _tiff_of_pixels(content: bytes) -> bytes:
     (count,) = struct.unpack_from(order + "H", content, start)
     entries = [content[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
     entries = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in _PIXEL_TAGS]
+    if _end_of_pixels(content, entries, order) > len(content):
+        raise ValueError("the pixels are cut off")  # else a decoder would take what is appended for the last of them
     directory = struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4)
     body = content[8:] + bytes(len(content) % 2)
     return content[:4] + struct.pack(order + "I", 8 + len(body)) + body + directory
+
+
+def _end_of_pixels(content: bytes, entries: list[bytes], order: str) -> int:
+    """Where the last strip or tile ends, by its offset and its length."""
+    values: dict[int, tuple[int, ...]] = {}
+    for entry in entries:
+        tag, kind, count = struct.unpack_from(order + "HHI", entry)
+        if tag in (273, 279, 324, 325):
+            code = order + str(count) + {3: "H", 4: "I"}[kind]
+            inside = struct.calcsize(code) <= 4
+            place = (entry, 8) if inside else (content, struct.unpack_from(order + "I", entry, 8)[0])
+            values[tag] = struct.unpack_from(code, *place)
+    offsets, lengths = values.get(273) or values[324], values.get(279) or values[325]
+    return max(offset + length for offset, length in zip(offsets, lengths, strict=True))
 
 
 def _is_jpeg_metadata(marker: int) -> bool:
