@@ -164,6 +164,13 @@ def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
         metavar="F",
         help="share of each class held out of train for validation where the data set has no validation split",
     )
+    data.add_argument(
+        "--val_examples_per_class",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="validation images per class at most, drawn with --subset_seed; -1 for all (default: -1)",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=seed, metavar="N", help="seed of everything else that is drawn")
     run.add_argument(
@@ -185,5 +192,6 @@ def setting_of(args: argparse.Namespace) -> Setting:
         subset_seed=args.subset_seed,
         val_fraction=args.val_fraction,
         imbalance_profile=args.imbalance_profile,
+        val_examples_per_class=args.val_examples_per_class,
         corrupt_prob=getattr(args, "corrupt_prob", 0.0),  # a flag of stage 3 only
     )

@@ -440,12 +440,26 @@ def test_held_out_validation_is_disjoint_and_leaves_every_class(labels, fraction
         ({"examples_per_class": 0}, "--examples_per_class 0: expected -1"),
         ({"imbalance_factor": 0}, "expected a number in \\(0, 1\\]"),
         ({"task": "tail"}, "--task tail: expected one of vanilla, imbalanced"),
+        ({"val_examples_per_class": 0}, "--val_examples_per_class 0: expected -1"),
         ({"val_fraction": 1}, "expected a number in \\[0, 1\\)"),
     ],
 )
 def test_settings_are_checked(arguments, message):
     with pytest.raises(UserError, match=message):
         Setting(**arguments)
+
+
+def test_validation_beside_few_shots_is_said_and_bounded(image_folder):
+    one = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=1))
+    assert "train 3, val 6, test 9 (more validation than training images: --val_examples_per_class" in one.describe()
+    bounded = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=1, val_examples_per_class=1))
+    assert bounded.describe().endswith("train 3, val 3, test 9") and bounded.val.counts().tolist() == [1, 1, 1]
+    assert bounded.train.keys == one.train.keys and set(bounded.val.keys) < set(one.val.keys)
+    other = [Setting(examples_per_class=1, val_examples_per_class=1, subset_seed=seed) for seed in range(1, 5)]
+    assert any(load_dataset(f"folder:{image_folder}", s).val.keys != bounded.val.keys for s in other)
+    held = Setting(val_fraction=0.5, val_examples_per_class=1)  # what is left out of validation does not go into train
+    cut, whole = (load_dataset(f"folder:{image_folder}/train", s) for s in (held, Setting(val_fraction=0.5)))
+    assert cut.train.keys == whole.train.keys and (len(cut.val), len(whole.val)) == (3, 9)
 
 
 def test_the_long_tail_setting_through_the_catalog(image_folder):

@@ -19,7 +19,7 @@ from semantic_aug.datasets.readers.hub import parse_id, read_hub_id
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.splits import check_classes
-from semantic_aug.datasets.subsets import Setting, apply_setting, hold_out
+from semantic_aug.datasets.subsets import Setting, apply_setting, few_shot, hold_out
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.meta_csv import hashed_slug, slug, slugs
@@ -115,11 +115,13 @@ class LoadedDataset:
         return registry.learning_rate(section, model, resolution, config_dir)
 
     def describe(self) -> str:
-        """One line: classes and images of each split."""
+        """One line: classes and images of each split, and how to bound a validation set larger than a few-shot train."""
         parts = [
             f"{split} {len(t)}" for split, t in (("train", self.train), ("val", self.val), ("test", self.test)) if t
         ]
-        return f"{self.name}{self.setting.suffix}: {len(self.class_names)} classes, images: {', '.join(parts)}"
+        few = self.setting.examples_per_class > 0 and self.val is not None and len(self.val) > len(self.train)
+        bound = " (more validation than training images: --val_examples_per_class N bounds them)" if few else ""
+        return f"{self.name}{self.setting.suffix}: {len(self.class_names)} classes, images: {', '.join(parts)}{bound}"
 
 
 def known_names(config_dir: Path = registry.CONFIG_DIR) -> list[str]:
@@ -242,6 +244,8 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
     train, val = splits["train"], splits.get("val")
     if val is None:
         train, val = hold_out(train, setting.val_fraction, setting.subset_seed)
+    if val is not None:
+        val = few_shot(val, setting.val_examples_per_class, setting.subset_seed, "few-shot validation")
     empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if count == 0]
     if empty:
         log.warning(

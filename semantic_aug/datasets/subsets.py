@@ -32,6 +32,7 @@ class Setting:
         subset_seed: seed of every draw here; apart from ``--seed`` so that training seeds share one subset.
         val_fraction: share of each class held out for validation where the source has no validation split, in [0, 1).
         imbalance_profile: ``exponential``, or ``original`` for the counts of the Diff-Mix authors' code.
+        val_examples_per_class: validation images of each class at most, drawn with ``subset_seed``; -1 for all.
         corrupt_prob: share of training labels replaced by a wrong one, in [0, 1]; the images stay, val and test are clean.
     """
 
@@ -42,10 +43,15 @@ class Setting:
     val_fraction: float = 0.1
     imbalance_profile: str = "exponential"
     corrupt_prob: float = 0.0
+    val_examples_per_class: int = -1
 
     def __post_init__(self):
         if self.examples_per_class == 0 or self.examples_per_class < -1:
             raise UserError(f"--examples_per_class {self.examples_per_class}: expected -1 (all) or a positive number")
+        if self.val_examples_per_class == 0 or self.val_examples_per_class < -1:
+            raise UserError(
+                f"--val_examples_per_class {self.val_examples_per_class}: expected -1 (all) or a positive number"
+            )
         if self.task not in TASKS:
             raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}")
         if not 0 < self.imbalance_factor <= 1:
@@ -77,11 +83,11 @@ def per_class(table: ImageTable, counts: Sequence[int], purpose: str, seed: int)
     return table.take(np.concatenate(rows) if rows else np.empty(0, np.int64))
 
 
-def few_shot(table: ImageTable, examples_per_class: int, seed: int = 0) -> ImageTable:
+def few_shot(table: ImageTable, examples_per_class: int, seed: int = 0, purpose: str = "few-shot") -> ImageTable:
     """``examples_per_class`` images of each class, or all where a class has fewer; -1 returns the table itself."""
     if examples_per_class < 0:
         return table
-    return per_class(table, np.minimum(table.counts(), examples_per_class), "few-shot", seed)
+    return per_class(table, np.minimum(table.counts(), examples_per_class), purpose, seed)
 
 
 def long_tail_counts(counts: Sequence[int], imbalance_factor: float, profile: str = "exponential") -> np.ndarray:

@@ -18,8 +18,8 @@ from semantic_aug.evaluation import recipe as recipes
 from semantic_aug.evaluation.recipe import Devices, Recipe
 
 _ALL_STAGES = (
-    "dataset examples_per_class task imbalance_factor imbalance_profile val_fraction subset_seed seed config_dir "
-    "register_key"
+    "dataset examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class subset_seed seed "
+    "config_dir register_key"
 )
 OWN_FLAGS = {
     1: f"{_ALL_STAGES} output_dir finetune_strategy pretrained_model_name_or_path".split(),
@@ -59,6 +59,13 @@ def add_settings(parser: argparse.ArgumentParser, several: bool) -> None:
         default=None,
         metavar="F",
         help="share held out for validation where the data set has no such split (default: the stages' 0.1)",
+    )
+    data.add_argument(
+        "--val_examples_per_class",
+        type=cli.whole(1),
+        default=None,
+        metavar="N",
+        help="validation images per class at most (default: all)",
     )
 
 
@@ -201,6 +208,7 @@ def make_recipe(
             "imbalance_factor": args.imbalance_factor if tail else None,
             "imbalance_profile": args.imbalance_profile if tail else None,
             "val_fraction": args.val_fraction,
+            "val_examples_per_class": args.val_examples_per_class,
         },
         finetune={
             "max_train_steps": max_train_steps,
