@@ -20,7 +20,7 @@ from base_model.recipe import Recipe
 from base_model.training import Budget, Ema, LearningRate, Machine, Stage
 from semantic_aug.seeding import torch_rng
 
-KL_WEIGHT, PERCEPTUAL_WEIGHT, COLOUR_WEIGHT = 3e-4, 0.1, 2.0
+KL_WEIGHT, PERCEPTUAL_WEIGHT, COLOUR_WEIGHT = 3e-4, 0.1, 5.0
 VALIDATE_EVERY = 500
 
 

@@ -141,7 +141,7 @@ class Config:
 
 PRESETS = {
     "general": Recipe(),
-    "signs": Recipe(subject="hand", autoencoder_images=48_000, denoiser_images=1_500_000),
+    "signs": Recipe(subject="hand", autoencoder_images=72_000, denoiser_images=1_500_000),
     "elpv": Recipe(
         size=128,
         subject="solar cell",
