@@ -328,15 +328,16 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{len(config.devices)} process(es): {' '.join(config.devices)}; {config.dtype}, batches of {config.batch_size}"
     )
-    if args.dry_run:
-        from semantic_aug.sampling import early
+    from semantic_aug.sampling import early
 
+    if args.dry_run:
         early.check(config, dataset)
         running.check_folder(config, dataset)
         print(sampling.describe_plan(config, dataset))
         if args.calibrate:
             print(running.calibrate(config, dataset))
         return 0
+    early.check_disk(config, dataset)
     folder = (running.merge if args.merge else running.run)(config, dataset, args.verify)
     entry, key = registry.shown_path(folder), args.register_key or sampling.default_key(config)
     print(f"subset: {entry}\nto use it, add to {registry.shown_path(args.config_dir / registry.SUBSETS)}:")

@@ -3,8 +3,9 @@
 import os
 
 import pytest
-from helpers import refused, sampling_arguments
+from helpers import classify_arguments, refused, sampling_arguments
 
+import sample_mp
 import train_cls
 import train_lora
 from semantic_aug import files
@@ -122,6 +123,23 @@ def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(image_folder, tin
         assert run_main(module.main, words) == 0
         assert f"a run would download {message}" in capsys.readouterr().out
     assert run_main(train_cls.main, [*data, *map(str, CLASSIFY), "--trainable_layers", "stages9"]) == 2
+
+
+def test_real_runs_look_at_the_disk_before_they_begin(tiny_base, image_folder, workshop, tmp_path, monkeypatch):
+    def nothing_free(folder, needed, flag):
+        raise UserError(f"{flag}: {needed > 0}")
+
+    monkeypatch.setattr(files, "check_space", nothing_free)
+    words = classify_arguments(image_folder, tmp_path / "three", nepoch=1)
+    with pytest.raises(UserError, match="--output_dir: True"):
+        train_cls.main(list(map(str, words)))
+    one = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": tiny_base, "report_to": "none"}
+    one |= {"output_dir": tmp_path / "one", "max_train_steps": 1, "train_batch_size": 2}
+    with pytest.raises(UserError, match="--output_dir: True"):
+        train_lora.main([str(word) for name, value in one.items() for word in (f"--{name}", value)])
+    with pytest.raises(UserError, match="--output_root: True"):
+        sample_mp.main(list(map(str, sampling_arguments(workshop, image_folder, tmp_path / "two"))))
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_disk_that_is_clearly_too_small_is_refused_with_both_sizes(tmp_path):

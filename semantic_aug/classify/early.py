@@ -1,4 +1,4 @@
-"""What ``--dry_run`` checks of a classification request besides its flags: all that a run would find out while it starts."""
+"""What is checked of a classification request before its hours: disk space always, all a start finds out in ``--dry_run``."""
 
 from __future__ import annotations
 
@@ -34,8 +34,17 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
     Processes(config.device).check(min(config.batch_size, real), launched() * config.gradient_accumulation_steps)
     make_criterion(config.loss, dataset.train.counts(), torch.device("cpu"))
     make_optimizer(model, config.optimizer, config.lr, config.weight_decay)
+    check_disk(config, model)
+    if absent is not None:
+        raise absent
+
+
+def check_disk(config: ClassifyConfig, model: torch.nn.Module) -> None:
+    """Refuses a run whose state and results the disk cannot hold.
+
+    Raises:
+        UserError: less is free than they take.
+    """
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = 6 if config.ema_decay else 5  # weights, their best, the optimiser's two, and the finished file
     files.check_space(config.output_dir, copies * size, "--output_dir")
-    if absent is not None:
-        raise absent

@@ -19,6 +19,7 @@ from semantic_aug import files, run_dir
 from semantic_aug.classify.batch_norm import check_parts
 from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
+from semantic_aug.classify.early import check_disk
 from semantic_aug.classify.layers import freeze
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_predictions, write_scores
@@ -120,6 +121,8 @@ class Trainer:
 
             model = convert_sync_batchnorm(model)
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
+        if self.processes.main and not (config.output_dir / STATE_FILE).exists():
+            check_disk(config, self.model)
         self.frozen = freeze(self.model, config.trainable_layers)
         self.averaged = self._average() if config.ema_decay else None
         self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)

@@ -1,4 +1,4 @@
-"""What ``--dry_run`` checks of a fine-tuning request besides its flags: all that a run would find out while it starts."""
+"""What is checked of a fine-tuning request before its hours: disk space always, all a start finds out in ``--dry_run``."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.finetune import checkpoints, divergence
 from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.early import disk_needed
 from semantic_aug.finetune.folder import SUMMARY_FILE, finished, origin_of, take_folder
 from semantic_aug.finetune.latents import LatentCache
 from semantic_aug.finetune.model import TrainedModel
@@ -74,6 +75,10 @@ class Trainer:
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
         self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
+        if not config.resume_from_checkpoint:  # else much of it is written already
+            trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+            needed = disk_needed(config, len(dataset.train), self.base.geometry, trained)
+            files.check_space(config.output_dir, needed, "--output_dir")
         self.latents = self._encode_images()
         if not config.random_crops:  # the images are encoded: until pictures are drawn the VAE need not lie on a GPU
             self.base.vae.to("cpu")

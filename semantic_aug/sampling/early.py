@@ -1,4 +1,4 @@
-"""What ``--dry_run`` checks of a sampling request besides its flags: all that its processes would find out while they start."""
+"""What is checked of a sampling request before its hours: disk space always, all a start finds out in ``--dry_run``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.schedulers import make_scheduler
 from semantic_aug.diffusion.skeleton import load_skeleton
-from semantic_aug.sampling.config import BYTES_PER_PIXEL, SampleConfig, plan_of, subset_folder
+from semantic_aug.sampling.config import BYTES_PER_PIXEL, SampleConfig, subset_folder
 
 
 def check(config: SampleConfig, dataset: LoadedDataset) -> None:
@@ -27,9 +27,17 @@ def check(config: SampleConfig, dataset: LoadedDataset) -> None:
         tokens = token_io.load_tokens(weights.tokens)
         tokens.check_classes(dataset.source_names, str(weights.tokens))
         token_io.install_all(tokens, base.tokenizers, base.text_encoders)
+    check_disk(config, dataset)
+
+
+def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Refuses a subset that the disk cannot hold.
+
+    Raises:
+        UserError: less is free than a quarter of the estimate, which is what photographs of little detail take.
+    """
     folder = subset_folder(config, dataset)
     made = sum(path.stat().st_size for path in folder.rglob(f"*.{config.image_format}")) if folder.exists() else 0
-    needed = (
-        len(plan_of(config, dataset)) * config.resolution**2 * BYTES_PER_PIXEL[config.image_format] / config.num_shards
-    )
-    files.check_space(folder, int(needed) // 4 - made, "--output_root")  # photographs of little detail take a quarter
+    images = config.multiplier * len(dataset.train) / config.num_shards
+    needed = images * config.resolution**2 * BYTES_PER_PIXEL[config.image_format]
+    files.check_space(folder, int(needed) // 4 - made, "--output_root")
