@@ -248,6 +248,8 @@ def check(args: argparse.Namespace) -> None:
 
 def resolve(args: argparse.Namespace):
     """Checks the arguments and derives what was left unset; returns the request and the loaded data set."""
+    from semantic_aug.augmentations.checks import check_files
+    from semantic_aug.augmentations.request import ClassNames
     from semantic_aug.datasets import load_dataset
     from semantic_aug.diffusion.base import read_geometry
     from semantic_aug.prompts import SAMPLING_TEMPLATE, read_templates
@@ -273,6 +275,9 @@ def resolve(args: argparse.Namespace):
         masks.check(args.object_mask, dataset.train, dataset.name, strategy.start)
     if args.gpu_ids is None and args.engine == "mp":
         places = sampling.fitting(places, files)
+    templates = read_templates(args.prompt_templates) if args.prompt_templates else ()
+    names = ClassNames(dataset.source_names, dataset.class_names, dataset.spec.super_class)
+    check_files(files, names, templates or (args.prompt or SAMPLING_TEMPLATE,))
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
@@ -303,7 +308,7 @@ def resolve(args: argparse.Namespace):
         compile=args.compile,
         engine=args.engine,
         ray_address=args.ray_address,
-        templates=read_templates(args.prompt_templates) if args.prompt_templates else (),
+        templates=templates,
         object_mask=args.object_mask,
     )
     if args.register_key:

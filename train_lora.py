@@ -204,6 +204,7 @@ def resolve(args: argparse.Namespace):
     from semantic_aug.datasets import load_dataset
     from semantic_aug.diffusion.base import find_base, read_geometry
     from semantic_aug.diffusion.families import family_of
+    from semantic_aug.finetune.captions import check_length
     from semantic_aug.finetune.config import FinetuneConfig, check_captions
 
     dataset, folder = all_local(
@@ -214,6 +215,8 @@ def resolve(args: argparse.Namespace):
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
     check_captions(dataset, args.class_prompts_ratio)
+    vectors = args.num_vectors if args.finetune_strategy != "db" else None
+    check_length(dataset, folder, args.pretrained_model_name_or_path, vectors, args.class_prompts_ratio)
     if args.train_text_encoder_lora and args.finetune_strategy == "ti":
         raise UserError("--train_text_encoder_lora with --finetune_strategy ti, which trains no LoRA: give db or ti_db")
     if args.random_crops and args.crops != 1:

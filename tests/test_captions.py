@@ -148,3 +148,29 @@ def test_a_share_of_captions_without_captions_is_refused(image_folder, tiny_base
         UserError, match="--class_prompts_ratio 0.5: data set animals-.* has no captions; give it a column"
     ):
         train_lora.resolve(train_lora.build_parser().parse_args(words))
+
+
+def test_prompts_that_lose_their_class_are_refused_in_both_stages(bases, image_folder, tmp_path, workshop):
+    from helpers import sampling_arguments
+
+    import sample_mp
+    import train_lora
+
+    def train(base, **flags):
+        flags = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": base, **flags}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        train_lora.resolve(train_lora.build_parser().parse_args(words))
+
+    def sample(**flags):
+        words = sampling_arguments(workshop, image_folder, tmp_path / "samples", **flags)
+        sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in words]))
+
+    train(bases["sd1"])  # the tiny tokenizer reads 48 tokens, a letter each
+    for base in (bases["sd1"], bases["sdxl"]):
+        with pytest.raises(
+            UserError, match="prompt 'a .*takes .* tokens up to its class .*tokenizer reads 48 .*--num_vec"
+        ):
+            train(base, num_vectors=30)
+    sample(prompt="a {} " + "x" * 60)  # cut after the class
+    with pytest.raises(UserError, match="prompt 'xxx.* takes .* reads 48"):
+        sample(prompt="x" * 60 + " {}")

@@ -373,7 +373,7 @@ def test_names_of_published_folders_load(bases, tmp_path):
     wanted, folder = load_base(str(bases["sd1"])), shutil.copytree(bases["sd1"], tmp_path / "base")
     (text,) = (folder / "text_encoder").glob("*.safetensors")
     state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(text).items()}
-    save_file({**state, "text_model.embeddings.position_ids": torch.arange(24)[None]}, text, {"format": "pt"})
+    save_file({**state, "text_model.embeddings.position_ids": torch.arange(48)[None]}, text, {"format": "pt"})
     (vae,) = (folder / "vae").glob("*.safetensors")
     former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = load_file(vae)

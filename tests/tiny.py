@@ -62,7 +62,7 @@ def _text_config(hidden: int, **changes):
         intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=24,
+        max_position_embeddings=48,
         bos_token_id=end - 1,
         eos_token_id=end,
         pad_token_id=end,
@@ -73,7 +73,7 @@ def _text_config(hidden: int, **changes):
 def _tokenizer(**changes):
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer(vocab=byte_vocabulary(), merges=[], model_max_length=24, **changes)
+    return CLIPTokenizer(vocab=byte_vocabulary(), merges=[], model_max_length=48, **changes)
 
 
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)

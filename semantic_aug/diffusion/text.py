@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from semantic_aug.diffusion.families import family_of
 from semantic_aug.diffusion.tokens import ClassTokens
+from semantic_aug.errors import UserError
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 
 PROMPT_BYTES = 1 << 29
@@ -105,6 +108,49 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
+
+
+def check_prompts(
+    folder: Path, name: str, prompts: Iterable[tuple[str, str, str]], placeholders: Sequence[str] = ()
+) -> None:
+    """Refuses prompts whose class would be cut off: what a text encoder does not read cannot be learned or asked for.
+
+    A prompt that is cut after its class is allowed. Only the tokenizers are loaded.
+
+    Args:
+        folder: of the base model.
+        name: of the base model, for errors.
+        prompts: (prompt, what stands for the class in it, where the prompt comes from).
+        placeholders: of the class tokens.
+
+    Raises:
+        UserError: names the prompt, its origin and the tokenizer's length.
+    """
+    prompts = list(prompts)
+    # up to the end of the class: with the start and end tokens it has to fit
+    starts = [prompt[: prompt.index(phrase) + len(phrase)] for prompt, phrase, _ in prompts]
+    for encoder in family_of(folder, name).encoders:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / encoder.tokenizer)
+        tokenizer.add_tokens(list(placeholders))
+        for row, ids in enumerate(tokenizer(starts, verbose=False).input_ids if starts else []):
+            if len(ids) > tokenizer.model_max_length:
+                prompt, phrase, origin = prompts[row]
+                raise UserError(
+                    f"{origin}: '{prompt[:80]}' takes {len(ids)} tokens up to its class '{phrase[:40]}', the base model's "
+                    f"{encoder.tokenizer} reads {tokenizer.model_max_length} (start and end included): the class would be "
+                    "cut off; shorten the prompt or the class name, or lower --num_vectors"
+                )
+
+
+def class_prompts_of(
+    classes: Sequence[tuple[str, str]], super_class: str, tokens: ClassTokens | None, templates: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Every template with every class (source name, prompt name), as :func:`check_prompts` takes them."""
+    for source, name in classes:
+        phrase = tokens.phrase(source) if tokens is not None else class_phrase(name, super_class)
+        for template in templates:
+            prompt = class_prompt(source, name, super_class, tokens, template)
+            yield prompt, phrase, f"prompt '{template[:60]}' of class '{source}'"
 
 
 def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
