@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from semantic_aug import files
 from semantic_aug.datasets import LoadedDataset
-from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.schedulers import make_scheduler
 from semantic_aug.diffusion.skeleton import load_skeleton
@@ -12,21 +11,18 @@ from semantic_aug.sampling.config import BYTES_PER_PIXEL, SampleConfig, subset_f
 
 
 def check(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Compares LoRA and class tokens with the base model without loading its weights, and looks at the disk.
+    """Makes the solver, and installs the class tokens in the base model without its weights, and looks at the disk.
+
+    Whether LoRA, classes and prompts fit is asked of every run (:mod:`semantic_aug.augmentations.checks`).
 
     Raises:
-        UserError: weights of another base model or other classes, a solver that the base model refuses, a full disk.
+        UserError: tokens of another base model, a solver that the base model refuses, a full disk.
     """
     weights = config.files
     base = load_skeleton(weights.name, weights.folder)
     make_scheduler(base.scheduler_config, config.solver.scheduler, config.solver.final_sigmas_type)
-    for path in (weights.lora, weights.extra_lora):
-        if path is not None:
-            lora_io.merge_into(base.networks, lora_io.read_lora(path), str(path))
     if weights.tokens is not None:
-        tokens = token_io.load_tokens(weights.tokens)
-        tokens.check_classes(dataset.source_names, str(weights.tokens))
-        token_io.install_all(tokens, base.tokenizers, base.text_encoders)
+        token_io.install_all(token_io.load_tokens(weights.tokens), base.tokenizers, base.text_encoders)
     check_disk(config, dataset)
 
 
