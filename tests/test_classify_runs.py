@@ -569,7 +569,10 @@ def test_the_benchmarks_port_trains_on_the_same_labels(image_folder, tmp_path, m
     ("changes", "message"),
     [
         ({"trainable_layers": "stages9"}, "--trainable_layers stages9: 'stages9' is no part of this model"),
-        ({"select_by": "worst_group"}, r"--select_by worst_group: the validation images of animals-\w{6} have no groups"),
+        (
+            {"select_by": "worst_group"},
+            r"--select_by worst_group: the validation images of animals-\w{6} have no groups",
+        ),
         ({"synthetic_balanced": True}, "--synthetic_balanced: there are no synthetic images"),
         ({"target_class_num": 2}, "--target_class_num: there are no synthetic images"),
         ({"drw_epoch": 1, "criterion": "cb"}, "--drw_epoch 1: --criterion cb weights classes from the start"),
