@@ -67,10 +67,6 @@ def built(pool, tmp_path_factory, scripts) -> Path:
     return output
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in folder.glob("*/*.safetensors")}
-
-
 def test_finished_model_loads_and_states_what_was_measured(built):
     model = load_base(str(built))
     assert model.geometry.native_resolution == 16 and model.geometry.downsampling == 2
@@ -110,7 +106,7 @@ build_base.main(sys.argv[2:])
 
 
 @pytest.mark.slow
-def test_killed_while_saving_and_resumed_gives_the_same_weights(built, pool, tmp_path):
+def test_killed_while_saving_and_resumed_gives_the_same_weights(pool, tmp_path):
     words = ["--images", str(pool), "--output_dir", str(tmp_path / "model"), *SMALL, *LENGTHS]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
     # the first process dies in its third save; the second one in its fifth, after three saves of the autoencoder
@@ -118,8 +114,16 @@ def test_killed_while_saving_and_resumed_gives_the_same_weights(built, pool, tmp
         killed = subprocess.run([sys.executable, "-c", DIES, str(nth), *words], cwd=tmp_path, env=environment)
         assert killed.returncode == -signal.SIGKILL and not (tmp_path / "model").exists()
         assert torch.load(tmp_path / "model-training" / f"{stage}.pt")["step"] == step
-    build(pool, tmp_path / "model")
-    assert weights(tmp_path / "model") == weights(built)
+    for name in ("model", "undisturbed"):
+        words = ["--images", str(pool), "--output_dir", str(tmp_path / name), *SMALL, *LENGTHS]
+        subprocess.run([sys.executable, "-c", DIES, "0", *words], cwd=tmp_path, env=environment, check=True)
+    for stage in ("autoencoder", "denoiser"):
+        resumed, whole = (
+            torch.load(tmp_path / f"{name}-training" / f"{stage}.pt")["model"] for name in ("model", "undisturbed")
+        )
+        assert resumed.keys() == whole.keys()
+        apart = torch.cat([(resumed[name] - whole[name]).float().abs().flatten() for name in whole]).mean()
+        assert apart < 2e-7  # processes differ in last bits; a step more, less or other moves the mean by 1e-6 and more
 
 
 def test_more_images_continue_and_finished_stages_are_not_repeated(built, pool, tmp_path):

@@ -229,7 +229,7 @@ def test_a_registered_data_set_without_data_says_within_seconds_what_to_set():
     unset = dict.fromkeys(("CUB_ROOT", "CUB_HUG_LOCAL_IMAGE_TRAIN_DIR", "CUB_HUG_LOCAL_IMAGE_TEST_DIR"), "")
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     begin = time.monotonic()
-    process = start("train_cls.py", "--dataset", "cub", "--gpu", "cpu", "--dry_run", env={**unset, **nowhere})
+    process = start("train_cls.py", "--dataset", "cub", "--gpu", "cpu", env={**unset, **nowhere})
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and len(err.strip().splitlines()) == 1
     assert "set CUB_ROOT to the unpacked official download" in err and "Multimodal-Fatima/CUB_train" in err

@@ -292,12 +292,14 @@ def _load_safetensors(path: Path) -> ClassTokens:
                 tables = [content.get_tensor(name).float() for name in TABLES]
             else:
                 tables = [torch.stack([content.get_tensor(name) for name in names]).float()]
-    except SafetensorError as error:
-        raise UserError(f"class tokens {path} are damaged ({error}): run train_lora.py again") from None
+        class_names, vectors_per_class = tuple(json.loads(metadata["class_names"])), int(metadata["vectors_per_class"])
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"class tokens {path} are damaged ({reason}): run train_lora.py again") from None
     return ClassTokens(
-        tuple(json.loads(metadata["class_names"])),
+        class_names,
         tables[0],
-        int(metadata["vectors_per_class"]),
+        vectors_per_class,
         metadata.get("base_model", ""),
         metadata.get("dataset", ""),
         names,
