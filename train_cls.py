@@ -396,9 +396,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     say(run_dir.arguments_text(config.record()), end="")
     if args.dry_run:
-        from semantic_aug.classify import early
+        from semantic_aug.classify import early, trainer
 
         early.check(config, dataset)
+        if not args.seeds:
+            trainer.check_folder(config, dataset, synthetic)
         return 0
     if args.seeds:
         from semantic_aug.classify import seeds

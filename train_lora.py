@@ -323,9 +323,12 @@ def main(argv: list[str] | None = None) -> int:
         print(dataset.describe())
         print(run_dir.arguments_text(config.record(int(os.environ.get("WORLD_SIZE", 1)))), end="")
     if args.dry_run:
-        from semantic_aug.finetune import early
+        from semantic_aug.finetune import early, folder
 
         early.check(config, dataset)
+        folder.take_folder(
+            config, folder.origin_of(config, dataset), int(os.environ.get("WORLD_SIZE", 1)), dry_run=True
+        )
         return 0
     from semantic_aug.finetune import trainer
 

@@ -130,13 +130,28 @@ def claim(
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
             gone on with, or other files.
     """
+    if belongs(folder, arguments, flag, ignored, file, origin=origin):
+        return True
+    made_from = {MADE_FROM: origin.describe()} if origin else {}
+    write_text(folder / file, arguments_text({**arguments, **made_from}))
+    return False
+
+
+def belongs(
+    folder: Path,
+    arguments: Mapping[str, Any],
+    flag: str,
+    ignored: Sequence[str] = (),
+    file: str = ARGS_FILE,
+    *,
+    origin: Origin | None = None,
+) -> bool:
+    """Whether a folder already holds the run that :func:`claim` would take it for; False where it is free. Writes nothing."""
     if load_arguments(folder, file) is not None:
         refuse_other_run(folder, arguments, flag, ignored, file, origin=origin)
         return True
     if folder.exists() and any(not name.name.startswith(".") for name in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
-    made_from = {MADE_FROM: origin.describe()} if origin else {}
-    write_text(folder / file, arguments_text({**arguments, **made_from}))
     return False
 
 

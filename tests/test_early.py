@@ -125,6 +125,21 @@ def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(image_folder, tin
     assert run_main(train_cls.main, [*data, *map(str, CLASSIFY), "--trainable_layers", "stages9"]) == 2
 
 
+@pytest.mark.slow
+def test_a_dry_run_says_that_the_folder_is_another_runs(image_folder, tiny_base, tmp_path):
+    words = list(map(str, classify_arguments(image_folder, tmp_path / "three", nepoch=1)))
+    assert train_cls.main(words) == 0 and train_cls.main([*words, "--dry_run"]) == 0
+    with pytest.raises(UserError, match=r"three holds a run with other arguments \(lr: 0.02 -> 0.03"):
+        train_cls.main([*words, "--lr", "0.03", "--dry_run"])
+    one = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": tiny_base, "report_to": "none"}
+    one |= {"output_dir": tmp_path / "one", "max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0}
+    words = [str(word) for name, value in one.items() for word in (f"--{name}", value)]
+    assert train_lora.main([*words, "--dry_run"]) == 0 and not (tmp_path / "one").exists()
+    assert train_lora.main(words) == 0 and train_lora.main([*words, "--dry_run"]) == 0
+    with pytest.raises(UserError, match=r"one holds a run with other arguments \(rank: 10 -> 3"):
+        train_lora.main([*words, "--rank", "3", "--dry_run"])
+
+
 def test_real_runs_look_at_the_disk_before_they_begin(tiny_base, image_folder, workshop, tmp_path, monkeypatch):
     def nothing_free(folder, needed, flag):
         raise UserError(f"{flag}: {needed > 0}")

@@ -409,6 +409,12 @@ def origin_of(config: ClassifyConfig, dataset: LoadedDataset, synthetic: Synthet
     return RunOrigin(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
 
 
+def check_folder(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
+    """Refuses an output folder of another run, for ``--dry_run``."""
+    origin = origin_of(config, dataset, synthetic)
+    run_dir.belongs(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+
+
 def run(
     config: ClassifyConfig,
     dataset: LoadedDataset,

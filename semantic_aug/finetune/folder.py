@@ -39,15 +39,16 @@ def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
     return RunOrigin(dataset, ("train",), () if config.class_prompts_ratio == 1 else ("caption",), further=further)
 
 
-def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int) -> None:
-    """Claims the output folder, and refuses a checkpoint of another run."""
+def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_run: bool = False) -> None:
+    """Claims the output folder (in a dry run only asks whether it could), and refuses a checkpoint of another run."""
     arguments, ignored = config.record(processes), may_change(config)
     if config.resume_from_checkpoint:
         folder = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
         if folder is not None and folder.resolve().parent != config.output_dir.resolve():
             flag = "--resume_from_checkpoint"
             run_dir.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin)
-    known = run_dir.claim(config.output_dir, arguments, "--output_dir", ignored, origin=origin)
+    take = run_dir.belongs if dry_run else run_dir.claim
+    known = take(config.output_dir, arguments, "--output_dir", ignored, origin=origin)
     done = finished(config.output_dir) if known else None
     if done and done["steps"] >= config.max_train_steps:
         log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])
