@@ -213,9 +213,9 @@ class Quickstart:
         checkpoint = registry.checkpoint(DATASET, CHECKPOINT, ROOT / self.out / "config")
         folder = find_base(checkpoint.model_path)
         resolution = read_geometry(folder).native_resolution
-        files = ModelFiles(checkpoint.model_path, folder, checkpoint.lora_path, checkpoint.embed_path)
+        weights = ModelFiles(checkpoint.model_path, folder, checkpoint.lora_path, checkpoint.embed_path)
         classes = ClassNames(data.source_names, data.class_names, data.spec.super_class)
-        engine = Engine(files, classes, SolverSettings(num_inference_steps=self.size.steps), resolution)
+        engine = Engine(weights, classes, SolverSettings(num_inference_steps=self.size.steps), resolution)
         half, rows = len(data.class_names) // 2, []
         strengths = [s for s in STRENGTHS if s * self.size.steps >= 1]
         for row in range(self.size.picture_rows):
