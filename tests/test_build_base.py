@@ -113,13 +113,14 @@ def test_killed_while_saving_and_resumed_gives_the_same_weights(pool, tmp_path):
     for nth, stage, step in ((3, "autoencoder", 2), (5, "denoiser", 1)):
         killed = subprocess.run([sys.executable, "-c", DIES, str(nth), *words], cwd=tmp_path, env=environment)
         assert killed.returncode == -signal.SIGKILL and not (tmp_path / "model").exists()
-        assert torch.load(tmp_path / "model-training" / f"{stage}.pt")["step"] == step
+        assert torch.load(tmp_path / "model-training" / f"{stage}.pt", weights_only=True)["step"] == step
     for name in ("model", "undisturbed"):
         words = ["--images", str(pool), "--output_dir", str(tmp_path / name), *SMALL, *LENGTHS]
         subprocess.run([sys.executable, "-c", DIES, "0", *words], cwd=tmp_path, env=environment, check=True)
     for stage in ("autoencoder", "denoiser"):
         resumed, whole = (
-            torch.load(tmp_path / f"{name}-training" / f"{stage}.pt")["model"] for name in ("model", "undisturbed")
+            torch.load(tmp_path / f"{name}-training" / f"{stage}.pt", weights_only=True)["model"]
+            for name in ("model", "undisturbed")
         )
         assert resumed.keys() == whole.keys()
         apart = torch.cat([(resumed[name] - whole[name]).float().abs().flatten() for name in whole]).mean()
@@ -145,7 +146,7 @@ def test_more_images_continue_and_finished_stages_are_not_repeated(built, pool, 
 def test_budget_of_time_ends_both_stages(pool, tmp_path):
     build(pool, tmp_path / "model", "--budget", "0.0001", "--until", "denoiser")
     for stage in ("autoencoder", "denoiser"):
-        assert torch.load(tmp_path / "model-training" / f"{stage}.pt")["step"] == 1
+        assert torch.load(tmp_path / "model-training" / f"{stage}.pt", weights_only=True)["step"] == 1
 
 
 def test_greyscale_is_detected_and_captions_have_no_colour(pool, tmp_path):
