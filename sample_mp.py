@@ -10,6 +10,7 @@ from pathlib import Path
 
 from semantic_aug import allocator, cli, console, registry, run_dir
 from semantic_aug.augmentations import strategies
+from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.devices import actors_of, processes_of
 from semantic_aug.diffusion.schedulers import DEFAULT, FINAL_SIGMAS, SCHEDULERS, SPEEDS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError, no_downloads, run_main
@@ -21,7 +22,7 @@ LCM_DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "l
 def build_parser() -> cli.Parser:
     """All flags of this stage."""
     parser = cli.Parser(prog="sample_mp.py", description=__doc__)
-    cli.add_shared(parser)
+    add_shared(parser)
     _add_model_flags(parser)
     _add_solver_flags(parser)
     _add_run_flags(parser)
@@ -264,7 +265,7 @@ def resolve(args: argparse.Namespace):
         places = actors_of(args.gpu_ids)
     else:
         places = processes_of(args.gpu_ids, args.cpu_threads)
-    dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     section = dataset.section(registry.CHECKPOINTS, args.finetune_model_key or "", args.config_dir)
     files, key = sampling.choose_weights(strategy, section, args.finetune_model_key, args.model_path, args.config_dir)
     if args.lcm_lora:

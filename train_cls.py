@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from semantic_aug import allocator, cli, console, registry, run_dir
+from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.devices import device_of
 from semantic_aug.errors import no_downloads, run_main
 
@@ -22,7 +23,7 @@ OPTIMIZERS = ("sgd", "adamw")
 def build_parser() -> cli.Parser:
     """All flags of this stage."""
     parser = cli.Parser(prog="train_cls.py", description=__doc__)
-    cli.add_shared(parser, seed=2020)
+    add_shared(parser, seed=2020, label_noise=True)
     _add_synthetic(parser)
     _add_model(parser)
     _add_training(parser)
@@ -123,13 +124,6 @@ def _add_model(parser: cli.Parser) -> None:
 def _add_training(parser: cli.Parser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument("--nepoch", type=cli.whole(1), default=120, metavar="N", help="epochs over the real images")
-    train.add_argument(
-        "--corrupt_prob",
-        type=cli.number(0, 1),
-        default=0.0,
-        metavar="P",
-        help="label noise: share of training labels replaced by another class's, drawn with --subset_seed",
-    )
     train.add_argument(
         "--seeds",
         nargs="+",
@@ -310,7 +304,7 @@ def resolve(args: argparse.Namespace):
 
     timm_name(args.model)
     device = device_of(args.gpu)
-    dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     keys = [key for key in args.syndata_key or [] if key]
     folders = [folder for key in keys for folder in dataset.subsets(key, args.config_dir)]
     folders += args.syndata_dir or []

@@ -12,6 +12,7 @@ import os
 import sys
 
 from semantic_aug import allocator, cli, console, registry, run_dir
+from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.errors import UserError, all_local, no_downloads, run_main
 
 LR_SCHEDULERS = (
@@ -31,7 +32,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvc
 def build_parser() -> cli.Parser:
     """All flags of this stage."""
     parser = cli.Parser(prog="train_lora.py", description=__doc__.split("\n")[0])
-    cli.add_shared(parser)
+    add_shared(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_model_name_or_path",
@@ -208,7 +209,7 @@ def resolve(args: argparse.Namespace):
     from semantic_aug.finetune.config import FinetuneConfig, check_captions
 
     dataset, folder = all_local(
-        lambda: load_dataset(args.dataset, cli.setting_of(args), args.config_dir),
+        lambda: load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir),
         lambda: find_base(args.pretrained_model_name_or_path),
     )
     geometry = read_geometry(folder)

@@ -1,18 +1,30 @@
-"""What the entry scripts and the evaluation's commands share: a parser with one-line errors, shared flags, value checks."""
+"""Settings as fields of frozen dataclasses, the one place where a flag is declared; a parser made from them.
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    TITLE = "solver"
+    steps: int = cli.setting(25, type=cli.whole(1), metavar="N", help="steps of the whole schedule")
+
+parser = cli.Parser(prog="sample.py")
+cli.add_settings(parser, Solver)
+solver = cli.read_settings(Solver, parser.parse_args(["--steps", "8"]))
+"""
 
 from __future__ import annotations
 
 import argparse
+import builtins
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from semantic_aug import registry
-from semantic_aug.datasets.readers.hub import parse_id
-from semantic_aug.datasets.subsets import PROFILES, TASKS, Setting
 from semantic_aug.errors import UserError, nearest_first
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +91,91 @@ def number(low: float, high: float = float("inf"), open_low: bool = False) -> Ca
     return parse
 
 
+def setting(
+    default: Any = MISSING, *, help: str, type: Callable[[str], Any] | None = None, choices: Sequence[str] | None = None,
+    metavar: str | None = None, nargs: str | None = None, result: bool = True,
+) -> Any:  # fmt: skip
+    """A dataclass field that is a flag of the same name.
+
+    Args:
+        default: its value where the flag is not given; left out: the flag is required. False makes a switch.
+        help: a whole phrase with the unit; the default is added to it unless it states one.
+        type: turns a word into a value, as argparse's ``type``.
+        choices: accepted values.
+        metavar: stands for the value in the help.
+        nargs: ``+`` for several values, kept as a tuple.
+        result: False for what changes no byte of the result (devices, where to write): no part of a run's identity.
+    """
+    flag = {"type": type, "choices": choices, "metavar": metavar, "nargs": nargs}
+    metadata = {"help": help, "flag": {k: v for k, v in flag.items() if v is not None}, "result": result}
+    return field(default=default, metadata=metadata)
+
+
+def settings_of(cls: builtins.type) -> dict[str, Field]:
+    """The fields of a dataclass that are flags, by name."""
+    return {f.name: f for f in fields(cls) if "flag" in f.metadata}
+
+
+def result_settings(cls: builtins.type) -> tuple[str, ...]:
+    """Names of the settings that change a byte of the result."""
+    return tuple(name for name, f in settings_of(cls).items() if f.metadata["result"])
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, cls: builtins.type, *, leave_out: Collection[str] = (), **defaults: Any
+) -> None:
+    """Adds the flags of a dataclass as a group titled by its ``TITLE``.
+
+    Args:
+        parser: gets the flags.
+        cls: dataclass with :func:`setting` fields.
+        leave_out: names of fields that are no flags of this command; the dataclass's defaults hold for them.
+        defaults: defaults of this command that differ from the dataclass's.
+    """
+    groups = {group.title: group for group in parser._action_groups}
+    group = groups.get(cls.TITLE) or parser.add_argument_group(cls.TITLE)
+    for name, f in settings_of(cls).items():
+        if name not in leave_out:
+            _add_flag(group, f, defaults.get(name, f.default))
+
+
+def add_passed_on(group, cls: builtins.type, names: Iterable[str], stage: int, several: bool = False) -> None:
+    """Adds flags that a command passes on to a stage: None where they are not given, so that the stage's default holds.
+
+    Args:
+        group: parser or argument group.
+        cls: the stage's dataclass, which declares them.
+        names: of its settings.
+        stage: number of the stage, for the help.
+        several: accept several values, one for each of ``--examples_per_class``.
+    """
+    tail = "; one value, or one for each of --examples_per_class" if several else ""
+    for name in names:
+        f = settings_of(cls)[name]
+        text = f"{f.metadata['help']}{tail} (default: stage {stage}'s)"
+        flag = {**f.metadata["flag"], **({"nargs": "+"} if several else {})}
+        group.add_argument(f"--{name}", default=None, help=text, **flag)
+
+
+def _add_flag(group, f: Field, default: Any) -> None:
+    if default is False:
+        group.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
+        return
+    kept = {"required": True} if default is MISSING else {"default": default}
+    group.add_argument(f"--{f.name}", help=f.metadata["help"], **kept, **f.metadata["flag"])
+
+
+def read_settings(cls: builtins.type[T], args: argparse.Namespace, **values: Any) -> T:
+    """The dataclass of parsed arguments; ``values`` win, and flags left out of the parser have the dataclass's defaults.
+
+    Raises:
+        UserError: of the dataclass's own checks.
+    """
+    given = {name: getattr(args, name) for name in settings_of(cls) if hasattr(args, name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return cls(**{**given, **values})
+
+
 def optional_word(text: str) -> str | None:
     """An argument type: a word, or ``None`` spelled out."""
     return None if text.lower() in ("none", "null", "") else text
@@ -107,91 +204,17 @@ def model(text: str) -> str:
     return registry.shown_path(relative) if not relative.is_absolute() and text and relative.is_dir() else text
 
 
-def dataset(text: str) -> str:
-    """An argument type: the name of a data set, or ``scheme:PATH`` with the path made absolute."""
-    scheme, colon, rest = text.partition(":")
-    rest, config = parse_id(rest) if scheme == "hf" else (rest, None)
-    local = scheme in ("folder", "csv") or (scheme == "hf" and Path(rest).expanduser().exists())
-    end = f":{config}" if config else ""
-    return f"{scheme}:{path(rest)}{end}" if colon and rest and local else text
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every stage is told besides its data: seed, registry folder, dry run."""
 
-
-def add_shared(parser: argparse.ArgumentParser, seed: int = 0) -> None:
-    """The flags every stage has."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        type=dataset,
-        required=True,
-        metavar="NAME",
-        help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID, hf:ID:CONFIGURATION",
-    )
-    data.add_argument(
-        "--examples_per_class",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="few-shot setting: training images per class, -1 for all (default: -1)",
-    )
-    data.add_argument(
-        "--task", choices=TASKS, default="vanilla", help="vanilla, or imbalanced for the long-tail setting"
-    )
-    data.add_argument(
-        "--imbalance_factor",
-        type=number(0, 1, open_low=True),
-        default=0.01,
-        metavar="F",
-        help="long-tail setting: smallest over largest class, in (0, 1]",
-    )
-    data.add_argument(
-        "--imbalance_profile",
-        choices=PROFILES,
-        default="exponential",
-        help="long-tail setting: exponential keeps the largest class whole, original counts as the authors' code does",
-    )
-    data.add_argument(
-        "--subset_seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of the few-shot or long-tail draw and of the held-out validation split; keep it the same in "
-        "all three stages",
-    )
-    data.add_argument(
-        "--val_fraction",
-        type=number(0, 0.9),
-        default=0.1,
-        metavar="F",
-        help="share of each class held out of train for validation where the data set has no validation split",
-    )
-    data.add_argument(
-        "--val_examples_per_class",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="validation images per class at most, drawn with --subset_seed; -1 for all (default: -1)",
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=seed, metavar="N", help="seed of everything else that is drawn")
-    run.add_argument(
-        "--config_dir",
+    TITLE = "run"
+    seed: int = setting(0, type=int, metavar="N", help="seed of everything else that is drawn")
+    config_dir: Path = setting(
+        registry.CONFIG_DIR,
         type=registry.config_folder,
-        default=str(registry.CONFIG_DIR),
         metavar="DIR",
         help="folder of the registry files (default: config)",
+        result=False,
     )
-    run.add_argument("--dry_run", action="store_true", help="check everything, print what would be done, and stop")
-
-
-def setting_of(args: argparse.Namespace) -> Setting:
-    """The data setting of parsed arguments."""
-    return Setting(
-        examples_per_class=args.examples_per_class,
-        task=args.task,
-        imbalance_factor=args.imbalance_factor,
-        subset_seed=args.subset_seed,
-        val_fraction=args.val_fraction,
-        imbalance_profile=args.imbalance_profile,
-        val_examples_per_class=args.val_examples_per_class,
-        corrupt_prob=getattr(args, "corrupt_prob", 0.0),  # a flag of stage 3 only
-    )
+    dry_run: bool = setting(False, help="check everything, print what would be done, and stop", result=False)

@@ -123,8 +123,7 @@ def test_killed_while_saving_and_resumed_gives_the_same_weights(pool, tmp_path):
             for name in ("model", "undisturbed")
         )
         assert resumed.keys() == whole.keys()
-        apart = torch.cat([(resumed[name] - whole[name]).float().abs().flatten() for name in whole]).mean()
-        assert apart < 2e-7  # processes differ in last bits; a step more, less or other moves the mean by 1e-6 and more
+        assert not [name for name in whole if not torch.equal(resumed[name], whole[name])]
 
 
 def test_more_images_continue_and_finished_stages_are_not_repeated(built, pool, tmp_path):

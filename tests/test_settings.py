@@ -93,11 +93,12 @@ def test_new_settings_are_checked(arguments, message):
 
 def test_the_flag_reaches_the_setting():
     from semantic_aug import cli
+    from semantic_aug.datasets.settings import add_shared
 
     parser = cli.Parser(prog="x")
-    cli.add_shared(parser)
+    add_shared(parser)
     words = ["--dataset", "elpv", "--task", "imbalanced", "--imbalance_profile", "original"]
-    setting = cli.setting_of(parser.parse_args(words))
+    setting = cli.read_settings(Setting, parser.parse_args(words))
     assert setting.suffix == "_imb0.01orig" and setting.corrupt_prob == 0
 
 

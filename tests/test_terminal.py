@@ -15,6 +15,7 @@ import sample_mp
 import train_cls
 import train_lora
 from semantic_aug import cli, registry
+from semantic_aug.datasets.settings import dataset_name
 from semantic_aug.errors import os_error_line
 from semantic_aug.evaluation import compare, filter, measure, pictures, tune
 
@@ -68,8 +69,8 @@ def test_paths_below_the_repository_are_recorded_relative_to_it(monkeypatch):
     assert cli.model("quickstart/base") == "scripts/quickstart/base"  # a folder of the working folder
     assert cli.model("scripts/quickstart/base") == "scripts/quickstart/base"  # one of the repository
     assert cli.model("org/model") == "org/model"
-    assert cli.dataset("folder:data") == f"folder:{ROOT}/scripts/data" and cli.dataset("cub") == "cub"
-    assert cli.dataset("hf:org/name") == "hf:org/name"
+    assert dataset_name("folder:data") == f"folder:{ROOT}/scripts/data" and dataset_name("cub") == "cub"
+    assert dataset_name("hf:org/name") == "hf:org/name"
 
 
 def test_class_names_of_any_script_do_not_stop_a_command_on_a_plain_terminal(tmp_path):

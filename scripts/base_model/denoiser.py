@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,30 +37,37 @@ VALIDATED = 256
 """Noised latents in a validation loss, at least."""
 
 
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make each word one token: the most frequent pair first, ties in alphabetical order.
+
+    The library's trainer takes equally frequent pairs in an order that changes from process to process.
+
+    Args:
+        words: in the byte-level alphabet, each counted once.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for piece in pieces for pair in pairwise(piece)):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for piece in pieces:
+            i = 0
+            while i < len(piece) - 1:
+                if tuple(piece[i : i + 2]) == merges[-1]:
+                    piece[i : i + 2] = ["".join(merges[-1])]
+                i += 1
+    return merges
+
+
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
     """CLIP's kind of byte-level BPE, its merges learned from the captions' words, so that each is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator([word for word in words for _ in range(2)], trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(byte_level.alphabet())
+    merges = learn_merges([piece for word in words for piece, _ in byte_level.pre_tokenize_str(word)])
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=TEXT_LENGTH)
-
-
-def kept_tokenizer(recipe: Recipe, folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a training, kept in its folder: which of two equally frequent merges comes first varies by process."""
-    path = folder / "tokenizer"
-    if not (path / "complete").exists():
-        make_tokenizer(vocabulary_words(recipe)).save_pretrained(path)
-        write_text(path / "complete", "")
-    return CLIPTokenizer.from_pretrained(path)
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -266,7 +274,7 @@ def train_denoiser(
     device, identity = machine.device, digest(vae)
     vae.register_to_config(scaling_factor=float(1 / np.std(moments[:, 0, : recipe.latent_channels])))
     scale = vae.config.scaling_factor
-    tokenizer = kept_tokenizer(recipe, folder)
+    tokenizer = make_tokenizer(vocabulary_words(recipe))
     torch.manual_seed(2)
     model = TextToLatents(make_text_encoder(tokenizer), make_unet(recipe)).to(device, memory_format=torch.channels_last)
     ema = Ema(model, recipe.denoiser_ema)

@@ -17,9 +17,10 @@ from semantic_aug.datasets.files import refuse_missing
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.hub import parse_id, read_hub_id
 from semantic_aug.datasets.readers.listing import read_listing
+from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.splits import check_classes
-from semantic_aug.datasets.subsets import Setting, apply_setting, few_shot, hold_out
+from semantic_aug.datasets.subsets import apply_setting, few_shot, hold_out
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.meta_csv import hashed_slug, slug, slugs

@@ -7,69 +7,14 @@ neither the listing order of files nor the other classes, and the 5-shot set con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import number_text, setting_suffix
 from semantic_aug.seeding import numpy_rng
-
-TASKS = ("vanilla", "imbalanced")
-PROFILES = ("exponential", "original")
-"""How the long tail falls off: see :func:`long_tail_counts`."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Which part of the training split is used; the three stages of one experiment share it.
-
-    Attributes:
-        examples_per_class: N of the few-shot setting, -1 for all data.
-        task: ``vanilla`` or ``imbalanced``.
-        imbalance_factor: smallest over largest class in the long-tail setting, in (0, 1].
-        subset_seed: seed of every draw here; apart from ``--seed`` so that training seeds share one subset.
-        val_fraction: share of each class held out for validation where the source has no validation split, in [0, 1).
-        imbalance_profile: ``exponential``, or ``original`` for the counts of the Diff-Mix authors' code.
-        val_examples_per_class: validation images of each class at most, drawn with ``subset_seed``; -1 for all.
-        corrupt_prob: share of training labels replaced by a wrong one, in [0, 1]; the images stay, val and test are clean.
-    """
-
-    examples_per_class: int = -1
-    task: str = "vanilla"
-    imbalance_factor: float = 0.01
-    subset_seed: int = 0
-    val_fraction: float = 0.1
-    imbalance_profile: str = "exponential"
-    corrupt_prob: float = 0.0
-    val_examples_per_class: int = -1
-
-    def __post_init__(self):
-        if self.examples_per_class == 0 or self.examples_per_class < -1:
-            raise UserError(f"--examples_per_class {self.examples_per_class}: expected -1 (all) or a positive number")
-        if self.val_examples_per_class == 0 or self.val_examples_per_class < -1:
-            raise UserError(
-                f"--val_examples_per_class {self.val_examples_per_class}: expected -1 (all) or a positive number"
-            )
-        if self.task not in TASKS:
-            raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}")
-        if not 0 < self.imbalance_factor <= 1:
-            raise UserError(f"--imbalance_factor {self.imbalance_factor}: expected a number in (0, 1]")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val_fraction {self.val_fraction}: expected a number in [0, 1)")
-        if self.imbalance_profile not in PROFILES:
-            raise UserError(f"--imbalance_profile {self.imbalance_profile}: expected one of {', '.join(PROFILES)}")
-        if not 0 <= self.corrupt_prob <= 1:
-            raise UserError(f"--corrupt_prob {self.corrupt_prob}: expected a number in [0, 1]")
-
-    @property
-    def suffix(self) -> str:
-        """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig`` or ``_noise0.2``."""
-        shown = setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
-        if self.task == "imbalanced" and self.imbalance_profile == "original":
-            shown += "orig"
-        return shown + (f"_noise{number_text(self.corrupt_prob)}" if self.corrupt_prob else "")
 
 
 def per_class(table: ImageTable, counts: Sequence[int], purpose: str, seed: int) -> ImageTable:

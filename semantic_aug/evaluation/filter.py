@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug import cli, console, files, registry, run_dir
+from semantic_aug.datasets.settings import add_shared
 from semantic_aug.datasets.synthetic import DATA, locate
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation import options
@@ -26,7 +27,7 @@ SHEET_COLUMNS, SHEET_ROWS, SHEET_SIZE = 10, 6, 112
 def build_parser() -> cli.Parser:
     """All flags of this command."""
     parser = cli.Parser(prog="python -m semantic_aug.evaluation filter", description=__doc__)
-    cli.add_shared(parser)
+    add_shared(parser)
     options.add_subsets(parser)
     options.add_models(parser, features=False)
     group = parser.add_argument_group("filter")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from semantic_aug import cli, registry
 from semantic_aug.datasets.catalog import find_spec
-from semantic_aug.datasets.subsets import PROFILES
+from semantic_aug.datasets.settings import PROFILES, dataset_name
 from semantic_aug.devices import check_ids
 from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.errors import UserError
@@ -34,7 +34,7 @@ _ARGS = re.compile(r"--stage[123]_args")
 def add_settings(parser: argparse.ArgumentParser, several: bool) -> None:
     """The flags that say which data; ``several``: many few-shot settings at once."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", type=cli.dataset, required=True, metavar="NAME", help="as in the three stages")
+    data.add_argument("--dataset", type=dataset_name, required=True, metavar="NAME", help="as in the three stages")
     data.add_argument(
         "--examples_per_class",
         type=int,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from semantic_aug import cli, console, registry, run_dir
+from semantic_aug.datasets.settings import add_shared
 from semantic_aug.evaluation import options
 
 
 def build_parser() -> cli.Parser:
     """All flags of this command."""
     parser = cli.Parser(prog="python -m semantic_aug.evaluation measure", description=__doc__)
-    cli.add_shared(parser)
+    add_shared(parser)
     options.add_subsets(parser)
     options.add_models(parser)
     options.add_output(parser)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semantic_aug import cli, registry
+from semantic_aug.datasets.settings import Setting
 from semantic_aug.devices import device_of
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def resolve(args: argparse.Namespace) -> Given:
     from semantic_aug.evaluation.subset import open_subsets
 
     device = device_of(args.gpu)
-    dataset = load_dataset(args.dataset, cli.setting_of(args), args.config_dir)
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     subsets = open_subsets(args.syndata_key, args.syndata_dir, dataset, args.config_dir, args.allow_other_sources)
     return Given(dataset, subsets, device)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from semantic_aug import cli, console, files, registry, run_dir
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
+from semantic_aug.datasets.settings import add_shared
 from semantic_aug.evaluation import options
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
@@ -23,7 +24,7 @@ RIGHT, WRONG = (40, 140, 60), (200, 40, 40)
 def build_parser() -> cli.Parser:
     """All flags of this command."""
     parser = cli.Parser(prog="python -m semantic_aug.evaluation pictures", description=__doc__)
-    cli.add_shared(parser)
+    add_shared(parser)
     options.add_subsets(parser)
     options.add_models(parser)
     options.add_output(parser)

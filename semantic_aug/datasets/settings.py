@@ -1,0 +1,122 @@
+"""Which data set, and which part of it: the settings that the three stages of one experiment share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from semantic_aug import cli
+from semantic_aug.datasets.readers.hub import parse_id
+from semantic_aug.errors import UserError
+from semantic_aug.run_dir import number_text, setting_suffix
+
+TASKS = ("vanilla", "imbalanced")
+PROFILES = ("exponential", "original")
+"""How the long tail falls off: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
+
+
+def dataset_name(text: str) -> str:
+    """An argument type: the name of a data set, or ``scheme:PATH`` with the path made absolute."""
+    scheme, colon, rest = text.partition(":")
+    rest, config = parse_id(rest) if scheme == "hf" else (rest, None)
+    local = scheme in ("folder", "csv") or (scheme == "hf" and Path(rest).expanduser().exists())
+    end = f":{config}" if config else ""
+    return f"{scheme}:{cli.path(rest)}{end}" if colon and rest and local else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetName:
+    """The data set."""
+
+    TITLE = "data"
+    dataset: str = cli.setting(
+        type=dataset_name,
+        metavar="NAME",
+        help="a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID, hf:ID:CONFIGURATION",
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which part of the training split is used.
+
+    Draws depend on ``subset_seed`` and not on ``--seed``, so that trainings of several seeds share one subset.
+    """
+
+    TITLE = "data"
+    examples_per_class: int = cli.setting(
+        -1, type=int, metavar="N", help="few-shot setting: training images per class, -1 for all (default: -1)"
+    )
+    task: str = cli.setting("vanilla", choices=TASKS, help="vanilla, or imbalanced for the long-tail setting")
+    imbalance_factor: float = cli.setting(
+        0.01,
+        type=cli.number(0, 1, open_low=True),
+        metavar="F",
+        help="long-tail setting: smallest over largest class, in (0, 1]",
+    )
+    imbalance_profile: str = cli.setting(
+        "exponential",
+        choices=PROFILES,
+        help="long-tail setting: exponential keeps the largest class whole, original counts as the authors' code does",
+    )
+    subset_seed: int = cli.setting(
+        0,
+        type=int,
+        metavar="N",
+        help="seed of the few-shot or long-tail draw and of the held-out validation split; keep it the same in "
+        "all three stages",
+    )
+    val_fraction: float = cli.setting(
+        0.1,
+        type=cli.number(0, 0.9),
+        metavar="F",
+        help="share of each class held out of train for validation where the data set has no validation split",
+    )
+    val_examples_per_class: int = cli.setting(
+        -1,
+        type=int,
+        metavar="N",
+        help="validation images per class at most, drawn with --subset_seed; -1 for all (default: -1)",
+    )
+    corrupt_prob: float = cli.setting(
+        0.0,
+        type=cli.number(0, 1),
+        metavar="P",
+        help="label noise: share of training labels replaced by another class's, drawn with --subset_seed",
+    )
+
+    def __post_init__(self):
+        for name in ("examples_per_class", "val_examples_per_class"):
+            value = getattr(self, name)
+            if value == 0 or value < -1:
+                raise UserError(f"--{name} {value}: expected -1 (all) or a positive number")
+        for name, accepted in (("task", TASKS), ("imbalance_profile", PROFILES)):
+            if getattr(self, name) not in accepted:
+                raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(accepted)}")
+        if not 0 < self.imbalance_factor <= 1:
+            raise UserError(f"--imbalance_factor {self.imbalance_factor}: expected a number in (0, 1]")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val_fraction {self.val_fraction}: expected a number in [0, 1)")
+        if not 0 <= self.corrupt_prob <= 1:
+            raise UserError(f"--corrupt_prob {self.corrupt_prob}: expected a number in [0, 1]")
+
+    @property
+    def suffix(self) -> str:
+        """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig`` or ``_noise0.2``."""
+        shown = setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
+        if self.task == "imbalanced" and self.imbalance_profile == "original":
+            shown += "orig"
+        return shown + (f"_noise{number_text(self.corrupt_prob)}" if self.corrupt_prob else "")
+
+
+def add_shared(parser: cli.Parser, seed: int = 0, label_noise: bool = False) -> None:
+    """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.RunSettings`.
+
+    Args:
+        parser: gets the flags.
+        seed: default of ``--seed``.
+        label_noise: with ``--corrupt_prob``, which only stage 3 has.
+    """
+    cli.add_settings(parser, DatasetName)
+    cli.add_settings(parser, Setting, leave_out=() if label_noise else ("corrupt_prob",))
+    cli.add_settings(parser, cli.RunSettings, seed=seed)
