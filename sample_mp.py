@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from semantic_aug import allocator, cli, console, registry, run_dir
+from semantic_aug import allocator, cli, console, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.devices import actors_of, processes_of
@@ -282,7 +282,7 @@ def resolve(args: argparse.Namespace):
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
-    root = args.output_root or Path(run_dir.aug_samples_dir(dataset.setting.suffix))
+    root = args.output_root or Path(runs.aug_samples_dir(dataset.setting.suffix))
     config = sampling.SampleConfig(
         dataset=args.dataset,
         setting=dataset.setting,

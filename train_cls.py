@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from semantic_aug import allocator, cli, console, registry, run_dir
+from semantic_aug import allocator, cli, console, registry, runs
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.devices import device_of
 from semantic_aug.errors import no_downloads, run_main
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         if synthetic
         else "synthetic: none (real only)"
     )
-    say(run_dir.arguments_text(config.record()), end="")
+    say(runs.arguments_text(config.record()), end="")
     if args.dry_run:
         from semantic_aug.classify import early, trainer
 

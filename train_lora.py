@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from semantic_aug import allocator, cli, console, registry, run_dir
+from semantic_aug import allocator, cli, console, registry, runs
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.errors import UserError, all_local, no_downloads, run_main
 
@@ -228,7 +228,7 @@ def resolve(args: argparse.Namespace):
         raise UserError(
             "--random_crops with a Stable Diffusion XL model, which is told where each image was cropped: give --crops K"
         )
-    output_dir = args.output_dir or run_dir.finetune_dir(args.finetune_strategy, dataset.name, dataset.setting.suffix)
+    output_dir = args.output_dir or runs.finetune_dir(args.finetune_strategy, dataset.name, dataset.setting.suffix)
     world = int(os.environ.get("WORLD_SIZE", 1))
     scale = args.train_batch_size * args.gradient_accumulation_steps * world if args.scale_lr else 1
     copied = [
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         config, dataset = resolve(args)
     if main_process:
         print(dataset.describe())
-        print(run_dir.arguments_text(config.record(int(os.environ.get("WORLD_SIZE", 1)))), end="")
+        print(runs.arguments_text(config.record(int(os.environ.get("WORLD_SIZE", 1)))), end="")
     if args.dry_run:
         from semantic_aug.finetune import early, folder
 

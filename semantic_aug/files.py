@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import fnmatch
+import hashlib
 import itertools
 import json
 import logging
@@ -197,3 +198,24 @@ def _is_disposable(path: Path, folder: Path, patterns: Sequence[str]) -> bool:
         with open(path, encoding="utf-8") as lines:
             return sum(1 for _ in itertools.islice(lines, 2)) < 2
     return False
+
+
+def size_text(size: int) -> str:
+    """A number of bytes in GB, to three digits."""
+    return f"{size / 1e9:.3g} GB"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a disk, a quota or a limit on file sizes is exhausted."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()

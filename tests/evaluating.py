@@ -24,7 +24,7 @@ def write_judge(
     """The folder of a finished run whose model is ImageNet's EfficientNet-Lite0 under a logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
-    from semantic_aug import files, run_dir
+    from semantic_aug import files, runs, tensors
     from semantic_aug.classify.data import ImageStore, Normaliser, centre, resized_side
     from semantic_aug.classify.models import make_model
     from semantic_aug.classify.trainer import MODEL_FILE
@@ -47,8 +47,8 @@ def write_judge(
         "classifier.weight": torch.from_numpy(weight).float(),
         "classifier.bias": torch.from_numpy(fitted.intercept_ - weight @ mean).float(),
     }
-    run_dir.save_tensors(folder / MODEL_FILE, state, {"classes": json.dumps(list(names))})
-    files.write_text(folder / run_dir.ARGS_FILE, run_dir.arguments_text({"model": BACKBONE, "resolution": side}))
+    tensors.save_tensors(folder / MODEL_FILE, state, {"classes": json.dumps(list(names))})
+    files.write_text(folder / runs.ARGS_FILE, runs.arguments_text({"model": BACKBONE, "resolution": side}))
     return folder
 
 

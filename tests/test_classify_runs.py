@@ -26,7 +26,7 @@ from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import predictions, summary
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import RunLock
 
 SMALL = {"model": "test_vit", "nepoch": 2}
 """A transformer of some hundred thousand parameters, without batch statistics."""

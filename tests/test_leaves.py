@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from semantic_aug import allocator, files, meta_csv, prompts, registry, run_dir, seeding
+from semantic_aug import allocator, files, meta_csv, prompts, registry, runs, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import RunLock
 
 # --------------------------------------------------------------------------------------------------------- errors
 
@@ -328,7 +328,7 @@ def test_learning_rates_are_data(key, rate):
     assert registry.learning_rate(*key)[0] == rate
 
 
-# --------------------------------------------------------------------------------------------------------- run_dir
+# --------------------------------------------------------------------------------------------------------- runs
 
 
 @pytest.mark.parametrize(
@@ -341,26 +341,26 @@ def test_learning_rates_are_data(key, rate):
     ],
 )
 def test_setting_suffixes(arguments, suffix):
-    assert run_dir.setting_suffix(*arguments) == suffix
+    assert runs.setting_suffix(*arguments) == suffix
 
 
 def test_folder_names_are_the_contract():
-    assert run_dir.finetune_dir("ti_db", "cub", "_5shot") == "outputs/finetune_model/finetune_ti_db_5shot/cub"
-    assert run_dir.subset_name("diff-mix", 5, "ti_db_latest", "0.7") == "diff-mix-Multi5-ti_db_latest-Strength0.7"
-    assert run_dir.subset_name("real-mix", 2.5, None, "Uniform") == "real-mix-Multi2.5-base-StrengthUniform"
+    assert runs.finetune_dir("ti_db", "cub", "_5shot") == "outputs/finetune_model/finetune_ti_db_5shot/cub"
+    assert runs.subset_name("diff-mix", 5, "ti_db_latest", "0.7") == "diff-mix-Multi5-ti_db_latest-Strength0.7"
+    assert runs.subset_name("real-mix", 2.5, None, "Uniform") == "real-mix-Multi2.5-base-StrengthUniform"
 
 
 def test_a_folder_is_claimed_once(tmp_path):
     folder = tmp_path / "run"
-    assert not run_dir.claim(folder, {"lr": 0.1, "path": tmp_path}, "--output_dir")
-    assert run_dir.claim(folder, {"lr": 0.1, "path": tmp_path}, "--output_dir")
-    assert run_dir.claim(folder, {"lr": 0.1, "path": "elsewhere"}, "--output_dir", ignored=("path",))
+    assert not runs.claim(folder, {"lr": 0.1, "path": tmp_path}, "--output_dir")
+    assert runs.claim(folder, {"lr": 0.1, "path": tmp_path}, "--output_dir")
+    assert runs.claim(folder, {"lr": 0.1, "path": "elsewhere"}, "--output_dir", ignored=("path",))
     with pytest.raises(UserError, match="other arguments \\(lr: 0.1 -> 0.2\\).*choose another --output_dir"):
-        run_dir.claim(folder, {"lr": 0.2, "path": tmp_path}, "--output_dir")
+        runs.claim(folder, {"lr": 0.2, "path": tmp_path}, "--output_dir")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and holds no args.yaml"):
-        run_dir.claim(tmp_path / "other", {}, "--output_dir")
+        runs.claim(tmp_path / "other", {}, "--output_dir")
 
 
 def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):
@@ -376,30 +376,30 @@ def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):
             return "" if kept == present else f"{kept['weights']} became {present['weights']}"
 
     folder, arguments = tmp_path / "run", {"lr": 0.1}
-    assert not run_dir.claim(folder, arguments, "--output_dir", origin=Weights("a"))
-    assert run_dir.claim(folder, arguments, "--output_dir", origin=Weights("a"))
+    assert not runs.claim(folder, arguments, "--output_dir", origin=Weights("a"))
+    assert runs.claim(folder, arguments, "--output_dir", origin=Weights("a"))
     with pytest.raises(UserError, match="made from other data \\(a became b\\).*choose another --output_dir"):
-        run_dir.claim(folder, arguments, "--output_dir", origin=Weights("b"))
+        runs.claim(folder, arguments, "--output_dir", origin=Weights("b"))
     asked = Weights("a")
     with pytest.raises(UserError, match="other arguments"):  # said before anything is read
-        run_dir.claim(folder, {"lr": 0.2}, "--output_dir", origin=asked)
+        runs.claim(folder, {"lr": 0.2}, "--output_dir", origin=asked)
     assert asked.asked == 0
-    run_dir.spoil(folder, "its images changed")
+    runs.spoil(folder, "its images changed")
     with pytest.raises(UserError, match="cannot be gone on with \\(its images changed\\)"):
-        run_dir.claim(folder, arguments, "--output_dir", origin=asked)
-    run_dir.claim(tmp_path / "old", arguments, "--output_dir")
+        runs.claim(folder, arguments, "--output_dir", origin=asked)
+    runs.claim(tmp_path / "old", arguments, "--output_dir")
     with pytest.raises(UserError, match="does not say which images it was made from"):
-        run_dir.claim(tmp_path / "old", arguments, "--output_dir", origin=asked)
+        runs.claim(tmp_path / "old", arguments, "--output_dir", origin=asked)
 
 
 def test_metrics_survive_and_are_cut_back_to_the_resume_point(tmp_path):
-    metrics = run_dir.MetricsCsv(tmp_path / "m.csv", ("step", "loss"))
+    metrics = runs.MetricsCsv(tmp_path / "m.csv", ("step", "loss"))
     for step in (10, 20, 30):
         metrics.add(step=step, loss=1 / step)
     with open(tmp_path / "m.csv", "a") as out:
         out.write("40,0.")  # a kill in the middle of a row still leaves a row of two cells; one of too few goes
         out.write("\n50\n")
-    again = run_dir.MetricsCsv(tmp_path / "m.csv", ("step", "loss"), keep_below=20)
+    again = runs.MetricsCsv(tmp_path / "m.csv", ("step", "loss"), keep_below=20)
     again.add(step=30, loss=0.5)
     assert (tmp_path / "m.csv").read_text() == "step,loss\n10,0.1\n20,0.05\n30,0.5\n"
     with pytest.raises(KeyError):
@@ -419,7 +419,7 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path):
 
 def test_saved_tensors_are_the_same_bytes_in_every_process(tmp_path):
     script = (
-        "import sys, torch; from pathlib import Path; from semantic_aug.run_dir import save_tensors;"
+        "import sys, torch; from pathlib import Path; from semantic_aug.tensors import save_tensors;"
         "save_tensors(Path(sys.argv[1]), {'b': torch.arange(3.0), 'a': torch.ones(2, 2).half()},"
         "dict(zip('edcba', ['é', '2', '3', '4', '5'])))"
     )

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import tiny
-from semantic_aug import arrays, devices
+from semantic_aug import devices, files, tensors
 from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.datasets import cache, load_dataset
 from semantic_aug.diffusion.base import load_base, weight_files
@@ -81,21 +81,21 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 
 
 def test_an_array_has_its_space_before_it_is_mapped(tmp_path, monkeypatch):
-    made = arrays.create_array(tmp_path / "a.npy", np.float32, (300, 1000))
+    made = tensors.create_array(tmp_path / "a.npy", np.float32, (300, 1000))
     assert os.stat(tmp_path / "a.npy").st_blocks * 512 >= made.nbytes and not made.any()
     made[7] = 3
     made.flush()
-    assert arrays.open_array(tmp_path / "a.npy", np.float32, (300, 1000))[7, 0] == 3
+    assert tensors.open_array(tmp_path / "a.npy", np.float32, (300, 1000))[7, 0] == 3
 
     def refuse(*_):
         raise OSError(errno.EOPNOTSUPP, "no such call on this file system")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    made = arrays.create_array(tmp_path / "b.npy", np.float32, (300, 1000))
+    made = tensors.create_array(tmp_path / "b.npy", np.float32, (300, 1000))
     assert os.stat(tmp_path / "b.npy").st_blocks * 512 >= made.nbytes
-    assert arrays.open_array(tmp_path / "b.npy", np.float32).shape == (300, 1000)
+    assert tensors.open_array(tmp_path / "b.npy", np.float32).shape == (300, 1000)
     (tmp_path / "b.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-10])
-    assert arrays.open_array(tmp_path / "b.npy", np.float32) is None
+    assert tensors.open_array(tmp_path / "b.npy", np.float32) is None
 
 
 @pytest.mark.parametrize("call", [True, False], ids=["fallocate", "zeros"])
@@ -103,8 +103,8 @@ def test_an_array_without_space_is_an_error_and_leaves_nothing(tmp_path, monkeyp
     if not call:
         monkeypatch.delattr(os, "posix_fallocate")
     with file_size_limit(100_000), pytest.raises(OSError) as caught:
-        arrays.create_array(tmp_path / "a.npy", np.uint8, (200_000,))
-    assert arrays.is_full(caught.value) and caught.value.filename == str(tmp_path / "a.npy")
+        tensors.create_array(tmp_path / "a.npy", np.uint8, (200_000,))
+    assert files.is_full(caught.value) and caught.value.filename == str(tmp_path / "a.npy")
     assert not list(tmp_path.iterdir())
 
 

@@ -23,9 +23,8 @@ from base_model.recipe import AUTOENCODER_SHARE, Config
 from base_model.training import Budget, Machine
 from semantic_aug.classify.backbones import efficientnet_lite0
 from semantic_aug.errors import UserError
-from semantic_aug.files import write_json
-from semantic_aug.run_dir import claim, sha256_text
-from semantic_aug.run_lock import RunLock
+from semantic_aug.files import sha256_text, write_json
+from semantic_aug.runs import RunLock, claim
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from base_model.autoencoder import digest, to_tensor
 from base_model.captions import Describer, described_views, mirrorings, vocabulary_words
 from base_model.recipe import Recipe
 from base_model.training import Budget, Ema, LearningRate, Machine, Stage
-from semantic_aug.arrays import create_array, open_array
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.loop import encode_moments, sample_posterior
 from semantic_aug.diffusion.text import encode_ids, tokenize
 from semantic_aug.files import write_text
 from semantic_aug.seeding import derive_seed, numpy_rng, torch_rng
+from semantic_aug.tensors import create_array, open_array
 
 TEXT_LENGTH = 48
 TEXT_WIDTH = 192

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug.files import atomic_path
-from semantic_aug.run_dir import MetricsCsv, load_pickle
+from semantic_aug.runs import MetricsCsv
+from semantic_aug.tensors import load_pickle
 
 LOG_EVERY = 50
 SAVE_SECONDS = 120

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from semantic_aug import files, registry, run_dir
+from semantic_aug import files, registry, runs
 
 OUTPUT = registry.REPO_ROOT / "outputs" / "bench"
 
@@ -29,7 +29,7 @@ def machine() -> dict:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpu": gpu,
-        "versions": run_dir.versions(), "git_revision": run_dir.git_revision(registry.REPO_ROOT),
+        "versions": runs.versions(), "git_revision": runs.git_revision(registry.REPO_ROOT),
     }  # fmt: skip
 
 

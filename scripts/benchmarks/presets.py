@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sample_mp
 from benchmarks import common
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import cli, console, registry, runs
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
 from semantic_aug.evaluation.features import load_extractor
@@ -83,7 +83,5 @@ def main(argv: list[str] | None = None) -> int:
     header = [
         "setting", "images/s", "ratio", "KID to exact", "target-class accuracy", "KID to real", "distance to source",
     ]  # fmt: skip
-    common.publish(
-        "presets", header, table, {"arguments": run_dir.plain(vars(args)), "figures": figures, "rates": rates}
-    )
+    common.publish("presets", header, table, {"arguments": runs.plain(vars(args)), "figures": figures, "rates": rates})
     return 0

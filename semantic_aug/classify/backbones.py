@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import load_pickle
+from semantic_aug.tensors import load_pickle
 
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semantic_aug import run_dir
+from semantic_aug import tensors
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
 
@@ -73,7 +73,7 @@ def _content(path: Path) -> Any:
     expected = "expected the state dict of a model"
     if path.suffix != ".safetensors":
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments as one
-            return run_dir.load_pickle(path, expected)
+            return tensors.load_pickle(path, expected)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from semantic_aug import files, run_dir
+from semantic_aug import files, runs, tensors
 from semantic_aug.classify.batch_norm import check_parts
 from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
@@ -33,7 +33,7 @@ from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, check_outputs, non_finite
 from semantic_aug.errors import UserError
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import RunLock
 from semantic_aug.seeding import derive_seed, numpy_rng
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ RESULTS_FILE = "results.json"
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "last.pt"
 BOARD_FOLDER = "tensorboard"
-BEFORE_RESULTS = (run_dir.ARGS_FILE, f"{BOARD_FOLDER}/*")
+BEFORE_RESULTS = (runs.ARGS_FILE, f"{BOARD_FOLDER}/*")
 """What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 COLUMNS = ("epoch", "lr", "train_loss", *(f"val_{name}" for name in SCORE_NAMES), "images_per_second")
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -166,7 +166,7 @@ class Trainer:
         self._restore()
         self.processes.wait()  # nobody overwrites the state before everyone has read it
         call = self.processes.prepare(torch.compile(self.model) if config.compile else self.model)
-        epochs = run_dir.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch) if main else None
+        epochs = runs.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch) if main else None
         began = time.monotonic()
         with (
             _board(folder / BOARD_FOLDER if main and config.report_to == "tensorboard" else None, self.epoch) as report,
@@ -312,7 +312,7 @@ class Trainer:
             "seconds": round(seconds, 1),
             "val": chosen,
             "test": None,
-            "versions": run_dir.versions(),
+            "versions": runs.versions(),
         }
         final, predicted = {}, {"val": self.best["predicted"]} if self.best else {}
         if dataset.test is not None:
@@ -328,7 +328,7 @@ class Trainer:
             for split, said in predicted.items():
                 write_predictions(getattr(dataset, split), said, dataset.class_names, folder, split)
             metadata = {"model": config.model, "classes": json.dumps(dataset.source_names)}
-            run_dir.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
+            tensors.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
         self.processes.wait()
@@ -341,7 +341,7 @@ class Trainer:
         try:
             self.origin.refuse_changed("nothing was written; run the command again with another --output_dir")
         except UserError:
-            run_dir.spoil(self.config.output_dir, "its images changed while it was going on")
+            runs.spoil(self.config.output_dir, "its images changed while it was going on")
             raise
 
     # ------------------------------------------------------------------------------------------------ kill and restart
@@ -365,7 +365,7 @@ class Trainer:
         path = self.config.output_dir / STATE_FILE
         if not path.exists():
             return
-        state = run_dir.load_pickle(path, f"remove it to start {self.config.output_dir} afresh", str(self.device))
+        state = tensors.load_pickle(path, f"remove it to start {self.config.output_dir} afresh", str(self.device))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -412,7 +412,7 @@ def origin_of(config: ClassifyConfig, dataset: LoadedDataset, synthetic: Synthet
 def check_folder(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
     """Refuses an output folder of another run, for ``--dry_run``."""
     origin = origin_of(config, dataset, synthetic)
-    run_dir.belongs(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+    runs.belongs(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
 
 
 def run(
@@ -439,7 +439,7 @@ def run(
         if processes.main:
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
             held.enter_context(RunLock(folder, "--output_dir"))
-            known = run_dir.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+            known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         done = results_of(folder) if known else None
         processes.wait()

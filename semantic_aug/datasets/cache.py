@@ -24,10 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_aug import registry
-from semantic_aug.arrays import create_array, open_array, size_text
 from semantic_aug.errors import UserError
-from semantic_aug.files import locked
-from semantic_aug.run_dir import sha256_text
+from semantic_aug.files import locked, sha256_text, size_text
+from semantic_aug.tensors import create_array, open_array
 
 log = logging.getLogger(__name__)
 

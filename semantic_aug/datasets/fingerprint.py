@@ -27,7 +27,7 @@ from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.table import ImageTable, file_stamp
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import atomic_path
+from semantic_aug.files import atomic_path
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from semantic_aug import cli
 from semantic_aug.datasets.readers.hub import parse_id
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import number_text, setting_suffix
+from semantic_aug.runs import number_text, setting_suffix
 
 TASKS = ("vanilla", "imbalanced")
 PROFILES = ("exponential", "original")

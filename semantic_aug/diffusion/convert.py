@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from semantic_aug import files, registry, run_dir
+from semantic_aug import files, registry, tensors
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError, run_main
@@ -112,7 +112,7 @@ def convert(
                 f"LoRA {lora_path}: kohya's names ('{kohya}') are read by stage 2 as they are and not converted"
             )
         state = original_lora(lora, str(lora_path)) if layout == "original" else diffusers_lora(lora)
-        files[output_dir / lora_io.FILE_NAME] = lambda path: run_dir.save_tensors(path, state, {"format": "pt"})
+        files[output_dir / lora_io.FILE_NAME] = lambda path: tensors.save_tensors(path, state, {"format": "pt"})
         if step is not None:
             files[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: _pickle(state, path)
     if embed_path:

@@ -37,7 +37,7 @@ from semantic_aug.diffusion.lora_files import (
 )
 from semantic_aug.errors import UserError
 from semantic_aug.registry import LORA_FILES
-from semantic_aug.run_dir import save_tensors
+from semantic_aug.tensors import save_tensors
 
 FILE_NAME = LORA_FILES[0]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -22,7 +22,7 @@ from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.files import read_json_object
 from semantic_aug.registry import ADAPTER_CONFIG, find_lora
-from semantic_aug.run_dir import load_pickle
+from semantic_aug.tensors import load_pickle
 
 ALPHA_KEY = "lora_alpha"
 METADATA_KEY = "lora_adapter_metadata"

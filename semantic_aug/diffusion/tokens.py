@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import class_token, initializer_text
-from semantic_aug.run_dir import load_pickle, save_tensors
+from semantic_aug.tensors import load_pickle, save_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
 TABLES = ("clip_l", "clip_g")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from semantic_aug import files, registry, run_dir
+from semantic_aug import files, registry, runs
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.recipe import METHODS
 from semantic_aug.evaluation.steps import read_records
@@ -102,10 +102,10 @@ def save_request(
         "seeds": list(seeds),
         "methods": list(methods),
     }
-    text = run_dir.arguments_text(request)
+    text = runs.arguments_text(request)
     requests = sorted((folder / REQUESTS).glob("*.yaml"))
     if not any(file.read_text(encoding="utf-8") == text for file in requests):
-        name = f"{len(requests) + 1:03d}-{run_dir.sha256_text(text)[:8]}.yaml"
+        name = f"{len(requests) + 1:03d}-{files.sha256_text(text)[:8]}.yaml"
         files.write_text(folder / REQUESTS / name, text)
 
 
@@ -131,7 +131,7 @@ def collect(folder: Path) -> Comparison:
     place = {name: i for i, name in enumerate(METHODS)}
     order = sorted(planned, key=lambda p: (found.settings.index(p[0]), place.get(p[1], len(place)), p[2]))
     for setting in found.settings:
-        found.recipes[setting] = run_dir.load_arguments(folder / setting, RECIPE_FILE) or {}
+        found.recipes[setting] = runs.load_arguments(folder / setting, RECIPE_FILE) or {}
     for setting, method, seed in order:
         pair = pair_folder(folder, setting, seed)
         records = found.records.setdefault((setting, seed), read_records(pair))
@@ -225,4 +225,4 @@ def claim_setting(folder: Path, name: str, record: Mapping) -> None:
     Raises:
         UserError: the folder's runs of this setting have another budget.
     """
-    run_dir.claim(registry.resolve_path(folder) / name, record, "--output_dir", file=RECIPE_FILE)
+    runs.claim(registry.resolve_path(folder) / name, record, "--output_dir", file=RECIPE_FILE)

@@ -18,8 +18,7 @@ from semantic_aug.classify.data import ImageStore, Normaliser
 from semantic_aug.classify.models import make_model, weights_identity
 from semantic_aug.datasets.cache import cache_folder
 from semantic_aug.divergence import check_outputs
-from semantic_aug.files import atomic_path
-from semantic_aug.run_dir import sha256_text
+from semantic_aug.files import atomic_path, sha256_text
 
 log = logging.getLogger(__name__)
 

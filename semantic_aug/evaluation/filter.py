@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import cli, console, files, registry, run_dir
+from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.settings import add_shared
 from semantic_aug.datasets.synthetic import DATA, locate
 from semantic_aug.errors import UserError
@@ -160,8 +160,8 @@ def check(args, given) -> None:
     for subset in given.subsets:
         for folder in subset.folders:
             root, source = locate(folder)
-            old = run_dir.load_arguments(folder_of(root, args.name))
-            changed = run_dir.differences(old or {}, arguments_of(args, source), options.MAY_CHANGE)
+            old = runs.load_arguments(folder_of(root, args.name))
+            changed = runs.differences(old or {}, arguments_of(args, source), options.MAY_CHANGE)
             if list_of(root, args.name).exists() and (old is None or changed):
                 what = f" ({'; '.join(changed[:4])})" if old else ""
                 raise UserError(
@@ -206,7 +206,7 @@ def write(args, given, folder: str, images, found: dict[str, np.ndarray], stay: 
     text, out, target = kept_lines(source, stay), folder_of(root, args.name), list_of(root, args.name)
     if target.exists() and target.read_text(encoding="utf-8") != text:
         raise UserError(f"{target} is there with other images: nothing was touched; choose another --name")
-    files.write_text(out / run_dir.ARGS_FILE, run_dir.arguments_text(arguments_of(args, source)))
+    files.write_text(out / runs.ARGS_FILE, runs.arguments_text(arguments_of(args, source)))
     with (
         files.atomic_path(out / SCORES_FILE) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as lines,

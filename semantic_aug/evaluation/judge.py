@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from semantic_aug import run_dir
+from semantic_aug import runs
 from semantic_aug.classify.data import ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.models import make_model
 from semantic_aug.classify.trainer import MODEL_FILE
@@ -60,7 +60,7 @@ def load_judge(folder: str | Path, device: str = "cpu") -> Judge:
         UserError: not the folder of a finished run.
     """
     folder = Path(folder)
-    arguments, path = run_dir.load_arguments(folder), folder / MODEL_FILE
+    arguments, path = runs.load_arguments(folder), folder / MODEL_FILE
     if arguments is None or not path.is_file():
         raise UserError(
             f"{folder} holds no finished classifier: expected the output folder of train_cls.py with {MODEL_FILE}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from semantic_aug import cli, console, registry, run_dir
+from semantic_aug import cli, console, registry, runs
 from semantic_aug.datasets.settings import add_shared
 from semantic_aug.evaluation import options
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     folder = registry.resolve_path(args.output_dir)
     arguments = options.record(args)
-    run_dir.claim(folder, arguments, "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
+    runs.claim(folder, arguments, "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
     measurer = Measurer(
         given.dataset, extractor, judge, clip, args.gamma, args.seed, args.copy_percentile, args.batch_size
     )
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     notes = missing(given.subsets, measurer, real.features.shape[1], len(given.dataset.train))
     if measure_report.axes_of(rows) is None:
         notes.append(f"{measure_report.PICTURE_FILE} is left out: it needs --classifier or --clip")
-    facts = {"arguments": arguments, "copy_threshold": threshold, "notes": notes, "versions": run_dir.versions()}
+    facts = {"arguments": arguments, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
     files = measure_report.write(folder, rows, facts)
     print(measure_report.markdown(rows))
     print(

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semantic_aug import files, run_dir
+from semantic_aug import files, runs
 from semantic_aug.evaluation.measures import ALL, COLUMNS, REAL
 
 CSV_FILE, JSON_FILE, TABLE_FILE = "measures.csv", "measures.json", "measures.md"
@@ -97,7 +97,7 @@ def write(folder: Path, rows: Sequence[Mapping], facts: Mapping) -> list[Path]:
         The files written.
     """
     write_csv(folder / CSV_FILE, rows)
-    files.write_json(folder / JSON_FILE, {**run_dir.plain(facts), "rows": [dict(row) for row in rows]})
+    files.write_json(folder / JSON_FILE, {**runs.plain(facts), "rows": [dict(row) for row in rows]})
     files.write_text(folder / TABLE_FILE, markdown(rows) + "\n")
     written = [folder / CSV_FILE, folder / JSON_FILE, folder / TABLE_FILE]
     axes = axes_of(rows)

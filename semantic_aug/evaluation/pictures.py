@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from semantic_aug import cli, console, files, registry, run_dir
+from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
 from semantic_aug.datasets.settings import add_shared
 from semantic_aug.evaluation import options
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(f"would draw {', '.join(wanted)} into {registry.shown_path(folder)}")
         return 0
-    run_dir.claim(folder, options.record(args), "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
+    runs.claim(folder, options.record(args), "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
     if "translations" in wanted:
         sheet = translations(given, args.rows, args.size, args.seed)
         if sheet is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semantic_aug import registry, run_dir
+from semantic_aug import registry, runs
 from semantic_aug.augmentations import strategies
 
 SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
@@ -258,4 +258,4 @@ def steps_of(
 
 def setting_name(examples_per_class: int, task: str, imbalance_factor: float) -> str:
     """What a setting and its folder are called: ``5shot``, ``imb0.1``, both joined, or ``all``."""
-    return run_dir.setting_suffix(examples_per_class, task, imbalance_factor).lstrip("_") or "all"
+    return runs.setting_suffix(examples_per_class, task, imbalance_factor).lstrip("_") or "all"

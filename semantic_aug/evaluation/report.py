@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from semantic_aug import run_dir
+from semantic_aug import runs
 from semantic_aug.evaluation.comparison import BASELINES, CHART, COMMANDS, SCORES, Comparison
 from semantic_aug.evaluation.intervals import difference_text, paired_difference
 from semantic_aug.evaluation.steps import duration
@@ -108,7 +108,7 @@ def _recipe_section(found: Comparison) -> list[str]:
     lines = ["## Budgets", ""]
     for setting, recipe in found.recipes.items():
         given = {name: value for name, value in recipe.items() if value not in (None, [])}
-        lines += [f"{setting}:", "", "```yaml", run_dir.arguments_text(given).rstrip(), "```", ""]
+        lines += [f"{setting}:", "", "```yaml", runs.arguments_text(given).rstrip(), "```", ""]
     return lines
 
 

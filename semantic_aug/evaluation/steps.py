@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from semantic_aug import files, registry, run_dir
+from semantic_aug import files, registry, runs
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
@@ -203,13 +203,13 @@ def claim_data(folder: Path, recipe: Recipe, subset_seed: int, config_dir: Path,
         )
     chosen = {name: value for name, value in recipe.shared.items() if name != "dataset" and value is not None}
     dataset = load_dataset(recipe.shared["dataset"], Setting(**chosen, subset_seed=subset_seed), config_dir)
-    run_dir.claim(places["data"], {}, "--output_dir", origin=RunOrigin(dataset))
+    runs.claim(places["data"], {}, "--output_dir", origin=RunOrigin(dataset))
     if {1, 2} & set(stages):
         from semantic_aug.diffusion.base import find_base, weight_files
 
         base = find_base(recipe.base)
         weights = RunOrigin(dataset, (), further=lambda: {"base_model": files_digest(weight_files(base), base)})
-        run_dir.claim(places["base_model"], {}, "--output_dir", origin=weights)
+        runs.claim(places["base_model"], {}, "--output_dir", origin=weights)
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import run_dir
+from semantic_aug import runs
 from semantic_aug.classify.config import BY_CONTENT, MAY_CHANGE
 from semantic_aug.classify.metrics import SCORE_NAMES
 from semantic_aug.classify.seeds import percent, scores_of, statistics_of
 from semantic_aug.classify.trainer import RESULTS_FILE, results_of
 from semantic_aug.errors import UserError
-from semantic_aug.run_dir import MADE_FROM
+from semantic_aug.runs import MADE_FROM
 
 SHOWN = tuple(name for name in SCORE_NAMES if name not in ("loss", "top5"))
 _SEED = re.compile(r"[-_]?seed\d+$")
@@ -47,7 +47,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
             raise UserError(f"{folder} is not a folder: expected the output folder of train_cls.py, or one above it")
         before = len(found)
         for file in sorted(folder.rglob(RESULTS_FILE)):
-            results, arguments = results_of(file.parent), run_dir.load_arguments(file.parent)
+            results, arguments = results_of(file.parent), runs.load_arguments(file.parent)
             if results and arguments and "seed" in arguments and "train_images" in results:  # not an evaluation's
                 found.setdefault(file.parent.resolve(), Run(file.parent, arguments, results))
         if len(found) == before and not any(folder.resolve() in (f, *f.parents) for f in found):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import cli, console, files, registry, run_dir
+from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.evaluation import comparison, flags, halving, predictions
@@ -172,7 +172,7 @@ class Tuning:
         """How many images of its subset a candidate uses, None for all: the multiplier's share."""
         if one.multiplier == self.most:
             return None
-        made = run_dir.load_arguments(self.subset_folder(one.strength), "config.yaml")["images"]
+        made = runs.load_arguments(self.subset_folder(one.strength), "config.yaml")["images"]
         return max(1, round(made * one.multiplier / self.most))
 
     def classify_flags(self, one: Candidate) -> dict:
@@ -314,7 +314,7 @@ def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> Non
             "subset_seed": tuning.subset_seed,
             "multiplier": tuning.most,
         }
-        run_dir.claim(tuning.folder, record, "--output_dir")
+        runs.claim(tuning.folder, record, "--output_dir")
         claim_data(tuning.folder, tuning.recipe, tuning.subset_seed, args.config_dir, (1, 2, 3))
         prepare_config(tuning.folder, args.config_dir)
         for name in list(tuning.pair.steps):

@@ -18,7 +18,7 @@ from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.model import TrainedModel
-from semantic_aug.run_dir import load_pickle
+from semantic_aug.tensors import load_pickle
 
 STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)$")

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from semantic_aug import run_dir
+from semantic_aug import runs
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import files_digest, names_identity
 from semantic_aug.datasets.origin import RunOrigin
@@ -46,8 +46,8 @@ def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_r
         folder = checkpoints.find(config.output_dir, config.resume_from_checkpoint)
         if folder is not None and folder.resolve().parent != config.output_dir.resolve():
             flag = "--resume_from_checkpoint"
-            run_dir.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin)
-    take = run_dir.belongs if dry_run else run_dir.claim
+            runs.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin)
+    take = runs.belongs if dry_run else runs.claim
     known = take(config.output_dir, arguments, "--output_dir", ignored, origin=origin)
     done = finished(config.output_dir) if known else None
     if done and done["steps"] >= config.max_train_steps:

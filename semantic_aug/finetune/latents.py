@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from semantic_aug.arrays import create_array, is_full, open_array, size_text
 from semantic_aug.datasets import ImageTable
 from semantic_aug.diffusion.loop import encode_moments, to_pixels
 from semantic_aug.errors import UserError
+from semantic_aug.files import is_full, sha256_text, size_text
 from semantic_aug.registry import shown_path
-from semantic_aug.run_dir import sha256_text
 from semantic_aug.seeding import numpy_rng
+from semantic_aug.tensors import create_array, open_array
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from semantic_aug.arrays import is_full, size_text
 from semantic_aug.datasets import ImageTable
 from semantic_aug.diffusion.loop import encode_moments
 from semantic_aug.errors import UserError
+from semantic_aug.files import is_full, sha256_text, size_text
 from semantic_aug.registry import shown_path
-from semantic_aug.run_dir import sha256_text
 
 DECODE_BLOCK = 64
 """Images given to the threads at once."""

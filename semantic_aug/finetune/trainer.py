@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from semantic_aug import files, run_dir
+from semantic_aug import files, runs
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import losses
@@ -35,12 +35,12 @@ from semantic_aug.finetune.pixels import PixelCache
 from semantic_aug.finetune.sizes import image_sizes
 from semantic_aug.finetune.validation import save_grid, validation_grid
 from semantic_aug.prompts import TEMPLATES
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import RunLock
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
-BEFORE_RESULTS = (run_dir.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
+BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
 """What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 METRIC_COLUMNS = ("step", "loss", "lora_lr", "token_lr", "grad_norm", "steps_per_second")
 STOP_CHECK_STEPS = 10
@@ -124,8 +124,8 @@ class Trainer:
                 self.dataset.train, self.config.output_dir, self.base.vae, self.config.resolution, *shared
             )
         folder = self.base.folder
-        digest = run_dir.sha256_text(
-            "".join(run_dir.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae")
+        digest = files.sha256_text(
+            "".join(files.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae")
         )
         return LatentCache(
             self.dataset.train,
@@ -165,7 +165,7 @@ class Trainer:
         self._resume()
         self.prepare()
         metrics = (
-            run_dir.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
+            runs.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
         )
         began, first = time.monotonic(), self.step
         loss_log = LossLog(accelerator.device, CHECK_STEPS, lambda part: accelerator.reduce(part, "mean"))
@@ -383,7 +383,7 @@ class Trainer:
             "steps_per_second": round(steps / seconds, 3) if seconds and steps else None,
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
-            "versions": run_dir.versions(),
+            "versions": runs.versions(),
         }
         if self.accelerator.is_main_process:
             self._refuse_changed_images()
@@ -436,7 +436,7 @@ def _run_alone(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Acce
     if done and done["steps"] >= config.max_train_steps:
         return done
     if config.report_to != "none":
-        record = run_dir.plain(config.record(accelerator.num_processes))
+        record = runs.plain(config.record(accelerator.num_processes))
         flat = {name: value for name, value in record.items() if isinstance(value, (str, int, float, bool))}
         accelerator.init_trackers("finetune", flat)
     return Trainer(config, dataset, accelerator, origin if accelerator.is_main_process else None).train()

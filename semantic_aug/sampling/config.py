@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import registry, run_dir
-from semantic_aug.arrays import size_text
+from semantic_aug import registry, runs
 from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting
@@ -19,6 +18,7 @@ from semantic_aug.devices import available_memory
 from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, weight_files
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
+from semantic_aug.files import size_text
 from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, make_plan, table_of_counts
@@ -185,7 +185,7 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
 
 def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
     """``{output_root}/{dataset}/{subset}``."""
-    name = run_dir.subset_name(config.strategy.name, config.multiplier, config.key, config.strength_label)
+    name = runs.subset_name(config.strategy.name, config.multiplier, config.key, config.strength_label)
     return config.output_root / dataset.name / name
 
 

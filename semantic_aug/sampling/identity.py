@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from semantic_aug import registry, run_dir
+from semantic_aug import registry, runs
 from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.fingerprint import (
@@ -74,7 +74,7 @@ class Weights:
         lines = [f"{path.parent.name}/{path.name} {value}" for path, value in zip(base, hashes, strict=True)]
         vae = [line for line in lines if line.startswith("vae/")]
         further = (_hash_of(path) if path else None for path in (files.lora, files.tokens, files.extra_lora))
-        return cls(run_dir.sha256_text("\n".join(lines)), run_dir.sha256_text("\n".join(vae)), *further)
+        return cls(files.sha256_text("\n".join(lines)), files.sha256_text("\n".join(vae)), *further)
 
     def check(self, files: ModelFiles) -> None:
         """Refuses files that have changed, for a process that has loaded them.
@@ -118,8 +118,8 @@ class Identity:
 def _hash_of(path: Path) -> str:
     """SHA-256 of a LoRA's or class tokens' file; of PEFT's settings too where they lie beside it."""
     files = registry.lora_files(path)
-    hashes = [run_dir.sha256_file(file) for file in files]
-    return hashes[0] if len(files) == 1 else run_dir.sha256_text("\n".join(hashes))
+    hashes = [files.sha256_file(file) for file in files]
+    return hashes[0] if len(files) == 1 else files.sha256_text("\n".join(hashes))
 
 
 def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images: ContentHashes) -> Identity:
@@ -176,7 +176,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
     compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
     encoder = f"{weights.vae} {config.resolution} {config.dtype} {device} {'compiled' if compiled else 'plain'}"
-    return Identity(run_dir.plain(compared), run_dir.plain(arguments), dataset.train, images, sources, weights, encoder)
+    return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, sources, weights, encoder)
 
 
 def warn(config: SampleConfig, identity: Identity) -> None:
@@ -202,7 +202,7 @@ def _trained_on(path: Path) -> dict[str, Any]:
     """The record of the training images of the run that a checkpoint's file belongs to; empty where there is none."""
     folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     with contextlib.suppress(UserError):  # not the record of our stage 1
-        record = run_dir.load_arguments(folder) or {}
+        record = runs.load_arguments(folder) or {}
         return dict(((record.get("made_from") or {}).get(DATA) or {}).get("train") or {})
     return {}
 
@@ -225,7 +225,7 @@ def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> No
     if belongs(folder, identity, paths, alone):
         return
     old = store.recorded_identity(folder) or {}
-    made_with = {"versions": run_dir.versions(), "git_revision": run_dir.git_revision(registry.REPO_ROOT)}
+    made_with = {"versions": runs.versions(), "git_revision": runs.git_revision(registry.REPO_ROOT)}
     kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and store.has_images(folder)}
     _write(folder, {**identity.compared, ARGUMENTS: identity.arguments, MADE_WITH: made_with, **kept})
     write_sources(folder, identity.table.keys, identity.images.values)
@@ -288,7 +288,7 @@ def note_run(folder: Path, shard: str, after: int, **how: Any) -> None:
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    write_text(folder / store.CONFIG_FILE, run_dir.arguments_text(record))
+    write_text(folder / store.CONFIG_FILE, runs.arguments_text(record))
 
 
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warn_of_versions(folder: Path, record: Mapping[str, Any]) -> None:
-    mixed = run_dir.differences((record.get(MADE_WITH) or {}).get("versions") or {}, run_dir.versions())
+    mixed = runs.differences((record.get(MADE_WITH) or {}).get("versions") or {}, runs.versions())
     if mixed:
         log.warning(
             "%s was begun with other versions (%s): new files may differ in their last bits", folder, "; ".join(mixed)
@@ -345,7 +345,7 @@ def _told(old: Mapping[str, Any], identity: Identity, folder: Path) -> str:
     ]
     if before and names:
         told[0] += f" ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
-    told += run_dir.differences(old.get(ARGUMENTS) or {}, identity.arguments)
+    told += runs.differences(old.get(ARGUMENTS) or {}, identity.arguments)
     then, now = ({k: v for k, v in d.items() if k != DATA} for d in (_compared(old), identity.compared))
     follows = []
     for name in {**then, **now}:

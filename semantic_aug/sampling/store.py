@@ -30,7 +30,7 @@ from PIL import Image
 
 from semantic_aug import meta_csv
 from semantic_aug.files import locked
-from semantic_aug.run_dir import load_arguments
+from semantic_aug.runs import load_arguments
 from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
 from semantic_aug.sampling.records import Records
 

@@ -1,14 +1,12 @@
-"""Output folders: their names, the arguments kept beside the results, and metrics row by row."""
+"""Output folders: names, locks, the arguments and the origin kept beside the results, and metrics row by row."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, Protocol
 import yaml
 
 from semantic_aug.errors import UserError
-from semantic_aug.files import atomic_path, write_text
+from semantic_aug.files import LOCK_FILE, LockHeld, atomic_path, locked, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
@@ -228,17 +226,6 @@ class MetricsCsv:
             )
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with open(path, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """SHA-256 of a text, hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what comes out."""
     found = {"python": platform.python_version()}
@@ -265,53 +252,35 @@ def git_revision(folder: Path) -> str | None:
     return run.stdout.strip() or None
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, whole or not at all; the same tensors and metadata give the same bytes.
+class RunLock(contextlib.ExitStack):
+    """Keeps a second run out of a folder.
 
-    The library writes metadata in an order that changes from process to process. Here it is sorted, so that a file's hash
-    (which says whether a subset was made with these very weights) follows from its content.
-
-    Args:
-        path: of the file.
-        tensors: name -> tensor on any device.
-        metadata: kept in the file's header.
-    """
-    from safetensors.torch import save
-
-    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, dict(metadata or {}))
-    start = 8 + int.from_bytes(content[:8], "little")  # a length, the header as JSON, then the tensors' bytes
-    header = json.loads(content[8:start])
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        out.write(memoryview(content)[start:])
-
-
-def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
-    """A file written by ``torch.save``, read without running any code in it.
+    A whole run holds ``.lock`` alone. Shards share it, and each holds a lock of its own.
 
     Args:
-        path: of the file.
-        expected: what it should hold and what to do, for the error.
-        device: where its tensors go.
+        folder: made if absent.
+        flag: the flag that names another folder, for the error.
+        num_shards: of the run.
+        shard_index: of this one.
 
     Raises:
-        UserError: not there, damaged, or holding more than tensors and plain containers.
+        UserError: on entering, when another run holds it.
     """
-    import torch
 
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: {expected}") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(
-            r"GLOBAL ([\w.]+)", str(error)
-        )  # torch's message goes on with advice to run the file's code
-        reason = (
-            f"holds an object of {refused[1]}, not tensors alone" if refused else "damaged or not written by torch.save"
-        )
-        raise UserError(f"{path} cannot be read ({reason}): {expected}") from error
+    def __init__(self, folder: Path, flag: str, num_shards: int = 1, shard_index: int = 0):
+        super().__init__()
+        self.folder, self.flag = folder, flag
+        self.shard = None if num_shards == 1 else f"{LOCK_FILE}-{shard_index}of{num_shards}"
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.enter_context(locked(self.folder / LOCK_FILE, shared=self.shard is not None, wait=False))
+            if self.shard is not None:
+                self.enter_context(locked(self.folder / self.shard, wait=False))
+        except LockHeld as held:
+            self.close()
+            raise UserError(
+                f"{self.folder} is being written by another run ({held.holder()}): wait for it, stop it, or choose another "
+                f"{self.flag}"
+            ) from None
+        return self

@@ -1,0 +1,115 @@
+"""Tensors and arrays in files: safetensors whose bytes follow from their content, saved states, arrays mapped into memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semantic_aug.errors import UserError
+from semantic_aug.files import atomic_path
+
+_BLOCK = 1 << 20
+
+
+def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new ``.npy`` file of zeros, mapped for writing, its space on the disk reserved.
+
+    A sparse file would be mapped on a full disk too, and writing to it would then end the process with a bus error.
+
+    Raises:
+        OSError: the disk, a quota or a limit on file sizes does not hold it; nothing is left behind.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "rb+") as file:
+            _reserve(file.fileno(), array.offset, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return array
+
+
+def open_array(path: Path, dtype: type, shape: tuple[int, ...] | None = None) -> np.memmap | None:
+    """A ``.npy`` file mapped for reading, or None where it is absent, cut off, or not what is expected.
+
+    Args:
+        path: of the file.
+        dtype: expected type.
+        shape: expected shape; None: any.
+    """
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.dtype == dtype and shape in (None, array.shape) else None
+
+
+def _reserve(file: int, start: int, end: int) -> None:
+    try:
+        os.posix_fallocate(file, 0, end)
+    except (AttributeError, OSError) as error:
+        # macOS has no such call, some file systems refuse it: zeros take the space just as well
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        for place in range(start, end, _BLOCK):
+            os.pwrite(file, bytes(min(_BLOCK, end - place)), place)
+        os.fsync(file)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, whole or not at all; the same tensors and metadata give the same bytes.
+
+    The library writes metadata in an order that changes from process to process. Here it is sorted, so that a file's hash
+    (which says whether a subset was made with these very weights) follows from its content.
+
+    Args:
+        path: of the file.
+        tensors: name -> tensor on any device.
+        metadata: kept in the file's header.
+    """
+    from safetensors.torch import save
+
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, dict(metadata or {}))
+    start = 8 + int.from_bytes(content[:8], "little")  # a length, the header as JSON, then the tensors' bytes
+    header = json.loads(content[8:start])
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(memoryview(content)[start:])
+
+
+def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
+    """A file written by ``torch.save``, read without running any code in it.
+
+    Args:
+        path: of the file.
+        expected: what it should hold and what to do, for the error.
+        device: where its tensors go.
+
+    Raises:
+        UserError: not there, damaged, or holding more than tensors and plain containers.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: {expected}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        refused = re.search(
+            r"GLOBAL ([\w.]+)", str(error)
+        )  # torch's message goes on with advice to run the file's code
+        reason = (
+            f"holds an object of {refused[1]}, not tensors alone" if refused else "damaged or not written by torch.save"
+        )
+        raise UserError(f"{path} cannot be read ({reason}): {expected}") from error
