@@ -32,7 +32,7 @@ from semantic_aug.datasets.fingerprint import (
 from semantic_aug.datasets.synthetic import read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.errors import UserError
-from semantic_aug.files import write_text
+from semantic_aug.files import sha256_file, sha256_text, write_text
 from semantic_aug.sampling import store
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
@@ -74,7 +74,7 @@ class Weights:
         lines = [f"{path.parent.name}/{path.name} {value}" for path, value in zip(base, hashes, strict=True)]
         vae = [line for line in lines if line.startswith("vae/")]
         further = (_hash_of(path) if path else None for path in (files.lora, files.tokens, files.extra_lora))
-        return cls(files.sha256_text("\n".join(lines)), files.sha256_text("\n".join(vae)), *further)
+        return cls(sha256_text("\n".join(lines)), sha256_text("\n".join(vae)), *further)
 
     def check(self, files: ModelFiles) -> None:
         """Refuses files that have changed, for a process that has loaded them.
@@ -118,8 +118,8 @@ class Identity:
 def _hash_of(path: Path) -> str:
     """SHA-256 of a LoRA's or class tokens' file; of PEFT's settings too where they lie beside it."""
     files = registry.lora_files(path)
-    hashes = [files.sha256_file(file) for file in files]
-    return hashes[0] if len(files) == 1 else files.sha256_text("\n".join(hashes))
+    hashes = [sha256_file(file) for file in files]
+    return hashes[0] if len(files) == 1 else sha256_text("\n".join(hashes))
 
 
 def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images: ContentHashes) -> Identity:
