@@ -16,6 +16,8 @@ from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 
 _BLOCK = 1 << 20
+METADATA_KEY = "diffmix"
+"""Entry of a safetensors file's header that holds our metadata."""
 
 
 def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
@@ -63,29 +65,42 @@ def _reserve(file: int, start: int, end: int) -> None:
         os.fsync(file)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None, key: str = METADATA_KEY
+) -> None:
     """Writes tensors as safetensors, whole or not at all; the same tensors and metadata give the same bytes.
 
-    The library writes metadata in an order that changes from process to process. Here it is sorted, so that a file's hash
-    (which says whether a subset was made with these very weights) follows from its content.
+    The library writes the entries of a header in an order that changes from process to process. Metadata are one entry, so
+    that a file's hash (which says whether a subset was made with these very weights) follows from its content.
 
     Args:
         path: of the file.
         tensors: name -> tensor on any device.
-        metadata: kept in the file's header.
+        metadata: plain values, kept as sorted JSON in the file's header.
+        key: entry of the header that holds them.
     """
     from safetensors.torch import save
 
-    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, dict(metadata or {}))
-    start = 8 + int.from_bytes(content[:8], "little")  # a length, the header as JSON, then the tensors' bytes
-    header = json.loads(content[8:start])
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        out.write(memoryview(content)[start:])
+    entries = {key: json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, entries)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_metadata(entries: Mapping[str, str] | None, *lists: str) -> dict[str, Any]:
+    """What :func:`save_tensors` kept in a file's header; earlier versions wrote an entry for each value.
+
+    Args:
+        entries: of the header, as ``safe_open(...).metadata()`` gives them.
+        lists: names of the values that are lists, which earlier versions wrote as JSON.
+
+    Raises:
+        ValueError: the entries are no JSON.
+    """
+    entries = entries or {}
+    if METADATA_KEY in entries:
+        return json.loads(entries[METADATA_KEY])
+    return {name: json.loads(value) if name in lists else value for name, value in entries.items()}
 
 
 def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def write_judge(
         "classifier.weight": torch.from_numpy(weight).float(),
         "classifier.bias": torch.from_numpy(fitted.intercept_ - weight @ mean).float(),
     }
-    tensors.save_tensors(folder / MODEL_FILE, state, {"classes": json.dumps(list(names))})
+    tensors.save_tensors(folder / MODEL_FILE, state, {"classes": list(names)})
     files.write_text(folder / runs.ARGS_FILE, runs.arguments_text({"model": BACKBONE, "resolution": side}))
     return folder
 

@@ -81,7 +81,7 @@ def test_stage_1_files_cover_every_encoder(trained):
     keys = load_file(folder / FILES[0])
     assert {key.split(".")[0] for key in keys} == networks
     with safe_open(folder / FILES[1], "pt") as content:
-        assert json.loads(content.metadata()["class_names"]) == list(CLASSES)
+        assert json.loads(content.metadata()["diffmix"])["class_names"] == list(CLASSES)
         shapes = {name: tuple(content.get_tensor(name).shape) for name in content.keys()}  # noqa: SIM118
     if family == "sdxl":
         assert shapes == {"clip_l": (3, tiny.XL_WIDTHS[0]), "clip_g": (3, tiny.XL_WIDTHS[1])}
@@ -97,7 +97,7 @@ def plain_pipeline(family: str, base, folder):
     learned = load_file(folder / FILES[1])
     if family == "sdxl":
         with safe_open(folder / FILES[1], "pt") as content:
-            names = json.loads(content.metadata()["placeholders"])
+            names = json.loads(content.metadata()["diffmix"])["placeholders"]
         pipe.load_textual_inversion(learned["clip_l"], names, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
         pipe.load_textual_inversion(
             learned["clip_g"], names, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2

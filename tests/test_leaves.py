@@ -20,6 +20,7 @@ from safetensors import safe_open
 from semantic_aug import allocator, files, meta_csv, prompts, registry, runs, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
 from semantic_aug.runs import RunLock
+from semantic_aug.tensors import read_metadata
 
 # --------------------------------------------------------------------------------------------------------- errors
 
@@ -428,8 +429,10 @@ def test_saved_tensors_are_the_same_bytes_in_every_process(tmp_path):
         subprocess.run([sys.executable, "-c", script, str(path)], check=True, cwd=ROOT)
     assert len({path.read_bytes() for path in paths}) == 1
     with safe_open(paths[0], "pt") as content:
-        assert content.metadata() == {"a": "5", "b": "4", "c": "3", "d": "2", "e": "é"}
+        assert list(content.metadata()) == ["diffmix"]
+        assert read_metadata(content.metadata()) == {"a": "5", "b": "4", "c": "3", "d": "2", "e": "é"}
         assert content.get_tensor("b").tolist() == [0, 1, 2] and content.get_tensor("a").dtype == torch.float16
+    assert read_metadata({"model": "5", "classes": '["a"]'}, "classes") == {"model": "5", "classes": ["a"]}
 
 
 # ------------------------------------------------------------------------------------------------------ allocator

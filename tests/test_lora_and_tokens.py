@@ -378,6 +378,23 @@ def test_tokens_survive_a_round_trip(tmp_path):
     assert loaded.phrase("toad") == "<class_2>"
 
 
+def test_tokens_of_earlier_versions_are_read(tmp_path):
+    """They had an entry for each value in the header."""
+    state = load_file(tiny.write_tokens(tmp_path / "t.safetensors", CLASSES))
+    metadata = {
+        "class_names": json.dumps(CLASSES),
+        "placeholders": json.dumps(sorted(state)),
+        "vectors_per_class": "1",
+        "base_model": "tiny",
+        "dataset": "5",
+        "images": "",
+    }
+    save_file(state, tmp_path / "old.safetensors", metadata)
+    new, old = (tokens.load_tokens(tmp_path / f"{name}.safetensors") for name in ("t", "old"))
+    assert torch.equal(old.vectors, new.vectors) and old.dataset == "5"
+    assert (old.class_names, old.names, old.vectors_per_class) == (new.class_names, new.names, 1)
+
+
 def test_several_vectors_per_class():
     learned = tokens.ClassTokens(CLASSES, torch.zeros(6, 4), vectors_per_class=2)
     assert learned.phrase("blue jay") == "<class_1> <class_1_1>"

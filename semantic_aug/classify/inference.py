@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from semantic_aug import files
+from semantic_aug import files, tensors
 from semantic_aug.classify.checkpoints import misfit, read_state
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
@@ -95,7 +94,7 @@ def class_names_of(path: Path) -> tuple[str, ...] | None:
 
     try:
         with safe_open(path, "pt") as file:
-            return tuple(json.loads((file.metadata() or {})["classes"]))
+            return tuple(tensors.read_metadata(file.metadata(), "classes")["classes"])
     except (SafetensorError, KeyError, ValueError):  # a damaged file is reported when its tensors are read
         return None
 

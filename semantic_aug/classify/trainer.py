@@ -327,7 +327,7 @@ class Trainer:
                 write_scores(scores, dataset.class_names, folder, split)
             for split, said in predicted.items():
                 write_predictions(getattr(dataset, split), said, dataset.class_names, folder, split)
-            metadata = {"model": config.model, "classes": json.dumps(dataset.source_names)}
+            metadata = {"model": config.model, "classes": dataset.source_names}
             tensors.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)

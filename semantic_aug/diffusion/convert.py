@@ -112,7 +112,7 @@ def convert(
                 f"LoRA {lora_path}: kohya's names ('{kohya}') are read by stage 2 as they are and not converted"
             )
         state = original_lora(lora, str(lora_path)) if layout == "original" else diffusers_lora(lora)
-        files[output_dir / lora_io.FILE_NAME] = lambda path: tensors.save_tensors(path, state, {"format": "pt"})
+        files[output_dir / lora_io.FILE_NAME] = lambda path: tensors.save_tensors(path, state)
         if step is not None:
             files[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: _pickle(state, path)
     if embed_path:

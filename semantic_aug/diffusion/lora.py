@@ -10,7 +10,6 @@ a key that matches nothing is an error.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from semantic_aug.diffusion.lora_files import (
     ALPHA_KEY,
     CLIP_PREFIX,
     KOHYA_PREFIXES,
+    METADATA_KEY,
     NETWORKS,
     LoraPair,
     flat_names,
@@ -149,10 +149,7 @@ def save_lora(
             f"{prefix}.{ALPHA_KEY}": config.lora_alpha,
             f"{prefix}.target_modules": sorted(name.removeprefix(CLIP_PREFIX) for name in config.target_modules),
         }
-    metadata = {"format": "pt"}
-    if alpha is not None:
-        metadata["lora_adapter_metadata"] = json.dumps(adapter)
-    save_tensors(path, state, metadata)
+    save_tensors(path, state, adapter if alpha is not None else None, METADATA_KEY)
 
 
 def load_trained(networks: Mapping[str, nn.Module], path: Path) -> None:

@@ -6,7 +6,6 @@ of its own is the same under AdamW and leaves the table of tens of thousands of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import class_token, initializer_text
-from semantic_aug.tensors import load_pickle, save_tensors
+from semantic_aug.tensors import load_pickle, read_metadata, save_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
 TABLES = ("clip_l", "clip_g")
@@ -246,9 +245,9 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
     each with a row per placeholder, which ``load_textual_inversion`` takes with the list of placeholders.
     """
     metadata = {
-        "class_names": json.dumps(list(tokens.class_names), ensure_ascii=False),
-        "placeholders": json.dumps(list(tokens.names)),
-        "vectors_per_class": str(tokens.vectors_per_class),
+        "class_names": tokens.class_names,
+        "placeholders": tokens.names,
+        "vectors_per_class": tokens.vectors_per_class,
         "base_model": tokens.base_model,
         "dataset": tokens.dataset,
         "images": tokens.images,
@@ -284,15 +283,15 @@ def load_tokens(path: Path) -> ClassTokens:
 def _load_safetensors(path: Path) -> ClassTokens:
     try:
         with safe_open(path, "pt") as content:
-            metadata = content.metadata() or {}
+            metadata = read_metadata(content.metadata(), "class_names", "placeholders")
             if "placeholders" not in metadata:
                 raise UserError(f"{path} has no class names in its metadata: expected a file written by train_lora.py")
-            names = tuple(json.loads(metadata["placeholders"]))
+            names = tuple(metadata["placeholders"])
             if TABLES[0] in content.keys():  # noqa: SIM118
                 tables = [content.get_tensor(name).float() for name in TABLES]
             else:
                 tables = [torch.stack([content.get_tensor(name) for name in names]).float()]
-        class_names, vectors_per_class = tuple(json.loads(metadata["class_names"])), int(metadata["vectors_per_class"])
+        class_names, vectors_per_class = tuple(metadata["class_names"]), int(metadata["vectors_per_class"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"class tokens {path} are damaged ({reason}): run train_lora.py again") from None

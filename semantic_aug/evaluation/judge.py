@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from semantic_aug.classify.models import make_model
 from semantic_aug.classify.trainer import MODEL_FILE
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
+from semantic_aug.tensors import read_metadata
 
 
 @dataclass
@@ -67,7 +67,7 @@ def load_judge(folder: str | Path, device: str = "cpu") -> Judge:
         )
     try:
         with safe_open(path, "pt") as content:
-            class_names = tuple(json.loads(content.metadata()["classes"]))
+            class_names = tuple(read_metadata(content.metadata(), "classes")["classes"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): run train_cls.py again") from None
     resolution = int(arguments["resolution"])
