@@ -61,7 +61,7 @@ def write_aircraft(root: Path) -> tuple[list[str], dict[str, int]]:
 def write_flower(root: Path) -> tuple[list[str], dict[str, int]]:
     from scipy.io import savemat
 
-    from semantic_aug.datasets.flower import CLASS_NAMES
+    from semantic_aug.datasets.sets.flower import CLASS_NAMES
 
     labels = np.array([1, 1, 1, 1, 77, 77, 77, 77, 102, 102, 102, 102], np.uint8)
     for n, label in enumerate(labels, 1):
@@ -166,7 +166,7 @@ def _annotation(image: str, objects) -> str:
 
 
 def write_pascal(root: Path) -> tuple[list[str], dict[str, int]]:
-    from semantic_aug.datasets.pascal import CLASS_NAMES
+    from semantic_aug.datasets.sets.pascal import CLASS_NAMES
 
     number = 0
     for split, count in (("train", 4), ("val", 2)):

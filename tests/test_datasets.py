@@ -13,10 +13,11 @@ from PIL import Image
 
 import tiny
 from semantic_aug import registry
-from semantic_aug.datasets import ImageTable, Setting, elpv, find_spec, load_dataset, subsets
+from semantic_aug.datasets import ImageTable, Setting, find_spec, load_dataset, subsets
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
+from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError
 
 CLASSES = ("blue jay", "red fox", "toad")
@@ -253,7 +254,7 @@ def test_cub_from_local_copies_named_by_environment_variables(tmp_path, monkeypa
 
 
 def test_the_constant_in_the_module_serves_too(tmp_path, monkeypatch, no_cub_folders):
-    from semantic_aug.datasets import cub
+    from semantic_aug.datasets.sets import cub
 
     for split in ("train", "test"):
         hub_rows().save_to_disk(tmp_path / split)

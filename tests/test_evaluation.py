@@ -12,7 +12,7 @@ from helpers import ROOT, exchange
 from PIL import Image
 
 import tiny
-from semantic_aug.datasets import elpv
+from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
 from semantic_aug.evaluation import distances, faithfulness, measure, pictures

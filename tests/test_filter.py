@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_cls
 from semantic_aug import registry
-from semantic_aug.datasets import elpv
+from semantic_aug.datasets.sets import elpv
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import filter as command

@@ -14,9 +14,8 @@ from PIL import Image, ImageFile
 import tiny
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.fingerprint import data_identity
-from semantic_aug.datasets.notes import collected
-from semantic_aug.datasets.readers.folder import read_folder
-from semantic_aug.datasets.readers.walk import LITTER
+from semantic_aug.datasets.readers.folder import LITTER, read_folder
+from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import tiny
-from semantic_aug.datasets import captions, load_dataset
-from semantic_aug.datasets.notes import collected
+from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.readers import captions
 from semantic_aug.datasets.readers.listing import read_listing
+from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError
 
 TEXT = "path,label\nimg/0.png,hibou\nimg/1.png,crapaud à ventre\n"

@@ -7,7 +7,7 @@ import pytest
 
 import official_layouts
 from official_layouts import WRITERS
-from semantic_aug.datasets import Setting, catalog, load_dataset
+from semantic_aug.datasets import Setting, catalog, load_dataset, sets
 from semantic_aug.errors import UserError
 
 
@@ -33,7 +33,7 @@ def use(downloads, monkeypatch):
 
 
 def test_every_registered_data_set_has_a_fixture_here_or_a_package():
-    assert set(catalog.REGISTERED) == set(WRITERS) | {"elpv"}
+    assert set(sets.NAMES) == set(WRITERS) | {"elpv"}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -263,7 +263,7 @@ def test_an_official_root_that_is_no_folder(monkeypatch, tmp_path):
         load_dataset("food")
 
 
-@pytest.mark.parametrize("name", [n for n in catalog.REGISTERED if n != "elpv" and catalog.find_spec(n).hub])
+@pytest.mark.parametrize("name", [n for n in sets.NAMES if n != "elpv" and catalog.find_spec(n).hub])
 @pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
 def test_local_copies_in_the_hubs_format(name, layout, use, tmp_path, monkeypatch):
     import datasets as hub

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 import tiny
 from semantic_aug import meta_csv, prompts
-from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, subsets
+from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, sets, subsets
 from semantic_aug.datasets.readers import hub as sources
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
@@ -387,8 +387,8 @@ def test_hub_images_kept_as_files_have_a_stamp_of_their_own(tmp_path):
 
 
 def test_the_registered_names_are_sorted_and_each_says_what_it_is():
-    assert list(catalog.REGISTERED) == sorted(catalog.REGISTERED)
-    for name in catalog.REGISTERED:
+    assert list(sets.NAMES) == sorted(sets.NAMES)
+    for name in sets.NAMES:
         spec = catalog.find_spec(name)
         assert spec.name == name and spec.license != "not stated" and spec.citation and spec.homepage.startswith("http")
         assert len(spec.about.splitlines()) > 2 and (spec.variables or name == "elpv")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug.datasets import ImageTable, load_dataset
-from semantic_aug.datasets.files import table_of_files
 from semantic_aug.datasets.fingerprint import content_hashes
 from semantic_aug.datasets.images import EXTENSIONS, fit
+from semantic_aug.datasets.table import table_of_files
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path, sha256_text
 from semantic_aug.tensors import create_array, open_array

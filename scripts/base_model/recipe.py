@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from semantic_aug.datasets import elpv
+from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError
 
 MIRRORS = ("none", "horizontal", "both")

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
 
-from semantic_aug.datasets import elpv  # noqa: E402
 from semantic_aug.datasets.images import fit  # noqa: E402
+from semantic_aug.datasets.sets import elpv  # noqa: E402
 
 BASE = "scripts/quickstart/base"
 OUT = "outputs/base_evaluation"
@@ -101,7 +101,7 @@ def agreement(subset: Path, judge_folders: list[Path]) -> dict:
     """How the judges take a subset's images: shares that agree with the prompt, averaged over the judges."""
 
     from semantic_aug.datasets import load_dataset
-    from semantic_aug.datasets.elpv import CLASS_NAMES, LEVELS
+    from semantic_aug.datasets.sets.elpv import CLASS_NAMES, LEVELS
     from semantic_aug.datasets.synthetic import read_subset
     from semantic_aug.evaluation.judge import load_judge
 

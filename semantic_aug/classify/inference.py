@@ -25,8 +25,7 @@ from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, ev
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.readers.folder import EXPECTED
-from semantic_aug.datasets.readers.walk import Walk, text_of
+from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
 from semantic_aug.registry import resolve_path, shown_path
@@ -126,7 +125,7 @@ def images_to_predict(places: Sequence[Path]) -> dict[str, str]:
     """The images that ``--predict`` names: name in the list of predictions -> path.
 
     Of a folder these are all images below it, as data folders are read
-    (:mod:`semantic_aug.datasets.readers.walk`): litter is passed over, and what else is left out is noted. A file is taken
+    (:mod:`semantic_aug.datasets.readers.folder`): litter is passed over, and what else is left out is noted. A file is taken
     whatever it is called. Names are relative to the folder where there is just one, else paths.
 
     Raises:

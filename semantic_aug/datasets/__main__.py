@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from semantic_aug import console, files, registry
 from semantic_aug.datasets import catalog
-from semantic_aug.datasets.notes import collected
+from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError, run_main
 
 OUTPUT = Path("outputs/check")

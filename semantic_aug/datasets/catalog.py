@@ -13,37 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import registry
-from semantic_aug.datasets.files import refuse_missing
+from semantic_aug.datasets import sets
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.hub import parse_id, read_hub_id
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.settings import Setting
-from semantic_aug.datasets.spec import DatasetSpec, Splits
-from semantic_aug.datasets.splits import check_classes
+from semantic_aug.datasets.spec import DatasetSpec, Splits, check_classes
 from semantic_aug.datasets.subsets import apply_setting, few_shot, hold_out
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.table import ImageTable, refuse_missing
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.meta_csv import hashed_slug, slug, slugs
 from semantic_aug.prompts import RULES, clean_class_name
 
 log = logging.getLogger(__name__)
-
-REGISTERED = (
-    "aircraft",
-    "caltech",
-    "car",
-    "cub",
-    "dog",
-    "elpv",
-    "flower",
-    "food",
-    "pascal",
-    "pet",
-    "seedlings",
-    "signs",
-    "waterbird",
-)
-"""Each has a module of its name in this folder that declares ``SPEC``."""
 
 _SCHEMES = ("folder", "csv", "hf")
 _TEXTS = (
@@ -127,7 +109,7 @@ class LoadedDataset:
 
 def known_names(config_dir: Path = registry.CONFIG_DIR) -> list[str]:
     """Every name ``--dataset`` takes, without the ``scheme:PATH`` forms."""
-    return sorted({*REGISTERED, *registry.read_yaml(config_dir / registry.DATASETS)})
+    return sorted({*sets.NAMES, *registry.read_yaml(config_dir / registry.DATASETS)})
 
 
 def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
@@ -146,8 +128,8 @@ def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
     entries = registry.read_yaml(config_dir / registry.DATASETS)
     if word in entries:
         return spec_of_entry(word, entries[word])
-    if word in REGISTERED:
-        return importlib.import_module(f"semantic_aug.datasets.{word}").SPEC
+    if word in sets.NAMES:
+        return importlib.import_module(f"semantic_aug.datasets.sets.{word}").SPEC
     where = (
         f"add it to {registry.shown_path(config_dir / registry.DATASETS)}, or give --dataset folder:PATH, "
         "csv:PATH or hf:ID"
@@ -167,7 +149,7 @@ def default_name(scheme: str, rest: str) -> str:
     if scheme == "hf" and not path.exists():
         rest = f"{rest}:{config}" if config else rest
         plain = slug(rest.replace("/", "-"))
-        unique = plain.replace("-", "/", 1) == rest and plain not in REGISTERED
+        unique = plain.replace("-", "/", 1) == rest and plain not in sets.NAMES
         return plain if unique else hashed_slug(rest.replace("/", "-"), rest)
     path = path.resolve()
     readable = f"{path.parent.name}-{path.stem}" if scheme == "csv" else path.name

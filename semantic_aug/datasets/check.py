@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from semantic_aug.datasets.catalog import prompt_names
 from semantic_aug.datasets.images import Stored, read_image
-from semantic_aug.datasets.notes import Note
+from semantic_aug.datasets.readers.notes import Note
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError

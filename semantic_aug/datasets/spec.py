@@ -1,4 +1,4 @@
-"""What a data set is: data, not a class hierarchy.
+"""What a data set is (data, not a class hierarchy), and what its splits must have.
 
 A module per data set declares one :class:`DatasetSpec`. Its ``read`` is a plain function, usually one of
 :mod:`semantic_aug.datasets.readers` with its arguments bound, that returns the splits it has.
@@ -10,8 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from semantic_aug.datasets.table import ImageTable
+from semantic_aug.errors import UserError
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""Folder and split names taken for each split, in any letter case."""
 Splits = dict[str, ImageTable]
 
 
@@ -31,6 +38,7 @@ class DatasetSpec:
         hub: hub ids it is read from where no local copy is named.
         variables: environment variables that name local copies.
         group_names: meaning of the values of the tables' ``group`` column, where they have one.
+        torchvision: class of ``torchvision.datasets`` that downloads the official files, and the folder it makes of them.
         about: what it is and how to get it, the module's own docstring.
         former_name: the name that earlier versions made from the path, whose registry sections are still read.
     """
@@ -46,5 +54,48 @@ class DatasetSpec:
     hub: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
+    torchvision: tuple[str, str] | None = None
     about: str = ""
     former_name: str = ""
+
+
+def split_of(name: str) -> str | None:
+    """Which of our splits a folder or hub split name stands for, or None."""
+    return next((ours for ours, names in SPLIT_NAMES.items() if name.casefold() in names), None)
+
+
+def unify(tables: Splits, fixed: str | None = None) -> Splits:
+    """Brings all splits to one class list, in the order of the training split's.
+
+    Args:
+        tables: splits; ``train`` among them.
+        fixed: the split whose classes are all there are (a class that only another split has is an error); without
+            it, classes only other splits have are appended.
+
+    Raises:
+        UserError: a split has a class the fixed one lacks.
+    """
+    names: dict[str, None] = {}
+    for split in sorted(tables, key=SPLITS.index):
+        for name in tables[split].class_names:
+            if name not in names and fixed and split != fixed:
+                raise UserError(
+                    f"split {split} has the class '{name}', which split {fixed} lacks: "
+                    "every class needs training images"
+                )
+            names.setdefault(name)
+    return {split: table.relabelled(tuple(names)) for split, table in tables.items()}
+
+
+def check_classes(tables: Splits, name: str) -> None:
+    """Refuses a data set that cannot be trained on.
+
+    Raises:
+        UserError: fewer than two classes, or no training image at all.
+    """
+    train = tables["train"]
+    if len(train.class_names) < 2:
+        shown = train.class_names
+        raise UserError(f"data set {name} has {len(shown)} class ({', '.join(shown)}): expected at least two")
+    if len(train) == 0:
+        raise UserError(f"data set {name} has no training image")

@@ -1,37 +1,91 @@
 """A folder of class folders, or a folder with a folder of class folders for each split.
 
-Files are listed in sorted order, no image is decoded, and nothing is ever written into the folder.
+Litter of operating systems, network drives, cameras, editors and notebooks (:data:`LITTER`) is passed over. Every other
+file that is not read is noted (:meth:`Walk.note_left_out`). Linked folders are entered, and a real folder is read once,
+whatever links lead to it. No image is decoded, and nothing is ever written into the folder.
 """
 
 from __future__ import annotations
 
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from semantic_aug.datasets import captions
-from semantic_aug.datasets.files import table_of_files
-from semantic_aug.datasets.images import EXTENSIONS
-from semantic_aug.datasets.notes import note
-from semantic_aug.datasets.readers.walk import Walk, text_of
-from semantic_aug.datasets.spec import Splits
-from semantic_aug.datasets.splits import split_of, unify
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.encoded import HEAD, HEIC, sniff
+from semantic_aug.datasets.images import EXTENSIONS, HEIC_REMEDY, reads_heic
+from semantic_aug.datasets.readers import captions
+from semantic_aug.datasets.readers.notes import note
+from semantic_aug.datasets.spec import Splits, split_of, unify
+from semantic_aug.datasets.table import ImageTable, table_of_files
 from semantic_aug.errors import UserError
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 EXPECTED = f"files ending in {', '.join(EXTENSIONS[:5])}, ..."
+LITTER = frozenset(
+    name.casefold()
+    for name in (
+        # macOS
+        ".DS_Store", "__MACOSX", ".AppleDouble", ".AppleDB", ".LSOverride", ".localized", ".Trashes", ".fseventsd",
+        ".Spotlight-V100", ".TemporaryItems", ".DocumentRevisions-V100", ".VolumeIcon.icns", ".apdisk", "Icon\r",
+        "Network Trash Folder", "Temporary Items",
+        # Windows
+        "Thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$RECYCLE.BIN",
+        "System Volume Information", "FOUND.000",
+        # Linux
+        "lost+found", ".directory", ".thumbnails", ".Trash", ".hidden", ".cache",
+        # network drives: Synology, QNAP, NetApp, ZFS
+        "@eaDir", "#recycle", "#snapshot", "@tmp", "@Recycle", "@Recently-Snapshot", ".@__thumb", "@__thumb",
+        ".snapshot", ".snapshots", "~snapshot", ".zfs", ".streams",
+        # cameras and picture managers
+        ".picasa.ini", "Picasa.ini", ".picasaoriginals", "ZbThumbnail.info", ".nomedia", ".dtrash",
+        # editors, notebooks, version control
+        ".ipynb_checkpoints", "__pycache__", ".git", ".gitignore", ".gitattributes", ".gitkeep", ".keep", ".svn", ".hg",
+        ".dvc", ".dvcignore", ".idea", ".vscode", ".pytest_cache",
+    )
+)  # fmt: skip
+"""Names of files and folders that are passed over at any level, in any letter case."""
+LITTER_STARTS = ("._", ".nfs", ".fuse_hidden", ".~lock", ".Trash-")
+"""Beginnings of such names."""
+
+COPIES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".bak", ".old", ".orig", ".swp", "~")
+"""Endings of unfinished downloads and of editors' backups: images by their first bytes, but not meant as data."""
+RAW = (
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef",
+    ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
+)  # fmt: skip
+"""Endings of cameras' raw files, which Pillow takes for TIFF files with a small picture."""
+THUMBNAILS = (".thm", ".ithmb", ".lrv")
+"""Endings of small pictures that cameras put beside their films."""
+TEXTS = (
+    ".txt",
+    ".xml",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".md",
+    ".html",
+    ".yaml",
+    ".yml",
+    ".py",
+    ".npy",
+    ".npz",
+    ".mat",
+)
+"""Endings of companions of images that are not opened to see whether they are images."""
+
+NO_IMAGE = "files left out: no images"
 
 
 def read_folder(folder: str | os.PathLike) -> Splits:
     """A folder of class folders, or a folder with ``train`` (and ``val``, ``test``) folders of class folders.
 
     Every image file below a class folder belongs to that class, however deep it lies; which files are images, and what is
-    passed over, is said in :mod:`semantic_aug.datasets.readers.walk`. Class names are compared and given in composed
+    passed over, is said above. Class names are compared and given in composed
     Unicode (NFC). A ``metadata.csv`` beside the class folders gives captions
-    (:func:`semantic_aug.datasets.captions.read_metadata`).
+    (:func:`semantic_aug.datasets.readers.captions.read_metadata`).
 
     Raises:
         UserError: not a folder, no class folders, fewer than two classes, a class folder without an image, two folders for
@@ -141,3 +195,186 @@ def _class_images(walk: Walk, folder: os.DirEntry, split: str, name: str) -> lis
         )
     note("folders named like a split are read as part of their class", [f"{walk.name_of(folder)}/{w}" for w in inside])
     return walk.images(folder, split, name)
+
+
+def is_litter(name: str) -> bool:
+    """Whether files and folders of this name are passed over."""
+    return name.casefold() in LITTER or name.startswith(LITTER_STARTS)
+
+
+def text_of(path: str | os.PathLike) -> str:
+    """A path as text that can be written and compared: bytes that are not UTF-8 become ``\\xNN``."""
+    text = os.fspath(path)
+    return text if text.isascii() or _is_text(text) else os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or into a folder that may not be entered
+        return False
+
+
+def _shown(entries: list[os.DirEntry]) -> list[os.DirEntry]:
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _is_regular(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+class Walk:
+    """One reading of a data folder: finds images, and remembers what it leaves out.
+
+    Args:
+        root: names in notes are relative to it.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+        self._owners: dict[tuple[int, int], tuple[str, str]] = {}
+        self._read: set[tuple[tuple[int, int], tuple[str, str]]] = set()
+
+    def entries(self, folder: str | os.PathLike) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
+        """Folders (linked ones too) and other entries of a folder that are not litter, each sorted by name.
+
+        Raises:
+            UserError: it cannot be listed.
+        """
+        try:
+            with os.scandir(folder) as scan:
+                found = sorted((entry for entry in scan if not is_litter(entry.name)), key=lambda entry: entry.name)
+            folders = [entry for entry in found if _is_folder(entry)]
+        except OSError as error:
+            raise UserError(
+                f"folder {text_of(folder)} cannot be listed ({error.strerror}): give yourself permission to, or remove it"
+            ) from None
+        names = {entry.name for entry in folders}
+        others = [entry for entry in found if entry.name not in names]
+        hidden = [entry for entry in found if entry.name.startswith(".")]
+        if hidden:
+            self.left_out["hidden files or folders left out"] += map(self.name_of, hidden)
+        return _shown(folders), _shown(others)
+
+    def folder_names(self, folder: str | os.PathLike) -> list[str]:
+        """Names of the folders in a folder, without a note on anything left out."""
+        return [entry.name for entry in Walk(self.root).entries(folder)[0]]
+
+    def name_of(self, path: str | os.PathLike) -> str:
+        """A path as notes give it: relative to the root, with forward slashes."""
+        text = text_of(path)
+        start = text_of(self.root).rstrip(os.sep) + os.sep
+        return text[len(start) :].replace(os.sep, "/") if text.startswith(start) else text
+
+    def images(self, folder: str | os.PathLike, split: str = "", owner: str = "") -> list[str]:
+        """Paths of all image files below a folder, sorted.
+
+        Args:
+            folder: where to begin.
+            split: that the images belong to.
+            owner: whose images they are (the class); a real folder may belong to one only.
+
+        Raises:
+            UserError: a folder cannot be listed, or is reached by links as part of another class or of train and another
+                split.
+        """
+        found: list[str] = []
+        linked, pending = [], [os.fspath(folder)]
+        while pending or linked:
+            # real folders first, so that a link never takes the place of what it leads to
+            where = pending.pop() if pending else linked.pop(0)
+            if not self._enter(where, split, owner):
+                continue
+            folders, others = self.entries(where)
+            for entry in folders:
+                (linked if entry.is_symlink() else pending).append(entry.path)
+            found += [entry.path for entry in others if self.is_image(entry)]
+        return sorted(found)
+
+    def _enter(self, folder: str, split: str, owner: str) -> bool:
+        """Whether a folder is to be read: a real one is, once."""
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            raise UserError(f"folder {text_of(folder)} cannot be entered ({error.strerror}): repair it") from None
+        place, asked = (status.st_dev, status.st_ino), (split, owner)
+        if (place, asked) in self._read:
+            self.left_out["linked folders left out: read already under another name"].append(self.name_of(folder))
+            return False
+        self._read.add((place, asked))
+        known = self._owners.setdefault(place, asked)
+        if known != asked:
+            both = " and ".join(f"{which[0] or 'all'}, class '{which[1]}'" for which in (known, asked))
+            if known[0] == split or "train" in (known[0], split):
+                raise UserError(f"folder {text_of(folder)} is read for {both}: a link leads there; remove it")
+            note("folders that serve two splits", [f"{self.name_of(folder)}: {both}"])
+        return True
+
+    def is_image(self, entry: os.DirEntry) -> bool:
+        name, ending = entry.name, PurePath(entry.name).suffix.lower()
+        reason = self._reason(entry, name.lower(), ending)
+        if reason:
+            self.left_out[reason].append(self.name_of(entry.path))
+        return reason is None
+
+    def _reason(self, entry: os.DirEntry, name: str, ending: str) -> str | None:
+        """Why a file is left out; None for an image. A broken link with an image's ending is one, to be missed later."""
+        if not _is_regular(entry):
+            if not entry.is_symlink() or Path(entry.path).exists():
+                return "pipes, sockets or devices left out"
+            return None if name.endswith(EXTENSIONS) else "links that lead nowhere left out"
+        if name.endswith(EXTENSIONS):
+            return None
+        if name.endswith(COPIES):
+            return "unfinished downloads or backup copies left out"
+        if ending in RAW:
+            return "camera raw images left out: convert them to TIFF or JPEG"
+        if ending in THUMBNAILS:
+            return "camera thumbnails left out"
+        if ending in TEXTS:
+            return NO_IMAGE
+        return self._by_content(entry, ending)
+
+    def _by_content(self, entry: os.DirEntry, ending: str) -> str | None:
+        try:
+            with open(entry.path, "rb") as file:
+                kind = sniff(file.read(HEAD))
+        except OSError as error:
+            raise UserError(
+                f"file {text_of(entry.path)} cannot be read ({error.strerror}): give yourself permission to, or remove it"
+            ) from None
+        if kind == HEIC:
+            return None if reads_heic() else f"HEIC images left out: {HEIC_REMEDY}"
+        if kind is None or (kind == "TIFF" and ending):  # many raw formats begin as TIFF does
+            return NO_IMAGE
+        return None
+
+    def left_out_hint(self) -> str:
+        """What was left out, for an error that reports missing images; empty where nothing was."""
+        reasons = {reason: len(cases) for reason, cases in self.left_out.items()}
+        return "; " + ", ".join(f"{reason}: {number}" for reason, number in reasons.items()) if reasons else ""
+
+    def note_left_out(self, *read: str) -> None:
+        """Notes what was left out, a line for each reason.
+
+        Args:
+            read: names of files that were read as something else.
+        """
+        for reason, cases in self.left_out.items():
+            cases = sorted(case for case in cases if case not in read)
+            endings = Counter(PurePath(case).suffix.lower() or "no ending" for case in cases)
+            counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(5))
+            note(f"{reason} [{counts}]" if reason == NO_IMAGE else reason, cases, reason.startswith("HEIC"))
+        self.left_out.clear()

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_aug.datasets import captions
-from semantic_aug.datasets.files import below
 from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.readers import captions
 from semantic_aug.datasets.readers.hub_files import load_local
-from semantic_aug.datasets.spec import Splits
-from semantic_aug.datasets.splits import split_of, unify
-from semantic_aug.datasets.table import ImageTable, file_stamp
+from semantic_aug.datasets.spec import Splits, split_of, unify
+from semantic_aug.datasets.table import ImageTable, below, file_stamp
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
 
 if TYPE_CHECKING:
@@ -51,31 +49,6 @@ class HubSplit:
     split: str = "train"
     local: str | os.PathLike | None = None
     remedy: str = "name a local copy with 'local' in config/datasets.yaml, or with hf:FOLDER"
-
-
-def train_and_test(
-    dataset: str, repo: str, train_dir: str | None, test_dir: str | None, homepage: str
-) -> dict[str, HubSplit]:
-    """The two splits of a data set whose hub ids differ in one word.
-
-    Args:
-        dataset: name, for the environment variables ``{DATASET}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR``, which name local
-            copies and take precedence over the next two.
-        repo: hub id with ``{split}`` in it.
-        train_dir: local copy of the training split, or None.
-        test_dir: local copy of the test split, or None.
-        homepage: where the official download is, for the error.
-    """
-    name, places = dataset.upper(), {}
-    ids = " and ".join(dict.fromkeys(repo.format(split=split) for split in ("train", "test")))
-    remedy = (
-        f"set {name}_ROOT to the unpacked official download ({homepage}), or {name}_HUG_LOCAL_IMAGE_TRAIN_DIR and "
-        f"{name}_HUG_LOCAL_IMAGE_TEST_DIR to local copies of {ids}"
-    )
-    for split, written in (("train", train_dir), ("test", test_dir)):
-        local = os.environ.get(f"{name}_HUG_LOCAL_IMAGE_{split.upper()}_DIR") or written
-        places[split] = HubSplit(repo.format(split=split), split, local, remedy)
-    return places
 
 
 def parse_id(text: str) -> tuple[str, str | None]:
@@ -115,7 +88,7 @@ def read_hub_id(
     label_column: str | None = None,
     config: str | None = None,
 ) -> Splits:
-    """All splits of one hub id or of one local folder, by :data:`semantic_aug.datasets.splits.SPLIT_NAMES`.
+    """All splits of one hub id or of one local folder, by :data:`semantic_aug.datasets.spec.SPLIT_NAMES`.
 
     Args:
         repo: hub id or local folder; ``:CONFIGURATION`` may follow.
@@ -216,7 +189,7 @@ def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> 
     except Exception as error:  # the library raises many kinds for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
         if not downloads_allowed() and not (isinstance(error, ValueError) and "onfig" in reason):
-            raise WouldDownload(f"the data set {where.repo} from the hub") from None
+            raise WouldDownload(f"the data set {where.repo} from the hub (or {where.remedy})") from None
         if isinstance(error, ValueError) and "onfig" in reason:
             raise UserError(
                 f"data set {where.repo}: {reason}; name a configuration, as in hf:{where.repo}:NAME"

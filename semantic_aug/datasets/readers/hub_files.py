@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_aug.datasets.images import EXTENSIONS
-from semantic_aug.datasets.splits import split_of
+from semantic_aug.datasets.spec import split_of
 from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, unknown
 

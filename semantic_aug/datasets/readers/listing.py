@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from semantic_aug.datasets import captions
-from semantic_aug.datasets.delimited import TextTable, as_utf8, read_header
-from semantic_aug.datasets.files import below, table_of_files
-from semantic_aug.datasets.notes import note
-from semantic_aug.datasets.spec import SPLITS, Splits
-from semantic_aug.datasets.splits import split_of, unify
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.readers import captions
+from semantic_aug.datasets.readers.delimited import TextTable, as_utf8, read_header
+from semantic_aug.datasets.readers.notes import note
+from semantic_aug.datasets.spec import SPLITS, Splits, split_of, unify
+from semantic_aug.datasets.table import ImageTable, below, table_of_files
 from semantic_aug.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,26 +11,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semantic_aug.datasets import official
-from semantic_aug.datasets.readers.hub import read_hub, train_and_test
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
-REPO = "timm/oxford-iiit-pet"
 NUM_CLASSES = 37
 
 
 def read() -> Splits:
     """The official split (``trainval`` is train)."""
-    return official.official_or_hub("pet", read_official, _read_hub)
-
-
-def _read_hub() -> Splits:
-    places = train_and_test("pet", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
-    return read_hub(places, image_column="image", label_column="label")
+    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
 
 
 def read_official(root: Path) -> Splits:
@@ -66,7 +59,8 @@ SPEC = DatasetSpec(
     license="CC BY-SA 4.0",
     citation="Parkhi et al., Cats and Dogs, CVPR 2012",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/pets/",
-    hub=(REPO,),
-    variables=(official.root_variable("pet"), *official.local_variables("pet")),
+    hub=("timm/oxford-iiit-pet",),
+    variables=official.variables("pet"),
+    torchvision=("OxfordIIITPet", "oxford-iiit-pet"),
     about=__doc__,
 )

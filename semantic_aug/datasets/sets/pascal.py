@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets import official
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError, unknown
 
-HOMEPAGE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
 CLASS_NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
@@ -28,7 +27,7 @@ CLASS_NAMES = (
 
 def read() -> Splits:
     """The images of the segmentation lists."""
-    return read_official(official.required_root("pascal", HOMEPAGE))
+    return read_official(official.required_root(SPEC))
 
 
 def read_official(root: Path) -> Splits:
@@ -91,7 +90,8 @@ SPEC = DatasetSpec(
     },
     license="the photographs are Flickr's, under its terms of use",
     citation="Everingham et al., The PASCAL Visual Object Classes (VOC) Challenge, IJCV 2010",
-    homepage=HOMEPAGE,
-    variables=(official.root_variable("pascal"),),
+    homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+    variables=official.variables("pascal", hub=False),
+    torchvision=("VOCSegmentation", "VOCdevkit/VOC2012"),
     about=__doc__,
 )

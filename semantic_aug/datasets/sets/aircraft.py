@@ -14,25 +14,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semantic_aug.datasets import official
-from semantic_aug.datasets.readers.hub import read_hub, train_and_test
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
 from semantic_aug.errors import unknown
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
-REPO = "Multimodal-Fatima/FGVC_Aircraft_{split}"
-
 
 def read() -> Splits:
     """The photographs labelled by variant."""
-    return official.official_or_hub("aircraft", read_official, _read_hub)
-
-
-def _read_hub() -> Splits:
-    places = train_and_test("aircraft", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
-    return read_hub(places, image_column="image", label_column="label")
+    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
 
 
 def read_official(root: Path) -> Splits:
@@ -61,7 +53,8 @@ SPEC = DatasetSpec(
     license="non-commercial research",
     citation="Maji et al., Fine-Grained Visual Classification of Aircraft, arXiv:1306.5151",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
-    hub=tuple(REPO.format(split=split) for split in ("train", "test")),
-    variables=(official.root_variable("aircraft"), *official.local_variables("aircraft")),
+    hub=("Multimodal-Fatima/FGVC_Aircraft_train", "Multimodal-Fatima/FGVC_Aircraft_test"),
+    variables=official.variables("aircraft"),
+    torchvision=("FGVCAircraft", "fgvc-aircraft-2013b"),
     about=__doc__,
 )

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semantic_aug.datasets import official
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
-HOMEPAGE = "https://vision.eng.au.dk/plant-seedlings-dataset/"
 TRAIN, VAL = 70, 15
 """Shares of each species in per cent; the rest is test."""
 
 
 def read() -> Splits:
     """The three splits."""
-    return read_official(official.required_root("seedlings", HOMEPAGE))
+    return read_official(official.required_root(SPEC))
 
 
 def read_official(root: Path) -> Splits:
@@ -67,7 +66,7 @@ SPEC = DatasetSpec(
     license="CC BY-SA 4.0",
     citation="Giselsson et al., A Public Image Database for Benchmark of Plant Seedling Classification Algorithms, "
     "arXiv:1711.05458, 2017",
-    homepage=HOMEPAGE,
-    variables=(official.root_variable("seedlings"),),
+    homepage="https://vision.eng.au.dk/plant-seedlings-dataset/",
+    variables=official.variables("seedlings", hub=False),
     about=__doc__,
 )

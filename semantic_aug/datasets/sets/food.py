@@ -9,30 +9,21 @@ Three ways to have it, the first that is named being taken:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from semantic_aug.datasets import official
-from semantic_aug.datasets.readers.hub import read_hub, train_and_test
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import unknown
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
-REPO = "ethz/food101"
-
 
 def read() -> Splits:
     """The official split."""
-    return official.official_or_hub("food", read_official, _read_hub)
-
-
-def _read_hub() -> Splits:
-    places = train_and_test("food", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
-    if places["test"].local is None:
-        places["test"] = replace(places["test"], split="validation")
-    return read_hub(places, image_column="image", label_column="label")
+    return official.official_or_hub(
+        SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR), "validation"
+    )
 
 
 def read_official(root: Path) -> Splits:
@@ -62,7 +53,8 @@ SPEC = DatasetSpec(
     license="the photographs are Foodspotting's; research use",
     citation="Bossard et al., Food-101: Mining Discriminative Components with Random Forests, ECCV 2014",
     homepage="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-    hub=(REPO,),
-    variables=(official.root_variable("food"), *official.local_variables("food")),
+    hub=("ethz/food101",),
+    variables=official.variables("food"),
+    torchvision=("Food101", "food-101"),
     about=__doc__,
 )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets.delimited import read_header
-from semantic_aug.datasets.files import below
-from semantic_aug.datasets.notes import note
+from semantic_aug.datasets.readers.delimited import read_header
+from semantic_aug.datasets.readers.notes import note
+from semantic_aug.datasets.table import below
 from semantic_aug.errors import UserError
 
 COLUMNS = ("caption", "text", "description")

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semantic_aug.datasets import official
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
-HOMEPAGE = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 NUM_CLASSES = 120
 
 
 def read() -> Splits:
     """The official split."""
-    return read_official(official.required_root("dog", HOMEPAGE))
+    return read_official(official.required_root(SPEC))
 
 
 def read_official(root: Path) -> Splits:
@@ -51,7 +50,7 @@ SPEC = DatasetSpec(
     class_name_rules=("strip_wordnet", "underscores"),
     license="non-commercial research (the photographs are ImageNet's)",
     citation="Khosla et al., Novel Dataset for Fine-Grained Image Categorization, FGVC 2011",
-    homepage=HOMEPAGE,
-    variables=(official.root_variable("dog"),),
+    homepage="http://vision.stanford.edu/aditya86/ImageNetDogs/",
+    variables=official.variables("dog", hub=False),
     about=__doc__,
 )

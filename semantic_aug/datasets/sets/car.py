@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets import official
-from semantic_aug.datasets.readers.hub import read_hub, train_and_test
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
@@ -24,17 +23,10 @@ from semantic_aug.errors import UserError
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
-REPO = "Multimodal-Fatima/StanfordCars_{split}"
-
 
 def read() -> Splits:
     """The photographs labelled by make, model and year."""
-    return official.official_or_hub("car", read_official, _read_hub)
-
-
-def _read_hub() -> Splits:
-    places = train_and_test("car", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
-    return read_hub(places, image_column="image", label_column="label")
+    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
 
 
 def read_official(root: Path) -> Splits:
@@ -92,7 +84,7 @@ SPEC = DatasetSpec(
     license="non-commercial research",
     citation="Krause et al., 3D Object Representations for Fine-Grained Categorization, 3dRR 2013",
     homepage="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-    hub=tuple(REPO.format(split=split) for split in ("train", "test")),
-    variables=(official.root_variable("car"), *official.local_variables("car")),
+    hub=("Multimodal-Fatima/StanfordCars_train", "Multimodal-Fatima/StanfordCars_test"),
+    variables=official.variables("car"),
     about=__doc__,
 )

@@ -13,18 +13,17 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from semantic_aug.datasets import official
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
-HOMEPAGE = "https://github.com/kohpangwei/group_DRO"
 GROUPS = ("land bird on land", "land bird on water", "water bird on land", "water bird on water")
 COLUMNS = ("img_filename", "y", "split", "place")
 
 
 def read() -> Splits:
     """The official split, labelled by species."""
-    return read_official(official.required_root("waterbird", HOMEPAGE))
+    return read_official(official.required_root(SPEC))
 
 
 def read_official(root: Path) -> Splits:
@@ -63,8 +62,8 @@ SPEC = DatasetSpec(
     class_name_rules=("strip_number", "underscores"),
     license="non-commercial research (CUB's birds, Places' backgrounds)",
     citation="Sagawa et al., Distributionally Robust Neural Networks for Group Shifts, ICLR 2020",
-    homepage=HOMEPAGE,
-    variables=(official.root_variable("waterbird"),),
+    homepage="https://github.com/kohpangwei/group_DRO",
+    variables=official.variables("waterbird", hub=False),
     group_names=GROUPS,
     about=__doc__,
 )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets.files import table_of_files
 from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.table import table_of_files
 from semantic_aug.errors import UserError
 
 SPLIT_FILE = Path(__file__).with_name("elpv_split.csv")

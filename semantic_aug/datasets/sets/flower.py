@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from semantic_aug.datasets import official
-from semantic_aug.datasets.readers.hub import read_hub, train_and_test
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
-REPO = "nelorth/oxford-flowers"
 SETS = {"train": "trnid", "val": "valid", "test": "tstid"}
 CLASS_NAMES = tuple(
     name.strip()
@@ -46,12 +44,7 @@ CLASS_NAMES = tuple(
 
 def read() -> Splits:
     """The official split, or the hub's."""
-    return official.official_or_hub("flower", read_official, _read_hub)
-
-
-def _read_hub() -> Splits:
-    places = train_and_test("flower", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
-    return read_hub(places, image_column="image", label_column="label")
+    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
 
 
 def read_official(root: Path) -> Splits:
@@ -77,7 +70,8 @@ SPEC = DatasetSpec(
     license="research use; the photographs are their authors'",
     citation="Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-    hub=(REPO,),
-    variables=(official.root_variable("flower"), *official.local_variables("flower")),
+    hub=("nelorth/oxford-flowers",),
+    variables=official.variables("flower"),
+    torchvision=("Flowers102", "flowers-102"),
     about=__doc__,
 )

@@ -13,12 +13,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from semantic_aug.datasets import official
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
-HOMEPAGE = "https://github.com/ardamavi/Sign-Language-Digits-Dataset"
 CLASS_NAMES = tuple(f"digit_{digit}" for digit in range(10))
 FIRST_VAL, FIRST_TEST = 5136, 5469
 """Numbers of the first files of the validation and the test split."""
@@ -26,7 +25,7 @@ FIRST_VAL, FIRST_TEST = 5136, 5469
 
 def read() -> Splits:
     """The three splits."""
-    return read_official(official.required_root("signs", HOMEPAGE))
+    return read_official(official.required_root(SPEC))
 
 
 def read_official(root: Path) -> Splits:
@@ -60,7 +59,7 @@ SPEC = DatasetSpec(
     license="Apache-2.0",
     citation="Mavi, A New Dataset and Proposed Convolutional Neural Network Architecture for Classification of American "
     "Sign Language Digits, arXiv:2011.08927, 2020",
-    homepage=HOMEPAGE,
-    variables=(official.root_variable("signs"),),
+    homepage="https://github.com/ardamavi/Sign-Language-Digits-Dataset",
+    variables=official.variables("signs", hub=False),
     about=__doc__,
 )

@@ -15,25 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets import official
-from semantic_aug.datasets.readers.hub import read_hub, train_and_test
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
-REPO = "Multimodal-Fatima/CUB_{split}"
-
 
 def read() -> Splits:
     """The 5,994 training and 5,794 test photographs."""
-    return official.official_or_hub("cub", read_official, _read_hub)
-
-
-def _read_hub() -> Splits:
-    places = train_and_test("cub", REPO, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR, SPEC.homepage)
-    return read_hub(places, image_column="image", label_column="label")
+    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
 
 
 def read_official(root: Path) -> Splits:
@@ -76,7 +68,7 @@ SPEC = DatasetSpec(
     license="non-commercial research and education",
     citation="Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, CNS-TR-2011-001",
     homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
-    hub=tuple(REPO.format(split=split) for split in ("train", "test")),
-    variables=(official.root_variable("cub"), *official.local_variables("cub")),
+    hub=("Multimodal-Fatima/CUB_train", "Multimodal-Fatima/CUB_test"),
+    variables=official.variables("cub"),
     about=__doc__,
 )

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets import official
+from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.subsets import per_class
 from semantic_aug.errors import UserError
 
-HOMEPAGE = "https://data.caltech.edu/records/mzrjq-6wc02"
 FOLDER = "101_ObjectCategories"
 BACKGROUND = "BACKGROUND_Google"
 TRAIN_PER_CLASS = 30
@@ -26,7 +25,7 @@ SPLIT_SEED = 0
 
 def read() -> Splits:
     """30 training images of each class, and the rest."""
-    return read_official(official.required_root("caltech", HOMEPAGE))
+    return read_official(official.required_root(SPEC))
 
 
 def read_official(root: Path) -> Splits:
@@ -52,7 +51,7 @@ SPEC = DatasetSpec(
     class_name_rules=("underscores",),
     license="CC BY 4.0",
     citation="Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, CVPR Workshop 2004",
-    homepage=HOMEPAGE,
-    variables=(official.root_variable("caltech"),),
+    homepage="https://data.caltech.edu/records/mzrjq-6wc02",
+    variables=official.variables("caltech", hub=False),
     about=__doc__,
 )

@@ -13,61 +13,81 @@ from typing import Any
 
 import numpy as np
 
-from semantic_aug.datasets.files import below, table_of_files
 from semantic_aug.datasets.images import EXTENSIONS
-from semantic_aug.datasets.spec import Splits
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.readers.hub import HubSplit, read_hub
+from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.table import ImageTable, below, table_of_files
 from semantic_aug.errors import UserError
 
 
-def root_variable(dataset: str) -> str:
-    """The environment variable that names a data set's official download."""
-    return f"{dataset.upper()}_ROOT"
+def variables(dataset: str, hub: bool = True) -> tuple[str, ...]:
+    """The environment variables that name copies: ``{DATASET}_ROOT`` the unpacked official download, and, with ``hub``,
+    ``{DATASET}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR`` copies in the hub's format."""
+    copies = [f"{dataset.upper()}_HUG_LOCAL_IMAGE_{split}_DIR" for split in ("TRAIN", "TEST")] if hub else []
+    return (f"{dataset.upper()}_ROOT", *copies)
 
 
-def local_variables(dataset: str) -> tuple[str, str]:
-    """The environment variables that name local copies in the hub's format."""
-    return f"{dataset.upper()}_HUG_LOCAL_IMAGE_TRAIN_DIR", f"{dataset.upper()}_HUG_LOCAL_IMAGE_TEST_DIR"
-
-
-def chosen_root(dataset: str) -> Path | None:
-    """The folder ``{DATASET}_ROOT`` names, or None where it is not set.
+def chosen_root(spec: DatasetSpec) -> Path | None:
+    """The folder of the official download, or None where no variable names it.
 
     Raises:
         UserError: it is not a folder, or a local copy in the hub's format is named as well.
     """
-    variable = root_variable(dataset)
+    variable, *others = spec.variables
     text = os.environ.get(variable)
     if not text:
         return None
-    other = next((name for name in local_variables(dataset) if os.environ.get(name)), None)
+    other = next((name for name in others if os.environ.get(name)), None)
     if other:
         raise UserError(f"both {variable} and {other} are set: unset one, so that it is clear which copy is meant")
     root = Path(text).expanduser().absolute()
     if not root.is_dir():
-        raise UserError(f"{variable}={text} is not a folder: expected the unpacked official download of '{dataset}'")
+        raise UserError(f"{variable}={text} is not a folder: expected the unpacked official download of '{spec.name}'")
     return root
 
 
-def required_root(dataset: str, homepage: str) -> Path:
-    """As :func:`chosen_root`, for data sets that are read from the official download only.
+def required_root(spec: DatasetSpec) -> Path:
+    """The folder of the official download of a data set that the hub does not have.
 
     Raises:
-        UserError: the variable is not set.
+        UserError: see :func:`chosen_root`; or the variable is not set.
     """
-    root = chosen_root(dataset)
+    root = chosen_root(spec)
     if root is None:
         raise UserError(
-            f"data set '{dataset}' is read from its official download: get it at {homepage}, unpack it and set "
-            f"{root_variable(dataset)} to the folder (python -m semantic_aug.datasets info {dataset} says how)"
+            f"data set '{spec.name}' is read from its official download: get it at {spec.homepage}, unpack it and set "
+            f"{spec.variables[0]} to the folder (python -m semantic_aug.datasets info {spec.name} says how)"
         )
     return root
 
 
-def official_or_hub(dataset: str, official: Callable[[Path], Splits], hub: Callable[[], Splits]) -> Splits:
-    """The official download where its variable is set, else the hub's copy or a local one in its format."""
-    root = chosen_root(dataset)
-    return official(root) if root is not None else hub()
+def official_or_hub(
+    spec: DatasetSpec,
+    read_official: Callable[[Path], Splits],
+    copies: Sequence[str | None],
+    test_split: str = "test",
+) -> Splits:
+    """The official download where its variable is set, else local copies in the hub's format, else the hub.
+
+    Args:
+        spec: ``hub`` holds the ids of the training and of the test split, or one id of both.
+        read_official: reads the official download.
+        copies: local copies of the training and the test split, or None; environment variables take precedence.
+        test_split: the hub's name of the test split.
+    """
+    root = chosen_root(spec)
+    if root is not None:
+        return read_official(root)
+    remedy = (
+        f"set {spec.variables[0]} to the unpacked official download ({spec.homepage}), or {spec.variables[1]} and "
+        f"{spec.variables[2]} to local copies of {' and '.join(spec.hub)}"
+    )
+    local = [os.environ.get(name) or copy for name, copy in zip(spec.variables[1:], copies, strict=True)]
+    splits = {
+        "train": HubSplit(spec.hub[0], "train", local[0], remedy),
+        "test": HubSplit(spec.hub[-1], "test" if local[1] else test_split, local[1], remedy),
+    }
+    return read_hub(splits, image_column="image", label_column="label")
 
 
 def part(root: Path, *names: str) -> Path:
