@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from semantic_aug.classify.metrics import SCORE_NAMES
     from semantic_aug.errors import unknown
-    from semantic_aug.evaluation import summary
+    from semantic_aug.evaluation.experiments import summary
 
     for name in args.scores or ():
         if name not in SCORE_NAMES:

@@ -25,7 +25,7 @@ from semantic_aug.classify import layers, models, trainer
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
-from semantic_aug.evaluation import predictions, summary
+from semantic_aug.evaluation.experiments import predictions, summary
 from semantic_aug.runs import RunLock
 
 SMALL = {"model": "test_vit", "nepoch": 2}

@@ -21,8 +21,10 @@ import train_cls
 import train_lora
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation import compare, comparison, steps
-from semantic_aug.evaluation.recipe import METHODS, Devices, Step
+from semantic_aug.evaluation.experiments import compare
+from semantic_aug.evaluation.experiments import results as comparison
+from semantic_aug.evaluation.experiments import runner as steps
+from semantic_aug.evaluation.experiments.commands import METHODS, Devices, Step
 
 ENTRY = {"train_lora.py": train_lora, "sample_mp.py": sample_mp, "train_cls.py": train_cls}
 
@@ -212,8 +214,8 @@ def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
 DRIVER = """
 import sys; sys.path.insert(0, {root!r})
 from semantic_aug.errors import Interrupted, run_main
-from semantic_aug.evaluation import steps
-from semantic_aug.evaluation.recipe import Step
+from semantic_aug.evaluation.experiments import runner as steps
+from semantic_aug.evaluation.experiments.commands import Step
 def main(argv):
     step = Step("a", 3, ({script!r}, "a", {folder!r}, "60"), (), "a.json", {{}})
     pair = steps.Pair(__import__("pathlib").Path({folder!r}), {{"a": step}})

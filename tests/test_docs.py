@@ -45,7 +45,7 @@ def parser_of(words: list[str]):
             return importlib.import_module(stage).build_parser(), words[1:]
     if words[:2] == ["-m", "semantic_aug.evaluation"]:
         from semantic_aug.evaluation.__main__ import COMMANDS
-        from semantic_aug.evaluation.flags import joined_words
+        from semantic_aug.evaluation.experiments.settings import joined_words
 
         rest = joined_words(words[3:]) if words[2] in ("compare", "tune") else words[3:]
         return importlib.import_module(COMMANDS[words[2]]).build_parser(), rest

@@ -15,9 +15,9 @@ import tiny
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
-from semantic_aug.evaluation import distances, faithfulness, measure, pictures
-from semantic_aug.evaluation.clip import clip_score, load_clip, presence
-from semantic_aug.evaluation.features import load_extractor
+from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures
+from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
+from semantic_aug.evaluation.quality.features import load_extractor
 
 NAMES = ("blue jay", "red fox", "toad")
 
@@ -313,7 +313,7 @@ def test_pictures_show_translations_neighbours_and_failures(
 
 
 def test_sources_are_shown_over_all_classes(animals, subset):
-    from semantic_aug.evaluation.subset import open_subset
+    from semantic_aug.evaluation.quality.subset import open_subset
 
     opened = open_subset("mixed", [str(subset)], animals)
     shown = pictures.chosen_sources([opened], animals.train.labels, 3, seed=0)

@@ -14,7 +14,7 @@ from semantic_aug import registry
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
-from semantic_aug.evaluation import filter as command
+from semantic_aug.evaluation.quality import filter as command
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_sources_left_as_they_were_go_only_where_the_target_must_be_seen(
 
 
 def test_clip_and_both_decide_by_what_they_say(tmp_path, image_folder, animals, subset, judge_folder, clip_folder):
-    from semantic_aug.evaluation.clip import load_clip, presence
+    from semantic_aug.evaluation.quality.clip import load_clip, presence
 
     flags = {"keep": 0.5, "clip": clip_folder, "super_class": "animal"}
     assert command.main(arguments(image_folder, subset, by="clip", name="clip", **flags)) == 0

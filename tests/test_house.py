@@ -65,6 +65,15 @@ def test_imports_only_go_down(module, path):
         )
 
 
+@pytest.mark.parametrize(("house", "other"), [("quality", "experiments"), ("experiments", "quality")])
+def test_the_two_houses_of_evaluation_do_not_import_each_other(house, other):
+    folder = PACKAGE / "evaluation" / house
+    assert len(list(folder.glob("*.py"))) > 3
+    for path in folder.rglob("*.py"):
+        found = [name for name in imported(path) if name.startswith(f"semantic_aug.evaluation.{other}")]
+        assert not found, f"{path} imports {found}"
+
+
 def test_the_rule_can_fail():
     assert ORDER.index(group_of("semantic_aug.diffusion.loop")) > ORDER.index(group_of("semantic_aug.datasets.table"))
     assert group_of("semantic_aug.registry") == "leaf" and group_of("train_cls") == "entry"

@@ -17,7 +17,8 @@ import train_lora
 from semantic_aug import cli, registry
 from semantic_aug.datasets.settings import dataset_name
 from semantic_aug.errors import os_error_line
-from semantic_aug.evaluation import compare, filter, measure, pictures, tune
+from semantic_aug.evaluation.experiments import compare, tune
+from semantic_aug.evaluation.quality import filter, measure, pictures
 
 PARSERS = [train_lora, sample_mp, train_cls, compare, filter, measure, pictures, tune]
 

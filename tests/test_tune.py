@@ -15,8 +15,8 @@ import train_cls
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation import halving, predictions, tune
-from semantic_aug.evaluation.halving import Candidate
+from semantic_aug.evaluation.experiments import halving, predictions, tune
+from semantic_aug.evaluation.experiments.halving import Candidate
 
 DEFAULT = Candidate(0.7, 0.5, 0.3, 5.0)
 

@@ -17,10 +17,10 @@ from benchmarks import common
 from semantic_aug import cli, console, registry, runs
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
-from semantic_aug.evaluation.features import load_extractor
 from semantic_aug.evaluation.judge import load_judge
-from semantic_aug.evaluation.measures import ALL, Measurer
-from semantic_aug.evaluation.subset import open_subset
+from semantic_aug.evaluation.quality.features import load_extractor
+from semantic_aug.evaluation.quality.measures import ALL, Measurer
+from semantic_aug.evaluation.quality.subset import open_subset
 from semantic_aug.sampling.dispatch import STATUS_FILE
 
 STEPS = SolverSettings().num_inference_steps

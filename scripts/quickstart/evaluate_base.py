@@ -131,8 +131,8 @@ def distance_to_real(subset: Path) -> dict:
     """KID of a subset to the training photographs, over features of the ImageNet backbone."""
 
     from semantic_aug.datasets import load_dataset
-    from semantic_aug.evaluation import distances, features
-    from semantic_aug.evaluation.subset import open_subset
+    from semantic_aug.evaluation.quality import distances, features
+    from semantic_aug.evaluation.quality.subset import open_subset
 
     dataset = load_dataset("elpv")
     extractor, made = features.load_extractor(), open_subset("made", [str(subset)], dataset, True).images

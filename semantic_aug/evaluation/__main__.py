@@ -12,11 +12,11 @@ from semantic_aug.allocator import let_waiting_threads_sleep
 from semantic_aug.errors import run_main, unknown
 
 COMMANDS = {
-    "compare": "semantic_aug.evaluation.compare",
-    "filter": "semantic_aug.evaluation.filter",
-    "measure": "semantic_aug.evaluation.measure",
-    "pictures": "semantic_aug.evaluation.pictures",
-    "tune": "semantic_aug.evaluation.tune",
+    "compare": "semantic_aug.evaluation.experiments.compare",
+    "filter": "semantic_aug.evaluation.quality.filter",
+    "measure": "semantic_aug.evaluation.quality.measure",
+    "pictures": "semantic_aug.evaluation.quality.pictures",
+    "tune": "semantic_aug.evaluation.experiments.tune",
 }
 """Each command's module; its ``main`` takes the words after the command, its first docstring line is the summary."""
 

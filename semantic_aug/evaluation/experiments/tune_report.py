@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semantic_aug import files, registry
-from semantic_aug.evaluation.halving import Candidate, best_first
-from semantic_aug.evaluation.intervals import Difference, difference_text
-from semantic_aug.evaluation.report import spread
-from semantic_aug.evaluation.steps import duration
+from semantic_aug.evaluation.experiments.halving import Candidate, best_first
+from semantic_aug.evaluation.experiments.report import spread
+from semantic_aug.evaluation.experiments.runner import duration
+from semantic_aug.evaluation.experiments.statistics import Difference, difference_text
 
 if TYPE_CHECKING:
-    from semantic_aug.evaluation.tune import Tuning
+    from semantic_aug.evaluation.experiments.tune import Tuning
 
 REPORT, CHART = "report.md", "report.png"
 Scores = Mapping[Candidate, Mapping[int, float]]
@@ -47,7 +47,7 @@ def write(tuning: Tuning, choice: Choice, command: str, entry: Mapping[str, Mapp
         command: of stage 3 with the chosen settings.
         entry: for ``synthetic_datasets.yaml``.
     """
-    from semantic_aug.evaluation.charts import bars
+    from semantic_aug.evaluation.experiments.charts import bars
 
     bars_of = {one.name: choice.scores[one] for one in ranked(choice.scores)}
     panels = {tuning.recipe.name: {f"validation {tuning.score}": bars_of}}

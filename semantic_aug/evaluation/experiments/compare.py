@@ -14,10 +14,11 @@ from typing import Any
 
 from semantic_aug import cli, console, registry
 from semantic_aug.errors import Interrupted, UserError, unknown
-from semantic_aug.evaluation import comparison, flags
-from semantic_aug.evaluation import recipe as recipes
-from semantic_aug.evaluation.recipe import DEFAULT_METHODS, METHODS, Devices, Recipe
-from semantic_aug.evaluation.steps import (
+from semantic_aug.evaluation.experiments import commands as recipes
+from semantic_aug.evaluation.experiments import results as comparison
+from semantic_aug.evaluation.experiments import settings as flags
+from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, Devices, Recipe
+from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
     claim_data,

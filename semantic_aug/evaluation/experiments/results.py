@@ -19,8 +19,8 @@ import yaml
 
 from semantic_aug import files, registry, runs
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.recipe import METHODS
-from semantic_aug.evaluation.steps import read_records
+from semantic_aug.evaluation.experiments.commands import METHODS
+from semantic_aug.evaluation.experiments.runner import read_records
 
 REQUESTS, RECIPE_FILE = "requests", "recipe.yaml"
 REPORT, RESULTS, CHART, COMMANDS = "report.md", "results.csv", "report.png", "commands.sh"
@@ -186,10 +186,10 @@ def write(folder: Path) -> Comparison:
         found = collect(folder)
         _write_csv(found, folder / RESULTS)
         _write_commands(found, folder / COMMANDS)
-        from semantic_aug.evaluation.report import markdown
+        from semantic_aug.evaluation.experiments.report import markdown
 
         if found.rows:
-            from semantic_aug.evaluation.charts import bars
+            from semantic_aug.evaluation.experiments.charts import bars
 
             scores = [s for s in SCORES if any(s in row.scores for row in found.rows)]
             panels = {setting: {s: found.by_method(setting, s) for s in scores} for setting in found.settings}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from semantic_aug.evaluation.intervals import crossed_difference, difference_text, paired_difference
+from semantic_aug.evaluation.experiments.statistics import crossed_difference, difference_text, paired_difference
 
 
 def crossed(rng, effect, seeds, images, strata):

@@ -15,12 +15,13 @@ from pathlib import Path
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.evaluation import comparison, flags, halving, predictions
-from semantic_aug.evaluation import recipe as recipes
-from semantic_aug.evaluation.halving import Candidate
-from semantic_aug.evaluation.intervals import Difference, crossed_difference
-from semantic_aug.evaluation.recipe import Devices, Recipe
-from semantic_aug.evaluation.steps import (
+from semantic_aug.evaluation.experiments import commands as recipes
+from semantic_aug.evaluation.experiments import halving, predictions
+from semantic_aug.evaluation.experiments import results as comparison
+from semantic_aug.evaluation.experiments import settings as flags
+from semantic_aug.evaluation.experiments.commands import Devices, Recipe
+from semantic_aug.evaluation.experiments.halving import Candidate
+from semantic_aug.evaluation.experiments.runner import (
     Pair,
     claim_data,
     duration,
@@ -29,6 +30,7 @@ from semantic_aug.evaluation.steps import (
     shown,
     terminated_as_interrupted,
 )
+from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +330,7 @@ def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> Non
         best, scores = halving.search(found[:first], seeds, lambda one, seed: tuning.trial(one, seed, held))
         differences = tuning.differences(scores, found[0])
         chosen = best if differences[best].low > 0 else found[0]
-        from semantic_aug.evaluation.tune_report import Choice, write
+        from semantic_aug.evaluation.experiments.tune_report import Choice, write
 
         subset = tuning.subset_folder(chosen.strength)
         place = registry.shown_path(subset)

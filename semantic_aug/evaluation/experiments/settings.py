@@ -14,8 +14,8 @@ from semantic_aug.datasets.settings import PROFILES, dataset_name
 from semantic_aug.devices import check_ids
 from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation import recipe as recipes
-from semantic_aug.evaluation.recipe import Devices, Recipe
+from semantic_aug.evaluation.experiments import commands as recipes
+from semantic_aug.evaluation.experiments.commands import Devices, Recipe
 
 _ALL_STAGES = (
     "dataset examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class subset_seed seed "

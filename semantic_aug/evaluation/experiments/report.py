@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from semantic_aug import runs
-from semantic_aug.evaluation.comparison import BASELINES, CHART, COMMANDS, SCORES, Comparison
-from semantic_aug.evaluation.intervals import difference_text, paired_difference
-from semantic_aug.evaluation.steps import duration
+from semantic_aug.evaluation.experiments.results import BASELINES, CHART, COMMANDS, SCORES, Comparison
+from semantic_aug.evaluation.experiments.runner import duration
+from semantic_aug.evaluation.experiments.statistics import difference_text, paired_difference
 
 SHOWN_MISSING = 20
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from semantic_aug import files, runs
-from semantic_aug.evaluation.measures import ALL, COLUMNS, REAL
+from semantic_aug.evaluation.quality.measures import ALL, COLUMNS, REAL
 
 CSV_FILE, JSON_FILE, TABLE_FILE = "measures.csv", "measures.json", "measures.md"
 PICTURE_FILE = "faithfulness_diversity.png"
@@ -90,7 +90,7 @@ def write(folder: Path, rows: Sequence[Mapping], facts: Mapping) -> list[Path]:
 
     Args:
         folder: made if absent.
-        rows: see :data:`semantic_aug.evaluation.measures.COLUMNS`.
+        rows: see :data:`semantic_aug.evaluation.quality.measures.COLUMNS`.
         facts: what the JSON holds besides the rows.
 
     Returns:

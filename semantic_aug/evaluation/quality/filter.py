@@ -15,7 +15,7 @@ from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.settings import add_shared
 from semantic_aug.datasets.synthetic import DATA, locate
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation import options
+from semantic_aug.evaluation.quality import inputs as options
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
 
@@ -126,11 +126,11 @@ def kept_lines(file: Path, stay: np.ndarray) -> str:
 
 def confidences(args, given, judge, clip, images) -> dict[str, np.ndarray]:
     """Each confidence that ``--by`` asks for, and the one that decides, by name; ``(M,)`` each."""
-    from semantic_aug.evaluation import faithfulness
+    from semantic_aug.evaluation.quality import faithfulness
 
     found = {}
     if args.by in ("clip", "both"):
-        from semantic_aug.evaluation.clip import presence
+        from semantic_aug.evaluation.quality.clip import presence
 
         vectors = clip.images(images.image, len(images), args.batch_size)
         found["clip"] = presence(clip, vectors, args.super_class or given.dataset.spec.super_class)

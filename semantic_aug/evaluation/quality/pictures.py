@@ -11,7 +11,7 @@ from PIL import Image
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
 from semantic_aug.datasets.settings import add_shared
-from semantic_aug.evaluation import options
+from semantic_aug.evaluation.quality import inputs as options
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.seeding import numpy_rng
@@ -88,7 +88,7 @@ def neighbours(
     given: options.Given, subset, extractor, rows: int, count: int, size: int, batch_size: int
 ) -> Image.Image:
     """Synthetic images from the most like a training image to the least, evenly over the ranks, and their neighbours."""
-    from semantic_aug.evaluation import distances
+    from semantic_aug.evaluation.quality import distances
 
     train, names, images = given.dataset.train, given.dataset.class_names, subset.images
     real = extractor.features(train.image, len(train), content_digest(hash_images(train).hex()), batch_size)
@@ -116,7 +116,7 @@ def neighbours(
 
 def failures(given: options.Given, subset, judge, rows: int, size: int) -> Image.Image:
     """For the target classes that fare worst, the images with the lowest target probability, and what they are taken for."""
-    from semantic_aug.evaluation.faithfulness import judged
+    from semantic_aug.evaluation.quality.faithfulness import judged
 
     names, images = given.dataset.class_names, subset.images
     probabilities = judged(judge, images, given.dataset)

@@ -13,10 +13,10 @@ from semantic_aug.devices import device_of
 if TYPE_CHECKING:
     from semantic_aug.datasets import LoadedDataset
     from semantic_aug.datasets.origin import RunOrigin
-    from semantic_aug.evaluation.clip import Clip
-    from semantic_aug.evaluation.features import Extractor
     from semantic_aug.evaluation.judge import Judge
-    from semantic_aug.evaluation.subset import Subset
+    from semantic_aug.evaluation.quality.clip import Clip
+    from semantic_aug.evaluation.quality.features import Extractor
+    from semantic_aug.evaluation.quality.subset import Subset
 
 MAY_CHANGE = ("gpu", "batch_size", "cache", "dry_run")
 """Flags that have no part in the outcome."""
@@ -126,7 +126,7 @@ def resolve(args: argparse.Namespace) -> Given:
         UserError: any of them is not what it should be.
     """
     from semantic_aug.datasets import load_dataset
-    from semantic_aug.evaluation.subset import open_subsets
+    from semantic_aug.evaluation.quality.subset import open_subsets
 
     device = device_of(args.gpu)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
@@ -136,7 +136,7 @@ def resolve(args: argparse.Namespace) -> Given:
 
 def extractor(args: argparse.Namespace, device: str) -> Extractor:
     """The feature extractor of ``--model``."""
-    from semantic_aug.evaluation.features import load_extractor
+    from semantic_aug.evaluation.quality.features import load_extractor
 
     return load_extractor(args.model, args.weights, args.res_mode, device, keep=args.cache == "disk")
 
@@ -149,8 +149,8 @@ def judge(args: argparse.Namespace, given: Given) -> Judge | None:
     """
     if args.classifier is None:
         return None
-    from semantic_aug.evaluation.faithfulness import class_positions
     from semantic_aug.evaluation.judge import load_judge
+    from semantic_aug.evaluation.quality.faithfulness import class_positions
 
     found = load_judge(registry.resolve_path(args.classifier), given.device)
     class_positions(found, given.dataset)
@@ -161,7 +161,7 @@ def clip(args: argparse.Namespace, device: str) -> Clip | None:
     """The model of ``--clip``, or None."""
     if args.clip is None:
         return None
-    from semantic_aug.evaluation.clip import load_clip
+    from semantic_aug.evaluation.quality.clip import load_clip
 
     return load_clip(args.clip, device)
 

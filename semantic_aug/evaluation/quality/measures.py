@@ -1,7 +1,7 @@
 """Measures of synthetic subsets: one row per strength and target class, and totals over either and both.
 
-Means over a row's images: faithfulness (see :mod:`semantic_aug.evaluation.faithfulness`), CLIP score, distance to the source
-image, distance to the nearest real training image and the share of near-copies. Over the row's images as a set:
+Means over a row's images: faithfulness (see :mod:`semantic_aug.evaluation.quality.faithfulness`), CLIP score, distance to
+the source image, distance to the nearest real training image and the share of near-copies. Over the row's images as a set:
 distance within class, FID and KID to the real training images (of the row's class, or all), and to a reference subset.
 """
 
@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
-from semantic_aug.evaluation import distances, faithfulness
-from semantic_aug.evaluation.clip import Clip, clip_score
-from semantic_aug.evaluation.features import Extractor
 from semantic_aug.evaluation.judge import Judge
-from semantic_aug.evaluation.subset import SOURCE_COLUMN, Subset
+from semantic_aug.evaluation.quality import distances, faithfulness
+from semantic_aug.evaluation.quality.clip import Clip, clip_score
+from semantic_aug.evaluation.quality.features import Extractor
+from semantic_aug.evaluation.quality.subset import SOURCE_COLUMN, Subset
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 from semantic_aug.seeding import numpy_rng
 

@@ -21,7 +21,7 @@ from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError
-from semantic_aug.evaluation.recipe import Recipe, Step
+from semantic_aug.evaluation.experiments.commands import Recipe, Step
 
 log = logging.getLogger(__name__)
 

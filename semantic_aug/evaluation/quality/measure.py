@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from semantic_aug import cli, console, registry, runs
 from semantic_aug.datasets.settings import add_shared
-from semantic_aug.evaluation import options
+from semantic_aug.evaluation.quality import inputs as options
 
 
 def build_parser() -> cli.Parser:
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up_logging()
     given = options.resolve(args)
     judge, clip = options.judge(args, given), options.clip(args, given.device)
-    from semantic_aug.evaluation import measure_report
-    from semantic_aug.evaluation.measures import Measurer, missing
-    from semantic_aug.evaluation.subset import open_subset
+    from semantic_aug.evaluation.quality import measure_report
+    from semantic_aug.evaluation.quality.measures import Measurer, missing
+    from semantic_aug.evaluation.quality.subset import open_subset
 
     reference = None
     if args.reference:
