@@ -340,5 +340,5 @@ def test_help_is_quick_and_gives_every_flag_a_text(name):
 
     for action in importlib.import_module(command.COMMANDS[name]).build_parser()._actions:
         assert action.help and len(action.help) > 3, action.option_strings
-    code = f"import sys, semantic_aug.evaluation.{name} as m; m.build_parser(); sys.exit('torch' in sys.modules)"
+    code = f"import sys, {command.COMMANDS[name]} as m; m.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "--help should not wait for torch"
