@@ -279,8 +279,8 @@ def test_subsets_must_be_given_once_and_the_judge_must_know_the_classes(tmp_path
         measure.main(bare)
     with pytest.raises(UserError, match="is given twice"):
         measure.main([*bare, "--syndata_dir", str(subset), str(subset)])
-    images = [tiny.picture(label, k) for label in range(2) for k in range(4)]
-    other = evaluating.write_judge(tmp_path / "judge", images, [0] * 4 + [1] * 4, ("cat", "dog"), 32)
+    images = [tiny.picture(label, k) for label in range(3) for k in range(4)]
+    other = evaluating.write_judge(tmp_path / "judge", images, [0] * 4 + [1] * 4 + [2] * 4, ("cat", "dog", "cow"), 32)
     with pytest.raises(UserError, match="--classifier knows other classes than animals"):
         measure.main([*words, "--classifier", str(other)])
 

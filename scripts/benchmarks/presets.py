@@ -15,9 +15,9 @@ from pathlib import Path
 import sample_mp
 from benchmarks import common
 from semantic_aug import cli, console, registry, runs
+from semantic_aug.classify.inference import load_run
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
-from semantic_aug.evaluation.judge import load_judge
 from semantic_aug.evaluation.quality.features import load_extractor
 from semantic_aug.evaluation.quality.measures import ALL, Measurer
 from semantic_aug.evaluation.quality.subset import open_subset
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up_logging()
     console.quiet_libraries()
     dataset = load_dataset(args.dataset, Setting(), args.config_dir)
-    judge = load_judge(registry.resolve_path(args.classifier))
+    judge = load_run(registry.resolve_path(args.classifier))
     measurer = Measurer(dataset, load_extractor(), judge)
     real, threshold = measurer.real()
     multiplier, rates, figures = args.images / len(dataset.train), {}, {}

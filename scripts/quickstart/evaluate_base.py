@@ -100,17 +100,17 @@ def generate(name: str, config: Path, shots: int = -1) -> Path:
 def agreement(subset: Path, judge_folders: list[Path]) -> dict:
     """How the judges take a subset's images: shares that agree with the prompt, averaged over the judges."""
 
+    from semantic_aug.classify.inference import load_run
     from semantic_aug.datasets import load_dataset
     from semantic_aug.datasets.sets.elpv import CLASS_NAMES, LEVELS
     from semantic_aug.datasets.synthetic import read_subset
-    from semantic_aug.evaluation.judge import load_judge
 
     images = read_subset(subset, load_dataset("elpv"), allow_other_sources=True)
     levels, count = len(LEVELS), len(CLASS_NAMES)
     sure = np.isin(images.target % levels, (0, levels - 1))  # functional and defective; the levels between are doubtful
     shares = []
     for folder in judge_folders:
-        p = load_judge(folder).probabilities(images.image, len(images)).reshape(-1, count // levels, levels)
+        p = load_run(folder).probabilities(images.image, len(images)).reshape(-1, count // levels, levels)
         kind, defective = p.sum(2).argmax(1), p[:, :, -1].sum(1) > p[:, :, 0].sum(1)
         right_level = defective == (images.target % levels == levels - 1)
         right_class = p.reshape(len(p), count).argmax(1) == images.target

@@ -1,20 +1,21 @@
-"""A trained classifier used as it is: evaluated on a data set's splits, or asked about a folder of images."""
+"""The one trained classifier: evaluated on a data set's splits, or asked for the classes of other images."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from semantic_aug import files, tensors
+from semantic_aug import files, runs, tensors
 from semantic_aug.classify.checkpoints import misfit, read_state
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
@@ -40,24 +41,51 @@ class Classifier:
 
     Attributes:
         path: of its weights.
-        model: in evaluation mode.
+        model: in evaluation mode, on ``device``.
         class_names: K, source spelling.
         normalise: uint8 batches to the model's input.
-        device: of the model.
+        resolution: side of its images in pixels.
+        amp: ``no``, ``fp16`` or ``bf16``.
     """
 
     path: Path
     model: nn.Module
     class_names: tuple[str, ...]
     normalise: Normaliser
-    device: torch.device
+    resolution: int
+    amp: str = "no"
+
+    def batches(self, read: Callable[[int], Image.Image], count: int, size: int) -> Iterator[tuple[range, Tensor]]:
+        """Images batch by batch: their indices and their class probabilities, float32 ``(B, K)`` on the CPU.
+
+        Args:
+            read: from an index to a PIL RGB image.
+            count: number of images.
+            size: images per batch.
+
+        Raises:
+            UserError: the model's outputs are not finite.
+        """
+        # decoded as they come, never kept
+        store = ImageStore(read, count, resized_side(self.resolution), budget=-1, cache="off")
+        for start in range(0, count, size):
+            rows = range(start, min(count, start + size))
+            pixels = torch.from_numpy(centre(store.batch(np.asarray(rows)), self.resolution))
+            with torch.inference_mode(), autocast(self.normalise.device, self.amp):
+                probabilities = self.model(self.normalise(pixels)).float().softmax(-1).cpu()
+            check_outputs(float(probabilities.sum()), self.amp)
+            yield rows, probabilities
+
+    def probabilities(self, read: Callable[[int], Image.Image], count: int, size: int = 64) -> np.ndarray:
+        """Class probabilities ``(count, K)``, arguments as of :meth:`batches`."""
+        return np.concatenate([batch.numpy() for _, batch in self.batches(read, count, size)])
 
 
 def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     """The classifier that ``--weights`` names, or the one in ``--output_dir``.
 
     Raises:
-        UserError: it is not there, is another model, or was trained on other classes.
+        UserError: the file does not exist, is another model, or was trained on other classes.
     """
     given = config.weights not in ("auto", "none")
     path = resolve_path(config.weights) if given else config.output_dir
@@ -67,22 +95,51 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
         raise UserError(f"{flag} {path.parent}: no trained classifier there (looked for {path.name}); train it first")
     names = class_names_of(path) or dataset.source_names
     if names != dataset.source_names:
-        strange = next((name for name in names if name not in dataset.source_names), names[0])
+        other = next((name for name in names if name not in dataset.source_names), names[0])
         raise UserError(
-            f"{flag} {path} knows {len(names)} classes ('{strange}' is one) that are not those of {dataset.name}: give "
+            f"{flag} {path} knows {len(names)} classes ('{other}' is one) that are not those of {dataset.name}: give "
             "the --dataset it was trained on"
         )
-    model, normalisation = make_model(config.model, len(names), config.resolution, "none")
-    own = model.state_dict()
-    state = read_state(path, own, flag)
-    if reason := misfit(state, own):
+    classifier = _load(path, flag, config.model, config.resolution, names, torch.device(config.device))
+    # the memory layout of training, in which the splits are evaluated to the same digits
+    return replace(classifier, model=classifier.model.to(memory_format=torch.channels_last), amp=config.amp)
+
+
+def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
+    """The classifier of a finished ``train_cls.py`` run.
+
+    Args:
+        folder: its output folder.
+        device: where it runs.
+
+    Raises:
+        UserError: not the folder of a finished run.
+    """
+    folder = Path(folder)
+    arguments, path = runs.load_arguments(folder), folder / MODEL_FILE
+    if arguments is None or not path.is_file():
         raise UserError(
-            f"{flag} {path} does not fit {config.model} ({reason}: give the --model and --res_mode it was trained with"
+            f"{folder} holds no finished classifier: expected the output folder of train_cls.py with {MODEL_FILE}"
         )
-    model.load_state_dict({key: state[key] for key in own})
-    device = torch.device(config.device)
+    names = class_names_of(path)
+    if names is None:
+        raise UserError(f"{path} is damaged or not train_cls.py's (it names no classes): run train_cls.py again")
+    return _load(path, "--classifier", arguments["model"], int(arguments["resolution"]), names, torch.device(device))
+
+
+def _load(
+    path: Path, flag: str, model_name: str, resolution: int, class_names: tuple[str, ...], device: torch.device
+) -> Classifier:
+    model, normalisation = make_model(model_name, len(class_names), resolution, "none")
+    wanted = model.state_dict()
+    state = read_state(path, wanted, flag)
+    if reason := misfit(state, wanted):
+        raise UserError(
+            f"{flag} {path} does not fit {model_name} ({reason}: give the --model and --res_mode it was trained with"
+        )
+    model.load_state_dict({key: state[key] for key in wanted})
     normalise = Normaliser(normalisation.mean, normalisation.std, device)
-    return Classifier(path, model.to(device, memory_format=torch.channels_last).eval(), names, normalise, device)
+    return Classifier(path, model.to(device).eval(), class_names, normalise, resolution)
 
 
 def class_names_of(path: Path) -> tuple[str, ...] | None:
@@ -94,7 +151,7 @@ def class_names_of(path: Path) -> tuple[str, ...] | None:
     try:
         with safe_open(path, "pt") as file:
             return tuple(tensors.read_metadata(file.metadata(), "classes")["classes"])
-    except (SafetensorError, KeyError, ValueError):  # a damaged file is reported when its tensors are read
+    except (SafetensorError, KeyError, TypeError, ValueError):  # a damaged file is reported when its tensors are read
         return None
 
 
@@ -147,7 +204,6 @@ def images_to_predict(places: Sequence[Path]) -> dict[str, str]:
     return images
 
 
-@torch.inference_mode()
 def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyConfig) -> None:
     """Classifies images; writes ``predictions.csv`` with one probability per class.
 
@@ -171,24 +227,20 @@ def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyC
             unreadable[names[index]] = str(error)
             return Image.new("RGB", (1, 1))
 
-    store = ImageStore(read, len(paths), resized_side(config.resolution), -1)  # decoded as they come, never kept
-    out = config.output_dir / PREDICTIONS_FILE
-    size = 2 * config.batch_size
+    out, size = config.output_dir / PREDICTIONS_FILE, 2 * config.batch_size
+    batches = classifier.batches(read, len(paths), size)
     with files.atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["file", "class", "probability", *classifier.class_names])
-        for start in tqdm(range(0, len(paths), size), unit="batch", desc="predict", mininterval=1.0):
-            rows = np.arange(start, min(len(paths), start + size))
-            pixels = torch.from_numpy(centre(store.batch(rows), config.resolution))
-            with autocast(classifier.device, config.amp):
-                shares = classifier.model(classifier.normalise(pixels)).float().softmax(-1).cpu()
-            check_outputs(float(shares.sum()), config.amp)
-            for row, share in zip(rows.tolist(), shares, strict=True):
+        for rows, probabilities in tqdm(
+            batches, total=math.ceil(len(paths) / size), unit="batch", desc="predict", mininterval=1.0
+        ):
+            for row, values in zip(rows, probabilities, strict=True):
                 if names[row] in unreadable:
-                    writer.writerow([names[row], *[""] * (2 + len(share))])
+                    writer.writerow([names[row], *[""] * (2 + len(values))])
                     continue
-                best = int(share.argmax())
-                numbers = [f"{value:.6f}" for value in (share[best], *share)]
+                best = int(values.argmax())
+                numbers = [f"{value:.6f}" for value in (values[best], *values)]
                 writer.writerow([names[row], classifier.class_names[best], *numbers])
     print(f"{len(images) - len(unreadable)} images classified: {shown_path(out)}")
     if unreadable:

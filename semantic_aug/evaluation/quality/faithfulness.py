@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from semantic_aug.classify.inference import Classifier
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.judge import Judge
 
 
-def judged(judge: Judge, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
+def judged(judge: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
     """Class probabilities ``(M, K)`` of synthetic images, classes in the data set's order.
 
     Raises:
@@ -19,7 +19,7 @@ def judged(judge: Judge, images: SyntheticImages, dataset: LoadedDataset) -> np.
     return judge.probabilities(images.image, len(images))[:, class_positions(judge, dataset)]
 
 
-def class_positions(judge: Judge, dataset: LoadedDataset) -> list[int]:
+def class_positions(judge: Classifier, dataset: LoadedDataset) -> list[int]:
     """Where the classifier has each class of the data set, ``K`` indices.
 
     Raises:

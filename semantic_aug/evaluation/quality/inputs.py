@@ -11,9 +11,9 @@ from semantic_aug.datasets.settings import Setting
 from semantic_aug.devices import device_of
 
 if TYPE_CHECKING:
+    from semantic_aug.classify.inference import Classifier
     from semantic_aug.datasets import LoadedDataset
     from semantic_aug.datasets.origin import RunOrigin
-    from semantic_aug.evaluation.judge import Judge
     from semantic_aug.evaluation.quality.clip import Clip
     from semantic_aug.evaluation.quality.features import Extractor
     from semantic_aug.evaluation.quality.subset import Subset
@@ -141,7 +141,7 @@ def extractor(args: argparse.Namespace, device: str) -> Extractor:
     return load_extractor(args.model, args.weights, args.res_mode, device, keep=args.cache == "disk")
 
 
-def judge(args: argparse.Namespace, given: Given) -> Judge | None:
+def judge(args: argparse.Namespace, given: Given) -> Classifier | None:
     """The classifier of ``--classifier``, or None.
 
     Raises:
@@ -149,10 +149,10 @@ def judge(args: argparse.Namespace, given: Given) -> Judge | None:
     """
     if args.classifier is None:
         return None
-    from semantic_aug.evaluation.judge import load_judge
+    from semantic_aug.classify.inference import load_run
     from semantic_aug.evaluation.quality.faithfulness import class_positions
 
-    found = load_judge(registry.resolve_path(args.classifier), given.device)
+    found = load_run(registry.resolve_path(args.classifier), given.device)
     class_positions(found, given.dataset)
     return found
 

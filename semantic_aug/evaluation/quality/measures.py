@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from semantic_aug.classify.inference import Classifier
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
-from semantic_aug.evaluation.judge import Judge
 from semantic_aug.evaluation.quality import distances, faithfulness
 from semantic_aug.evaluation.quality.clip import Clip, clip_score
 from semantic_aug.evaluation.quality.features import Extractor
@@ -77,7 +77,7 @@ class Measurer:
 
     dataset: LoadedDataset
     extractor: Extractor
-    judge: Judge | None = None
+    judge: Classifier | None = None
     clip: Clip | None = None
     gamma: float = 0.5
     seed: int = 0
