@@ -12,7 +12,7 @@ from semantic_aug import allocator, cli, console, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.devices import actors_of, processes_of
-from semantic_aug.diffusion.schedulers import DEFAULT, FINAL_SIGMAS, SCHEDULERS, SPEEDS, SolverSettings, scheduler_class
+from semantic_aug.diffusion.schedulers import DEFAULT, FINAL_SIGMAS, SCHEDULERS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError, no_downloads, run_main
 
 SOLVER_DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 7.5, "scheduler": DEFAULT}
@@ -132,13 +132,6 @@ def _add_solver_flags(parser: cli.Parser) -> None:
         help="where the solver ends; sigma_min: as the original implementation did",
     )
     group.add_argument(
-        "--speed",
-        choices=tuple(SPEEDS),
-        default="exact",
-        help="exact: nothing is lost; fast, turbo: no guidance in the last third of the steps, and deep features of the "
-        "U-Net reused for one or two steps",
-    )
-    group.add_argument(
         "--lcm_lora", type=cli.path, default=None, metavar="FILE", help="an LCM-LoRA to merge too: a few steps then do"
     )
     group.add_argument(
@@ -222,7 +215,7 @@ def solver_of(args: argparse.Namespace) -> SolverSettings:
     """The solver's settings: what the user gave, else what the rest implies."""
     defaults = LCM_DEFAULTS if args.lcm_lora else SOLVER_DEFAULTS
     chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
-    return SolverSettings(**chosen, final_sigmas_type=args.final_sigmas_type, **SPEEDS[args.speed])
+    return SolverSettings(**chosen, final_sigmas_type=args.final_sigmas_type)
 
 
 def check(args: argparse.Namespace) -> None:

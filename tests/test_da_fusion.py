@@ -58,7 +58,7 @@ def masked(case, strengths, mask):
     indices = range(len(strengths))
     moments = loop.encode_moments(case.model.vae, loop.to_pixels([case.images[i] for i in indices]))
     return loop.translate(
-        loop.plain_denoiser(case.model.unet), case.scheduler, moments, case.model.vae.config.scaling_factor,
+        case.model.unet, case.scheduler, moments, case.model.vae.config.scaling_factor,
         case.embeds[list(indices)], case.null, strengths, [task_rng(0, i) for i in indices], case.settings,
         None if mask is None else mask.expand(len(strengths), 1, SIDE, SIDE),
     )  # fmt: skip

@@ -49,7 +49,7 @@ class Case:
         generators = [task_rng(0, i) for i in indices]
         if strengths is None:
             return loop.generate(
-                loop.plain_denoiser(self.model.unet),
+                self.model.unet,
                 self.scheduler,
                 self.model.geometry.latent_shape(tiny.RESOLUTION),
                 self.embeds[indices],
@@ -59,7 +59,7 @@ class Case:
             )
         moments = loop.encode_moments(self.model.vae, loop.to_pixels([self.images[i] for i in indices]))
         return loop.translate(
-            loop.plain_denoiser(self.model.unet),
+            self.model.unet,
             self.scheduler,
             moments,
             self.model.vae.config.scaling_factor,
@@ -107,17 +107,6 @@ def test_other_families_equal_their_img2img_pipelines(bases, family):
 def test_other_families_equal_their_pipelines_from_noise(bases, family, scheduler):
     case = Case(bases[family], SolverSettings(6, 5.0, scheduler))
     assert_equal_to_pipeline(case, [4, 1], None)
-
-
-@pytest.mark.parametrize("side", [4, 5])  # an odd side, as of 224 px in Stable Diffusion 1, is halved upwards
-def test_reused_features_of_xl_at_an_interval_of_one_are_its_own_forward_pass(bases, side):
-    case = Case(bases["sdxl"], SolverSettings(4, 5.0))
-    denoiser, prompts = loop.reusing_denoiser(case.model.unet), case.embeds[:2]
-    x, t = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0)), torch.tensor(300)
-    with torch.no_grad():
-        whole, deep = denoiser(x, t, prompts, None)
-        assert (whole - loop.plain_denoiser(case.model.unet)(x, t, prompts, None)[0]).abs().max() <= 1e-5
-        assert (denoiser(x, t, prompts, deep)[0] - whole).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "heun", "ddpm", "unipc", "pndm"])

@@ -59,7 +59,7 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     prompt = class_prompt("blue jay", "blue jay", "bird", learned)
     embeds = model.encode([prompt, ""], tiny.RESOLUTION)
     got = loop.generate(
-        loop.plain_denoiser(model.unet),
+        model.unet,
         make_scheduler(model.scheduler_config),
         model.geometry.latent_shape(tiny.RESOLUTION),
         embeds[:1],
@@ -70,7 +70,7 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     assert (got - wanted).abs().max() <= 1e-4
     base = load_base(str(tiny_base))
     plain = loop.generate(
-        loop.plain_denoiser(base.unet),
+        base.unet,
         make_scheduler(base.scheduler_config),
         base.geometry.latent_shape(tiny.RESOLUTION),
         embeds[:1],

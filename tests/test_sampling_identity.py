@@ -248,6 +248,18 @@ def test_a_subset_of_an_earlier_version_is_refused_with_the_reason(request_of, p
     assert reopened(config, dataset) == 0  # without an image there is nothing to mix up
 
 
+def test_a_subset_begun_with_the_former_speed_flag_continues_where_it_changed_nothing(request_of, pictures):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, [0])
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    exact = {"guidance_stop": 1.0, "reuse_interval": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(record | exact))
+    assert reopened(config, dataset) == 3
+    (folder / "config.yaml").write_text(yaml.safe_dump(record | {"guidance_stop": 2 / 3, "reuse_interval": 2}))
+    with pytest.raises(UserError, match="with --speed fast or turbo, which it no longer has: nothing was touched"):
+        reopened(config, dataset)
+
+
 def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):
     config, dataset = request_of(pictures)
     folder = begin(config, dataset, [0, 1])

@@ -15,7 +15,7 @@ from base_model.captions import Describer
 from base_model.recipe import PRESETS, Config, Recipe
 from base_model.training import Machine
 from semantic_aug.diffusion.base import BaseModel, load_base
-from semantic_aug.diffusion.loop import decode_latents, generate, plain_denoiser
+from semantic_aug.diffusion.loop import decode_latents, generate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.files import write_json, write_text
 from semantic_aug.pictures import Cell, grid
@@ -52,7 +52,7 @@ def sample(model: BaseModel, captions: list[str], resolution: int, key: str) -> 
         some = captions[start : start + 16]
         noise = [torch_rng("base", key, start + i) for i in range(len(some))]
         embeds = model.encode(some, resolution)
-        latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SOLVER)
+        latents = generate(model.unet, scheduler, shape, embeds, null, noise, SOLVER)
         made.append(decode_latents(model.vae, latents).numpy())
     return np.concatenate(made)
 

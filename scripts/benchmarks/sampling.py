@@ -24,7 +24,7 @@ from semantic_aug.augmentations.request import ModelFiles
 from semantic_aug.augmentations.strategies import find
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
-from semantic_aug.diffusion.schedulers import SPEEDS, SolverSettings
+from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 
 TFLOP_512 = 29.8
@@ -164,7 +164,7 @@ def time_original(
     return len(sources) / seconds
 
 
-def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, ...], folder: Path, speed: str) -> dict:
+def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, ...], folder: Path) -> dict:
     """Images per second of stage 2 as it is, from the first finished batch of every process on, and the time to load."""
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling import run as running
@@ -179,7 +179,7 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
             strengths=(args.strength,),
             strength_label=str(args.strength),
             multiplier=max(args.images * args.ours_factor, 1) / len(dataset.train),
-            solver=SolverSettings(**SPEEDS[speed]),
+            solver=SolverSettings(),
             resolution=args.resolution,
             batch_size=args.batch_size,
             dtype="fp32" if devices[0] == "cpu" else "fp16",
@@ -192,7 +192,7 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         dataset,
     )
     plan = sampling.plan_of(config, dataset)
-    paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{speed}-{len(devices)}"
+    paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{len(devices)}"
     running.make_folders(place, dataset.folders)
     everything = np.ones(len(plan), bool)
     launcher = running.make_launcher(
@@ -243,7 +243,6 @@ def main(argv: list[str] | None = None) -> int:
         help="of the port at its best and of ours on the CPU (default: 2; GPU: 3, 1)",
     )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--speeds", nargs="+", choices=tuple(SPEEDS), default=["exact"])
     args = parser.parse_args(argv)
     console.set_up_logging()
     console.quiet_libraries()
@@ -268,10 +267,8 @@ def main(argv: list[str] | None = None) -> int:
         alone = time_original(*shared, 1, threads, folder / "port")
         best = max(alone, time_original(*shared, many, max(1, threads // many), folder / "port-many"))
         devices = ("cuda:0",) if gpu else ("cpu",) * many
-        ours = {speed: time_ours(files, dataset, args.dataset, args, devices, folder, speed) for speed in args.speeds}
-        scaled = (
-            time_ours(files, dataset, args.dataset, args, devices[:1], folder, "exact") if len(devices) > 1 else None
-        )
+        ours = time_ours(files, dataset, args.dataset, args, devices, folder)
+        single = time_ours(files, dataset, args.dataset, args, devices[:1], folder) if len(devices) > 1 else None
     name = torch.cuda.get_device_name(0) if gpu else None
     rows = [
         ["the original's way, one process", f"{alone:.3g}", "1", share_of_peak(alone, args.resolution, name)],
@@ -282,27 +279,22 @@ def main(argv: list[str] | None = None) -> int:
             share_of_peak(best, args.resolution, name),
         ],
     ]
-    for speed, found in ours.items():
-        rate = found["images_per_second"]
+    for timing in filter(None, (ours, single)):
+        rate = timing["images_per_second"]
         rows.append(
             [
-                f"ours, {speed}, batch {found['batch_size']}, {len(devices)} process(es)",
+                f"ours, batch {timing['batch_size']}, {timing['processes']} process(es)",
                 f"{rate:.3g}",
                 f"{rate / alone:.2f}",
-                share_of_peak(rate, args.resolution, name),
+                share_of_peak(rate, args.resolution, name) if timing is ours else "-",
             ]
-        )
-    if scaled:
-        rate = scaled["images_per_second"]
-        rows.append(
-            [f"ours, exact, batch {scaled['batch_size']}, 1 process", f"{rate:.3g}", f"{rate / alone:.2f}", "-"]
         )
     details = {
         "arguments": vars(args),
         "ours": ours,
-        "ours_one_process": scaled,
+        "ours_one_process": single,
         "original": {"one": alone, "best": best},
-        "ratio_to_best": {speed: found["images_per_second"] / best for speed, found in ours.items()},
+        "ratio_to_best": ours["images_per_second"] / best,
         "peak_memory_of_children_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }
     header = [

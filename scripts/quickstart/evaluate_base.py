@@ -168,7 +168,7 @@ def draw_samples(path: Path) -> None:
     from PIL import Image
 
     from semantic_aug.diffusion.base import load_base
-    from semantic_aug.diffusion.loop import decode_latents, generate, plain_denoiser
+    from semantic_aug.diffusion.loop import decode_latents, generate
     from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
     from semantic_aug.pictures import Cell, grid
     from semantic_aug.seeding import torch_rng
@@ -181,7 +181,7 @@ def draw_samples(path: Path) -> None:
         embeds = model.encode([prompt], 128).expand(8)
         noise = [torch_rng(0, "card", i) for i in range(8)]
         shape, scheduler = model.geometry.latent_shape(128), make_scheduler(model.scheduler_config)
-        latents = generate(plain_denoiser(model.unet), scheduler, shape, embeds, null, noise, SolverSettings(25, 4.0))
+        latents = generate(model.unet, scheduler, shape, embeds, null, noise, SolverSettings(25, 4.0))
         rows.append([Cell(Image.fromarray(image.numpy())) for image in decode_latents(model.vae, latents)])
     photographs = load_test_photographs(128)[np.arange(8) * 80]
     for images in (photographs, reconstruct(model.vae, photographs)):

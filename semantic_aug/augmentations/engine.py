@@ -14,15 +14,7 @@ from semantic_aug.augmentations.request import ClassNames, ModelFiles
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel, load_base
-from semantic_aug.diffusion.loop import (
-    decode_latents,
-    encode_moments,
-    generate,
-    plain_denoiser,
-    reusing_denoiser,
-    to_pixels,
-    translate,
-)
+from semantic_aug.diffusion.loop import decode_latents, encode_moments, generate, to_pixels, translate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt
 from semantic_aug.prompts import SAMPLING_TEMPLATE
@@ -135,24 +127,20 @@ class Engine:
         self.unet, self.vae, self.batch, self.encode_batch = model.unet, model.vae, compiled_batch, ENCODE_BATCH
         self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.settings, self.resolution = settings, resolution
-        self.device, self.dtype = torch.device(device), dtype
+        self.device = torch.device(device)
         self.latent_shape = model.geometry.latent_shape(resolution)
-        self.attention = attention_kernel(model.unet, self.device, dtype)
         self.denoiser, self.decode = self._networks(self.unet)
         self.on_step: Callable[[], None] = lambda: None
 
     def _networks(self, unet: nn.Module):
         """The denoiser and the decoder, compiled (channels last, static shapes) where a batch size was given."""
         if self.batch is None:
-            reuse = self.settings.reuse_interval > 1
-            return (reusing_denoiser(unet) if reuse else plain_denoiser(unet)), None
+            return unet, None
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
         decode = compiled(lambda latents: self.vae.decode(latents, return_dict=False)[0])
-        if self.settings.reuse_interval > 1:
-            return reusing_denoiser(unet, compiled), decode
-        return plain_denoiser(compiled(unet)), decode
+        return compiled(unet), decode
 
     def compile_for(self, batch: int) -> None:
         """Compiles the networks anew for batches of another size, where they are compiled at all."""
@@ -206,10 +194,10 @@ class Engine:
         )  # fmt: skip
         return self._decoded(latents[: len(targets)])
 
-    def _predict(self, *inputs):
+    def _predict(self, *inputs, **options):
         """One call of the denoiser, announced to whoever watches."""
         self.on_step()
-        return self.denoiser(*inputs)
+        return self.denoiser(*inputs, **options)
 
     def _padding(self, count: int) -> list[int]:
         """Indices of a batch, the last sample repeated up to the size the networks were compiled for."""
@@ -227,19 +215,6 @@ def _spread(generators: Sequence[torch.Generator], padded: list[int]) -> list[to
         copy.set_state(generators[index].get_state())
         spread.append(copy)
     return spread
-
-
-def attention_kernel(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Which of PyTorch's attention kernels the U-Net's largest self-attention gets on a GPU; ``cpu`` elsewhere."""
-    if device.type != "cuda":
-        return "cpu"
-    attention = next(module for name, module in unet.named_modules() if name.endswith("attn1"))
-    width = attention.to_q.out_features // attention.heads
-    probe = torch.empty(2, attention.heads, 1024, width, device=device, dtype=dtype)
-    params = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, False, False)
-    if torch.backends.cuda.can_use_flash_attention(params):
-        return "flash"
-    return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "math"
 
 
 def load_model(files: ModelFiles) -> tuple[BaseModel, token_io.ClassTokens | None]:

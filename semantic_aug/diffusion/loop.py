@@ -15,9 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
-from semantic_aug.diffusion.reuse import FeatureReuse
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.diffusion.text import Conditions
 
@@ -79,36 +78,9 @@ def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Te
     return randn_tensor((len(generators), *shape), generator=list(generators), device=like.device, dtype=like.dtype)
 
 
-Denoiser = Callable[[Tensor, Tensor, Conditions, Tensor | None], tuple[Tensor, Tensor | None]]
-"""(latents, timestep, encoded prompts, deep features to reuse or None) -> (prediction, deep features or None)."""
-
-
-def plain_denoiser(unet: nn.Module) -> Denoiser:
-    """The U-Net as it is: nothing is reused."""
-    return lambda x, t, prompts, deep: (unet(x, t, **prompts.unet_arguments(), return_dict=False)[0], None)
-
-
-def reusing_denoiser(unet: nn.Module, compiled: Callable = lambda part: part) -> Denoiser:
-    """The U-Net with its outermost level run alone where deep features are given (lossy).
-
-    Args:
-        unet: of any family.
-        compiled: applied to both ways of running it.
-    """
-    parts = FeatureReuse(unet)
-    whole, outer = compiled(parts.whole), compiled(parts.outer)
-
-    def denoise(x: Tensor, t: Tensor, prompts: Conditions, deep: Tensor | None) -> tuple[Tensor, Tensor]:
-        if deep is None:
-            return whole(x, t, prompts.hidden, prompts.added)
-        return outer(x, t, prompts.hidden, deep, prompts.added), deep
-
-    return denoise
-
-
 @torch.no_grad()
 def translate(
-    denoiser: Denoiser,
+    unet: Callable,
     scheduler_template,
     moments: Tensor,
     scaling_factor: float,
@@ -122,7 +94,7 @@ def translate(
     """Image to image: noises each source to its strength and denoises it under its own prompt.
 
     Args:
-        denoiser: the U-Net, from :func:`plain_denoiser` or :func:`reusing_denoiser`.
+        unet: of diffusers, or what is called as one.
         scheduler_template: from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied, never changed.
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
         scaling_factor: of the VAE.
@@ -151,12 +123,12 @@ def translate(
         step = group.scheduler.timesteps[group.begin : group.begin + 1].repeat(len(group.samples))
         index = torch.tensor(group.samples, device=latents.device)
         latents[index] = group.scheduler.add_noise(latents[index], noise[index], step)
-    return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings, kept)
+    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings, kept)
 
 
 @torch.no_grad()
 def generate(
-    denoiser: Denoiser,
+    unet: Callable,
     scheduler_template,
     latent_shape: tuple[int, int, int],
     prompt_embeds: Conditions,
@@ -167,7 +139,7 @@ def generate(
     """Noise to image, each sample under its own prompt.
 
     Args:
-        denoiser: the U-Net, from :func:`plain_denoiser` or :func:`reusing_denoiser`.
+        unet: of diffusers, or what is called as one.
         scheduler_template: copied, never changed.
         latent_shape: (C, h, w).
         prompt_embeds: B rows.
@@ -180,7 +152,7 @@ def generate(
     """
     groups = _groups(scheduler_template, [0] * len(generators), settings.num_inference_steps, prompt_embeds.device)
     latents = draw(latent_shape, generators, prompt_embeds.hidden) * groups[0].scheduler.init_noise_sigma
-    return _denoise(denoiser, groups, latents, prompt_embeds, null_embeds, generators, settings)
+    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings)
 
 
 @dataclass
@@ -222,7 +194,7 @@ def _groups(template, starts: Sequence[int], num_inference_steps: int, device: t
 
 
 def _denoise(
-    denoiser: Denoiser,
+    unet: Callable,
     groups: list[_Group],
     latents: Tensor,
     prompt_embeds: Conditions,
@@ -233,26 +205,20 @@ def _denoise(
 ) -> Tensor:
     """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
     timesteps = groups[0].scheduler.timesteps
-    last_guided = settings.guidance_stop * len(timesteps)
-    deep, deep_for, age = None, None, 0
+    guided = settings.guidance_scale > 1
     for position in range(min(group.begin for group in groups), len(timesteps)):
         active = [group for group in groups if group.begin <= position]
-        guided = settings.guidance_scale > 1 and position < last_guided
         index = torch.tensor([i for group in active for i in group.samples], device=latents.device)
         sizes = [len(group.samples) for group in active]
         t = timesteps[position]
         parts = latents[index].split(sizes)
         scaled = torch.cat([g.scheduler.scale_model_input(x, t) for g, x in zip(active, parts, strict=True)])
         embeds = prompt_embeds[index]
-        if guided:
+        if guided:  # one doubled batch: the empty prompt, then the samples' own
             scaled = torch.cat([scaled, scaled])
             embeds = Conditions.cat([null_embeds.expand(len(embeds)), embeds])
-        # features can be reused only by the very samples, guided or not, they were computed for
-        state = (len(active), guided)
-        whole = deep is None or state != deep_for or age >= settings.reuse_interval
-        predicted, deep = denoiser(scaled, t, embeds, None if whole else deep)
-        deep_for, age = state, 1 if whole else age + 1
-        if guided:
+        predicted = unet(scaled, t, **embeds.unet_arguments(), return_dict=False)[0]
+        if guided:  # classifier-free guidance
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + settings.guidance_scale * (conditional - unconditional)
         stepped = []

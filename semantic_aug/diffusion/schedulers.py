@@ -38,27 +38,12 @@ class SolverSettings:
         guidance_scale: classifier-free guidance w (Ho & Salimans 2022); 1 or less runs the conditional branch alone.
         scheduler: short name or diffusers class name.
         final_sigmas_type: ``zero`` or ``sigma_min``.
-        guidance_stop: share of the schedule after which guidance is off, in (0, 1]; below 1 is lossy.
-        reuse_interval: run the whole U-Net every so many steps and its outermost level in between; above 1 is lossy.
     """
 
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
     scheduler: str = DEFAULT
     final_sigmas_type: str = "zero"
-    guidance_stop: float = 1.0
-    reuse_interval: int = 1
-
-
-SPEEDS: dict[str, dict[str, float]] = {
-    "exact": {},
-    "fast": {"guidance_stop": 2 / 3, "reuse_interval": 2},
-    "turbo": {"guidance_stop": 2 / 3, "reuse_interval": 3},
-}
-"""What ``--speed`` changes in the settings: nothing, or a limited guidance interval and feature reuse.
-
-Guidance matters least in the last steps (Kynkaanniemi et al. 2024, arXiv:2404.07724).
-"""
 
 
 def scheduler_class(name: str):

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 ARGUMENTS, MADE_WITH, RUNS, DATA = "arguments", "made_with", "runs", "data"
 FOLLOWS = ("images", "plan_sha256")
 """Values that differ only where another one does; told where nothing else explains them."""
+RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
+"""Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
 
 
@@ -155,8 +157,6 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "guidance_scale": config.solver.guidance_scale,
         "scheduler": config.solver.scheduler,
         "final_sigmas_type": config.solver.final_sigmas_type,
-        "guidance_stop": config.solver.guidance_stop,
-        "reuse_interval": config.solver.reuse_interval,
         "images": len(plan),
         "plan_sha256": plan.digest,
         "base_sha256": weights.base,
@@ -259,6 +259,11 @@ def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = Tr
             f"{folder} was begun by an earlier version of this program, which did not record the training images, class "
             f"names and prompts, so that nothing shows that they are the same: {REMEDY} (train_cls.py reads it as it is)"
         )
+    if any(old.get(name, value) != value for name, value in RETIRED.items()):
+        raise UserError(
+            f"{folder} was begun by an earlier version of this program with --speed fast or turbo, which it no longer has: "
+            f"{REMEDY} (train_cls.py reads it as it is)"
+        )
     replaced = _replaced(old, identity, folder)
     if not (alone and len(replaced) and _unused(folder, paths, replaced)):
         raise UserError(f"{folder} holds a subset made otherwise ({_told(old, identity, folder)}): {REMEDY}")
@@ -292,7 +297,8 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in (ARGUMENTS, MADE_WITH, RUNS)}
+    left_out = {ARGUMENTS, MADE_WITH, RUNS, *(name for name, value in RETIRED.items() if record.get(name) == value)}
+    return {name: value for name, value in record.items() if name not in left_out}
 
 
 def _warn_of_versions(folder: Path, record: Mapping[str, Any]) -> None:

@@ -81,7 +81,6 @@ class Launcher(Dispatcher):
         if kind == "ready":
             one.ready = True
             self.show_bar()
-            log.debug(message[1])
         elif kind == "begin":
             one.current = message[1]
         elif kind == "done":

@@ -38,8 +38,8 @@ class ImageActor:
     def __init__(self, job: Job, device: str):
         self.job, self.device, self.steps = job, device, 0
 
-    def load(self) -> str:
-        """Loads everything; returns the name of the attention kernel. (In a constructor Ray hides a user's error.)"""
+    def load(self) -> None:
+        """Loads everything. (In a constructor Ray hides a user's error.)"""
         from semantic_aug.allocator import keep_freed_memory
         from semantic_aug.console import quiet_libraries
 
@@ -49,7 +49,6 @@ class ImageActor:
 
         self.maker = BatchMaker(self.job, self.device, log.warning)
         self.maker.engine.on_step = self._count
-        return self.maker.engine.attention
 
     def _count(self) -> None:
         self.steps += 1

@@ -1,6 +1,6 @@
 """One sampling process: takes batches from a pipe, makes the images, writes them, reports what it wrote.
 
-What it says: ``("ready", text)`` once loaded; ``("begin", batch)``; ``("step",)``, at most every second, while it denoises;
+What it says: ``("ready",)`` once loaded; ``("begin", batch)``; ``("step",)``, at most every second, while it denoises;
 ``("done", batch, rows, failures)`` with (number, size, crc) rows; ``("note", text)`` for the log; ``("error", text)`` when a
 batch broke and the process should be replaced; ``("fatal", line)`` when nothing can work (a full disk, weights that do not
 fit). It ends when the pipe does, that is, when its parent ends, however that happens. Images are encoded and written by
@@ -180,7 +180,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
         pipe.send(("error", traceback.format_exc()))
         return
     maker.engine.on_step = Heartbeat(lambda: pipe.send(("step",)))
-    pipe.send(("ready", f"{device}: attention kernel {maker.engine.attention}"))
+    pipe.send(("ready",))
     try:
         _serve(pipe, maker)
     except (EOFError, BrokenPipeError, ConnectionResetError):
