@@ -20,6 +20,8 @@ from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
 from semantic_aug.evaluation.quality.features import load_extractor
 
 NAMES = ("blue jay", "red fox", "toad")
+FRECHET = "frechet_tf_efficientnet_lite0"
+"""Column of the Frechet distance over the features of the default network."""
 
 
 def translated(animals, strengths=(0.3, 0.9), copies=False):
@@ -194,10 +196,10 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     assert float(low["source_top1"]) > 0.8 > 0.2 > float(low["target_top1"])
     assert float(high["target_top1"]) > 0.8 and float(high["target_probability"]) > float(low["target_probability"])
     assert float(high["source_distance"]) > float(low["source_distance"]) > 0
-    assert float(low["reference_fid"]) < 1e-3 < float(low["fid"])  # the subset is its own reference
+    assert float(low[f"reference_{FRECHET}"]) < 1e-3 < float(low[FRECHET])  # the subset is its own reference
     content = json.loads((out / "measures.json").read_text())
     assert len(content["rows"]) == len(rows) and content["copy_threshold"] > 0
-    assert any("fid of mixed: 12 synthetic" in note for note in content["notes"])
+    assert any("frechet distance of mixed: 12 synthetic" in note for note in content["notes"])
     with Image.open(out / "faithfulness_diversity.png") as picture:
         assert picture.size[0] > 400
     said = capsys.readouterr().out
@@ -228,7 +230,10 @@ def test_a_subset_of_another_tool_is_measured_without_what_it_lacks(tmp_path, im
     ):
         assert note in said
     row = next(r for r in evaluating.read_rows(tmp_path / "out" / "measures.csv") if r["target_class"] == "all")
-    assert not {"source_distance", "target_probability", "clip_score"} & set(row) and "kid" in row
+    assert (
+        not {"source_distance", "target_probability", "clip_score"} & set(row)
+        and FRECHET.replace("frechet", "kernel") in row
+    )
     assert float(row["near_copies"]) == 1.0 and float(row["nearest_real"]) < 1e-5  # they are training images
     assert not (tmp_path / "out" / "faithfulness_diversity.png").exists()
 
@@ -313,7 +318,7 @@ def test_pictures_show_translations_neighbours_and_failures(
 
 
 def test_sources_are_shown_over_all_classes(animals, subset):
-    from semantic_aug.evaluation.quality.subset import open_subset
+    from semantic_aug.evaluation.quality.inputs import open_subset
 
     opened = open_subset("mixed", [str(subset)], animals)
     shown = pictures.chosen_sources([opened], animals.train.labels, 3, seed=0)

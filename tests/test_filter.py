@@ -42,31 +42,35 @@ def digest(path):
 # ---------------------------------------------------------------------------------------------------- selection
 
 
+def keep(confidence, classes, **settings):
+    return command.kept(confidence, classes, command.FilterSettings(by="classifier", **settings))
+
+
 def test_a_share_is_kept_of_every_class():
     rng = np.random.default_rng(0)
     classes = np.repeat([0, 1, 2], [30, 5, 1])
     confidence = rng.random(36)
     confidence[classes == 1] /= 100  # a class the classifier does not know
-    stay = command.kept(confidence, classes, keep=0.1)
+    stay = keep(confidence, classes, keep=0.1)
     assert [int(stay[classes == k].sum()) for k in range(3)] == [3, 1, 1]
     for k in range(3):
         mine = classes == k
         assert confidence[mine & stay].min() >= confidence[mine & ~stay].max(initial=0)
-    assert command.kept(confidence, classes, keep=1.0).all()
-    assert command.kept(np.ones(4), np.zeros(4, int), keep=0.5).tolist() == [True, True, False, False]
+    assert keep(confidence, classes, keep=1.0).all()
+    assert keep(np.ones(4), np.zeros(4, int), keep=0.5).tolist() == [True, True, False, False]
 
 
 def test_a_threshold_leaves_the_best_of_a_class_it_would_empty():
     confidence, classes = np.array([0.9, 0.6, 0.2, 0.3, 0.1]), np.array([0, 0, 0, 1, 1])
-    assert command.kept(confidence, classes, threshold=0.5).tolist() == [True, True, False, True, False]
-    assert command.kept(confidence, classes, threshold=0.5, min_per_class=0).tolist() == [
+    assert keep(confidence, classes, threshold=0.5).tolist() == [True, True, False, True, False]
+    assert keep(confidence, classes, threshold=0.5, min_per_class=0).tolist() == [
         True,
         True,
         False,
         False,
         False,
     ]
-    assert command.kept(confidence, classes, threshold=0.6, min_per_class=5).all()
+    assert keep(confidence, classes, threshold=0.6, min_per_class=5).all()
 
 
 # ------------------------------------------------------------------------------------------------------ command

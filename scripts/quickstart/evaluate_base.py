@@ -132,7 +132,7 @@ def distance_to_real(subset: Path) -> dict:
 
     from semantic_aug.datasets import load_dataset
     from semantic_aug.evaluation.quality import distances, features
-    from semantic_aug.evaluation.quality.subset import open_subset
+    from semantic_aug.evaluation.quality.inputs import open_subset
 
     dataset = load_dataset("elpv")
     extractor, made = features.load_extractor(), open_subset("made", [str(subset)], dataset, True).images

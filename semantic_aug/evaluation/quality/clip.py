@@ -1,4 +1,4 @@
-"""What a CLIP model says of images: nearness to a text, and the chance that a thing is in the picture.
+"""CLIP as a judge of images: similarity to a text, and the probability that an object is in the image.
 
 CLIP: Radford et al. 2021. CLIP score: Hessel et al. 2021, scaled by 100 as is usual today.
 """
@@ -38,8 +38,8 @@ class Clip:
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors ``(T, E)`` of texts; what is longer than the model reads is cut off."""
-        words = self.processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        pooled = self.model.text_model(**words.to(self.device)).pooler_output
+        tokens = self.processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        pooled = self.model.text_model(**tokens.to(self.device)).pooler_output
         return _unit(self.model.text_projection(pooled))
 
     @torch.inference_mode()
@@ -79,9 +79,9 @@ def load_clip(name: str, device: str = "cpu") -> Clip:
 
     transformers_logging.disable_progress_bar()
     folder = resolve_path(name)
-    place = str(folder) if folder.is_dir() else name
+    source = str(folder) if folder.is_dir() else name
     try:
-        model, processor = CLIPModel.from_pretrained(place), CLIPProcessor.from_pretrained(place)
+        model, processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
     except Exception as error:  # hub, network, cache and damaged files raise many kinds
         reason = str(error).split("\n")[0][:160]
         raise UserError(
@@ -96,18 +96,18 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return np.maximum(100 * np.einsum("ne,ne->n", images, texts), 0)
 
 
-def presence(clip: Clip, images: np.ndarray, thing: str) -> np.ndarray:
-    """The chance that a thing is in each picture.
+def presence(clip: Clip, images: np.ndarray, noun: str) -> np.ndarray:
+    """Probability that an object is in each image.
 
-    A softmax over the model's logits for "a photo with a {thing}" and "a photo without a {thing}".
+    A softmax over the model's logits for "a photo with a {noun}" and "a photo without a {noun}".
 
     Args:
         clip: the model the vectors come from.
         images: unit vectors ``(N, E)``.
-        thing: a noun, such as the data set's super-class.
+        noun: for the object, such as the data set's super-class.
 
     Returns:
         ``(N,)`` in [0, 1].
     """
-    logits = clip.scale * images @ clip.texts([fill(WITH, thing), fill(WITHOUT, thing)]).T
+    logits = clip.scale * images @ clip.texts([fill(WITH, noun), fill(WITHOUT, noun)]).T
     return 1 / (1 + np.exp(np.clip(logits[:, 1] - logits[:, 0], -500, 500)))

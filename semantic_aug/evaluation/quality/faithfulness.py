@@ -1,4 +1,4 @@
-"""What an independent classifier takes synthetic images for, against what they are labelled as."""
+"""Faithfulness of synthetic images: predictions of an independent classifier against their labels."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 
 
-def judged(judge: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
+def class_probabilities(classifier: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
     """Class probabilities ``(M, K)`` of synthetic images, classes in the data set's order.
 
     Raises:
         UserError: the classifier was trained on other classes.
     """
-    return judge.probabilities(images.image, len(images))[:, class_positions(judge, dataset)]
+    return classifier.probabilities(images.image, len(images))[:, class_positions(classifier, dataset)]
 
 
-def class_positions(judge: Classifier, dataset: LoadedDataset) -> list[int]:
-    """Where the classifier has each class of the data set, ``K`` indices.
+def class_positions(classifier: Classifier, dataset: LoadedDataset) -> list[int]:
+    """Index of each class of the data set among the classifier's, ``K`` in all.
 
     Raises:
         UserError: it was trained on other classes.
     """
-    strange = sorted(set(judge.class_names) ^ set(dataset.source_names))
-    if strange:
+    differing = sorted(set(classifier.class_names) ^ set(dataset.source_names))
+    if differing:
         raise UserError(
-            f"--classifier knows other classes than {dataset.name} ('{strange[0]}' is one of {len(strange)} that only one "
+            f"--classifier knows other classes than {dataset.name} ('{differing[0]}' is one of {len(differing)} that only one "
             "of them has): give a classifier that train_cls.py trained on this --dataset"
         )
-    return [judge.class_names.index(name) for name in dataset.source_names]
+    return [classifier.class_names.index(name) for name in dataset.source_names]
 
 
 def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def target_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarra
 
 
 def label_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarray:
-    """Probability ``(M,)`` that the image is of one of the (one or two) classes its soft label names.
+    """Probability ``(M,)`` of the one or two classes that the soft label names.
 
     A translation on its way from source to target loses nothing here, whatever its strength; an image that is something
     else does.

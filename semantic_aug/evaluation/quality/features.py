@@ -1,4 +1,4 @@
-"""Features of images from any timm model: what is left of it without its head, one vector per image."""
+"""Features of images from any timm model: its output without the head, one vector per image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from semantic_aug.files import atomic_path, sha256_text
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "tf_efficientnet_lite0"
-"""Its ImageNet weights come in a Python package, so features can be had without a model hub."""
+"""Its ImageNet weights come in a Python package, so no model hub is needed."""
 VERSION = 2
 """Counts changes of how features are made; part of every cache file's name."""
 
@@ -33,14 +33,16 @@ class Extractor:
     """A model without its head, in evaluation mode.
 
     Attributes:
-        name: says which model with which weights at which resolution.
+        network: name of the model as given.
+        identity: the model, its weights and the resolution.
         model: from normalised images to ``(B, D)``.
         normalise: uint8 batches to the model's input.
-        resolution: side to which the whole picture is resized, in pixels.
-        keep: features are kept below the cache's folder and found there again.
+        resolution: side to which whole images are resized, in pixels.
+        keep: whether features are kept in the cache's folder.
     """
 
-    name: str
+    network: str
+    identity: str
     model: nn.Module
     normalise: Normaliser
     resolution: int
@@ -61,7 +63,7 @@ class Extractor:
         Returns:
             float32 ``(N, D)``.
         """
-        path = cache_folder() / f"features-{sha256_text(f'{VERSION} {self.name} {identity}')[:32]}.npy"
+        path = cache_folder() / f"features-{sha256_text(f'{VERSION} {self.identity} {identity}')[:32]}.npy"
         if self.keep and identity is not None and (found := _load(path, count)) is not None:
             return found
         store, rows = ImageStore(read, count, self.resolution, budget=0, cache="off"), []
@@ -95,11 +97,9 @@ def load_extractor(
     with torch.random.fork_rng(devices=[]):  # weights "none" are the same in every process
         torch.manual_seed(0)
         model, normalisation = make_model(name, 0, resolution, weights)
-    place = torch.device(device)
-    normalise = Normaliser(normalisation.mean, normalisation.std, place)
-    return Extractor(
-        f"{name} {weights_identity(name, weights)} {resolution}", model.to(place).eval(), normalise, resolution, keep
-    )
+    normalise = Normaliser(normalisation.mean, normalisation.std, torch.device(device))
+    identity = f"{name} {weights_identity(name, weights)} {resolution}"
+    return Extractor(name, identity, model.to(device).eval(), normalise, resolution, keep)
 
 
 def _load(path: Path, count: int) -> np.ndarray | None:

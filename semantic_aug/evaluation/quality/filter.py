@@ -7,241 +7,251 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from semantic_aug import cli, console, files, registry, runs
-from semantic_aug.datasets.settings import add_shared
-from semantic_aug.datasets.synthetic import DATA, locate
+from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate, read_subset
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.quality import inputs as options
+from semantic_aug.evaluation.quality.inputs import Inputs, make_parser, read_inputs
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
 
-BY = ("clip", "classifier", "both")
 SCORES_FILE, SHEET_FILE = "scores.csv", "dropped.png"
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIZE = 10, 6, 112
+NOT_RECORDED = ("syndata_key", "syndata_dir", "seed")
+"""Settings that do not decide which images of one list are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterSettings:
+    """Which images are kept, and under which name."""
+
+    TITLE = "filter"
+    by: str = cli.setting(
+        choices=("clip", "classifier", "both"),
+        help='confidence in an image. clip: softmax over "a photo with a {super-class}" and "a photo without a '
+        '{super-class}"; classifier: probability of the classes its label names (see --judged_as); both: their product',
+    )
+    judged_as: str = cli.setting(
+        "label",
+        choices=("label", "target"),
+        help="classes whose probability counts. label: source and target, so that a translation on its way loses nothing; "
+        "target: the target alone, so that sources that were left as they are go",
+    )
+    keep: float | None = cli.setting(
+        None,
+        type=cli.number(0, 1, open_low=True),
+        metavar="SHARE",
+        help="keep the best SHARE of every target class, in (0, 1], rounded up: no class is emptied",
+    )
+    threshold: float | None = cli.setting(
+        None, type=cli.number(0, 1), metavar="T", help="instead of --keep: keep confidences of at least T, in [0, 1]"
+    )
+    min_per_class: int = cli.setting(
+        1,
+        type=cli.whole(0),
+        metavar="N",
+        help="with --threshold: the best N of a target class are kept whatever their confidence; 0: a class may be emptied",
+    )
+    super_class: str | None = cli.setting(
+        None, metavar="NOUN", help="object of --by clip and both (default: the data set's super-class)"
+    )
+    name: str = cli.setting(
+        "filtered",
+        metavar="NAME",
+        help="the list is meta-NAME.csv in the subset's folder, which FOLDER#NAME and KEY#NAME read",
+    )
+    register_key: str | None = cli.setting(
+        None, metavar="KEY", help="enter it in synthetic_datasets.yaml under this key", result=False
+    )
+
+    def __post_init__(self):
+        if self.keep is None and self.threshold is None:
+            raise UserError("one of the arguments --keep --threshold is required")
+        if self.keep is not None and self.threshold is not None:
+            raise UserError("argument --threshold: not allowed with argument --keep")
+        if not self.name or slug(self.name) != self.name:
+            raise UserError(f"--name '{self.name}': expected ASCII letters, digits, dots and hyphens")
+
+    def list_path(self, root: Path) -> Path:
+        """The list of kept images, ``meta-{name}.csv``."""
+        return root / f"meta-{self.name}.csv"
+
+    def folder(self, root: Path) -> Path:
+        """Arguments, scores and the sheet of dropped images, ``filter-{name}/``."""
+        return root / f"filter-{self.name}"
+
+    def record(self, inputs: Inputs, source: Path) -> dict:
+        """Settings that decide which images of the list ``source`` are kept."""
+        return {"list": source.name, **{k: v for k, v in inputs.record.items() if k not in NOT_RECORDED}}
 
 
 def build_parser() -> cli.Parser:
     """All flags of this command."""
-    parser = cli.Parser(prog="python -m semantic_aug.evaluation filter", description=__doc__)
-    add_shared(parser)
-    options.add_subsets(parser)
-    options.add_models(parser, features=False)
-    group = parser.add_argument_group("filter")
-    group.add_argument(
-        "--by",
-        choices=BY,
-        required=True,
-        help='confidence in an image. clip: softmax over "a photo with a {super-class}" and "a photo without a '
-        '{super-class}"; classifier: probability of the classes its label names (see --judged_as); both: their product',
-    )
-    group.add_argument(
-        "--judged_as",
-        choices=("label", "target"),
-        default="label",
-        help="what the classifier is to see. label: source or target, so that a translation on its way loses nothing; target: "
-        "the target alone, so that sources that were left as they are go",
-    )
-    amount = group.add_mutually_exclusive_group(required=True)
-    amount.add_argument(
-        "--keep",
-        type=cli.number(0, 1, open_low=True),
-        default=None,
-        metavar="SHARE",
-        help="keep the best SHARE of every target class, in (0, 1], rounded up: no class is emptied",
-    )
-    amount.add_argument(
-        "--threshold",
-        type=cli.number(0, 1),
-        default=None,
-        metavar="T",
-        help="keep confidences of at least T, in [0, 1]",
-    )
-    group.add_argument(
-        "--min_per_class",
-        type=cli.whole(0),
-        default=1,
-        metavar="N",
-        help="with --threshold: the best N of a target class are kept whatever their confidence; 0: a class may be emptied",
-    )
-    group.add_argument(
-        "--super_class", default=None, metavar="NOUN", help="for --by clip and both (default: the data set's)"
-    )
-    group.add_argument(
-        "--name",
-        default="filtered",
-        metavar="NAME",
-        help="the list is meta-NAME.csv in the subset's folder, which FOLDER#NAME and KEY#NAME read",
-    )
-    group.add_argument(
-        "--register_key", default=None, metavar="KEY", help="enter it in synthetic_datasets.yaml under this key"
-    )
-    return parser
+    return make_parser("filter", __doc__, (FilterSettings,))
 
 
-def kept(
-    confidence: np.ndarray,
-    classes: np.ndarray,
-    keep: float | None = None,
-    threshold: float | None = None,
-    min_per_class: int = 1,
-) -> np.ndarray:
-    """Which images stay, decided within each target class.
+def kept(confidence: np.ndarray, classes: np.ndarray, settings: FilterSettings) -> np.ndarray:
+    """Which images are kept, decided within each target class.
 
     Args:
         confidence: ``(M,)`` in [0, 1].
         classes: int ``(M,)``, target classes.
-        keep: share of every class, in (0, 1], rounded up; or
-        threshold: least confidence.
-        min_per_class: with a threshold, the best of a class that stay in any case.
+        settings: share of every class, or threshold and the least number of a class.
 
     Returns:
-        bool ``(M,)``; of equal confidences the earlier image stays.
+        bool ``(M,)``; of equal confidences the earlier image is kept.
     """
-    stay = np.zeros(len(confidence), bool)
+    selected = np.zeros(len(confidence), bool)
     for label in np.unique(classes):
         rows = np.flatnonzero(classes == label)
-        best = rows[np.argsort(-confidence[rows], kind="stable")]
-        if keep is not None:
-            count = math.ceil(keep * len(best) - 1e-9)  # 0.1 of 30 is 3, whatever the binary fraction
+        best_first = rows[np.argsort(-confidence[rows], kind="stable")]
+        if settings.keep is not None:
+            count = math.ceil(settings.keep * len(rows) - 1e-9)  # 0.1 of 30 is 3, whatever the binary fraction
         else:
-            count = max(int((confidence[rows] >= threshold).sum()), min(min_per_class, len(best)))
-        stay[best[:count]] = True
-    return stay
+            count = max(int((confidence[rows] >= settings.threshold).sum()), min(settings.min_per_class, len(rows)))
+        selected[best_first[:count]] = True
+    return selected
 
 
-def kept_lines(file: Path, stay: np.ndarray) -> str:
+def kept_lines(file: Path, selected: np.ndarray) -> str:
     """The text of a meta.csv with only some of its rows, all columns as they are."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = (row for row in csv.reader(lines) if row)
         writer.writerow(next(rows))
-        writer.writerows(row for row, wanted in zip(rows, stay, strict=True) if wanted)
+        writer.writerows(row for row, chosen in zip(rows, selected, strict=True) if chosen)
     return out.getvalue()
 
 
-def confidences(args, given, judge, clip, images) -> dict[str, np.ndarray]:
+def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImages) -> dict[str, np.ndarray]:
     """Each confidence that ``--by`` asks for, and the one that decides, by name; ``(M,)`` each."""
     from semantic_aug.evaluation.quality import faithfulness
+    from semantic_aug.evaluation.quality.clip import presence
 
     found = {}
-    if args.by in ("clip", "both"):
-        from semantic_aug.evaluation.quality.clip import presence
-
-        vectors = clip.images(images.image, len(images), args.batch_size)
-        found["clip"] = presence(clip, vectors, args.super_class or given.dataset.spec.super_class)
-    if args.by in ("classifier", "both"):
-        probabilities = faithfulness.judged(judge, images, given.dataset)
-        mass = {"label": faithfulness.label_mass, "target": faithfulness.target_mass}[args.judged_as]
+    if settings.by != "classifier":
+        vectors = inputs.clip.images(images.image, len(images), inputs.models.batch_size)
+        found["clip"] = presence(inputs.clip, vectors, settings.super_class or inputs.dataset.spec.super_class)
+    if settings.by != "clip":
+        probabilities = faithfulness.class_probabilities(inputs.classifier, images, inputs.dataset)
+        mass = {"label": faithfulness.label_mass, "target": faithfulness.target_mass}[settings.judged_as]
         found["classifier"] = mass(probabilities, images)
     found["confidence"] = np.prod(list(found.values()), axis=0)
     return found
 
 
-def check(args, given) -> None:
-    """Refuses what cannot work before anything is computed.
+def check(inputs: Inputs, settings: FilterSettings) -> None:
+    """Refuses what cannot work before anything is computed, and loads the models.
 
     Raises:
-        UserError: a model or a super-class is missing, the name cannot be a file's, or the list is there already.
+        UserError: a model or a super-class is missing, or the list already exists and was made otherwise.
     """
-    for model, needed in (("clip", args.by != "classifier"), ("classifier", args.by != "clip")):
-        if needed and getattr(args, model) is None:
-            raise UserError(f"--by {args.by} needs a model: give --{model}")
-    if args.by != "classifier" and not (args.super_class or given.dataset.spec.super_class):
+    by, dataset = settings.by, inputs.dataset
+    for model, needed in (("clip", by != "classifier"), ("classifier", by != "clip")):
+        if needed and getattr(inputs.models, model) is None:
+            raise UserError(f"--by {by} needs a model: give --{model}")
+    if by != "classifier" and not (settings.super_class or dataset.spec.super_class):
         raise UserError(
-            f"--by {args.by}: data set {given.dataset.name} has no super-class; give --super_class, such as --super_class bird"
+            f"--by {by}: data set {dataset.name} has no super-class; give --super_class, such as --super_class bird"
         )
-    if not args.name or slug(args.name) != args.name:
-        raise UserError(f"--name '{args.name}': expected ASCII letters, digits, dots and hyphens")
-    for subset in given.subsets:
-        for folder in subset.folders:
-            root, source = locate(folder)
-            old = runs.load_arguments(folder_of(root, args.name))
-            changed = runs.differences(old or {}, arguments_of(args, source), options.MAY_CHANGE)
-            if list_of(root, args.name).exists() and (old is None or changed):
-                what = f" ({'; '.join(changed[:4])})" if old else ""
-                raise UserError(
-                    f"{list_of(root, args.name)} was made otherwise{what}: nothing was touched; choose another --name"
-                )
+    for folder in [folder for subset in inputs.subsets for folder in subset.folders]:
+        root, source = locate(folder)
+        target, old = settings.list_path(root), runs.load_arguments(settings.folder(root))
+        changed = runs.differences(old or {}, settings.record(inputs, source))
+        if target.exists() and (old is None or changed):
+            what = f" ({'; '.join(changed[:4])})" if old else ""
+            raise UserError(f"{target} was made otherwise{what}: nothing was touched; choose another --name")
+    for model, needed in (("classifier", by != "clip"), ("clip", by != "classifier")):
+        if needed:
+            getattr(inputs, model)
 
 
-def list_of(root: Path, name: str) -> Path:
-    """``meta-{name}.csv``."""
-    return root / f"meta-{name}.csv"
-
-
-def folder_of(root: Path, name: str) -> Path:
-    """``filter-{name}/``: arguments, scores and the sheet of a filter."""
-    return root / f"filter-{name}"
-
-
-def arguments_of(args, source: Path) -> dict:
-    """What decides a filter's outcome for one list of images."""
-    left_out = ("syndata_key", "syndata_dir", "config_dir", "register_key", "seed")
-    return {"list": source.name, **{k: v for k, v in options.record(args).items() if k not in left_out}}
-
-
-def sheet(images, found: dict[str, np.ndarray], dropped: np.ndarray, dataset, title: str):
+def sheet(images: SyntheticImages, confidence: np.ndarray, dropped: np.ndarray, names, title: str) -> Image.Image:
     """The dropped images with the lowest confidence, worst first, captioned with confidence, source and target."""
-    shown = dropped[np.argsort(found["confidence"][dropped], kind="stable")][: SHEET_COLUMNS * SHEET_ROWS]
-    names = dataset.class_names
-    cells = [
-        Cell(
-            images.image(i),
-            f"{found['confidence'][i]:.2f} {names[images.source[i]]} > {names[images.target[i]]}",
-        )
-        for i in shown.tolist()
-    ]
+    shown = dropped[np.argsort(confidence[dropped], kind="stable")][: SHEET_COLUMNS * SHEET_ROWS].tolist()
+    captions = [f"{confidence[i]:.2f} {names[images.source[i]]} > {names[images.target[i]]}" for i in shown]
+    cells = [Cell(images.image(i), caption) for i, caption in zip(shown, captions, strict=True)]
     rows = [cells[start : start + SHEET_COLUMNS] for start in range(0, len(cells), SHEET_COLUMNS)]
     return grid(rows, size=SHEET_SIZE, title=title)
 
 
-def write(args, given, folder: str, images, found: dict[str, np.ndarray], stay: np.ndarray) -> None:
-    """The list, the scores and the sheet of one folder; the list comes last, when all else is there."""
+def write(
+    inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages, found: dict, selected: np.ndarray
+) -> None:
+    """The list, the scores and the sheet of one folder; the list comes last, when all else exists."""
     root, source = locate(folder)
-    text, out, target = kept_lines(source, stay), folder_of(root, args.name), list_of(root, args.name)
+    text, out, target = kept_lines(source, selected), settings.folder(root), settings.list_path(root)
     if target.exists() and target.read_text(encoding="utf-8") != text:
-        raise UserError(f"{target} is there with other images: nothing was touched; choose another --name")
-    files.write_text(out / runs.ARGS_FILE, runs.arguments_text(arguments_of(args, source)))
+        raise UserError(f"{target} already exists with other images: nothing was touched; choose another --name")
+    files.write_text(out / runs.ARGS_FILE, runs.arguments_text(settings.record(inputs, source)))
     with (
         files.atomic_path(out / SCORES_FILE) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as lines,
     ):
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["path", "source", "target", "strength", *found, "kept"])
-        names = given.dataset.source_names
+        names = inputs.dataset.source_names
         for i, path in enumerate(images.paths):
-            place = path.relative_to(os.path.abspath(root / DATA)).as_posix()
+            relative = path.relative_to(os.path.abspath(root / DATA)).as_posix()
             scores = [f"{values[i]:.6f}" for values in found.values()]
             classes = [names[images.source[i]], names[images.target[i]]]
-            writer.writerow([place, *classes, images.strength[i], *scores, int(stay[i])])
-    dropped = np.flatnonzero(~stay)
+            writer.writerow([relative, *classes, images.strength[i], *scores, int(selected[i])])
+    dropped = np.flatnonzero(~selected)
     if len(dropped):
-        title = f"{len(dropped)} of {len(images)} images dropped by {args.by}; the least confident of them"
+        title = f"{len(dropped)} of {len(images)} images dropped by {settings.by}; the least confident of them"
         with files.atomic_path(out / SHEET_FILE) as temporary:
-            sheet(images, found, dropped, given.dataset, title).save(temporary, "PNG")
+            picture = sheet(images, found["confidence"], dropped, inputs.dataset.class_names, title)
+            picture.save(temporary, "PNG")
     files.write_text(target, text)
 
 
-def describe(images, stay: np.ndarray, confidence: np.ndarray, names: Sequence[str], args) -> list[str]:
-    """What was kept of each target class, and where a class kept images only because it would be empty."""
-    lines = ["| target class | images | kept | least confidence kept |", "|---|---:|---:|---:|"]
-    rescued = []
+def describe(
+    images: SyntheticImages,
+    selected: np.ndarray,
+    confidence: np.ndarray,
+    names: Sequence[str],
+    settings: FilterSettings,
+) -> list[str]:
+    """How many images of each target class are kept, and which classes the threshold would have emptied."""
+    lines, rescued = ["| target class | images | kept | least confidence kept |", "|---|---:|---:|---:|"], []
     for label in np.unique(images.target):
-        mine = images.target == label
-        least = confidence[mine & stay].min() if (mine & stay).any() else float("nan")
-        lines.append(f"| {names[label]} | {mine.sum()} | {(mine & stay).sum()} | {least:.3f} |")
-        if args.threshold is not None and not least >= args.threshold:
+        of_class = images.target == label
+        least = confidence[of_class & selected].min() if (of_class & selected).any() else float("nan")
+        lines.append(f"| {names[label]} | {of_class.sum()} | {(of_class & selected).sum()} | {least:.3f} |")
+        if settings.threshold is not None and not least >= settings.threshold:
             rescued.append(names[label])
     if rescued:
-        what = f"keep their best {args.min_per_class}" if args.min_per_class else "are left without synthetic images"
-        lines.append(f"warning: {len(rescued)} target classes have too few images above --threshold {args.threshold:g} and "
-                     f"{what}: {', '.join(rescued[:8])}")  # fmt: skip
+        count = settings.min_per_class
+        what = f"keep their best {count}" if count else "are left without synthetic images"
+        lines.append(f"warning: {len(rescued)} target classes have too few images above --threshold {settings.threshold:g} "
+                     f"and {what}: {', '.join(rescued[:8])}")  # fmt: skip
     return lines
+
+
+def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages) -> None:
+    """Scores the images of one folder, writes its list and prints what was kept.
+
+    Raises:
+        UserError: no image would be kept.
+    """
+    root, found = locate(folder)[0], confidences(inputs, settings, images)
+    confidence = found["confidence"]
+    selected = kept(confidence, images.target, settings)
+    if not selected.any():
+        raise UserError(
+            f"--threshold {settings.threshold:g} keeps none of {len(images)} images (the best has {confidence.max():.3f}): "
+            "nothing was written; lower it, or give --keep"
+        )
+    write(inputs, settings, folder, images, found, selected)
+    print(*describe(images, selected, confidence, inputs.dataset.class_names, settings), sep="\n")
+    print(f"kept {selected.sum()} of {len(images)}: {registry.shown_path(settings.list_path(root))}")
+    print(f"scores and dropped images: {registry.shown_path(settings.folder(root))}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -249,38 +259,23 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console.quiet_libraries()
     console.set_up_logging()
-    given = options.resolve(args)
-    check(args, given)
-    judge = options.judge(args, given) if args.by != "clip" else None
-    clip = options.clip(args, given.device) if args.by != "classifier" else None
-    print(given.dataset.describe())
-    from semantic_aug.datasets.synthetic import read_subset
-
-    entries = [
-        f"{registry.shown_path(locate(folder)[0])}#{args.name}" for one in given.subsets for folder in one.folders
-    ]
+    settings = cli.read_settings(FilterSettings, args)
+    inputs = read_inputs(args, (FilterSettings,))
+    check(inputs, settings)
+    dataset, key = inputs.dataset, settings.register_key
+    print(dataset.describe())
+    folders = [folder for subset in inputs.subsets for folder in subset.folders]
+    entries = [f"{registry.shown_path(locate(folder)[0])}#{settings.name}" for folder in folders]
     entry = entries[0] if len(entries) == 1 else entries
-    if args.register_key:
-        registry.check_key(registry.SUBSETS, given.dataset.name, args.register_key, entry, args.config_dir)
-    for folder in [folder for subset in given.subsets for folder in subset.folders]:
-        images = read_subset(folder, given.dataset, args.allow_other_sources)
-        root, _ = locate(folder)
+    if key:
+        registry.check_key(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
+    for folder in folders:
+        images = read_subset(folder, dataset, args.allow_other_sources)
         print(f"synthetic: {folder}, {len(images)} images")
-        if args.dry_run:
-            continue
-        found = confidences(args, given, judge, clip, images)
-        stay = kept(found["confidence"], images.target, args.keep, args.threshold, args.min_per_class)
-        if not stay.any():
-            raise UserError(
-                f"--threshold {args.threshold:g} keeps none of {len(images)} images (the best has "
-                f"{found['confidence'].max():.3f}): nothing was written; lower it, or give --keep"
-            )
-        write(args, given, folder, images, found, stay)
-        print(*describe(images, stay, found["confidence"], given.dataset.class_names, args), sep="\n")
-        print(f"kept {stay.sum()} of {len(images)}: {registry.shown_path(list_of(root, args.name))}")
-        print(f"scores and dropped images: {registry.shown_path(folder_of(root, args.name))}")
-    if args.register_key and not args.dry_run:
-        registry.register(registry.SUBSETS, given.dataset.name, args.register_key, entry, args.config_dir)
-        print(f"registered: {given.dataset.name}/{args.register_key}")
+        if not args.dry_run:
+            filter_folder(inputs, settings, folder, images)
+    if key and not args.dry_run:
+        registry.register(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
+        print(f"registered: {dataset.name}/{key}")
     print("to use it: " + " ".join(["train_cls.py --syndata_dir", *(f"'{entry}'" for entry in entries)]))
     return 0

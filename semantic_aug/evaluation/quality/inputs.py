@@ -1,189 +1,273 @@
-"""Flags that the evaluation commands share, and what they stand for."""
+"""What a command of this house examines, as its flags name it: a data set, synthetic subsets, and models."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semantic_aug import cli, registry
-from semantic_aug.datasets.settings import Setting
+import numpy as np
+
+from semantic_aug import cli, meta_csv, registry
+from semantic_aug.datasets.settings import DatasetName, Setting, add_shared
 from semantic_aug.devices import device_of
+from semantic_aug.errors import UserError
 
 if TYPE_CHECKING:
     from semantic_aug.classify.inference import Classifier
     from semantic_aug.datasets import LoadedDataset
     from semantic_aug.datasets.origin import RunOrigin
+    from semantic_aug.datasets.synthetic import SyntheticImages
     from semantic_aug.evaluation.quality.clip import Clip
     from semantic_aug.evaluation.quality.features import Extractor
-    from semantic_aug.evaluation.quality.subset import Subset
 
-MAY_CHANGE = ("gpu", "batch_size", "cache", "dry_run")
-"""Flags that have no part in the outcome."""
+SOURCE_COLUMN = "Source Image"
+NO_PART = ("config_dir",)
+"""Entries of records by earlier versions that have no part in the result."""
 
 
-def add_subsets(parser: cli.Parser) -> None:
-    """Which synthetic images are looked at."""
-    syn = parser.add_argument_group("synthetic data")
-    syn.add_argument(
-        "--syndata_key",
+@dataclass(frozen=True, kw_only=True)
+class SubsetSettings:
+    """Which synthetic images are examined."""
+
+    TITLE = "synthetic data"
+    syndata_key: tuple[str, ...] = cli.setting(
+        (),
         nargs="+",
-        default=[],
         metavar="KEY",
-        help="subsets of the data set's section in synthetic_datasets.yaml (KEY#NAME for a filtered one)",
+        help="subsets of the data set's section in synthetic_datasets.yaml, KEY#NAME for a filtered one (default: none)",
     )
-    syn.add_argument(
-        "--syndata_dir",
+    syndata_dir: tuple[str, ...] = cli.setting(
+        (),
         nargs="+",
         type=cli.path_or(),
-        default=[],
         metavar="DIR",
-        help="folders of subsets (DIR#NAME for a filtered one), besides or instead of keys",
+        help="folders of subsets, DIR#NAME for a filtered one, besides or instead of keys (default: none)",
     )
-    syn.add_argument(
-        "--allow_other_sources",
-        action="store_true",
-        help="accept subsets whose source images are not among the training images of this setting",
+    allow_other_sources: bool = cli.setting(
+        False, help="accept subsets whose source images are not among the training images of this setting"
     )
 
 
-def add_models(parser: cli.Parser, features: bool = True) -> None:
-    """The models that look at them."""
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--classifier",
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The models that judge images."""
+
+    TITLE = "models"
+    classifier: str | None = cli.setting(
+        None,
         type=cli.path_or(),
-        default=None,
         metavar="DIR",
-        help="output folder of a train_cls.py run on this data set; one trained on real images only is an independent judge",
+        help="output folder of a train_cls.py run on this data set; trained on real images only, it judges independently",
     )
-    models.add_argument(
-        "--clip",
-        type=cli.model,
-        default=None,
-        metavar="DIR|ID",
-        help="a CLIP model: folder in transformers' layout, or hub id",
+    clip: str | None = cli.setting(
+        None, type=cli.model, metavar="DIR|ID", help="CLIP model: a folder in transformers' layout, or a hub id"
     )
-    if features:
-        models.add_argument(
-            "--model",
-            default="tf_efficientnet_lite0",
-            metavar="NAME",
-            help="any timm model, whose features are compared; torchvision's names are understood",
-        )
-        models.add_argument(
-            "--weights",
-            type=cli.path_or("auto", "none"),
-            default="auto",
-            metavar="auto|none|PATH",
-            help="its weights: auto (an installed package, else the hub), none (random), or a file or folder",
-        )
-        models.add_argument(
-            "--res_mode",
-            type=cli.whole(16),
-            default=224,
-            metavar="PIXELS",
-            help="side to which pictures are resized for it",
-        )
-        models.add_argument(
-            "--cache",
-            choices=("disk", "off"),
-            default="disk",
-            help="whether features are kept in outputs/cache (DIFFMIX_CACHE names another folder) for the next command",
-        )
-    models.add_argument("--batch_size", type=cli.whole(1), default=64, metavar="N", help="images at a time")
-    models.add_argument(
-        "--gpu", default=None, metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 where there is one)"
+    batch_size: int = cli.setting(64, type=cli.whole(1), metavar="N", help="images at a time", result=False)
+    gpu: str | None = cli.setting(
+        None, metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 where there is one)", result=False
     )
 
 
-def add_output(parser: cli.Parser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """The network whose features are compared."""
+
+    TITLE = "models"
+    model: str = cli.setting(
+        "tf_efficientnet_lite0",
+        metavar="NAME",
+        help="any timm model, whose features are compared; torchvision's names are understood",
+    )
+    weights: str = cli.setting(
+        "auto",
+        type=cli.path_or("auto", "none"),
+        metavar="auto|none|PATH",
+        help="weights of --model: auto (an installed package, else the hub), none (random), or a file or folder",
+    )
+    res_mode: int = cli.setting(
+        224, type=cli.whole(16), metavar="PIXELS", help="side to which images are resized for --model"
+    )
+    cache: str = cli.setting(
+        "disk",
+        choices=("disk", "off"),
+        help="whether features are kept in outputs/cache (DIFFMIX_CACHE names another folder) for the next command",
+        result=False,
+    )
+
+    def load(self, device: str) -> Extractor:
+        """The feature extractor."""
+        from semantic_aug.evaluation.quality.features import load_extractor
+
+        return load_extractor(self.model, self.weights, self.res_mode, device, keep=self.cache == "disk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
     """Where results go."""
-    parser.add_argument(
-        "--output_dir", type=cli.path, required=True, metavar="DIR", help="folder of the results; made if absent"
+
+    TITLE = "output"
+    output_dir: Path = cli.setting(
+        type=cli.path, metavar="DIR", help="folder of the results, created if absent", result=False
     )
 
 
-@dataclass
-class Given:
-    """What the shared flags stand for.
+COMMON = (DatasetName, Setting, cli.RunSettings, SubsetSettings, ModelSettings)
+"""Settings of every command of this house."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One or several folders under one name, ``M`` images in all.
+
+    Attributes:
+        name: key or folder, as the tables show it.
+        folders: as given, a ``#variant`` included.
+        images: paths, classes and strengths.
+        sources: int64 ``(M,)``, each image's source as a row of the data set's training images; -1: not known.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    images: SyntheticImages
+    sources: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def strengths(self) -> np.ndarray:
+        """``(M,)`` strengths to group by: two decimals, or one where that leaves more than 20 different ones."""
+        rounded = np.round(self.images.strength, 2)
+        return rounded if len(np.unique(rounded)) <= 20 else np.round(self.images.strength, 1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a command examines.
 
     Attributes:
         dataset: under its setting.
-        subsets: to be looked at.
-        device: where models run.
+        subsets: in the order given.
+        models: as named.
+        record: every setting that changes a byte of the result, kept beside the results.
     """
 
     dataset: LoadedDataset
     subsets: list[Subset]
-    device: str
+    models: ModelSettings
+    record: dict
+
+    @property
+    def device(self) -> str:
+        """Where the models run."""
+        return device_of(self.models.gpu)
+
+    @cached_property
+    def classifier(self) -> Classifier | None:
+        """The classifier of ``--classifier``.
+
+        Raises:
+            UserError: not a finished run, or one on other classes.
+        """
+        if self.models.classifier is None:
+            return None
+        from semantic_aug.classify.inference import load_run
+        from semantic_aug.evaluation.quality.faithfulness import class_positions
+
+        classifier = load_run(registry.resolve_path(self.models.classifier), self.device)
+        class_positions(classifier, self.dataset)
+        return classifier
+
+    @cached_property
+    def clip(self) -> Clip | None:
+        """The model of ``--clip``."""
+        if self.models.clip is None:
+            return None
+        from semantic_aug.evaluation.quality.clip import load_clip
+
+        return load_clip(self.models.clip, self.device)
+
+    def origin(self) -> RunOrigin:
+        """What results are made from: training images, the subsets, and the weights of ``--classifier``."""
+        from semantic_aug.classify.trainer import MODEL_FILE
+        from semantic_aug.datasets.fingerprint import files_digest, hash_files
+        from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
+
+        def further() -> dict:
+            names, subsets = self.dataset.source_names, {}
+            for subset in self.subsets:
+                hashes = hash_files(subset.images.paths, "synthetic images")
+                subsets[subset.name] = synthetic_identity(subset.images, hashes, names)
+            folder = self.models.classifier
+            weights = files_digest([registry.resolve_path(folder) / MODEL_FILE]) if folder else None
+            return {"subsets": subsets, "classifier": weights}
+
+        return RunOrigin(self.dataset, ("train",), further=further)
 
 
-def resolve(args: argparse.Namespace) -> Given:
+def make_parser(command: str, description: str, classes: Sequence[type]) -> cli.Parser:
+    """The parser of a command: the settings of every command, then its own."""
+    parser = cli.Parser(prog=f"python -m semantic_aug.evaluation {command}", description=description)
+    add_shared(parser)
+    for cls in (SubsetSettings, ModelSettings, *classes):
+        cli.add_settings(parser, cls)
+    return parser
+
+
+def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
     """Loads the data set and reads the subsets.
+
+    Args:
+        args: parsed by the parser of :func:`make_parser`.
+        classes: the command's own settings, which are recorded, too.
 
     Raises:
         UserError: any of them is not what it should be.
     """
     from semantic_aug.datasets import load_dataset
-    from semantic_aug.evaluation.quality.subset import open_subsets
 
-    device = device_of(args.gpu)
+    models = cli.read_settings(ModelSettings, args)
+    device_of(models.gpu)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
-    subsets = open_subsets(args.syndata_key, args.syndata_dir, dataset, args.config_dir, args.allow_other_sources)
-    return Given(dataset, subsets, device)
+    subsets = open_subsets(cli.read_settings(SubsetSettings, args), dataset, args.config_dir)
+    names = [name for cls in (*COMMON, *classes) for name in cli.result_settings(cls) if hasattr(args, name)]
+    return Inputs(dataset, subsets, models, {name: getattr(args, name) for name in names})
 
 
-def extractor(args: argparse.Namespace, device: str) -> Extractor:
-    """The feature extractor of ``--model``."""
-    from semantic_aug.evaluation.quality.features import load_extractor
-
-    return load_extractor(args.model, args.weights, args.res_mode, device, keep=args.cache == "disk")
-
-
-def judge(args: argparse.Namespace, given: Given) -> Classifier | None:
-    """The classifier of ``--classifier``, or None.
+def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:
+    """Reads the folders of one name.
 
     Raises:
-        UserError: not a finished run, or one on other classes.
+        UserError: see :func:`semantic_aug.datasets.synthetic.read_subset`.
     """
-    if args.classifier is None:
-        return None
-    from semantic_aug.classify.inference import load_run
-    from semantic_aug.evaluation.quality.faithfulness import class_positions
+    from semantic_aug.datasets.synthetic import locate, read_subsets
 
-    found = load_run(registry.resolve_path(args.classifier), given.device)
-    class_positions(found, given.dataset)
-    return found
-
-
-def clip(args: argparse.Namespace, device: str) -> Clip | None:
-    """The model of ``--clip``, or None."""
-    if args.clip is None:
-        return None
-    from semantic_aug.evaluation.quality.clip import load_clip
-
-    return load_clip(args.clip, device)
+    images = read_subsets(folders, dataset, allow_other_sources)
+    rows, sources = {key: row for row, key in enumerate(dataset.train.keys)}, []
+    for folder in folders:
+        table = meta_csv.read(locate(folder)[1])
+        keys = table.further.get(SOURCE_COLUMN, [None] * len(table))
+        sources += [rows.get(str(key), -1) for key in keys]
+    return Subset(name, tuple(map(str, folders)), images, np.asarray(sources, np.int64))
 
 
-def record(args: argparse.Namespace) -> dict:
-    """The arguments as they are kept beside the results."""
-    return {name: value for name, value in vars(args).items() if name not in (*MAY_CHANGE, "output_dir")}
+def open_subsets(settings: SubsetSettings, dataset: LoadedDataset, config_dir: Path) -> list[Subset]:
+    """The subsets of the registry keys, then those of the folders, each under a name of its own.
 
-
-def origin(args: argparse.Namespace, given: Given) -> RunOrigin:
-    """What results are made from: training images, the subsets, and the weights of ``--classifier``."""
-    from semantic_aug.classify.trainer import MODEL_FILE
-    from semantic_aug.datasets.fingerprint import files_digest, hash_files
-    from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
-
-    def further() -> dict:
-        names, subsets = given.dataset.source_names, {}
-        for subset in given.subsets:
-            hashes = hash_files(subset.images.paths, "synthetic images")
-            subsets[subset.name] = synthetic_identity(subset.images, hashes, names)
-        classifier = getattr(args, "classifier", None)
-        file = registry.resolve_path(classifier) / MODEL_FILE if classifier else None
-        return {"subsets": subsets, "classifier": files_digest([file]) if file else None}
-
-    return RunOrigin(given.dataset, ("train",), further=further)
+    Raises:
+        UserError: none at all, one given twice, an unknown key, or a subset that cannot be read.
+    """
+    named = {key: dataset.subsets(key, config_dir) for key in settings.syndata_key}
+    short = [Path(folder).name for folder in settings.syndata_dir]
+    for folder, name in zip(settings.syndata_dir, short, strict=True):
+        name = name if short.count(name) == 1 and name not in named else str(folder)
+        if name in named:
+            raise UserError(f"subset {folder} is given twice: expected each of --syndata_key, --syndata_dir once")
+        named[name] = [folder]
+    if not named:
+        raise UserError("no synthetic subset is given: expected --syndata_key or --syndata_dir")
+    return [open_subset(name, folders, dataset, settings.allow_other_sources) for name, folders in named.items()]

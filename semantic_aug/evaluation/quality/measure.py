@@ -1,44 +1,365 @@
-"""Faithfulness, diversity, FID, KID and near-copies of synthetic subsets, per strength and class."""
+"""Faithfulness, diversity, distances to real images and near-copies of synthetic subsets, per strength and class.
+
+One row per strength and target class, and totals over either and both. Means over a row's images: faithfulness (see
+:mod:`semantic_aug.evaluation.quality.faithfulness`), CLIP score, distance to the source image, distance to the nearest real
+training image and the share of near-copies. Over the row's images as a set: distance within class, Frechet and kernel
+distance to the real training images (of the row's class, or all), and to a reference subset. The names of these columns
+hold the network whose features are compared: FID and KID are the same distances over Inception's.
+"""
 
 from __future__ import annotations
 
-from semantic_aug import cli, console, registry, runs
-from semantic_aug.datasets.settings import add_shared
-from semantic_aug.evaluation.quality import inputs as options
+import csv
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_aug import cli, console, files, registry, runs
+from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
+from semantic_aug.evaluation.quality import distances
+from semantic_aug.evaluation.quality.inputs import (
+    NO_PART,
+    SOURCE_COLUMN,
+    FeatureSettings,
+    OutputSettings,
+    Subset,
+    make_parser,
+    open_subset,
+    read_inputs,
+)
+from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
+from semantic_aug.seeding import numpy_rng
+
+if TYPE_CHECKING:
+    from semantic_aug.classify.inference import Classifier
+    from semantic_aug.datasets import LoadedDataset
+    from semantic_aug.evaluation.quality.clip import Clip
+    from semantic_aug.evaluation.quality.features import Extractor
+
+ALL = "all"
+"""Stands for every strength or every class in the totals."""
+REAL = "real"
+"""Name of the rows that give the real training images' own values, to compare with."""
+CSV_FILE, JSON_FILE, TABLE_FILE = "measures.csv", "measures.json", "measures.md"
+PICTURE_FILE = "faithfulness_diversity.png"
+AXES = {
+    "source_distance": "diversity: feature distance to the source image",
+    "class_distance": "diversity: feature distance within class",
+    "target_probability": "faithfulness: target-class probability",
+    "clip_score": "faithfulness: CLIP score",
+}
 
 
-def build_parser() -> cli.Parser:
-    """All flags of this command."""
-    parser = cli.Parser(prog="python -m semantic_aug.evaluation measure", description=__doc__)
-    add_shared(parser)
-    options.add_subsets(parser)
-    options.add_models(parser)
-    options.add_output(parser)
-    group = parser.add_argument_group("measures")
-    group.add_argument(
-        "--reference",
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """How subsets are measured."""
+
+    TITLE = "measures"
+    reference: str | None = cli.setting(
+        None,
         type=cli.path_or(),
-        default=None,
         metavar="DIR",
-        help="another subset (DIR#NAME for a filtered one): FID and KID to it are given too, as of a faster sampling preset "
-        "to the exact one",
+        help="another subset (DIR#NAME for a filtered one): distances to it are given too, as of fewer sampling steps to more",
     )
-    group.add_argument(
-        "--gamma",
+    gamma: float = cli.setting(
+        0.5,
         type=cli.number(0, open_low=True),
-        default=0.5,
         metavar="G",
         help="label agreement is under the soft labels (1 - s^G) source + s^G target; above 0",
     )
-    group.add_argument(
-        "--copy_percentile",
+    copy_percentile: float = cli.setting(
+        1.0,
         type=cli.number(0, 100),
-        default=1.0,
         metavar="P",
         help="an image is a near-copy where a training image is nearer to it than the P-th percentile of the training images' "
         "distances to their own nearest neighbour",
     )
-    return parser
+
+
+SETTINGS = (FeatureSettings, OutputSettings, MeasureSettings)
+
+
+def build_parser() -> cli.Parser:
+    """All flags of this command."""
+    return make_parser("measure", __doc__.split("\n")[0], SETTINGS)
+
+
+def column_names(network: str) -> list[str]:
+    """All columns, in order; those of distances between sets name the network."""
+    names = ["subset", "strength", "target_class", "images"]
+    names += ["source_probability", "target_probability", "source_top1", "target_top1", "label_agreement", "clip_score"]
+    names += ["source_distance", "nearest_real", "near_copies", "class_distance"]
+    for prefix in ("", "reference_"):
+        names += [f"{prefix}frechet_{network}", f"{prefix}kernel_{network}", f"{prefix}kernel_{network}_std"]
+    return names
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One set of images with what the models say of each.
+
+    Attributes:
+        name: of the subset, or :data:`REAL`.
+        classes: int64 ``(N,)``, target classes.
+        strengths: ``(N,)``, rounded; None for real images.
+        features: float32 ``(N, D)``.
+        values: by column, ``(N,)`` each; NaN where an image has none.
+    """
+
+    name: str
+    classes: np.ndarray
+    strengths: np.ndarray | None
+    features: np.ndarray
+    values: Mapping[str, np.ndarray]
+
+    def groups(self) -> Iterator[tuple[float | str, int | None, np.ndarray]]:
+        """Strength, class and rows ``(N,)`` of each group: per strength, per class where strengths differ, all."""
+        classes = np.unique(self.classes)
+        strengths = [] if self.strengths is None else np.unique(self.strengths).tolist()
+        for strength in strengths if len(strengths) > 1 else []:
+            rows = self.strengths == strength
+            for label in classes:
+                if (rows & (self.classes == label)).any():
+                    yield strength, int(label), rows & (self.classes == label)
+            yield strength, None, rows
+        strength = strengths[0] if len(strengths) == 1 else ALL
+        for label in classes:
+            yield strength, int(label), self.classes == label
+        yield strength, None, np.ones(len(self.classes), bool)
+
+    def class_distance(self, rows: np.ndarray) -> float:
+        """Mean cosine distance of two images of one class, classes weighted by their images."""
+        classes = self.classes[rows]
+        labels, counts = np.unique(classes, return_counts=True)
+        spread = np.array([distances.mean_pairwise(self.features[rows][classes == label]) for label in labels])
+        known = ~np.isnan(spread)
+        return float(np.average(spread[known], weights=counts[known])) if known.any() else float("nan")
+
+
+@dataclass
+class Measurer:
+    """Everything subsets are measured with.
+
+    Attributes:
+        dataset: whose training images are the real ones.
+        extractor: of features.
+        classifier: None: no faithfulness by a classifier.
+        clip: None: no CLIP score.
+        settings: gamma of the soft labels, percentile of near-copies.
+        seed: of the kernel distance's subsets.
+        batch_size: images at a time.
+    """
+
+    dataset: LoadedDataset
+    extractor: Extractor
+    classifier: Classifier | None = None
+    clip: Clip | None = None
+    settings: MeasureSettings = MeasureSettings()
+    seed: int = 0
+    batch_size: int = 64
+
+    def measure_real(self) -> tuple[ImageSet, float]:
+        """The real training images, and the distance below which an image counts as a copy of one.
+
+        The threshold is a low percentile of the real images' distances to their nearest other real image: an image nearer to
+        a training image than all but that share of real ones is not a new one. Photographs taken twice lower it.
+        """
+        train = self.dataset.train
+        content = content_digest(hash_images(train).hex())
+        features = self.extractor.features(train.image, len(train), content, self.batch_size)
+        nearest = distances.neighbours(features, features, skip_self=True)[0]
+        nearest = nearest[:, 0] if nearest.shape[1] else np.full(len(train), np.nan)
+        threshold = float(np.percentile(nearest, self.settings.copy_percentile))
+        values = {"nearest_real": nearest, "near_copies": nearest < threshold}
+        if self.clip:
+            values["clip_score"] = self._clip_scores(train.image, train.labels)
+        return ImageSet(REAL, train.labels, None, features, values), threshold
+
+    def measure_subset(self, subset: Subset, real: ImageSet, threshold: float) -> ImageSet:
+        """A subset's images, each with the values it has."""
+        from semantic_aug.evaluation.quality import faithfulness
+
+        images, features = subset.images, self.features(subset)
+        nearest = distances.neighbours(features, real.features)[0][:, 0]
+        values = {"nearest_real": nearest, "near_copies": nearest < threshold}
+        known = subset.sources >= 0
+        if known.any():
+            values["source_distance"] = np.full(len(subset), np.nan)
+            sources = real.features[subset.sources[known]]
+            values["source_distance"][known] = distances.cosine_distance(features[known], sources)
+        if self.classifier:
+            probabilities = faithfulness.class_probabilities(self.classifier, images, self.dataset)
+            values |= faithfulness.scores(probabilities, images, self.settings.gamma)
+        if self.clip:
+            values["clip_score"] = self._clip_scores(images.image, images.target)
+        return ImageSet(subset.name, images.target, subset.strengths, features, values)
+
+    def measure_reference(self, subset: Subset) -> ImageSet:
+        """A subset to which others have distances between sets only."""
+        return ImageSet(subset.name, subset.images.target, subset.strengths, self.features(subset), {})
+
+    def features(self, subset: Subset) -> np.ndarray:
+        """Features ``(M, D)`` of a subset."""
+        content = content_digest(hash_files(subset.images.paths, "synthetic images").hex())
+        return self.extractor.features(subset.images.image, len(subset), content, self.batch_size)
+
+    def _clip_scores(self, read, classes: np.ndarray) -> np.ndarray:
+        from semantic_aug.evaluation.quality.clip import clip_score
+
+        super_class = self.dataset.spec.super_class
+        phrases = [fill(SAMPLING_TEMPLATE, class_phrase(name, super_class)) for name in self.dataset.class_names]
+        images = self.clip.images(read, len(classes), self.batch_size)
+        return clip_score(images, self.clip.texts(phrases)[np.asarray(classes)])
+
+    def rows(self, images: ImageSet, real: ImageSet, reference: ImageSet | None = None) -> list[dict]:
+        """The rows of one set of images, see :func:`column_names`; what it does not have is left out."""
+        names, out = self.dataset.source_names, []
+        for strength, label, chosen in tqdm(
+            list(images.groups()), desc=images.name, unit="row", mininterval=1.0, leave=False
+        ):
+            row = {
+                "subset": images.name,
+                "strength": strength,
+                "target_class": ALL if label is None else names[label],
+                "images": int(chosen.sum()),
+            }
+            with warnings.catch_warnings():  # a row without any known source: its mean is NaN, and left out
+                warnings.simplefilter("ignore", RuntimeWarning)
+                row |= {name: float(np.nanmean(values[chosen])) for name, values in images.values.items()}
+            row["class_distance"] = images.class_distance(chosen)
+            if images is not real:
+                row |= self._set_distances(images.features[chosen], real, label, None, "")
+            if reference is not None:
+                row |= self._set_distances(images.features[chosen], reference, label, strength, "reference_")
+            out.append({name: value for name, value in row.items() if value == value})
+        return out
+
+    def _set_distances(
+        self, features: np.ndarray, other: ImageSet, label: int | None, strength: float | str | None, prefix: str
+    ) -> dict[str, float]:
+        """Frechet (totals over classes only) and kernel distance to another set's images of the same class and strength."""
+        chosen = np.ones(len(other.classes), bool) if label is None else other.classes == label
+        if other.strengths is not None and strength != ALL and (other.strengths == strength).any():
+            chosen = chosen & (other.strengths == strength)
+        rng = numpy_rng(self.seed, "kid", str(label), str(strength))
+        kernel = f"{prefix}kernel_{self.extractor.network}"
+        found = dict(
+            zip(
+                (kernel, f"{kernel}_std"), distances.kernel_distance(features, other.features[chosen], rng), strict=True
+            )
+        )
+        if label is None:
+            distance = distances.frechet_distance(features, other.features[chosen])
+            found[f"{prefix}frechet_{self.extractor.network}"] = distance
+        return found
+
+    def notes(self, subsets: Sequence[Subset], real: ImageSet) -> list[str]:
+        """What is left out or to be read with care, and what it would need; one line each."""
+        lines, dimensions = [], real.features.shape[1]
+        if self.classifier is None:
+            lines.append(
+                "source and target probability, top-1 and label agreement are left out: they need --classifier"
+            )
+        if self.clip is None:
+            lines.append("clip_score is left out: it needs --clip")
+        for subset in subsets:
+            unknown = int((subset.sources < 0).sum())
+            if unknown:
+                share = "" if unknown == len(subset) else f" for {unknown} of {len(subset)} images"
+                lines.append(
+                    f"source_distance of {subset.name} is left out{share}: it needs the column '{SOURCE_COLUMN}' of meta.csv, "
+                    "with training images of this setting"
+                )
+            if min(len(subset), len(real.classes)) <= dimensions:
+                lines.append(
+                    f"frechet distance of {subset.name}: {len(subset)} synthetic and {len(real.classes)} real images for "
+                    f"{dimensions} feature dimensions; with fewer images than dimensions it is biased upwards, the kernel "
+                    "distance is not"
+                )
+        return lines
+
+
+def totals(rows: Sequence[Mapping]) -> list[Mapping]:
+    """The rows over all classes: one per subset and strength."""
+    return [row for row in rows if row["target_class"] == ALL]
+
+
+def markdown(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
+    """The totals as a Markdown table."""
+    rows = totals(rows)
+    columns = [name for name in columns if name != "target_class" and any(name in row for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(_text(row.get(name, ""), 3) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _text(value, digits: int) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def axes_of(rows: Sequence[Mapping]) -> tuple[str, str] | None:
+    """Columns of diversity and faithfulness that all totals have, or None where faithfulness was not measured."""
+    rows = [row for row in totals(rows) if row["subset"] != REAL]
+    common = [name for name in AXES if all(name in row for row in rows)]
+    diversity = next((name for name in common if name.endswith("distance")), None)
+    faithful = next((name for name in common if not name.endswith("distance")), None)
+    return (diversity, faithful) if diversity and faithful else None
+
+
+def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
+    """A point per subset and strength; the points of one subset are joined in the order of their strengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [row for row in totals(rows) if row["subset"] != REAL]
+    figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name in dict.fromkeys(row["subset"] for row in points):
+        of_subset = [row for row in points if row["subset"] == name]
+        single = [row for row in of_subset if row["strength"] != ALL] or of_subset
+        x, y = [row[axes[0]] for row in single], [row[axes[1]] for row in single]
+        plot.plot(x, y, "o-", label=name, linewidth=1)
+        for row, *position in zip(single, x, y, strict=True):
+            plot.annotate(f"s={row['strength']}", position, xytext=(4, 4), textcoords="offset points")
+    plot.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
+    plot.margins(0.15)
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize=8)
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write(folder: Path, rows: Sequence[Mapping], columns: Sequence[str], facts: Mapping) -> list[Path]:
+    """Writes CSV, JSON, Markdown table and picture, as far as the rows allow; columns that no row has are left out.
+
+    Args:
+        folder: created if absent.
+        rows: of :meth:`Measurer.rows`.
+        columns: their names, in order.
+        facts: what the JSON holds besides the rows.
+
+    Returns:
+        The files written.
+    """
+    columns = [name for name in columns if any(name in row for row in rows)]
+    with files.atomic_path(folder / CSV_FILE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_text(row.get(name, ""), 6) for name in columns] for row in rows)
+    files.write_json(folder / JSON_FILE, {**runs.plain(facts), "rows": [dict(row) for row in rows]})
+    files.write_text(folder / TABLE_FILE, markdown(rows, columns) + "\n")
+    written, axes = [folder / CSV_FILE, folder / JSON_FILE, folder / TABLE_FILE], axes_of(rows)
+    if axes:
+        draw(folder / PICTURE_FILE, rows, axes)
+        written.append(folder / PICTURE_FILE)
+    return written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,42 +367,37 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console.quiet_libraries()
     console.set_up_logging()
-    given = options.resolve(args)
-    judge, clip = options.judge(args, given), options.clip(args, given.device)
-    from semantic_aug.evaluation.quality import measure_report
-    from semantic_aug.evaluation.quality.measures import Measurer, missing
-    from semantic_aug.evaluation.quality.subset import open_subset
-
+    inputs, settings = read_inputs(args, SETTINGS), cli.read_settings(MeasureSettings, args)
+    dataset, classifier, clip = inputs.dataset, inputs.classifier, inputs.clip
     reference = None
-    if args.reference:
-        reference = open_subset("reference", [args.reference], given.dataset, args.allow_other_sources)
-    extractor = options.extractor(args, given.device)
-    print(given.dataset.describe())
-    for subset in given.subsets:
+    if settings.reference:
+        reference = open_subset("reference", [settings.reference], dataset, args.allow_other_sources)
+    extractor = cli.read_settings(FeatureSettings, args).load(inputs.device)
+    print(dataset.describe())
+    for subset in inputs.subsets:
         print(f"synthetic: {subset.name}, {len(subset)} images")
     if args.dry_run:
         return 0
     folder = registry.resolve_path(args.output_dir)
-    arguments = options.record(args)
-    runs.claim(folder, arguments, "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
+    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin())
     measurer = Measurer(
-        given.dataset, extractor, judge, clip, args.gamma, args.seed, args.copy_percentile, args.batch_size
+        dataset, extractor, classifier, clip, settings=settings, seed=args.seed, batch_size=args.batch_size
     )
-    real, threshold = measurer.real()
-    other = measurer.reference(reference) if reference else None
+    real, threshold = measurer.measure_real()
+    other = measurer.measure_reference(reference) if reference else None
     rows = []
-    for subset in given.subsets:
-        rows += measurer.rows(measurer.look(subset, real, threshold), real, other)
+    for subset in inputs.subsets:
+        rows += measurer.rows(measurer.measure_subset(subset, real, threshold), real, other)
     rows += measurer.rows(real, real)
-    notes = missing(given.subsets, measurer, real.features.shape[1], len(given.dataset.train))
-    if measure_report.axes_of(rows) is None:
-        notes.append(f"{measure_report.PICTURE_FILE} is left out: it needs --classifier or --clip")
-    facts = {"arguments": arguments, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
-    files = measure_report.write(folder, rows, facts)
-    print(measure_report.markdown(rows))
+    notes, columns = measurer.notes(inputs.subsets, real), column_names(extractor.network)
+    if axes_of(rows) is None:
+        notes.append(f"{PICTURE_FILE} is left out: it needs --classifier or --clip")
+    facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
+    written = write(folder, rows, columns, facts)
+    print(markdown(rows, columns))
     print(
-        f"near-copies: nearer than {threshold:.4g} to a training image (percentile {args.copy_percentile:g} of real ones)"
+        f"near-copies: nearer than {threshold:.4g} to a training image (percentile {settings.copy_percentile:g} of real ones)"
     )
     print(*(f"note: {note}" for note in notes), sep="\n")
-    print(f"written: {', '.join(registry.shown_path(file) for file in files)}")
+    print(f"written: {', '.join(registry.shown_path(file) for file in written)}")
     return 0

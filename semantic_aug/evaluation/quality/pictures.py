@@ -3,49 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
-from semantic_aug.datasets.settings import add_shared
-from semantic_aug.evaluation.quality import inputs as options
+from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality.inputs import (
+    NO_PART,
+    FeatureSettings,
+    Inputs,
+    OutputSettings,
+    Subset,
+    make_parser,
+    read_inputs,
+)
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.seeding import numpy_rng
+
+if TYPE_CHECKING:
+    from semantic_aug.evaluation.quality.features import Extractor
 
 KINDS = ("translations", "neighbours", "failures")
 MOST_COLUMNS = 12
 RIGHT, WRONG = (40, 140, 60), (200, 40, 40)
 
 
-def build_parser() -> cli.Parser:
-    """All flags of this command."""
-    parser = cli.Parser(prog="python -m semantic_aug.evaluation pictures", description=__doc__)
-    add_shared(parser)
-    options.add_subsets(parser)
-    options.add_models(parser)
-    options.add_output(parser)
-    group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--kinds",
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """Which sheets are drawn, and how large."""
+
+    TITLE = "pictures"
+    kinds: tuple[str, ...] | None = cli.setting(
+        None,
         nargs="+",
         choices=KINDS,
-        default=None,
         help="translations: a source image in each row; neighbours: synthetic images and the real ones nearest to them; "
-        "failures: the lowest target probability under --classifier (default: all that what is given allows)",
+        "failures: the lowest target probability under --classifier (default: all that the given flags allow)",
     )
-    group.add_argument("--rows", type=cli.whole(1), default=8, metavar="N", help="rows of each sheet")
-    group.add_argument(
-        "--neighbours", type=cli.whole(1), default=5, metavar="N", help="real images beside each synthetic one"
-    )
-    group.add_argument("--size", type=cli.whole(16), default=160, metavar="PIXELS", help="side of each image")
-    return parser
+    rows: int = cli.setting(8, type=cli.whole(1), metavar="N", help="rows of each sheet")
+    neighbours: int = cli.setting(5, type=cli.whole(1), metavar="N", help="real images beside each synthetic one")
+    size: int = cli.setting(160, type=cli.whole(16), metavar="PIXELS", help="side of each image")
 
 
-def chosen_sources(subsets: Sequence, classes: np.ndarray, count: int, seed: int) -> list[int]:
+SETTINGS = (FeatureSettings, OutputSettings, PictureSettings)
+
+
+def build_parser() -> cli.Parser:
+    """All flags of this command."""
+    return make_parser("pictures", __doc__, SETTINGS)
+
+
+def chosen_sources(subsets: Sequence[Subset], classes: np.ndarray, count: int, seed: int) -> list[int]:
     """Training images to show: those most subsets have translations of, taking turns over their classes.
 
     Args:
@@ -66,75 +80,74 @@ def chosen_sources(subsets: Sequence, classes: np.ndarray, count: int, seed: int
     return sorted(order[:count], key=lambda row: (classes[row], row))
 
 
-def translations(given: options.Given, rows: int, size: int, seed: int) -> Image.Image | None:
-    """Each row a source image and what one subset made of it, by target and strength; None where no source is known."""
-    train, names = given.dataset.train, given.dataset.class_names
+def _translation(inputs: Inputs, subset: Subset, row: int) -> Cell:
+    images, names = subset.images, inputs.dataset.class_names
+    return Cell(images.image(row), f"{names[images.target[row]]}, s={images.strength[row]:g}")
+
+
+def translations(inputs: Inputs, settings: PictureSettings, seed: int) -> Image.Image | None:
+    """Each row a source image and its translations in one subset, by target and strength; None without known sources."""
+    train, names = inputs.dataset.train, inputs.dataset.class_names
     lines, titles = [], []
-    for source in chosen_sources(given.subsets, train.labels, rows, seed):
-        for subset in given.subsets:
-            mine = np.flatnonzero(subset.sources == source)
-            images = subset.images
-            mine = sorted(mine.tolist(), key=lambda i: (images.target[i], images.strength[i]))[: MOST_COLUMNS - 1]
-            if mine:
-                cells = [Cell(images.image(i), f"{names[images.target[i]]}, s={images.strength[i]:g}") for i in mine]
-                lines.append([Cell(train.image(source), f"real: {names[train.labels[source]]}"), *cells])
-                titles.append(subset.name if len(given.subsets) > 1 else "")
+    for source in chosen_sources(inputs.subsets, train.labels, settings.rows, seed):
+        for subset in inputs.subsets:
+            rows, images = np.flatnonzero(subset.sources == source).tolist(), subset.images
+            rows = sorted(rows, key=lambda i: (images.target[i], images.strength[i]))[: MOST_COLUMNS - 1]
+            if rows:
+                real = Cell(train.image(source), f"real: {names[train.labels[source]]}")
+                lines.append([real, *(_translation(inputs, subset, row) for row in rows)])
+                titles.append(subset.name if len(inputs.subsets) > 1 else "")
     if not lines:
         return None
-    return grid(lines, titles if any(titles) else (), size=size, title="real images and their translations")
+    title = "real images and their translations"
+    return grid(lines, titles if any(titles) else (), size=settings.size, title=title)
 
 
-def neighbours(
-    given: options.Given, subset, extractor, rows: int, count: int, size: int, batch_size: int
-) -> Image.Image:
-    """Synthetic images from the most like a training image to the least, evenly over the ranks, and their neighbours."""
+def neighbours(inputs: Inputs, settings: PictureSettings, subset: Subset, extractor: Extractor) -> Image.Image:
+    """Synthetic images from the most to the least similar to a training image, evenly over the ranks, and their neighbours."""
     from semantic_aug.evaluation.quality import distances
 
-    train, names, images = given.dataset.train, given.dataset.class_names, subset.images
-    real = extractor.features(train.image, len(train), content_digest(hash_images(train).hex()), batch_size)
-    made = extractor.features(images.image, len(images), content_digest(hash_files(images.paths).hex()), batch_size)
-    distance, nearest = distances.neighbours(made, real, count)
+    train, names, images = inputs.dataset.train, inputs.dataset.class_names, subset.images
+    size, contents = inputs.models.batch_size, (hash_images(train).hex(), hash_files(images.paths).hex())
+    real = extractor.features(train.image, len(train), content_digest(contents[0]), size)
+    synthetic = extractor.features(images.image, len(images), content_digest(contents[1]), size)
+    distance, nearest = distances.neighbours(synthetic, real, settings.neighbours)
     ranked = np.argsort(distance[:, 0], kind="stable")
-    shown = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(rows, len(ranked))).round().astype(int))]
+    count = min(settings.rows, len(ranked))
+    shown = ranked[np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))]
     lines = []
     for i in shown.tolist():
-        cells = [
-            Cell(
-                train.image(row),
-                f"{away:.3f} {names[train.labels[row]]}" + (" (its source)" if row == subset.sources[i] else ""),
-                RIGHT if train.labels[row] == images.target[i] else None,
-            )
-            for away, row in zip(distance[i], nearest[i].tolist(), strict=True)
-        ]
-        lines.append([Cell(images.image(i), f"{names[images.target[i]]}, s={images.strength[i]:g}"), *cells])
-    columns = ["synthetic", *("nearest real" if k == 0 else "" for k in range(count))]
+        cells = [_translation(inputs, subset, i)]
+        for away, row in zip(distance[i], nearest[i].tolist(), strict=True):
+            caption = f"{away:.3f} {names[train.labels[row]]}" + (" (its source)" if row == subset.sources[i] else "")
+            frame = RIGHT if train.labels[row] == images.target[i] else None
+            cells.append(Cell(train.image(row), caption, frame))
+        lines.append(cells)
+    columns = ["synthetic", "nearest real", *[""] * (settings.neighbours - 1)]
     title = (
         f"{subset.name}: cosine distance to the nearest training images, most alike first; framed: the target's class"
     )
-    return grid(lines, (), columns, size, title)
+    return grid(lines, (), columns, settings.size, title)
 
 
-def failures(given: options.Given, subset, judge, rows: int, size: int) -> Image.Image:
-    """For the target classes that fare worst, the images with the lowest target probability, and what they are taken for."""
-    from semantic_aug.evaluation.quality.faithfulness import judged
+def failures(inputs: Inputs, settings: PictureSettings, subset: Subset) -> Image.Image:
+    """Images with the lowest target probability, of the target classes with the lowest mean, and their predictions."""
+    from semantic_aug.evaluation.quality.faithfulness import class_probabilities, target_mass
 
-    names, images = given.dataset.class_names, subset.images
-    probabilities = judged(judge, images, given.dataset)
-    score, taken = probabilities[np.arange(len(images)), images.target], probabilities.argmax(1)
+    names, images = inputs.dataset.class_names, subset.images
+    probabilities = class_probabilities(inputs.classifier, images, inputs.dataset)
+    score, predicted = target_mass(probabilities, images), probabilities.argmax(1)
     mean = {label: score[images.target == label].mean() for label in np.unique(images.target).tolist()}
     lines, titles = [], []
-    for label in sorted(mean, key=mean.get)[:rows]:
-        mine = np.flatnonzero(images.target == label)
-        worst = mine[np.argsort(score[mine], kind="stable")][: MOST_COLUMNS // 2].tolist()
-        lines.append(
-            [
-                Cell(images.image(i), f"{score[i]:.2f} looks {names[taken[i]]}", RIGHT if taken[i] == label else WRONG)
-                for i in worst
-            ]
-        )
+    for label in sorted(mean, key=mean.get)[: settings.rows]:
+        of_class = np.flatnonzero(images.target == label)
+        worst = of_class[np.argsort(score[of_class], kind="stable")][: MOST_COLUMNS // 2].tolist()
+        captions = [f"{score[i]:.2f} looks {names[predicted[i]]}" for i in worst]
+        frames = [RIGHT if predicted[i] == label else WRONG for i in worst]
+        lines.append([Cell(images.image(i), *rest) for i, *rest in zip(worst, captions, frames, strict=True)])
         titles.append(f"{names[label]} ({mean[label]:.2f})")
     title = f"{subset.name}: lowest probability of the target class (mean of the class in brackets)"
-    return grid(lines, titles, size=size, title=title)
+    return grid(lines, titles, size=settings.size, title=title)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,34 +155,31 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console.quiet_libraries()
     console.set_up_logging()
-    given = options.resolve(args)
-    wanted = args.kinds or [kind for kind in KINDS if kind != "failures" or args.classifier]
-    if "failures" in wanted and args.classifier is None:
-        from semantic_aug.errors import UserError
-
+    inputs, settings = read_inputs(args, SETTINGS), cli.read_settings(PictureSettings, args)
+    kinds = settings.kinds or [kind for kind in KINDS if kind != "failures" or args.classifier]
+    if "failures" in kinds and args.classifier is None:
         raise UserError("--kinds failures needs a classifier: give --classifier")
-    judge = options.judge(args, given) if "failures" in wanted else None
-    extractor = options.extractor(args, given.device) if "neighbours" in wanted else None
-    print(given.dataset.describe())
+    classifier = inputs.classifier if "failures" in kinds else None
+    extractor = cli.read_settings(FeatureSettings, args).load(inputs.device) if "neighbours" in kinds else None
+    print(inputs.dataset.describe())
     folder = registry.resolve_path(args.output_dir)
     if args.dry_run:
-        print(f"would draw {', '.join(wanted)} into {registry.shown_path(folder)}")
+        print(f"would draw {', '.join(kinds)} into {registry.shown_path(folder)}")
         return 0
-    runs.claim(folder, options.record(args), "--output_dir", options.MAY_CHANGE, origin=options.origin(args, given))
-    if "translations" in wanted:
-        sheet = translations(given, args.rows, args.size, args.seed)
+    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin())
+    if "translations" in kinds:
+        sheet = translations(inputs, settings, args.seed)
         if sheet is None:
             print("note: translations are left out: they need the column 'Source Image' of meta.csv")
         else:
             _save(folder / "translations.png", sheet)
-    for subset in given.subsets:
-        end = f"{slug(subset.name)}.png" if len(given.subsets) > 1 else "all.png"
+    for subset in inputs.subsets:
+        end = f"{slug(subset.name)}.png" if len(inputs.subsets) > 1 else "all.png"
         if extractor:
-            sheet = neighbours(given, subset, extractor, args.rows, args.neighbours, args.size, args.batch_size)
-            _save(folder / f"neighbours-{end}", sheet)
-        if judge:
-            _save(folder / f"failures-{end}", failures(given, subset, judge, args.rows, args.size))
-    if args.kinds is None and args.classifier is None:
+            _save(folder / f"neighbours-{end}", neighbours(inputs, settings, subset, extractor))
+        if classifier:
+            _save(folder / f"failures-{end}", failures(inputs, settings, subset))
+    if settings.kinds is None and args.classifier is None:
         print("note: failures are left out: they need --classifier")
     return 0
 
