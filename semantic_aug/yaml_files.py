@@ -6,12 +6,14 @@ and classes they are text here, exactly as written. An empty value, ``~`` or ``n
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
@@ -57,19 +59,16 @@ def parse(text: str, path: Path, typed: bool = False) -> dict[str, Any]:
     Raises:
         UserError: damaged, not a mapping, or a name written twice in one mapping; names the file and the line.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
     try:
-        node = YAML(pure=True).compose(text)
+        node = yaml.compose(text, yaml.SafeLoader)
         content = None if node is None else _Values(path, typed).of(node)
-    except MarkedYAMLError as error:
+    except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({error.problem or error.context}): correct the file") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply for a file of settings: correct the file") from None
-    except (YAMLError, ValueError) as error:  # a character that YAML forbids, for one
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML forbids, for one
         position = getattr(error, "position", None)
         line = "" if position is None else f", line {text.count(chr(10), 0, position) + 1}"
         reason = getattr(error, "reason", None) or str(error)
@@ -114,9 +113,7 @@ class _Values:
         self.open: set[int] = set()
 
     def of(self, node: Any) -> Any:
-        from ruamel.yaml.nodes import MappingNode, ScalarNode
-
-        if isinstance(node, ScalarNode):
+        if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if id(node) in self.open:
             raise UserError(
@@ -124,7 +121,7 @@ class _Values:
             )
         if id(node) not in self.made:
             self.open.add(id(node))
-            mapping = isinstance(node, MappingNode)
+            mapping = isinstance(node, yaml.MappingNode)
             self.made[id(node)] = self._mapping(node) if mapping else [self.of(item) for item in node.value]
             self.open.remove(id(node))
         return self.made[id(node)]
@@ -140,12 +137,10 @@ class _Values:
         return node.value
 
     def _mapping(self, node: Any) -> dict[str, Any]:
-        from ruamel.yaml.nodes import ScalarNode
-
         out, lines, merged = {}, {}, {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if not isinstance(key, ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
                 raise UserError(
                     f"{self.path}, line {line}: a list or mapping as a name, expected text: correct the file"
                 )
@@ -169,11 +164,23 @@ def _as_list(value: Any) -> list:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def to_text(block: Mapping) -> str:
-    """A block of YAML that reads back as it is, here and with every YAML library."""
-    out = io.StringIO()
-    _round_trip().dump(_quoted(block), out)
-    return out.getvalue()
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that some YAML reader would take for something else."""
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    plain = _PLAIN.fullmatch(text) and not _WORDS.fullmatch(text)
+    style = None if plain else "'" if text.isprintable() else '"'  # with escapes
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
+def to_text(block: Mapping, flow: bool = False) -> str:
+    """A block of YAML that reads back as it is, here and with every YAML library; ``flow`` writes it in braces."""
+    options = {"default_flow_style": flow, "sort_keys": False, "allow_unicode": True, "width": float("inf")}
+    return yaml.dump(as_read(block), Dumper=_Dumper, **options)
 
 
 def extended(text: str, path: Path, section: str, key: str, entry: Any) -> str:
@@ -189,26 +196,47 @@ def extended(text: str, path: Path, section: str, key: str, entry: Any) -> str:
     Raises:
         UserError: the text cannot be extended so that it reads back as it should.
     """
-    from ruamel.yaml.comments import CommentedMap
-
     wanted = parse(text, path)
     wanted[section] = {**(wanted.get(section) or {}), key: as_read(entry)}
-    yaml = _round_trip()
-    content, header = yaml.load(text), ""
-    if content is None:  # only comments, or nothing: the section is written below them
-        header = text if not text or text.endswith("\n") else text + "\n"
-        content = CommentedMap()
-    if content.get(section) is None:
-        content[section if section in content else _quoted(section)] = CommentedMap()
-    content[section][_quoted(key)] = _quoted(entry)
-    out = io.StringIO(header)
-    out.seek(0, io.SEEK_END)
-    yaml.dump(content, out)
-    if parse(out.getvalue(), path) != wanted:
+    text = text if not text or text.endswith("\n") else text + "\n"
+    root = yaml.compose(text, yaml.SafeLoader)
+    values = {name.value: value for name, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    value = values.get(section)
+    if value is None and values and root.flow_style:
+        extension = _inserted(text, root, {section: {key: entry}})
+    elif value is None:  # below the comments at the end
+        column = root.start_mark.column if values else 0
+        extension = text + textwrap.indent(to_text({section: {key: entry}}), column * " ")
+    elif isinstance(value, yaml.MappingNode):
+        extension = _inserted(text, value, {key: entry})
+    else:  # an empty section
+        start, end = value.start_mark.index, value.end_mark.index
+        column = root.value[0][0].start_mark.column + 2
+        line_end = text.index("\n", end) + 1
+        block = textwrap.indent(to_text({key: entry}), column * " ")
+        extension = text[:start] + text[end:line_end] + block + text[line_end:]
+    try:
+        complete = parse(extension, path) == wanted
+    except UserError:
+        complete = False
+    if not complete:
         raise UserError(
             f"{path} cannot be extended without changing other entries: add {section}/{key} by hand ({to_text({key: entry})})"
         )
-    return out.getvalue()
+    return extension
+
+
+def _inserted(text: str, mapping: yaml.MappingNode, block: Mapping) -> str:
+    """A text with further entries at the end of one of its mappings."""
+    if mapping.flow_style:
+        end = mapping.end_mark.index - 1  # the closing brace
+        return text[:end] + (", " if mapping.value else "") + to_text(block, flow=True).strip()[1:-1] + text[end:]
+    last = mapping.value[-1][1]
+    while isinstance(last, yaml.CollectionNode) and not last.flow_style:  # whose own end lies behind comments
+        last = last.value[-1][1] if isinstance(last, yaml.MappingNode) else last.value[-1]
+    end = last.end_mark.index
+    end = end if text[end - 1] == "\n" else text.index("\n", end) + 1
+    return text[:end] + textwrap.indent(to_text(block), mapping.start_mark.column * " ") + text[end:]
 
 
 def write(path: Path, text: str) -> None:
@@ -219,37 +247,3 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\r\n" if b"\r\n" in old else "\n")
         if old:
             shutil.copymode(path, temporary)
-
-
-def _round_trip() -> Any:
-    """ruamel's loader and dumper that keep comments, and take every scalar but an empty one for text."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.nodes import ScalarNode
-    from ruamel.yaml.resolver import VersionedResolver
-
-    class TextResolver(VersionedResolver):
-        def resolve(self, kind: type, value: Any, implicit: Any) -> Any:
-            if kind is ScalarNode and implicit[0] and value not in ("", _MERGE):
-                return super().resolve(kind, "text", implicit)
-            return super().resolve(kind, value, implicit)
-
-    yaml = YAML()
-    yaml.Resolver = TextResolver
-    yaml.preserve_quotes, yaml.width, yaml.allow_unicode = True, 4096, True
-    return yaml
-
-
-def _quoted(value: Any) -> Any:
-    """Texts that some YAML reader would take for something else in quotes; nothing set as ``null``."""
-    from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
-
-    if isinstance(value, Mapping):
-        return {_quoted(str(k)): _quoted(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_quoted(v) for v in value]
-    if value is None:
-        return "null"  # as text that is not quoted
-    text = str(value)
-    if not text.isprintable():  # with escapes
-        return DoubleQuotedScalarString(text)
-    return text if _PLAIN.fullmatch(text) and not _WORDS.fullmatch(text) else SingleQuotedScalarString(text)
