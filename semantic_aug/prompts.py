@@ -120,6 +120,11 @@ def clean_class_name(
     return re.sub(r"\s+", " ", cleaned).strip() or name
 
 
+def folded(name: str) -> str:
+    """A class name without letter case, underscores, slashes and repeated spaces, to compare spellings by."""
+    return " ".join(name.replace("_", " ").replace("/", " ").casefold().split())
+
+
 def class_phrase(name: str, super_class: str = "") -> str:
     """The class with its super-class, not said twice: ("Laysan Albatross", "bird") -> "Laysan Albatross bird"."""
     words = name.casefold().split()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from semantic_aug import files
 from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets.subsets import class_groups
 
 BINS = 15
 """Of the expected calibration error (Guo et al. 2017)."""
@@ -22,9 +23,6 @@ SCORE_NAMES = (
     *("many", "medium", "few", "worst_group", "average_group"),
 )
 """What :meth:`Scores.summary` may hold; the first five are always there."""
-
-MANY, FEW = 100, 20
-"""Classes with more than MANY training images are 'many', with fewer than FEW 'few' (Liu et al. 2019)."""
 
 
 class Meter:
@@ -120,9 +118,8 @@ class Scores:
         Args:
             counts: ``(K,)`` training images of each class.
         """
-        counts, known = np.asarray(counts), ~np.isnan(self.per_class)
-        of = {"many": counts > MANY, "medium": (counts >= FEW) & (counts <= MANY), "few": counts < FEW}
-        return {name: float(self.per_class[who & known].mean()) for name, who in of.items() if (who & known).any()}
+        accuracies = {name: self.per_class[classes] for name, classes in class_groups(counts).items()}
+        return {name: float(np.nanmean(of)) for name, of in accuracies.items() if not np.isnan(of).all()}
 
     def by_group(self, groups: np.ndarray | None) -> dict[str, float]:
         """Worst and average accuracy of the groups (Sagawa et al. 2020); nothing where there are none.

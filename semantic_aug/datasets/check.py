@@ -24,6 +24,7 @@ from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
 from semantic_aug.pictures import Cell, grid
+from semantic_aug.prompts import folded
 
 HASH_SIDE = 16
 NEAR_BITS = 10
@@ -261,11 +262,11 @@ def _classes(report: Report, spec: DatasetSpec, splits: Splits) -> None:
             continue
         lacking = [name for name, count in zip(names, report.counts[split], strict=True) if count == 0]
         _add(report, f"class without a {split} image", lacking, False)
-    folded = defaultdict(list)
+    spellings = defaultdict(list)
     spoken = prompt_names(tuple(names), spec)
     for name, words in zip(names, spoken, strict=True):
-        folded[" ".join(words.replace("_", " ").replace("-", " ").casefold().split())].append(name)
-    alike = [" = ".join(f"'{name}'" for name in group) for group in folded.values() if len(group) > 1]
+        spellings[folded(words.replace("-", " "))].append(name)
+    alike = [" = ".join(f"'{name}'" for name in group) for group in spellings.values() if len(group) > 1]
     _add(report, "class names that collide (case, spaces, hyphens and underscores aside)", alike, True)
 
 

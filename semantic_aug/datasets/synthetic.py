@@ -22,6 +22,7 @@ from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, nearest_first, unknown
 from semantic_aug.files import atomic_path
+from semantic_aug.prompts import folded
 from semantic_aug.seeding import numpy_rng
 
 DATA = "data"
@@ -198,20 +199,16 @@ def _table_file(root: Path, variant: str) -> Path:
     raise unknown(f"variant of synthetic subset {root}", variant, there, where)
 
 
-def _fold(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("/", " ").casefold().split())
-
-
 def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.ndarray:
     """Index of each class name in the data set: by its source spelling, its prompt spelling, or either folded."""
     known: dict[str, int] = {}
     for spelling in (dataset.source_names, dataset.class_names):
         for i, name in enumerate(spelling):
             known.setdefault(name, i)
-    folded = {_fold(name): i for name, i in reversed(known.items())}
+    spellings = {folded(name): i for name, i in reversed(known.items())}
     found = []
     for name in names:
-        index = known.get(name, folded.get(_fold(name)))
+        index = known.get(name, spellings.get(folded(name)))
         if index is None:
             raise UserError(
                 f"{file} has the class '{name}', which data set {dataset.name} does not have (nearest: "

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import class_token, initializer_text
+from semantic_aug.prompts import class_token, folded, initializer_text
 from semantic_aug.tensors import load_pickle, read_metadata, save_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
@@ -70,8 +70,8 @@ class ClassTokens:
         """
         if class_name in self.class_names:
             return self.class_names.index(class_name)
-        folded = [_fold(name) for name in self.class_names]
-        return folded.index(_fold(class_name)) if folded.count(_fold(class_name)) == 1 else None
+        spellings = [folded(name) for name in self.class_names]
+        return spellings.index(folded(class_name)) if spellings.count(folded(class_name)) == 1 else None
 
     def phrase(self, class_name: str) -> str:
         """What stands for a class in a prompt: its placeholder(s).
@@ -101,10 +101,6 @@ class ClassTokens:
                 f"trained on {self.dataset or 'a data set'} with the classes {', '.join(self.class_names[:5])}, ...; "
                 "use a checkpoint of this data set"
             )
-
-
-def _fold(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("/", " ").casefold().split())
 
 
 class SplicedEmbedding(nn.Module):
