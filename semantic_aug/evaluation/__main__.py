@@ -13,6 +13,7 @@ from semantic_aug.errors import run_main, unknown
 
 COMMANDS = {
     "compare": "semantic_aug.evaluation.experiments.compare",
+    "export": "semantic_aug.evaluation.quality.export",
     "filter": "semantic_aug.evaluation.quality.filter",
     "measure": "semantic_aug.evaluation.quality.measure",
     "pictures": "semantic_aug.evaluation.quality.pictures",

@@ -1,0 +1,207 @@
+"""The card of an export: counts, how its images were made, and the licences that bear on them; the same facts as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from semantic_aug import registry, runs
+from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.synthetic import locate
+from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality.export_formats import HF_SPLITS, SplitImages
+from semantic_aug.evaluation.quality.inputs import Subset
+
+NOT_KNOWN = "not known"
+MODEL_LICENSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
+    "runwayml/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
+    "CompVis/stable-diffusion-v1-4": "CreativeML OpenRAIL-M",
+    "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
+}
+"""Licences of base models whose files come without their model card; see also :func:`model_license`."""
+
+OPEN_RAIL_PLUS = ("sd2-community/", "stabilityai/stable-diffusion-2")
+SETTINGS = (
+    *("strategy", "strengths", "multiplier", "resolution", "num_inference_steps", "guidance_scale", "scheduler"),
+    *("template", "templates", "seed", "checkpoint_key"),
+)
+"""What the card repeats of a subset's ``config.yaml``."""
+
+DISCLOSURE = (
+    "Images marked as synthetic were made by a diffusion model and are no photographs of anything that exists. What was "
+    "written into their files when they were made (PNG text chunks) is still there."
+)
+OPENING = {
+    "imagefolder": 'from torchvision.datasets import ImageFolder\n\ntrain = ImageFolder("{folder}/train")',
+    "hf": 'from datasets import load_dataset\n\ntrain = load_dataset("{folder}", split="train")',
+    "webdataset": "import webdataset\n\n"
+    'train = webdataset.WebDataset("{folder}/train-{{000000..{last:06d}}}.tar", shardshuffle=False).decode("pil")',
+    "csv": 'import pandas\n\ntrain = pandas.read_csv("{folder}/images.csv").query("split == \'train\'")',
+}
+"""How each format is opened."""
+
+
+def model_license(name: str) -> str:
+    """The licence of a base model: what its model card says where that lies beside it, or what is known of its hub id."""
+    card = registry.resolve_path(name) / "README.md"
+    if card.is_file():
+        head = card.read_text(encoding="utf-8", errors="replace").split("---")
+        try:
+            front = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
+        except yaml.YAMLError:
+            front = None
+        if isinstance(front, dict) and front.get("license"):
+            return str(front.get("license_name") or front["license"])
+    if name.startswith(OPEN_RAIL_PLUS):
+        return "CreativeML Open RAIL++-M"
+    return MODEL_LICENSES.get(name, NOT_KNOWN)
+
+
+def near_copies(folder: Path | None) -> dict[str, float]:
+    """The share of near-copies of each subset as ``measure`` found it; empty without its folder.
+
+    Raises:
+        UserError: the folder holds no results of ``measure``.
+    """
+    if folder is None:
+        return {}
+    try:
+        rows = json.loads((folder / "measures.json").read_text(encoding="utf-8"))["rows"]
+        totals = [row for row in rows if row["strength"] == row["target_class"] == "all" and "near_copies" in row]
+        return {row["subset"]: float(row["near_copies"]) for row in totals}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--measures {folder}: expected an output folder of measure, with its measures.json") from None
+
+
+def _describe_subset(subset: Subset, copies: Mapping[str, float]) -> dict[str, Any]:
+    records = [runs.load_arguments(locate(folder)[0], "config.yaml") or {} for folder in subset.folders]
+    made = []
+    for record in records:
+        name = (record.get("arguments") or {}).get("base_model")
+        base = Path(name).name if name and Path(name).is_absolute() else name  # a folder's path concerns nobody else
+        license = record.get("base_license") or (model_license(name) if name else NOT_KNOWN)
+        settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
+        made.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
+    return {"name": subset.name, "images": len(subset), "made_with": made, "near_copies": copies.get(subset.name)}
+
+
+def describe(
+    dataset: LoadedDataset,
+    subsets: Sequence[Subset],
+    splits: Sequence[SplitImages],
+    settings,
+    left_out: int,
+) -> dict[str, Any]:
+    """Everything the card says, as plain values.
+
+    Args:
+        dataset: of the real images.
+        subsets: as they were read, before any image was left out.
+        splits: what is exported.
+        settings: an :class:`semantic_aug.evaluation.quality.export.ExportSettings`.
+        left_out: synthetic images with too small a target weight.
+    """
+    spec, copies = dataset.spec, near_copies(settings.measures)
+    return runs.plain(
+        {
+            "format": settings.format,
+            "images": {s.name: {"real": s.reals, "synthetic": len(s) - s.reals} for s in splits},
+            "class_names": list(dataset.source_names),
+            "class_counts": np.bincount(splits[0].labels, minlength=len(dataset.source_names)).tolist(),
+            "gamma": settings.gamma,
+            "min_target_weight": settings.min_target_weight,
+            "left_out": left_out,
+            "disclosure": DISCLOSURE,
+            "dataset": {
+                "name": dataset.name,
+                "part": dataset.setting.suffix.lstrip("_") or "all training images",
+                "license": spec.license,
+                "citation": spec.citation,
+                "homepage": spec.homepage,
+            },
+            "subsets": [_describe_subset(subset, copies) for subset in subsets],
+        }
+    )
+
+
+def licenses(facts: Mapping[str, Any]) -> list[str]:
+    """Every licence that bears on the images, once."""
+    models = [made["base_model_license"] for subset in facts["subsets"] for made in subset["made_with"]]
+    return list(dict.fromkeys([facts["dataset"]["license"], *models]))
+
+
+def _front_matter(facts: Mapping[str, Any]) -> str:
+    ids = {text.lower().replace(" ", "-") for text in licenses(facts)}
+    known = len(ids) == 1 and next(iter(ids)).startswith(("cc-by", "cc0", "apache", "mit"))
+    total = sum(sum(counts.values()) for counts in facts["images"].values())
+    bounds = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", float("inf"): "n>1M"}
+    front: dict[str, Any] = {
+        "license": next(iter(ids)) if known else "other",
+        "pretty_name": f"{facts['dataset']['name']}, synthetic",
+        "task_categories": ["image-classification"],
+        "tags": ["synthetic", "data-augmentation", "diff-mix"],
+        "size_categories": [next(text for most, text in bounds.items() if total < most)],
+    }
+    if facts["format"] == "hf":
+        files = [{"split": HF_SPLITS[name], "path": f"data/{HF_SPLITS[name]}-*"} for name in facts["images"]]
+        front["configs"] = [{"config_name": "default", "data_files": files}]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
+    """The card in Markdown, with the front matter that the hub reads.
+
+    Args:
+        facts: of :func:`describe`.
+        folder: of the export.
+        shards: number of the training split's shards.
+    """
+    data = facts["dataset"]
+    lines = [
+        f"# {data['name']} with synthetic images",
+        "",
+        DISCLOSURE,
+        "",
+        "| split | real images | synthetic images |",
+        "|---|---:|---:|",
+        *(f"| {name} | {c['real']} | {c['synthetic']} |" for name, c in facts["images"].items()),
+        "",
+        "```python",
+        OPENING[facts["format"]].format(folder=folder.name, last=max(0, shards - 1)),
+        "```",
+        "",
+        "## Labels",
+        f"A synthetic image was made from a source image (class a) for a target class b at strength s. Its soft label is "
+        f"(1 - s^g) onehot(a) + s^g onehot(b) with g = {facts['gamma']:g}: `source_weight` and `target_weight`. `label` is the "
+        f"class of the larger weight. Images with a target weight below {facts['min_target_weight']:g} are left out "
+        f"({facts['left_out']} of them).",
+        "",
+        "| label | class | training images |",
+        "|---:|---|---:|",
+        *(
+            f"| {label} | {name} | {count} |"
+            for label, (name, count) in enumerate(zip(facts["class_names"], facts["class_counts"], strict=True))
+        ),
+        "",
+        "## How the synthetic images were made",
+    ]
+    for subset in facts["subsets"]:
+        copies = subset["near_copies"]
+        measured = f"{100 * copies:.3g} % near-copies of training images" if copies is not None else "not measured"
+        lines += ["", f"**{subset['name']}**: {subset['images']} images; near-copies: {measured}."]
+        lines += [f"- {name}: {value}" for made in subset["made_with"] for name, value in made.items()]
+    lines += [
+        "",
+        "## Licences",
+        f"- images of {data['name']} ({data['part']}), real and as training data: {data['license']}",
+    ]
+    lines += [f"  - {data[name]}" for name in ("citation", "homepage") if data[name]]
+    models = {(m["base_model"], m["base_model_license"]) for s in facts["subsets"] for m in s["made_with"]}
+    lines += [f"- base model {name}: {license}" for name, license in sorted(models)]
+    return _front_matter(facts) + "\n".join(lines) + "\n"

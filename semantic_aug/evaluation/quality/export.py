@@ -1,0 +1,185 @@
+"""Hands synthetic images, and real ones, to other trainers: class folders, a Hugging Face data set, WebDataset, a list."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_aug import cli, console, files, registry, runs
+from semantic_aug.datasets.settings import Setting, add_shared
+from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality.inputs import OutputSettings, SubsetSettings, open_subsets
+
+FORMATS = ("imagefolder", "hf", "webdataset", "csv")
+SHARDED = ("hf", "webdataset")
+CARD_FILE, FACTS_FILE = "README.md", "export.json"
+BEFORE_RESULTS = (runs.ARGS_FILE,)
+"""What an export writes before its first image; see :func:`semantic_aug.files.no_trace`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(OutputSettings):
+    """What is exported, and how."""
+
+    TITLE = "export"
+    format: str = cli.setting(
+        choices=FORMATS,
+        help="imagefolder: class folders and metadata.csv; hf: a folder that datasets.load_dataset opens; webdataset: tar "
+        "shards; csv: images.csv and the images",
+    )
+    gamma: float = cli.setting(
+        0.5,
+        type=cli.number(0, open_low=True),
+        metavar="G",
+        help="soft labels are (1 - s^G) source + s^G target; above 0",
+    )
+    with_real: bool = cli.setting(
+        False, help="export the real images too: training images into train, validation and test images as splits"
+    )
+    min_target_weight: float = cli.setting(
+        0.0,
+        type=cli.number(0, 1),
+        metavar="W",
+        help="leave out synthetic images whose target class weighs less than W in the soft label, in [0, 1]",
+    )
+    shard_images: int = cli.setting(
+        1000, type=cli.whole(1), metavar="N", help="images in a shard at most, for hf and webdataset"
+    )
+    measures: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="DIR",
+        help="output folder of measure on these subsets, whose share of near-copies the card states",
+        result=False,
+    )
+    copy: bool = cli.setting(
+        False, help="copy image files instead of hard-linking them (for imagefolder and csv)", result=False
+    )
+
+
+def build_parser() -> cli.Parser:
+    """All flags of this command."""
+    parser = cli.Parser(prog="python -m semantic_aug.evaluation export", description=__doc__)
+    add_shared(parser)
+    for cls in (SubsetSettings, ExportSettings):
+        cli.add_settings(parser, cls)
+    return parser
+
+
+def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
+    """The images of every split that has any, the training split first.
+
+    Raises:
+        UserError: ``--min_target_weight`` leaves no synthetic image.
+    """
+    from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate
+    from semantic_aug.evaluation.quality.export_formats import SplitImages
+
+    names, origins, sources = [], [], []
+    for subset in subsets:
+        roots = [os.path.join(os.path.abspath(locate(folder)[0] / DATA), "") for folder in subset.folders]
+        paths = [str(path) for path in subset.images.paths]
+        origins += [next(path[len(root) :] for root in roots if path.startswith(root)) for path in paths]
+        names += [subset.name] * len(subset)
+        sources += [dataset.train.keys[row] if row >= 0 else "" for row in subset.sources.tolist()]
+    parts = [subset.images for subset in subsets]
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "target", "strength"))
+    images = SyntheticImages([path for part in parts for path in part.paths], *columns)
+    weights = np.where(images.source == images.target, 1.0, images.strength**settings.gamma)
+    kept = np.flatnonzero(weights >= settings.min_target_weight)
+    if not len(kept):
+        raise UserError(
+            f"--min_target_weight {settings.min_target_weight:g} leaves none of {len(images)} synthetic images: the largest "
+            f"target weight is {weights.max():.3f} with --gamma {settings.gamma:g}; lower either"
+        )
+    names, origins, sources = ([column[row] for row in kept.tolist()] for column in (names, origins, sources))
+    train = SplitImages("train", dataset.source_names, settings.gamma, None, images.take(kept), names, origins, sources)
+    if not settings.with_real:
+        return [train]
+    others = [
+        SplitImages(name, dataset.source_names, settings.gamma, table)
+        for name, table in (("val", dataset.val), ("test", dataset.test))
+        if table is not None and len(table)
+    ]
+    return [replace(train, real=dataset.train), *others]
+
+
+def arguments_of(args, settings: ExportSettings) -> dict:
+    """What decides a byte of an export, apart from its images; no paths, since exports are published."""
+    names = [
+        name for name in cli.result_settings(ExportSettings) if name != "shard_images" or settings.format in SHARDED
+    ]
+    drawn = {"seed": args.seed} if settings.format == "webdataset" else {}
+    return {**{name: getattr(settings, name) for name in names}, **drawn}
+
+
+def notes(splits: Sequence, settings: ExportSettings) -> list[str]:
+    """What a user of the export should know: classes without an image in a split of class folders."""
+    if settings.format != "imagefolder":
+        return []
+    lines, count = [], len(splits[0].class_names)
+    for split in splits:
+        empty = count - len(np.unique(split.labels))
+        if empty:
+            lines.append(
+                f"note: {empty} of {count} classes have no image in {split.name}, so that torchvision and timm number the rest "
+                f"otherwise; timm takes --class-map {settings.output_dir}/class_map.txt, and metadata.csv holds the labels"
+            )
+    return lines
+
+
+def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Sequence) -> None:
+    """Claims the folder and writes the images, then the card and the facts.
+
+    Raises:
+        UserError: the folder holds anything else, another export among it, or the disk cannot hold the images.
+    """
+    from semantic_aug.datasets.origin import RunOrigin
+    from semantic_aug.evaluation.quality import card, export_formats
+
+    left_out = sum(map(len, subsets)) - (len(splits[0]) - splits[0].reals)
+    facts = card.describe(dataset, subsets, splits, settings, left_out)
+    parts = ("train", "val", "test") if settings.with_real else ()
+    origin = RunOrigin(dataset, parts, synthetic=splits[0].synthetic)
+    folder, total = settings.output_dir, sum(map(len, splits))
+    with files.no_trace(folder, BEFORE_RESULTS), runs.RunLock(folder, "--output_dir"):
+        if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
+            for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
+                leftover.unlink()
+        class_folders = export_formats.ordered_folders(dataset.folders)
+        target = export_formats.Target(folder, class_folders, settings.copy, settings.shard_images, args.seed)
+        with tqdm(
+            total=total, desc=f"export {settings.format}", unit="image", dynamic_ncols=True, mininterval=1
+        ) as bar:
+            export_formats.FORMATS[settings.format](target, splits, bar)
+        shards = -(-len(splits[0]) // settings.shard_images)
+        files.write_text(folder / CARD_FILE, card.write_card(facts, folder, shards))
+        files.write_json(folder / FACTS_FILE, facts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the subsets, writes the export, and prints what it holds."""
+    args = build_parser().parse_args(argv)
+    console.quiet_libraries()
+    console.set_up_logging()
+    settings = cli.read_settings(ExportSettings, args)
+    from semantic_aug.datasets import load_dataset
+
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
+    subsets = open_subsets(cli.read_settings(SubsetSettings, args), dataset, args.config_dir)
+    splits = collect(dataset, subsets, settings)
+    print(dataset.describe())
+    for split in splits:
+        print(f"{split.name}: {split.reals} real and {len(split) - split.reals} synthetic images")
+    for note in notes(splits, settings):
+        print(note)
+    if args.dry_run:
+        return 0
+    write(args, settings, dataset, subsets, splits)
+    print(f"exported {sum(map(len, splits))} images as {settings.format}: {registry.shown_path(settings.output_dir)}")
+    return 0

