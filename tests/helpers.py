@@ -165,6 +165,29 @@ def workers_of(process) -> list[int]:
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def job_of(data, folder, **changes):
+    """A sampling process's job over a loaded data set, on the CPU; ``changes`` are fields of the request."""
+    from semantic_aug.cli import RunSettings
+    from semantic_aug.sampling.config import SampleConfig
+    from semantic_aug.sampling.identity import Origin
+    from semantic_aug.sampling.job import Job
+    from semantic_aug.sampling.settings import OutputSettings, Placement
+    from semantic_aug.sampling.sources import columns_of
+
+    compiled = changes.pop("compiled", False)
+    given = {
+        "dataset": data.name,
+        "setting": data.setting,
+        "run": RunSettings(config_dir=folder),
+        "key": None,
+        "placement": Placement(devices=("cpu",), dtype="fp32", batch_size=4),
+        "output": OutputSettings(output_root=folder),
+    }
+    config = SampleConfig(**{**given, **changes})
+    sources = planned(data.train, columns_of(config.images.object_mask))
+    return Job(config, folder, Origin(sources), compiled)
+
+
 def planned(table, columns=()):
     """The training images of a plan made now."""
     from semantic_aug.datasets.fingerprint import hash_images

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionInpaintPipeline
-from helpers import CLASSES, ROOT, planned, refused, run, sampling_arguments, subset_contents
+from helpers import CLASSES, ROOT, job_of, refused, run, sampling_arguments, subset_contents
 from PIL import Image
 from test_loop import PROMPTS, Case
 
@@ -17,15 +17,16 @@ from official_layouts import write_cub
 from semantic_aug import meta_csv, prompts
 from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.engine import Engine
-from semantic_aug.augmentations.request import ClassNames, ModelFiles
+from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling import files, masks
-from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling import files, sources
+from semantic_aug.sampling.job import Task
 from semantic_aug.sampling.plan import make_plan
+from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.worker import BatchMaker
 from semantic_aug.seeding import task_rng
 
@@ -58,9 +59,8 @@ def masked(case, strengths, mask):
     indices = range(len(strengths))
     moments = loop.encode_moments(case.model.vae, loop.to_pixels([case.images[i] for i in indices]))
     return loop.translate(
-        case.model.unet, case.scheduler, moments, case.model.vae.config.scaling_factor,
-        case.embeds[list(indices)], case.null, strengths, [task_rng(0, i) for i in indices], case.settings,
-        None if mask is None else mask.expand(len(strengths), 1, SIDE, SIDE),
+        case.sampler, moments, case.model.vae.config.scaling_factor, case.embeds[list(indices)], strengths,
+        [task_rng(0, i) for i in indices], masks=None if mask is None else mask.expand(len(strengths), 1, SIDE, SIDE),
     )  # fmt: skip
 
 
@@ -97,12 +97,12 @@ def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_gives_the_source(tiny_b
 
 
 def test_the_mask_is_where_the_box_is():
-    mask = masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16))  # left, top, right, bottom of an 80 x 160 image
+    mask = sources.box_mask((10, 40, 30, 80), (80, 160), (16, 16))  # left, top, right, bottom of an 80 x 160 image
     rows, columns = torch.nonzero(mask[0], as_tuple=True)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 7, 2, 5) and mask.sum() == 16
-    assert torch.equal(masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16), "background"), ~mask)
-    assert masks.box_mask((500, 500, 600, 600), (80, 160), (16, 16)).sum() == 1  # outside: its nearest cell
-    assert masks.box_mask((0, 0, 80, 160), (80, 160), (16, 16)).all()
+    assert torch.equal(sources.box_mask((10, 40, 30, 80), (80, 160), (16, 16), "background"), ~mask)
+    assert sources.box_mask((500, 500, 600, 600), (80, 160), (16, 16)).sum() == 1  # outside: its nearest cell
+    assert sources.box_mask((0, 0, 80, 160), (80, 160), (16, 16)).all()
 
 
 @pytest.fixture
@@ -114,11 +114,10 @@ def cub(tmp_path, monkeypatch):
 
 def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
     """With the embedded base model: the decoder of a random one sees the whole picture at every pixel."""
-    names = ClassNames(cub.source_names, cub.class_names)
-    job = Job(
-        folder=tmp_path, dataset="cub", setting=cub.setting, config_dir=tmp_path, files=ModelFiles("embedded", EMBEDDED),
-        classes=names, solver=SolverSettings(4), resolution=128, dtype="fp32", template="a {}",
-        from_noise=False, seed=0, object_mask="object", sources=planned(cub.train, ("box",)),
+    job = job_of(
+        cub, tmp_path, model=ModelFiles("embedded", EMBEDDED), solver=SolverSettings(4),
+        prompts=Prompts(cub.source_names, cub.class_names, template="a {}"),
+        images=ImageSettings(resolution=128, object_mask="object"),
     )  # fmt: skip
     maker = BatchMaker(job, "cpu")
     tasks = [Task(0, 0, 0, 1.0, "0.png", {}), Task(1, 1, 1, 1.0, "1.png", {})]
@@ -136,20 +135,20 @@ def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
 
 
 def test_masks_come_from_the_data_sets_boxes(cub):
-    found = masks.SourceMasks(cub.train, (8, 8), "object")
+    found = sources.SourceMasks(cub.train, (8, 8), "object")
     batch = found.batch([0, 1])
     size = cub.train.image(0).size
-    assert torch.equal(batch[0], masks.box_mask(cub.train.extras["box"][0].tolist(), size, (8, 8)))
+    assert torch.equal(batch[0], sources.box_mask(cub.train.extras["box"][0].tolist(), size, (8, 8)))
     assert 0 < batch[0].sum() < 64 and batch.shape == (2, 1, 8, 8)
 
 
 def test_masks_without_boxes_or_sources_are_refused(image_folder, cub):
     images = load_dataset(f"folder:{image_folder}").train
     with pytest.raises(UserError, match="--object_mask object: animals has no boxes of its objects"):
-        masks.check("object", images, "animals", "image")
+        sources.check_mask("object", images, "animals", "image")
     with pytest.raises(UserError, match="--object_mask object: the strategy starts from noise"):
-        masks.check("object", cub.train, "cub", "noise")
-    masks.check("background", cub.train, "cub", "image")
+        sources.check_mask("object", cub.train, "cub", "noise")
+    sources.check_mask("background", cub.train, "cub", "image")
 
 
 @pytest.mark.slow
@@ -179,7 +178,7 @@ def test_templates_come_from_a_set_or_a_file(tmp_path):
 def test_one_prompt_and_several_are_not_given_together():
     words = ["--dataset", "elpv", "--prompt", "a {}", "--prompt_templates", "views"]
     with pytest.raises(UserError, match="--prompt is one prompt for all images, --prompt_templates several"):
-        sample_mp.check(sample_mp.build_parser().parse_args(words))
+        sample_mp.resolve(sample_mp.build_parser().parse_args(words))
 
 
 def task_files(templates, seed=0):
@@ -201,10 +200,10 @@ def test_a_tasks_template_follows_from_seed_and_number():
 
 def test_every_template_of_every_class_is_a_prompt_of_its_own(tiny_base):
     templates = ("a photo of a {}", "a drawing of a {}")
-    classes, settings = ClassNames(CLASSES, CLASSES), SolverSettings(4)
-    engine = Engine(ModelFiles("tiny", tiny_base), classes, settings, tiny.RESOLUTION, template=templates)
+    files, solver = ModelFiles("tiny", tiny_base), SolverSettings(4)
+    engine = Engine(files, Prompts(CLASSES, CLASSES, templates=templates), solver, tiny.RESOLUTION)
     assert engine.prompts == [f"a {kind} of a {name}" for kind in ("photo", "drawing") for name in CLASSES]
-    alone = Engine(ModelFiles("tiny", tiny_base), classes, settings, tiny.RESOLUTION, template=templates[1])
+    alone = Engine(files, Prompts(CLASSES, CLASSES, template=templates[1]), solver, tiny.RESOLUTION)
     made = engine.generate([3 + 1], [task_rng(0, 0)])
     assert torch.equal(made, alone.generate([1], [task_rng(0, 0)]))
     assert not torch.equal(made, engine.generate([1], [task_rng(0, 0)]))

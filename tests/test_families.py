@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 import train_lora
 from semantic_aug.augmentations.engine import Engine
-from semantic_aug.augmentations.request import ClassNames, ModelFiles
+from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.diffusion import loop, lora, tokens
 from semantic_aug.diffusion.base import find_base, load_base, read_geometry, weight_files
 from semantic_aug.diffusion.families import FAMILIES
@@ -23,7 +23,7 @@ from semantic_aug.finetune import checkpoints, trainer
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.seeding import task_rng
 
-NAMES = ClassNames(CLASSES, CLASSES, "animal")
+NAMES = Prompts(CLASSES, CLASSES, "animal")
 FILES = (lora.FILE_NAME, tokens.FILE_NAME)
 
 
@@ -124,10 +124,7 @@ def test_plain_diffusers_makes_the_same_image_and_so_does_the_engine(trained):
     def ours(files):
         engine = Engine(files, NAMES, SolverSettings(3, 5.0), tiny.RESOLUTION)
         assert files.tokens is None or engine.prompts[1] == "a photo of a <class_1> animal"
-        shape, embeds = engine.latent_shape, engine.prompt_embeds[[1]]
-        return loop.generate(
-            engine.denoiser, engine.scheduler, shape, embeds, engine.null_embeds, [task_rng(1, 1)], engine.settings
-        )
+        return loop.generate(engine.sampler, engine.latent_shape, engine.prompt_embeds[[1]], [task_rng(1, 1)])
 
     assert (ours(files) - wanted).abs().max() <= 1e-4
     state = load_file(files.lora)

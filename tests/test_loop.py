@@ -21,10 +21,10 @@ class Case:
 
     def __init__(self, folder, settings: SolverSettings):
         self.model, self.settings = load_base(str(folder)), settings
-        self.scheduler = make_scheduler(self.model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
+        scheduler = make_scheduler(self.model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
         self.images = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(len(PROMPTS))]
         self.embeds = self.model.encode(PROMPTS, tiny.RESOLUTION)
-        self.null = self.model.encode_null(tiny.RESOLUTION)
+        self.sampler = loop.Sampler(self.model.unet, scheduler, self.model.encode_null(tiny.RESOLUTION), settings)
 
     def pipeline(self, start: int):
         """Diffusers' own, from noise (0) or from an image (1)."""
@@ -48,27 +48,11 @@ class Case:
         """The same images as one batch of ours."""
         generators = [task_rng(0, i) for i in indices]
         if strengths is None:
-            return loop.generate(
-                self.model.unet,
-                self.scheduler,
-                self.model.geometry.latent_shape(tiny.RESOLUTION),
-                self.embeds[indices],
-                self.null,
-                generators,
-                self.settings,
-            )
+            shape = self.model.geometry.latent_shape(tiny.RESOLUTION)
+            return loop.generate(self.sampler, shape, self.embeds[indices], generators)
         moments = loop.encode_moments(self.model.vae, loop.to_pixels([self.images[i] for i in indices]))
-        return loop.translate(
-            self.model.unet,
-            self.scheduler,
-            moments,
-            self.model.vae.config.scaling_factor,
-            self.embeds[indices],
-            self.null,
-            strengths,
-            generators,
-            self.settings,
-        )
+        factor = self.model.vae.config.scaling_factor
+        return loop.translate(self.sampler, moments, factor, self.embeds[indices], strengths, generators)
 
 
 def assert_equal_to_pipeline(case: Case, indices, strengths):

@@ -59,24 +59,18 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     prompt = class_prompt("blue jay", "blue jay", "bird", learned)
     embeds = model.encode([prompt, ""], tiny.RESOLUTION)
     got = loop.generate(
-        model.unet,
-        make_scheduler(model.scheduler_config),
+        loop.Sampler(model.unet, make_scheduler(model.scheduler_config), embeds[1:], SolverSettings(5, 5.0)),
         model.geometry.latent_shape(tiny.RESOLUTION),
         embeds[:1],
-        embeds[1:],
         [task_rng(1, 1)],
-        SolverSettings(5, 5.0),
     )
     assert (got - wanted).abs().max() <= 1e-4
     base = load_base(str(tiny_base))
     plain = loop.generate(
-        base.unet,
-        make_scheduler(base.scheduler_config),
+        loop.Sampler(base.unet, make_scheduler(base.scheduler_config), embeds[1:], SolverSettings(5, 5.0)),
         base.geometry.latent_shape(tiny.RESOLUTION),
         embeds[:1],
-        embeds[1:],
         [task_rng(1, 1)],
-        SolverSettings(5, 5.0),
     )
     assert (got - plain).abs().max() > 0.01  # the LoRA does something
 

@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from semantic_aug import devices, files, tensors
-from semantic_aug.augmentations.request import ModelFiles
+from semantic_aug.augmentations.model import ModelFiles
 from semantic_aug.datasets import cache, load_dataset
 from semantic_aug.diffusion.base import load_base, weight_files
 from semantic_aug.errors import UserError

@@ -20,9 +20,10 @@ from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling import files, store
+from semantic_aug.sampling import files
+from semantic_aug.sampling import folder as store
 from semantic_aug.sampling import run as running
-from semantic_aug.sampling.records import Records
+from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.sources import DataChanged, PlannedSources, SourceImages, block_files
 from semantic_aug.sampling.worker import BatchMaker
 
@@ -42,6 +43,15 @@ def request_of(workshop, tmp_path):
         return sample_mp.resolve(sample_mp.build_parser().parse_args([*map(str, flags), *words]))
 
     return make
+
+
+def changed(config, **changes):
+    """The request with other values of its placement and its output."""
+    for name in ("placement", "output"):
+        part = getattr(config, name)
+        values = {k: v for k, v in changes.items() if hasattr(part, k)}
+        config = dataclasses.replace(config, **{name: dataclasses.replace(part, **values)})
+    return config
 
 
 def begin(config, dataset, rows=()) -> Path:
@@ -75,19 +85,19 @@ def test_what_changes_speed_or_place_alone_continues(request_of, pictures, tmp_p
         {"engine": "ray"},
         {"worker_timeout": 9.0},
     ):
-        assert reopened(dataclasses.replace(config, **changes), dataset) == before
+        assert reopened(changed(config, **changes), dataset) == before
     (tmp_path / "disk").mkdir()
     moved = shutil.move(pictures, tmp_path / "disk" / "animals")
     assert reopened(*request_of(moved)) == before
     assert reopened(*request_of(moved, val_fraction=0.3)) == before  # the data set has a validation split of its own
-    assert Records.read_all(folder)["number"].size >= before
+    assert np.count_nonzero(Records.latest(folder, 54)[0]) >= before
 
 
 def test_how_each_part_was_computed_is_recorded_beside_the_identity(request_of, pictures, monkeypatch):
     config, dataset = request_of(pictures)
     monkeypatch.setattr(running, "make_launcher", lambda *_: _Nothing())
     for changes in ({}, {}, {"devices": ("cpu", "cpu")}, {"devices": ("cpu", "cpu"), "compile": "on"}):
-        running.run(dataclasses.replace(config, **changes), dataset)
+        running.make(changed(config, **changes), dataset)
     record = store.recorded_identity(sampling.subset_folder(config, dataset))
     assert record["runs"] == [
         {"shard": "0 of 1", "after_images": 0, "compiled": compiled, "processes": processes}
@@ -101,21 +111,21 @@ class _Nothing:
     """An engine that makes no image."""
 
     def run(self, batches):
-        from semantic_aug.sampling.dispatch import Outcome
+        from semantic_aug.sampling.launcher import Outcome
 
         return Outcome()
 
 
 def test_shards_that_choose_their_batch_size_settle_on_the_first_ones(request_of, pictures):
     config, dataset = request_of(pictures, batch_size="auto")
-    large, small = (dataclasses.replace(config, batch_size=size, num_shards=2) for size in (8, 4))
+    large, small = (changed(config, batch_size=size, num_shards=2) for size in (8, 4))
     with (
         running.opened(large, dataset) as first,
-        running.opened(dataclasses.replace(small, shard_index=1), dataset) as second,
+        running.opened(changed(small, shard_index=1), dataset) as second,
     ):
-        assert first.config.batch_size == second.config.batch_size == second.plan.batch_size == 8
+        assert first.config.placement.batch_size == second.config.placement.batch_size == second.plan.batch_size == 8
         assert (first.mine ^ second.mine).all()
-    given = dataclasses.replace(small, automatic_batch=False)
+    given = changed(small, automatic_batch=False)
     with pytest.raises(UserError, match="batch_size: 8 -> 4"), running.opened(given, dataset):
         pass
 
@@ -222,7 +232,7 @@ def test_a_restored_image_continues_where_nothing_was_made_from_the_damaged_one(
     row = dataset.train.keys.index("train/toad/train002.png")
     folder = begin(config, dataset, [0])
     damaged.write_bytes(good)
-    shard = dataclasses.replace(config, num_shards=2)
+    shard = changed(config, num_shards=2)
     with pytest.raises(UserError, match=r"\('train/toad/train002.png' has another content\)"):
         reopened(shard, dataset)  # another shard may be at work on the old one
     assert reopened(config, dataset) == 3 and reopened(shard, dataset) == 3
@@ -358,7 +368,7 @@ def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(re
     assert [a == b for a, b in zip(names, changed, strict=True)] == [True, False, True]  # rows 13 and 14 of 18
     folder = begin(config, dataset)
     with running.opened(config, dataset) as subset:
-        usable = block_files(subset.identity.sources, subset.identity.encoder)
+        usable = block_files(subset.identity.origin.sources, subset.identity.origin.encoder)
     (folder / ".moments").mkdir()
     for name in (usable[0], names[0], "0000000.safetensors", f".{usable[1]}.123"):
         (folder / ".moments" / name).write_bytes(b"")
@@ -368,14 +378,14 @@ def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(re
 
 def test_a_process_refuses_weights_that_changed_since_the_plan(request_of, pictures, workshop, tmp_path):
     config, dataset = request_of(pictures)
-    lora = shutil.copy(config.files.lora, tmp_path / "lora.safetensors")
-    config = dataclasses.replace(config, files=dataclasses.replace(config.files, lora=Path(lora)))
+    lora = shutil.copy(config.model.lora, tmp_path / "lora.safetensors")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=Path(lora)))
     with running.opened(config, dataset) as subset:
-        job = running.job_of(config, dataset, subset.folder, subset.identity, len(subset.plan))
+        job = subset.job()
     assert BatchMaker(job, "cpu").sources is not None
-    shutil.copy(config.files.tokens, lora)
+    shutil.copy(config.model.tokens, lora)
     with pytest.raises(UserError, match=f"the weights in {lora} changed while images were made with them"):
-        job.weights.check(job.files)
+        job.origin.weights.check(job.config.model)
 
 
 # ------------------------------------------------------------------------------------------------ other numbers of shards

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import numpy as np
 import psutil
 import pytest
@@ -17,22 +18,23 @@ from PIL import Image
 import tiny
 from semantic_aug import meta_csv
 from semantic_aug.augmentations.engine import EncodedPrompts, Engine
-from semantic_aug.augmentations.request import ClassNames, ModelFiles
+from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.augmentations.strategies import find
-from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import ConditionCache, Conditions
-from semantic_aug.sampling import files, store
+from semantic_aug.sampling import files
+from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.config import automatic_batch_size
-from semantic_aug.sampling.dispatch import Dispatcher
+from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.launcher import Dispatcher
 from semantic_aug.sampling.liveness import Liveness, processor_seconds
-from semantic_aug.sampling.moments import SourceMoments
 from semantic_aug.sampling.plan import make_plan
-from semantic_aug.sampling.records import Records
-from semantic_aug.sampling.sources import BLOCK, SourceImages
+from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.sampling.sources import BLOCK, SourceImages, SourceMoments
 from semantic_aug.sampling.worker import BatchMaker
 
 CLASSES = ("blue jay", "red fox", "toad")
@@ -43,7 +45,7 @@ def engine_of(tiny_base):
     """Makes engines over the tiny base model."""
 
     def make(settings=None, **options) -> Engine:
-        names = ClassNames(CLASSES, CLASSES, "animal")
+        names = Prompts(CLASSES, CLASSES, "animal")
         return Engine(
             ModelFiles(str(tiny_base), tiny_base), names, settings or SolverSettings(8), tiny.RESOLUTION, **options
         )
@@ -55,15 +57,14 @@ def engine_of(tiny_base):
 
 
 @pytest.fixture
-def job_of(workshop, image_folder, tiny_base, tmp_path):
+def job_of(image_folder, tiny_base, tmp_path):
     """Makes jobs over the tiny base model."""
 
     def make(**changes) -> Job:
-        return Job(
-            folder=tmp_path, dataset=f"folder:{image_folder}", setting=Setting(), config_dir=workshop / "config",
-            files=ModelFiles(str(tiny_base), tiny_base), classes=ClassNames(CLASSES, CLASSES), solver=SolverSettings(4),
-            resolution=tiny.RESOLUTION, dtype="fp32", template="a photo of a {}", from_noise=False, seed=0,
-            sources=planned(load_dataset(f"folder:{image_folder}").train), **changes,
+        return helpers.job_of(
+            load_dataset(f"folder:{image_folder}"), tmp_path, dataset=f"folder:{image_folder}",
+            model=ModelFiles(str(tiny_base), tiny_base), prompts=Prompts(CLASSES, CLASSES), solver=SolverSettings(4),
+            images=ImageSettings(resolution=tiny.RESOLUTION), **changes,
         )  # fmt: skip
 
     return make
@@ -112,7 +113,7 @@ def test_out_of_memory_with_compiled_networks_halves_what_they_compute(job_of):
     whole, _ = BatchMaker(job_of(), "cpu").pixels(tasks)
     notes = []
     torch.compiler.reset()  # what another test compiled has no such hook
-    maker = BatchMaker(job_of(compiled_batch=4), "cpu", notes.append)
+    maker = BatchMaker(job_of(compiled=True), "cpu", notes.append)
     maker.engine.unet.conv_in.register_forward_pre_hook(lambda _, inputs: limited_memory(inputs[0]))
     ROWS.clear()
     MOST[0] = 2 * 2  # two images, each with guidance
@@ -142,8 +143,8 @@ def test_encoded_prompts_are_bounded_and_the_same_bits(tiny_base):
     """27 templates of 40 classes: 1,080 prompts in 17 chunks, of which 3 are held."""
     names = [f"class {k}" for k in range(40)]
     files, templates = ModelFiles(str(tiny_base), tiny_base), [f"{t} photo of a {{}}" for t in range(27)]
-    engine = Engine(files, ClassNames(names, names), SolverSettings(4), tiny.RESOLUTION, template=templates)
-    whole, row = engine.prompt_embeds, engine.null_embeds.nbytes
+    engine = Engine(files, Prompts(names, names, templates=templates), SolverSettings(4), tiny.RESOLUTION)
+    whole, row = engine.prompt_embeds, engine.sampler.null_embeds.nbytes
     assert whole.encode is None and whole.nbytes == 1080 * row  # the text encoders are let go
     model, calls = load_base(str(tiny_base)), []
 
@@ -239,11 +240,11 @@ def test_a_restart_trusts_only_what_it_can_verify(tmp_path, monkeypatch, image_f
     at(2).write_bytes(at(3).read_bytes())  # another task's image
     (at(4).parent / f".{at(4).name}.99{files.TEMPORARY_SUFFIX}").write_bytes(b"half")
     (at(4).parent / "notes.txt").write_text("a user's own file")
-    done = store.finished(tmp_path, paths, records, everything)
+    done = store.finished_tasks(tmp_path, paths, records, everything)
     size_equal = at(2).exists()  # (a swapped image of equal size passes the quick check)
     assert np.flatnonzero(~done).tolist() == ([0, 1] if size_equal else [0, 1, 2])
     assert not list(tmp_path.rglob("*.part")) and (at(4).parent / "notes.txt").exists() and not at(1).exists()
-    done = store.finished(tmp_path, paths, records, everything, content=True)
+    done = store.finished_tasks(tmp_path, paths, records, everything, content=True)
     assert np.flatnonzero(~done).tolist() == [0, 1, 2]
     # what is struck out is not listed, whoever writes the table
     assert store.write_meta(tmp_path, paths, np.zeros(len(plan), bool)) == 17
@@ -256,9 +257,9 @@ def test_files_without_a_record_are_adopted_if_right(tmp_path):
     Image.new("RGB", (8, 8)).save(stranger)  # right name, but not this plan's image
     cut = tmp_path / store.DATA / paths.relative(5)
     cut.write_bytes(cut.read_bytes()[:-3])  # decodes, yet is not what was written
-    done = store.finished(tmp_path, paths, records, np.ones(len(plan), bool))
+    done = store.finished_tasks(tmp_path, paths, records, np.ones(len(plan), bool))
     assert np.flatnonzero(~done).tolist() == [3, 5] and not stranger.exists() and not cut.exists()
-    assert sorted(Records.read_all(tmp_path)["number"]) == [n for n in range(20) if n not in (3, 5)]
+    assert np.flatnonzero(Records.latest(tmp_path, 20)[0]).tolist() == [n for n in range(20) if n not in (3, 5)]
 
 
 def test_another_shards_files_are_only_looked_at(tmp_path):
@@ -266,7 +267,7 @@ def test_another_shards_files_are_only_looked_at(tmp_path):
     mine = np.arange(len(plan)) < 10
     theirs = tmp_path / store.DATA / paths.relative(15)
     theirs.write_bytes(b"being written")
-    store.finished(tmp_path, paths, records, mine)
+    store.finished_tasks(tmp_path, paths, records, mine)
     assert theirs.read_bytes() == b"being written"
 
 
@@ -446,7 +447,7 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="--engine ray needs the package ray: pip install"):
-        RayLauncher(None, ["cpu"], None, None, 0, 0)
+        RayLauncher(None, None, None, 0, 0)
 
 
 def test_loop_module_is_what_every_strategy_uses():
@@ -459,7 +460,7 @@ def test_loop_module_is_what_every_strategy_uses():
 
 
 def test_the_steady_rate_counts_the_images_of_the_time_it_spans():
-    launcher = Dispatcher(None, ["cpu"], None, None, 0, 0)
+    launcher = Dispatcher(None, None, None, 0, 0)
     # five batches of 8 take ten seconds each; each but the last is reported when the next is computed
     launcher.marks = {"a": [(20.0, 8), (30.0, 8), (40.0, 8), (50.0, 8), (50.1, 8)]}
     assert launcher.steady_rate() == pytest.approx(0.8)

@@ -15,7 +15,7 @@ from base_model.captions import Describer
 from base_model.recipe import PRESETS, Config, Recipe
 from base_model.training import Machine
 from semantic_aug.diffusion.base import BaseModel, load_base
-from semantic_aug.diffusion.loop import decode_latents, generate
+from semantic_aug.diffusion.loop import Sampler, decode_latents, generate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.files import write_json, write_text
 from semantic_aug.pictures import Cell, grid
@@ -45,14 +45,14 @@ class Material:
 
 def sample(model: BaseModel, captions: list[str], resolution: int, key: str) -> np.ndarray:
     """One image for each caption; uint8 ``(B, S, S, 3)``."""
-    null, shape, scheduler = model.encode_null(resolution), model.geometry.latent_shape(resolution), None
-    scheduler = make_scheduler(model.scheduler_config)
+    shape, null = model.geometry.latent_shape(resolution), model.encode_null(resolution)
+    sampler = Sampler(model.unet, make_scheduler(model.scheduler_config), null, SOLVER)
     made = []
     for start in range(0, len(captions), 16):
         some = captions[start : start + 16]
         noise = [torch_rng("base", key, start + i) for i in range(len(some))]
         embeds = model.encode(some, resolution)
-        latents = generate(model.unet, scheduler, shape, embeds, null, noise, SOLVER)
+        latents = generate(sampler, shape, embeds, noise)
         made.append(decode_latents(model.vae, latents).numpy())
     return np.concatenate(made)
 

@@ -23,10 +23,10 @@ import numpy as np
 from benchmarks import common
 from semantic_aug import meta_csv
 from semantic_aug.augmentations.strategies import find
-from semantic_aug.sampling import store
+from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.files import TaskPaths
+from semantic_aug.sampling.folder import RECORD, Records
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, make_plan
-from semantic_aug.sampling.records import RECORD, Records
 
 CLASSES, MULTIPLIER, BATCH = 200, 5, 32
 LINKS_PER_FILE = 30_000
@@ -77,7 +77,7 @@ def measure(tasks: int, folder: Path, make_files: bool, pipe) -> None:
     paths = plan_of_size(tasks)
     planned = time.perf_counter() - began
     began = time.perf_counter()
-    done = store.finished(folder, paths, Records(folder), np.ones(tasks, bool))
+    done = store.finished_tasks(folder, paths, Records(folder), np.ones(tasks, bool))
     found = time.perf_counter() - began
     assert int((~done).sum()) == -(-tasks // GONE_EVERY), "what is missing was not found"
     began = time.perf_counter()

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks import common, original_sampling
-from semantic_aug import console
-from semantic_aug.augmentations.request import ModelFiles
-from semantic_aug.augmentations.strategies import find
+from semantic_aug import cli, console
+from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
@@ -168,26 +168,26 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
     """Images per second of stage 2 as it is, from the first finished batch of every process on, and the time to load."""
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling import run as running
+    from semantic_aug.sampling.identity import identity_of
+    from semantic_aug.sampling.job import Job
+    from semantic_aug.sampling.settings import ImageSettings, OutputSettings, Placement
 
+    dtype = "fp32" if devices[0] == "cpu" else "fp16"
+    multiplier = max(args.images * args.ours_factor, 1) / len(dataset.train)
     config = sampling.with_batch_size(
         sampling.SampleConfig(
             dataset=word,
             setting=dataset.setting,
-            strategy=find("diff-mix"),
+            run=cli.RunSettings(),
+            images=ImageSettings(
+                aug_strength=args.strength, syn_dataset_multiplier=multiplier, resolution=args.resolution
+            ),
             key="bench",
-            files=files,
-            strengths=(args.strength,),
-            strength_label=str(args.strength),
-            multiplier=max(args.images * args.ours_factor, 1) / len(dataset.train),
+            model=files,
+            prompts=Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class),
             solver=SolverSettings(),
-            resolution=args.resolution,
-            batch_size=args.batch_size,
-            dtype="fp32" if devices[0] == "cpu" else "fp16",
-            template="a photo of a {}",
-            seed=0,
-            output_root=folder,
-            devices=devices,
-            compile=args.compile,
+            placement=Placement(batch_size=args.batch_size, dtype=dtype, compile=args.compile, devices=devices),
+            output=OutputSettings(output_root=folder),
         ),
         dataset,
     )
@@ -195,9 +195,9 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
     paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{len(devices)}"
     running.make_folders(place, dataset.folders)
     everything = np.ones(len(plan), bool)
+    origin = identity_of(config, dataset, plan, hash_images(dataset.train)).origin
     launcher = running.make_launcher(
-        config,
-        running.job_of(config, dataset, place, len(plan)),
+        Job(config, place, origin, config.compiled(len(plan))),
         lambda batch: running.image_tasks(plan.numbers(batch), paths, everything),
         lambda rows: None,
         len(plan),
@@ -213,7 +213,7 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         "launcher_cpu_seconds_per_image": own,
         "launcher_share_of_an_image": own * rate / len(devices),
         "seconds_to_first_batches": round(first, 1),
-        "batch_size": config.batch_size,
+        "batch_size": config.placement.batch_size,
     }
 
 

@@ -168,7 +168,7 @@ def draw_samples(path: Path) -> None:
     from PIL import Image
 
     from semantic_aug.diffusion.base import load_base
-    from semantic_aug.diffusion.loop import decode_latents, generate
+    from semantic_aug.diffusion.loop import Sampler, decode_latents, generate
     from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
     from semantic_aug.pictures import Cell, grid
     from semantic_aug.seeding import torch_rng
@@ -176,12 +176,13 @@ def draw_samples(path: Path) -> None:
     model = load_base(BASE)
     prompts = ["a photo of a solar cell", "a photo of a smooth round solar cell", "a photo of a coarse square solar cell",
                "a photo of a dim broken cracked solar cell", "a photo of a white clean even solar cell"]  # fmt: skip
-    null, rows = model.encode_null(128), []
+    shape, rows = model.geometry.latent_shape(128), []
+    scheduler, solver = make_scheduler(model.scheduler_config), SolverSettings(25, 4.0)
+    sampler = Sampler(model.unet, scheduler, model.encode_null(128), solver)
     for prompt in prompts:
         embeds = model.encode([prompt], 128).expand(8)
         noise = [torch_rng(0, "card", i) for i in range(8)]
-        shape, scheduler = model.geometry.latent_shape(128), make_scheduler(model.scheduler_config)
-        latents = generate(model.unet, scheduler, shape, embeds, null, noise, SolverSettings(25, 4.0))
+        latents = generate(sampler, shape, embeds, noise)
         rows.append([Cell(Image.fromarray(image.numpy())) for image in decode_latents(model.vae, latents)])
     photographs = load_test_photographs(128)[np.arange(8) * 80]
     for images in (photographs, reconstruct(model.vae, photographs)):

@@ -200,7 +200,7 @@ class Quickstart:
         began = time.monotonic()
         from semantic_aug import console, registry
         from semantic_aug.augmentations.engine import Engine
-        from semantic_aug.augmentations.request import ClassNames, ModelFiles
+        from semantic_aug.augmentations.model import ModelFiles, Prompts
         from semantic_aug.datasets import Setting, load_dataset
         from semantic_aug.datasets.images import fit
         from semantic_aug.diffusion.base import find_base, read_geometry
@@ -214,7 +214,7 @@ class Quickstart:
         folder = find_base(checkpoint.model_path)
         resolution = read_geometry(folder).native_resolution
         weights = ModelFiles(checkpoint.model_path, folder, checkpoint.lora_path, checkpoint.embed_path)
-        classes = ClassNames(data.source_names, data.class_names, data.spec.super_class)
+        classes = Prompts(data.source_names, data.class_names, data.spec.super_class)
         engine = Engine(weights, classes, SolverSettings(num_inference_steps=self.size.steps), resolution)
         half, rows = len(data.class_names) // 2, []
         strengths = [s for s in STRENGTHS if s * self.size.steps >= 1]

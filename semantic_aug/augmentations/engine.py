@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from semantic_aug.augmentations.request import ClassNames, ModelFiles
+from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel, load_base
-from semantic_aug.diffusion.loop import decode_latents, encode_moments, generate, to_pixels, translate
+from semantic_aug.diffusion.loop import Sampler, decode_latents, encode_moments, generate, to_pixels, translate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt
-from semantic_aug.prompts import SAMPLING_TEMPLATE
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +82,12 @@ class Engine:
     """A base model with LoRA merged and class tokens installed, and every class's prompt encoded once.
 
     Args:
-        files: which weights.
-        classes: of the data set.
-        settings: of the solver.
+        files: of the model.
+        prompts: classes and templates; prompt ``t * K + k`` is template t of class k.
+        solver: steps, guidance, scheduler.
         resolution: side of the images in pixels.
         device: where to run.
         dtype: precision of the networks; merging happens in float32 before the cast.
-        template: prompt with ``{}`` for the class, or several of them; prompt ``t * K + k`` is then template t of class k.
         compiled_batch: compile U-Net and decoder for batches of exactly this many images (smaller ones are padded);
             None runs them as they are.
 
@@ -100,47 +98,44 @@ class Engine:
     def __init__(
         self,
         files: ModelFiles,
-        classes: ClassNames,
-        settings: SolverSettings,
+        prompts: Prompts,
+        solver: SolverSettings,
         resolution: int,
         device: torch.device | str = "cpu",
+        *,
         dtype: torch.dtype = torch.float32,
-        template: str | Sequence[str] = SAMPLING_TEMPLATE,
         compiled_batch: int | None = None,
     ):
         model, tokens = load_model(files)
         model.geometry.check(resolution)
         if tokens is not None:
-            tokens.check_classes(classes.source_names, str(files.tokens))
+            tokens.check_classes(prompts.source_names, str(files.tokens))
             token_io.install_all(tokens, model.tokenizers, model.text_encoders)
         self.prompts = [
-            class_prompt(source, prompt, classes.super_class, tokens, one)
-            for one in ([template] if isinstance(template, str) else template)
-            for source, prompt in zip(classes.source_names, classes.prompt_names, strict=True)
+            class_prompt(source, name, prompts.super_class, tokens, template)
+            for template in prompts.every_template
+            for source, name in zip(prompts.source_names, prompts.prompt_names, strict=True)
         ]
         model.to(device, dtype)
-        self.null_embeds = model.encode_null(resolution)
+        null_embeds = model.encode_null(resolution)
         encode = functools.partial(model.family.encode_prompts, model.tokenizers, model.text_encoders)
-        self.prompt_embeds = EncodedPrompts(
-            lambda prompts: encode(prompts, resolution), self.prompts, self.null_embeds.nbytes
-        )
+        self.prompt_embeds = EncodedPrompts(lambda batch: encode(batch, resolution), self.prompts, null_embeds.nbytes)
         self.unet, self.vae, self.batch, self.encode_batch = model.unet, model.vae, compiled_batch, ENCODE_BATCH
-        self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
-        self.settings, self.resolution = settings, resolution
-        self.device = torch.device(device)
+        self.device, self.resolution = torch.device(device), resolution
         self.latent_shape = model.geometry.latent_shape(resolution)
-        self.denoiser, self.decode = self._networks(self.unet)
+        self.denoiser, self.decode = self._networks()
         self.on_step: Callable[[], None] = lambda: None
+        scheduler = make_scheduler(model.scheduler_config, solver.scheduler, solver.final_sigmas_type)
+        self.sampler = Sampler(self._predict, scheduler, null_embeds, solver)
 
-    def _networks(self, unet: nn.Module):
+    def _networks(self):
         """The denoiser and the decoder, compiled (channels last, static shapes) where a batch size was given."""
         if self.batch is None:
-            return unet, None
+            return self.unet, None
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        unet.to(memory_format=torch.channels_last)
+        self.unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
-        decode = compiled(lambda latents: self.vae.decode(latents, return_dict=False)[0])
-        return compiled(unet), decode
+        return compiled(self.unet), compiled(lambda latents: self.vae.decode(latents, return_dict=False)[0])
 
     def compile_for(self, batch: int) -> None:
         """Compiles the networks anew for batches of another size, where they are compiled at all."""
@@ -148,7 +143,7 @@ class Engine:
             self.batch = batch
             self.denoiser = self.decode = None
             torch.compiler.reset()
-            self.denoiser, self.decode = self._networks(self.unet)
+            self.denoiser, self.decode = self._networks()
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Sources, PIL RGB of ``resolution`` pixels, to posterior parameters ``(B, 2C, h, w)`` on the CPU."""
@@ -179,19 +174,21 @@ class Engine:
         """
         padded = self._padding(len(targets))
         latents = translate(
-            self._predict, self.scheduler, moments[padded].to(self.device, self.vae.dtype), self.vae.config.scaling_factor,
-            self.prompt_embeds[[targets[i] for i in padded]], self.null_embeds, [strengths[i] for i in padded],
-            _spread(generators, padded), self.settings, None if masks is None else masks[padded],
-        )  # fmt: skip
+            self.sampler,
+            moments[padded].to(self.device, self.vae.dtype),
+            self.vae.config.scaling_factor,
+            self.prompt_embeds[[targets[i] for i in padded]],
+            [strengths[i] for i in padded],
+            _spread(generators, padded),
+            masks=None if masks is None else masks[padded],
+        )
         return self._decoded(latents[: len(targets)])
 
     def generate(self, targets: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """Images of the targets' prompts from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
         padded = self._padding(len(targets))
-        latents = generate(
-            self._predict, self.scheduler, self.latent_shape, self.prompt_embeds[[targets[i] for i in padded]],
-            self.null_embeds, _spread(generators, padded), self.settings,
-        )  # fmt: skip
+        embeds = self.prompt_embeds[[targets[i] for i in padded]]
+        latents = generate(self.sampler, self.latent_shape, embeds, _spread(generators, padded))
         return self._decoded(latents[: len(targets)])
 
     def _predict(self, *inputs, **options):

@@ -1,7 +1,7 @@
 """The batched denoising loop: img2img (SDEdit, Meng et al. 2022) and generation from noise, many images at once.
 
 Every sample of a batch has its own prompt, strength and random generator, and comes out as diffusers' pipelines would
-make it alone from the same generator. Guidance runs as one doubled batch.
+make it alone from the same generator. Classifier-free guidance (Ho & Salimans 2022) runs as one doubled batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -78,32 +79,44 @@ def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Te
     return randn_tensor((len(generators), *shape), generator=list(generators), device=like.device, dtype=like.dtype)
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """What denoises a batch.
+
+    Attributes:
+        unet: of diffusers, or what is called as one.
+        scheduler: noise schedule and solver, from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied for each
+            batch, never changed.
+        null_embeds: conditioning of the empty prompt, one row.
+        settings: steps and guidance.
+    """
+
+    unet: Callable
+    scheduler: Any
+    null_embeds: Conditions
+    settings: SolverSettings
+
+
 @torch.no_grad()
 def translate(
-    unet: Callable,
-    scheduler_template,
+    sampler: Sampler,
     moments: Tensor,
     scaling_factor: float,
     prompt_embeds: Conditions,
-    null_embeds: Conditions,
     strengths: Sequence[float],
     generators: Sequence[torch.Generator],
-    settings: SolverSettings,
     masks: Tensor | None = None,
 ) -> Tensor:
     """Image to image: noises each source to its strength and denoises it under its own prompt.
 
     Args:
-        unet: of diffusers, or what is called as one.
-        scheduler_template: from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied, never changed.
+        sampler: U-Net, solver, empty prompt.
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
         scaling_factor: of the VAE.
         prompt_embeds: B rows.
-        null_embeds: one row, of the empty prompt.
         strengths: B numbers in (0, 1]; they may differ.
         generators: B CPU generators; each gives its sample's posterior draw, then its noise, then what a stochastic
             solver asks for.
-        settings: steps, guidance, solver.
         masks: bool ``(B, 1, h, w)``, True where an image may change; elsewhere the source, noised to each step's level,
             is put back after the step (latent blending, Avrahami et al. 2023; the inpainting of DA-Fusion). None: everywhere.
 
@@ -113,46 +126,41 @@ def translate(
     Raises:
         UserError: a strength too small for the number of steps.
     """
-    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    shape, steps = (moments.shape[1] // 2, *moments.shape[2:]), sampler.settings.num_inference_steps
+    # draw the sources' latents from the VAE's posterior
     latents = sample_posterior(moments, draw(shape, generators, moments), scaling_factor).to(prompt_embeds.dtype)
     noise = draw(shape, generators, latents)
-    starts = [first_step(settings.num_inference_steps, s) for s in strengths]
-    groups = _groups(scheduler_template, starts, settings.num_inference_steps, latents.device)
+    groups = _groups(sampler.scheduler, [first_step(steps, s) for s in strengths], steps, latents.device)
     kept = None if masks is None else _Kept(masks.to(latents.device), latents.clone(), noise)
-    for group in groups:
+    for group in groups:  # noise each source to its strength
         step = group.scheduler.timesteps[group.begin : group.begin + 1].repeat(len(group.samples))
         index = torch.tensor(group.samples, device=latents.device)
         latents[index] = group.scheduler.add_noise(latents[index], noise[index], step)
-    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings, kept)
+    return _denoise(sampler, groups, latents, prompt_embeds, generators, kept)
 
 
 @torch.no_grad()
 def generate(
-    unet: Callable,
-    scheduler_template,
+    sampler: Sampler,
     latent_shape: tuple[int, int, int],
     prompt_embeds: Conditions,
-    null_embeds: Conditions,
     generators: Sequence[torch.Generator],
-    settings: SolverSettings,
 ) -> Tensor:
     """Noise to image, each sample under its own prompt.
 
     Args:
-        unet: of diffusers, or what is called as one.
-        scheduler_template: copied, never changed.
+        sampler: U-Net, solver, empty prompt.
         latent_shape: (C, h, w).
         prompt_embeds: B rows.
-        null_embeds: one row, of the empty prompt.
         generators: B CPU generators, one per sample.
-        settings: steps, guidance, solver.
 
     Returns:
         Scaled latents ``(B, C, h, w)``.
     """
-    groups = _groups(scheduler_template, [0] * len(generators), settings.num_inference_steps, prompt_embeds.device)
+    steps = sampler.settings.num_inference_steps
+    groups = _groups(sampler.scheduler, [0] * len(generators), steps, prompt_embeds.device)
     latents = draw(latent_shape, generators, prompt_embeds.hidden) * groups[0].scheduler.init_noise_sigma
-    return _denoise(unet, groups, latents, prompt_embeds, null_embeds, generators, settings)
+    return _denoise(sampler, groups, latents, prompt_embeds, generators)
 
 
 @dataclass
@@ -161,7 +169,7 @@ class _Group:
 
     samples: list[int]
     begin: int
-    scheduler: object
+    scheduler: Any
 
 
 @dataclass
@@ -194,38 +202,36 @@ def _groups(template, starts: Sequence[int], num_inference_steps: int, device: t
 
 
 def _denoise(
-    unet: Callable,
+    sampler: Sampler,
     groups: list[_Group],
     latents: Tensor,
     prompt_embeds: Conditions,
-    null_embeds: Conditions,
     generators: Sequence[torch.Generator],
-    settings: SolverSettings,
     kept: _Kept | None = None,
 ) -> Tensor:
     """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
-    timesteps = groups[0].scheduler.timesteps
-    guided = settings.guidance_scale > 1
+    timesteps, guidance = groups[0].scheduler.timesteps, sampler.settings.guidance_scale
     for position in range(min(group.begin for group in groups), len(timesteps)):
-        active = [group for group in groups if group.begin <= position]
+        t, active = timesteps[position], [group for group in groups if group.begin <= position]
         index = torch.tensor([i for group in active for i in group.samples], device=latents.device)
         sizes = [len(group.samples) for group in active]
-        t = timesteps[position]
         parts = latents[index].split(sizes)
         scaled = torch.cat([g.scheduler.scale_model_input(x, t) for g, x in zip(active, parts, strict=True)])
+        # predict the noise (or v), under the empty prompt too where guidance needs it
         embeds = prompt_embeds[index]
-        if guided:  # one doubled batch: the empty prompt, then the samples' own
+        if guidance > 1:
             scaled = torch.cat([scaled, scaled])
-            embeds = Conditions.cat([null_embeds.expand(len(embeds)), embeds])
-        predicted = unet(scaled, t, **embeds.unet_arguments(), return_dict=False)[0]
-        if guided:  # classifier-free guidance
+            embeds = Conditions.cat([sampler.null_embeds.expand(len(embeds)), embeds])
+        predicted = sampler.unet(scaled, t, **embeds.unet_arguments(), return_dict=False)[0]
+        if guidance > 1:  # classifier-free guidance
             unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + settings.guidance_scale * (conditional - unconditional)
+            predicted = unconditional + guidance * (conditional - unconditional)
         stepped = []
         for group, x, prediction in zip(active, parts, predicted.split(sizes), strict=True):
+            # one step of the solver
             options = _step_options(group.scheduler, [generators[i] for i in group.samples])
             x = group.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-            if kept is not None:
+            if kept is not None:  # latent blending
                 following = timesteps[position + 1 : position + 2] if position + 1 < len(timesteps) else None
                 x = kept.put_back(group.scheduler, group.samples, x, following)
             stepped.append(x)

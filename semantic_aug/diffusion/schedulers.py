@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from semantic_aug import cli
 from semantic_aug.errors import UserError, unknown
 
 SCHEDULERS = {
@@ -31,19 +32,32 @@ FINAL_SIGMAS = ("zero", "sigma_min")
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """How noise becomes an image.
+    """How noise becomes an image."""
 
-    Attributes:
-        num_inference_steps: steps of the whole schedule; strength s runs its last ``int(s * steps)``.
-        guidance_scale: classifier-free guidance w (Ho & Salimans 2022); 1 or less runs the conditional branch alone.
-        scheduler: short name or diffusers class name.
-        final_sigmas_type: ``zero`` or ``sigma_min``.
-    """
-
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.5
-    scheduler: str = DEFAULT
-    final_sigmas_type: str = "zero"
+    TITLE = "solver"
+    num_inference_steps: int = cli.setting(
+        25,
+        type=cli.whole(1),
+        metavar="N",
+        help="steps of the whole schedule; strength s runs the last int(s * N) (default: 25; with --lcm_lora 8)",
+    )
+    guidance_scale: float = cli.setting(
+        7.5,
+        type=cli.number(0, 100),
+        metavar="W",
+        help="scale of classifier-free guidance; 1 or less: none (default: 7.5; with --lcm_lora 1)",
+    )
+    scheduler: str = cli.setting(
+        DEFAULT,
+        metavar="NAME",
+        help="dpmsolver++, unipc, ddim, euler, ... or a diffusers scheduler's class name (default: dpmsolver++; with "
+        "--lcm_lora lcm)",
+    )
+    final_sigmas_type: str = cli.setting(
+        "zero",
+        choices=FINAL_SIGMAS,
+        help="noise level at which the solver ends; sigma_min: as the original implementation",
+    )
 
 
 def scheduler_class(name: str):

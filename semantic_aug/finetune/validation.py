@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from semantic_aug.diffusion.base import BaseModel
-from semantic_aug.diffusion.loop import decode_latents, generate
+from semantic_aug.diffusion.loop import Sampler, decode_latents, generate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.pictures import Cell, grid
@@ -47,7 +47,7 @@ def validation_grid(
             sizes = null.added["time_ids"].expand(per_class, -1).cpu() if null.added else None
             embeds = model.told(model.conditions(labels, template, time_ids=sizes)).to(null.dtype)
             noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
-            latents = generate(model.unet, scheduler, shape, embeds, null, noise, SETTINGS)
+            latents = generate(Sampler(model.unet, scheduler, null, SETTINGS), shape, embeds, noise)
             images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()
             rows.append([Cell(Image.fromarray(image)) for image in images])
     return grid(rows, row_titles=[class_names[i] for i in range(0, len(class_names), step)])

@@ -1,7 +1,8 @@
-"""A resolved request for a synthetic subset, and what follows from it: weights, strengths, plan, folder, identity."""
+"""A resolved request for a synthetic subset, and what follows from it: weights, strengths, plan, folder, batch size."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 from collections.abc import Sequence
@@ -10,19 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import registry, runs
-from semantic_aug.augmentations.request import ModelFiles
+from semantic_aug import cli, registry, runs
+from semantic_aug.augmentations import strategies
+from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
-from semantic_aug.datasets import LoadedDataset, Setting
-from semantic_aug.devices import available_memory
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, weight_files
+from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.devices import actors_of, available_memory, processes_of
+from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, weight_files
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
 from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling.files import TaskPaths
+from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, make_plan, table_of_counts
-from semantic_aug.sampling.store import recorded_identity
+from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, read_solver
+from semantic_aug.sampling.sources import check_mask
 
 log = logging.getLogger(__name__)
 
@@ -41,75 +45,121 @@ COMPILE_IMAGES = 3000
 """Images per process from which compiling (a minute or two on a GPU) is worth it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """A resolved request for a synthetic subset.
+    """A resolved request for a synthetic subset: what the user gave, with everything unset derived.
 
     Attributes:
         dataset: what ``--dataset`` was given.
         setting: which part of the training split is used.
-        strategy: row of the strategy table.
+        run: seed and registry folder.
+        images: what to make.
         key: checkpoint key the subset is named after, or None for the base model.
-        files: base model, LoRA, tokens.
-        strengths: strengths the plan spreads over the tasks.
-        strength_label: how the subset's name says them.
-        multiplier: synthetic images per training image.
+        model: base model, LoRA, tokens.
+        prompts: class names and templates.
         solver: steps, guidance, scheduler.
-        resolution: side in pixels.
-        batch_size: most tasks per batch; part of the plan. 0 until :func:`with_batch_size` has chosen one.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
-        template: prompt with ``{}``.
-        seed: of the plan and of every noise.
-        output_root: folder that holds ``{dataset}/{subset}``.
-        devices: one process each.
-        cpu_threads: arithmetic threads per CPU process.
-        num_shards: how many parts the batches are dealt into.
-        shard_index: which part this run makes.
-        config_dir: of the registry files.
-        worker_timeout: seconds of silence before a process is replaced, or None.
-        image_format: key of :data:`semantic_aug.sampling.files.FORMATS`.
-        compile: ``auto``, ``on`` or ``off``.
-        engine: ``mp`` (processes of this machine) or ``ray`` (actors).
-        ray_address: of a running Ray cluster, or None for one on this machine.
-        templates: prompts of which each task draws one, instead of ``template``; empty: none.
-        object_mask: the part of a source that may change: ``object``, ``background``, or None for all of it.
-        automatic_batch: ``batch_size`` was chosen by :func:`with_batch_size`.
+        placement: devices, batch size, precision.
+        output: root folder and shard.
     """
 
     dataset: str
     setting: Setting
-    strategy: Strategy
+    run: cli.RunSettings
+    images: ImageSettings
     key: str | None
-    files: ModelFiles
-    strengths: tuple[float, ...]
-    strength_label: str
-    multiplier: float
+    model: ModelFiles
+    prompts: Prompts
     solver: SolverSettings
-    resolution: int
-    batch_size: int
-    dtype: str
-    template: str
-    seed: int
-    output_root: Path
-    devices: tuple[str, ...]
-    cpu_threads: int = 1
-    num_shards: int = 1
-    shard_index: int = 0
-    config_dir: Path = registry.CONFIG_DIR
-    worker_timeout: float | None = None
-    image_format: str = "png"
-    compile: str = "auto"
-    engine: str = "mp"
-    ray_address: str | None = None
-    templates: tuple[str, ...] = ()
-    object_mask: str | None = None
-    automatic_batch: bool = False
+    placement: Placement
+    output: OutputSettings
+
+    @property
+    def strategy(self) -> Strategy:
+        """Row of the strategy table."""
+        return strategies.find(self.images.sample_strategy)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths that the plan spreads over the tasks."""
+        return self._strengths()[0]
+
+    @property
+    def strength_label(self) -> str:
+        """The strengths as the subset's name gives them."""
+        return self._strengths()[1]
+
+    def _strengths(self) -> tuple[tuple[float, ...], str]:
+        images = self.images
+        return choose_strengths(
+            self.strategy, images.aug_strength, images.strength_strategy, self.solver.num_inference_steps
+        )
 
     def compiled(self, images: int) -> bool:
         """Whether networks are compiled; by the size of the whole subset, so that a restart on as many GPUs decides alike."""
-        if self.compile != "auto":
-            return self.compile == "on"
-        return self.devices[0] != "cpu" and images >= COMPILE_IMAGES * len(self.devices)
+        devices = self.placement.devices
+        if self.placement.compile != "auto":
+            return self.placement.compile == "on"
+        return devices[0] != "cpu" and images >= COMPILE_IMAGES * len(devices)
+
+
+def resolve(args: argparse.Namespace) -> tuple[SampleConfig, LoadedDataset]:
+    """Checks the arguments and derives what was left unset; returns the request and the loaded data set.
+
+    Raises:
+        UserError: names the argument.
+    """
+    settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.RunSettings)
+    chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
+    if output.calibrate and not run.dry_run:
+        raise UserError("--calibrate goes with --dry_run")
+    strategy, solver = strategies.find(images.sample_strategy), read_solver(args)
+    choose_strengths(strategy, images.aug_strength, images.strength_strategy, solver.num_inference_steps)
+    placement = resolve_placement(placement)
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), run.config_dir)
+    section = dataset.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", run.config_dir)
+    model, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, run.config_dir)
+    if chosen.lcm_lora:
+        model = replace(model, extra_lora=registry.find_lora(chosen.lcm_lora))
+    if images.object_mask:
+        check_mask(images.object_mask, dataset.train, dataset.name, strategy.start)
+    if placement.gpu_ids is None and placement.engine == "mp":
+        placement = replace(placement, devices=tuple(fitting(placement.devices, model)))
+    prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **chosen.templates())
+    check_model(model, prompts)
+    geometry = read_geometry(model.folder)
+    images = replace(images, resolution=images.resolution or geometry.native_resolution)
+    geometry.check(images.resolution)
+    root = output.output_root or Path(runs.aug_samples_dir(dataset.setting.suffix))
+    config = SampleConfig(
+        dataset=args.dataset,
+        setting=dataset.setting,
+        run=run,
+        images=images,
+        key=key,
+        model=model,
+        prompts=prompts,
+        solver=solver,
+        placement=placement,
+        output=replace(output, output_root=registry.resolve_path(root)),
+    )
+    if output.register_key:
+        entry = registry.shown_path(subset_folder(config, dataset))
+        registry.check_key(registry.SUBSETS, dataset.name, output.register_key, entry, run.config_dir)
+    return with_batch_size(config, dataset), dataset
+
+
+def resolve_placement(placement: Placement) -> Placement:
+    """The devices and the precision that were asked for.
+
+    Raises:
+        UserError: devices that this machine does not have.
+    """
+    if placement.engine == "ray":
+        devices = actors_of(placement.gpu_ids)
+    else:
+        devices = processes_of(placement.gpu_ids, placement.cpu_threads)
+    automatic = "fp32" if devices[0] == "cpu" else "fp16"
+    return replace(placement, devices=tuple(devices), dtype=automatic if placement.dtype == "auto" else placement.dtype)
 
 
 def choose_weights(
@@ -163,8 +213,8 @@ def choose_strengths(
         strengths, label = UNIFORM_STRENGTHS, "Uniform"
     else:
         strengths, label = (float(strength),), strength_text(strength)
-    for one in strengths:
-        first_step(num_inference_steps, one)
+    for each in strengths:
+        first_step(num_inference_steps, each)
     return tuple(strengths), label
 
 
@@ -176,36 +226,39 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
         len(dataset.class_names),
         config.strategy,
         config.strengths,
-        config.multiplier,
-        config.batch_size,
-        config.seed,
-        config.setting.task,
+        multiplier=config.images.syn_dataset_multiplier,
+        batch_size=config.placement.batch_size,
+        seed=config.run.seed,
+        task=config.setting.task,
     )
 
 
 def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
     """``{output_root}/{dataset}/{subset}``."""
-    name = runs.subset_name(config.strategy.name, config.multiplier, config.key, config.strength_label)
-    return config.output_root / dataset.name / name
+    name = runs.subset_name(
+        config.strategy.name, config.images.syn_dataset_multiplier, config.key, config.strength_label
+    )
+    return config.output.output_root / dataset.name / name
 
 
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
     names, keys = dataset.source_names, dataset.train.keys
-    return TaskPaths(plan, names, dataset.folders, keys, config.seed, config.image_format, config.templates)
+    options = {"image_format": config.images.image_format, "templates": config.prompts.templates}
+    return TaskPaths(plan, names, dataset.folders, keys, config.run.seed, **options)
 
 
 def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
-    """The plan in words and numbers, for ``--dry_run``: counts per class, strengths, files, batches, disk."""
-    plan, folder = plan_of(config, dataset), subset_folder(config, dataset)
+    """The plan as text, for ``--dry_run``: counts per class, strengths, files, batches, disk."""
+    plan, folder, images = plan_of(config, dataset), subset_folder(config, dataset), config.images
     lines = [
-        f"{len(plan)} images ({config.multiplier:g} x {len(dataset.train)} training images) in {plan.num_batches} batches of "
-        f"{plan.batch_size}, to {folder}",
+        f"{len(plan)} images ({images.syn_dataset_multiplier:g} x {len(dataset.train)} training images) in "
+        f"{plan.num_batches} batches of {plan.batch_size}, to {folder}",
         f"strategy {config.strategy.name}: weights {config.strategy.weights}, from {config.strategy.start}, "
         f"pairing {config.strategy.pairing}",
         "strengths: "
         + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
-        f"disk needed: about {len(plan) * config.resolution**2 * BYTES_PER_PIXEL[config.image_format] / 1e6:,.0f} MB",
+        f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
     lines += [f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in table_of_counts(plan, dataset.source_names)]
@@ -223,11 +276,12 @@ def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfi
 
     Asked again of a request that was resolved so, it takes what another shard has begun the folder with meanwhile.
     """
-    if config.batch_size and not config.automatic_batch:
+    placement = config.placement
+    if placement.batch_size and not placement.automatic_batch:
         return config
     begun = (recorded_identity(subset_folder(config, dataset)) or {}).get("batch_size")
-    size = begun or config.batch_size or automatic_batch_size(config.devices, config.resolution)
-    return replace(config, batch_size=int(size), automatic_batch=True)
+    size = begun or placement.batch_size or automatic_batch_size(placement.devices, config.images.resolution)
+    return replace(config, placement=replace(placement, batch_size=int(size), automatic_batch=True))
 
 
 def fitting(devices: Sequence[str], files: ModelFiles) -> Sequence[str]:

@@ -63,7 +63,7 @@ class TaskPaths:
         return (*meta_csv.FURTHER_COLUMNS, "Prompt") if self.templates else meta_csv.FURTHER_COLUMNS
 
     def template(self, number: int) -> int:
-        """The place of a task's prompt in ``templates``: a pure function of (seed, number)."""
+        """The position of a task's prompt in ``templates``: a pure function of (seed, number)."""
         if len(self.templates) < 2:
             return 0
         return derive_seed(self.seed, "template", number) % len(self.templates)

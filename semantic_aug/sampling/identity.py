@@ -2,8 +2,8 @@
 
 ``config.yaml`` has four parts: the identity (whatever decides a byte of the images: training images, class names, prompts,
 weights, settings), compared whenever a folder is opened; under ``arguments`` what the identity follows from and what may change
-(the places of data set and base model, the few-shot setting); ``made_with``, the versions of the first run; and ``runs``, how
-each part was computed where that changed: on how many processes, with compiled networks or not.
+(the locations of data set and base model, the few-shot setting); ``made_with``, the versions of the first run; and ``runs``,
+how each part was computed where that changed: on how many processes, with compiled networks or not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from semantic_aug import registry, runs
-from semantic_aug.augmentations.request import ModelFiles
+from semantic_aug import cli, registry, runs
+from semantic_aug.augmentations.model import ModelFiles
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.fingerprint import (
     ContentHashes,
@@ -31,20 +31,24 @@ from semantic_aug.datasets.fingerprint import (
 )
 from semantic_aug.datasets.synthetic import read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
+from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.files import sha256_file, sha256_text, write_text
-from semantic_aug.sampling import store
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
+from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
+from semantic_aug.sampling.folder import DATA as IMAGES
 from semantic_aug.sampling.plan import Plan
-from semantic_aug.sampling.records import Records
+from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.sources import PlannedSources, columns_of
 
 log = logging.getLogger(__name__)
 
 ARGUMENTS, MADE_WITH, RUNS, DATA = "arguments", "made_with", "runs", "data"
+RECORDED_AS = {"sample_strategy": "strategy", "syn_dataset_multiplier": "multiplier"}
+"""Settings that have another name in the record."""
 FOLLOWS = ("images", "plan_sha256")
-"""Values that differ only where another one does; told where nothing else explains them."""
+"""Values that differ only where another one does; named where nothing else explains the difference."""
 RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 """Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
@@ -95,6 +99,21 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Training images and weights as the plan has them; every process compares them with what it reads.
+
+    Attributes:
+        sources: the training images; None where denoising starts from noise.
+        weights: hashes of the model's files.
+        encoder: says what encodes sources and how, for the names of the files that keep encoded sources.
+    """
+
+    sources: PlannedSources | None
+    weights: Weights | None = None
+    encoder: str = ""
+
+
+@dataclass(frozen=True)
 class Identity:
     """What a subset is made from.
 
@@ -103,18 +122,14 @@ class Identity:
         arguments: what ``compared`` follows from, and what may change.
         table: the training images.
         images: their content hashes.
-        sources: the training images as processes get them; None where denoising starts from noise.
-        weights: hashes of the model's files.
-        encoder: says what encodes sources and how.
+        origin: training images and weights, for the processes.
     """
 
     compared: dict[str, Any]
     arguments: dict[str, Any]
     table: ImageTable
     images: ContentHashes
-    sources: PlannedSources | None
-    weights: Weights
-    encoder: str
+    origin: Origin
 
 
 def _hash_of(path: Path) -> str:
@@ -133,30 +148,27 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         plan: of the request.
         images: content hashes of the training images.
     """
-    columns = columns_of(config.object_mask)
-    weights = Weights.of(config.files)
-    device = "cpu" if config.devices[0] == "cpu" else "cuda"
+    columns = columns_of(config.images.object_mask)
+    weights, several = Weights.of(config.model), list(config.prompts.templates)
+    device = "cpu" if config.placement.devices[0] == "cpu" else "cuda"
+    settings = {
+        RECORDED_AS.get(name, name): getattr(config.images, name) for name in cli.result_settings(ImageSettings)
+    }
     compared = {
         "dataset": dataset.name,
         "class_names": list(dataset.source_names),
         DATA: data_identity(dataset, {"train": images}, columns),
-        "strategy": config.strategy.name,
+        **settings,
+        "strategy": config.strategy.name,  # not an alias
         "checkpoint_key": config.key,
         "strengths": list(config.strengths),
-        "multiplier": config.multiplier,
-        "seed": config.seed,
-        "resolution": config.resolution,
-        "batch_size": config.batch_size,
-        "dtype": config.dtype,
-        "image_format": config.image_format,
+        "seed": config.run.seed,
+        "batch_size": config.placement.batch_size,
+        "dtype": config.placement.dtype,
         "device": device,
-        "template": config.template,
-        "templates": list(config.templates) or None,
-        "object_mask": config.object_mask,
-        "num_inference_steps": config.solver.num_inference_steps,
-        "guidance_scale": config.solver.guidance_scale,
-        "scheduler": config.solver.scheduler,
-        "final_sigmas_type": config.solver.final_sigmas_type,
+        "template": config.prompts.template,
+        "templates": several or None,
+        **{name: getattr(config.solver, name) for name in cli.result_settings(SolverSettings)},
         "images": len(plan),
         "plan_sha256": plan.digest,
         "base_sha256": weights.base,
@@ -166,7 +178,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     }
     arguments = {
         "dataset": config.dataset,
-        "base_model": config.files.name,
+        "base_model": config.model.name,
         "examples_per_class": config.setting.examples_per_class,
         "task": config.setting.task,
         "imbalance_factor": config.setting.imbalance_factor if config.setting.task == "imbalanced" else None,
@@ -175,20 +187,22 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     }
     sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
     compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
-    encoder = f"{weights.vae} {config.resolution} {config.dtype} {device} {'compiled' if compiled else 'plain'}"
-    return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, sources, weights, encoder)
+    network = "compiled" if compiled else "plain"
+    encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
+    origin = Origin(sources, weights, encoder)
+    return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, origin)
 
 
 def warn(config: SampleConfig, identity: Identity) -> None:
     """Tells what does not stop a run: images that cannot be read, a checkpoint that was trained on other images."""
     unreadable = np.flatnonzero(~identity.images.values.any(axis=1))
-    if len(unreadable) and identity.sources is not None:
+    if len(unreadable) and identity.origin.sources is not None:
         log.warning(
             "%d training images cannot be read ('%s' the first): nothing will be made from them",
             len(unreadable),
             identity.table.keys[unreadable[0]],
         )
-    path = config.files.lora or config.files.tokens
+    path = config.model.lora or config.model.tokens
     then, now = _trained_on(path) if path else {}, identity.compared[DATA]["train"]
     if any(then.get(name) != now[name] for name in ("labels", "content") if then):
         log.warning(
@@ -224,9 +238,9 @@ def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> No
     """
     if belongs(folder, identity, paths, alone):
         return
-    old = store.recorded_identity(folder) or {}
+    old = recorded_identity(folder) or {}
     made_with = {"versions": runs.versions(), "git_revision": runs.git_revision(registry.REPO_ROOT)}
-    kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and store.has_images(folder)}
+    kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and has_images(folder)}
     _write(folder, {**identity.compared, ARGUMENTS: identity.arguments, MADE_WITH: made_with, **kept})
     write_sources(folder, identity.table.keys, identity.images.values)
 
@@ -238,21 +252,21 @@ def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = Tr
     from the old ones and no other run is at work: a damaged file that was restored, as the error about it asks for.
 
     Raises:
-        UserError: the folder holds a subset made otherwise (says what differs), or other files.
+        UserError: the folder holds a subset made otherwise, with what differs, or other files.
     """
-    old = store.recorded_identity(folder)
+    old = recorded_identity(folder)
     if old is None:
         others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
         if others:
             raise UserError(
-                f"{folder} is not empty ('{sorted(others)[0]}') and holds no {store.CONFIG_FILE}: nothing was touched; "
+                f"{folder} is not empty ('{sorted(others)[0]}') and holds no {CONFIG_FILE}: nothing was touched; "
                 "choose another --output_root"
             )
         return False
     if DATA in old and _compared(old) == identity.compared:
         _warn_of_versions(folder, old)
         return True
-    if alone and not store.has_images(folder):
+    if alone and not has_images(folder):
         return False
     if DATA not in old:
         raise UserError(
@@ -266,7 +280,7 @@ def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = Tr
         )
     replaced = _replaced(old, identity, folder)
     if not (alone and len(replaced) and _unused(folder, paths, replaced)):
-        raise UserError(f"{folder} holds a subset made otherwise ({_told(old, identity, folder)}): {REMEDY}")
+        raise UserError(f"{folder} holds a subset made otherwise ({_differences(old, identity, folder)}): {REMEDY}")
     log.warning(
         "%d training images were replaced since this subset was begun ('%s' the first); nothing had been made from them",
         len(replaced),
@@ -284,7 +298,7 @@ def note_run(folder: Path, shard: str, after: int, **how: Any) -> None:
         after: images of this part that other runs have made.
         how: compiled networks or not, the number of processes.
     """
-    record = store.recorded_identity(folder)
+    record = recorded_identity(folder)
     runs = list(record.get(RUNS) or [])
     last = next((run for run in reversed(runs) if run.get("shard") == shard), {})
     if any(last.get(name) != value for name, value in how.items()):
@@ -293,7 +307,7 @@ def note_run(folder: Path, shard: str, after: int, **how: Any) -> None:
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    write_text(folder / store.CONFIG_FILE, runs.arguments_text(record))
+    write_text(folder / CONFIG_FILE, runs.arguments_text(record))
 
 
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,13 +350,13 @@ def _unused(folder: Path, paths: TaskPaths, rows: np.ndarray) -> bool:
     """Whether no image of the subset has been made from these training images."""
     tasks = np.flatnonzero(np.isin(paths.plan.source, rows))
     recorded = Records.latest(folder, len(paths.plan))[0]
-    return not recorded[tasks].any() and not any((folder / store.DATA / paths.relative(n)).exists() for n in tasks)
+    return not recorded[tasks].any() and not any((folder / IMAGES / paths.relative(n)).exists() for n in tasks)
 
 
-def _told(old: Mapping[str, Any], identity: Identity, folder: Path) -> str:
-    """What differs, in words: the data, then the arguments it follows from, then everything else."""
-    told = [data_difference(old[DATA], identity.compared[DATA])]
-    before = _recorded_images(old, folder) if told[0] else {}
+def _differences(old: Mapping[str, Any], identity: Identity, folder: Path) -> str:
+    """What differs: the data, then the arguments it follows from, then everything else."""
+    parts = [data_difference(old[DATA], identity.compared[DATA])]
+    before = _recorded_images(old, folder) if parts[0] else {}
     now = dict(zip(identity.table.keys, (value.tobytes() for value in identity.images.values), strict=True))
     names = [
         *(f"'{key}' is new" for key in now if key not in before),
@@ -350,22 +364,22 @@ def _told(old: Mapping[str, Any], identity: Identity, folder: Path) -> str:
         *(f"'{key}' has another content" for key in now if key in before and now[key] != before[key]),
     ]
     if before and names:
-        told[0] += f" ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
-    told += runs.differences(old.get(ARGUMENTS) or {}, identity.arguments)
+        parts[0] += f" ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
+    parts += runs.differences(old.get(ARGUMENTS) or {}, identity.arguments)
     then, now = ({k: v for k, v in d.items() if k != DATA} for d in (_compared(old), identity.compared))
     follows = []
     for name in {**then, **now}:
         if then.get(name) != now.get(name):
-            (follows if name in FOLLOWS else told).append(_one_difference(name, then.get(name), now.get(name)))
-    told = [text for text in told if text] or follows
-    return "; ".join(told[:6]) + ("; ..." if len(told) > 6 else "")
+            (follows if name in FOLLOWS else parts).append(_difference(name, then.get(name), now.get(name)))
+    parts = [text for text in parts if text] or follows
+    return "; ".join(parts[:6]) + ("; ..." if len(parts) > 6 else "")
 
 
-def _one_difference(name: str, then: Any, now: Any) -> str:
+def _difference(name: str, then: Any, now: Any) -> str:
     """One value's difference; of lists the first entry that differs."""
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        place = next(i for i, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
-        then, now = then[place], now[place]
+        position = next(i for i, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
+        then, now = then[position], now[position]
     elif isinstance(then, list) and isinstance(now, list) and max(len(then), len(now)) > 10:
         then, now = f"{len(then)} entries", f"{len(now)} entries"
     return f"{name}: {then!r} -> {now!r}"

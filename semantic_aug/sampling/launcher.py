@@ -1,29 +1,250 @@
-"""The engine for one machine: a process per entry of ``--gpu_ids``, each on a pipe of its own.
+"""Handing batches to processes: the accounts that every engine keeps, and the engine for one machine.
 
-A process killed in the middle of a message so spoils nobody else's. What dies, breaks or hangs is replaced.
+A batch whose process died or broke is done again, three times at most, then set aside and reported. On one machine there
+is a process per entry of ``--gpu_ids``, each on a pipe of its own: one killed in the middle of a message spoils nobody
+else's. What dies, breaks or hangs is replaced. :mod:`semantic_aug.sampling.ray_engine` is the engine for many machines.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+
+from tqdm import tqdm
 
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.dispatch import Dispatcher
-from semantic_aug.sampling.files import TaskPaths
-from semantic_aug.sampling.job import Task, serve
-from semantic_aug.sampling.liveness import Liveness, processor_seconds
-from semantic_aug.sampling.store import DATA
+from semantic_aug.files import write_json
+from semantic_aug.sampling.job import Job, Row, Task
+from semantic_aug.sampling.liveness import (
+    LOADING_SECONDS,
+    SILENCE_SECONDS,
+    Liveness,
+    Standstill,
+    processor_seconds,
+)
 
 log = logging.getLogger(__name__)
 
 AHEAD = 3
 """Batches a process holds at once: one being written, one being computed, and the next."""
+
+MAX_ATTEMPTS = 3
+STATUS_FILE = "status.json"
+STATUS_SECONDS = 2.0
+GRACE_SECONDS = 30.0
+"""How long batches in flight may take after a request to stop."""
+
+
+@dataclass
+class Outcome:
+    """What a launch did.
+
+    Attributes:
+        made: images written.
+        unreadable: task number -> why its source could not be read.
+        set_aside: batch -> the last error of a batch that failed :data:`MAX_ATTEMPTS` times.
+        interrupted: whether a signal stopped it.
+        seconds: wall time, loading included.
+    """
+
+    made: int = 0
+    unreadable: dict[int, str] = field(default_factory=dict)
+    set_aside: dict[int, str] = field(default_factory=dict)
+    interrupted: bool = False
+    seconds: float = 0.0
+
+
+class Dispatcher:
+    """Base of the engines, which keeps account: which batches wait, which failed how often, what was made, what the user sees.
+
+    A subclass writes :meth:`_serve` and :meth:`_end`.
+
+    Args:
+        job: what to make, and on which devices.
+        tasks_of: a batch's number to its tasks.
+        on_rows: takes (number, size, crc) rows of files that are in place.
+        total: images of the whole subset (of this shard).
+        already: images that existed before.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        tasks_of: Callable[[int], list[Task]],
+        on_rows: Callable[[list[Row]], None],
+        total: int,
+        already: int,
+    ):
+        self.job, self.tasks_of, self.on_rows, self.total, self.already = job, tasks_of, on_rows, total, already
+        self.queue: deque[int] = deque()
+        self.attempts: dict[int, int] = {}
+        self.failed_starts = 0
+        self.outcome = Outcome()
+        self.marks: dict[object, list[tuple[float, int]]] = {}
+        self.bar: tqdm | None = None
+        self.standstill = Standstill()
+        self._stop_requests, self._stopping_since, self._status_written = 0, None, 0.0
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """One process each."""
+        return self.job.config.placement.devices
+
+    def run(self, batches: Sequence[int]) -> Outcome:
+        """Makes the batches; returns when all are made, set aside, or a signal asked to stop.
+
+        Raises:
+            UserError: no process can work (weights that do not fit, a full disk).
+        """
+        self.queue.extend(int(b) for b in batches)
+        if not self.queue:
+            return self.outcome
+        began = time.monotonic()
+        with self._signals():
+            try:
+                self._serve()
+            finally:
+                self._end()
+                self.outcome.seconds = time.monotonic() - began
+                self.report_status("stopped" if self.outcome.interrupted else "ended", force=True)
+                if self.bar is not None:
+                    self.bar.close()
+        return self.outcome
+
+    def _serve(self) -> None:
+        """Hands out batches until none is left or :meth:`must_return`."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Ends every process."""
+        raise NotImplementedError
+
+    def describe_workers(self) -> list[dict]:
+        """The processes, for the status file."""
+        return []
+
+    # -------------------------------------------------------------------------------------------------- book-keeping
+
+    def take(self, process: object, rows: list[Row], failures: dict[int, str]) -> None:
+        """Books a batch that a process finished."""
+        self.on_rows(rows)
+        self.outcome.made += len(rows)
+        self.outcome.unreadable.update(failures)
+        self.marks.setdefault(process, []).append((time.monotonic(), len(rows)))
+        if self.bar is not None:
+            self.bar.update(len(rows))
+
+    def give_back(self, batches: Sequence[int], blamed: int | None, why: str) -> None:
+        """Takes back the batches of a process that is gone; the one it was computing counts as a failed attempt."""
+        for batch in batches:
+            self.attempts[batch] = self.attempts.get(batch, 0) + (batch == blamed)
+            if self.attempts[batch] >= MAX_ATTEMPTS:
+                self.outcome.set_aside[batch] = why
+                log.warning("batch %d failed %d times and is set aside (%s)", batch, MAX_ATTEMPTS, why)
+            elif not self.outcome.interrupted:
+                self.queue.append(batch)
+
+    def failed_to_start(self, device: str, why: str) -> None:
+        """Books a process that never came to work.
+
+        Raises:
+            UserError: it happened too often; it will not change.
+        """
+        self.failed_starts += 1
+        if self.failed_starts >= MAX_ATTEMPTS:
+            raise UserError(
+                f"a sampling process on {device} could not start, {MAX_ATTEMPTS} times ({why}); DIFFMIX_DEBUG=1 shows more"
+            )
+
+    def silence_limit(self, ready: bool) -> float:
+        """Seconds without a sign of life after which a process, loading or ready, is replaced."""
+        return (self.job.config.placement.worker_timeout or SILENCE_SECONDS) if ready else LOADING_SECONDS
+
+    def show_bar(self) -> None:
+        """Shows the progress bar, once there is a process to make progress."""
+        if self.bar is None:
+            self.bar = tqdm(
+                total=self.total,
+                initial=self.already,
+                unit="image",
+                desc=self.job.folder.name,
+                dynamic_ncols=True,
+                mininterval=1.0,
+            )
+
+    def steady_rate(self) -> float:
+        """Images per second of all processes together once each had finished a batch; 0 where there is too little to tell.
+
+        A process reports a batch when it has computed the next, but its last one at once: that report is left out, so that
+        the time spanned is that of the images counted.
+        """
+        total = 0.0
+        for marks in self.marks.values():
+            if len(marks) < 3:
+                return 0.0
+            total += sum(count for _, count in marks[1:-1]) / (marks[-2][0] - marks[0][0])
+        return total
+
+    # -------------------------------------------------------------------------------------------- signals and status
+
+    def must_return(self) -> bool:
+        """Whether a request to stop came so long ago (or twice) that batches in flight are dropped."""
+        if self._stop_requests and self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            self.queue.clear()
+            self.outcome.interrupted = True
+            tqdm.write("stopping: batches in flight are finished (a second interruption drops them)")
+        if self._stopping_since is None:
+            return False
+        return self._stop_requests > 1 or time.monotonic() - self._stopping_since > GRACE_SECONDS
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def ask(*_):
+            self._stop_requests += 1
+
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def report_status(self, state: str, force: bool = False) -> None:
+        """Writes ``status.json`` for other tools, every few seconds."""
+        now = time.monotonic()
+        if not force and now - self._status_written < STATUS_SECONDS:
+            return
+        self._status_written = now
+        elapsed = self.bar.format_dict["elapsed"] if self.bar is not None else 0.0
+        rate = self.outcome.made / elapsed if elapsed else 0.0
+        done = self.already + self.outcome.made
+        content = {
+            "state": state,
+            "pid": os.getpid(),
+            "images_total": self.total,
+            "images_done": done,
+            "images_failed": len(self.outcome.unreadable),
+            "batches_set_aside": len(self.outcome.set_aside),
+            "images_per_second": round(rate, 4),
+            "seconds_left": round((self.total - done) / rate) if rate else None,
+            "workers": self.describe_workers(),
+        }
+        try:
+            write_json(self.job.folder / STATUS_FILE, content)
+        except OSError:  # a full disk is reported where it costs an image
+            log.debug("status file not written")
+
+
+# ------------------------------------------------------------ processes of this machine
 
 
 @dataclass
@@ -40,58 +261,58 @@ class _Worker:
 class Launcher(Dispatcher):
     """Runs batches on a fixed number of local processes; see :class:`Dispatcher` for the arguments."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.context = multiprocessing.get_context("spawn")
         self.workers: list[_Worker] = []
 
     def _serve(self) -> None:
         self.workers = [self._start(device) for device in self.devices[: len(self.queue)]]
         while not self.must_return():
-            for one in self.workers:
-                self._feed(one)
-            if not any(one.held or (self.queue and not one.ready) for one in self.workers):
+            for worker in self.workers:
+                self._feed(worker)
+            if not any(worker.held or (self.queue and not worker.ready) for worker in self.workers):
                 return
-            for pipe in wait([one.pipe for one in self.workers], timeout=0.5):
-                self._listen(next(one for one in self.workers if one.pipe is pipe))
+            for pipe in wait([worker.pipe for worker in self.workers], timeout=0.5):
+                self._listen(next(worker for worker in self.workers if worker.pipe is pipe))
             self._replace_hung()
             self.report_status("running")
 
-    def _feed(self, one: _Worker) -> None:
-        while one.ready and self.queue and len(one.held) < AHEAD:
+    def _feed(self, worker: _Worker) -> None:
+        while worker.ready and self.queue and len(worker.held) < AHEAD:
             batch = self.queue.popleft()
             try:
-                one.pipe.send((batch, self.tasks_of(batch)))
+                worker.pipe.send((batch, self.tasks_of(batch)))
             except OSError:  # it just died; the closed pipe will be seen in _listen
                 self.queue.appendleft(batch)
                 return
-            if not one.held:
-                one.life.hear()
-            one.held.append(batch)
+            if not worker.held:
+                worker.life.hear()
+            worker.held.append(batch)
 
-    def _listen(self, one: _Worker) -> None:
+    def _listen(self, worker: _Worker) -> None:
         try:
-            message = one.pipe.recv()
+            message = worker.pipe.recv()
         except (EOFError, OSError):
-            one.process.join(timeout=5)
-            self._replace(one, f"its process ended with status {one.process.exitcode}")
+            worker.process.join(timeout=5)
+            self._replace(worker, f"its process ended with status {worker.process.exitcode}")
             return
-        one.life.hear()
+        worker.life.hear()
         kind = message[0]
         if kind == "ready":
-            one.ready = True
+            worker.ready = True
             self.show_bar()
         elif kind == "begin":
-            one.current = message[1]
+            worker.current = message[1]
         elif kind == "done":
             _, batch, rows, failures = message
-            one.held.remove(batch)
-            self.take(id(one), rows, failures)
+            worker.held.remove(batch)
+            self.take(id(worker), rows, failures)
         elif kind == "note":
-            log.warning("%s: %s", one.device, message[1])
+            log.warning("%s: %s", worker.device, message[1])
         elif kind == "error":
             log.debug(message[1])
-            self._replace(one, message[1].strip().split("\n")[-1])
+            self._replace(worker, message[1].strip().split("\n")[-1])
         elif kind == "fatal":
             raise UserError(message[1])
 
@@ -99,71 +320,55 @@ class Launcher(Dispatcher):
 
     def _start(self, device: str) -> _Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=serve, args=(theirs, self.job, device), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, self.job, device), daemon=True)
         process.start()
         theirs.close()
         return _Worker(device, process, ours, Liveness(gpu=device != "cpu"))
 
-    def _replace(self, one: _Worker, why: str) -> None:
+    def _replace(self, worker: _Worker, why: str) -> None:
         """Ends a process that failed, gives its batches back, and starts another in its place."""
-        _kill(one)
-        self.workers.remove(one)
-        if not one.ready:
-            self.failed_to_start(one.device, why)
-        self.give_back(one.held, one.current, why)
+        _kill(worker)
+        self.workers.remove(worker)
+        if not worker.ready:
+            self.failed_to_start(worker.device, why)
+        self.give_back(worker.held, worker.current, why)
         if self.queue:
-            log.warning("a sampling process on %s is replaced: %s", one.device, why)
-            self.workers.append(self._start(one.device))
+            log.warning("a sampling process on %s is replaced: %s", worker.device, why)
+            self.workers.append(self._start(worker.device))
 
     def _replace_hung(self) -> None:
         stopped = self.standstill.seconds()
-        for one in list(self.workers):
-            one.life.skip(stopped)
-            if not one.held and one.ready:
+        for worker in list(self.workers):
+            worker.life.skip(stopped)
+            if not worker.held and worker.ready:
                 continue
-            limit = self.silence_limit(one.ready)
-            if one.life.due(limit):
-                one.life.observe(processor_seconds(one.process.pid))
-            if why := one.life.failure(limit):
-                self._replace(one, why)
+            limit = self.silence_limit(worker.ready)
+            if worker.life.due(limit):
+                worker.life.observe(processor_seconds(worker.process.pid))
+            if why := worker.life.failure(limit):
+                self._replace(worker, why)
 
     def _end(self) -> None:
-        for one in self.workers:
-            one.pipe.close()  # an idle process ends by itself
-        for one in self.workers:
-            one.process.join(timeout=0 if one.held else 5)
-            _kill(one)
+        for worker in self.workers:
+            worker.pipe.close()  # an idle process ends by itself
+        for worker in self.workers:
+            worker.process.join(timeout=0 if worker.held else 5)
+            _kill(worker)
         self.workers = []
 
     def describe_workers(self) -> list[dict]:
         return [{"device": w.device, "pid": w.process.pid, "batches": list(w.held)} for w in self.workers]
 
 
-def _kill(one: _Worker) -> None:
-    if one.process.is_alive():
-        one.process.kill()
-    one.process.join(timeout=10)
-    one.pipe.close()
+def _kill(worker: _Worker) -> None:
+    if worker.process.is_alive():
+        worker.process.kill()
+    worker.process.join(timeout=10)
+    worker.pipe.close()
 
 
-def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list[Task]:
-    """The tasks of one batch; those that are not missing go along without a path."""
-    plan = paths.plan
-    return [
-        Task(
-            number=n,
-            source=int(plan.source[n]),
-            target=int(plan.target[n]),
-            strength=plan.strength(n),
-            path=paths.relative(n) if missing[n] else None,
-            text=paths.text(n) if missing[n] else {},
-            template=paths.template(n),
-        )
-        for n in batch_numbers
-    ]
+def _serve(pipe: Connection, job: Job, device: str) -> None:
+    """Body of a sampling process; the launcher itself has no need of what the worker imports."""
+    from semantic_aug.sampling.worker import serve
 
-
-def make_folders(folder: Path, folders: Sequence[str]) -> None:
-    """The class folders under ``data/``."""
-    for name in folders:
-        (folder / DATA / name).mkdir(parents=True, exist_ok=True)
+    serve(pipe, job, device)

@@ -13,7 +13,7 @@ SILENCE_SECONDS = 300.0
 """Limit of silence of a process that has a batch, unless ``--worker_timeout`` gives another."""
 
 LOADING_SECONDS = 1800.0
-"""Limit of silence while a process loads its networks (or waits for a place in a cluster)."""
+"""Limit of silence while a process loads its networks (or waits for resources of a cluster)."""
 
 STEP_SECONDS = 1800.0
 """Limit between two steps on a GPU: waiting for a GPU that hangs takes processor time too."""

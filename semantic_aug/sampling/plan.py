@@ -126,8 +126,16 @@ def make_plan(
 
     levels = tuple(sorted({float(s) for s in strengths}, reverse=True))
     code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
-    digest = _digest(source, source_class, target, code, levels, batch_size, seed, keys)
-    return Plan(source, source_class, target, code, levels, batch_size, _batch_starts(code, batch_size), digest)
+    return Plan(
+        source,
+        source_class,
+        target,
+        strength_code=code,
+        strengths=levels,
+        batch_size=batch_size,
+        starts=_batch_starts(code, batch_size),
+        digest=_digest((source, source_class, target, code), levels, batch_size, seed, keys),
+    )
 
 
 def _batch_starts(code: np.ndarray, batch_size: int) -> np.ndarray:
@@ -153,10 +161,10 @@ def _images_of(classes: np.ndarray, labels: np.ndarray, num_classes: int, rng: n
     images = np.argsort(labels, kind="stable").astype(np.int32)
     image_bounds = np.searchsorted(labels[images], np.arange(num_classes + 1))
     for k in range(num_classes):
-        places = by_class[bounds[k] : bounds[k + 1]]
-        own = images[image_bounds[k] : image_bounds[k + 1]]
-        rounds = -(-len(places) // len(own))
-        out[places] = rng.permuted(np.tile(own, (rounds, 1)), axis=1).reshape(-1)[: len(places)]
+        positions = by_class[bounds[k] : bounds[k + 1]]
+        candidates = images[image_bounds[k] : image_bounds[k + 1]]
+        rounds = -(-len(positions) // len(candidates))
+        out[positions] = rng.permuted(np.tile(candidates, (rounds, 1)), axis=1).reshape(-1)[: len(positions)]
     return out
 
 
@@ -185,9 +193,11 @@ def _part_equal(source_class: np.ndarray, target: np.ndarray, rng: np.random.Gen
     return target
 
 
-def _digest(source, source_class, target, code, levels, batch_size: int, seed: int, keys: Sequence[str]) -> str:
+def _digest(
+    arrays: Sequence[np.ndarray], levels: tuple[float, ...], batch_size: int, seed: int, keys: Sequence[str]
+) -> str:
     digest = hashlib.sha256(f"{levels} {batch_size} {seed}".encode())
-    for array in (source, source_class, target, code):
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     for key in keys:
         digest.update(key.encode() + b"\0")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from semantic_aug.errors import UserError, os_error_line
 from semantic_aug.registry import REPO_ROOT
-from semantic_aug.sampling.dispatch import FATAL_ERRNOS, Dispatcher, Row
-from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
+from semantic_aug.sampling.launcher import Dispatcher
 from semantic_aug.sampling.liveness import Liveness, processor_seconds
 
 log = logging.getLogger(__name__)
@@ -77,19 +77,15 @@ class _Actor:
 
 
 class RayLauncher(Dispatcher):
-    """Runs batches on Ray actors; see :class:`Dispatcher` for the other arguments.
+    """Runs batches on Ray actors; see :class:`Dispatcher` for the arguments."""
 
-    Args:
-        address: of a running cluster; None starts one on this machine, "auto" joins the one that is running here.
-    """
-
-    def __init__(self, *arguments, address: str | None = None, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         try:
             import ray
         except ImportError:
             raise UserError("--engine ray needs the package ray: pip install 'ray>=2.40'") from None
-        self.ray, self.address = ray, address
+        self.ray = ray
         self.actors: list[_Actor] = []
 
     def _serve(self) -> None:
@@ -109,10 +105,15 @@ class RayLauncher(Dispatcher):
             self._replace_hung()
             self.report_status("running")
 
+    @property
+    def address(self) -> str | None:
+        """Of a running cluster; None starts one on this machine, "auto" joins the one that is running here."""
+        return self.job.config.placement.ray_address
+
     def _connect(self) -> None:
         if self.ray.is_initialized():
             return
-        # nodes import the package from the repository's place on the shared file system
+        # nodes import the package from the repository's path on the shared file system
         environment = {"env_vars": {"PYTHONPATH": str(REPO_ROOT)}}
         try:
             self.ray.init(
@@ -130,7 +131,7 @@ class RayLauncher(Dispatcher):
 
     def _start(self, device: str) -> _Actor:
         gpus = 0.0 if device == "cpu" else 1 / self.devices.count(device)
-        threads = self.job.cpu_threads if device == "cpu" else 1
+        threads = self.job.config.placement.cpu_threads if device == "cpu" else 1
         actor = self.ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0, concurrency_groups={PULSE: 1})(
             ImageActor
         )

@@ -1,4 +1,4 @@
-"""Making one synthetic subset from beginning to end: folder, processes, ``meta.csv``; joining shards; timing a few."""
+"""Making one synthetic subset from beginning to end: checks, folder, processes, ``meta.csv``; joining shards; timing."""
 
 from __future__ import annotations
 
@@ -12,26 +12,42 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.augmentations.request import ClassNames
+from semantic_aug import files, registry
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
 from semantic_aug.runs import RunLock
 from semantic_aug.sampling import identity as identities
-from semantic_aug.sampling import store
-from semantic_aug.sampling.config import SampleConfig, plan_of, subset_folder, task_paths, with_batch_size
-from semantic_aug.sampling.dispatch import STATUS_FILE, Dispatcher, Outcome
+from semantic_aug.sampling.config import (
+    BYTES_PER_PIXEL,
+    SampleConfig,
+    default_key,
+    describe_plan,
+    plan_of,
+    subset_folder,
+    task_paths,
+    with_batch_size,
+)
 from semantic_aug.sampling.files import TaskPaths
-from semantic_aug.sampling.job import Job
-from semantic_aug.sampling.launcher import Launcher, image_tasks, make_folders
+from semantic_aug.sampling.folder import (
+    CONFIG_FILE,
+    DATA,
+    MOMENTS,
+    Records,
+    finished_tasks,
+    recorded_identity,
+    remove_stale_moments,
+    write_meta,
+)
+from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
 from semantic_aug.sampling.plan import Plan, batches_of_shard
-from semantic_aug.sampling.records import Records
 from semantic_aug.sampling.sources import block_files
 
 log = logging.getLogger(__name__)
 
-BEFORE_RESULTS = (store.CONFIG_FILE, f"{store.MOMENTS}/*", STATUS_FILE, ".sources.npz")
+BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, ".sources.npz")
 """What a run writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 CLAIM_LOCK = ".lock-claim"
@@ -39,7 +55,7 @@ CLAIM_LOCK = ".lock-claim"
 
 @dataclass
 class Subset:
-    """A subset's folder opened for writing: what is planned, what is there.
+    """A subset's folder opened for writing: its plan and its finished tasks.
 
     Attributes:
         config: the request, with the batch size that the folder was begun with.
@@ -50,7 +66,7 @@ class Subset:
         batches: numbers of this run's batches, in the order they are made.
         mine: bool ``(T,)``, this run's tasks.
         records: of this run.
-        done: bool ``(T,)``, tasks whose file is there.
+        done: bool ``(T,)``, tasks whose file exists.
     """
 
     config: SampleConfig
@@ -64,52 +80,119 @@ class Subset:
     done: np.ndarray
 
     def count(self) -> tuple[int, int]:
-        """Images of this run that are there, and all of them."""
+        """Finished images of this run, and all of them."""
         return int((self.mine & self.done).sum()), int(self.mine.sum())
+
+    def job(self) -> Job:
+        """What goes to the processes."""
+        return Job(self.config, self.folder, self.identity.origin, self.config.compiled(len(self.plan)))
 
     def close(self) -> None:
         """Writes ``meta.csv``, and removes what only an unfinished subset needs."""
-        store.write_meta(self.folder, self.paths, self.done)
+        write_meta(self.folder, self.paths, self.done)
         if self.done.all():
-            shutil.rmtree(self.folder / store.MOMENTS, ignore_errors=True)
+            shutil.rmtree(self.folder / MOMENTS, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def opened(config: SampleConfig, dataset: LoadedDataset, content: bool = False) -> Iterator[Subset]:
-    """Takes the lock, claims the folder, and finds what is there.
+def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
+    """Takes the lock, claims the folder, and finds the finished tasks.
 
     Args:
         config: the request.
         dataset: loaded under ``config.setting``.
-        content: compare checksums of the files that are there.
 
     Raises:
         UserError: a folder of another subset, or in use.
     """
-    folder, identity, plan = subset_folder(config, dataset), *_identified(config, dataset)
-    with RunLock(folder, "--output_root", config.num_shards, config.shard_index):
+    folder, shard = subset_folder(config, dataset), (config.output.num_shards, config.output.shard_index)
+    identity, plan = _identified(config, dataset)
+    with RunLock(folder, "--output_root", *shard):
         with locked(folder / CLAIM_LOCK):  # two shards that begin together settle on one batch size
             begun = with_batch_size(config, dataset)
             if begun != config:
                 config, (identity, plan) = begun, _identified(begun, dataset)
             paths = task_paths(config, dataset, plan)
-            identities.claim(folder, identity, paths, alone=config.num_shards == 1)
+            identities.claim(folder, identity, paths, alone=shard[0] == 1)
         identities.warn(config, identity)
         make_folders(folder, dataset.folders)
-        batches = batches_of_shard(plan, config.num_shards, config.shard_index, config.seed)
+        batches = batches_of_shard(plan, *shard, config.run.seed)
         mine = np.zeros(len(plan), bool)
         for batch in batches:
             mine[slice(*plan.starts[batch : batch + 2])] = True
-        records = Records(folder, config.num_shards, config.shard_index)
-        if config.num_shards == 1 and identity.sources is not None:
-            store.remove_stale_moments(folder, block_files(identity.sources, identity.encoder))
-        done = store.finished(folder, paths, records, mine, content)
-        yield Subset(config, identity, folder, plan, paths, batches, mine, records, done)
+        records = Records(folder, *shard)
+        if shard[0] == 1 and identity.origin.sources is not None:
+            remove_stale_moments(folder, block_files(identity.origin.sources, identity.origin.encoder))
+        done = finished_tasks(folder, paths, records, mine, content=config.output.verify == "content")
+        yield Subset(
+            config, identity, folder, plan, paths=paths, batches=batches, mine=mine, records=records, done=done
+        )
 
 
 def _identified(config: SampleConfig, dataset: LoadedDataset) -> tuple[identities.Identity, Plan]:
     plan = plan_of(config, dataset)
     return identities.identity_of(config, dataset, plan, hash_images(dataset.train)), plan
+
+
+def run(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Does what a request asks for, makes, merges or only checks, and prints it.
+
+    Raises:
+        UserError: see :func:`check`, :func:`make` and :func:`merge`.
+        Interrupted: stopped by a signal.
+    """
+    model, placement = config.model, config.placement
+    print(dataset.describe())
+    print(f"base model {model.name}, LoRA {model.lora}, tokens {model.tokens}")
+    print(
+        f"{len(placement.devices)} process(es): {' '.join(placement.devices)}; {placement.dtype}, batches of "
+        f"{placement.batch_size}"
+    )
+    check_disk(config, dataset)
+    if config.run.dry_run:
+        check(config, dataset)
+        print(describe_plan(config, dataset))
+        if config.output.calibrate:
+            print(calibrate(config, dataset))
+        return
+    folder = (merge if config.output.merge else make)(config, dataset)
+    key, config_dir = config.output.register_key, config.run.config_dir
+    entry = registry.shown_path(folder)
+    print(f"subset: {entry}\nto use it, add to {registry.shown_path(config_dir / registry.SUBSETS)}:")
+    print(registry.to_yaml({dataset.name: {key or default_key(config): entry}}), end="")
+    if key and registry.register(registry.SUBSETS, dataset.name, key, entry, config_dir):
+        print(f"registered as {dataset.name}/{key}")
+
+
+def check(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Checks for ``--dry_run`` what a run finds out: makes the solver, and installs the class tokens in the base model
+    without its weights, and compares the folder.
+
+    Raises:
+        UserError: tokens of another base model, a solver that the base model refuses, a folder of another subset.
+    """
+    from semantic_aug.diffusion import tokens
+    from semantic_aug.diffusion.schedulers import make_scheduler
+    from semantic_aug.diffusion.skeleton import load_skeleton
+
+    base = load_skeleton(config.model.name, config.model.folder)
+    make_scheduler(base.scheduler_config, config.solver.scheduler, config.solver.final_sigmas_type)
+    if config.model.tokens is not None:
+        tokens.install_all(tokens.load_tokens(config.model.tokens), base.tokenizers, base.text_encoders)
+    check_folder(config, dataset)
+
+
+def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Refuses a subset that the disk cannot hold.
+
+    Raises:
+        UserError: less is free than a quarter of the estimate, which is what photographs of little detail take.
+    """
+    folder, kind = subset_folder(config, dataset), config.images.image_format
+    existing = sum(path.stat().st_size for path in folder.rglob(f"*.{kind}")) if folder.exists() else 0
+    images = config.images.syn_dataset_multiplier * len(dataset.train) / config.output.num_shards
+    needed = images * config.images.resolution**2 * BYTES_PER_PIXEL[kind]
+    files.check_space(folder, int(needed) // 4 - existing, "--output_root")
 
 
 def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
@@ -123,13 +206,12 @@ def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
     identities.warn(config, identity)
 
 
-def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:
+def make(config: SampleConfig, dataset: LoadedDataset) -> Path:
     """Makes (what is missing of) the subset and writes ``meta.csv``.
 
     Args:
         config: the request.
         dataset: loaded under ``config.setting``.
-        verify: how files that are there are checked: by ``size`` or by ``content``.
 
     Returns:
         The subset's folder.
@@ -139,59 +221,58 @@ def run(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> P
         Interrupted: stopped by a signal; everything made so far is in place and listed.
     """
     folder = subset_folder(config, dataset)
-    with no_trace(folder, BEFORE_RESULTS), opened(config, dataset, verify == "content") as subset:
+    with no_trace(folder, BEFORE_RESULTS), opened(config, dataset) as subset:
         missing = subset.mine & ~subset.done
 
         def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:
             for number, size, _ in rows:
                 name = subset.paths.relative(number)
-                if (subset.folder / store.DATA / name).stat().st_size != size:
+                if (subset.folder / DATA / name).stat().st_size != size:
                     raise UserError(f"{name} changed while it was written: another process works in {subset.folder}")
             subset.records.append(rows)
             subset.done[[row[0] for row in rows]] = True
 
-        there, wanted = subset.count()
-        if there:
-            log.info("%s: %d of %d images are there, %d to make", subset.folder, there, wanted, wanted - there)
-        job = job_of(subset.config, dataset, subset.folder, subset.identity, len(subset.plan))
+        finished, wanted = subset.count()
+        if finished:
+            log.info("%s: %d of %d images exist, %d to make", subset.folder, finished, wanted, wanted - finished)
+        job = subset.job()
         launcher = make_launcher(
-            config,
             job,
             lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing),
             on_rows,
             wanted,
-            there,
+            finished,
         )
         if missing.any():
             with locked(subset.folder / CLAIM_LOCK):
-                shard = f"{config.shard_index} of {config.num_shards}"
-                how = {"compiled": job.compiled_batch is not None, "processes": len(config.devices)}
-                identities.note_run(subset.folder, shard, there, **how)
+                shard = f"{config.output.shard_index} of {config.output.num_shards}"
+                how = {"compiled": job.compiled, "processes": len(config.placement.devices)}
+                identities.note_run(subset.folder, shard, finished, **how)
         try:
             outcome = launcher.run([b for b in subset.batches if missing[slice(*subset.plan.starts[b : b + 2])].any()])
         except UserError:
-            with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+            with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
                 subset.close()
             raise
         subset.close()
     return _conclude(subset, outcome)
 
 
-def merge(config: SampleConfig, dataset: LoadedDataset, verify: str = "size") -> Path:
-    """Joins and checks what shards made: verifies every file, writes ``meta.csv``, says what is missing.
+def merge(config: SampleConfig, dataset: LoadedDataset) -> Path:
+    """Joins and checks what shards made: verifies every file, writes ``meta.csv``, reports what is missing.
 
     Raises:
         UserError: shards are still at work, or images are missing.
     """
     folder = subset_folder(config, dataset)
-    if store.recorded_identity(folder) is None:
-        raise UserError(f"--merge: {folder} holds no subset; run the shards first, or mend --output_root")
-    with opened(config, dataset, verify == "content") as subset:
+    if recorded_identity(folder) is None:
+        raise UserError(f"--merge: {folder} holds no subset; run the shards first, or correct --output_root")
+    with opened(config, dataset) as subset:
         subset.close()
-        there, wanted = subset.count()
-    if there < wanted:
+        finished, wanted = subset.count()
+    if finished < wanted:
         raise UserError(
-            f"{subset.folder}: {there} of {wanted} images are there and listed in meta.csv, number "
+            f"{subset.folder}: {finished} of {wanted} images are there and listed in meta.csv, number "
             f"{int(np.flatnonzero(~subset.done)[0])} is the first missing one: run the shards again, or the command without "
             "--num_shards"
         )
@@ -204,87 +285,73 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 
 
     Nothing is written into the subset's folder.
     """
-    identity, plan = _identified(config, dataset)
+    devices, (identity, plan) = config.placement.devices, _identified(config, dataset)
     paths, everything = task_paths(config, dataset, plan), np.ones(len(plan), bool)
-    with tempfile.TemporaryDirectory(prefix="calibrate-") as place:
-        folder = Path(place) / "calibration"
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as temporary:
+        folder = Path(temporary) / "calibration"
         make_folders(folder, dataset.folders)
         launcher = make_launcher(
-            config,
-            job_of(config, dataset, folder, identity, len(plan)),
+            Job(config, folder, identity.origin, config.compiled(len(plan))),
             lambda batch: image_tasks(plan.numbers(batch), paths, everything),
             lambda rows: None,
             len(plan),
             0,
         )
-        launcher.run(batches_of_shard(plan, 1, 0, config.seed)[: (batches_each + 1) * len(config.devices)])
-        size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.image_format}"))
+        launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (batches_each + 1) * len(devices)])
+        size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.images.image_format}"))
     rate, made = launcher.steady_rate(), launcher.outcome.made
     if not rate:
         return f"too few batches to time ({plan.num_batches} in all): the whole is done in moments"
-    shard = -(-len(plan) // config.num_shards)
+    shards = config.output.num_shards
+    shard = -(-len(plan) // shards)
     return (
-        f"measured {rate:.3g} images/s with {len(config.devices)} process(es), saving included: "
+        f"measured {rate:.3g} images/s with {len(devices)} process(es), saving included: "
         f"{len(plan) / rate / 3600:.2f} hours for all {len(plan)} images, {shard / rate / 3600:.2f} hours for one of "
-        f"{config.num_shards} shard(s); {size / made * len(plan) / 1e6:,.0f} MB of disk"
+        f"{shards} shard(s); {size / made * len(plan) / 1e6:,.0f} MB of disk"
     )
 
 
-def make_launcher(
-    config: SampleConfig, job: Job, tasks_of: Callable, on_rows: Callable, total: int, already: int
-) -> Dispatcher:
+def make_launcher(job: Job, tasks_of: Callable, on_rows: Callable, total: int, already: int) -> Dispatcher:
     """The engine a request names; see :class:`Dispatcher` for the arguments."""
-    if config.engine == "ray":
+    if job.config.placement.engine == "ray":
         from semantic_aug.sampling.ray_engine import RayLauncher
 
-        return RayLauncher(
-            job, config.devices, tasks_of, on_rows, total, already, config.worker_timeout, address=config.ray_address
+        return RayLauncher(job, tasks_of, on_rows, total, already)
+    return Launcher(job, tasks_of, on_rows, total, already)
+
+
+def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list[Task]:
+    """The tasks of one batch; those that are not missing go along without a path."""
+    plan = paths.plan
+    return [
+        Task(
+            number=n,
+            source=int(plan.source[n]),
+            target=int(plan.target[n]),
+            strength=plan.strength(n),
+            path=paths.relative(n) if missing[n] else None,
+            text=paths.text(n) if missing[n] else {},
+            template=paths.template(n),
         )
-    return Launcher(job, config.devices, tasks_of, on_rows, total, already, config.worker_timeout)
+        for n in batch_numbers
+    ]
 
 
-def job_of(
-    config: SampleConfig, dataset: LoadedDataset, folder: Path, identity: identities.Identity, images: int
-) -> Job:
-    """What the processes are told.
-
-    Args:
-        config: the request.
-        dataset: loaded under ``config.setting``.
-        folder: that gets the images.
-        identity: of the subset.
-        images: of the whole subset.
-    """
-    return Job(
-        folder=folder,
-        dataset=config.dataset,
-        setting=config.setting,
-        config_dir=config.config_dir,
-        files=config.files,
-        classes=ClassNames(dataset.source_names, dataset.class_names, dataset.spec.super_class),
-        solver=config.solver,
-        resolution=config.resolution,
-        dtype=config.dtype,
-        template=config.template,
-        templates=config.templates,
-        object_mask=config.object_mask,
-        from_noise=config.strategy.start == "noise",
-        seed=config.seed,
-        cpu_threads=config.cpu_threads,
-        image_format=config.image_format,
-        compiled_batch=config.batch_size if config.compiled(images) else None,
-        sources=identity.sources,
-        encoder=identity.encoder,
-        weights=identity.weights,
-    )
+def make_folders(folder: Path, folders: Sequence[str]) -> None:
+    """The class folders under ``data/``."""
+    for name in folders:
+        (folder / DATA / name).mkdir(parents=True, exist_ok=True)
 
 
 def _conclude(subset: Subset, outcome: Outcome) -> Path:
-    folder, made, (there, wanted) = subset.folder, outcome.made, subset.count()
+    folder, made, (finished, wanted) = subset.folder, outcome.made, subset.count()
     rate = f", {made / outcome.seconds:.2f} images/s" if made and outcome.seconds else ""
-    log.info("%s: %d of %d images (%d made now in %.0f s%s)", folder, there, wanted, made, outcome.seconds, rate)
+    seconds = f"{outcome.seconds:.0f} s{rate}"
+    log.info("%s: %d of %d images (%d made now in %s)", folder, finished, wanted, made, seconds)
     if outcome.interrupted:
-        raise Interrupted(f"interrupted: {there} of {wanted} images are in {folder}; the same command makes the rest")
+        raise Interrupted(
+            f"interrupted: {finished} of {wanted} images are in {folder}; the same command makes the rest"
+        )
     if outcome.unreadable:
         number, why = next(iter(outcome.unreadable.items()))
         raise UserError(

@@ -1,29 +1,49 @@
-"""The source images of a plan: every process checks its own listing, and each image's bytes, against what was planned.
+"""The source images of a plan: compared with what was planned, encoded once, and masked where that is asked for.
 
 A data set is listed by the launcher and again by each process (a replacement may start days later, on another machine). A
 task's row means an image only while both listings agree; and the image means what the plan says only while its bytes do.
+
+Sources are encoded in fixed blocks of neighbouring rows, so that an image's moments depend on nothing but the plan.
+What is encoded stays in memory up to a bound and is written to ``.moments`` in the subset's folder, where the other
+processes, and a restarted run, find it under a name made of the images' content and of what encodes them; the folder is
+removed when the subset is complete.
+
+DA-Fusion (Trabucco et al. 2023, section 4) confines its edits to a mask of the object; here the mask comes from the boxes
+that some data sets have, at the resolution of the latents.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from semantic_aug.augmentations.engine import Engine
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.fingerprint import UNREADABLE, ContentHashes, hash_bytes, pixel_bytes
-from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.errors import UserError
+from semantic_aug.sampling.folder import MOMENTS
 
 BLOCK = 8
 """Rows encoded together."""
 
 BOX = "box"
 """The column of a data set from which masks are made."""
+
+MEMORY_BYTES = 1 << 29
+"""What one process keeps in memory: at 512 px about 4,000 sources in half precision."""
 
 REMEDY = (
     "everything made so far is kept and listed; restore the data set and run the same command, or give another "
@@ -155,3 +175,155 @@ def _read(path: Path) -> bytes:
         raise UserError(f"image {path} is not there: restore it or remove it from the data set") from None
     except OSError as error:
         raise UserError(f"image {path} cannot be read ({error.strerror or error}): restore it or remove it") from None
+
+
+# ------------------------------------------------------------ encoding
+
+
+class SourceMoments:
+    """Posterior parameters of source images by row.
+
+    Args:
+        images: training split, as the plan has it.
+        engine: encodes.
+        encoder: says how images are encoded; part of the blocks' names.
+        folder: of the subset; blocks are shared through ``.moments`` in it. None keeps to memory.
+        memory: bytes of the blocks kept in memory.
+    """
+
+    def __init__(
+        self, images: SourceImages, engine: Engine, encoder: str, folder: Path | None, memory: int = MEMORY_BYTES
+    ):
+        self.images, self.engine, self.memory = images, engine, memory
+        self.files = block_files(images.planned, encoder)
+        self.folder = folder / MOMENTS if folder is not None else None
+        self.blocks: OrderedDict[int, Tensor] = OrderedDict()
+        self.broken: dict[int, str] = {}
+        self.encoded = 0
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        """The parameters ``(B, 2C, h, w)`` of rows, zeros for an image that cannot be read, and why it cannot."""
+        stacked = torch.stack([self._block(row // BLOCK)[row % BLOCK] for row in rows])
+        return stacked, {row: self.broken[row] for row in rows if row in self.broken}
+
+    def _block(self, number: int) -> Tensor:
+        if number in self.blocks:
+            self.blocks.move_to_end(number)
+            return self.blocks[number]
+        path = self.folder / self.files[number] if self.folder is not None else None
+        block = _read_block(path) if path is not None else None
+        if block is None:
+            block, whole = self._encode(number)
+            if path is not None and whole:  # a block with a broken image is encoded again, to have its error at hand
+                _write_block(path, block)
+        self.blocks[number] = block
+        while len(self.blocks) > 1 and sum(b.nbytes for b in self.blocks.values()) > self.memory:
+            self.blocks.popitem(last=False)
+        return block
+
+    def _encode(self, number: int) -> tuple[Tensor, bool]:
+        rows = range(number * BLOCK, min(len(self.images), (number + 1) * BLOCK))
+        pictures, good = [], []
+        for row in rows:
+            try:
+                pictures.append(fit(self.images.image(row), self.engine.resolution))
+                good.append(row)
+            except DataChanged:  # of an exchanged image nothing may be made, nor of what else has changed
+                raise
+            except UserError as error:
+                self.broken[row] = str(error)
+        channels, height, width = self.engine.latent_shape
+        block = torch.zeros(len(rows), 2 * channels, height, width, dtype=self.engine.vae.dtype)
+        if pictures:
+            block[[row - rows.start for row in good]] = self.engine.encode(pictures)
+            self.encoded += len(pictures)
+        return block, len(good) == len(rows)
+
+
+def _read_block(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["moments"]
+    except (OSError, SafetensorError, KeyError):
+        return None  # not there yet, or torn by a crash of the machine
+
+
+def _write_block(path: Path, block: Tensor) -> None:
+    """A cache: what cannot be written (a full disk) is encoded again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file({"moments": block}, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError):
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------ masks
+
+
+def check_mask(part: str, images: ImageTable, dataset: str, start: str) -> None:
+    """Refuses a mask where there is nothing to mask.
+
+    Raises:
+        UserError: images without boxes, or a strategy that has no source image.
+    """
+    if start == "noise":
+        raise UserError(f"--object_mask {part}: the strategy starts from noise and has no source image; leave it out")
+    if BOX not in images.extras:
+        raise UserError(
+            f"--object_mask {part}: {dataset} has no boxes of its objects; the official downloads of cub, car and pascal "
+            "have them; leave it out for other data"
+        )
+
+
+def box_mask(box: Sequence[float], size: tuple[int, int], latent: tuple[int, int], part: str = "object") -> Tensor:
+    """The cells of the latents that may change.
+
+    The image is squashed to a square before it is encoded, and the box with it. Every cell the box touches is the
+    object's; a box outside the image counts as its nearest cell.
+
+    Args:
+        box: left, top, right, bottom in pixels of the image.
+        size: (width, height) of the image.
+        latent: (h, w) of the latents.
+        part: one of ``--object_mask``'s values.
+
+    Returns:
+        bool ``(1, h, w)``.
+    """
+    spans = []
+    for low, high, side, cells in ((box[1], box[3], size[1], latent[0]), (box[0], box[2], size[0], latent[1])):
+        first = min(max(math.floor(low / side * cells), 0), cells - 1)
+        spans.append(slice(first, min(max(math.ceil(high / side * cells), first + 1), cells)))
+    mask = torch.zeros(1, *latent, dtype=torch.bool)
+    mask[:, spans[0], spans[1]] = True
+    return mask if part == "object" else ~mask
+
+
+class SourceMasks:
+    """Masks of source images by row, each computed once.
+
+    Args:
+        images: training split, with boxes; as the plan has it.
+        latent: (h, w) of the latents.
+        part: one of ``--object_mask``'s values.
+    """
+
+    def __init__(self, images: SourceImages, latent: tuple[int, int], part: str):
+        self.images, self.latent, self.part = images, latent, part
+        self.known: dict[int, Tensor] = {}
+
+    def batch(self, rows: Sequence[int]) -> Tensor:
+        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read."""
+        return torch.stack([self._mask(row) for row in rows])
+
+    def _mask(self, row: int) -> Tensor:
+        if row not in self.known:
+            try:
+                size = self.images.size(row)
+            except DataChanged:
+                raise
+            except UserError:  # said where the source is encoded
+                return torch.ones(1, *self.latent, dtype=torch.bool)
+            self.known[row] = box_mask(self.images.extras[BOX][row].tolist(), size, self.latent, self.part)
+        return self.known[row]

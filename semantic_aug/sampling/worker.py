@@ -1,6 +1,6 @@
 """One sampling process: takes batches from a pipe, makes the images, writes them, reports what it wrote.
 
-What it says: ``("ready",)`` once loaded; ``("begin", batch)``; ``("step",)``, at most every second, while it denoises;
+Its messages: ``("ready",)`` once loaded; ``("begin", batch)``; ``("step",)``, at most every second, while it denoises;
 ``("done", batch, rows, failures)`` with (number, size, crc) rows; ``("note", text)`` for the log; ``("error", text)`` when a
 batch broke and the process should be replaced; ``("fatal", line)`` when nothing can work (a full disk, weights that do not
 fit). It ends when the pipe does, that is, when its parent ends, however that happens. Images are encoded and written by
@@ -27,14 +27,11 @@ from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, os_error_line
-from semantic_aug.sampling.dispatch import FATAL_ERRNOS, Row
 from semantic_aug.sampling.files import encode_image, write_image
-from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.folder import DATA
+from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
 from semantic_aug.sampling.liveness import Heartbeat
-from semantic_aug.sampling.masks import SourceMasks
-from semantic_aug.sampling.moments import SourceMoments
-from semantic_aug.sampling.sources import SourceImages, columns_of
-from semantic_aug.sampling.store import DATA
+from semantic_aug.sampling.sources import SourceImages, SourceMasks, SourceMoments, columns_of
 from semantic_aug.seeding import task_rng
 
 WRITERS = 4
@@ -54,28 +51,29 @@ class BatchMaker:
     """
 
     def __init__(self, job: Job, device: str, note: Callable[[str], None] = lambda text: None):
+        self.job, self.config, self.note = job, job.config, note
+        config, origin = job.config, job.origin
         if device == "cpu":
-            torch.set_num_threads(job.cpu_threads)
-        self.job, self.note = job, note
-        images = None if job.from_noise else _sources(job)  # before the weights: a listing is checked sooner
+            torch.set_num_threads(config.placement.cpu_threads)
+        # before the weights: a listing is checked sooner
+        images = _listed(job) if origin.sources is not None else None
         self.engine = Engine(
-            job.files,
-            job.classes,
-            job.solver,
-            job.resolution,
+            config.model,
+            config.prompts,
+            config.solver,
+            config.images.resolution,
             device,
-            DTYPES[job.dtype],
-            job.templates or job.template,
-            job.compiled_batch,
+            dtype=DTYPES[config.placement.dtype],
+            compiled_batch=config.placement.batch_size if job.compiled else None,
         )
-        if job.weights is not None:
-            job.weights.check(job.files)
+        if origin.weights is not None:
+            origin.weights.check(config.model)
         self.sources: SourceMoments | None = None
         self.masks: SourceMasks | None = None
         if images is not None:
-            self.sources = SourceMoments(images, self.engine, job.encoder, job.folder)
-            if job.object_mask:
-                self.masks = SourceMasks(images, self.engine.latent_shape[1:], job.object_mask)
+            self.sources = SourceMoments(images, self.engine, origin.encoder, job.folder)
+            if config.images.object_mask:
+                self.masks = SourceMasks(images, self.engine.latent_shape[1:], config.images.object_mask)
         self.at_once: int | None = None
         self.only_black: int | None = 0  # images since the start, as long as all of them are black
 
@@ -102,7 +100,7 @@ class BatchMaker:
         self.at_once = -(-size // 2)
         torch.cuda.empty_cache()
         self.engine.compile_for(self.at_once)
-        compiled = "networks are compiled for it, " if self.job.compiled_batch else ""
+        compiled = "networks are compiled for it, " if self.job.compiled else ""
         self.note(
             f"out of memory with {size} images at once: going on with {self.at_once} ({compiled}last bits of images may "
             "differ from those of whole batches; --batch_size sets it)"
@@ -114,7 +112,11 @@ class BatchMaker:
         Raises:
             UserError: nothing but black images has come out since the start.
         """
-        remedy = "give --dtype bf16 or fp32" if self.job.dtype == "fp16" else "the model's weights are not sound"
+        remedy = (
+            "give --dtype bf16 or fp32"
+            if self.config.placement.dtype == "fp16"
+            else "the model's weights are not sound"
+        )
         why = f"black everywhere, since the networks' values are not finite: {remedy}"
         black = pixels.flatten(1).amax(1) == 0
         if self.only_black is not None:
@@ -126,8 +128,8 @@ class BatchMaker:
         }
 
     def _part(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
-        generators = [task_rng(self.job.seed, task.number) for task in tasks]
-        classes = len(self.job.classes.source_names)
+        generators = [task_rng(self.config.run.seed, task.number) for task in tasks]
+        classes = len(self.config.prompts.source_names)
         targets = [task.template * classes + task.target for task in tasks]  # numbers of prompts
         if self.sources is None:
             return self.engine.generate(targets, generators), {}
@@ -139,14 +141,15 @@ class BatchMaker:
 
     def write(self, task: Task, pixels: Tensor) -> Row:
         """Encodes and writes one image; returns its record row."""
-        content = encode_image(pixels.numpy(), task.text, self.job.image_format)
+        content = encode_image(pixels.numpy(), task.text, self.config.images.image_format)
         return task.number, *write_image(self.job.folder / DATA / task.path, content)
 
 
-def _sources(job: Job) -> SourceImages:
+def _listed(job: Job) -> SourceImages:
     """This process's own listing of the training images, which must be the plan's."""
-    images = load_dataset(job.dataset, job.setting, job.config_dir).train
-    return SourceImages(images, job.sources, columns_of(job.object_mask))
+    config = job.config
+    images = load_dataset(config.dataset, config.setting, config.run.config_dir).train
+    return SourceImages(images, job.origin.sources, columns_of(config.images.object_mask))
 
 
 @dataclass
@@ -164,7 +167,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
-def main(pipe: Connection, job: Job, device: str) -> None:
+def serve(pipe: Connection, job: Job, device: str) -> None:
     """The process's body: loads, then serves batches until the pipe ends."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
@@ -182,7 +185,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
     maker.engine.on_step = Heartbeat(lambda: pipe.send(("step",)))
     pipe.send(("ready",))
     try:
-        _serve(pipe, maker)
+        _make_batches(pipe, maker)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except UserError as error:
@@ -194,7 +197,7 @@ def main(pipe: Connection, job: Job, device: str) -> None:
         pipe.send(("error", traceback.format_exc()))
 
 
-def _serve(pipe: Connection, maker: BatchMaker) -> None:
+def _make_batches(pipe: Connection, maker: BatchMaker) -> None:
     written: deque[_Written] = deque()
     with ThreadPoolExecutor(WRITERS) as threads:
         while True:

@@ -32,7 +32,6 @@ from semantic_aug import meta_csv
 from semantic_aug.files import locked
 from semantic_aug.runs import load_arguments
 from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
-from semantic_aug.sampling.records import Records
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,75 @@ MOMENTS = ".moments"
 MANY_TASKS = 500_000
 """From so many tasks on, several processes look for what is missing."""
 
+RECORD = np.dtype([("number", "<i8"), ("size", "<u4"), ("crc", "<u4")])
+"""A task's number, its file's size in bytes (0: the file was found missing or damaged) and CRC-32."""
 
-def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray, content: bool = False) -> np.ndarray:
+
+# ------------------------------------------------------------------------------------------------- records
+
+
+class Records:
+    """The append-only list of finished files of one shard (or of the only run)."""
+
+    def __init__(self, folder: Path, num_shards: int = 1, shard_index: int = 0):
+        name = "records.bin" if num_shards == 1 else f"records-{shard_index}of{num_shards}.bin"
+        self.path = folder / name
+
+    def append(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Adds (number, size, crc) rows in one write."""
+        if not rows:
+            return
+        with open(self.path, "ab") as out:
+            torn = out.tell() % RECORD.itemsize
+            if torn:  # a kill in the middle of a write left part of a row
+                out.truncate(out.tell() - torn)
+            out.write(np.array(rows, RECORD).tobytes())
+
+    def update(self, mine: np.ndarray, size: np.ndarray, crc: np.ndarray) -> None:
+        """Brings this list up to date with what is on disk, and makes it the last word on its tasks.
+
+        Args:
+            mine: bool ``(T,)``, this run's tasks.
+            size: ``(T,)`` bytes of each file that is right, 0 of the others.
+            crc: ``(T,)``.
+        """
+        changed = np.zeros(len(mine), bool)
+        for known_size, known_crc in (_last_rows([self.path], len(mine)), self.latest(self.path.parent, len(mine))):
+            changed |= mine & ((known_size != size) | ((known_crc != crc) & (size > 0)))
+        self.append([(int(n), int(size[n]), int(crc[n])) for n in np.flatnonzero(changed)])
+        if self.path.exists():
+            os.utime(self.path)
+
+    @staticmethod
+    def latest(folder: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
+        """The last word on each task: size ``(total,)`` uint32 (0: not finished) and CRC-32 ``(total,)`` uint32.
+
+        Shards of one run have tasks of their own. A list of another ``--num_shards`` may name the same ones: then the list
+        that was written last is right, since each run brings its own up to date before it begins.
+        """
+        return _last_rows(sorted(folder.glob("records*.bin"), key=_last_written), total)
+
+
+def _last_written(path: Path) -> tuple[int, str]:
+    return path.stat().st_mtime_ns, path.name
+
+
+def _last_rows(paths: Sequence[Path], total: int) -> tuple[np.ndarray, np.ndarray]:
+    size, crc = np.zeros(total, np.uint32), np.zeros(total, np.uint32)
+    for path in paths:
+        content = path.read_bytes() if path.exists() else b""
+        rows = np.frombuffer(content[: len(content) - len(content) % RECORD.itemsize], RECORD)
+        rows = rows[(rows["number"] >= 0) & (rows["number"] < total)]
+        size[rows["number"]], crc[rows["number"]] = rows["size"], rows["crc"]  # of equal numbers the last one stays
+    return size, crc
+
+
+# ------------------------------------------------------------------------------------- finished tasks
+
+
+def finished_tasks(
+    folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray, content: bool = False
+) -> np.ndarray:
     """Which tasks are done: the records checked against the files, and files without a record checked by content.
 
     Of this run's tasks, what proves damaged is removed, what proves right without a record is recorded, and what is
@@ -60,32 +126,32 @@ def finished(folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray,
         bool ``(T,)``.
     """
     size, crc = Records.latest(folder, len(paths.plan))
-    found = np.zeros(len(paths.plan), bool)
+    done = np.zeros(len(paths.plan), bool)
     for scan in _scans(_Scanner(folder / DATA, paths, size, crc if content else None)):
         right = scan.right
         for name in scan.unknown:
             if name.endswith(TEMPORARY_SUFFIX) and mine.all():
                 os.unlink(scan.folder / name)
-        for name, place in scan.wrong:
-            number = int(scan.numbers[place])
+        for name, position in scan.wrong:
+            number = int(scan.numbers[position])
             if not mine[number]:
                 continue
             # with a record of another size or checksum it is not what was written, even where it still decodes
             row = None if size[number] else _verified(scan.folder / name, number, paths)
             if row:
-                right[place] = True
+                right[position] = True
                 _, size[number], crc[number] = row
             else:
                 os.unlink(scan.folder / name)
-        found[scan.numbers] = right
-    records.update(mine, np.where(found, size, 0), crc)
-    return found
+        done[scan.numbers] = right
+    records.update(mine, np.where(done, size, 0), crc)
+    return done
 
 
 @dataclass
 class _Scan:
     """What a folder of the subset holds: ``right`` bool, one per task of ``numbers``; names of other files; and names
-    and places in ``numbers`` of tasks' files that are not what the records say."""
+    and positions in ``numbers`` of tasks' files that are not what the records say."""
 
     folder: Path
     numbers: np.ndarray
@@ -104,19 +170,19 @@ class _Scanner:
     crc: np.ndarray | None
 
     def __call__(self, source: str, numbers: np.ndarray) -> _Scan:
-        place_of = dict(zip(self.paths.file_names(numbers), range(len(numbers)), strict=True))
+        position_of = dict(zip(self.paths.file_names(numbers), range(len(numbers)), strict=True))
         expected, right = self.size[numbers].tolist(), bytearray(len(numbers))
         scan = _Scan(self.data / source, numbers, np.frombuffer(right, bool), [], [])
         for name, file_size in _files(scan.folder):
-            place = place_of.get(name)
-            if place is None:
+            position = position_of.get(name)
+            if position is None:
                 scan.unknown.append(name)
-            elif file_size == expected[place] > 0 and (
-                self.crc is None or zlib.crc32((scan.folder / name).read_bytes()) == self.crc[numbers[place]]
+            elif file_size == expected[position] > 0 and (
+                self.crc is None or zlib.crc32((scan.folder / name).read_bytes()) == self.crc[numbers[position]]
             ):
-                right[place] = True
+                right[position] = True
             else:
-                scan.wrong.append((name, place))
+                scan.wrong.append((name, position))
         return scan
 
 

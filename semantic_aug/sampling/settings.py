@@ -1,0 +1,229 @@
+"""The settings of stage 2, each declared once: the parser, the record and the identity of a subset follow from them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from semantic_aug import cli
+from semantic_aug.augmentations import strategies
+from semantic_aug.datasets.settings import add_shared
+from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
+from semantic_aug.errors import UserError
+from semantic_aug.prompts import SAMPLING_TEMPLATE, read_templates
+
+LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
+"""Settings of the solver that a latent consistency model takes where the user gives none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model makes the images, and its prompts."""
+
+    TITLE = "model and prompts"
+    finetune_model_key: str | None = cli.setting(
+        None,
+        type=cli.optional_word,
+        metavar="KEY",
+        help="checkpoint of the data set's section in finetuned_ckpts.yaml; not needed by real-* strategies",
+    )
+    model_path: str | None = cli.setting(
+        None,
+        type=cli.model,
+        metavar="MODEL",
+        help="base model, a hub id or a folder (default: the checkpoint's, else Stable Diffusion 1.5)",
+    )
+    lcm_lora: Path | None = cli.setting(
+        None, type=cli.path, metavar="FILE", help="LCM-LoRA to merge as well, with which a few steps are enough"
+    )
+    prompt: str | None = cli.setting(
+        None, metavar="TEMPLATE", help=f"prompt with {{}} for the class (default: '{SAMPLING_TEMPLATE}')"
+    )
+    prompt_templates: str | None = cli.setting(
+        None,
+        metavar="FILE|NAME",
+        help="several prompts, of which each image draws one: a text file with one a line, or training or views",
+    )
+
+    def __post_init__(self):
+        if self.prompt is not None and self.prompt.count("{}") != 1:
+            raise UserError(f"--prompt '{self.prompt}': expected exactly one {{}} where the class goes")
+        if self.prompt is not None and self.prompt_templates is not None:
+            raise UserError("--prompt is one prompt for all images, --prompt_templates several: give one of them")
+
+    def templates(self) -> dict[str, str | tuple[str, ...]]:
+        """The prompts, as :class:`semantic_aug.augmentations.model.Prompts` takes them."""
+        several = read_templates(self.prompt_templates) if self.prompt_templates else ()
+        return {"template": self.prompt or SAMPLING_TEMPLATE, "templates": several}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """What to make. Strengths count for the result through those that follow from them."""
+
+    TITLE = "images"
+    sample_strategy: str = cli.setting(
+        "diff-mix",
+        choices=strategies.names(),
+        metavar="STRATEGY",
+        help=f"one of {', '.join(strategies.names())}",
+    )
+    aug_strength: float = cli.setting(
+        0.7,
+        type=cli.number(0, 1, open_low=True),
+        metavar="S",
+        help="share of the noise schedule that an image is noised by, in (0, 1]; from-noise strategies use 1",
+        result=False,
+    )
+    strength_strategy: str = cli.setting(
+        "fixed",
+        choices=("fixed", "uniform"),
+        help="fixed: --aug_strength; uniform: evenly from 0.3, 0.5, 0.7, 0.9",
+        result=False,
+    )
+    syn_dataset_multiplier: float = cli.setting(
+        5, type=cli.number(0, 1e6, open_low=True), metavar="M", help="synthetic images per training image"
+    )
+    resolution: int | None = cli.setting(
+        None, type=cli.whole(8), metavar="PIXELS", help="side of the images (default: the base model's own)"
+    )
+    object_mask: str | None = cli.setting(
+        None,
+        choices=("object", "background"),
+        help="change only this part of a source image, by the data set's boxes, and keep the rest (default: change all)",
+    )
+    image_format: str = cli.setting(
+        "png", choices=("png", "webp", "jpg"), help="png and webp are lossless; jpg (quality 95) is smaller and lossy"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where images are computed and how.
+
+    Attributes:
+        devices: one process each, from ``gpu_ids``.
+        batch_size: most tasks per batch; part of the plan. 0 until it has been chosen.
+        automatic_batch: ``batch_size`` was chosen by the program.
+    """
+
+    TITLE = "devices and processes"
+    gpu_ids: tuple[str, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        metavar="ID",
+        help="one process per entry: GPU numbers or the word cpu (default: every GPU once, else as many CPU "
+        "processes as there are cores and as memory holds)",
+        result=False,
+    )
+    batch_size: int = cli.setting(
+        0,
+        type=lambda text: 0 if text == "auto" else cli.whole(1)(text),
+        metavar="N|auto",
+        help="images per batch, which decides the plan; auto: from the GPU's free memory, 16 on the CPU (default: auto)",
+    )
+    dtype: str = cli.setting(
+        "auto",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        help="precision of the networks; auto: fp16 on a GPU, fp32 on the CPU",
+    )
+    compile: str = cli.setting(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="compile U-Net and decoder; auto: on GPUs where the subset is large enough to repay it",
+        result=False,
+    )
+    engine: str = cli.setting(
+        "mp",
+        choices=("mp", "ray"),
+        help="mp: processes of this machine; ray: actors, --gpu_ids then says how many and on what",
+        result=False,
+    )
+    ray_address: str | None = cli.setting(
+        None,
+        metavar="ADDRESS",
+        help="a running Ray cluster, 'auto' for the one running here (default: start one on this machine)",
+        result=False,
+    )
+    cpu_threads: int = cli.setting(
+        1, type=cli.whole(1), metavar="N", help="arithmetic threads per CPU process", result=False
+    )
+    worker_timeout: float | None = cli.setting(
+        None,
+        type=cli.number(1),
+        metavar="SECONDS",
+        help="seconds without a message, a step or processor time after which a process is replaced (default: 300; while "
+        "it loads: 1800)",
+        result=False,
+    )
+    devices: tuple[str, ...] = ()
+    automatic_batch: bool = False
+
+    def __post_init__(self):
+        if self.ray_address and self.engine != "ray":
+            raise UserError("--ray_address goes with --engine ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """Where images are written, and which of them this run makes."""
+
+    TITLE = "output and shards"
+    output_root: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="DIR",
+        help="folder that gets {dataset}/{subset} (default: outputs/aug_samples with the setting's suffix)",
+        result=False,
+    )
+    register_key: str | None = cli.setting(
+        None, metavar="KEY", help="write the subset into synthetic_datasets.yaml under this key", result=False
+    )
+    num_shards: int = cli.setting(
+        1, type=cli.whole(1), metavar="N", help="number of runs that the batches are dealt to", result=False
+    )
+    shard_index: int = cli.setting(
+        0, type=cli.whole(0), metavar="I", help="which of these runs this one is, from 0", result=False
+    )
+    merge: bool = cli.setting(False, help="make no image: join and check what shards made", result=False)
+    verify: str = cli.setting(
+        "size",
+        choices=("size", "content"),
+        help="how existing files are checked; content reads all of them",
+        result=False,
+    )
+    calibrate: bool = cli.setting(False, help="with --dry_run: time a few batches", result=False)
+
+    def __post_init__(self):
+        if self.shard_index >= self.num_shards:
+            raise UserError(f"--shard_index {self.shard_index}: expected a number below --num_shards {self.num_shards}")
+        if self.merge and self.num_shards > 1:
+            raise UserError("--merge joins all shards: give it without --num_shards and --shard_index")
+
+
+def build_parser() -> cli.Parser:
+    """All flags of this stage."""
+    parser = cli.Parser(
+        prog="sample_mp.py", description="Stage 2: translates real images between classes into a synthetic subset."
+    )
+    add_shared(parser)
+    for settings in (ModelSettings, ImageSettings):
+        cli.add_settings(parser, settings)
+    cli.add_settings(parser, SolverSettings, **dict.fromkeys(LCM_SOLVER))  # None where the user gives no value
+    for settings in (Placement, OutputSettings):
+        cli.add_settings(parser, settings)
+    return parser
+
+
+def read_solver(args: argparse.Namespace) -> SolverSettings:
+    """The settings of the solver: the user's, else those that go with the model.
+
+    Raises:
+        UserError: an unknown scheduler.
+    """
+    defaults = LCM_SOLVER if args.lcm_lora else {name: getattr(SolverSettings, name) for name in LCM_SOLVER}
+    chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
+    if chosen["scheduler"] not in SCHEDULERS:
+        scheduler_class(chosen["scheduler"])
+    return cli.read_settings(SolverSettings, args, **chosen)
