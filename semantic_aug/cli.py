@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -139,7 +140,9 @@ def add_settings(
             _add_flag(group, f, defaults.get(name, f.default))
 
 
-def add_passed_on(group, cls: builtins.type, names: Iterable[str], stage: int, several: bool = False) -> None:
+def add_passed_on(
+    group, cls: builtins.type, names: Iterable[str], stage: int, several: bool = False, **defaults: str
+) -> None:
     """Adds flags that a command passes on to a stage: None where they are not given, so that the stage's default holds.
 
     Args:
@@ -148,13 +151,15 @@ def add_passed_on(group, cls: builtins.type, names: Iterable[str], stage: int, s
         names: of its settings.
         stage: number of the stage, for the help.
         several: accept several values, one for each of ``--examples_per_class``.
+        defaults: what the help says of the default where it is not the stage's.
     """
     tail = "; one value, or one for each of --examples_per_class" if several else ""
     for name in names:
         f = settings_of(cls)[name]
-        text = f"{f.metadata['help']}{tail} (default: stage {stage}'s)"
+        text = re.sub(r"\s*\(default: .*\)$", "", f.metadata["help"])
+        default = defaults.get(name, f"stage {stage}'s")
         flag = {**f.metadata["flag"], **({"nargs": "+"} if several else {})}
-        group.add_argument(f"--{name}", default=None, help=text, **flag)
+        group.add_argument(f"--{name}", default=None, help=f"{text}{tail} (default: {default})", **flag)
 
 
 def _add_flag(group, f: Field, default: Any) -> None:

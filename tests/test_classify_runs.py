@@ -25,7 +25,8 @@ from semantic_aug.classify import layers, models, trainer
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
-from semantic_aug.evaluation.experiments import predictions, summary
+from semantic_aug.evaluation.experiments import summary
+from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.runs import RunLock
 
 SMALL = {"model": "test_vit", "nepoch": 2}
@@ -399,7 +400,7 @@ def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch
     rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
     assert results["val"]["worst_group"] == pytest.approx(max(float(row["val_worst_group"]) for row in rows))
     assert results["test"]["worst_group"] <= results["test"]["average_group"] <= 1
-    said = predictions.read(tmp_path / "run")
+    said = read_predictions(tmp_path / "run")
     assert said.shares("worst_group").sum() == pytest.approx(results["val"]["worst_group"])
     run, *_ = summary.find_runs([tmp_path])
     assert "| worst_group | average_group |" in summary.markdown([run])
@@ -474,7 +475,7 @@ def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_p
     for split, count in (("val", 6), ("test", 9)):
         ours, again = (three_seeds / "seed1" / place / f"{split}_predictions.csv" for place in ("", "evaluation"))
         assert ours.read_bytes() == again.read_bytes()
-        run = predictions.read(three_seeds / "seed1", split)
+        run = read_predictions(three_seeds / "seed1", split)
         assert run.shares("top1").sum() == pytest.approx(wanted[split]["top1"]) and len(run.files) == count
         assert run.shares("macro").sum() == pytest.approx(wanted[split]["macro"])
     assert (three_seeds / "seed1" / "args.yaml").read_text() == before

@@ -21,10 +21,8 @@ import train_cls
 import train_lora
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation.experiments import compare
-from semantic_aug.evaluation.experiments import results as comparison
-from semantic_aug.evaluation.experiments import runner as steps
-from semantic_aug.evaluation.experiments.commands import METHODS, Devices, Step
+from semantic_aug.evaluation.experiments import compare, report, results, runner
+from semantic_aug.evaluation.experiments.commands import METHODS, Devices, StageCommands, Step
 
 ENTRY = {"train_lora.py": train_lora, "sample_mp.py": sample_mp, "train_cls.py": train_cls}
 
@@ -40,9 +38,12 @@ def arguments(image_folder, base, out, *more):
 
 
 def parsed(words):
-    args = compare.build_parser().parse_args(compare.flags.joined_words(words))
-    compare.check(args)
-    return args
+    return compare.build_parser().parse_args(words)
+
+
+def recipe(*words):
+    """The budget of the first setting."""
+    return compare.recipe_of(parsed(["--dataset", "elpv", *words]))
 
 
 # ----------------------------------------------------------------------------------------------------- the commands
@@ -53,12 +54,12 @@ def test_every_command_is_one_its_entry_script_takes(image_folder, tmp_path):
         image_folder, "base", tmp_path, "--methods", *METHODS, "--seeds", 1, 2, "--stage2_args", "--cpu_threads 2"
     )
     jobs = compare.jobs_of(parsed(words), tmp_path)
-    assert [(job.recipe.name, job.seed) for job in jobs] == [("2shot", 1), ("2shot", 2)]
+    assert [(job.setting, job.commands.subset_seed) for job in jobs] == [("2shot", 1), ("2shot", 2)]
     for job in jobs:
         taken = {}
         for name, step in job.pair.steps.items():
-            args = ENTRY[step.words[0]].build_parser().parse_args(list(step.words[1:]))
-            assert args.seed == args.subset_seed == job.seed and args.examples_per_class == 2
+            args = ENTRY[step.arguments[0]].build_parser().parse_args(list(step.arguments[1:]))
+            assert args.seed == args.subset_seed == job.commands.subset_seed and args.examples_per_class == 2
             assert set(step.needs) <= set(taken)  # what it needs comes before it
             taken[name] = args
         assert taken["sample diff-mix"].finetune_model_key == "ti_db" == taken["ti_db"].register_key
@@ -97,8 +98,8 @@ def test_values_may_be_given_for_each_setting(tmp_path):
         "0.8",
     ]
     jobs = compare.jobs_of(parsed(words), tmp_path)
-    assert [(j.recipe.name, j.recipe.classify["nepoch"]) for j in jobs] == [("5shot", 40), ("all", 4)]
-    assert [j.recipe.synthetic for j in jobs] == [{"gamma": 0.8, "synthetic_prob": p} for p in (0.3, 0.1)]
+    assert [(j.setting, j.commands.recipe.classify["nepoch"]) for j in jobs] == [("5shot", 40), ("all", 4)]
+    assert [j.commands.recipe.synthetic for j in jobs] == [{"gamma": 0.8, "synthetic_prob": p} for p in (0.3, 0.1)]
 
 
 def test_devices_reach_every_stage(tmp_path):
@@ -106,9 +107,9 @@ def test_devices_reach_every_stage(tmp_path):
     assert Devices(("1",)).environment(None) == {"CUDA_VISIBLE_DEVICES": "1"} and Devices().environment("4") == {}
     words = ["--dataset", "elpv", "--gpu_ids", "1", "1", "--seeds", "1", "--methods", "diff-mix"]
     made = compare.jobs_of(parsed(words), tmp_path)[0].pair.steps
-    assert "--gpu_ids 1 1 " in shlex.join(made["sample diff-mix"].words)
-    assert "--gpu 1 " in shlex.join(made["classify diff-mix"].words)
-    assert steps.shown(made["ti_db"]).startswith("CUDA_VISIBLE_DEVICES=")
+    assert "--gpu_ids 1 1 " in shlex.join(made["sample diff-mix"].arguments)
+    assert "--gpu 1 " in shlex.join(made["classify diff-mix"].arguments)
+    assert str(made["ti_db"]).startswith("CUDA_VISIBLE_DEVICES=")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def make_pair(tmp_path):
             words = (str(script), kind, str(folder), str(seconds))
             needs = tuple(made)[-1:]
             made[kind] = Step(kind, stage, words, needs, f"{kind}.json", {})
-        return steps.Pair(folder, made)
+        return runner.Pair(folder, made)
 
     return make
 
@@ -202,10 +203,10 @@ def test_steps_run_once_and_only_what_is_needed_is_repeated(make_pair, tmp_path)
 
 
 def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
-    pair = steps.Pair(tmp_path / "set" / "seed1", {})
+    pair = runner.Pair(tmp_path / "set" / "seed1", {})
     pair.steps = make_pair(pair.folder, ["bad"]).steps
     with pytest.raises(
-        UserError, match=r"set, seed1: step 'bad' ended with status 2: no such class \(all it said: .*bad.log"
+        UserError, match=r"set, seed1: step 'bad' ended with status 2: no such class \(whole output: .*bad.log"
     ):
         pair.run("bad")
     assert "some noise" in (pair.folder / "logs" / "bad.log").read_text() and pair.missing() == ["bad"]
@@ -214,13 +215,13 @@ def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
 DRIVER = """
 import sys; sys.path.insert(0, {root!r})
 from semantic_aug.errors import Interrupted, run_main
-from semantic_aug.evaluation.experiments import runner as steps
+from semantic_aug.evaluation.experiments import runner
 from semantic_aug.evaluation.experiments.commands import Step
 def main(argv):
     step = Step("a", 3, ({script!r}, "a", {folder!r}, "60"), (), "a.json", {{}})
-    pair = steps.Pair(__import__("pathlib").Path({folder!r}), {{"a": step}})
+    pair = runner.Pair(__import__("pathlib").Path({folder!r}), {{"a": step}})
     try:
-        with steps.terminated_as_interrupted(), steps.pair_lock(pair.folder) as held:
+        with runner.terminated_as_interrupted(), runner.pair_lock(pair.folder) as held:
             pair.run("a", held)
     except KeyboardInterrupt:
         raise Interrupted("go on with the same command")
@@ -255,12 +256,12 @@ def test_an_interruption_stops_the_child_gently(kind, make_pair, tmp_path):
 
 def test_a_killed_parent_takes_its_child_along_and_the_pair_is_free_then(make_pair, tmp_path):
     process, folder = begun(make_pair, tmp_path)
-    with steps.pair_lock(folder) as held:
+    with runner.pair_lock(folder) as held:
         assert held is None
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     for _ in range(6000):
-        with steps.pair_lock(folder) as held:
+        with runner.pair_lock(folder) as held:
             if held is not None:
                 break
         time.sleep(0.05)
@@ -269,10 +270,10 @@ def test_a_killed_parent_takes_its_child_along_and_the_pair_is_free_then(make_pa
 
 def test_pairs_another_process_has_are_waited_for_and_not_run_twice(make_pair, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(compare, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(comparison, "write", lambda folder: None)
-    recipe = compare.recipe_of(parsed(["--dataset", "elpv"]), 0)
+    monkeypatch.setattr(report, "write_comparison", lambda folder: None)
     pairs = [make_pair(tmp_path / f"pair{i}", "a") for i in range(2)]
-    jobs = [compare.Job(recipe, i, pair) for i, pair in enumerate(pairs)]
+    commands = [StageCommands(recipe(), i, pair.folder, Devices()) for i, pair in enumerate(pairs)]
+    jobs = [compare.Job(*both) for both in zip(commands, pairs, strict=True)]
     other_ends = logging.Handler()
     other_ends.emit = lambda record: other.close() if "waiting" in record.msg else None  # its pair undone
     monkeypatch.setattr(compare.log, "handlers", [other_ends])
@@ -299,12 +300,12 @@ def test_shards_have_every_pair_once(tmp_path):
 
 def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
     """Writes what a finished classifier leaves."""
-    place = comparison.pair_folder(folder, setting, seed)
+    place = results.pair_folder(folder, setting, seed)
     (place / "classify" / method).mkdir(parents=True)
     scores = {"top1": top1, "macro": macro, "loss": 1.0}
-    results = {"test": scores, "val": {"top1": top1 - 0.01, "macro": macro}, "steps": steps_taken}
-    (place / "classify" / method / "results.json").write_text(json.dumps(results))
-    records = steps.read_records(place)
+    content = {"test": scores, "val": {"top1": top1 - 0.01, "macro": macro}, "steps": steps_taken}
+    (place / "classify" / method / "results.json").write_text(json.dumps(content))
+    records = runner.read_records(place)
     records[f"classify {method}"] = {
         "stage": 3,
         "seconds": 36.0,
@@ -321,8 +322,8 @@ def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
 @pytest.fixture
 def partial(tmp_path):
     """A comparison of two seeds of which one of six classifiers is missing."""
-    comparison.claim_setting(tmp_path, "5shot", compare.recipe_of(parsed(["--dataset", "elpv"]), 0).record())
-    comparison.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
+    results.claim_setting(tmp_path, "5shot", recipe().record())
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
     finished(tmp_path, "5shot", "real-only", 1, 0.50, 0.40)
     finished(tmp_path, "5shot", "real-only", 2, 0.52, 0.44)
     finished(tmp_path, "5shot", "diff-mix", 1, 0.60, 0.50)
@@ -332,17 +333,15 @@ def partial(tmp_path):
 
 
 def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
-    comparison.write(partial)
-    report = (partial / "report.md").read_text()
-    assert "5 of 6 classifiers are there." in report and "Missing: 5shot cutmix seed 2." in report
-    assert "| real-only | 2 | 51.00 ± 1.41 | 42.00 ± 2.83 | 50.00 ± 1.41 | 8 |" in report
-    assert "| cutmix | 1 | 55.00 | 45.00 | 54.00 | 8 |" in report
+    report.write_comparison(partial)
+    text = (partial / "report.md").read_text()
+    assert "5 of 6 classifiers are finished." in text and "Missing: 5shot cutmix seed 2." in text
+    assert "| real-only | 2 | 51.00 ± 1.41 | 42.00 ± 2.83 | 50.00 ± 1.41 | 8 |" in text
+    assert "| cutmix | 1 | 55.00 | 45.00 | 54.00 | 8 |" in text
     # differences 10 and 12 points: mean 11, s = sqrt 2, t(0.975, 1) = 12.7062, half width 12.7062; macro 10 and 12 too
     row = "| diff-mix | +11.00 [-1.71, 23.71] | +5.00 (one seed) | +11.00 [-1.71, 23.71] | +5.00 (one seed) |"
-    assert row in report
-    assert (
-        "| 5shot | 3 classify | 5 | 0.05 | 36 s |" in report and "| 5shot | 1 fine-tune | 2 | 0.06 | 2 min |" in report
-    )
+    assert row in text
+    assert "| 5shot | 3 classify | 5 | 0.05 | 36 s |" in text and "| 5shot | 1 fine-tune | 2 | 0.06 | 2 min |" in text
     rows = list(csv.DictReader((partial / "results.csv").open()))
     assert len(rows) == 5 and [r["method"] for r in rows] == ["real-only"] * 2 + ["cutmix"] + ["diff-mix"] * 2
     assert rows[3] == {
@@ -354,18 +353,18 @@ def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
 
 
 def test_requests_add_up_and_another_budget_is_refused(partial):
-    comparison.save_request(partial, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
-    comparison.save_request(partial, ["--seeds", "3"], ["5shot", "10shot"], [3], ["real-only"])
-    found = comparison.collect(partial)
+    results.save_request(partial, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
+    results.save_request(partial, ["--seeds", "3"], ["5shot", "10shot"], [3], ["real-only"])
+    found = results.collect(partial)
     assert len(found.commands) == 2 and found.settings == ["5shot", "10shot"] and len(found.missing) == 3
-    other = compare.recipe_of(parsed(["--dataset", "elpv", "--multiplier", "7"]), 0).record()
+    other = recipe("--multiplier", "7").record()
     with pytest.raises(UserError, match=r"other arguments \(sample.syn_dataset_multiplier: 5.0 -> 7.0\)"):
-        comparison.claim_setting(partial, "5shot", other)
+        results.claim_setting(partial, "5shot", other)
 
 
 def test_the_words_that_share_the_work_are_no_part_of_a_request():
     words = ["--dataset", "x", "--num_shards", "2", "--shard_index=1", "--report_only", "--seeds", "1"]
-    assert compare._request_words(words) == ["--dataset", "x", "--seeds", "1"]
+    assert compare._request_arguments(words) == ["--dataset", "x", "--seeds", "1"]
 
 
 # ---------------------------------------------------------------------------------------------------- from end to end
@@ -375,10 +374,10 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     for name, place in (("animals", image_folder), ("base", tiny_base)):
         shutil.copytree(place, tmp_path / name)
     words = ["--dataset", f"folder:{tmp_path}/animals", "--pretrained_model_name_or_path", str(tmp_path / "base")]
-    recipe, pair = compare.recipe_of(parsed(words), 0), tmp_path / "pair"
+    budget = compare.recipe_of(parsed(words))
 
     def claim(*stages):
-        steps.claim_data(pair, recipe, 1, ROOT / "config", stages)
+        runner.claim_data(StageCommands(budget, 1, tmp_path / "pair", Devices()), ROOT / "config", stages)
 
     claim(3)
     claim(1, 2, 3)  # methods that need a base model may come later
@@ -391,9 +390,9 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     with pytest.raises(UserError, match="test: 8 images now, 9 when the run began.*choose another --output_dir"):
         claim(3)
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / steps.STEPS_FILE).write_text('{"ti_db": {"done": true}}')
+    (tmp_path / "old" / runner.STEPS_FILE).write_text('{"ti_db": {"done": true}}')
     with pytest.raises(UserError, match="does not say which images its steps were made from"):
-        steps.claim_data(tmp_path / "old", recipe, 1, ROOT / "config", (3,))
+        runner.claim_data(StageCommands(budget, 1, tmp_path / "old", Devices()), ROOT / "config", (3,))
 
 
 @pytest.mark.slow
@@ -416,8 +415,8 @@ def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny
     records = json.loads(steps_file.read_text())
     assert records["classify real-only"] == first and all(entry["done"] for entry in records.values())
     assert not (out / "2shot" / "seed1" / "aug_samples").exists()
-    report = (out / "report.md").read_text()
-    assert "2 of 2 classifiers are there." in report and "diff-mix" in report
+    text = (out / "report.md").read_text()
+    assert "2 of 2 classifiers are finished." in text and "diff-mix" in text
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert rows[0]["steps"] == rows[1]["steps"] == "4"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

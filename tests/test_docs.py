@@ -45,10 +45,8 @@ def parser_of(words: list[str]):
             return importlib.import_module(stage).build_parser(), words[1:]
     if words[:2] == ["-m", "semantic_aug.evaluation"]:
         from semantic_aug.evaluation.__main__ import COMMANDS
-        from semantic_aug.evaluation.experiments.settings import joined_words
 
-        rest = joined_words(words[3:]) if words[2] in ("compare", "tune") else words[3:]
-        return importlib.import_module(COMMANDS[words[2]]).build_parser(), rest
+        return importlib.import_module(COMMANDS[words[2]]).build_parser(), words[3:]
     if words[0] == "-m" and words[1].startswith("semantic_aug."):
         name = words[1] if words[1] != "semantic_aug.datasets" else "semantic_aug.datasets.__main__"
         return importlib.import_module(name).build_parser(), words[2:]

@@ -15,7 +15,7 @@ import train_cls
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation.experiments import halving, predictions, tune
+from semantic_aug.evaluation.experiments import halving, results, tune
 from semantic_aug.evaluation.experiments.halving import Candidate
 
 DEFAULT = Candidate(0.7, 0.5, 0.3, 5.0)
@@ -131,7 +131,7 @@ def search(tmp_path, tiny_base, monkeypatch):
         step = pair.steps[name]
         began.append(name)
         if step.stage == 3:
-            args = train_cls.build_parser().parse_args(list(step.words[1:]))
+            args = train_cls.build_parser().parse_args(list(step.arguments[1:]))
             good = (args.gamma == 0.8) + (args.syndata_max is None)
             score = {"top1": 0.5 + 0.1 * good, "macro": 0.3}
             place = pair.folder / "classify" / name.removeprefix("classify ")
@@ -213,13 +213,13 @@ def test_runs_without_predictions_are_one_line(search, capsys):
 def test_shares_add_up_to_each_score(tmp_path):
     rows = ["1,a,a,0", "2,a,b,0", "3,a,a,1", "4,b,a,1"]
     (tmp_path / "val_predictions.csv").write_text("\n".join(["file,class,predicted,group", *rows]) + "\n")
-    run = predictions.read(tmp_path)
+    run = results.read_predictions(tmp_path)
     assert run.files == ("1", "2", "3", "4") and run.right.tolist() == [True, False, True, False]
     assert run.shares("top1").sum() == 0.5 and run.shares("macro").sum() == pytest.approx(1 / 3)
     assert run.shares("worst_group").sum() == 0.5 and run.strata("worst_group").tolist() == [0, 0, 1, 1]
     rows[2] = "3,a,b,1"
     (tmp_path / "val_predictions.csv").write_text("\n".join(["file,class,predicted,group", *rows]) + "\n")
-    assert predictions.read(tmp_path).shares("worst_group").sum() == 0
+    assert results.read_predictions(tmp_path).shares("worst_group").sum() == 0
 
 
 def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):

@@ -1,10 +1,12 @@
-"""What a comparison runs: its methods, and the commands of one (setting, seed) as a user would type them.
+"""The commands of the three stages that an experiment runs: its methods, budgets and steps, as a user would type them.
 
-Everything here is pure: from a recipe and a seed follow the commands; nothing is read or run.
+From a recipe, a seed and a folder follow the commands; nothing is run here.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
 """Stage -> its entry script."""
 
 FINETUNE_OF = {"tokens+lora": "ti_db", "tokens": "ti"}
-"""Weights a strategy needs -> the stage 1 that makes them."""
+"""Weights a strategy needs -> the strategy of stage 1 that trains them."""
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,26 @@ class Method:
     strategy: str | None = None
     mixing: tuple[str, ...] = ()
 
+    @property
+    def finetuning(self) -> str | None:
+        """The strategy of stage 1 whose weights it needs."""
+        return FINETUNE_OF.get(strategies.find(self.strategy).weights) if self.strategy else None
 
+    @property
+    def step_names(self) -> dict[int, str]:
+        """Stage -> name of the step that the method needs."""
+        names = {1: self.finetuning, 2: self.strategy and f"sample {self.strategy}", 3: f"classify {self.name}"}
+        return {stage: name for stage, name in names.items() if name}
+
+
+_STRATEGIES = "real-guidance real-mix real-gen diff-aug diff-gen da-fusion ti-mix ti-aug diff-mix".split()
 METHODS = {
-    row.name: row
-    for row in (
+    method.name: method
+    for method in (
         Method("real-only"),
         Method("mixup", mixing=("use_mixup",)),
         Method("cutmix", mixing=("use_cutmix",)),
-        *(
-            Method(name, name)
-            for name in (
-                "real-guidance",
-                "real-mix",
-                "real-gen",
-                "diff-aug",
-                "diff-gen",
-                "da-fusion",
-                "ti-mix",
-                "ti-aug",
-            )
-        ),
-        Method("diff-mix", "diff-mix"),
+        *(Method(name, name) for name in _STRATEGIES),
         Method("diff-mix+cutmix", "diff-mix", ("use_cutmix",)),
         Method("diff-mix+mixup", "diff-mix", ("use_mixup",)),
     )
@@ -72,12 +73,12 @@ class Recipe:
     Attributes:
         name: of the setting and of its folder, e.g. ``5shot``.
         base: base model as the user named it.
-        shared: flags all three stages get.
+        shared: flags of all three stages.
         finetune: further flags of stage 1.
         sample: of stage 2.
         classify: of stage 3.
         synthetic: of stage 3 where there are synthetic images.
-        extra: stage -> words as the user gave them.
+        extra: stage -> extra arguments as the user gave them.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Recipe:
         """The recipe as a flat mapping, for the file that keeps it and for telling two apart."""
         parts = ("shared", "finetune", "sample", "classify", "synthetic")
         flat = {f"{part}.{name}": value for part in parts for name, value in getattr(self, part).items()}
-        return {"base": self.base, **flat, **{f"stage{n}_args": list(words) for n, words in self.extra.items()}}
+        return {"base": self.base, **flat, **{f"stage{n}_args": list(extra) for n, extra in self.extra.items()}}
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,8 @@ class Devices:
             return {}
         if self.ids[0] == "cpu":
             return {"CUDA_VISIBLE_DEVICES": ""}
-        listed = [entry for entry in (visible or "").split(",") if entry]
-        place = int(self.ids[0])
-        return {"CUDA_VISIBLE_DEVICES": listed[place] if place < len(listed) else self.ids[0]}
+        listed, index = [entry for entry in (visible or "").split(",") if entry], int(self.ids[0])
+        return {"CUDA_VISIBLE_DEVICES": listed[index] if index < len(listed) else self.ids[0]}
 
 
 @dataclass(frozen=True)
@@ -124,136 +124,133 @@ class Step:
     Attributes:
         name: unique within its pair.
         stage: 1, 2 or 3.
-        words: the script and its arguments.
+        arguments: the script and its arguments.
         needs: names of the steps whose results it reads.
-        made: pattern, below the pair's folder, of a file that is there when the step is done.
-        environment: variables it gets besides this process's.
+        result: pattern, below the pair's folder, of a file that exists when the step is done.
+        environment: variables besides this process's.
     """
 
     name: str
     stage: int
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     needs: tuple[str, ...]
-    made: str
+    result: str
     environment: Mapping[str, str]
 
+    def __str__(self) -> str:
+        """The command as a user would type it."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, "python", shlex.join(self.arguments)])
 
-def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags as words: None and False are left out, True is the flag alone, a sequence several values."""
-    words: list[str] = []
+
+def command(stage: int, flags: Mapping[str, Any], extra: Iterable[str] = ()) -> tuple[str, ...]:
+    """A stage's script and its arguments: None and False are left out, True is the flag alone, a sequence several values."""
+    arguments: list[str] = []
     for name, value in flags.items():
         if value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name}", *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
-    return words
+        arguments += [f"--{name}", *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
+    return (SCRIPTS[stage], *arguments, *extra)
 
 
-def command(stage: int, *flags: Mapping[str, Any], extra: Iterable[str] = ()) -> tuple[str, ...]:
-    """The words of a stage's command; where a flag is given twice, the later one counts."""
-    merged: dict[str, Any] = {}
-    for some in flags:
-        merged |= some
-    return (SCRIPTS[stage], *flag_words(merged), *extra)
+@dataclass(frozen=True)
+class StageCommands:
+    """The commands of one setting under one draw of its training images.
 
-
-def finetune_step(recipe: Recipe, seed: int, shared: Mapping[str, Any], kind: str, folder: Path, env: Mapping) -> Step:
-    """Stage 1 of a pair; ``kind`` is ``ti_db`` or ``ti``."""
-    flags = {
-        "pretrained_model_name_or_path": recipe.base,
-        "finetune_strategy": kind,
-        "validation_steps": 0,
-        "checkpoints_total_limit": 1,
-        "report_to": "none",
-        "output_dir": registry.shown_path(folder / kind),
-        "register_key": kind,
-        "resume_from_checkpoint": "latest",
-        "seed": seed,
-    }
-    words = command(1, shared, recipe.finetune, flags, extra=recipe.extra.get(1, ()))
-    return Step(kind, 1, words, (), f"{kind}/summary.json", env)
-
-
-def sample_step(
-    recipe: Recipe, seed: int, shared: Mapping[str, Any], strategy: str, folder: Path, devices: Devices,
-    key: str | None = None, **changes: Any,
-) -> Step:  # fmt: skip
-    """Stage 2 of a pair.
-
-    Args:
+    Attributes:
         recipe: of the setting.
-        seed: of the plan and the noise.
-        shared: flags all stages get.
-        strategy: row of the strategy table.
-        folder: of the pair.
-        devices: where it runs.
-        key: under which the subset is registered (None: the strategy's name).
-        changes: flags that differ from the recipe's.
-    """
-    kind = FINETUNE_OF.get(strategies.find(strategy).weights)
-    key = key or strategy
-    flags = {
-        "finetune_model_key": kind,
-        "model_path": None if kind else recipe.base,
-        "sample_strategy": strategy,
-        "gpu_ids": devices.ids,
-        "output_root": registry.shown_path(folder / "aug_samples" / key),
-        "register_key": key,
-        "seed": seed,
-    }
-    words = command(2, shared, recipe.sample, changes, flags, extra=recipe.extra.get(2, ()))
-    return Step(f"sample {key}", 2, words, (kind,) if kind else (), f"aug_samples/{key}/*/*/meta.csv", {})
-
-
-def classify_step(
-    recipe: Recipe, seed: int, shared: Mapping[str, Any], name: str, folder: Path, devices: Devices,
-    key: str | None = None, mixing: Iterable[str] = (), **changes: Any,
-) -> Step:  # fmt: skip
-    """Stage 3 of a pair; ``key`` is that of its synthetic subset. See :func:`sample_step` for the rest."""
-    flags = {
-        "syndata_key": key,
-        **(dict(recipe.synthetic) if key else {}),
-        **dict.fromkeys(mixing, True),
-        "gpu": devices.ids[0] if devices.ids else None,
-        "output_dir": registry.shown_path(folder / "classify" / name),
-        "seed": seed,
-        **changes,
-    }
-    words = command(3, shared, recipe.classify, flags, extra=recipe.extra.get(3, ()))
-    needs = (f"sample {key}",) if key else ()
-    return Step(f"classify {name}", 3, words, needs, f"classify/{name}/results.json", {})
-
-
-def shared_flags(recipe: Recipe, subset_seed: int, folder: Path) -> dict[str, Any]:
-    """The flags all stages of a pair get: the data, its draw, and a registry of the pair's own."""
-    return {**recipe.shared, "subset_seed": subset_seed, "config_dir": registry.shown_path(folder / "config")}
-
-
-def steps_of(
-    recipe: Recipe, seed: int, methods: Iterable[str], folder: Path, devices: Devices, visible: str | None = None
-) -> dict[str, Step]:
-    """Every step of one (setting, seed) by name, each after what it needs.
-
-    Args:
-        recipe: of the setting.
-        seed: of the few-shot draw and of every stage.
-        methods: names of :data:`METHODS`.
-        folder: of the pair.
+        subset_seed: of the draw, and of stages 1 and 2.
+        folder: of the results.
         devices: where the stages run.
-        visible: ``CUDA_VISIBLE_DEVICES`` of this process.
     """
-    shared, environment = shared_flags(recipe, seed, folder), devices.environment(visible)
-    steps: dict[str, Step] = {}
-    for name in methods:
-        method = METHODS[name]
-        if method.strategy:
-            sample = sample_step(recipe, seed, shared, method.strategy, folder, devices)
-            for kind in sample.needs:
-                steps.setdefault(kind, finetune_step(recipe, seed, shared, kind, folder, environment))
-            steps.setdefault(sample.name, sample)
-        one = classify_step(recipe, seed, shared, name, folder, devices, method.strategy, method.mixing)
-        steps[one.name] = one
-    return steps
+
+    recipe: Recipe
+    subset_seed: int
+    folder: Path
+    devices: Devices
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The flags of all stages: the data, its draw, and a registry in the folder."""
+        config_dir = registry.shown_path(self.folder / "config")
+        return {**self.recipe.shared, "subset_seed": self.subset_seed, "config_dir": config_dir}
+
+    def _command(self, stage: int, *flags: Mapping[str, Any]) -> tuple[str, ...]:
+        merged: dict[str, Any] = dict(self.shared)
+        for part in flags:  # of a flag given twice, the later one counts
+            merged |= part
+        return command(stage, merged, self.recipe.extra.get(stage, ()))
+
+    def finetune(self, kind: str) -> Step:
+        """Stage 1; ``kind`` is ``ti_db`` or ``ti``."""
+        flags = {
+            "pretrained_model_name_or_path": self.recipe.base,
+            "finetune_strategy": kind,
+            "validation_steps": 0,
+            "checkpoints_total_limit": 1,
+            "report_to": "none",
+            "output_dir": registry.shown_path(self.folder / kind),
+            "register_key": kind,
+            "resume_from_checkpoint": "latest",
+            "seed": self.subset_seed,
+        }
+        environment = self.devices.environment(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        arguments = self._command(1, self.recipe.finetune, flags)
+        return Step(kind, 1, arguments, (), f"{kind}/summary.json", environment)
+
+    def sample(self, strategy: str, key: str | None = None, **changes: Any) -> Step:
+        """Stage 2.
+
+        Args:
+            strategy: row of the strategy table.
+            key: under which the subset is registered (None: the strategy's name).
+            changes: flags that differ from the recipe's.
+        """
+        kind, key = Method(strategy, strategy).finetuning, key or strategy
+        flags = {
+            "finetune_model_key": kind,
+            "model_path": None if kind else self.recipe.base,
+            "sample_strategy": strategy,
+            "gpu_ids": self.devices.ids,
+            "output_root": registry.shown_path(self.folder / "aug_samples" / key),
+            "register_key": key,
+            "seed": self.subset_seed,
+        }
+        arguments = self._command(2, self.recipe.sample, changes, flags)
+        return Step(f"sample {key}", 2, arguments, (kind,) if kind else (), f"aug_samples/{key}/*/*/meta.csv", {})
+
+    def classify(
+        self, name: str, seed: int, key: str | None = None, mixing: Iterable[str] = (), **changes: Any
+    ) -> Step:
+        """Stage 3; ``key`` is that of its synthetic subset, ``changes`` are flags that differ from the recipe's."""
+        flags = {
+            "syndata_key": key,
+            **(self.recipe.synthetic if key else {}),
+            **dict.fromkeys(mixing, True),
+            "gpu": self.devices.ids[0] if self.devices.ids else None,
+            "output_dir": registry.shown_path(self.folder / "classify" / name),
+            "seed": seed,
+        }
+        arguments = self._command(3, self.recipe.classify, flags, changes)
+        needs = (f"sample {key}",) if key else ()
+        return Step(f"classify {name}", 3, arguments, needs, f"classify/{name}/results.json", {})
+
+    def synthetic_steps(self, sample: Step) -> dict[str, Step]:
+        """A step of stage 2 after the fine-tuning that it needs, by name."""
+        return {**{kind: self.finetune(kind) for kind in sample.needs}, sample.name: sample}
+
+    def method_steps(self, names: Iterable[str]) -> dict[str, Step]:
+        """Every step of some of :data:`METHODS` by name, each after what it needs."""
+        steps: dict[str, Step] = {}
+        for name in names:
+            method = METHODS[name]
+            if method.strategy:
+                for step in self.synthetic_steps(self.sample(method.strategy)).values():
+                    steps.setdefault(step.name, step)
+            classify = self.classify(name, self.subset_seed, method.strategy, method.mixing)
+            steps[classify.name] = classify
+        return steps
 
 
 def setting_name(examples_per_class: int, task: str, imbalance_factor: float) -> str:

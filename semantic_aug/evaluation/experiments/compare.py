@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from semantic_aug import cli, console, registry
 from semantic_aug.errors import Interrupted, UserError, unknown
-from semantic_aug.evaluation.experiments import commands as recipes
-from semantic_aug.evaluation.experiments import results as comparison
-from semantic_aug.evaluation.experiments import settings as flags
-from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, Devices, Recipe
+from semantic_aug.evaluation.experiments import report, results
+from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, StageCommands
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
@@ -25,8 +21,14 @@ from semantic_aug.evaluation.experiments.runner import (
     duration,
     pair_lock,
     prepare_config,
-    shown,
     terminated_as_interrupted,
+)
+from semantic_aug.evaluation.experiments.settings import (
+    Parser,
+    Placement,
+    add_shared,
+    join_stage_args,
+    recipe_of,
 )
 
 log = logging.getLogger(__name__)
@@ -34,154 +36,152 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 
 
-def build_parser() -> cli.Parser:
-    """All flags of ``compare``."""
-    parser = cli.Parser(prog="python -m semantic_aug.evaluation compare", description=__doc__)
-    what = parser.add_argument_group("what to compare")
-    what.add_argument(
-        "--methods",
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """What is compared."""
+
+    TITLE = "what to compare"
+    methods: tuple[str, ...] = cli.setting(
+        DEFAULT_METHODS,
         nargs="+",
-        default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})",
+        help=f"some of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})",
     )
-    what.add_argument(
-        "--seeds",
-        nargs="+",
+    seeds: tuple[int, ...] = cli.setting(
+        (2020, 2021, 2022),
         type=int,
-        default=[2020, 2021, 2022],
+        nargs="+",
         metavar="N",
         help="each draws its own training images and has its own stages 1 and 2 (default: 2020 2021 2022)",
     )
-    flags.add_settings(parser, several=True)
-    flags.add_budget(parser, several=True)
-    flags.add_where(parser, "outputs/compare/{dataset}")
-    run = parser.add_argument_group("sharing and reporting")
-    run.add_argument(
-        "--num_shards", type=cli.whole(1), default=1, metavar="N", help="deal the pairs of setting and seed to N runs"
+    examples_per_class: tuple[int, ...] = cli.setting(
+        (-1,),
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="few-shot settings: training images per class, -1 for all (default: -1)",
     )
-    run.add_argument("--shard_index", type=cli.whole(0), default=0, metavar="I", help="which of them this is, from 0")
-    run.add_argument(
-        "--keep",
+    multiplier: tuple[float, ...] = cli.setting(
+        (5.0,),
+        type=cli.number(0, 1e6, open_low=True),
+        nargs="+",
+        metavar="M",
+        help="synthetic images per training image; one value, or one for each of --examples_per_class (default: 5)",
+    )
+
+    def __post_init__(self):
+        for name in self.methods:
+            if name not in METHODS:
+                raise unknown("method of --methods", name, METHODS, "choose among these")
+        for shots in self.examples_per_class:
+            if shots < 1 and shots != -1:
+                raise UserError(f"--examples_per_class {shots}: expected a number of images, or -1 for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingSettings:
+    """How processes share the work, and what they leave."""
+
+    TITLE = "sharing and reporting"
+    num_shards: int = cli.setting(
+        1, type=cli.whole(1), metavar="N", help="deal the pairs of setting and seed to N runs", result=False
+    )
+    shard_index: int = cli.setting(
+        0, type=cli.whole(0), metavar="I", help="which of them this is, from 0", result=False
+    )
+    keep: str = cli.setting(
+        "all",
         choices=("all", "results"),
-        default="all",
         help="results: the synthetic images of a finished pair are removed; they can be made again, the same",
+        result=False,
     )
-    run.add_argument("--report_only", action="store_true", help="run nothing: write the report over what is there")
-    run.add_argument("--dry_run", action="store_true", help="print the runs and their number, and stop")
+    report_only: bool = cli.setting(False, help="run nothing: write the report over existing results", result=False)
+
+    def __post_init__(self):
+        if self.shard_index >= self.num_shards:
+            raise UserError(f"--shard_index {self.shard_index}: expected a number below --num_shards {self.num_shards}")
+
+
+def build_parser() -> cli.Parser:
+    """All flags of ``compare``."""
+    parser = Parser(prog="python -m semantic_aug.evaluation compare", description=__doc__)
+    cli.add_settings(parser, ComparisonSettings)
+    add_shared(parser, several=True)
+    cli.add_settings(parser, SharingSettings)
     return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuses what cannot work.
-
-    Raises:
-        UserError: one line.
-    """
-    for name in args.methods:
-        if name not in METHODS:
-            raise unknown("method of --methods", name, METHODS, "choose among these")
-    if args.shard_index >= args.num_shards:
-        raise UserError(f"--shard_index {args.shard_index}: expected a number below --num_shards {args.num_shards}")
-    for name in args.examples_per_class:
-        if name < 1 and name != -1:
-            raise UserError(f"--examples_per_class {name}: expected a number of images, or -1 for all")
-    flags.check_passed_on(args)
-
-
-def recipe_of(args: argparse.Namespace, place: int) -> Recipe:
-    """The budget of one of the settings.
-
-    Args:
-        args: of the parser.
-        place: of the setting in ``--examples_per_class``.
-
-    Raises:
-        UserError: a flag with neither one value nor one for each setting.
-    """
-
-    def own(name: str, default: Any = None) -> Any:
-        values = getattr(args, name)
-        if values is None:
-            return default
-        if len(values) not in (1, len(args.examples_per_class)):
-            raise UserError(
-                f"--{name} {' '.join(f'{v:g}' for v in values)}: expected one value, or one for each of the "
-                f"{len(args.examples_per_class)} of --examples_per_class"
-            )
-        return values[place if len(values) > 1 else 0]
-
-    shots = args.examples_per_class[place]
-    few = shots > 0 or args.task == "imbalanced"
-    classify = {"nepoch": own("nepoch"), "eval_every": own("eval_every")}
-    sample = {"aug_strength": own("aug_strength", 0.7), "syn_dataset_multiplier": own("multiplier", 5.0)}
-    synthetic = {"gamma": own("gamma", 0.5), "synthetic_prob": own("synthetic_prob", 0.3 if few else 0.1)}
-    return flags.make_recipe(args, shots, own("max_train_steps"), sample, classify, synthetic)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A pair of setting and seed, and the steps of its methods."""
+    """A pair of setting and seed: its commands, and the steps of its methods."""
 
-    recipe: Recipe
-    seed: int
+    commands: StageCommands
     pair: Pair
+
+    @property
+    def setting(self) -> str:
+        """Name of the setting."""
+        return self.commands.recipe.name
+
+    @property
+    def stages(self) -> set[int]:
+        """The stages that the pair runs."""
+        return {step.stage for step in self.pair.steps.values()}
 
 
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
-    """All pairs, seed by seed, so that a comparison stopped half-way has every setting."""
-    devices = flags.devices_of(args)
-    all_recipes = [recipe_of(args, place) for place in range(len(args.examples_per_class))]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    jobs = []
-    for seed in dict.fromkeys(args.seeds):
-        for recipe in all_recipes:
-            place = comparison.pair_folder(folder, recipe.name, seed)
-            methods = list(dict.fromkeys(args.methods))
-            jobs.append(
-                Job(recipe, seed, Pair(place, recipes.steps_of(recipe, seed, methods, place, devices, visible)))
-            )
+    """All pairs, seed by seed, so that a comparison stopped half-way has every setting.
+
+    Raises:
+        UserError: the arguments do not fit together.
+    """
+    settings, devices = cli.read_settings(ComparisonSettings, args), cli.read_settings(Placement, args).devices
+    recipes = [recipe_of(args, index) for index in range(len(settings.examples_per_class))]
+    methods, jobs = list(dict.fromkeys(settings.methods)), []
+    for seed in dict.fromkeys(settings.seeds):
+        for recipe in recipes:
+            commands = StageCommands(recipe, seed, results.pair_folder(folder, recipe.name, seed), devices)
+            jobs.append(Job(commands, Pair(commands.folder, commands.method_steps(methods))))
     return jobs
 
 
 def print_runs(jobs: Sequence[Job]) -> None:
     """Prints every run, and how many there are."""
-    total = {1: 0, 2: 0, 3: 0}
-    left = 0
+    total, left = {1: 0, 2: 0, 3: 0}, 0
     for job in jobs:
         missing = job.pair.missing()
         left += len(missing)
-        print(f"# {job.recipe.name}, seed {job.seed}")
+        print(f"# {job.setting}, seed {job.commands.subset_seed}")
         for name, step in job.pair.steps.items():
             total[step.stage] += 1
-            print(shown(step) + ("" if name in missing else "  # not needed: done"))
+            print(f"{step}{'' if name in missing else '  # not needed: done'}")
     parts = ", ".join(f"{count} of stage {stage}" for stage, count in total.items() if count)
     print(f"{sum(total.values())} runs ({parts}) in {len(jobs)} pairs of setting and seed; {left} to do")
 
 
 def remaining(jobs: Sequence[Job]) -> str:
-    """How much is left, in words: runs, and their time as far as the same steps under other seeds tell it."""
+    """The number of runs left, and their time as far as the same steps under other seeds were timed."""
     known: dict[tuple[str, str], list[float]] = {}
     for job in jobs:
         for name, entry in job.pair.records.items():
             if entry["done"]:
-                known.setdefault((job.recipe.name, name), []).append(entry["seconds"])
-    todo = [(job.recipe.name, name) for job in jobs for name in job.pair.missing()]
-    times = [sum(known[key]) / len(known[key]) for key in todo if key in known]
+                known.setdefault((job.setting, name), []).append(entry["seconds"])
+    left = [(job.setting, name) for job in jobs for name in job.pair.missing()]
+    times = [sum(known[key]) / len(known[key]) for key in left if key in known]
     if not times:
-        return f"{len(todo)} runs to do"
-    more = f" and {len(todo) - len(times)} runs not yet timed" if len(times) < len(todo) else ""
-    return f"{len(todo)} runs to do: about {duration(sum(times))}{more}"
+        return f"{len(left)} runs to do"
+    more = f" and {len(left) - len(times)} runs not yet timed" if len(times) < len(left) else ""
+    return f"{len(left)} runs to do: about {duration(sum(times))}{more}"
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> None:
-    """Runs what is missing, pair by pair; one that another process has is come back to.
+    """Runs what is missing, pair by pair; pairs that another process holds are tried again after the others.
 
     Raises:
         UserError: a step failed.
         KeyboardInterrupt: interrupted.
     """
-    waiting, told = list(jobs), False
+    waiting, announced = list(jobs), False
     while waiting:
         busy = []
         for job in waiting:
@@ -191,83 +191,88 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
                     continue
                 missing = job.pair.missing()
                 if missing:
-                    log.info("%s, seed %d (%s)", job.recipe.name, job.seed, remaining(jobs))
+                    log.info("%s, seed %d (%s)", job.setting, job.commands.subset_seed, remaining(jobs))
                     prepare_config(job.pair.folder, config_dir)
                 for name in missing:
                     job.pair.run(name, held)
                 if keep == "results":
                     job.pair.remove_images()
             if missing:
-                comparison.write(folder)
+                report.write_comparison(folder)
         if busy and len(busy) == len(waiting):
-            if not told:
+            if not announced:
                 log.info("waiting for another process at work on %d pair(s)", len(busy))
-            told = True
+            announced = True
             time.sleep(POLL_SECONDS)
         waiting = busy
 
 
-def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, devices: Devices) -> None:
+def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
     """Lets every stage check its flags before the first of them runs, once, for a setting that is new.
 
     Raises:
         UserError: a stage refuses.
     """
-    new = [job for job in jobs if not (folder / job.recipe.name / comparison.RECIPE_FILE).is_file()]
+    new = [job for job in jobs if not (folder / job.setting / results.RECIPE_FILE).is_file()]
     for job in new[:1]:
-        recipe, seed, stages = job.recipe, job.seed, {step.stage for step in job.pair.steps.values()}
-        place = folder / ".check" / recipe.name
-        prepare_config(place, config_dir)
-        shared = recipes.shared_flags(recipe, seed, place)
-        steps = [recipes.classify_step(recipe, seed, shared, "real-only", place, devices)]
-        if 2 in stages:
-            steps.append(recipes.sample_step(recipe, seed, shared, "real-guidance", place, devices))
-        if 1 in stages:
-            steps.append(recipes.finetune_step(recipe, seed, shared, "ti_db", place, {}))
-        check_commands(steps, place)
+        commands = StageCommands(
+            job.commands.recipe, job.commands.subset_seed, folder / ".check" / job.setting, job.commands.devices
+        )
+        prepare_config(commands.folder, config_dir)
+        steps = [commands.classify("real-only", commands.subset_seed)]
+        if 2 in job.stages:
+            steps.append(commands.sample("real-guidance"))
+        if 1 in job.stages:
+            steps.append(commands.finetune("ti_db"))
+        check_commands(steps, commands.folder)
+
+
+def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path) -> None:
+    """Ties the settings of all jobs to their budgets, and the selected jobs to their images and base model.
+
+    Raises:
+        UserError: a stage refuses, or the folder holds runs with another budget or of other data.
+    """
+    check_stages(selected, folder, config_dir)
+    for recipe in {job.setting: job.commands.recipe for job in jobs}.values():
+        results.claim_setting(folder, recipe.name, recipe.record())
+    for job in selected:
+        claim_data(job.commands, config_dir, job.stages)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, checks, runs what is missing, reports."""
-    words = flags.joined_words(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    check(args)
-    console.set_up_logging()
-    folder = registry.resolve_path(args.output_dir or flags.default_folder(args, "compare"))
+    args = build_parser().parse_args(argv)
+    sharing = cli.read_settings(SharingSettings, args)
+    settings = cli.read_settings(ComparisonSettings, args)
+    folder = cli.read_settings(Placement, args).folder("compare", args)
     jobs = jobs_of(args, folder)
+    console.set_up_logging()
     if args.dry_run:
         print_runs(jobs)
         return 0
-    if not args.report_only:
-        mine = jobs[args.shard_index :: args.num_shards]
+    if not sharing.report_only:
+        selected = jobs[sharing.shard_index :: sharing.num_shards]
         try:
             with terminated_as_interrupted():
-                check_stages(mine, folder, args.config_dir, flags.devices_of(args))
-                for recipe in {job.recipe.name: job.recipe for job in jobs}.values():
-                    comparison.claim_setting(folder, recipe.name, recipe.record())
-                for job in mine:
-                    stages = {step.stage for step in job.pair.steps.values()}
-                    claim_data(job.pair.folder, job.recipe, job.seed, args.config_dir, stages)
-                comparison.save_request(folder, _request_words(words), *_asked(jobs, args))
-                run_jobs(mine, folder, args.config_dir, args.keep)
+                claim(jobs, selected, folder, args.config_dir)
+                request = _request_arguments(sys.argv[1:] if argv is None else argv)
+                names = list(dict.fromkeys(job.setting for job in jobs))
+                seeds, methods = list(dict.fromkeys(settings.seeds)), list(dict.fromkeys(settings.methods))
+                results.save_request(folder, request, names, seeds, methods)
+                run_jobs(selected, folder, args.config_dir, sharing.keep)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
-    found = comparison.write(folder)
-    print(
-        f"{len(found.rows)} of {len(found.rows) + len(found.missing)} classifiers: {registry.shown_path(folder / 'report.md')}"
-    )
+    found = report.write_comparison(folder)
+    finished, path = len(found.rows), registry.shown_path(folder / report.REPORT)
+    print(f"{finished} of {finished + len(found.missing)} classifiers: {path}")
     return 0
 
 
-def _asked(jobs: Sequence[Job], args: argparse.Namespace) -> tuple[list[str], list[int], list[str]]:
-    settings = list(dict.fromkeys(job.recipe.name for job in jobs))
-    return settings, list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
-
-
-def _request_words(words: Sequence[str]) -> list[str]:
-    """The words of a request without what says which share of it a process does."""
+def _request_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a request without those that say which share of it a process does."""
     out, skip = [], False
-    for word in words:
+    for word in join_stage_args(arguments):
         if skip:
             skip = False
         elif word in ("--num_shards", "--shard_index"):

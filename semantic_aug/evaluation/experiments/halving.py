@@ -1,9 +1,8 @@
 """Successive halving over training seeds (Jamieson and Talwalkar 2016): which settings to try on how many seeds.
 
-A short classifier run says little, because it is noisy; it says more when it is repeated, not when it is cut shorter
-(which favours other settings than a whole run does). So the resource here is the number of seeds: all candidates are
-tried on the first one, the better third also on the second, and so on. The default candidate is never dropped; what
-wins was therefore compared with it over the same seeds.
+A single classifier run is noisy. Repeating it reduces the noise; cutting it shorter favours other settings than a whole run
+does. So the resource is the number of seeds: all candidates run on the first seed, the better third also on the second, and
+so on. The default candidate is never dropped, so the winner was compared with it over the same seeds.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 from semantic_aug.seeding import numpy_rng
 
 KEPT = 3
-"""One in so many candidates goes on to the next seed."""
+"""One candidate in this many goes on to the next seed."""
 
 FINALISTS = 2
-"""At least so many go on, the default among them."""
+"""At least this many go on, the default among them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As folders and tables call it."""
+        """Name in folders and tables."""
         return f"s{self.strength:g}-g{self.gamma:g}-p{self.probability:g}-m{self.multiplier:g}"
 
 
@@ -67,9 +66,9 @@ def rungs(first: int, seeds: int) -> list[int]:
     return sizes
 
 
-def affordable(trials: int, known: int, seeds: int) -> int:
-    """The largest number of first candidates whose rungs need at most ``trials`` runs; 0 where not even two fit."""
-    fitting = [first for first in range(min(FINALISTS, known), known + 1) if sum(rungs(first, seeds)) <= trials]
+def affordable(trials: int, count: int, seeds: int) -> int:
+    """The largest number of the ``count`` candidates whose rungs need at most ``trials`` runs; 0 where not even two fit."""
+    fitting = [first for first in range(min(FINALISTS, count), count + 1) if sum(rungs(first, seeds)) <= trials]
     return max(fitting, default=0)
 
 
@@ -88,17 +87,17 @@ def search(
         other), and all scores.
     """
     default, alive = tried[0], list(tried)
-    scores: dict[Candidate, dict[int, float]] = {one: {} for one in tried}
+    scores: dict[Candidate, dict[int, float]] = {candidate: {} for candidate in tried}
     sizes = [*rungs(len(tried), len(seeds))[1:], 1]
     for seed, keep in zip(seeds, sizes, strict=True):
-        for one in alive:
-            scores[one][seed] = run(one, seed)
+        for candidate in alive:
+            scores[candidate][seed] = run(candidate, seed)
         last, alive = alive, best_first(alive, scores)[:keep]
         if default not in alive and seed != seeds[-1]:
             alive = [default, *alive[: keep - 1]]
     return best_first(last, scores)[0], scores
 
 
-def best_first(some: Sequence[Candidate], scores: Mapping[Candidate, Mapping[int, float]]) -> list[Candidate]:
+def best_first(candidates: Sequence[Candidate], scores: Mapping[Candidate, Mapping[int, float]]) -> list[Candidate]:
     """Candidates by falling mean score; of equals the earlier one first."""
-    return sorted(some, key=lambda one: -statistics.fmean(scores[one].values()))
+    return sorted(candidates, key=lambda candidate: -statistics.fmean(scores[candidate].values()))

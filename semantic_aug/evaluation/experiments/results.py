@@ -1,9 +1,8 @@
-"""What a comparison's folder holds: which runs were asked for, which are there, and the report over them.
+"""Results in an experiment's folder: finished classifiers, their predictions, and what a comparison still misses.
 
 requests/*.yaml                 what was asked for, one file per distinct command
-{setting}/recipe.yaml           the budget every run of the setting has
+{setting}/recipe.yaml           the budget of every run of the setting
 {setting}/seed{seed}/           ti_db, ti, aug_samples, classify, config (a registry), logs, steps.json
-report.md results.csv report.png commands.sh
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from semantic_aug import files, registry, runs
@@ -23,9 +23,7 @@ from semantic_aug.evaluation.experiments.commands import METHODS
 from semantic_aug.evaluation.experiments.runner import read_records
 
 REQUESTS, RECIPE_FILE = "requests", "recipe.yaml"
-REPORT, RESULTS, CHART, COMMANDS = "report.md", "results.csv", "report.png", "commands.sh"
 SCORES = ("top1", "macro", "worst_group")
-BASELINES = ("real-only", "cutmix")
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,28 @@ class Row:
 
 @dataclass
 class Comparison:
-    """Everything found in a comparison's folder.
+    """The content of a comparison's folder.
 
     Attributes:
-        folder: of the comparison.
         settings: in the order they were asked for.
         rows: finished runs, in the order of settings, methods and seeds.
-        missing: (setting, method, seed) asked for and not there.
+        missing: (setting, method, seed) asked for and without a result.
         commands: of ``compare``, as given.
         recipes: setting -> its budget.
         records: (setting, seed) -> recorded steps.
     """
 
-    folder: Path
     settings: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     missing: list[tuple[str, str, int]] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     recipes: dict[str, dict] = field(default_factory=dict)
     records: dict[tuple[str, int], dict] = field(default_factory=dict)
+
+    @property
+    def score_names(self) -> list[str]:
+        """The scores that some run has."""
+        return [name for name in SCORES if any(name in row.scores for row in self.rows)]
 
     def by_method(self, setting: str, score: str) -> dict[str, dict[int, float]]:
         """Method -> seed -> a score, of one setting, in the table's order."""
@@ -83,29 +84,28 @@ class Comparison:
 
 
 def pair_folder(folder: Path, setting: str, seed: int) -> Path:
-    """Where a pair's files lie."""
+    """The folder of a pair."""
     return folder / setting / f"seed{seed}"
 
 
-def request_command(words: Sequence[str]) -> str:
-    """A ``compare`` command as a user would type it."""
-    return f"python -m semantic_aug.evaluation compare {shlex.join(words)}"
+def claim_setting(folder: Path, name: str, record: Mapping) -> None:
+    """Fixes a setting's budget, or finds that it has this one.
+
+    Raises:
+        UserError: the folder's runs of this setting have another budget.
+    """
+    runs.claim(registry.resolve_path(folder) / name, record, "--output_dir", file=RECIPE_FILE)
 
 
 def save_request(
-    folder: Path, words: Sequence[str], settings: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
-):
+    folder: Path, arguments: Sequence[str], settings: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
+) -> None:
     """Records what was asked for, so that the report knows what is missing; shards of one request write the same file."""
-    request = {
-        "command": request_command(words),
-        "settings": list(settings),
-        "seeds": list(seeds),
-        "methods": list(methods),
-    }
-    text = runs.arguments_text(request)
-    requests = sorted((folder / REQUESTS).glob("*.yaml"))
-    if not any(file.read_text(encoding="utf-8") == text for file in requests):
-        name = f"{len(requests) + 1:03d}-{files.sha256_text(text)[:8]}.yaml"
+    command = f"python -m semantic_aug.evaluation compare {shlex.join(arguments)}"
+    request = {"command": command, "settings": list(settings), "seeds": list(seeds), "methods": list(methods)}
+    text, existing = runs.arguments_text(request), sorted((folder / REQUESTS).glob("*.yaml"))
+    if not any(file.read_text(encoding="utf-8") == text for file in existing):
+        name = f"{len(existing) + 1:03d}-{files.sha256_text(text)[:8]}.yaml"
         files.write_text(folder / REQUESTS / name, text)
 
 
@@ -118,39 +118,39 @@ def collect(folder: Path) -> Comparison:
     requests = sorted((folder / REQUESTS).glob("*.yaml"))
     if not requests:
         raise UserError(f"{folder} holds no comparison (no {REQUESTS}/*.yaml): expected the --output_dir of compare")
-    found, planned = Comparison(folder), {}
+    comparison, planned = Comparison(), {}
     for file in requests:
         request = yaml.safe_load(file.read_text(encoding="utf-8"))
-        found.commands.append(request["command"])
+        comparison.commands.append(request["command"])
         for setting in request["settings"]:
-            if setting not in found.settings:
-                found.settings.append(setting)
-            for seed in request["seeds"]:
-                for method in request["methods"]:
-                    planned[setting, method, int(seed)] = None
-    place = {name: i for i, name in enumerate(METHODS)}
-    order = sorted(planned, key=lambda p: (found.settings.index(p[0]), place.get(p[1], len(place)), p[2]))
-    for setting in found.settings:
-        found.recipes[setting] = runs.load_arguments(folder / setting, RECIPE_FILE) or {}
-    for setting, method, seed in order:
+            if setting not in comparison.settings:
+                comparison.settings.append(setting)
+            planned |= {
+                (setting, method, int(seed)): None for seed in request["seeds"] for method in request["methods"]
+            }
+    settings, methods = comparison.settings, list(METHODS)
+    rank = {name: methods.index(name) if name in METHODS else len(methods) for _, name, _ in planned}
+    for setting in settings:
+        comparison.recipes[setting] = runs.load_arguments(folder / setting, RECIPE_FILE) or {}
+    for setting, method, seed in sorted(planned, key=lambda p: (settings.index(p[0]), rank[p[1]], p[2])):
         pair = pair_folder(folder, setting, seed)
-        records = found.records.setdefault((setting, seed), read_records(pair))
+        records = comparison.records.setdefault((setting, seed), read_records(pair))
         results = read_json(pair / "classify" / method / "results.json")
         if results is None:
-            found.missing.append((setting, method, seed))
+            comparison.missing.append((setting, method, seed))
             continue
-        found.rows.append(
-            Row(
-                setting,
-                method,
-                seed,
-                _judged(results),
-                results["val"] or {},
-                results["steps"],
-                _seconds(records, method),
-            )
-        )
-    return found
+        test_scores = results["test"] or results["val"] or {}
+        scores = {name: value for name, value in test_scores.items() if name in SCORES}
+        seconds = stage_seconds(records, method)
+        comparison.rows.append(Row(setting, method, seed, scores, results["val"] or {}, results["steps"], seconds))
+    return comparison
+
+
+def stage_seconds(records: Mapping[str, Mapping], method: str) -> dict[int, float]:
+    """Stage -> seconds that the runner measured for the step that a method needs of it."""
+    names = METHODS[method].step_names if method in METHODS else {3: f"classify {method}"}
+    seconds = {stage: records[name]["seconds"] for stage, name in names.items() if name in records}
+    return {3: 0.0, **seconds}
 
 
 def read_json(path: Path) -> dict | None:
@@ -161,68 +161,62 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def _judged(results: Mapping) -> dict[str, float]:
-    """The scores a run is judged by: those on test, or on validation where the data set has no test split."""
-    return {name: value for name, value in (results["test"] or results["val"] or {}).items() if name in SCORES}
+@dataclass(frozen=True)
+class Predictions:
+    """One run on one split of N images.
+
+    Attributes:
+        files: N names, the same for every run on the split.
+        right: bool ``(N,)``.
+        classes: int64 ``(N,)`` true classes, numbered from 0.
+        groups: int64 ``(N,)``, numbered likewise, or None where the data set has no groups.
+    """
+
+    files: tuple[str, ...]
+    right: np.ndarray
+    classes: np.ndarray
+    groups: np.ndarray | None
+
+    def strata(self, score: str) -> np.ndarray:
+        """``(N,)`` the part of the images that a score averages over by itself: for ``macro`` the class, for
+        ``worst_group`` the group, for ``top1`` all."""
+        return {"macro": self.classes, "worst_group": self.groups}.get(score, np.zeros(len(self.right), np.int64))
+
+    def shares(self, score: str) -> np.ndarray:
+        """``(N,)`` share of each image in a score; the sum is the score.
+
+        Args:
+            score: ``top1``, ``macro`` or ``worst_group``.
+        """
+        strata = self.strata(score)
+        counts = np.bincount(strata)
+        parts = self.right / counts[strata]
+        if score == "macro":
+            return parts / np.count_nonzero(counts)
+        if score == "worst_group":
+            return parts * (strata == np.bincount(strata, parts).argmin())
+        return parts
 
 
-def _seconds(records: Mapping[str, Mapping], method: str) -> dict[int, float]:
-    """Stage -> seconds of what a method's classifier needed."""
-    command = records.get(f"classify {method}", {})
-    seconds = {3: command.get("seconds", 0.0)}
-    for name, entry in records.items():
-        strategy = METHODS[method].strategy if method in METHODS else None
-        if strategy and name == f"sample {strategy}":
-            seconds[2] = entry["seconds"]
-            for kind in ("ti_db", "ti"):
-                if f"--finetune_model_key {kind} " in f"{entry['command']} ":
-                    seconds[1] = records.get(kind, {}).get("seconds", 0.0)
-    return seconds
-
-
-def write(folder: Path) -> Comparison:
-    """Writes the report over what is there, whatever is missing; processes that share the folder take turns."""
-    with files.locked(folder / ".report.lock"):
-        found = collect(folder)
-        _write_csv(found, folder / RESULTS)
-        _write_commands(found, folder / COMMANDS)
-        from semantic_aug.evaluation.experiments.report import markdown
-
-        if found.rows:
-            from semantic_aug.evaluation.experiments.charts import bars
-
-            scores = [s for s in SCORES if any(s in row.scores for row in found.rows)]
-            panels = {setting: {s: found.by_method(setting, s) for s in scores} for setting in found.settings}
-            with files.atomic_path(folder / CHART) as temporary:
-                bars({name: panel for name, panel in panels.items() if any(panel.values())}, temporary)
-        files.write_text(folder / REPORT, markdown(found))
-    return found
-
-
-def _write_csv(found: Comparison, path: Path) -> None:
-    scores = [s for s in SCORES if any(s in row.scores for row in found.rows)]
-    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        stages = [f"seconds_stage{n}" for n in (1, 2, 3)]
-        writer.writerow(["setting", "method", "seed", *scores, *(f"val_{s}" for s in scores), "steps", *stages])
-        for row in found.rows:
-            cells = [part.get(s) for part in (row.scores, row.val) for s in scores]
-            numbers = ["" if value is None else f"{value:.8g}" for value in cells]
-            times = [f"{row.seconds[n]:.1f}" if n in row.seconds else "" for n in (1, 2, 3)]
-            writer.writerow([row.setting, row.method, row.seed, *numbers, row.steps, *times])
-
-
-def _write_commands(found: Comparison, path: Path) -> None:
-    lines = ["# Every run of this comparison, each to be repeated by hand from the repository's root.", ""]
-    for (setting, seed), records in found.records.items():
-        lines += [f"# {setting}, seed {seed}", *(entry["command"] for entry in records.values()), ""]
-    files.write_text(path, "\n".join(lines))
-
-
-def claim_setting(folder: Path, name: str, record: Mapping) -> None:
-    """Fixes a setting's budget, or finds that it has this one.
+def read_predictions(folder: Path, split: str = "val") -> Predictions:
+    """The predictions of a finished run of ``train_cls.py``.
 
     Raises:
-        UserError: the folder's runs of this setting have another budget.
+        UserError: the run's folder holds none.
     """
-    runs.claim(registry.resolve_path(folder) / name, record, "--output_dir", file=RECIPE_FILE)
+    path = folder / f"{split}_predictions.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no {path.name} (an earlier version made it): remove that folder and run the same command again"
+        ) from None
+    names = tuple(row["file"] for row in rows)
+    right = np.asarray([row["class"] == row["predicted"] for row in rows], bool)
+    groups = _numbered([row["group"] for row in rows]) if rows and "group" in rows[0] else None
+    return Predictions(names, right, _numbered([row["class"] for row in rows]), groups)
+
+
+def _numbered(names: list[str]) -> np.ndarray:
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)

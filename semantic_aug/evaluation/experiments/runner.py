@@ -1,4 +1,4 @@
-"""Running the steps of one pair (setting, seed): each a subprocess, skipped when done, its command and time recorded."""
+"""Runs the steps of one pair (setting, seed): each a subprocess, skipped when done, its command and time recorded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError
-from semantic_aug.evaluation.experiments.commands import Recipe, Step
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 
 log = logging.getLogger(__name__)
 
 STEPS_FILE = "steps.json"
 LOGS = "logs"
 MADE_FROM = "made_from"
-"""Folder of a pair that keeps which images and base model its steps were made from."""
+"""Folder of a pair that records the images and the base model of its steps."""
 COPIED = (registry.DATASETS, registry.LEARNING_RATES)
-"""Files of ``--config_dir`` that the pair's own registry folder gets a copy of."""
+"""Files of ``--config_dir`` that are copied into the pair's registry folder."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def terminated_as_interrupted() -> Iterator[None]:
     def stop(*_):
         raise KeyboardInterrupt
 
-    # nohup's wish that SIGHUP be ignored is respected; that SIGINT is, which shells' background jobs inherit, is not
+    # nohup ignores SIGHUP on purpose; that background jobs of a shell ignore SIGINT is inherited, and undone here
     kinds = [signal.SIGINT, signal.SIGTERM]
     kinds += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     old = {kind: signal.signal(kind, stop) for kind in kinds}
@@ -66,33 +66,35 @@ def terminated_as_interrupted() -> Iterator[None]:
             signal.signal(kind, handler)
 
 
-def _child() -> None:
-    """In the child, before it becomes the command: listens to SIGINT again, and is told when its parent dies (Linux)."""
+def _prepare_child() -> None:
+    """In the child, before it becomes the command: accepts SIGINT again, and is terminated when its parent dies (Linux)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
-def run_command(words: Iterable[str], log_file: Path, environment: Mapping[str, str], held: int | None = None) -> int:
-    """Runs ``python words`` from the repository's root, its output appended to a file; returns its exit status.
+def run_command(
+    arguments: Iterable[str], log_file: Path, environment: Mapping[str, str], held: int | None = None
+) -> int:
+    """Runs ``python ARGUMENTS`` from the repository's root, its output appended to a file; returns its exit status.
 
     Raises:
-        KeyboardInterrupt: this process was interrupted; the child was told, and has ended.
+        KeyboardInterrupt: this process was interrupted; the child was interrupted too, and has ended.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "a", encoding="utf-8") as out:
-        out.write(f"$ python {shlex.join(words)}\n")
+        out.write(f"$ python {shlex.join(arguments)}\n")
         out.flush()
         process = subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, *arguments],
             cwd=registry.REPO_ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **environment},
-            start_new_session=True,  # the terminal's Ctrl-C comes to us, and we pass it on once
+            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which passes it on once
             pass_fds=() if held is None else (held,),
-            preexec_fn=_child,
+            preexec_fn=_prepare_child,
         )
         try:
             return process.wait()
@@ -107,11 +109,11 @@ def run_command(words: Iterable[str], log_file: Path, environment: Mapping[str, 
 
 
 def last_line(log_file: Path) -> str:
-    """The last line of a step's output, its error's where there is one."""
+    """The last line of a step's output, that of its error where there is one."""
     lines = [line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]]
     lines = [line for line in lines if line]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["no output"])[-1]
 
 
 class Pair:
@@ -131,16 +133,15 @@ class Pair:
         return read_records(self.folder)
 
     def done(self, name: str) -> bool:
-        """Whether a step was run to its end and what it made is still there."""
-        made = self.steps[name].made
-        return self.records.get(name, {}).get("done", False) and any(self.folder.glob(made))
+        """Whether a step was run to its end and its result still exists."""
+        result = self.steps[name].result
+        return self.records.get(name, {}).get("done", False) and any(self.folder.glob(result))
 
     def missing(self) -> list[str]:
-        """The steps still to run: results that are not there, and what they need."""
+        """The steps still to run: classifiers without a result, and what they need."""
         wanted: set[str] = set()
         for name in reversed(self.steps):
-            result = self.steps[name].stage == 3
-            if (result or name in wanted) and not self.done(name):
+            if (self.steps[name].stage == 3 or name in wanted) and not self.done(name):
                 wanted |= {name, *self.steps[name].needs}
         return [name for name in self.steps if name in wanted and not self.done(name)]
 
@@ -152,10 +153,10 @@ class Pair:
             KeyboardInterrupt: it was interrupted.
         """
         step, log_file = self.steps[name], self.folder / LOGS / f"{name.replace(' ', '-')}.log"
-        log.info("%s", shown(step))
+        log.info("%s", step)
         began, status = time.monotonic(), None
         try:
-            status = run_command(step.words, log_file, step.environment, held)
+            status = run_command(step.arguments, log_file, step.environment, held)
         finally:
             self._record(step, time.monotonic() - began, status == 0)
         if status == EXIT_INTERRUPTED:
@@ -163,7 +164,7 @@ class Pair:
         if status:
             raise UserError(
                 f"{self.folder.parent.name}, {self.folder.name}: step '{name}' ended with status {status}: "
-                f"{last_line(log_file)} (all it said: {registry.shown_path(log_file)}); once mended, the same command "
+                f"{last_line(log_file)} (whole output: {registry.shown_path(log_file)}); once fixed, the same command "
                 "goes on from here"
             )
 
@@ -172,48 +173,48 @@ class Pair:
         entry = records.setdefault(step.name, {"stage": step.stage, "seconds": 0.0, "done": False})
         # a step that was run again after its result was removed counts once
         before = 0.0 if entry["done"] else entry["seconds"]
-        entry.update(seconds=round(before + seconds, 1), done=done, command=shown(step))
+        entry.update(seconds=round(before + seconds, 1), done=done, command=str(step))
         files.write_json(self.folder / STEPS_FILE, records)
 
     def remove_images(self) -> None:
-        """Frees the disk of the synthetic images; they are made again, the same, when a later step needs them."""
+        """Removes the synthetic images; a later step that needs them makes the same again."""
         shutil.rmtree(self.folder / "aug_samples", ignore_errors=True)
 
 
-def claim_data(folder: Path, recipe: Recipe, subset_seed: int, config_dir: Path, stages: Iterable[int]) -> None:
+def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int]) -> None:
     """Ties a pair to the images it draws and to the base model, or finds that its steps were made from these.
 
     Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
 
     Args:
-        folder: of the pair.
-        recipe: of the setting.
-        subset_seed: of the draw.
+        commands: of the pair.
         config_dir: of the registry files.
         stages: that the pair runs.
 
     Raises:
         UserError: they were made from something else, or by a version that did not record it.
     """
-    places = {name: folder / MADE_FROM / name for name in ("data", "base_model")}
-    if read_records(folder) and not places["data"].is_dir():
+    folder, recipe = commands.folder, commands.recipe
+    data_folder, base_folder = folder / MADE_FROM / "data", folder / MADE_FROM / "base_model"
+    if read_records(folder) and not data_folder.is_dir():
         raise UserError(
             f"{registry.shown_path(folder)} does not say which images its steps were made from (an earlier version ran "
             "them): nothing was touched; choose another --output_dir"
         )
     chosen = {name: value for name, value in recipe.shared.items() if name != "dataset" and value is not None}
-    dataset = load_dataset(recipe.shared["dataset"], Setting(**chosen, subset_seed=subset_seed), config_dir)
-    runs.claim(places["data"], {}, "--output_dir", origin=RunOrigin(dataset))
+    setting = Setting(**chosen, subset_seed=commands.subset_seed)
+    dataset = load_dataset(recipe.shared["dataset"], setting, config_dir)
+    runs.claim(data_folder, {}, "--output_dir", origin=RunOrigin(dataset))
     if {1, 2} & set(stages):
         from semantic_aug.diffusion.base import find_base, weight_files
 
         base = find_base(recipe.base)
         weights = RunOrigin(dataset, (), further=lambda: {"base_model": files_digest(weight_files(base), base)})
-        runs.claim(places["base_model"], {}, "--output_dir", origin=weights)
+        runs.claim(base_folder, {}, "--output_dir", origin=weights)
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:
-    """Makes a pair's registry folder, with the user's own data sets and learning rates in it."""
+    """Writes a pair's registry folder, with the user's own data sets and learning rates in it."""
     for name in COPIED:
         target = folder / "config" / name
         if (config_dir / name).is_file() and not target.exists():
@@ -221,33 +222,27 @@ def prepare_config(folder: Path, config_dir: Path) -> None:
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    """What a pair's folder records of its steps; see :attr:`Pair.records`."""
+    """The recorded steps of a pair's folder; see :attr:`Pair.records`."""
     try:
         return json.loads((folder / STEPS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def shown(step: Step) -> str:
-    """A step's command as a user would type it."""
-    variables = [f"{name}={shlex.quote(value)}" for name, value in step.environment.items()]
-    return " ".join([*variables, "python", shlex.join(step.words)])
-
-
 def check_commands(steps: Iterable[Step], folder: Path) -> None:
-    """Tries commands as dry runs, before hours are spent on what comes before them.
+    """Runs commands as dry runs, before hours are spent on the steps before them.
 
     Raises:
         UserError: one is refused; says why.
     """
     for step in steps:
         log_file = folder / LOGS / f"stage{step.stage}.log"
-        if run_command([*step.words, "--dry_run"], log_file, step.environment):
-            raise UserError(f"{step.words[0]} refuses: {last_line(log_file)}")
+        if run_command([*step.arguments, "--dry_run"], log_file, step.environment):
+            raise UserError(f"{step.arguments[0]} refuses: {last_line(log_file)}")
 
 
 def duration(seconds: float) -> str:
-    """A time for people: ``45 s``, ``12 min``, ``3.4 h``."""
+    """A duration as text: ``45 s``, ``12 min``, ``3.4 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

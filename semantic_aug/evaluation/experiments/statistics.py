@@ -1,4 +1,4 @@
-"""Statistics of a comparison over seeds: mean and spread, and paired differences with confidence intervals."""
+"""Statistics over seeds and images: paired differences with confidence intervals."""
 
 from __future__ import annotations
 
@@ -58,45 +58,45 @@ def crossed_difference(
 ) -> Difference | None:
     """Mean of ``first - second`` over common seeds, with an interval for other seeds *and* other images.
 
-    All seeds are scored on the same images, so their spread alone says nothing of how lucky those images are. Seeds and
-    images are crossed; the variance of the mean is at most the sum of what the seeds show, s^2 / n, and what the images
-    show, each averaged over the seeds (Owen 2007, "The pigeonhole bootstrap"). Degrees of freedom after Satterthwaite
+    All seeds are scored on the same images, so their spread alone leaves out the chance in those images. Seeds and
+    images are crossed; the variance of the mean is at most the sum of the seeds' variance, s^2 / n, and of the images',
+    each averaged over the seeds (Owen 2007, "The pigeonhole bootstrap"). Degrees of freedom after Satterthwaite
     (1946).
 
     Args:
-        first: seed -> ``(N,)`` what each image adds to the score, in the same order for every seed.
+        first: seed -> ``(N,)`` contribution of each image to the score, in the same order for every seed.
         second: likewise, of what it is compared to.
-        strata: ``(N,)`` int, sorts of images whose numbers do not vary (classes, for a mean over classes).
+        strata: ``(N,)`` int, groups of images whose numbers do not vary (classes, for a mean over classes).
         confidence: of the interval, in (0, 1).
 
     Returns:
         None without a common seed.
     """
     parts = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
-    of_images, freedom = _variance_of_images(parts, strata) if parts else (0.0, 1)
-    return _interval([float(part.sum()) for part in parts], confidence, of_images, freedom)
+    image_variance, freedom = _image_variance(parts, strata) if parts else (0.0, 1)
+    return _interval([float(part.sum()) for part in parts], confidence, image_variance, freedom)
 
 
-def _variance_of_images(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[float, int]:
-    """The variance that the images give to the sum of a difference's parts, and its degrees of freedom."""
+def _image_variance(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[float, int]:
+    """Variance of the sum of a difference's parts that is due to the images, and its degrees of freedom."""
     image, counts = np.mean(parts, axis=0), np.bincount(strata)
     centres = np.bincount(strata, image) / np.maximum(counts, 1)
-    centres[counts < 2] = 0  # the spread of a single image is not known: how far it is from no difference stands for it
+    centres[counts < 2] = 0  # a single image has no spread: its distance from no difference stands for it
     factors = counts / np.maximum(counts - 1, 1)
     variance = float((factors * np.bincount(strata, (image - centres[strata]) ** 2)).sum())
     return variance, max(1, len(image) - np.count_nonzero(counts))
 
 
 def _interval(
-    values: Sequence[float], confidence: float, further: float = 0.0, further_freedom: int = 1
+    values: Sequence[float], confidence: float, image_variance: float = 0.0, image_freedom: int = 1
 ) -> Difference | None:
     """The mean of one difference per seed, with Student's interval.
 
     Args:
         values: the differences.
         confidence: of the interval, in (0, 1).
-        further: variance of the mean that the seeds do not show.
-        further_freedom: its degrees of freedom.
+        image_variance: variance of the mean that is due to the images.
+        image_freedom: its degrees of freedom.
 
     Returns:
         None without a value.
@@ -109,9 +109,11 @@ def _interval(
     mean = statistics.fmean(values)
     if count < 2:
         return Difference(count, mean, math.nan, math.nan)
-    of_seeds = statistics.variance(values) / count
-    total = of_seeds + further
-    freedom = total**2 / (of_seeds**2 / (count - 1) + further**2 / further_freedom) if total > 0 else count - 1
+    seed_variance = statistics.variance(values) / count
+    total = seed_variance + image_variance
+    freedom = (
+        total**2 / (seed_variance**2 / (count - 1) + image_variance**2 / image_freedom) if total > 0 else count - 1
+    )
     half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(total)
     return Difference(count, mean, mean - half, mean + half)
 

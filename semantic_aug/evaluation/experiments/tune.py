@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,196 +14,204 @@ from pathlib import Path
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.evaluation.experiments import commands as recipes
-from semantic_aug.evaluation.experiments import halving, predictions
-from semantic_aug.evaluation.experiments import results as comparison
-from semantic_aug.evaluation.experiments import settings as flags
-from semantic_aug.evaluation.experiments.commands import Devices, Recipe
+from semantic_aug.evaluation.experiments import halving, report
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
 from semantic_aug.evaluation.experiments.halving import Candidate
+from semantic_aug.evaluation.experiments.results import read_json, read_predictions
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     claim_data,
     duration,
     pair_lock,
     prepare_config,
-    shown,
     terminated_as_interrupted,
 )
+from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
 
 DEFAULT = {"strength": 0.7, "gamma": 0.5, "probability": 0.3}
 """The authors' recommendation for few shots; always a candidate, at the largest multiplier."""
-
+DEFAULT_TRIALS = 40
 PLAN_FILE = "plan.json"
+
+
+def _values(name: str, default: tuple[float, ...], high: float, metavar: str):
+    text = f"values of {name}; {DEFAULT[name]:g} is always among them (default: {' '.join(map(str, default))})"
+    return cli.setting(default, type=cli.number(0, high, open_low=True), nargs="+", metavar=metavar, help=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings:
+    """Which settings a search chooses among."""
+
+    TITLE = "what to choose among"
+    strengths: tuple[float, ...] = _values("strength", (0.5, 0.7, 0.9), 1, "S")
+    gammas: tuple[float, ...] = _values("gamma", (0.3, 0.5, 0.8), math.inf, "G")
+    probs: tuple[float, ...] = _values("probability", (0.1, 0.3, 0.5), 1, "P")
+    multipliers: tuple[float, ...] = cli.setting(
+        (2.0, 5.0),
+        type=cli.number(0, 1e6, open_low=True),
+        nargs="+",
+        metavar="M",
+        help="synthetic images per training image; the pool has the largest, smaller ones are parts of it (default: 2 5)",
+    )
+    strategy: str = cli.setting(
+        "diff-mix",
+        choices=[row.name for row in strategies.STRATEGIES.values() if row.start == "image" and not row.strengths],
+        metavar="STRATEGY",
+        help="strategy of the synthetic images",
+    )
+
+    def candidates(self, seed: int) -> list[Candidate]:
+        """The candidates, the default first; see :func:`semantic_aug.evaluation.experiments.halving.candidates`."""
+        axes = [
+            (*self.strengths, DEFAULT["strength"]),
+            (*self.gammas, DEFAULT["gamma"]),
+            (*self.probs, DEFAULT["probability"]),
+            self.multipliers,
+        ]
+        default = Candidate(**DEFAULT, multiplier=max(self.multipliers))
+        return halving.candidates(*(list(dict.fromkeys(axis)) for axis in axes), default, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings:
+    """How much a search may run."""
+
+    TITLE = "budget"
+    trials: int | None = cli.setting(
+        None,
+        type=cli.whole(1),
+        metavar="N",
+        help=f"most classifier runs (default: {DEFAULT_TRIALS}, or what --budget_hours allows)",
+    )
+    budget_hours: float | None = cli.setting(
+        None,
+        type=cli.number(0, open_low=True),
+        metavar="H",
+        help="hours for everything, stages 1 and 2 included; fixed once the first classifier has been timed",
+    )
+    seeds: tuple[int, ...] = cli.setting(
+        (2020, 2021, 2022),
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="seeds of the classifier runs, 2 or more; finalists run on all (default: 2020 2021 2022)",
+    )
+    register_key: str | None = cli.setting(
+        None,
+        metavar="KEY",
+        help="write the chosen subset into synthetic_datasets.yaml under this key",
+        result=False,
+    )
+
+    def __post_init__(self):
+        if len(set(self.seeds)) < 2:
+            raise UserError(f"--seeds {self.seeds[0]}: expected two or more; one run says too little to choose by")
+        if self.trials is not None and self.trials < self.smallest:
+            raise UserError(
+                f"--trials {self.trials}: the smallest search has {self.smallest} runs; give more, or fewer --seeds"
+            )
+
+    @property
+    def smallest(self) -> int:
+        """Classifier runs of the smallest search: two candidates on every seed."""
+        return halving.FINALISTS * len(set(self.seeds))
 
 
 def build_parser() -> cli.Parser:
     """All flags of ``tune``."""
-    parser = cli.Parser(prog="python -m semantic_aug.evaluation tune", description=__doc__)
-    grid = parser.add_argument_group("what to choose among")
-    share = cli.number(0, 1, open_low=True)
-    for name, kind, values, letter, always in (
-        ("strengths", share, [0.5, 0.7, 0.9], "S", DEFAULT["strength"]),
-        ("gammas", cli.number(0, open_low=True), [0.3, 0.5, 0.8], "G", DEFAULT["gamma"]),
-        ("probs", share, [0.1, 0.3, 0.5], "P", DEFAULT["probability"]),
-    ):
-        text = f"{always:g} is always among them (default: {' '.join(map(str, values))})"
-        grid.add_argument(f"--{name}", nargs="+", type=kind, default=values, metavar=letter, help=text)
-    grid.add_argument(
-        "--multipliers",
-        nargs="+",
-        type=cli.number(0, 1e6, open_low=True),
-        default=[2.0, 5.0],
-        metavar="M",
-        help="synthetic images per training image; the pool has the largest, smaller ones are parts of it (default: 2 5)",
-    )
-    grid.add_argument(
-        "--strategy",
-        default="diff-mix",
-        choices=[row.name for row in strategies.STRATEGIES.values() if row.start == "image" and not row.strengths],
-        metavar="STRATEGY",
-        help="of the synthetic images",
-    )
-    budget = parser.add_argument_group("budget")
-    budget.add_argument(
-        "--trials",
-        type=cli.whole(1),
-        default=None,
-        metavar="N",
-        help="most classifier runs (default: 40, or what --budget_hours allows)",
-    )
-    budget.add_argument(
-        "--budget_hours",
-        type=cli.number(0, open_low=True),
-        default=None,
-        metavar="H",
-        help="hours for everything, stages 1 and 2 included; fixed once the first classifier has been timed",
-    )
-    budget.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[2020, 2021, 2022],
-        metavar="N",
-        help="of the classifier runs, 2 or more; finalists run on all (default: 2020 2021 2022)",
-    )
-    flags.add_settings(parser, several=False)
-    parser.add_argument(
-        "--subset_seed", type=int, default=0, metavar="N", help="seed of the few-shot or long-tail draw"
-    )
-    flags.add_budget(parser, several=False)
-    flags.add_where(parser, "outputs/tune/{dataset}")
-    parser.add_argument(
-        "--register_key",
-        default=None,
-        metavar="KEY",
-        help="write the chosen subset into synthetic_datasets.yaml under this key",
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the candidates and the commands of the pool, and stop"
-    )
+    parser = Parser(prog="python -m semantic_aug.evaluation tune", description=__doc__)
+    for cls in (GridSettings, BudgetSettings):
+        cli.add_settings(parser, cls)
+    add_shared(parser, several=False)
     return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuses what cannot work.
-
-    Raises:
-        UserError: one line.
-    """
-    flags.check_passed_on(args)
-    if len(set(args.seeds)) < 2:
-        raise UserError(f"--seeds {args.seeds[0]}: expected two or more; one run says too little to choose by")
-    needed = smallest(args)
-    if args.trials is not None and args.trials < needed:
-        raise UserError(f"--trials {args.trials}: the smallest search has {needed} runs; give more, or fewer --seeds")
-
-
-def smallest(args: argparse.Namespace) -> int:
-    """Classifier runs of the smallest search: two candidates on every seed."""
-    return halving.FINALISTS * len(set(args.seeds))
 
 
 @dataclass
 class Tuning:
-    """One search: its folder, its pool and its trials.
+    """One search: its commands, its pool and its trials.
 
     Attributes:
-        folder: of the search.
-        recipe: budget of every run.
+        commands: of the setting under its draw.
         strategy: of the synthetic images.
-        subset_seed: of the few-shot or long-tail draw.
-        most: the pool's multiplier.
+        multiplier: of the pool.
         score: of validation, by which is chosen.
-        devices: where the stages run.
     """
 
-    folder: Path
-    recipe: Recipe
+    commands: StageCommands
     strategy: str
-    subset_seed: int
-    most: float
+    multiplier: float
     score: str
-    devices: Devices
 
     def __post_init__(self) -> None:
-        self.shared = recipes.shared_flags(self.recipe, self.subset_seed, self.folder)
+        self.folder, self.recipe = self.commands.folder, self.commands.recipe
         self.pair = Pair(self.folder, {})
 
-    def add_pool(self, strengths: list[float]) -> None:
+    def add_pool(self, strengths: Collection[float]) -> None:
         """Plans stage 1 and one subset per strength."""
-        environment = self.devices.environment(os.environ.get("CUDA_VISIBLE_DEVICES"))
         for strength in strengths:
-            sample = recipes.sample_step(
-                self.recipe, self.subset_seed, self.shared, self.strategy, self.folder, self.devices, f"s{strength:g}",
-                aug_strength=strength, syn_dataset_multiplier=self.most,
-            )  # fmt: skip
-            for kind in sample.needs:
-                step = recipes.finetune_step(self.recipe, self.subset_seed, self.shared, kind, self.folder, environment)
-                self.pair.steps.setdefault(kind, step)
-            self.pair.steps[sample.name] = sample
+            flags = {"aug_strength": strength, "syn_dataset_multiplier": self.multiplier}
+            sample = self.commands.sample(self.strategy, f"s{strength:g}", **flags)
+            self.pair.steps |= self.commands.synthetic_steps(sample)
 
     def subset_folder(self, strength: float) -> Path:
-        """Where the subset of a strength lies, once it is made."""
+        """The folder of the finished subset of a strength."""
         return next((self.folder / "aug_samples" / f"s{strength:g}").glob("*/*/meta.csv")).parent
 
-    def images(self, one: Candidate) -> int | None:
+    def images(self, candidate: Candidate) -> int | None:
         """How many images of its subset a candidate uses, None for all: the multiplier's share."""
-        if one.multiplier == self.most:
+        if candidate.multiplier == self.multiplier:
             return None
-        made = runs.load_arguments(self.subset_folder(one.strength), "config.yaml")["images"]
-        return max(1, round(made * one.multiplier / self.most))
+        count = runs.load_arguments(self.subset_folder(candidate.strength), "config.yaml")["images"]
+        return max(1, round(count * candidate.multiplier / self.multiplier))
 
-    def classify_flags(self, one: Candidate) -> dict:
-        """What a candidate gives to stage 3."""
-        return {"gamma": one.gamma, "synthetic_prob": one.probability, "syndata_max": self.images(one)}
-
-    def add_trial(self, one: Candidate, seed: int) -> str:
-        """Plans one classifier run; returns its step's name."""
-        step = recipes.classify_step(
-            self.recipe, seed, self.shared, f"{one.name}-seed{seed}", self.folder, self.devices, f"s{one.strength:g}",
-            **self.classify_flags(one),
-        )  # fmt: skip
-        self.pair.steps[step.name] = step
-        return step.name
+    def classify_flags(self, candidate: Candidate) -> dict:
+        """Flags of stage 3 in which candidates differ."""
+        probability, images = candidate.probability, self.images(candidate)
+        return {"gamma": candidate.gamma, "synthetic_prob": probability, "syndata_max": images}
 
     def ensure(self, name: str, held: int | None) -> None:
         """Runs a step, and before it what it needs, unless done."""
-        if self.pair.done(name):
-            return
-        for need in self.pair.steps[name].needs:
-            self.ensure(need, held)
-        self.pair.run(name, held)
+        if not self.pair.done(name):
+            for need in self.pair.steps[name].needs:
+                self.ensure(need, held)
+            self.pair.run(name, held)
 
-    def run_folder(self, one: Candidate, seed: int) -> Path:
-        """Where a candidate's run under a seed lies."""
-        return self.folder / "classify" / f"{one.name}-seed{seed}"
+    def run_folder(self, candidate: Candidate, seed: int) -> Path:
+        """The folder of a candidate's run under a seed."""
+        return self.folder / "classify" / f"{candidate.name}-seed{seed}"
 
-    def results(self, one: Candidate, seed: int) -> dict:
-        """What a finished run found."""
-        return json.loads((self.run_folder(one, seed) / "results.json").read_text(encoding="utf-8"))
+    def results(self, candidate: Candidate, seed: int) -> dict:
+        """The results of a finished run."""
+        return json.loads((self.run_folder(candidate, seed) / "results.json").read_text(encoding="utf-8"))
+
+    def trial(self, candidate: Candidate, seed: int, held: int | None) -> float:
+        """Runs a candidate under a seed, unless done; returns its validation score.
+
+        Raises:
+            UserError: the data set has no validation images, or not this score.
+        """
+        flags = self.classify_flags(candidate)
+        step = self.commands.classify(f"{candidate.name}-seed{seed}", seed, f"s{candidate.strength:g}", **flags)
+        self.pair.steps[step.name] = step
+        self.ensure(step.name, held)
+        val = self.results(candidate, seed)["val"] or {}
+        if self.score not in val:
+            raise UserError(
+                f"{self.recipe.shared['dataset']} has no validation {self.score}: give --val_fraction or another --select_by"
+            )
+        return val[self.score]
+
+    def seconds(self, candidate: Candidate, seed: int) -> float:
+        """Time of a finished trial."""
+        return self.pair.records[f"classify {candidate.name}-seed{seed}"]["seconds"]
+
+    def spent(self) -> float:
+        """Seconds of all recorded steps."""
+        return sum(entry["seconds"] for entry in self.pair.records.values())
 
     def differences(
         self, tried: Mapping[Candidate, Collection[int]], default: Candidate
@@ -218,63 +225,63 @@ class Tuning:
         Raises:
             UserError: a run left no predictions.
         """
-        shares, known = {}, None
-        for one, seeds in tried.items():
-            shares[one] = {}
+        parts, first = {}, None
+        for candidate, seeds in tried.items():
+            parts[candidate] = {}
             for seed in seeds:
-                run = predictions.read(self.run_folder(one, seed))
-                known = known or run
-                if run.files != known.files:
+                predictions = read_predictions(self.run_folder(candidate, seed))
+                first = first or predictions
+                if predictions.files != first.files:
                     raise UserError(
                         f"{self.folder}: its runs saw different validation images; give another --output_dir"
                     )
-                shares[one][seed] = run.shares(self.score)
-        strata = known.strata(self.score)
-        return {one: crossed_difference(by_seed, shares[default], strata) for one, by_seed in shares.items()}
+                parts[candidate][seed] = predictions.shares(self.score)
+        strata = first.strata(self.score)
+        return {candidate: crossed_difference(by_seed, parts[default], strata) for candidate, by_seed in parts.items()}
 
-    def trial(self, one: Candidate, seed: int, held: int | None) -> float:
-        """Runs a candidate under a seed, unless done; returns its validation score.
+    def test_scores(self, candidates: Collection[Candidate], seeds: Mapping) -> dict[Candidate, list[dict]]:
+        """The test scores of some candidates' runs; empty where a run has none."""
+        scores = {c: [self.results(c, seed)["test"] for seed in seeds[c]] for c in candidates}
+        return scores if all(test for tests in scores.values() for test in tests) else {}
 
-        Raises:
-            UserError: the data set has no validation images, or not this score.
-        """
-        self.ensure(self.add_trial(one, seed), held)
-        val = self.results(one, seed)["val"] or {}
-        if self.score not in val:
-            raise UserError(
-                f"{self.recipe.shared['dataset']} has no validation {self.score}: give --val_fraction or another --select_by"
-            )
-        return val[self.score]
-
-    def spent(self) -> float:
-        """Seconds of everything run so far, that is recorded."""
-        return sum(entry["seconds"] for entry in self.pair.records.values())
+    def use_command(self, chosen: Candidate, key: str, config_dir: Path) -> str:
+        """The ``train_cls.py`` command that uses the chosen settings."""
+        ids = self.commands.devices.ids
+        flags = {
+            **self.commands.shared,
+            "config_dir": None if config_dir == registry.CONFIG_DIR else config_dir,
+            **self.recipe.classify,
+            "syndata_key": key,
+            **self.classify_flags(chosen),
+            "gpu": ids[0] if ids else None,
+        }
+        return str(Step("use", 3, command(3, flags, self.recipe.extra.get(3, ())), (), "", {}))
 
 
-def trials_within(tuning: Tuning, args: argparse.Namespace, seconds: float) -> int:
+def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float) -> int:
     """The number of classifier runs, fixed at the first start (so that a restart goes on with the same search).
 
     Args:
         tuning: its pool and its first trial are done.
-        args: of the parser.
+        budget: as asked for.
         seconds: of one classifier run.
 
     Raises:
         UserError: the time does not even allow the smallest search.
     """
-    asked = {"trials": args.trials, "budget_hours": args.budget_hours}
-    known = comparison.read_json(tuning.folder / PLAN_FILE)
-    if known and known["asked"] == asked:
-        return known["trials"]
-    trials = args.trials or (40 if args.budget_hours is None else sys.maxsize)
-    if args.budget_hours is not None:
-        spent, needed = tuning.spent(), smallest(args)
+    asked = {"trials": budget.trials, "budget_hours": budget.budget_hours}
+    plan = read_json(tuning.folder / PLAN_FILE)
+    if plan and plan["asked"] == asked:
+        return plan["trials"]
+    trials = budget.trials or (DEFAULT_TRIALS if budget.budget_hours is None else sys.maxsize)
+    if budget.budget_hours is not None:
+        spent, needed = tuning.spent(), budget.smallest
         done = sum(entry["done"] for entry in tuning.pair.records.values() if entry["stage"] == 3)
-        trials = min(trials, done + max(0, int((args.budget_hours * 3600 - spent) / seconds)))
+        trials = min(trials, done + max(0, int((budget.budget_hours * 3600 - spent) / seconds)))
         if trials < needed:
             enough = math.ceil((spent + (needed - done) * seconds) / 36) / 100  # hours, rounded up
             raise UserError(
-                f"--budget_hours {args.budget_hours:g}: {duration(spent)} are spent, and the smallest search has {needed} "
+                f"--budget_hours {budget.budget_hours:g}: {duration(spent)} are spent, and the smallest search has {needed} "
                 f"runs of {duration(seconds)}: give at least {enough:g}; what is done is kept"
             )
     files.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials})
@@ -283,97 +290,106 @@ def trials_within(tuning: Tuning, args: argparse.Namespace, seconds: float) -> i
 
 def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Candidate]]:
     """The search of parsed arguments, and its candidates, the default first."""
-    most = max(args.multipliers)
-    default = Candidate(**DEFAULT, multiplier=most)
-    classify = {"nepoch": args.nepoch, "eval_every": args.eval_every}
-    recipe = flags.make_recipe(args, args.examples_per_class, args.max_train_steps, {}, classify, {})
-    devices = flags.devices_of(args)
-    tuning = Tuning(folder, recipe, args.strategy, args.subset_seed, most, args.select_by or "top1", devices)
-    values = [[*args.strengths], [*args.gammas], [*args.probs], [*args.multipliers]]
-    for some, name in zip(values, ("strength", "gamma", "probability"), strict=False):
-        some.append(DEFAULT[name])
-    found = halving.candidates(*(list(dict.fromkeys(some)) for some in values), default, args.subset_seed)
-    tuning.add_pool(sorted({one.strength for one in found}))
-    return tuning, found
+    grid, devices = cli.read_settings(GridSettings, args), cli.read_settings(Placement, args).devices
+    commands = StageCommands(recipe_of(args), args.subset_seed, folder, devices)
+    tuning = Tuning(commands, grid.strategy, max(grid.multipliers), args.select_by or "top1")
+    candidates = grid.candidates(args.subset_seed)
+    tuning.add_pool(sorted({candidate.strength for candidate in candidates}))
+    return tuning, candidates
 
 
-def run(tuning: Tuning, found: list[Candidate], args: argparse.Namespace) -> None:
-    """Makes the pool, searches, and writes the report.
+def prepare(tuning: Tuning, config_dir: Path) -> None:
+    """Ties the folder to the search, its images and its base model.
+
+    Raises:
+        UserError: the folder holds another search.
+    """
+    record = {
+        **tuning.recipe.record(),
+        "strategy": tuning.strategy,
+        "subset_seed": tuning.commands.subset_seed,
+        "multiplier": tuning.multiplier,
+    }
+    runs.claim(tuning.folder, record, "--output_dir")
+    claim_data(tuning.commands, config_dir, (1, 2, 3))
+    prepare_config(tuning.folder, config_dir)
+
+
+def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, held: int) -> report.SearchResult:
+    """Makes the pool, runs the trials and chooses.
 
     Raises:
         UserError: a step failed, or the budget is too small.
         KeyboardInterrupt: interrupted.
     """
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds, default = list(dict.fromkeys(budget.seeds)), candidates[0]
+    for name in list(tuning.pair.steps):
+        tuning.ensure(name, held)
+    tuning.trial(default, seeds[0], held)
+    seconds = tuning.seconds(default, seeds[0])
+    trials = trials_within(tuning, budget, seconds)
+    first = halving.affordable(trials, len(candidates), len(seeds))
+    planned = sum(halving.rungs(first, len(seeds)))
+    log.info("%d of %d candidates, %d classifier runs of about %s", first, len(candidates), planned, duration(seconds))
+    best, scores = halving.search(candidates[:first], seeds, lambda *trial: tuning.trial(*trial, held))
+    differences = tuning.differences(scores, default)
+    chosen = best if differences[best].low > 0 else default
+    return report.SearchResult(
+        dataset=tuning.recipe.shared["dataset"],
+        setting=tuning.recipe.name,
+        score=tuning.score,
+        chosen=chosen,
+        best=best,
+        default=default,
+        scores=scores,
+        differences=differences,
+        test=tuning.test_scores((default, chosen), scores),
+        cost=f"{duration(tuning.spent())}, {len(tuning.pair.records)} runs",
+    )
+
+
+def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, config_dir: Path) -> None:
+    """Searches, writes the report and prints how to use what was chosen.
+
+    Raises:
+        UserError: see :func:`search`; or another process has the folder.
+    """
     with pair_lock(tuning.folder) as held:
         if held is None:
             raise UserError(
                 f"{tuning.folder} is being worked on by another process: wait for it, or give another --output_dir"
             )
-        record = {
-            **tuning.recipe.record(),
-            "strategy": tuning.strategy,
-            "subset_seed": tuning.subset_seed,
-            "multiplier": tuning.most,
-        }
-        runs.claim(tuning.folder, record, "--output_dir")
-        claim_data(tuning.folder, tuning.recipe, tuning.subset_seed, args.config_dir, (1, 2, 3))
-        prepare_config(tuning.folder, args.config_dir)
-        for name in list(tuning.pair.steps):
-            tuning.ensure(name, held)
-        tuning.trial(found[0], seeds[0], held)
-        seconds = tuning.pair.records[f"classify {found[0].name}-seed{seeds[0]}"]["seconds"]
-        trials = trials_within(tuning, args, seconds)
-        first = halving.affordable(trials, len(found), len(seeds))
-        planned = sum(halving.rungs(first, len(seeds)))
-        log.info("%d of %d candidates, %d classifier runs of about %s", first, len(found), planned, duration(seconds))
-        best, scores = halving.search(found[:first], seeds, lambda one, seed: tuning.trial(one, seed, held))
-        differences = tuning.differences(scores, found[0])
-        chosen = best if differences[best].low > 0 else found[0]
-        from semantic_aug.evaluation.experiments.tune_report import Choice, write
-
+        prepare(tuning, config_dir)
+        result = search(tuning, candidates, budget, held)
+        chosen, best = result.chosen, result.best
         subset = tuning.subset_folder(chosen.strength)
-        place = registry.shown_path(subset)
-        key = args.register_key or f"{tuning.recipe.name}_tuned"
-        words = classify_words(tuning, chosen, key, args)
-        choice = Choice(chosen, best, found[0], scores, differences)
-        write(tuning, choice, words, {subset.parent.name: {key: place}})
+        section, path = subset.parent.name, registry.shown_path(subset)
+        key = budget.register_key or f"{tuning.recipe.name}_tuned"
+        command = tuning.use_command(chosen, key, config_dir)
+        report.write_search(result, tuning.folder, command, {section: {key: path}})
     why = "" if chosen == best else f" (the default; {best.name} is ahead of it, but within what chance does)"
-    print(f"chosen: {chosen.name}{why}; report: {registry.shown_path(tuning.folder / 'report.md')}")
-    if args.register_key and registry.register(registry.SUBSETS, subset.parent.name, key, place, args.config_dir):
-        print(f"registered as {subset.parent.name}/{key}")
-    print(f"to use it:\n{words}")
-
-
-def classify_words(tuning: Tuning, chosen: Candidate, key: str, args: argparse.Namespace) -> str:
-    """The ``train_cls.py`` command that uses the chosen settings."""
-    shared = {**tuning.shared, "config_dir": None if args.config_dir == registry.CONFIG_DIR else args.config_dir}
-    own = {
-        "syndata_key": key,
-        **tuning.classify_flags(chosen),
-        "gpu": tuning.devices.ids[0] if tuning.devices.ids else None,
-    }
-    words = recipes.command(3, shared, tuning.recipe.classify, own, extra=tuning.recipe.extra.get(3, ()))
-    return shown(recipes.Step("use", 3, words, (), "", {}))
+    print(f"chosen: {chosen.name}{why}; report: {registry.shown_path(tuning.folder / report.REPORT)}")
+    if budget.register_key and registry.register(registry.SUBSETS, section, key, path, config_dir):
+        print(f"registered as {section}/{key}")
+    print(f"to use it:\n{command}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, checks, runs what is missing, reports."""
-    args = build_parser().parse_args(flags.joined_words(sys.argv[1:] if argv is None else argv))
-    check(args)
-    if args.register_key:
-        registry.check_writable(registry.SUBSETS, args.register_key, args.config_dir)
+    args = build_parser().parse_args(argv)
+    budget, placement = cli.read_settings(BudgetSettings, args), cli.read_settings(Placement, args)
+    if budget.register_key:
+        registry.check_writable(registry.SUBSETS, budget.register_key, args.config_dir)
     console.set_up_logging()
-    name = recipes.setting_name(args.examples_per_class, args.task, args.imbalance_factor)
-    folder = registry.resolve_path(args.output_dir or flags.default_folder(args, "tune")) / name
-    tuning, found = tuning_of(args, folder)
+    folder = placement.folder("tune", args) / recipe_of(args).name
+    tuning, candidates = tuning_of(args, folder)
     if args.dry_run:
-        print("\n".join([*(shown(step) for step in tuning.pair.steps.values()), *(one.name for one in found)]))
-        print(f"{len(found)} candidates, {len(tuning.pair.steps)} runs for the pool")
+        print(*tuning.pair.steps.values(), *(candidate.name for candidate in candidates), sep="\n")
+        print(f"{len(candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
         return 0
     try:
         with terminated_as_interrupted():
-            run(tuning, found, args)
+            run(tuning, candidates, budget, args.config_dir)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
     return 0
