@@ -112,11 +112,15 @@ def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(image_folder, tin
         raise AssertionError("a download was tried")
 
     monkeypatch.setattr("socket.socket.connect", no_network)
+    for variable in ("CUB_ROOT", "CUB_HUG_LOCAL_IMAGE_TRAIN_DIR", "CUB_HUG_LOCAL_IMAGE_TEST_DIR"):
+        monkeypatch.delenv(variable, raising=False)
     data = ["--dataset", f"folder:{image_folder}", "--output_dir", f"{tmp_path}/out", "--dry_run"]
     cases = [
         (train_lora, [*data, "--pretrained_model_name_or_path", "no-such/model"], "the base model no-such/model"),
         (train_lora, ["--dataset", "hf:no-such/set", "--dry_run", "--pretrained_model_name_or_path", "no-such/model"],
          "the data set no-such/set from the hub and the base model no-such/model from the hub"),
+        (train_lora, ["--dataset", "cub", "--dry_run", "--pretrained_model_name_or_path", str(tiny_base)],
+         "the data set Multimodal-Fatima/CUB_train from the hub (unless you set CUB_ROOT to the unpacked official download"),
         (train_cls, [*data, *map(str, CLASSIFY)], "the pre-trained weights of resnet18 from the hub"),
     ]  # fmt: skip
     for module, words, message in cases:

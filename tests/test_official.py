@@ -1,6 +1,14 @@
 """Every registered data set, read from its official download in small: all splits, all settings, and damaged copies."""
 
+import functools
+import hashlib
+import http.server
+import json
+import re
 import shutil
+import tarfile
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +16,9 @@ import pytest
 import official_layouts
 from official_layouts import WRITERS
 from semantic_aug.datasets import Setting, catalog, load_dataset, sets
-from semantic_aug.errors import UserError
+from semantic_aug.datasets.__main__ import main
+from semantic_aug.datasets.sets import food
+from semantic_aug.errors import UserError, run_main
 
 
 @pytest.fixture(scope="session")
@@ -293,3 +303,80 @@ def test_nothing_is_written_into_the_download(use, downloads):
         found = load_dataset(name)
         np.asarray(found.train.image(0))
         assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------------------------------ download
+
+
+@pytest.fixture
+def food_server(tmp_path, monkeypatch, use):
+    """A server of this machine that has Food-101 in small, as the official one packs it."""
+    import torchvision.datasets
+
+    (tmp_path / "food-101").mkdir()
+    official_layouts.write_food(tmp_path / "food-101")
+    for split in ("train", "test"):
+        names = (tmp_path / "food-101" / "meta" / f"{split}.txt").read_text().split()
+        listed = {name: [item for item in names if item.startswith(name)] for name in ("apple_pie", "waffles")}
+        (tmp_path / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(listed))
+    (tmp_path / "served").mkdir()
+    archive = tmp_path / "served" / "food-101.tar.gz"
+    with tarfile.open(archive, "w:gz") as out:
+        out.add(tmp_path / "food-101", "food-101")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(food, "SPEC", replace(food.SPEC, homepage=address))
+        monkeypatch.setattr(torchvision.datasets.Food101, "_URL", f"{address}food-101.tar.gz")
+        monkeypatch.setattr(torchvision.datasets.Food101, "_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+        yield archive
+        server.shutdown()
+
+
+def test_get_downloads_what_torchvision_can_and_says_what_to_set(tmp_path, monkeypatch, capsys, food_server):
+    root = tmp_path / "new" / "data"
+    assert main(["get", "food", "--root", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "food: 3 classes, images: train 12, test 6" in out and f"to read it: export FOOD_ROOT={root}/food-101" in out
+    assert [path.name for path in root.iterdir()] == ["food-101"]
+    food_server.unlink()
+    assert main(["get", "food", "--root", str(root)]) == 0  # nothing is downloaded twice
+    monkeypatch.setenv("FOOD_ROOT", f"{root}/food-101")
+    assert len(load_dataset("food").test) == 6
+
+
+def test_a_download_that_ends_early_leaves_no_trace(tmp_path, capsys, food_server):
+    food_server.write_bytes(food_server.read_bytes()[:-9])
+    assert run_main(main, ["get", "food", "--root", str(tmp_path / "new" / "data")]) == 2
+    assert "error: the download of data set 'food' failed (" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("food", "food-101/ does not answer; .* set FOOD_ROOT"),
+        ("cub", "CUB_train could not be loaded .* set CUB_ROOT to the unpacked official download .https://www.vision"),
+        (
+            "dog",
+            "get it at http://vision.stanford.edu/aditya86/ImageNetDogs/, unpack it and set DOG_ROOT to the folder",
+        ),
+    ],
+)
+def test_get_without_network_is_one_line_at_once(name, message, tmp_path, monkeypatch, capsys, use):
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # refuses connections
+    root = ["--root", str(tmp_path / "new")] if name == "food" else []
+    assert run_main(main, ["get", name, *root]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_get_of_a_data_set_that_can_be_read_already_and_of_a_root_without_use(use, capsys):
+    use("food")
+    assert main(["get", "food"]) == 0 and "food: 3 classes" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--root: nothing is unpacked for data set 'cub'"):
+        main(["get", "cub", "--root", "x"])

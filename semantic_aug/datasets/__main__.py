@@ -1,4 +1,4 @@
-"""Data sets at a glance: ``python -m semantic_aug.datasets list | info NAME | check NAME``.
+"""Data sets at a glance: ``python -m semantic_aug.datasets list | info NAME | get NAME | check NAME``.
 
 ``check`` exits with status 0 where nothing is wrong, 1 where something is, and 2 where the data set cannot be read at all.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from semantic_aug import console, files, registry
-from semantic_aug.datasets import catalog
+from semantic_aug.datasets import catalog, download
 from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError, run_main
 
@@ -40,6 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the data sets there are")
     info = commands.add_parser("info", help="what one is, its license, and how to get it")
     info.add_argument("name", metavar="NAME", help=WORD)
+    get = commands.add_parser("get", help="download a data set, or say where to get it and which variable to set")
+    get.add_argument("name", metavar="NAME", help=WORD)
+    get.add_argument(
+        "--root",
+        type=registry.typed_path,
+        metavar="DIR",
+        help=f"folder for official archives (default: {download.ROOT})",
+    )
     check = commands.add_parser("check", help="opens every image; counts, broken images, duplicates, leaks, odd images")
     check.add_argument("name", metavar="NAME", help=WORD)
     check.add_argument(
@@ -137,6 +145,10 @@ def main(argv: list[str] | None = None) -> int:
         return show_list(args.config_dir)
     if args.command == "info":
         return show_info(args.name, args.config_dir)
+    if args.command == "get":
+        line, setting = download.get(args.name, args.root, args.config_dir)
+        _say(line, *([f"to read it: {setting}"] if setting else []))
+        return 0
     return run_check(args.name, args.output_dir, args.strict, args.workers, args.config_dir)
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 IMAGE_COLUMNS = ("image", "img", "picture", "file_name", "path")
+LOCAL_COPY = "name a local copy with 'local' in config/datasets.yaml, or with hf:FOLDER"
 HUB_SECONDS = 4.0
 """How long the hub may take to answer before only the library's cache is looked at."""
 
@@ -42,13 +43,13 @@ class HubSplit:
         repo: hub id ("org/name").
         split: the hub's name of the split.
         local: folder of a local copy; None loads from the hub.
-        remedy: what to set where the hub has no such data set or cannot be reached, for the error.
+        remedy: what to set where the hub cannot be reached; empty for data sets without an official download.
     """
 
     repo: str
     split: str = "train"
     local: str | os.PathLike | None = None
-    remedy: str = "name a local copy with 'local' in config/datasets.yaml, or with hf:FOLDER"
+    remedy: str = ""
 
 
 def parse_id(text: str) -> tuple[str, str | None]:
@@ -145,7 +146,7 @@ def _load_split(where: HubSplit) -> hub.Dataset:
 # --------------------------------------------------------------------------------------------------------- the hub
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
     """Whether a server answers within :data:`HUB_SECONDS`, whatever it says; proxies of the environment are used."""
     answered = threading.Event()
 
@@ -172,7 +173,7 @@ def _reachable_or_offline() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = hub.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if not any(before) and not (downloads_allowed() and _answers(constants.ENDPOINT)):
+    if not any(before) and not (downloads_allowed() and answers(constants.ENDPOINT)):
         hub.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -189,14 +190,15 @@ def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> 
     except Exception as error:  # the library raises many kinds for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
         if not downloads_allowed() and not (isinstance(error, ValueError) and "onfig" in reason):
-            raise WouldDownload(f"the data set {where.repo} from the hub (or {where.remedy})") from None
+            unless = f" (unless you {where.remedy})" if where.remedy else ""
+            raise WouldDownload(f"the data set {where.repo} from the hub{unless}") from None
         if isinstance(error, ValueError) and "onfig" in reason:
             raise UserError(
                 f"data set {where.repo}: {reason}; name a configuration, as in hf:{where.repo}:NAME"
             ) from error
         raise UserError(
             f"data set {where.repo} could not be loaded from the hub ({type(error).__name__}: {reason[:150]}): check the "
-            f"network, or {where.remedy}"
+            f"network, or {where.remedy or LOCAL_COPY}"
         ) from error
 
 

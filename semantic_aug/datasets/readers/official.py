@@ -2,6 +2,10 @@
 
 A data set's root is named by the environment variable ``{DATASET}_ROOT`` (``FLOWER_ROOT``): the folder its archives were
 unpacked into. Nothing is written there, and no image is opened to learn its label.
+
+torchvision downloads some of these data sets (:mod:`semantic_aug.datasets.download`) but does not list them here: it accepts
+only its own folder names (no older Stanford Cars, no boxes), wants Flowers' lists by their MD5 and Food's as JSON, renames
+classes of Pet (``american_bulldog`` becomes ``American Bulldog``), and a damaged list ends in a traceback.
 """
 
 from __future__ import annotations

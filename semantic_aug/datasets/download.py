@@ -1,0 +1,106 @@
+"""Getting a registered data set: torchvision downloads official archives, the hub's library what the hub has."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from semantic_aug import registry
+from semantic_aug.datasets import catalog
+from semantic_aug.datasets.readers.hub import answers
+from semantic_aug.datasets.spec import DatasetSpec
+from semantic_aug.errors import UserError, WouldDownload, no_downloads
+
+ROOT = Path("outputs/datasets")
+SILENCE_SECONDS = 60.0
+"""How long a server may send nothing before a download is given up."""
+
+
+def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) -> tuple[str, str]:
+    """Downloads a data set, unless it can be read already.
+
+    Args:
+        word: what ``--dataset`` takes.
+        root: folder for official archives (None: :data:`ROOT`).
+        config_dir: folder of the registry files.
+
+    Returns:
+        One line on what the data set holds, and what to set so that it is read; empty where nothing is to be set.
+
+    Raises:
+        UserError: no network, or a data set that has to be fetched by hand: names the page and the variable to set.
+    """
+    spec = catalog.find_spec(word, config_dir)
+    if root is not None and spec.torchvision is None:
+        raise UserError(
+            f"--root: nothing is unpacked for data set '{spec.name}' (copies from the hub lie in the hub library's cache, "
+            "HF_HOME): leave the flag out"
+        )
+    with contextlib.suppress(WouldDownload), no_downloads(True):
+        if spec.torchvision is None or any(map(os.environ.get, spec.variables)):
+            return catalog.load_dataset(word, config_dir=config_dir).describe(), ""
+    if spec.torchvision is None:
+        return catalog.load_dataset(word, config_dir=config_dir).describe(), ""
+    folder = download_official(spec, registry.resolve_path(root or ROOT))
+    splits = importlib.import_module(f"semantic_aug.datasets.sets.{spec.name}").read_official(folder)
+    counts = ", ".join(f"{split} {len(table)}" for split, table in splits.items())
+    line = f"{spec.name}: {len(splits['train'].class_names)} classes, images: {counts}"
+    return line, f"export {spec.variables[0]}={folder}"
+
+
+def download_official(spec: DatasetSpec, root: Path) -> Path:
+    """Downloads and unpacks the official archives below a folder, whole or not at all.
+
+    Returns:
+        The folder to read the data set from; one that exists is taken as it is.
+
+    Raises:
+        UserError: no answer from the host, a download that ended early, or a disk that is full.
+    """
+    name, folder = spec.torchvision
+    if (root / folder).is_dir():
+        return root / folder
+    if not answers(spec.homepage):
+        raise UserError(
+            f"data set '{spec.name}' cannot be downloaded: {spec.homepage} does not answer; check the network, or unpack "
+            f"the official download elsewhere and set {spec.variables[0]} to its folder"
+        )
+    import torchvision.datasets  # takes seconds, so after everything that can refuse
+
+    with _temporary_folder(root / f".{spec.name}-{os.getpid()}.part") as temporary, _silence_limit():
+        try:
+            getattr(torchvision.datasets, name)(temporary, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"the download of data set '{spec.name}' failed ({reason}): try again") from None
+        (temporary / Path(folder).parts[0]).rename(root / Path(folder).parts[0])
+    return root / folder
+
+
+@contextlib.contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """A folder that is gone at the end, and so are the folders made for it that nothing else is in."""
+    parents = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        for parent in parents:
+            with contextlib.suppress(OSError):  # the data set is in it
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _silence_limit() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
