@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import tiny
-import train_lora
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import tokens
 from semantic_aug.errors import UserError
-from semantic_aug.finetune.captions import Captions
+from semantic_aug.finetune.batches import Captions
+from semantic_aug.finetune.config import parse
+from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import caption_prompt
 
 
@@ -130,7 +131,7 @@ def test_captions_reach_the_text_encoder(captioned, tiny_base, tmp_path):
         words = ["--dataset", f"folder:{captioned}", "--pretrained_model_name_or_path", str(tiny_base),
                  "--class_prompts_ratio", "0", "--finetune_strategy", strategy,
                  "--output_dir", str(tmp_path / "x")]  # fmt: skip
-        config, dataset = train_lora.resolve(train_lora.build_parser().parse_args(words))
+        config, dataset = resolve(parse(words))
         base = load_base(str(tiny_base))
         model = TrainedModel(base, config, dataset)
         label, row = torch.tensor([2, 2]), torch.tensor([-1, model.captions.texts.index(model.captions.texts[-1])])
@@ -147,19 +148,18 @@ def test_a_share_of_captions_without_captions_is_refused(image_folder, tiny_base
     with pytest.raises(
         UserError, match="--class_prompts_ratio 0.5: data set animals-.* has no captions; give it a column"
     ):
-        train_lora.resolve(train_lora.build_parser().parse_args(words))
+        resolve(parse(words))
 
 
 def test_prompts_that_lose_their_class_are_refused_in_both_stages(bases, image_folder, tmp_path, workshop):
     from helpers import sampling_arguments
 
     import sample_mp
-    import train_lora
 
     def train(base, **flags):
         flags = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": base, **flags}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        train_lora.resolve(train_lora.build_parser().parse_args(words))
+        resolve(parse(words))
 
     def sample(**flags):
         words = sampling_arguments(workshop, image_folder, tmp_path / "samples", **flags)

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import train_cls
-import train_lora
-from semantic_aug import meta_csv
+from semantic_aug import meta_csv, registry
 from semantic_aug.classify import inference
 from semantic_aug.diffusion.loop import decode_latents
 from semantic_aug.divergence import LossLog, check_losses, non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.finetune import checkpoints
-from semantic_aug.finetune.trainer import Trainer, make_accelerator
+from semantic_aug.finetune.config import parse
+from semantic_aug.finetune.run import make_accelerator, resolve
+from semantic_aug.finetune.trainer import Trainer
 
 
 def finetune_words(tiny_base, image_folder, output_dir, **changes):
@@ -79,7 +80,7 @@ def diverging(trainer: Trainer, step: int):
 @pytest.mark.slow
 def test_stage_1_keeps_the_last_good_checkpoint(tiny_base, image_folder, tmp_path):
     words = finetune_words(tiny_base, image_folder, tmp_path / "o", checkpoints_total_limit=1)
-    config, dataset = train_lora.resolve(train_lora.build_parser().parse_args(words))
+    config, dataset = resolve(parse(words))
     config.output_dir.mkdir()
     trainer = Trainer(config, dataset, make_accelerator(config))
     diverging(trainer, 3)
@@ -91,7 +92,7 @@ def test_stage_1_keeps_the_last_good_checkpoint(tiny_base, image_folder, tmp_pat
 
 @pytest.mark.slow
 def test_stage_1_registers_nothing(tiny_base, image_folder, tmp_path):
-    shutil.copytree(train_lora.registry.CONFIG_DIR, tmp_path / "config")
+    shutil.copytree(registry.CONFIG_DIR, tmp_path / "config")
     before = (tmp_path / "config" / "finetuned_ckpts.yaml").read_text()
     rates = {"learning_rate": 1e15, "ti_learning_rate": 1e15, "max_grad_norm": 0, "checkpointing_steps": 0}
     said = run(

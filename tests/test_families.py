@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
-import train_lora
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.diffusion import loop, lora, tokens
@@ -19,8 +18,11 @@ from semantic_aug.diffusion.base import find_base, load_base, read_geometry, wei
 from semantic_aug.diffusion.families import FAMILIES
 from semantic_aug.diffusion.schedulers import SolverSettings, check_noise_schedule, make_scheduler
 from semantic_aug.errors import UserError
-from semantic_aug.finetune import checkpoints, trainer
+from semantic_aug.finetune import checkpoints
+from semantic_aug.finetune.config import parse
 from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.finetune.run import make_accelerator, resolve
+from semantic_aug.finetune.run import train as train_request
 from semantic_aug.seeding import task_rng
 
 NAMES = Prompts(CLASSES, CLASSES, "animal")
@@ -45,12 +47,12 @@ def request_of(base, image_folder, output_dir, **changes):
         **changes,
     }
     words = [w for name, v in flags.items() for w in ([f"--{name}"] if v is True else [f"--{name}", str(v)])]
-    return train_lora.resolve(train_lora.build_parser().parse_args(words))
+    return resolve(parse(words))
 
 
 def train(*arguments, **changes):
     config, dataset = request_of(*arguments, **changes)
-    trainer.run(config, dataset, trainer.make_accelerator(config))
+    train_request(config, dataset, make_accelerator(config))
     return config.output_dir
 
 

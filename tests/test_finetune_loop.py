@@ -17,7 +17,6 @@ from helpers import ROOT, contents, exchange
 from safetensors.torch import load_file
 
 import tiny
-import train_lora
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.diffusion.base import load_base
@@ -26,8 +25,10 @@ from semantic_aug.diffusion.tokens import load_tokens
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.finetune import checkpoints, trainer
 from semantic_aug.finetune.batches import BatchSource
-from semantic_aug.finetune.optim import make_schedule
-from semantic_aug.finetune.pixels import PixelCache, scaled
+from semantic_aug.finetune.config import LR_SCHEDULERS, parse
+from semantic_aug.finetune.latents import PixelCache, Share, scaled
+from semantic_aug.finetune.model import make_schedule
+from semantic_aug.finetune.run import resolve, train
 
 TOLERANCE = 1e-4
 """Largest difference of a trained weight after 50 steps, and ten times that of a loss: Adam divides by
@@ -60,14 +61,14 @@ def request(tiny_base, image_folder, output_dir, **changes):
     words = []
     for name, value in flags.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [] if value is True else [value])]
-    return train_lora.resolve(train_lora.build_parser().parse_args(words))
+    return resolve(parse(words))
 
 
 def make_trainer(*arguments, **changes):
     """A trainer ready for :meth:`optimizer_step`, in process."""
     config, dataset = request(*arguments, **changes)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    running = trainer.Trainer(config, dataset, Accelerator(cpu=True, mixed_precision=config.mixed_precision))
+    running = trainer.Trainer(config, dataset, Accelerator(cpu=True, mixed_precision=config.model.mixed_precision))
     running.prepare()
     return running
 
@@ -152,7 +153,7 @@ def finetune(home, *, images="animals", base="base", output="run", **changes):
     """The same short command, wherever its files lie."""
     flags = {"max_train_steps": 4, "logging_steps": 1, "checkpointing_steps": 2, "lr_scheduler": "cosine", **changes}
     config, dataset = request(home / base, home / images, home / output, **flags)
-    return trainer.run(config, dataset, Accelerator(cpu=True))
+    return train(config, dataset, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +293,8 @@ def test_random_crops_are_cut_from_the_whole_image_and_encoded_as_a_batch(tiny_b
     vae, table = load_base(str(tiny_base)).vae, load_dataset(f"folder:{image_folder}").train
     alone = PixelCache(table, tmp_path / "one", vae, tiny.RESOLUTION)
     with pytest.raises(FileNotFoundError):  # rank 1 has written its share and does not wait for rank 0's
-        PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, 1, 2)
-    shared = PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, 0, 2)
+        PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, Share(1, 2))
+    shared = PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, Share(0, 2))
     index, flip = torch.tensor([3, 7, 12]), torch.tensor([True, False, False])
     position = torch.tensor([[0.0, 0.0], [0.999, 0.5], [0.5, 0.5]])
     wanted = []
@@ -311,7 +312,8 @@ def test_random_crops_are_cut_from_the_whole_image_and_encoded_as_a_batch(tiny_b
 
 
 def test_crop_positions_are_drawn_afresh_for_every_step():
-    source = BatchSource(np.arange(20) % 3, 6, (4, 2, 2), 0, True, 5, 100, 0.0, False, 3)
+    options = dict(templates=5, num_train_timesteps=100, noise_offset=0.0, class_balanced=False, seed=3)
+    source = BatchSource(np.arange(20) % 3, 6, (4, 2, 2), views=0, flip=True, **options)
     first, second = source.draw(0).view, source.draw(1).view
     assert first.shape == (6, 2) and first.min() >= 0 and first.max() < 1 and not torch.equal(first, second)
     assert torch.equal(first, source.draw(0).view)
@@ -439,7 +441,7 @@ def test_picture_grids_reach_tensorboard(tiny_base, image_folder, tmp_path):
 
     changes = {"max_train_steps": 2, "logging_steps": 1, "validation_steps": 2, "num_validation_images": 1}
     config, dataset = request(tiny_base, image_folder, tmp_path / "run", report_to="tensorboard", **changes)
-    trainer.run(config, dataset, Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "logs"))
+    train(config, dataset, Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "logs"))
     events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.*")).parent)).Reload()
     assert events.Tags()["images"] == ["validation/image/0"] or events.Tags()["images"] == ["validation"]
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
@@ -466,7 +468,7 @@ def rates(name, steps=12, **changes):
     return out
 
 
-@pytest.mark.parametrize("name", [n for n in train_lora.LR_SCHEDULERS if n != "piecewise_constant"])
+@pytest.mark.parametrize("name", [n for n in LR_SCHEDULERS if n != "piecewise_constant"])
 def test_every_schedule_of_diffusers_is_to_be_had(name):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=12, num_cycles=2, power=0.5)
@@ -499,14 +501,9 @@ def test_piecewise_constant_rates():
 )
 def test_bad_requests_name_the_flag(tiny_base, image_folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    find = train_lora.importlib.util.find_spec
-    monkeypatch.setattr(train_lora.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=message):
-        if "report_to" in changes:
-            config, dataset = request(tiny_base, image_folder, tmp_path / "run", **changes)
-            train_lora.check_tracker(config.report_to)
-        else:
-            make_trainer(tiny_base, image_folder, tmp_path / "run", **changes)
+        make_trainer(tiny_base, image_folder, tmp_path / "run", **changes)
 
 
 # ------------------------------------------------------------------------------------------------------ benchmark

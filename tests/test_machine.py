@@ -15,8 +15,7 @@ from semantic_aug.augmentations.model import ModelFiles
 from semantic_aug.datasets import cache, load_dataset
 from semantic_aug.diffusion.base import load_base, weight_files
 from semantic_aug.errors import UserError
-from semantic_aug.finetune.latents import LatentCache
-from semantic_aug.finetune.pixels import PixelCache
+from semantic_aug.finetune.latents import LatentCache, PixelCache
 from semantic_aug.sampling import config
 
 GB = 1 << 30

@@ -28,7 +28,7 @@ def random_call(base, parameters, dtype=torch.float32):
     return out, torch.autograd.grad(out.float().square().mean(), [hidden, *parameters])
 
 
-def base_with_lora(folder, rank=4, alpha=None, targets=lora.TARGETS):
+def base_with_lora(folder, rank=4, alpha=None, targets=lora.LORA_TARGETS):
     """A base model whose U-Net has a LoRA that changes it, and that LoRA's parameters."""
     base, rng = load_base(str(folder)), torch.Generator().manual_seed(1)
     parameters = lora.add_lora(base.unet, rank, alpha, targets)
@@ -58,10 +58,10 @@ def bytes_held(network) -> int:
 @pytest.mark.parametrize(
     ("targets", "rank", "alpha"),
     [
-        (lora.TARGETS, 4, None),
+        (lora.LORA_TARGETS, 4, None),
         (("to_q", "to_v", "ff.net.2"), 4, 8),
-        (lora.TARGETS, 48, None),  # three are more than are joined, two are not
-        (lora.TARGETS, 72, 9),
+        (lora.LORA_TARGETS, 48, None),  # three are more than are joined, two are not
+        (lora.LORA_TARGETS, 72, 9),
     ],
 )
 def test_joined_projections_are_pefts_own_in_another_order(bases, family, targets, rank, alpha):

@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train_lora
 from benchmarks import common
 from semantic_aug import allocator, console
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
-from semantic_aug.finetune.config import STRATEGIES, FinetuneConfig
+from semantic_aug.finetune.config import STRATEGIES, FinetuneConfig, parse
+from semantic_aug.finetune.run import resolve
 
 PORT, OURS = "the original's way", "ours"
 
@@ -50,7 +50,7 @@ def settings_of(args: argparse.Namespace, base: Path, folder: Path) -> FinetuneC
         "seed": 0,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return train_lora.resolve(train_lora.build_parser().parse_args(words))[0]
+    return resolve(parse(words))[0]
 
 
 class Port:
@@ -93,20 +93,20 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
     gpu = device == "cuda"
     dataset = first_images(load_dataset(config.dataset, config.setting), images)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not gpu)
+    accelerator = Accelerator(mixed_precision=config.model.mixed_precision, cpu=not gpu)
     source = BatchSource(
         dataset.train.labels,
-        config.train_batch_size,
-        read_geometry(config.base_folder).latent_shape(config.resolution),
-        1,
-        config.random_flip,
-        len(TEMPLATES),
-        1000,
-        config.noise_offset,
-        config.class_balanced,
-        config.seed,
+        config.train.train_batch_size,
+        read_geometry(config.base_folder).latent_shape(config.images.resolution),
+        views=1,
+        flip=not config.images.no_flip,
+        templates=len(TEMPLATES),
+        num_train_timesteps=1000,
+        noise_offset=0.0,
+        class_balanced=False,
+        seed=config.seed,
     )
-    draws = [source.draw(step) for step in range(config.max_train_steps)] if side == PORT else []
+    draws = [source.draw(step) for step in range(config.train.max_train_steps)] if side == PORT else []
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", default="elpv", help="whose images are learned (default: elpv)")
     parser.add_argument("--images", type=int, default=64, help="training images; 0: all (default: 64)")
-    parser.add_argument("--finetune_strategy", choices=tuple(STRATEGIES), default="ti_db")
+    parser.add_argument("--finetune_strategy", choices=STRATEGIES, default="ti_db")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument(
         "--resolution", type=int, default=None, help="default: the base model's own, 224 for sd15-random"

@@ -47,7 +47,7 @@ class OriginalTrainer:
 
     def __init__(self, config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator | None = None):
         self.config, self.dataset = config, dataset
-        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = accelerator or Accelerator(mixed_precision=config.model.mixed_precision)
         folder: Path = config.base_folder
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
@@ -55,38 +55,38 @@ class OriginalTrainer:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).requires_grad_(False)
         self.noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         self.normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
-        self.tokens = self._add_tokens() if config.trains_tokens else None
-        device, dtype = self.accelerator.device, DTYPES[config.mixed_precision]
+        self.tokens = self._add_tokens() if config.model.trains_tokens else None
+        device, dtype = self.accelerator.device, DTYPES[config.model.mixed_precision]
         self.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)
         unet.to(device, dtype)
-        if config.trains_lora:
+        if config.model.trains_lora:
             torch.manual_seed(config.seed)
             unet.add_adapter(
                 LoraConfig(
-                    r=config.rank,
-                    lora_alpha=config.lora_alpha or config.rank,
+                    r=config.model.rank,
+                    lora_alpha=config.model.lora_alpha or config.model.rank,
                     init_lora_weights="gaussian",
-                    target_modules=list(config.lora_targets),
+                    target_modules=list(config.model.lora_targets),
                 ),
                 lora.ADAPTER,
             )
             cast_training_params(unet, torch.float32)
         lora_parameters = [p for p in unet.parameters() if p.requires_grad]
-        groups = [{"params": lora_parameters, "lr": config.learning_rate}] if lora_parameters else []
+        groups = [{"params": lora_parameters, "lr": config.train.learning_rate}] if lora_parameters else []
         self.table = None
         if self.tokens is not None:
             self.text_encoder.to(device)
             self.table = self.text_encoder.get_input_embeddings().weight
             self.untouched = self.table.detach().clone()
-            groups.append({"params": [self.table], "lr": config.ti_learning_rate})
+            groups.append({"params": [self.table], "lr": config.train.ti_learning_rate})
         else:
             self.text_encoder.requires_grad_(False).to(device, dtype)
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.train.adam_weight_decay)
         schedule = get_scheduler(
-            config.lr_scheduler,
+            config.train.lr_scheduler,
             optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
+            num_warmup_steps=config.train.lr_warmup_steps,
+            num_training_steps=config.train.max_train_steps,
         )
         self.unet, self.text_encoder, self.optimizer, self.schedule = self.accelerator.prepare(
             unet, self.text_encoder, optimizer, schedule
@@ -101,10 +101,10 @@ class OriginalTrainer:
             self.dataset.source_names,
             self.dataset.class_names,
             self.dataset.spec.super_class,
-            self.config.initializer,
+            self.config.model.initializer,
             self.tokenizer,
             self.text_encoder,
-            self.config.num_vectors,
+            self.config.model.num_vectors,
         )
         known = len(self.tokenizer)
         for name, vector in zip(tokens.names, tokens.vectors, strict=True):
@@ -120,7 +120,7 @@ class OriginalTrainer:
     def _example(self, row: int, view: int, flip: bool, template: int) -> tuple[Tensor, Tensor]:
         """One training example: pixels ``(3, H, W)`` in [-1, 1] and token ids ``(L,)``."""
         table, config, label = self.dataset.train, self.config, int(self.dataset.train.labels[row])
-        image = view_of(table.image(row), view, config.resolution, table.keys[row], config.seed)
+        image = view_of(table.image(row), view, config.images.resolution, table.keys[row], config.seed)
         prompt = class_prompt(
             self.dataset.source_names[label],
             self.dataset.class_names[label],
@@ -141,7 +141,7 @@ class OriginalTrainer:
         """One optimiser step over the batch of a draw; returns its loss, read from the device."""
         chosen = zip(draw.index.tolist(), draw.view.tolist(), draw.flip.tolist(), draw.template.tolist(), strict=True)
         pixels, ids = (torch.stack(parts) for parts in zip(*(self._example(*item) for item in chosen), strict=True))
-        device, dtype = self.accelerator.device, DTYPES[self.config.mixed_precision]
+        device, dtype = self.accelerator.device, DTYPES[self.config.model.mixed_precision]
         with torch.no_grad():
             posterior = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist
             latents = posterior.mean + posterior.std * draw.posterior.to(posterior.mean)
@@ -157,8 +157,8 @@ class OriginalTrainer:
         self.accelerator.backward(loss)
         if self.table is not None:
             self.table.grad[~self.is_class_token] = 0
-        if self.config.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        if self.config.train.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -170,7 +170,7 @@ class OriginalTrainer:
     def result(self) -> dict[str, Tensor]:
         """What was trained, by the names our own files give it: LoRA weights and class tokens."""
         found = {}
-        if self.config.trains_lora:
+        if self.config.model.trains_lora:
             found |= lora.trained_state(self.accelerator.unwrap_model(self.unet))
         if self.tokens is not None:
             rows = self.table.detach().float().cpu()[self.is_class_token.cpu()]

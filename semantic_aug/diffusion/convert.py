@@ -34,10 +34,10 @@ def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Te
     """
     state, attentions = {}, {}
     for name, pair in lora.items():
-        target = next((target for target in lora_io.TARGETS if name.endswith(f".{target}")), None)
+        target = next((target for target in lora_io.LORA_TARGETS if name.endswith(f".{target}")), None)
         if target is None or lora_io.network_of(name) != "unet":
             raise UserError(
-                f"LoRA {where}: the original's layout holds only {', '.join(lora_io.TARGETS)} of the U-Net, not '{name}': "
+                f"LoRA {where}: the original's layout holds only {', '.join(lora_io.LORA_TARGETS)} of the U-Net, not '{name}': "
                 "use --layout diffusers"
             )
         attention = name.removesuffix(f".{target}")
@@ -45,7 +45,7 @@ def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Te
         stem = f"{attention}.processor.{target.removesuffix('.0')}_lora"
         state[f"{stem}.down.weight"], state[f"{stem}.up.weight"] = pair.down, pair.up * pair.scale
     for attention, targets in attentions.items():
-        missing = [target for target in lora_io.TARGETS if target not in targets]
+        missing = [target for target in lora_io.LORA_TARGETS if target not in targets]
         if missing:
             raise UserError(
                 f"LoRA {where}: {attention} lacks {', '.join(missing)} (--lora_targets), which the original's layout has: "

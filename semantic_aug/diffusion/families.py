@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from semantic_aug.diffusion.text import Conditions
 
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Attention projections of the U-Nets, which get a LoRA unless others are named."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """One text encoder of a family.

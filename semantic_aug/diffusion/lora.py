@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from semantic_aug.diffusion.base import networks_without_weights
+from semantic_aug.diffusion.families import LORA_TARGETS
 from semantic_aug.diffusion.lora_files import (
     ALPHA_KEY,
     CLIP_PREFIX,
@@ -40,13 +41,12 @@ from semantic_aug.registry import LORA_FILES
 from semantic_aug.tensors import save_tensors
 
 FILE_NAME = LORA_FILES[0]
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "default"
 
 
 def add_lora(
-    unet: UNet2DConditionModel, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS
+    unet: UNet2DConditionModel, rank: int, alpha: float | None = None, targets: tuple[str, ...] = LORA_TARGETS
 ) -> list[nn.Parameter]:
     """Adds a trainable LoRA to the U-Net in place, in float32, B at zero so that the U-Net's output is unchanged.
 
@@ -65,14 +65,14 @@ def add_lora(
     for target in targets:
         if not any(name.endswith("." + target) for name, _ in unet.named_modules()):
             raise UserError(
-                f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(TARGETS)}"
+                f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(LORA_TARGETS)}"
             )
     settings = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
     try:
         unet.add_adapter(settings, ADAPTER)
     except (ValueError, NotImplementedError) as error:  # a module that no LoRA can be added to
         raise UserError(
-            f"--lora_targets {' '.join(targets)}: {str(error)[:160]}; usual ones: {', '.join(TARGETS)}"
+            f"--lora_targets {' '.join(targets)}: {str(error)[:160]}; usual ones: {', '.join(LORA_TARGETS)}"
         ) from None
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:

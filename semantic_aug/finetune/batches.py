@@ -1,4 +1,4 @@
-"""What each optimiser step trains on, as a pure function of (seed, step).
+"""Batches of the optimiser steps, a pure function of (seed, step), and the captions of single images.
 
 All random numbers of a step (images, flips, crops, captions, timesteps, noise) are drawn for the whole effective batch
 from one generator keyed by the step, and each process and micro-batch takes its slice. So a resumed run continues as if
@@ -8,12 +8,18 @@ never stopped, without any saved random state, and two processes at half the bat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from semantic_aug.datasets import LoadedDataset
 from semantic_aug.diffusion.losses import draw_timesteps
+from semantic_aug.diffusion.text import check_prompts, class_prompts_of, class_words
+from semantic_aug.diffusion.tokens import ClassTokens
+from semantic_aug.errors import UserError
+from semantic_aug.prompts import TEMPLATES, caption_prompt, class_phrase
 from semantic_aug.seeding import numpy_rng, torch_rng
 
 
@@ -68,6 +74,7 @@ class BatchSource:
         labels: np.ndarray,
         batch_size: int,
         latent_shape: tuple[int, int, int],
+        *,
         views: int,
         flip: bool,
         templates: int,
@@ -113,3 +120,80 @@ class BatchSource:
             noise = noise + self.noise_offset * torch.randn(size, self.latent_shape[0], 1, 1, generator=rng)
         caption = torch.rand(size, generator=rng)  # drawn last: what comes before stays as it was without captions
         return Draw(torch.from_numpy(self.indices(step)), view, flip, template, timestep, posterior, noise, caption)
+
+
+class Captions:
+    """The captions of a training split, with the classes' tokens in them, and which of them a drawn image takes.
+
+    An image may have several, one a line; an image without any always stands under its class prompt.
+
+    Args:
+        dataset: its training split's column ``caption`` is read.
+        tokens: class tokens, or None.
+        class_prompts_ratio: share of the draws that use the class prompt.
+
+    Raises:
+        UserError: captions are asked for and the data set has none.
+    """
+
+    def __init__(self, dataset: LoadedDataset, tokens: ClassTokens | None, class_prompts_ratio: float):
+        self.ratio, self.texts, self.labels = class_prompts_ratio, [], []
+        if class_prompts_ratio == 1:
+            return
+        table = dataset.train
+        column = table.extras.get("caption")
+        if column is None or not any(text.strip() for text in column.tolist()):
+            raise UserError(
+                f"--class_prompts_ratio {class_prompts_ratio:g}: data set {dataset.name} has no captions; give it a column "
+                "'caption' (in its list, on the hub, or in a metadata.csv beside a folder's images), or leave the flag at 1"
+            )
+        phrases = [
+            class_words(source, name, dataset.spec.super_class, tokens)
+            for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
+        ]
+        counts = []
+        for label, text in zip(table.labels.tolist(), column.tolist(), strict=True):
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            self.texts += [caption_prompt(line, phrases[label], dataset.class_names[label]) for line in lines]
+            self.labels += [label] * len(lines)
+            counts.append(len(lines))
+        self.counts = torch.tensor(counts)
+        self.first = self.counts.cumsum(0) - self.counts
+
+    def choose(self, index: Tensor, drawn: Tensor) -> Tensor | None:
+        """Rows of :attr:`texts` for images ``(B,)`` and uniform numbers ``(B,)``, -1 for the class prompt; None without any."""
+        if not self.texts:
+            return None
+        counts = self.counts[index]
+        share = (drawn - self.ratio) / (1 - self.ratio)  # of those below the ratio negative, else uniform in [0, 1)
+        chosen = self.first[index] + (share * counts).long().clamp(min=0).minimum((counts - 1).clamp(min=0))
+        return torch.where((share >= 0) & (counts > 0), chosen, -1)
+
+
+def check_training_prompts(
+    dataset: LoadedDataset, folder: Path, base_name: str, num_vectors: int | None, class_prompts_ratio: float
+) -> None:
+    """Refuses training prompts and captions whose class the base model would cut off.
+
+    Args:
+        dataset: whose classes are learned.
+        folder: of the base model.
+        base_name: of the base model, for errors.
+        num_vectors: vectors per class token, None without class tokens.
+        class_prompts_ratio: share of the draws that use the class prompt.
+
+    Raises:
+        UserError: see :class:`Captions` and :func:`semantic_aug.diffusion.text.check_prompts`.
+    """
+    tokens = None
+    if num_vectors is not None:
+        vectors = torch.zeros(len(dataset.source_names) * num_vectors, 1)
+        tokens = ClassTokens(dataset.source_names, vectors, num_vectors)
+    classes, super_class = list(zip(dataset.source_names, dataset.class_names, strict=True)), dataset.spec.super_class
+    prompts = list(class_prompts_of(classes, super_class, tokens, TEMPLATES))
+    captions = Captions(dataset, tokens, class_prompts_ratio)
+    for text, label in zip(captions.texts, captions.labels, strict=True):
+        source, name = classes[label]
+        phrase = tokens.phrase(source) if tokens is not None else class_phrase(name, super_class)
+        prompts.append((text, phrase, f"caption of an image of class '{source}'"))
+    check_prompts(folder, base_name, prompts, tokens.names if tokens is not None else ())

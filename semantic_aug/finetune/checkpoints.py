@@ -1,4 +1,4 @@
-"""Checkpoints of stage 1: written whole or not at all, found again, and thinned out.
+"""The output folder of stage 1: whose run it holds, and its checkpoints, written whole or not at all.
 
 {output_dir}/checkpoint-{step}/pytorch_lora_weights.safetensors    what diffusers loads
 {output_dir}/checkpoint-{step}/learned_embeds.safetensors
@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import shutil
@@ -14,13 +16,22 @@ from pathlib import Path
 
 import torch
 
+from semantic_aug import files, runs
+from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.fingerprint import files_digest, names_identity
+from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
+from semantic_aug.diffusion.base import Geometry, weight_files
 from semantic_aug.errors import UserError
+from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel
+from semantic_aug.prompts import TEMPLATES
 from semantic_aug.tensors import load_pickle
 
-STATE_FILE = "training_state.pt"
+log = logging.getLogger(__name__)
+
+STATE_FILE, SUMMARY_FILE = "training_state.pt", "summary.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -120,3 +131,62 @@ def load_state(folder: Path) -> dict:
         UserError: damaged.
     """
     return load_pickle(folder / STATE_FILE, f"remove {folder} and resume from the one before")
+
+
+def finished(output_dir: Path) -> dict | None:
+    """The summary of a finished run in this folder, or None."""
+    try:
+        return json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
+    """What a request's weights are made from: training images, names and prompts, the base model."""
+
+    def further() -> dict:
+        base = files_digest(weight_files(config.base_folder), config.base_folder)
+        return {"templates": names_identity(TEMPLATES), "base_model": base}
+
+    return RunOrigin(
+        dataset, ("train",), () if config.images.class_prompts_ratio == 1 else ("caption",), further=further
+    )
+
+
+def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_run: bool = False) -> None:
+    """Claims the output folder (in a dry run only asks whether it could), and refuses a checkpoint of another run."""
+    arguments, ignored = config.record(processes), config.may_change()
+    if config.output.resume_from_checkpoint:
+        folder = find(config.output_dir, config.output.resume_from_checkpoint)
+        if folder is not None and folder.resolve().parent != config.output_dir.resolve():
+            flag = "--resume_from_checkpoint"
+            runs.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin)
+    take = runs.belongs if dry_run else runs.claim
+    known = take(config.output_dir, arguments, "--output_dir", ignored, origin=origin)
+    done = finished(config.output_dir) if known else None
+    if done and done["steps"] >= config.train.max_train_steps:
+        log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])
+    elif known and listed(config.output_dir) and not config.output.resume_from_checkpoint:
+        raise UserError(
+            f"{config.output_dir} holds {listed(config.output_dir)[-1].name} of an unfinished run: add "
+            "--resume_from_checkpoint latest to go on, or choose another --output_dir"
+        )
+
+
+def check_disk(config: FinetuneConfig, images: int, geometry: Geometry, trained: int) -> None:
+    """Refuses a run that writes more at once than the disk holds: encoded images, and checkpoints with optimiser states.
+
+    Args:
+        config: of the run.
+        images: of the training split.
+        geometry: of the base model.
+        trained: number of trained values.
+
+    Raises:
+        UserError: less is free.
+    """
+    channels, height, width = geometry.latent_shape(config.images.resolution)
+    views = config.images.crops * (1 if config.images.no_flip else 2)
+    latents = 0 if config.images.random_crops else 4 * images * views * 2 * channels * height * width
+    checkpoints = config.output.checkpoints_total_limit + 1 if config.output.checkpointing_steps else 0
+    files.check_space(config.output_dir, latents + 4 * trained * (3 * checkpoints + 1), "--output_dir")

@@ -1,192 +1,329 @@
-"""A resolved fine-tuning request."""
+"""The settings of stage 1: each flag is a field here, from which the parser, the record and what a resume may change follow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from semantic_aug.datasets import LoadedDataset, Setting
+from semantic_aug import cli
+from semantic_aug.datasets.settings import DatasetName, Setting, add_shared
+from semantic_aug.diffusion.base import DEFAULT_MODEL
+from semantic_aug.diffusion.families import LORA_TARGETS
+from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 from semantic_aug.errors import UserError
 
-STRATEGIES = {
-    "ti": "class tokens only (textual inversion)",
-    "db": "U-Net LoRA only, class names in the prompts (DreamBooth style)",
-    "ti_db": "class tokens and U-Net LoRA together",
-}
-
+STRATEGIES = ("ti", "db", "ti_db")
+LR_SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+)
+"""Of diffusers'."""
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvclive", "swanlab", "trackio")
+"""Of accelerate's; each is also the name of the package it needs."""
 COMPILE_STEPS = 5000
 """Optimiser steps from which compiling (a minute or two) is worth it on a GPU."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What is trained: the base model, its class tokens and its LoRA."""
+
+    TITLE = "model"
+    pretrained_model_name_or_path: str = cli.setting(
+        DEFAULT_MODEL,
+        type=cli.model,
+        metavar="MODEL",
+        help="base model, a hub id or a folder in diffusers layout",
+        result=False,  # compared by content
+    )
+    finetune_strategy: str = cli.setting(
+        "ti_db", choices=STRATEGIES, help="ti: class tokens; db: U-Net LoRA under class names; ti_db: both"
+    )
+    rank: int = cli.setting(10, type=cli.whole(1), metavar="R", help="rank of the LoRA")
+    lora_alpha: float | None = cli.setting(
+        None, type=cli.number(0, open_low=True), metavar="A", help="the LoRA's update is scaled by A / R (default: R)"
+    )
+    lora_targets: tuple[str, ...] = cli.setting(
+        LORA_TARGETS, nargs="+", metavar="NAME", help="projections of the U-Net that get a LoRA"
+    )
+    train_text_encoder_lora: bool = cli.setting(
+        False, help="a LoRA of the same rank on the text encoders' attention projections too (db and ti_db)"
+    )
+    initializer: str = cli.setting(
+        "class_name", metavar="TEXT", help="initial class tokens: class_name, super_class, or words of your own"
+    )
+    num_vectors: int = cli.setting(1, type=cli.whole(1), metavar="N", help="vectors per class token")
+    gradient_checkpointing: bool = cli.setting(False, help="less memory, more time", result=False)
+    mixed_precision: str | None = cli.setting(
+        None,
+        choices=("no", "fp16", "bf16"),
+        help="precision of the frozen weights and of the arithmetic; what is trained stays fp32 (default: "
+        "accelerate launch's, else no)",
+    )
+    compile: str = cli.setting(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="compile what trains; auto: on a GPU where the run is long enough to repay it",
+        result=False,
+    )
+
+    def __post_init__(self):
+        if self.train_text_encoder_lora and not self.trains_lora:
+            raise UserError(
+                f"--train_text_encoder_lora with --finetune_strategy {self.finetune_strategy}, which trains no LoRA: give "
+                "db or ti_db"
+            )
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Textual inversion."""
+        return self.finetune_strategy != "db"
+
+    @property
+    def trains_lora(self) -> bool:
+        """DreamBooth style."""
+        return self.finetune_strategy != "ti"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How it is trained: batches, rates, loss."""
+
+    TITLE = "training"
+    max_train_steps: int = cli.setting(35000, type=cli.whole(1), metavar="N", help="optimiser steps")
+    # A step draws for the whole effective batch, and each process and micro-batch takes its slice: how the batch is split
+    # changes no result, and the effective batch is compared instead.
+    train_batch_size: int = cli.setting(
+        8, type=cli.whole(1), metavar="N", help="images per process and micro-batch", result=False
+    )
+    gradient_accumulation_steps: int = cli.setting(
+        1, type=cli.whole(1), metavar="N", help="micro-batches per optimiser step", result=False
+    )
+    learning_rate: float = cli.setting(1e-4, type=cli.number(0), metavar="LR", help="learning rate of the LoRA")
+    ti_learning_rate: float = cli.setting(
+        5e-4, type=cli.number(0), metavar="LR", help="learning rate of the class tokens"
+    )
+    scale_lr: bool = cli.setting(False, help="multiply both learning rates by batch size, micro-batches and processes")
+    lr_scheduler: str = cli.setting("constant", choices=LR_SCHEDULERS, help="schedule of both learning rates")
+    lr_warmup_steps: int = cli.setting(0, type=cli.whole(0), metavar="N", help="warm-up of the rates, optimiser steps")
+    lr_num_cycles: int = cli.setting(1, type=cli.whole(1), metavar="N", help="restarts of cosine_with_restarts")
+    lr_power: float = cli.setting(1.0, type=cli.number(0), metavar="X", help="power of the polynomial schedule")
+    lr_step_rules: str | None = cli.setting(
+        None,
+        metavar="RULES",
+        help="steps of piecewise_constant: 1:1000,0.1:2000,0.01 is times 1 before step 1000, times 0.1 before 2000, "
+        "then 0.01",
+    )
+    prediction_type: str | None = cli.setting(
+        None, choices=PREDICTION_TYPES, help="what the U-Net predicts (default: the base model's)"
+    )
+    snr_gamma: float | None = cli.setting(
+        None,
+        type=cli.number(0, open_low=True),
+        metavar="G",
+        help="min-SNR loss weights, 5 in the paper (default: none)",
+    )
+    noise_offset: float = cli.setting(
+        0.0, type=cli.number(0), metavar="X", help="scale of a per-channel offset of the noise"
+    )
+    adam_weight_decay: float = cli.setting(1e-2, type=cli.number(0), metavar="X", help="AdamW weight decay")
+    use_8bit_adam: bool = cli.setting(False, help="bitsandbytes' 8-bit AdamW")
+    max_grad_norm: float = cli.setting(
+        1.0, type=cli.number(0), metavar="X", help="largest norm of the gradient, which is clipped to it; 0: any"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How training images and their prompts are presented."""
+
+    TITLE = "images"
+    resolution: int | None = cli.setting(
+        None,
+        type=cli.whole(8),
+        metavar="PIXELS",
+        help="side of the training images (default: the base model's own)",
+    )
+    crops: int = cli.setting(
+        1, type=cli.whole(1), metavar="K", help="crops per image: the centre, and K - 1 seeded random ones"
+    )
+    random_crops: bool = cli.setting(
+        False, help="a new crop each time an image is seen, encoded in the loop, instead of latents cached once"
+    )
+    no_flip: bool = cli.setting(False, help="do not mirror images")
+    class_prompts_ratio: float = cli.setting(
+        1.0,
+        type=cli.number(0, 1),
+        metavar="P",
+        help="share of the images under a class prompt; the others are under their own captions, where the data set has "
+        "any",
+    )
+
+    def __post_init__(self):
+        if self.random_crops and self.crops != 1:
+            raise UserError(
+                f"--random_crops with --crops {self.crops}: crops are either drawn each time or cached; give one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What is written, and when; a resumed run may be given all of it differently."""
+
+    TITLE = "checkpoints and reports"
+    output_dir: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="DIR",
+        help="folder of the results (default: outputs/finetune_model/finetune_{strategy}{setting}/{dataset})",
+        result=False,
+    )
+    checkpointing_steps: int = cli.setting(
+        1000, type=cli.whole(0), metavar="N", help="steps between checkpoints; 0: none", result=False
+    )
+    checkpoints_total_limit: int = cli.setting(
+        2, type=cli.whole(1), metavar="N", help="checkpoints that are kept", result=False
+    )
+    resume_from_checkpoint: str | None = cli.setting(
+        None, metavar="latest|PATH", help="continue from a checkpoint", result=False
+    )
+    validation_steps: int = cli.setting(
+        1000, type=cli.whole(0), metavar="N", help="steps between picture grids; 0: none", result=False
+    )
+    num_validation_images: int = cli.setting(
+        4, type=cli.whole(0), metavar="N", help="pictures per class in a grid", result=False
+    )
+    logging_steps: int = cli.setting(
+        50, type=cli.whole(1), metavar="N", help="steps between rows of metrics.csv", result=False
+    )
+    report_to: str = cli.setting(
+        "tensorboard", choices=("none", *TRACKERS), help="where metrics and picture grids also go", result=False
+    )
+    register_key: str | None = cli.setting(
+        None, metavar="KEY", help="write the result into finetuned_ckpts.yaml under this key", result=False
+    )
+
+
+GROUPS = {"model": ModelSettings, "train": TrainSettings, "images": ImageSettings, "output": OutputSettings}
+RECORDED_AS = {"pretrained_model_name_or_path": "base_name", "finetune_strategy": "strategy"}
+NOT_RECORDED = ("scale_lr", "no_flip", "register_key")
+"""Flags that another entry of the record stands for, or that name where the result is registered."""
+
+UNUSED = {
+    "lr_num_cycles": lambda config: config.train.lr_scheduler != "cosine_with_restarts",
+    "lr_power": lambda config: config.train.lr_scheduler != "polynomial",
+    "lr_warmup_steps": lambda config: config.train.lr_scheduler in ("constant", "piecewise_constant"),
+    "max_train_steps": lambda config: "constant" in config.train.lr_scheduler,
+    **dict.fromkeys(
+        ("rank", "lora_alpha", "lora_targets", "train_text_encoder_lora", "learning_rate"),
+        lambda config: not config.model.trains_lora,
+    ),
+    **dict.fromkeys(("ti_learning_rate", "num_vectors", "initializer"), lambda config: not config.model.trains_tokens),
+}
+"""Settings that decide nothing under some others, ``max_train_steps`` of a step's learning rate."""
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything stage 1 is told.
+    """A request of stage 1; :func:`semantic_aug.finetune.run.resolve` fills in what the flags leave open.
 
     Attributes:
-        dataset: what ``--dataset`` was given.
+        dataset: name of the data set.
         setting: which part of the training split is used.
-        base_name: base model as the user named it.
-        base_folder: where it is on this machine.
-        strategy: ``ti``, ``db`` or ``ti_db``.
-        output_dir: of the checkpoints.
-        max_train_steps: optimiser steps.
-        resolution: side of the training images in pixels.
-        train_batch_size: images per process and micro-batch.
-        gradient_accumulation_steps: micro-batches per optimiser step.
-        learning_rate: of the LoRA.
-        ti_learning_rate: of the class tokens.
-        lr_scheduler: name of a diffusers schedule.
-        lr_warmup_steps: optimiser steps.
-        lr_num_cycles: restarts of ``cosine_with_restarts``.
-        lr_power: of ``polynomial``.
-        lr_step_rules: of ``piecewise_constant``, None for the others.
-        rank: of the LoRA.
-        lora_alpha: None for the rank.
-        lora_targets: projections that get a LoRA.
-        train_text_encoder_lora: a LoRA on the text encoders' attention projections too.
-        class_prompts_ratio: share of the images under class prompts, the others are under their captions.
-        initializer: ``class_name``, ``super_class`` or words.
-        num_vectors: vectors per class token.
-        prediction_type: None for the base model's own.
-        snr_gamma: min-SNR loss weights, None for none.
-        noise_offset: scale of a per-channel offset added to the noise.
-        adam_weight_decay: AdamW's.
-        max_grad_norm: gradient clipping, 0 for none.
-        use_8bit_adam: bitsandbytes' AdamW.
-        gradient_checkpointing: trade time for memory in the U-Net.
-        mixed_precision: ``no``, ``fp16`` or ``bf16``.
-        compile: the U-Net and the text encoders that train; ``auto``, ``on`` or ``off``.
-        crops: 1 for the centre crop, more for further seeded random ones.
-        random_crops: a new crop each time an image is seen, encoded in the loop, instead of ``crops`` cached ones.
-        random_flip: mirror half of the images.
-        class_balanced: draw classes evenly (long-tail setting).
-        checkpointing_steps: steps between checkpoints.
-        checkpoints_total_limit: how many are kept, None for all.
-        resume_from_checkpoint: None, ``latest`` or a checkpoint folder.
-        validation_steps: steps between picture grids, 0 for none.
-        num_validation_images: pictures per class in a grid.
-        logging_steps: steps between rows of the metrics CSV.
-        report_to: ``none`` or a tracker of accelerate's.
-        seed: of everything drawn.
+        run: seed, registry folder, dry run.
+        model: what is trained.
+        train: how it is trained.
+        images: how images are presented.
+        output: what is written.
+        base_folder: where the base model is on this machine, once resolved.
     """
 
     dataset: str
     setting: Setting
-    base_name: str
-    base_folder: Path
-    strategy: str
-    output_dir: Path
-    max_train_steps: int
-    resolution: int
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    learning_rate: float
-    ti_learning_rate: float
-    lr_scheduler: str
-    lr_warmup_steps: int
-    lr_num_cycles: int
-    lr_power: float
-    lr_step_rules: str | None
-    rank: int
-    lora_alpha: float | None
-    lora_targets: tuple[str, ...]
-    train_text_encoder_lora: bool
-    class_prompts_ratio: float
-    initializer: str
-    num_vectors: int
-    prediction_type: str | None
-    snr_gamma: float | None
-    noise_offset: float
-    adam_weight_decay: float
-    max_grad_norm: float
-    use_8bit_adam: bool
-    gradient_checkpointing: bool
-    mixed_precision: str
-    compile: str
-    crops: int
-    random_crops: bool
-    random_flip: bool
-    class_balanced: bool
-    checkpointing_steps: int
-    checkpoints_total_limit: int | None
-    resume_from_checkpoint: str | None
-    validation_steps: int
-    num_validation_images: int
-    logging_steps: int
-    report_to: str
-    seed: int
+    run: cli.RunSettings
+    model: ModelSettings
+    train: TrainSettings
+    images: ImageSettings
+    output: OutputSettings
+    base_folder: Path | None = None
 
     @property
-    def trains_tokens(self) -> bool:
-        return self.strategy != "db"
+    def seed(self) -> int:
+        """Seed of everything drawn."""
+        return self.run.seed
 
     @property
-    def trains_lora(self) -> bool:
-        return self.strategy != "ti"
+    def output_dir(self) -> Path:
+        """Folder of the results."""
+        return self.output.output_dir
+
+    @property
+    def class_balanced(self) -> bool:
+        """Whether classes are drawn evenly instead of images, for the long tail."""
+        return self.setting.task == "imbalanced"
+
+    def effective_batch(self, processes: int) -> int:
+        """Images of an optimiser step, over all micro-batches and processes."""
+        return self.train.train_batch_size * self.train.gradient_accumulation_steps * processes
 
     def compiled(self, device_type: str) -> bool:
-        """Whether they are compiled on a device of this type; ``auto``: on GPUs, where the run repays it."""
-        if self.compile != "auto":
-            return self.compile == "on"
-        return device_type == "cuda" and self.max_train_steps >= COMPILE_STEPS
+        """Whether the networks are compiled on a device of this type; ``auto``: on GPUs, where the run repays it."""
+        if self.model.compile != "auto":
+            return self.model.compile == "on"
+        return device_type == "cuda" and self.train.max_train_steps >= COMPILE_STEPS
 
     def record(self, processes: int = 1) -> dict:
         """What ``args.yaml`` keeps of a run on so many processes."""
-        fields = asdict(self)
-        fields["effective_batch"] = self.train_batch_size * self.gradient_accumulation_steps * processes
-        fields["setting"] = asdict(self.setting)
-        del fields["base_folder"]  # where a hub model lies differs between machines
-        return fields
+        settings = {
+            RECORDED_AS.get(name, name): getattr(getattr(self, group), name)
+            for group, cls in GROUPS.items()
+            for name in cli.settings_of(cls)
+            if name not in NOT_RECORDED
+        }
+        return {
+            "dataset": self.dataset,
+            "setting": asdict(self.setting),
+            **settings,
+            "random_flip": not self.images.no_flip,
+            "class_balanced": self.class_balanced,
+            "seed": self.seed,
+            "effective_batch": self.effective_batch(processes),
+        }
+
+    def may_change(self) -> tuple[str, ...]:
+        """Entries of the record that a resumed run may be given differently: they change nothing that a step computes."""
+        fields = [field for cls in GROUPS.values() for field in cli.settings_of(cls).values()]
+        free = [RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]]
+        unused = [name for name, decides_nothing in UNUSED.items() if decides_nothing(self)]
+        return ("dataset", *free, *unused)  # the data set is compared by content
 
 
-MAY_CHANGE = (
-    "resume_from_checkpoint",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "num_validation_images",
-    "logging_steps",
-    "report_to",
-    "output_dir",
-    "gradient_checkpointing",
-    "compile",
-    # compared by content instead
-    "dataset",
-    "base_name",
-    # compared as effective_batch: a step draws for all of it, each process and micro-batch takes its slice
-    "train_batch_size",
-    "gradient_accumulation_steps",
-)
-"""Arguments a resumed run may be given differently: they do not change what a step computes."""
-
-UNUSED = {
-    "lr_num_cycles": lambda config: config.lr_scheduler != "cosine_with_restarts",
-    "lr_power": lambda config: config.lr_scheduler != "polynomial",
-    "lr_warmup_steps": lambda config: config.lr_scheduler in ("constant", "piecewise_constant"),
-    "max_train_steps": lambda config: "constant" in config.lr_scheduler,
-    **dict.fromkeys(
-        ("rank", "lora_alpha", "lora_targets", "train_text_encoder_lora", "learning_rate"),
-        lambda config: not config.trains_lora,
-    ),
-    **dict.fromkeys(("ti_learning_rate", "num_vectors", "initializer"), lambda config: not config.trains_tokens),
-}
-"""Arguments that decide nothing under some others, ``max_train_steps`` of a step's learning rate."""
+def build_parser() -> cli.Parser:
+    """All flags of this stage."""
+    parser = cli.Parser(
+        prog="train_lora.py",
+        description="Stage 1: teaches a pre-trained Stable Diffusion the classes of a labelled image set (class tokens and "
+        "U-Net LoRA).",
+    )
+    add_shared(parser)
+    for cls in GROUPS.values():
+        cli.add_settings(parser, cls)
+    return parser
 
 
-def may_change(config: FinetuneConfig) -> tuple[str, ...]:
-    """:data:`MAY_CHANGE`, and what decides nothing in this run (:data:`UNUSED`)."""
-    return (*MAY_CHANGE, *(name for name, unused in UNUSED.items() if unused(config)))
-
-
-def check_captions(dataset: LoadedDataset, class_prompts_ratio: float) -> None:
-    """Refuses a share of captions where there are none.
+def parse(argv: Sequence[str] | None = None) -> FinetuneConfig:
+    """The request that a command line makes.
 
     Raises:
-        UserError: no image of the training split has a caption.
+        UserError: flags that do not exist, cannot be read, or exclude each other.
     """
-    column = dataset.train.extras.get("caption")
-    if class_prompts_ratio < 1 and (column is None or not any(text.strip() for text in column.tolist())):
-        raise UserError(
-            f"--class_prompts_ratio {class_prompts_ratio:g}: data set {dataset.name} has no captions; give it a column "
-            "'caption' (in its list, on the hub, or in a metadata.csv beside a folder's images), or leave the flag at 1"
-        )
+    args = build_parser().parse_args(argv)
+    groups = {"setting": Setting, "run": cli.RunSettings, **GROUPS}
+    settings = {name: cli.read_settings(cls, args) for name, cls in groups.items()}
+    return FinetuneConfig(cli.read_settings(DatasetName, args).dataset, **settings)

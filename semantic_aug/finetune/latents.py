@@ -1,7 +1,12 @@
-"""Every training image encoded once: the VAE's posterior parameters, for each crop and its mirror image.
+"""Training images as the VAE's posterior parameters, encoded once or, for ``--random_crops``, at every step.
 
-The U-Net sees latents sampled from these, afresh each step, so nothing is lost against encoding in the loop. The cache
-is a memory-mapped file beside the run, named by what it was made from; every process encodes its share.
+Encoded once: for each crop and its mirror image, in a memory-mapped file beside the run, named by what it was made from. The
+U-Net sees latents sampled from these, afresh each step, so nothing is lost against encoding in the loop.
+
+At every step: each image is decoded once and kept whole as uint8, its shorter side scaled to the resolution; a step cuts its
+squares from the memory-mapped bytes and encodes them as one batch.
+
+Every process encodes or decodes its share of the images; all map all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +15,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +29,7 @@ from semantic_aug.datasets import ImageTable
 from semantic_aug.diffusion.loop import encode_moments, to_pixels
 from semantic_aug.errors import UserError
 from semantic_aug.files import is_full, sha256_text, size_text
+from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.registry import shown_path
 from semantic_aug.seeding import numpy_rng
 from semantic_aug.tensors import create_array, open_array
@@ -29,6 +37,27 @@ from semantic_aug.tensors import create_array, open_array
 log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 8
+DECODE_BLOCK = 64
+"""Images given to the threads at once."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The images that a process encodes or decodes.
+
+    Attributes:
+        rank: of the process.
+        world: number of processes.
+        wait: called so that all processes have come this far.
+    """
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    def rows(self, count: int) -> range:
+        """Every ``world``-th of ``count`` images."""
+        return range(self.rank, count, self.world)
 
 
 def crop_box(width: int, height: int, view: int, key: str, seed: int) -> tuple[int, int, int, int]:
@@ -60,9 +89,7 @@ class LatentCache:
         views: crops per image.
         flip: whether mirror images are wanted.
         seed: of the crops.
-        rank: of this process.
-        world: number of processes; each encodes its share.
-        wait: called so that all processes have come this far.
+        share: of this process.
     """
 
     def __init__(
@@ -72,32 +99,31 @@ class LatentCache:
         vae: torch.nn.Module,
         vae_digest: str,
         resolution: int,
+        *,
         views: int,
         flip: bool,
         seed: int,
-        rank: int = 0,
-        world: int = 1,
-        wait: Callable[[], None] = lambda: None,
+        share: Share = Share(),
     ):
         self.table, self.vae, self.resolution, self.seed = table, vae, resolution, seed
         self.views, self.flips = views, 2 if flip else 1
         made_from = f"{table.signature()} {vae_digest} {resolution} {views} {self.flips} {seed} {vae.dtype}"
         self.path = folder / f"latents-{sha256_text(made_from)[:16]}.npy"
         if open_array(self.path, np.float32) is None:  # absent, or cut off by a failing disk
-            wait()  # nobody may finish before everybody has looked
-            self._build(rank, world, wait)
-        wait()
+            share.wait()  # nobody may finish before everybody has looked
+            self._build(share)
+        share.wait()
         self.moments = np.load(self.path, mmap_mode="r")
 
-    def _build(self, rank: int, world: int, wait: Callable[[], None]) -> None:
+    def _build(self, share: Share) -> None:
         partial = self.path.with_suffix(".part")
         try:
-            if rank == 0:
+            if share.rank == 0:
                 self._reserve(partial)
-            wait()
-            self._fill(np.lib.format.open_memmap(partial, "r+"), rank, world)
-            wait()
-            if rank == 0:
+            share.wait()
+            self._fill(np.lib.format.open_memmap(partial, "r+"), share)
+            share.wait()
+            if share.rank == 0:
                 os.replace(partial, self.path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -130,16 +156,10 @@ class LatentCache:
                 raise UserError(f"{too_large}, which cannot be had ({error.strerror}); {remedy}") from error
             raise
 
-    def _fill(self, out: np.ndarray, rank: int, world: int) -> None:
-        rows = range(rank, len(self.table), world)
-        for start in tqdm(
-            range(0, len(rows), ENCODE_BATCH),
-            desc="encoding images",
-            unit="batch",
-            disable=rank > 0,
-            leave=False,
-            dynamic_ncols=True,
-        ):
+    def _fill(self, out: np.ndarray, share: Share) -> None:
+        rows = share.rows(len(self.table))
+        shown = {"desc": "encoding images", "unit": "batch", "leave": False, "dynamic_ncols": True}
+        for start in tqdm(range(0, len(rows), ENCODE_BATCH), disable=share.rank > 0, **shown):
             chosen = list(rows[start : start + ENCODE_BATCH])
             pixels = self._pixels(chosen)
             variants = [pixels, pixels.flip(-1)] if self.flips == 2 else [pixels]
@@ -166,3 +186,123 @@ class LatentCache:
     def remove(self) -> None:
         """Deletes the file; a finished run has no use for it."""
         self.path.unlink(missing_ok=True)
+
+
+def scaled(image: Image.Image, resolution: int) -> Image.Image:
+    """The whole image with its shorter side at ``resolution`` pixels."""
+    factor = resolution / min(image.size)
+    width, height = (max(resolution, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+class PixelCache:
+    """Decoded images from which crops are cut and encoded; used as :class:`LatentCache` is.
+
+    Args:
+        table: training images.
+        folder: where the files go.
+        vae: the autoencoder; its device and precision are those of the encoding.
+        resolution: side of the crops in pixels.
+        share: of this process.
+    """
+
+    def __init__(self, table: ImageTable, folder: Path, vae: torch.nn.Module, resolution: int, share: Share = Share()):
+        self.table, self.vae, self.resolution, self.world = table, vae, resolution, share.world
+        self.name = f"pixels-{sha256_text(f'{table.signature()} {resolution}')[:16]}"
+        self.paths = [folder / f"{self.name}-{r}-of-{share.world}.bin" for r in range(share.world)]
+        if not self.paths[share.rank].exists():
+            self._build(self.paths[share.rank], share.rows(len(table)), share.rank > 0)
+        share.wait()
+        self._shares = [_open(path) for path in self.paths]
+
+    def _build(self, path: Path, rows: range, quiet: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        try:
+            sizes = self._write(partial, rows, quiet)
+            np.save(path.with_suffix(".sizes.npy"), sizes)
+            os.replace(partial, path)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and is_full(error):
+                raise UserError(
+                    f"--output_dir {shown_path(path.parent)}: the decoded images (about {size_text(self._estimate())}) do "
+                    f"not fit ({error.strerror}); free some, or give a folder on another disk or no --random_crops"
+                ) from error
+            raise
+
+    def _estimate(self) -> int:
+        """Bytes of all decoded images, were all shaped like the first."""
+        width, height = scaled(self.table.image(0), self.resolution).size
+        return len(self.table) * width * height * 3
+
+    def _write(self, partial: Path, rows: range, quiet: bool) -> np.ndarray:
+        sizes = np.zeros((len(rows), 2), np.int64)
+        decode = lambda row: np.asarray(scaled(self.table.image(row), self.resolution))  # noqa: E731
+        shown = {"desc": "decoding images", "unit": "image", "leave": False, "dynamic_ncols": True}
+        bar = tqdm(total=len(rows), disable=quiet, **shown)
+        with open(partial, "wb") as out, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, bar:
+            for start in range(0, len(rows), DECODE_BLOCK):
+                for number, pixels in enumerate(pool.map(decode, rows[start : start + DECODE_BLOCK]), start):
+                    sizes[number] = pixels.shape[:2]
+                    out.write(pixels.tobytes())
+                    bar.update()
+        return sizes
+
+    def gather(self, index: Tensor, position: Tensor, flip: Tensor) -> Tensor:
+        """The posterior parameters ``(B, 2C, h, w)`` of crops of the chosen images, on the VAE's device.
+
+        Args:
+            index: ``(B,)`` rows.
+            position: ``(B, 2)`` in [0, 1): from the left-most to the right-most crop, from the top one to the lowest.
+            flip: bool ``(B,)``, crops to mirror.
+        """
+        crops = [self._crop(row, x, y) for row, (x, y) in zip(index.tolist(), position.tolist(), strict=True)]
+        pixels = torch.from_numpy(np.stack(crops)).to(self.vae.device, non_blocking=True)
+        pixels = (pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1).to(self.vae.dtype)
+        mirrored = flip.to(pixels.device, non_blocking=True).view(-1, 1, 1, 1)
+        return encode_moments(self.vae, torch.where(mirrored, pixels.flip(-1), pixels))
+
+    def _crop(self, row: int, x: float, y: float) -> np.ndarray:
+        pixels, sizes, starts = self._shares[row % self.world]
+        number = row // self.world
+        height, width = sizes[number]
+        whole = pixels[starts[number] : starts[number] + height * width * 3].reshape(height, width, 3)
+        left, top = int(x * (width - self.resolution + 1)), int(y * (height - self.resolution + 1))
+        return whole[top : top + self.resolution, left : left + self.resolution]
+
+    def remove(self) -> None:
+        """Deletes the files, those of another number of processes too; a finished run has no use for them."""
+        for path in self.paths[0].parent.glob(f"{self.name}-*"):
+            path.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All bytes of a share, each image's height and width, and where its bytes begin."""
+    sizes = np.load(path.with_suffix(".sizes.npy"))
+    ends = np.cumsum(sizes.prod(1) * 3)
+    pixels = np.memmap(path, np.uint8, "r") if len(sizes) else np.empty(0, np.uint8)
+    return pixels, sizes, np.concatenate([[0], ends])
+
+
+def image_sizes(table: ImageTable, config: FinetuneConfig) -> Tensor:
+    """Image sizes as Stable Diffusion XL is conditioned on them (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+
+    Args:
+        table: training images.
+        config: of the run.
+
+    Returns:
+        ``(N, views, 2, 6)``, the third index being mirrored or not: original size, crop's corner and target size, each
+        (height, width) in pixels, the corner in those of the image resized to the training resolution.
+    """
+    rows = []
+    for row, key in enumerate(table.keys):
+        width, height = table.size(row)
+        scale = config.images.resolution / min(width, height)
+        for view in range(config.images.crops):
+            left, top, right, _ = crop_box(width, height, view, key, config.seed)
+            for start in (left, width - right):
+                corner = [round(top * scale), round(start * scale)]
+                rows.append([height, width, *corner, config.images.resolution, config.images.resolution])
+    return torch.tensor(rows, dtype=torch.float32).view(len(table), config.images.crops, 2, 6)

@@ -1,4 +1,5 @@
-"""What is trained: a frozen base model with trainable class vectors and a LoRA, as one module that predicts noise."""
+"""What is trained: a frozen base model with trainable class vectors and a LoRA, as one module that predicts noise; its
+optimiser and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from semantic_aug.datasets import LoadedDataset
@@ -15,8 +17,9 @@ from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel
 from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt, tokenize
-from semantic_aug.finetune.captions import Captions
-from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.errors import UserError
+from semantic_aug.finetune.batches import Captions
+from semantic_aug.finetune.config import FinetuneConfig, TrainSettings
 from semantic_aug.finetune.projections import FlatLora, join_projections
 from semantic_aug.prompts import TEMPLATES
 
@@ -35,14 +38,14 @@ class TrainedModel(nn.Module):
 
     def __init__(self, model: BaseModel, config: FinetuneConfig, dataset: LoadedDataset):
         super().__init__()
-        self.family, self.alpha = model.family, config.lora_alpha
-        self.lora_parameters = self._add_lora(model, config) if config.trains_lora else []
+        self.family, self.alpha = model.family, config.model.lora_alpha
+        self.lora_parameters = self._add_lora(model, config) if config.model.trains_lora else []
         self.tokens: token_io.ClassTokens | None = None
         self.vectors: list[Tensor] = []
-        if config.trains_tokens:
+        if config.model.trains_tokens:
             self.tokens = _initial_tokens(model, config, dataset)
             self.vectors = token_io.install_all(self.tokens, model.tokenizers, model.text_encoders, trainable=True)
-        if config.gradient_checkpointing:
+        if config.model.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         self.unet, self.text_encoders = model.unet, nn.ModuleList(model.text_encoders)
         self.text_components = [encoder.component for encoder in model.family.encoders]
@@ -52,7 +55,7 @@ class TrainedModel(nn.Module):
             for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
             for template in TEMPLATES
         ]
-        self.captions = Captions(dataset, self.tokens, config.class_prompts_ratio)
+        self.captions = Captions(dataset, self.tokens, config.images.class_prompts_ratio)
         self.class_prompts = len(prompts)
         self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
         self._encoded = ConditionCache(PROMPT_BYTES)
@@ -62,10 +65,12 @@ class TrainedModel(nn.Module):
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):  # peft draws the first values from the global generator
             torch.manual_seed(config.seed)
-            parameters = lora_io.add_lora(model.unet, config.rank, config.lora_alpha, config.lora_targets)
-            for position, encoder in enumerate(model.text_encoders if config.train_text_encoder_lora else ()):
+            parameters = lora_io.add_lora(
+                model.unet, config.model.rank, config.model.lora_alpha, config.model.lora_targets
+            )
+            for position, encoder in enumerate(model.text_encoders if config.model.train_text_encoder_lora else ()):
                 layers = model.family.trained_layers(position, encoder)
-                parameters += lora_io.add_text_lora(encoder, config.rank, config.lora_alpha, layers)
+                parameters += lora_io.add_text_lora(encoder, config.model.rank, config.model.lora_alpha, layers)
         return parameters
 
     @property
@@ -161,13 +166,13 @@ class TrainedModel(nn.Module):
         self._calls += 1
         return predicted
 
-    def parameter_groups(self, config: FinetuneConfig) -> list[dict]:
+    def parameter_groups(self, settings: TrainSettings) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""
         groups = []
         if self.lora_parameters:
-            groups.append({"params": self.lora_parameters, "lr": config.learning_rate})
+            groups.append({"params": self.lora_parameters, "lr": settings.learning_rate})
         if self.vectors:
-            groups.append({"params": self.vectors, "lr": config.ti_learning_rate})
+            groups.append({"params": self.vectors, "lr": settings.ti_learning_rate})
         return groups
 
     def describe_images(self, digest: str) -> None:
@@ -191,12 +196,63 @@ def _initial_tokens(model: BaseModel, config: FinetuneConfig, dataset: LoadedDat
             dataset.source_names,
             dataset.class_names,
             dataset.spec.super_class,
-            config.initializer,
+            config.model.initializer,
             tokenizer,
             text_encoder,
-            config.num_vectors,
+            config.model.num_vectors,
         )
         for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
     ]
     further = tuple(tokens.vectors for tokens in each[1:])
-    return replace(each[0], further=further, base_model=config.base_name, dataset=dataset.name)
+    return replace(
+        each[0], further=further, base_model=config.model.pretrained_model_name_or_path, dataset=dataset.name
+    )
+
+
+def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW in one kernel where the device has it, or bitsandbytes' 8-bit one.
+
+    Args:
+        groups: parameters and learning rates.
+        settings: of the run.
+        device: of the parameters.
+
+    Raises:
+        UserError: ``--use_8bit_adam`` without bitsandbytes.
+    """
+    if settings.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
+        return bitsandbytes.optim.AdamW8bit(groups, weight_decay=settings.adam_weight_decay)
+    fused = device.type in ("cuda", "cpu") or None
+    return torch.optim.AdamW(groups, weight_decay=settings.adam_weight_decay, fused=fused)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> torch.optim.lr_scheduler.LambdaLR:
+    """diffusers' schedule of that name, stepped once per optimiser step.
+
+    Raises:
+        UserError: ``piecewise_constant`` without rules, or rules that cannot be read.
+    """
+    rules = settings.lr_step_rules
+    if (settings.lr_scheduler == "piecewise_constant") != (rules is not None):
+        raise UserError(
+            f"--lr_scheduler {settings.lr_scheduler} with --lr_step_rules {rules or '(not given)'}: piecewise_constant, and "
+            "only it, takes rules like 1:1000,0.1:2000,0.01 (times 1 before step 1000, times 0.1 before 2000, then 0.01)"
+        )
+    try:
+        return get_scheduler(
+            settings.lr_scheduler,
+            optimizer,
+            step_rules=rules,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.max_train_steps,
+            num_cycles=settings.lr_num_cycles,
+            power=settings.lr_power,
+        )
+    except (ValueError, IndexError, TypeError) as error:
+        raise UserError(
+            f"--lr_scheduler {settings.lr_scheduler}, --lr_step_rules {rules}: {error}; rules look like 1:1000,0.1:2000,0.01"
+        ) from None

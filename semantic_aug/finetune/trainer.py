@@ -10,7 +10,6 @@ import time
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler
 from torch import Tensor
 from tqdm import tqdm
@@ -21,29 +20,23 @@ from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
 from semantic_aug.diffusion.loop import sample_posterior
-from semantic_aug.divergence import CHECK_STEPS, LossLog
+from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, non_finite
 from semantic_aug.errors import Interrupted, UserError
-from semantic_aug.finetune import checkpoints, divergence
-from semantic_aug.finetune.batches import BatchSource
+from semantic_aug.finetune import checkpoints
+from semantic_aug.finetune.batches import BatchSource, Draw
 from semantic_aug.finetune.config import FinetuneConfig
-from semantic_aug.finetune.early import disk_needed
-from semantic_aug.finetune.folder import SUMMARY_FILE, finished, origin_of, take_folder
-from semantic_aug.finetune.latents import LatentCache
-from semantic_aug.finetune.model import TrainedModel
-from semantic_aug.finetune.optim import make_optimizer, make_schedule
-from semantic_aug.finetune.pixels import PixelCache
-from semantic_aug.finetune.sizes import image_sizes
+from semantic_aug.finetune.latents import LatentCache, PixelCache, Share, image_sizes
+from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
 from semantic_aug.finetune.validation import save_grid, validation_grid
 from semantic_aug.prompts import TEMPLATES
-from semantic_aug.runs import RunLock
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
-BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
-"""What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 METRIC_COLUMNS = ("step", "loss", "lora_lr", "token_lr", "grad_norm", "steps_per_second")
 STOP_CHECK_STEPS = 10
+MIN_LOSS_SCALE = 2.0**-14
+"""Scale of the loss in fp16 below which its gradients will not become finite any more."""
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -53,7 +46,7 @@ class Trainer:
     Args:
         config: the request.
         dataset: loaded under ``config.setting``.
-        accelerator: made by :func:`make_accelerator`.
+        accelerator: decides device, precision and processes.
         origin: of the run, on the main process; its images are looked at again when they have been encoded and at the end.
     """
 
@@ -65,36 +58,35 @@ class Trainer:
         origin: RunOrigin | None = None,
     ):
         self.config, self.dataset, self.accelerator, self.origin = config, dataset, accelerator, origin
-        self.base: BaseModel = load_base(config.base_name, config.base_folder)
-        self.base.geometry.check(config.resolution)
-        dtype = DTYPES[config.mixed_precision]
+        self.base: BaseModel = load_base(config.model.pretrained_model_name_or_path, config.base_folder)
+        self.base.geometry.check(config.images.resolution)
+        self.dtype = DTYPES[config.model.mixed_precision]
         self.model = TrainedModel(self.base, config, dataset).train()
-        self._place(dtype)
-        self.optimizer = make_optimizer(self.model.parameter_groups(config), config, accelerator.device)
-        self.schedule = make_schedule(self.optimizer, config)
+        self._move_to_device()
+        self.optimizer = make_optimizer(self.model.parameter_groups(config.train), config.train, accelerator.device)
+        self.schedule = make_schedule(self.optimizer, config.train)
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
-        self.prediction_type = config.prediction_type or self.noise_scheduler.config.prediction_type
+        self.prediction_type = config.train.prediction_type or self.noise_scheduler.config.prediction_type
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
-        if not config.resume_from_checkpoint:  # else much of it is written already
+        if not config.output.resume_from_checkpoint:  # else much of it is written already
             trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-            needed = disk_needed(config, len(dataset.train), self.base.geometry, trained)
-            files.check_space(config.output_dir, needed, "--output_dir")
+            checkpoints.check_disk(config, len(dataset.train), self.base.geometry, trained)
         self.latents = self._encode_images()
-        if not config.random_crops:  # the images are encoded: until pictures are drawn the VAE need not lie on a GPU
+        if not config.images.random_crops:  # the images are encoded: until pictures are drawn, no GPU need hold the VAE
             self.base.vae.to("cpu")
         self.sizes = image_sizes(dataset.train, config) if self.base.family.sizes else None
-        self.effective_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        self.effective_batch = config.effective_batch(accelerator.num_processes)
         self.source = BatchSource(
             dataset.train.labels,
             self.effective_batch,
-            self.base.geometry.latent_shape(config.resolution),
-            0 if config.random_crops else config.crops,
-            config.random_flip,
-            len(TEMPLATES),
-            self.noise_scheduler.config.num_train_timesteps,
-            config.noise_offset,
-            config.class_balanced,
-            config.seed,
+            self.base.geometry.latent_shape(config.images.resolution),
+            views=0 if config.images.random_crops else config.images.crops,
+            flip=not config.images.no_flip,
+            templates=len(TEMPLATES),
+            num_train_timesteps=self.noise_scheduler.config.num_train_timesteps,
+            noise_offset=config.train.noise_offset,
+            class_balanced=config.class_balanced,
+            seed=config.seed,
         )
         self.labels = torch.from_numpy(dataset.train.labels)
         self.step = 0
@@ -104,40 +96,32 @@ class Trainer:
             origin.refuse_changed("no step was trained; run the command again with another --output_dir")
             self.model.describe_images(origin.describe()["data"]["train"]["digest"])
 
-    def _place(self, dtype: torch.dtype) -> None:
+    def _move_to_device(self) -> None:
         """Frozen weights in the working precision, trained ones in float32, everything on the device."""
         device = self.accelerator.device
-        self.base.vae.to(device, torch.float32 if dtype == torch.float16 else dtype)  # SD's VAE can overflow in fp16
+        vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype  # SD's VAE can overflow in fp16
+        self.base.vae.to(device, vae_dtype)
         self.model.to(device)
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(self.dtype)
         self.model.unet.to(memory_format=torch.channels_last)
         self.model.join_projections()
         if self.config.compiled(device.type):
             self.model.compile_networks()
 
     def _encode_images(self) -> LatentCache | PixelCache:
-        shared = (self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.wait_for_everyone)
-        if self.config.random_crops:
-            return PixelCache(
-                self.dataset.train, self.config.output_dir, self.base.vae, self.config.resolution, *shared
-            )
-        folder = self.base.folder
-        digest = files.sha256_text(
-            "".join(files.sha256_file(p) for p in weight_files(folder) if p.parent.name == "vae")
-        )
+        accelerator, images = self.accelerator, self.config.images
+        share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        table, output_dir, vae = self.dataset.train, self.config.output_dir, self.base.vae
+        if images.random_crops:
+            return PixelCache(table, output_dir, vae, images.resolution, share)
+        weights = [path for path in weight_files(self.base.folder) if path.parent.name == "vae"]
+        digest = files.sha256_text("".join(files.sha256_file(path) for path in weights))
         return LatentCache(
-            self.dataset.train,
-            self.config.output_dir,
-            self.base.vae,
-            digest,
-            self.config.resolution,
-            self.config.crops,
-            self.config.random_flip,
-            self.config.seed,
-            *shared,
-        )
+            table, output_dir, vae, digest, images.resolution,
+            views=images.crops, flip=not images.no_flip, seed=self.config.seed, share=share,
+        )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------- one run
 
@@ -161,41 +145,28 @@ class Trainer:
             UserError: a checkpoint that does not fit.
         """
         config, accelerator = self.config, self.accelerator
-        main = accelerator.is_main_process
         self._resume()
         self.prepare()
-        metrics = (
-            runs.MetricsCsv(config.output_dir / METRICS_FILE, METRIC_COLUMNS, keep_below=self.step) if main else None
-        )
-        began, first = time.monotonic(), self.step
+        path = config.output_dir / METRICS_FILE
+        metrics = runs.MetricsCsv(path, METRIC_COLUMNS, self.step) if accelerator.is_main_process else None
+        began, first, last = time.monotonic(), self.step, config.train.max_train_steps
         loss_log = LossLog(accelerator.device, CHECK_STEPS, lambda part: accelerator.reduce(part, "mean"))
-        total, norm, logged_at, logged_step = 0.0, None, began, self.step
-        with (
-            self._signals(),
-            tqdm(
-                total=config.max_train_steps,
-                initial=self.step,
-                unit="step",
-                desc=f"finetune {config.strategy}",
-                disable=not main,
-                dynamic_ncols=True,
-                mininterval=1.0,
-            ) as bar,
-        ):
-            while self.step < config.max_train_steps:
+        total, logged_at, logged_step = 0.0, began, self.step
+        with self._signals(), self._progress_bar() as bar:
+            while self.step < last:
                 loss, norm = self.optimizer_step()
                 loss_log.add(loss)
                 bar.update()
-                logged = self.step % config.logging_steps == 0 or self.step == config.max_train_steps
+                logging_due = self.step % config.output.logging_steps == 0 or self.step == last
                 stopping = self._should_stop()
-                saving = stopping or (config.checkpointing_steps and self.step % config.checkpointing_steps == 0)
-                if logged or saving or loss_log.count == CHECK_STEPS:
-                    total += divergence.sum_of_losses(loss_log, self.step, accelerator.scaler, config)
-                if logged:
+                saving = stopping or self._is_due(config.output.checkpointing_steps)
+                if loss_log.count == CHECK_STEPS or logging_due or saving:
+                    total += self._sum_of_losses(loss_log)
+                if logging_due:
                     now, count = time.monotonic(), self.step - logged_step
                     row = {"loss": total / count, "steps_per_second": count / (now - logged_at)}
                     row |= self._learning_rates() | ({"grad_norm": float(norm)} if norm is not None else {})
-                    if main:
+                    if metrics is not None:
                         metrics.add(step=self.step, **row)
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                     accelerator.log(row, step=self.step)
@@ -204,31 +175,45 @@ class Trainer:
                     self._checkpoint()
                 if stopping:
                     raise Interrupted(
-                        f"interrupted at step {self.step} of {config.max_train_steps}: {config.output_dir}/"
-                        f"checkpoint-{self.step} is written; the same command with --resume_from_checkpoint latest goes on"
+                        f"interrupted at step {self.step} of {last}: {config.output_dir}/checkpoint-{self.step} is written; "
+                        "the same command with --resume_from_checkpoint latest goes on"
                     )
-                if config.validation_steps and self.step % config.validation_steps == 0:
+                if self._is_due(config.output.validation_steps):
                     before = time.monotonic()
                     self._validate()
                     logged_at += time.monotonic() - before
         return self._finish(time.monotonic() - began, self.step - first)
 
+    def _is_due(self, interval: int) -> bool:
+        """Whether this step ends an interval; 0 for never."""
+        return interval > 0 and self.step % interval == 0
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.train.max_train_steps,
+            initial=self.step,
+            unit="step",
+            desc=f"finetune {self.config.model.finetune_strategy}",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+
     def optimizer_step(self) -> tuple[Tensor, Tensor | None]:
         """The next optimiser step, over all micro-batches; returns the mean loss and the gradient norm, without a sync."""
-        config, accelerator = self.config, self.accelerator
+        train, accelerator = self.config.train, self.accelerator
         draw = self.source.draw(self.step)
         total, norm = torch.zeros((), device=accelerator.device), None
-        for micro in range(config.gradient_accumulation_steps):
-            last = micro == config.gradient_accumulation_steps - 1
-            part = draw.part(micro * accelerator.num_processes + accelerator.process_index, config.train_batch_size)
+        for micro in range(train.gradient_accumulation_steps):
+            last = micro == train.gradient_accumulation_steps - 1
+            part = draw.part(micro * accelerator.num_processes + accelerator.process_index, train.train_batch_size)
             with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
-                loss = self._loss(part) / config.gradient_accumulation_steps
+                loss = self._loss(part) / train.gradient_accumulation_steps
                 accelerator.backward(loss)
             total += loss.detach()
-        if config.max_grad_norm:
-            norm = accelerator.clip_grad_norm_(
-                [p for g in self.optimizer.param_groups for p in g["params"]], config.max_grad_norm
-            )
+        if train.max_grad_norm:  # gradient clipping
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm)
         self._stepper.step()
         self.schedule.step()
         self._stepper.zero_grad(set_to_none=True)
@@ -242,22 +227,26 @@ class Trainer:
             values = values.pin_memory()
         return values.to(device, non_blocking=True)
 
-    def _loss(self, draw) -> Tensor:
+    def _loss(self, draw: Draw) -> Tensor:
+        settings = self.config.train
+        # latents: a sample of the VAE's posterior
         moments = self._moved(self.latents.gather(draw.index, draw.view, draw.flip))
-        noise, timesteps = self._moved(draw.noise), self._moved(draw.timestep)
         latents = sample_posterior(moments, self._moved(draw.posterior), self.base.vae.config.scaling_factor)
+        # forward diffusion: noise of the drawn timesteps
+        noise, timesteps = self._moved(draw.noise), self._moved(draw.timestep)
         noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
-        wanted = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
+        target = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
+        # conditioning: prompts, and image sizes in XL
         captions = self.model.captions.choose(draw.index, draw.caption)
         sizes = None if self.sizes is None else self.sizes[draw.index, draw.view, draw.flip.long()]
         conditions = self.model.conditions(self.labels[draw.index], draw.template, captions, sizes)
         conditions = {name: self._moved(value) for name, value in conditions.items()}
-        dtype = DTYPES[self.config.mixed_precision]
-        predicted = self._wrapped(noisy.to(dtype), timesteps, conditions)
+        predicted = self._wrapped(noisy.to(self.dtype), timesteps, conditions)
+        # min-SNR loss weights
         weights = None
-        if self.config.snr_gamma is not None:
-            weights = losses.min_snr_weights(timesteps, self.alphas, self.config.snr_gamma, self.prediction_type)
-        return losses.denoising_loss(predicted, wanted, weights)
+        if settings.snr_gamma is not None:
+            weights = losses.min_snr_weights(timesteps, self.alphas, settings.snr_gamma, self.prediction_type)
+        return losses.denoising_loss(predicted, target, weights)
 
     def _learning_rates(self) -> dict[str, float]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -266,12 +255,13 @@ class Trainer:
         ]
         return dict(zip(names, rates, strict=True))
 
-    # ------------------------------------------------------------------------------------- checkpoints and signals
+    # -------------------------------------------------------------------------------------------------- checkpoints
 
     def _resume(self) -> None:
-        if not self.config.resume_from_checkpoint:
+        wanted = self.config.output.resume_from_checkpoint
+        if not wanted:
             return
-        folder = checkpoints.find(self.config.output_dir, self.config.resume_from_checkpoint)
+        folder = checkpoints.find(self.config.output_dir, wanted)
         if folder is None:
             log.info("no checkpoint in %s yet: starting from the beginning", self.config.output_dir)
             return
@@ -287,29 +277,70 @@ class Trainer:
         except ValueError:
             raise UserError(
                 f"{folder} holds an optimiser of other parameters, from another version of this program or with other "
-                "settings, and cannot be gone on with: choose another --output_dir"
+                "settings, and cannot be continued: choose another --output_dir"
             ) from None
         self.schedule.load_state_dict(state["schedule"])
         self.step, self._scaler_state = state["step"], state["scaler"]
         log.info("resuming from %s", folder)
 
     def _checkpoint(self) -> None:
-        divergence.check_weights(self.model, self.step, self.config)
+        self._check_weights()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._save_checkpoint()
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:
-        scaler = self.accelerator.scaler
+        scaler, limit = self.accelerator.scaler, self.config.output.checkpoints_total_limit
         state = {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "effective_batch": self.effective_batch,
         }
-        limit = self.config.checkpoints_total_limit
         checkpoints.save_checkpoint(self.config.output_dir, self.step, self.model, state, limit)
+
+    # --------------------------------------------------------------------------------------------------- divergence
+
+    def _sum_of_losses(self, log: LossLog) -> float:
+        """The sum of the losses since the last read.
+
+        Raises:
+            UserError: a loss is not finite, or the fp16 gradients are not at any scale of it.
+        """
+        recent, scaler = log.read(), self.accelerator.scaler
+        check_losses(recent, self.step, self._advice())
+        if scaler is not None and scaler.get_scale() < MIN_LOSS_SCALE:
+            raise UserError(
+                f"training diverged: at step {self.step} no scale of the loss gives finite fp16 gradients; {self._advice()}"
+            )
+        return float(recent.sum())
+
+    def _check_weights(self) -> None:
+        """Refuses trained weights that are not finite, before they are written.
+
+        Raises:
+            UserError: names the first of them.
+        """
+        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        if self.model.flat_lora is not None:
+            trained.append(("LoRA", self.model.flat_lora.values))
+        if name := non_finite(trained):
+            raise UserError(f"training diverged: after step {self.step} '{name}' is not finite; {self._advice()}")
+
+    def _advice(self) -> str:
+        """What to lower, and which checkpoint is kept."""
+        model, train = self.config.model, self.config.train
+        saved = checkpoints.listed(self.config.output_dir)
+        rates = [f"--learning_rate {train.learning_rate:g}"] if model.trains_lora else []
+        rates += [f"--ti_learning_rate {train.ti_learning_rate:g}"] if model.trains_tokens else []
+        return (
+            f"lower {' and '.join(rates)}"
+            + (", set --max_grad_norm 1" if not train.max_grad_norm else "")
+            + (", use --mixed_precision bf16" if model.mixed_precision == "fp16" else "")
+            + " and choose another --output_dir; "
+            + (f"{saved[-1]} is the last good checkpoint" if saved else "there is no checkpoint yet")
+        )
 
     def _refuse_changed_images(self) -> None:
         """Nothing is concluded of images that are no longer those of the record.
@@ -326,6 +357,8 @@ class Trainer:
         except UserError:
             self._save_checkpoint()
             raise
+
+    # ------------------------------------------------------------------------------------------ signals and pictures
 
     @contextlib.contextmanager
     def _signals(self):
@@ -351,20 +384,16 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def _validate(self) -> None:
-        if not self.accelerator.is_main_process or not self.config.num_validation_images:
+        count = self.config.output.num_validation_images
+        if not self.accelerator.is_main_process or not count:
             return
         self.model.eval()
         before = self.base.vae.device
         self.base.vae.to(self.accelerator.device)
-        image = validation_grid(
-            self.model,
-            self.base,
-            self.dataset.class_names,
-            self.config.resolution,
-            self.config.num_validation_images,
-            self.config.seed,
-            self.accelerator.autocast,
-        )
+        with self.accelerator.autocast():
+            image = validation_grid(
+                self.model, self.base, self.dataset.class_names, self.config.images.resolution, count, self.config.seed
+            )
         self.base.vae.to(before)
         self.model.train()
         save_grid(image, self.config.output_dir, self.step)
@@ -374,7 +403,7 @@ class Trainer:
                 tracker.log_images({"validation": np.asarray(image)[None]}, step=self.step, **layout)
 
     def _finish(self, seconds: float, steps: int) -> dict:
-        divergence.check_weights(self.model, self.step, self.config)
+        self._check_weights()
         self.accelerator.wait_for_everyone()
         summary = {
             "steps": self.step,
@@ -388,55 +417,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._refuse_changed_images()
             checkpoints.save_weights(self.model, self.config.output_dir)
-            files.write_json(self.config.output_dir / SUMMARY_FILE, summary)
+            files.write_json(self.config.output_dir / checkpoints.SUMMARY_FILE, summary)
             self.latents.remove()
             checkpoints.remove_leftovers(self.config.output_dir)
-            log.info(
-                "%d steps in %.0f s, %s steps/s: %s",
-                steps,
-                seconds,
-                summary["steps_per_second"],
-                self.config.output_dir,
-            )
+            rate = summary["steps_per_second"]
+            log.info("%d steps in %.0f s, %s steps/s: %s", steps, seconds, rate, self.config.output_dir)
         self.accelerator.end_training()
         return summary
-
-
-def make_accelerator(config: FinetuneConfig) -> Accelerator:
-    """The accelerator of a run; launched by ``accelerate launch`` or plainly."""
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / "logs")),
-    )
-
-
-def run(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator) -> dict:
-    """Runs a request in its output folder, or finds it done.
-
-    Raises:
-        UserError: the folder holds a run with other arguments or an unfinished one that is not asked to be resumed, or
-            is in use.
-        Interrupted: a signal stopped it; a checkpoint was written.
-    """
-    with contextlib.ExitStack() as held:
-        if accelerator.is_main_process:
-            held.enter_context(files.no_trace(config.output_dir, BEFORE_RESULTS))
-            held.enter_context(RunLock(config.output_dir, "--output_dir"))
-        return _run_alone(config, dataset, accelerator)
-
-
-def _run_alone(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator) -> dict:
-    """See :func:`run`."""
-    origin = origin_of(config, dataset)
-    if accelerator.is_main_process:
-        take_folder(config, origin, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    done = finished(config.output_dir)
-    if done and done["steps"] >= config.max_train_steps:
-        return done
-    if config.report_to != "none":
-        record = runs.plain(config.record(accelerator.num_processes))
-        flat = {name: value for name, value in record.items() if isinstance(value, (str, int, float, bool))}
-        accelerator.init_trackers("finetune", flat)
-    return Trainer(config, dataset, accelerator, origin if accelerator.is_main_process else None).train()

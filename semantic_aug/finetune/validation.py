@@ -21,25 +21,24 @@ SETTINGS = SolverSettings(num_inference_steps=25, guidance_scale=7.5)
 
 @torch.no_grad()
 def validation_grid(
-    model: TrainedModel, base: BaseModel, class_names: tuple[str, ...], resolution: int, per_class: int, seed: int, amp
+    model: TrainedModel, base: BaseModel, class_names: tuple[str, ...], resolution: int, per_class: int, seed: int
 ) -> Image.Image:
     """Images of (up to twelve, evenly chosen) classes with the weights as they are now.
 
     Args:
-        model: in training.
+        model: in training; called under its mixed precision.
         base: the base model it changes.
         class_names: for the row titles.
         resolution: side in pixels.
         per_class: pictures per row; their noise depends on seed and column only.
         seed: of the run.
-        amp: context manager of the mixed precision in force.
     """
     step = max(1, -(-len(class_names) // MAX_CLASSES))
     scheduler = make_scheduler(base.scheduler_config)
     shape = base.geometry.latent_shape(resolution)
     rows = []
     model.refresh()
-    with amp(), model.uncompiled():
+    with model.uncompiled():
         null = base.encode_null(resolution)
         for label in range(0, len(class_names), step):
             labels = torch.full((per_class,), label)

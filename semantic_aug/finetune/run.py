@@ -1,0 +1,186 @@
+"""A run of stage 1: what its flags leave open, what is checked before its hours, and its result."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from semantic_aug import files, registry, runs
+from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.diffusion import lora, tokens
+from semantic_aug.diffusion.base import find_base, read_geometry
+from semantic_aug.diffusion.families import family_of
+from semantic_aug.diffusion.skeleton import load_skeleton
+from semantic_aug.errors import UserError, all_local, no_downloads
+from semantic_aug.finetune.batches import check_training_prompts
+from semantic_aug.finetune.checkpoints import check_disk, finished, origin_of, take_folder
+from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
+"""What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
+
+
+def run(config: FinetuneConfig) -> None:
+    """Checks and resolves a request, prints it, trains, and prints the entry of the registry; a dry run only checks.
+
+    Raises:
+        UserError: see :func:`resolve` and :func:`train`.
+    """
+    main_process, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
+    with no_downloads(config.run.dry_run):
+        config, dataset = resolve(config)
+    if main_process:
+        print(dataset.describe())
+        print(runs.arguments_text(config.record(processes)), end="")
+    if config.run.dry_run:
+        check(config, dataset)
+        take_folder(config, origin_of(config, dataset), processes, dry_run=True)
+        return
+    train(config, dataset, make_accelerator(config))
+    if main_process:
+        _report(config, dataset)
+
+
+def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
+    """Checks a request against its data set and its base model, and fills in what the flags leave open.
+
+    Raises:
+        UserError: the request cannot be run.
+    """
+    model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
+    dataset, folder = all_local(
+        lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
+    )
+    geometry = read_geometry(folder)
+    resolution = images.resolution or geometry.native_resolution
+    geometry.check(resolution)
+    vectors = model.num_vectors if model.trains_tokens else None
+    check_training_prompts(dataset, folder, name, vectors, images.class_prompts_ratio)
+    if images.random_crops and family_of(folder, name).sizes:
+        raise UserError(
+            "--random_crops with a Stable Diffusion XL model, which is conditioned on where each image was cropped: give "
+            "--crops K"
+        )
+    scale = config.effective_batch(int(os.environ.get("WORLD_SIZE", 1))) if config.train.scale_lr else 1
+    output_dir = config.output_dir or runs.finetune_dir(model.finetune_strategy, dataset.name, dataset.setting.suffix)
+    config = replace(
+        config,
+        setting=dataset.setting,
+        base_folder=folder,
+        model=replace(
+            model, mixed_precision=model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        ),
+        train=replace(
+            config.train,
+            learning_rate=config.train.learning_rate * scale,
+            ti_learning_rate=config.train.ti_learning_rate * scale,
+            scale_lr=False,  # done
+        ),
+        images=replace(images, resolution=resolution),
+        output=replace(config.output, output_dir=registry.resolve_path(output_dir)),
+    )
+    check_tracker(config.output.report_to)
+    if key := config.output.register_key:
+        registry.check_key(registry.CHECKPOINTS, dataset.name, key, checkpoint_entry(config), config.run.config_dir)
+    return config, dataset
+
+
+def check_tracker(name: str) -> None:
+    """Refuses a tracker whose package is not installed, or cannot be imported.
+
+    Raises:
+        UserError: names the package.
+    """
+    try:
+        if name != "none":
+            importlib.import_module(name)
+    except Exception as error:  # a package of another version can raise anything
+        raise UserError(
+            f"--report_to {name} needs the package {name} ({type(error).__name__}: {error}): pip install it, or give "
+            "--report_to none"
+        ) from None
+
+
+def check(config: FinetuneConfig, dataset: LoadedDataset) -> None:
+    """What only a start finds out, without the base model's weights: trained model, optimiser, schedule, disk space.
+
+    Raises:
+        UserError: a LoRA target, a prompt, an initialiser or a schedule that does not fit, or too little space.
+    """
+    base = load_skeleton(config.model.pretrained_model_name_or_path, config.base_folder)
+    model = TrainedModel(base, config, dataset)
+    rates = (config.train.learning_rate, config.train.ti_learning_rate)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+    make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
+    trained = sum(parameter.numel() for group in model.parameter_groups(config.train) for parameter in group["params"])
+    check_disk(config, len(dataset.train), base.geometry, trained)
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """The accelerator of a run; launched by ``accelerate launch`` or plainly."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    return Accelerator(
+        mixed_precision=config.model.mixed_precision,
+        log_with=None if config.output.report_to == "none" else config.output.report_to,
+        project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / "logs")),
+    )
+
+
+def train(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator) -> dict:
+    """Trains a resolved request in its output folder, or finds it done; returns the summary.
+
+    Raises:
+        UserError: the folder holds a run with other arguments or an unfinished one that is not asked to be resumed, or
+            is in use.
+        Interrupted: a signal stopped it; a checkpoint was written.
+    """
+    from semantic_aug.finetune.trainer import Trainer  # its libraries take seconds to import
+
+    main, processes = accelerator.is_main_process, accelerator.num_processes
+    with contextlib.ExitStack() as held:
+        if main:
+            held.enter_context(files.no_trace(config.output_dir, BEFORE_RESULTS))
+            held.enter_context(runs.RunLock(config.output_dir, "--output_dir"))
+        origin = origin_of(config, dataset)
+        if main:
+            take_folder(config, origin, processes)
+        accelerator.wait_for_everyone()
+        summary = finished(config.output_dir)
+        if summary and summary["steps"] >= config.train.max_train_steps:
+            return summary
+        if config.output.report_to != "none":
+            record = runs.plain(config.record(processes))
+            flat = {name: value for name, value in record.items() if isinstance(value, (str, int, float, bool))}
+            accelerator.init_trackers("finetune", flat)
+        return Trainer(config, dataset, accelerator, origin if main else None).train()
+
+
+def checkpoint_entry(config: FinetuneConfig) -> dict[str, str | None]:
+    """The registry entry of a finished run."""
+    model, folder = config.model, config.output_dir
+    return {
+        "model_path": model.pretrained_model_name_or_path,
+        "lora_path": registry.shown_path(folder / lora.FILE_NAME) if model.trains_lora else None,
+        "embed_path": registry.shown_path(folder / tokens.FILE_NAME) if model.trains_tokens else None,
+    }
+
+
+def _report(config: FinetuneConfig, dataset: LoadedDataset) -> None:
+    """Prints the registry entry of the result, and writes it where asked."""
+    entry, suffix, config_dir = checkpoint_entry(config), config.setting.suffix.lstrip("_"), config.run.config_dir
+    key = config.output.register_key or f"{suffix}{'_' if suffix else ''}{config.model.finetune_strategy}_latest"
+    print(f"to use it, add to {registry.shown_path(config_dir / registry.CHECKPOINTS)}:")
+    print(registry.to_yaml({dataset.name: {key: entry}}), end="")
+    if config.output.register_key and registry.register(registry.CHECKPOINTS, dataset.name, key, entry, config_dir):
+        print(f"registered as {dataset.name}/{key}")
