@@ -15,11 +15,12 @@ from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv
-from semantic_aug.classify import backbones, mixing, models
+from semantic_aug.classify import mixing, models
+from semantic_aug.classify.config import MixSettings, SyntheticSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
 from semantic_aug.classify.losses import one_hot, smooth, soft_cross_entropy
 from semantic_aug.classify.metrics import Meter
-from semantic_aug.classify.optim import learning_rate_at
+from semantic_aug.classify.trainer import learning_rate_at
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.synthetic import read_subset, read_subsets, soft_labels
 from semantic_aug.errors import UserError
@@ -80,15 +81,20 @@ def test_cutmix_equals_timms(monkeypatch):
 @settings(max_examples=60, deadline=None)
 def test_targets_sum_to_one_under_every_combination(alphas, smoothing, seed):
     images, targets = batch()
-    _, mixed = mixing.mix(images, targets, mixing.MixSettings(*alphas), np.random.default_rng(seed))
+    _, mixed = mixing.mix(
+        images,
+        targets,
+        MixSettings(use_mixup=alphas[0] > 0, mixup_alpha=alphas[0], use_cutmix=alphas[1] > 0, cutmix_alpha=alphas[1]),
+        np.random.default_rng(seed),
+    )
     final = smooth(mixed, smoothing)
     assert torch.allclose(final.sum(-1), torch.ones(8), atol=1e-5) and (final >= 0).all()
 
 
 def test_mixing_can_be_off_and_rare():
     images, targets = batch()
-    assert mixing.mix(images, targets, mixing.MixSettings(), np.random.default_rng(0))[0] is images
-    rare = mixing.MixSettings(cutmix_alpha=1.0, probability=0.25)
+    assert mixing.mix(images, targets, MixSettings(), np.random.default_rng(0))[0] is images
+    rare = MixSettings(use_cutmix=True, cutmix_alpha=1.0, mix_prob=0.25)
     changed = [mixing.mix(images, targets, rare, np.random.default_rng(i))[0] is not images for i in range(400)]
     assert 0.17 < np.mean(changed) < 0.33
 
@@ -183,7 +189,7 @@ def test_sources_from_validation_or_test_are_refused(tmp_path, animals, image_fo
 def test_the_share_of_synthetic_items_is_p(tmp_path, animals):
     synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
     for p in (0.0, 0.3, 1.0):
-        batches = TrainBatches(animals.train, synthetic, 0.5, p, 28, 6, seed=1)
+        batches = TrainBatches(animals.train, synthetic, SyntheticSettings(synthetic_prob=p), 28, 6, seed=1)
         drawn = [y for epoch in range(60) for _, y in batches.epoch(epoch)]
         targets = torch.cat(drawn)
         soft = ((targets > 0) & (targets < 1)).any(1)  # three of the four synthetic images have soft labels
@@ -193,7 +199,7 @@ def test_the_share_of_synthetic_items_is_p(tmp_path, animals):
 
 def test_synthetic_images_come_with_their_own_labels(tmp_path, animals):
     synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
-    batches = TrainBatches(animals.train, synthetic, 0.5, 1.0, 28, 6, seed=1)
+    batches = TrainBatches(animals.train, synthetic, SyntheticSettings(synthetic_prob=1.0), 28, 6, seed=1)
     labels = synthetic.labels(0.5, 3)
     for pixels, targets in batches.epoch(0):
         for image, target in zip(pixels, targets):
@@ -202,7 +208,10 @@ def test_synthetic_images_come_with_their_own_labels(tmp_path, animals):
 
 def test_batches_repeat_and_do_not_depend_on_the_cache(tmp_path, animals):
     synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
-    make = lambda budget, seed=1: TrainBatches(animals.train, synthetic, 0.5, 0.5, 28, 6, seed=seed, budget=budget)  # noqa: E731
+
+    def make(budget, seed=1):
+        return TrainBatches(animals.train, synthetic, SyntheticSettings(synthetic_prob=0.5), 28, 6, seed, budget=budget)
+
     one, two, other = (list(b.epoch(3)) for b in (make(10**9), make(0), make(10**9, 2)))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, two))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(one, other))
@@ -252,7 +261,7 @@ def test_packaged_imagenet_weights_recognise_photographs(photograph, label):
 
     image = ImageOps.fit(Image.fromarray(load_sample_image(photograph)), (224, 224), Image.Resampling.BICUBIC)
     with torch.no_grad():
-        logits = backbones.efficientnet_lite0()(
+        logits = models.efficientnet_lite0()(
             torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
         )
     assert int(logits.argmax()) == label
@@ -261,11 +270,11 @@ def test_packaged_imagenet_weights_recognise_photographs(photograph, label):
 def test_every_packaged_tensor_is_used():
     import timm
 
-    state = torch.load(backbones.efficientnet_lite0_file(), weights_only=True)
+    state = torch.load(models.efficientnet_lite0_file(), weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0")
-    assert model.load_state_dict(backbones.rename_lite0(state, model)) and len(state) == len(model.state_dict())
+    assert model.load_state_dict(models.rename_lite0(state, model)) and len(state) == len(model.state_dict())
     with pytest.raises(UserError, match="does not hold EfficientNet-Lite0"):
-        backbones.rename_lite0(dict(list(state.items())[1:]), model)
+        models.rename_lite0(dict(list(state.items())[1:]), model)
 
 
 def test_models_by_either_librarys_name():
@@ -275,7 +284,7 @@ def test_models_by_either_librarys_name():
     model, normalisation = models.make_model("vit_tiny_patch16_224", 3, 64, "none")
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3) and normalisation.mean == (0.5, 0.5, 0.5)
     model, _ = models.make_model("tf_efficientnet_lite0", 4, 64)
-    assert torch.equal(model.conv_stem.weight, backbones.efficientnet_lite0().conv_stem.weight)
+    assert torch.equal(model.conv_stem.weight, models.efficientnet_lite0().conv_stem.weight)
 
 
 def test_checkpoints_of_other_scripts_are_read(tmp_path, caplog):
@@ -319,17 +328,15 @@ def test_checkpoints_of_other_scripts_are_read(tmp_path, caplog):
     [("resnet18", 32, 1, False), ("resnet18", 64, 1, True), ("resnet18", 32, 2, True), ("test_vit", 160, 1, True)],
 )
 def test_one_image_is_refused_only_where_batch_norm_sees_one_value(name, resolution, smallest, fits):
-    from semantic_aug.classify.batch_norm import check_batch_norm
-
     model, _ = models.make_model(name, 3, resolution, "none")
     image = torch.zeros(smallest, 3, resolution, resolution)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if fits:
-        check_batch_norm(model.train(), resolution, smallest, "advice")
+        models.check_batch_norm(model.train(), resolution, smallest, "advice")
         model(image)
     else:
         with pytest.raises(UserError, match="a single image.*BatchNorm.*advice"):
-            check_batch_norm(model.train(), resolution, smallest, "advice")
+            models.check_batch_norm(model.train(), resolution, smallest, "advice")
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         with pytest.raises(ValueError, match="more than 1 value"):
             model(image)

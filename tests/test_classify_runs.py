@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 import tiny
 import train_cls
-from semantic_aug.classify import layers, models, trainer
+from semantic_aug import cli
+from semantic_aug.classify import models, trainer
+from semantic_aug.classify.config import GROUPS, ClassifyConfig, LossSettings, MixSettings
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
@@ -45,6 +47,18 @@ def three_seeds(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeds") / "all"
     train(image_folder, folder, seeds=[1, 2, 3])
     return folder
+
+
+def test_every_setting_that_changes_the_result_is_recorded():
+    config = ClassifyConfig(
+        dataset="elpv", syndata=("s",), loss=LossSettings("ls"), mixing=MixSettings(True, True, True)
+    )
+    for group, cls in GROUPS.items():
+        settings = getattr(config, group)
+        for name in set(cli.result_settings(cls)) - {"syndata_key", "syndata_dir"}:  # whose folders are recorded
+            value = getattr(settings, name)
+            other = replace(settings, **{name: not value if isinstance(value, bool) else "other"})
+            assert replace(config, **{group: other}).record() != config.record(), name
 
 
 # ------------------------------------------------------------------------------------------------ seeds and summary
@@ -243,24 +257,24 @@ def test_every_setting_trains(image_folder, tmp_path, changes):
 
 def test_stages_of_models_and_freezing():
     model, _ = models.make_model("resnet18", 3, 32, "none")
-    parts = layers.stages_of(model)
+    parts = models.stages_of(model)
     assert list(parts) == ["stem", "stages1", "stages2", "stages3", "stages4", "linear"]
     assert parts["linear"] == ["fc.weight", "fc.bias"] and all(n.startswith("layer4.") for n in parts["stages4"])
     assert sorted(sum(parts.values(), [])) == sorted(name for name, _ in model.named_parameters())
-    frozen = layers.freeze(model, "stage4+linear")
+    frozen = models.freeze(model, "stage4+linear")
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {*parts["stages4"], *parts["linear"]}
     assert model.layer3[0].bn1 in frozen and model.layer4[0].bn1 not in frozen and model not in frozen
-    assert layers.freeze(models.make_model("resnet18", 3, 32, "none")[0], "all") == []
+    assert models.freeze(models.make_model("resnet18", 3, 32, "none")[0], "all") == []
     with pytest.raises(UserError, match=r"'stages5' is no part .* all, or some of linear, stem, stages1 to stages4"):
-        layers.freeze(model, "stages5+linear")
+        models.freeze(model, "stages5+linear")
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_every_family_has_its_stages(name):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=3)
-    parts = layers.stages_of(model)
+    parts = models.stages_of(model)
     assert sorted(sum(parts.values(), [])) == sorted(n for n, _ in model.named_parameters()) and parts["linear"]
 
 
@@ -395,7 +409,7 @@ def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch
     for split in ("val", "test"):
         table = getattr(dataset, split)
         parts[split] = replace(table, extras={"group": np.arange(len(table)) % 2})
-    monkeypatch.setattr("semantic_aug.datasets.load_dataset", lambda *_: replace(dataset, **parts))
+    monkeypatch.setattr("semantic_aug.classify.run.load_dataset", lambda *_: replace(dataset, **parts))
     results = train(image_folder, tmp_path / "run", select_by="worst_group", nepoch=3)
     rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
     assert results["val"]["worst_group"] == pytest.approx(max(float(row["val_worst_group"]) for row in rows))

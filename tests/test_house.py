@@ -144,16 +144,6 @@ def test_help_is_quick_and_gives_every_flag_a_text(script):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "--help should not wait for torch"
 
 
-def test_flags_that_copy_a_table_cannot_drift():
-    import train_cls
-    from semantic_aug.classify import draws, losses, optim, request
-    from semantic_aug.datasets import cache
-
-    assert losses.CRITERIA == train_cls.CRITERIA
-    assert optim.OPTIMIZERS == train_cls.OPTIMIZERS and draws.SYNTHETIC_MODES == train_cls.SYNTHETIC_MODES
-    assert request.SELECT_BY == train_cls.SELECT_BY and cache.MODES == train_cls.CACHES
-
-
 def test_nothing_names_a_machine():
     """No absolute paths of a person's machine in what is shipped."""
     words = ["/" + "work/", "/" + "home/", "/" + "Users/", "/" + "root/"]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semantic_aug.classify import losses, mixing
-from semantic_aug.classify.data import TrainBatches, share_of
-from semantic_aug.classify.draws import DrawSettings, EpochDraws, balanced_rows, minority_rows
-from semantic_aug.classify.losses import LossSettings, expected, make_criterion, one_hot
+from semantic_aug.classify.config import CRITERIA, LossSettings, MixSettings, SyntheticSettings
+from semantic_aug.classify.data import EpochDraws, TrainBatches, balanced_rows, minority_rows, share_of
+from semantic_aug.classify.losses import expected, make_criterion, one_hot
 from semantic_aug.classify.metrics import Meter
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import read_subset, read_subsets, soft_labels
@@ -95,7 +95,7 @@ def test_class_balanced_equals_torchs_weighted_cross_entropy(soft):
 def test_reweighting_is_deferred():
     logits, labels = logits_and_labels()
     targets = one_hot(labels, 5)
-    for name in losses.CRITERIA:
+    for name in CRITERIA:
         plain = make_criterion(LossSettings(name), COUNTS, CPU)
         deferred = make_criterion(LossSettings(name, drw_epoch=3), COUNTS, CPU)
         assert torch.equal(plain(logits, targets, 2), deferred(logits, targets, 2))
@@ -103,7 +103,7 @@ def test_reweighting_is_deferred():
         assert changed == (name != "cb")  # cb has the weights from the start
 
 
-@pytest.mark.parametrize("name", losses.CRITERIA)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_a_soft_labels_loss_is_the_mean_of_the_hard_ones(name):
     logits, _ = logits_and_labels()
     criterion = make_criterion(LossSettings(name, drw_epoch=0), COUNTS, CPU)
@@ -113,7 +113,7 @@ def test_a_soft_labels_loss_is_the_mean_of_the_hard_ones(name):
 
 
 @given(
-    st.sampled_from(losses.CRITERIA),
+    st.sampled_from(CRITERIA),
     st.sampled_from([(0.4, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.4, 1.0, 1.0), (0.0, 0.0, 0.0)]),
     st.floats(0, 0.9),
     st.floats(0.05, 1),
@@ -127,7 +127,13 @@ def test_targets_sum_to_one_under_every_combination(name, alphas, smoothing, str
     targets = torch.from_numpy(soft_labels(source, target, np.full(8, strength), gamma, 5))
     images = torch.randn(8, 3, 8, 8)
     foregrounds = torch.randn(8, 3, 8, 8), one_hot(torch.from_numpy(rng.integers(5, size=8)), 5)
-    kinds = mixing.MixSettings(mixup_alpha=alphas[0], cutmix_alpha=alphas[1], cmo_alpha=alphas[2])
+    kinds = MixSettings(
+        use_mixup=alphas[0] > 0,
+        mixup_alpha=alphas[0],
+        use_cutmix=alphas[1] > 0,
+        use_cmo=alphas[2] > 0,
+        cutmix_alpha=max(alphas[1:]),
+    )
     _, mixed = mixing.mix(images, targets, kinds, rng, foregrounds)
     final = losses.smooth(mixed, smoothing)
     assert torch.allclose(final.sum(-1), torch.ones(8), atol=1e-5) and (final >= 0).all()
@@ -157,6 +163,11 @@ def test_foregrounds_are_drawn_by_inverse_frequency():
 # ------------------------------------------------------------------------------------------------------------ draws
 
 
+def drawn_by(mode: str = "item", probability: float = 0.0, balanced: bool = False) -> SyntheticSettings:
+    """Settings of the draws alone."""
+    return SyntheticSettings(synthetic_mode=mode, synthetic_prob=probability, synthetic_balanced=balanced)
+
+
 def counted(settings, targets=None, real=40, epochs=30, batch=7):
     """How many items of each step of some epochs are synthetic, and which."""
     targets = np.arange(12) % 3 if targets is None else targets
@@ -172,24 +183,24 @@ def counted(settings, targets=None, real=40, epochs=30, batch=7):
 
 
 def test_ratio_gives_every_batch_its_share():
-    _, steps = counted(DrawSettings("ratio", 3 / 7))
+    _, steps = counted(drawn_by("ratio", 3 / 7))
     assert {len(s) for s in steps} == {3}
-    draws, steps = counted(DrawSettings("ratio", 0.25))  # 1.75 a batch: one or two, in sum exact over an epoch
+    draws, steps = counted(drawn_by("ratio", 0.25))  # 1.75 a batch: one or two, in sum exact over an epoch
     assert {len(s) for s in steps} == {1, 2}
     assert all(
         abs(sum(map(len, steps[i : i + 5])) - 0.25 * 35) < 1 for i in range(0, len(steps), draws.steps_per_epoch)
     )
-    assert {len(s) for s in counted(DrawSettings("ratio", 1.0))[1]} == {7}
+    assert {len(s) for s in counted(drawn_by("ratio", 1.0))[1]} == {7}
 
 
 def test_item_draws_each_item_alone():
-    _, steps = counted(DrawSettings("item", 0.3), epochs=100)
+    _, steps = counted(drawn_by("item", 0.3), epochs=100)
     sizes = np.array([len(s) for s in steps])
     assert abs(sizes.mean() / 7 - 0.3) < 0.03 and sizes.var() == pytest.approx(7 * 0.3 * 0.7, rel=0.2)
 
 
 def test_concat_runs_through_both_once_an_epoch():
-    draws = EpochDraws(40, np.zeros(16), DrawSettings("concat"), 7, seed=1)
+    draws = EpochDraws(40, np.zeros(16), drawn_by("concat"), 7, seed=1)
     order = draws.order(0)
     assert sorted(order.tolist()) == list(range(56)) and draws.steps_per_epoch == 8
     assert not np.array_equal(order, draws.order(1))
@@ -200,7 +211,7 @@ def test_balanced_draws_every_target_class_alike(mode):
     targets = np.repeat([0, 2, 3], [50, 9, 1])
     shares = {}
     for balanced in (False, True):
-        _, steps = counted(DrawSettings(mode, 0.5, balanced), targets)
+        _, steps = counted(drawn_by(mode, 0.5, balanced), targets)
         shares[balanced] = np.bincount(targets[np.concatenate(steps)], minlength=4) / sum(map(len, steps))
     assert np.abs(shares[True][[0, 2, 3]] - 1 / 3).max() < 0.06 and shares[False][0] > 0.7
 
@@ -223,7 +234,7 @@ def test_shares_of_a_batch_are_disjoint_and_closed_under_reversal(batch, parts):
 def test_parts_put_together_are_the_batch(tmp_path, image_folder):
     dataset = load_dataset(f"folder:{image_folder}")
     synthetic = read_subset(write_subset(tmp_path / "s", ROWS), dataset)
-    batches = TrainBatches(dataset.train, synthetic, 0.5, 0.5, 28, 7, seed=1)
+    batches = TrainBatches(dataset.train, synthetic, drawn_by("item", 0.5), 28, 7, seed=1)
     whole, halves = list(batches.epoch(2)), [list(batches.epoch(2, part, 2)) for part in range(2)]
     for step, (pixels, targets) in enumerate(whole):
         for part in range(2):

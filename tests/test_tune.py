@@ -12,6 +12,8 @@ import yaml
 from helpers import ROOT, ROWS, classify_arguments, write_subset
 
 import train_cls
+from semantic_aug.classify import run
+from semantic_aug.classify.config import read_config
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
@@ -276,14 +278,19 @@ def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monke
         tuning.trial(found[0], 1, None)
 
 
+def resolved(words):
+    """What stage 3 makes of a command line."""
+    return run.resolve(read_config(train_cls.build_parser().parse_args(list(map(str, words)))))
+
+
 def test_a_part_of_no_subset_is_refused(image_folder, tmp_path):
     words = [*classify_arguments(image_folder, tmp_path), "--syndata_max", 5]
     with pytest.raises(UserError, match="--syndata_max: there are no synthetic images"):
-        train_cls.resolve(train_cls.build_parser().parse_args(list(map(str, words))))
+        resolved(words)
 
 
 def test_the_part_reaches_the_training_images(image_folder, tmp_path):
     write_subset(tmp_path / "syn", ROWS)
     words = [*classify_arguments(image_folder, tmp_path / "out"), "--syndata_dir", tmp_path / "syn", "--syndata_max", 3]
-    config, _, synthetic = train_cls.resolve(train_cls.build_parser().parse_args(list(map(str, words))))
-    assert len(synthetic) == 3 and config.syndata_max == 3 and len(set(synthetic.target.tolist())) == 3
+    config, _, synthetic = resolved(words)
+    assert len(synthetic) == 3 and config.synthetic.syndata_max == 3 and len(set(synthetic.target.tolist())) == 3

@@ -21,7 +21,7 @@ from base_model.card import RECORD, Material, write_card
 from base_model.denoiser import TextToLatents, encode_views, make_scheduler, train_denoiser
 from base_model.recipe import AUTOENCODER_SHARE, Config
 from base_model.training import Budget, Machine
-from semantic_aug.classify.backbones import efficientnet_lite0
+from semantic_aug.classify.models import efficientnet_lite0
 from semantic_aug.errors import UserError
 from semantic_aug.files import sha256_text, write_json
 from semantic_aug.runs import RunLock, claim

@@ -18,10 +18,13 @@ import torch
 from benchmarks import common, original_classify
 from semantic_aug import allocator, console, meta_csv
 from semantic_aug.classify import trainer
-from semantic_aug.classify.config import ClassifyConfig
-from semantic_aug.classify.draws import DrawSettings
-from semantic_aug.classify.losses import LossSettings
-from semantic_aug.classify.mixing import MixSettings
+from semantic_aug.classify.config import (
+    ClassifyConfig,
+    ModelSettings,
+    PlacementSettings,
+    SyntheticSettings,
+    TrainSettings,
+)
 from semantic_aug.classify.models import make_model
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
@@ -49,49 +52,41 @@ def write_subset(folder: Path, dataset: LoadedDataset, count: int) -> Path:
 
 def settings_of(args: argparse.Namespace, device: str, folder: Path) -> ClassifyConfig:
     """The request both sides train."""
-    return ClassifyConfig(
-        dataset=args.dataset,
-        setting=Setting(),
-        syndata=("bench",),
-        gamma=0.5,
-        target_class_num=0,
-        draws=DrawSettings("item", args.synthetic_prob),
-        model=args.model,
-        weights="none",
-        trainable_layers="all",
-        resolution=args.res_mode,
+    training = TrainSettings(
         nepoch=args.epochs,
         batch_size=args.batch_size,
-        gradient_accumulation_steps=1,
-        optimizer="sgd",
         lr=0.02,
-        lr_source="bench",
-        weight_decay=5e-4,
         warmup_epochs=0,
-        loss=LossSettings(),
-        mixing=MixSettings(),
-        ema_decay=0.0,
         compile=args.compile,
         amp=args.amp if args.amp != "auto" else ("no" if device == "cpu" else "bf16"),
+    )
+    return ClassifyConfig(
+        dataset=args.dataset,
+        syndata=("bench",),
+        synthetic=SyntheticSettings(synthetic_prob=args.synthetic_prob),
+        classifier=ModelSettings(model=args.model, weights="none", res_mode=args.res_mode),
+        training=training,
+        lr_source="bench",
         device=device,
-        eval_every=1,
-        select_by="top1",
-        patience=0,
-        report_to="none",
-        cache="auto",
-        seed=0,
-        output_dir=folder,
+        placement=PlacementSettings(output_dir=folder),
     )
 
 
 def time_original(config: ClassifyConfig, dataset: LoadedDataset, subset: Path, workers: int) -> float:
     """Images per second of the port."""
-    device = torch.device(config.device)
+    device, classifier = torch.device(config.device), config.classifier
     began = time.perf_counter()
-    model, normalisation = make_model(config.model, len(dataset.class_names), config.resolution, "none")
-    settings = argparse.Namespace(**{**vars(config), "synthetic_prob": config.draws.probability})
+    model, normalisation = make_model(classifier.model, len(dataset.class_names), classifier.res_mode, "none")
+    settings = argparse.Namespace(resolution=classifier.res_mode, **vars(config.training), **vars(config.synthetic))
     seen = original_classify.train(
-        model, normalisation, dataset.train, dataset.val, subset, settings, device, workers
+        model,
+        normalisation,
+        dataset.train,
+        dataset.val,
+        subset=subset,
+        settings=settings,
+        device=device,
+        workers=workers,
     )  # every step ends by reading its loss, so the device has finished
     return seen / (time.perf_counter() - began)
 
@@ -110,7 +105,7 @@ def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> d
     lines = (config.output_dir / trainer.EPOCHS_FILE).read_text().splitlines()
     place = trainer.COLUMNS.index("images_per_second")
     steady = max(float(line.split(",")[place]) for line in lines[1:])
-    seen = config.nepoch * running.steps_per_epoch * running.train_batches.batch_size
+    seen = config.training.nepoch * running.steps_per_epoch * running.train_batches.batch_size
     return {"images_per_second": seen / seconds, "steady": steady, "seconds_to_first_step": ready}
 
 

@@ -86,7 +86,9 @@ def read_images(args: argparse.Namespace, scratch: Path) -> tuple[list[list[str]
 
     def store(mode: str) -> tuple[ImageStore, float]:
         began = time.perf_counter()
-        made = ImageStore(table.image, len(table), args.side, 0, args.workers, mode, table.signature())
+        made = ImageStore(
+            table.image, len(table), args.side, 0, workers=args.workers, cache=mode, identity=table.signature()
+        )
         return made, time.perf_counter() - began
 
     each_time, _ = store("off")

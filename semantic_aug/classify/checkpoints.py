@@ -1,7 +1,7 @@
-"""Checkpoint files of classifiers: whose training script wrote them, and the state dict inside under the model's own names.
+"""Checkpoint files of classifiers, read into a state dict under the model's own names.
 
-Read are plain state dicts, timm's ``train.py`` and its EMA copies, wrappers of DataParallel and ``torch.compile``, and modules
-that hold the classifier as a part (Lightning's ``model.``, a backbone, MoCo's ``encoder_q``).
+Accepted are plain state dicts, timm's ``train.py`` and its EMA copies, wrappers of DataParallel and ``torch.compile``, and
+modules that hold the classifier as a part (Lightning's ``model.``, a backbone, MoCo's ``encoder_q``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and ``torch.compile`` put before every name."""
 
 _MOMENTUM = ("encoder_k", "momentum", "teacher", "target_")
-"""Slowly moving copies beside the trained network, which goes first."""
+"""Names of momentum encoders beside the trained network, which is preferred."""
 
 _KINDS = (
     ("lora_", "a LoRA"),
@@ -46,19 +46,19 @@ _KINDS = (
 """Marks in the names of tensors, and what the file then seems to be."""
 
 
-def read_state(path: Path, own: Mapping[str, Tensor], flag: str = "--weights") -> dict[str, Tensor]:
+def read_state(path: Path, wanted: Mapping[str, Tensor], flag: str = "--weights") -> dict[str, Tensor]:
     """The tensors of a checkpoint under the names of a model.
 
     Args:
         path: ``.safetensors``, or a pickle, which is read without running code.
-        own: the model's state dict; says which prefix the names in the file have.
+        wanted: the model's state dict; tells which prefix the names in the file have.
         flag: that named the file, for errors.
 
     Raises:
         UserError: damaged, not a checkpoint of a model, ambiguous, or holding values that are not finite.
     """
-    state = _unwrapped(_tensors(_content(path), path, flag))
-    prefix = _prefix(state, own, f"{flag} {path}")
+    state = _without_wrappers(_tensors(_content(path), path, flag))
+    prefix = _prefix(state, wanted, f"{flag} {path}")
     if prefix:
         log.info("%s %s: the tensors below '%s' are used", flag, path, prefix)
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -87,32 +87,32 @@ def _tensors(content: Any, path: Path, flag: str) -> dict[str, Tensor]:
     """The state dict of a checkpoint; of two, the one that was trained, with a line saying so."""
     if not isinstance(content, Mapping):
         raise UserError(f"{flag} {path} holds a {type(content).__name__}: expected the state dict of a model")
-    found = [key for key in (*STATE_KEYS, *EMA_KEYS) if isinstance(content.get(key), Mapping) and content[key]]
-    if found:
-        averaged = [key for key in found if key in EMA_KEYS and key != found[0]]
+    states = [key for key in (*STATE_KEYS, *EMA_KEYS) if isinstance(content.get(key), Mapping) and content[key]]
+    if states:
+        averaged = [key for key in states if key in EMA_KEYS and key != states[0]]
         beside = f"; its moving average '{averaged[0]}' is passed over" if averaged else ""
-        log.info("%s %s: '%s' is used%s", flag, path, found[0], beside)
-        content = content[found[0]]
+        log.info("%s %s: '%s' is used%s", flag, path, states[0], beside)
+        content = content[states[0]]
     state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise UserError(f"{flag} {path} holds no tensor: expected the state dict of a model")
     return state
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that wrappers put before all names."""
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that wrappers put before all names."""
     while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
-def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> str:
-    """The prefix below which most of a model's tensors lie; '' where the names are its own."""
-    probes = list(own)[:3]
+def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> str:
+    """The prefix below which most of a model's tensors lie; '' where the names are the model's."""
+    probes = list(wanted)[:3]
     prefixes = {""} | {key.removesuffix(p) for p in probes for key in state if key.endswith(f".{p}")}
 
     def fitting(prefix: str) -> int:
-        return sum(prefix + k in state and state[prefix + k].shape == value.shape for k, value in own.items())
+        return sum(prefix + k in state and state[prefix + k].shape == value.shape for k, value in wanted.items())
 
     counts = {prefix: fitting(prefix) for prefix in prefixes}
     most = max(counts.values())
@@ -122,36 +122,36 @@ def _prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) 
         return ""
     if len(trained) > 1:
         raise UserError(
-            f"{where} holds several such networks (below {', '.join(map(repr, trained))}): save one of them alone"
+            f"{source} holds several such networks (below {', '.join(map(repr, trained))}): save one of them alone"
         )
     return trained[0]
 
 
-def misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], allowed: tuple[str, ...] = ()) -> str | None:
-    """What keeps a state dict from filling a model, in words, or None where it fits.
+def misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], allowed: tuple[str, ...] = ()) -> str | None:
+    """Why a state dict does not fit a model, or None where it does.
 
     Args:
         state: of the file, under the model's names.
-        own: the model's state dict.
+        target: the model's state dict.
         allowed: starts of names that may be missing or of another shape.
     """
-    wanted = [key for key in own if not (allowed and key.startswith(allowed))]
+    wanted = [key for key in target if not (allowed and key.startswith(allowed))]
     missing = [key for key in wanted if key not in state]
-    other = [key for key in wanted if key in state and state[key].shape != own[key].shape]
+    other = [key for key in wanted if key in state and state[key].shape != target[key].shape]
     if not missing and not other:
         return None
     parts = []
     if missing:
         parts.append(f"{len(missing)} of the model's {len(wanted)} tensors are missing, '{missing[0]}' the first")
     if other:
-        shapes = f"{tuple(state[other[0]].shape)} instead of {tuple(own[other[0]].shape)}"
+        shapes = f"{tuple(state[other[0]].shape)} instead of {tuple(target[other[0]].shape)}"
         parts.append(f"{len(other)} are of another shape, '{other[0]}' the first, {shapes}")
-    unexpected = next((key for key in state if key not in own), None)
+    unexpected = next((key for key in state if key not in target), None)
     if unexpected is not None:
         parts.append(f"'{unexpected}' is not the model's")
     return f"{'; '.join(parts)}); the file seems to hold {kind_of(state)}"
 
 
 def kind_of(state: Mapping[str, Tensor]) -> str:
-    """What a state dict seems to belong to, from the names of its tensors."""
+    """The architecture that a state dict seems to be of, from the names of its tensors."""
     return next((kind for mark, kind in _KINDS if any(mark in key for key in state)), "another architecture")

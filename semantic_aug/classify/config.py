@@ -1,104 +1,420 @@
-"""A resolved classification request."""
+"""Settings of stage 3, each declared once: flag, default, help, and whether it changes the result; no heavy imports.
+
+The choices stand here and their implementations look them up: the criteria in :mod:`semantic_aug.classify.losses`, the
+modes of :class:`SyntheticSettings` in :mod:`semantic_aug.classify.data`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import argparse
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from semantic_aug.classify.draws import DrawSettings
-from semantic_aug.classify.losses import LossSettings
-from semantic_aug.classify.mixing import MixSettings
-from semantic_aug.datasets import Setting
+from semantic_aug import cli
+from semantic_aug.datasets.cache import MODES as CACHES
+from semantic_aug.datasets.settings import Setting, add_shared
+
+CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
+SYNTHETIC_MODES = ("item", "ratio", "concat")
+SELECT_BY = ("top1", "macro", "worst_group")
+DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
+"""Peak learning rate of each optimiser where neither ``--lr`` nor ``learning_rates.yaml`` gives one."""
 
 
 @dataclass(frozen=True)
+class SyntheticSettings:
+    """Which synthetic images there are, what their labels are, and how they enter the batches."""
+
+    TITLE = "synthetic data"
+    syndata_key: tuple[str | None, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        type=cli.optional_word,
+        metavar="KEY",
+        help="subsets of the data set's section in synthetic_datasets.yaml (KEY#VARIANT for a filtered one); None: the "
+        "real-only baseline",
+    )
+    syndata_dir: tuple[str, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        type=cli.path_or(),
+        metavar="DIR",
+        help="folders of subsets (DIR#VARIANT for a filtered one), besides or instead of keys",
+    )
+    gamma: float = cli.setting(
+        0.5,
+        type=cli.number(0, open_low=True),
+        metavar="G",
+        help="exponent of the soft labels (1 - s^G) source + s^G target; above 0",
+    )
+    synthetic_prob: float = cli.setting(
+        0.1,
+        type=cli.number(0, 1),
+        metavar="P",
+        help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]",
+    )
+    synthetic_mode: str = cli.setting(
+        "item",
+        choices=SYNTHETIC_MODES,
+        help="item: each item with chance p; ratio: a fixed share p of every batch; concat: real and synthetic images "
+        "alike, once an epoch",
+    )
+    synthetic_balanced: bool = cli.setting(
+        False, help="draw a target class first, all equally often, then one of its synthetic images"
+    )
+    target_class_num: int = cli.setting(
+        0,
+        type=cli.whole(0),
+        metavar="N",
+        help="use only N target classes of each source class, drawn with --subset_seed; 0: all",
+    )
+    syndata_max: int | None = cli.setting(
+        None,
+        type=cli.whole(1),
+        metavar="N",
+        help="use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)",
+    )
+    allow_other_sources: bool = cli.setting(
+        False, help="accept subsets whose source images are not among the training images of this setting", result=False
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether any synthetic image is ever drawn."""
+        return self.synthetic_mode == "concat" or self.synthetic_prob > 0
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The classifier and its pre-trained weights."""
+
+    TITLE = "model"
+    model: str = cli.setting(
+        "resnet50", metavar="NAME", help="name of a timm model; torchvision's names are understood"
+    )
+    weights: str = cli.setting(
+        "auto",
+        type=cli.path_or("auto", "none"),
+        metavar="auto|none|PATH",
+        help="pre-trained weights: auto (an installed package, else the hub), none, or a file or folder",
+    )
+    res_mode: int = cli.setting(
+        224,
+        type=cli.whole(16),
+        metavar="PIXELS",
+        help="side of the images in pixels: 128, 224, 384, 448, ...; they are resized to 8/7 of it, then cropped",
+    )
+    trainable_layers: str = cli.setting(
+        "all",
+        metavar="PARTS",
+        help="all, or parts joined by +, the rest being frozen: linear, stages4+linear, stages3+stages4+linear, ...",
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Length, batches, optimiser and selection of a training."""
+
+    TITLE = "training"
+    nepoch: int = cli.setting(120, type=cli.whole(1), metavar="N", help="epochs over the real images")
+    seeds: tuple[int, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="train with each of these seeds instead of --seed, each in its own folder below the run's, and report mean "
+        "and standard deviation",
+        result=False,
+    )
+    batch_size: int = cli.setting(32, type=cli.whole(1), metavar="N", help="images per step, over all processes")
+    gradient_accumulation_steps: int = cli.setting(
+        1,
+        type=cli.whole(1),
+        metavar="N",
+        help="parts in which a step's images go through the model, to save memory",
+        result=False,
+    )
+    optimizer: str = cli.setting(
+        "sgd", choices=tuple(DEFAULT_LR), help="optimiser: SGD with Nesterov momentum 0.9, or AdamW"
+    )
+    lr: float | None = cli.setting(
+        None,
+        type=cli.number(0, open_low=True),
+        metavar="LR",
+        help="peak learning rate (default: learning_rates.yaml by data set, model and resolution; else 0.02 for sgd, "
+        "0.001 for adamw)",
+    )
+    weight_decay: float = cli.setting(
+        5e-4, type=cli.number(0), metavar="X", help="weight decay; none on biases and normalisation"
+    )
+    warmup_epochs: float = cli.setting(
+        5,
+        type=cli.number(0),
+        metavar="N",
+        help="epochs of linear warm-up, at most a tenth of the run; cosine decay follows",
+    )
+    amp: str = cli.setting(
+        "auto",
+        choices=("auto", "no", "fp16", "bf16"),
+        help="mixed precision; auto: bf16 on a GPU, no on the CPU",
+    )
+    eval_every: int = cli.setting(1, type=cli.whole(1), metavar="N", help="epochs between evaluations on validation")
+    ema_decay: float = cli.setting(
+        0.0,
+        type=cli.number(0, 0.9999999),
+        metavar="D",
+        help="decay per step of a moving average of the weights that is evaluated and kept instead of them; 0: none",
+    )
+    compile: bool = cli.setting(False, help="compile the training step (pays on a GPU)", result=False)
+    patience: int = cli.setting(
+        0,
+        type=cli.whole(0),
+        metavar="N",
+        help="stop after N evaluations on validation without a better score; 0: never",
+    )
+    select_by: str = cli.setting("top1", choices=SELECT_BY, help="validation score that chooses the epoch")
+    report_to: str = cli.setting(
+        "none", choices=("none", "tensorboard"), help="tracker of the metrics, besides epochs.csv", result=False
+    )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss over the soft labels, and its parameters."""
+
+    TITLE = "loss and mixing"
+    criterion: str = cli.setting(
+        "ce",
+        choices=CRITERIA,
+        help="loss over the soft labels. ce: cross-entropy; ls: with smoothed labels; focal; ldam: label-distribution-aware "
+        "margin; bsm: balanced softmax; cb: cross-entropy, classes weighted by their effective number",
+    )
+    smoothing: float = cli.setting(
+        0.1, type=cli.number(0, 0.99), metavar="E", help="share of each label spread over all classes by --criterion ls"
+    )
+    focal_gamma: float = cli.setting(
+        2.0, type=cli.number(0), metavar="G", help="exponent of the focal loss, --criterion focal"
+    )
+    cb_beta: float = cli.setting(
+        0.9999,
+        type=cli.number(0, 0.9999999),
+        metavar="B",
+        help="beta of the effective number of samples, for --criterion cb and --drw_epoch",
+    )
+    ldam_margin: float = cli.setting(
+        0.5,
+        type=cli.number(0, open_low=True),
+        metavar="M",
+        help="margin of the rarest class, for --criterion ldam",
+    )
+    ldam_scale: float = cli.setting(
+        1.0,
+        type=cli.number(0, open_low=True),
+        metavar="S",
+        help="factor on the logits, for --criterion ldam (the paper's 30 is for a cosine classifier)",
+    )
+    drw_epoch: int = cli.setting(
+        -1,
+        type=cli.whole(-1),
+        metavar="N",
+        help="deferred reweighting: classes are weighted by their effective number once N epochs are done; -1: never",
+    )
+
+    @property
+    def label_smoothing(self) -> float:
+        """The smoothing in effect."""
+        return self.smoothing if self.criterion == "ls" else 0.0
+
+
+@dataclass(frozen=True)
+class MixSettings:
+    """Which batches are mixed, and how; of several kinds, each batch takes one at even odds."""
+
+    TITLE = "loss and mixing"
+    use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images")
+    use_mixup: bool = cli.setting(False, help="mixup; of several kinds of mixing, each batch takes one")
+    use_cmo: bool = cli.setting(
+        False, help="CMO: boxes of images drawn in favour of rare classes are pasted into the batch, by --cutmix_alpha"
+    )
+    cutmix_alpha: float = cli.setting(
+        1.0, type=cli.number(0, open_low=True), metavar="A", help="parameter of CutMix's Beta(A, A) distribution"
+    )
+    mixup_alpha: float = cli.setting(
+        0.4, type=cli.number(0, open_low=True), metavar="A", help="parameter of mixup's Beta(A, A) distribution"
+    )
+    mix_prob: float = cli.setting(1.0, type=cli.number(0, 1), metavar="P", help="share of batches that are mixed")
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The kinds in use, and the parameter of each one's Beta distribution."""
+        kinds = {
+            "mixup": (self.use_mixup, self.mixup_alpha),
+            "cutmix": (self.use_cutmix, self.cutmix_alpha),
+            "cmo": (self.use_cmo, self.cutmix_alpha),
+        }
+        return {kind: alpha for kind, (used, alpha) in kinds.items() if used}
+
+
+@dataclass(frozen=True)
+class UseSettings:
+    """A trained classifier is used as it is."""
+
+    TITLE = "instead of training"
+    eval_only: bool = cli.setting(
+        False,
+        help="evaluate the run in --output_dir (or the classifier of --weights PATH) on validation and test",
+        result=False,
+    )
+    predict: tuple[Path, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        type=cli.path,
+        metavar="PATH",
+        help="classify images, or every image below folders, with that classifier; writes predictions.csv, in which the row "
+        "of an image that cannot be read is empty (exit status 2)",
+        result=False,
+    )
+
+
+@dataclass(frozen=True)
+class PlacementSettings:
+    """Device, cache and output folder."""
+
+    TITLE = "where"
+    gpu: str | None = cli.setting(
+        None,
+        metavar="N|cpu",
+        help="GPU number, or cpu (default: GPU 0 where there is one; under accelerate launch each process has its own)",
+        result=False,
+    )
+    cache: str = cli.setting(
+        "auto",
+        choices=CACHES,
+        help="where decoded and resized images are kept: in memory, in outputs/cache (shared by runs; DIFFMIX_CACHE names "
+        "another folder, DIFFMIX_CACHE_GB its bound), or nowhere; auto: by size",
+        result=False,
+    )
+    output_dir: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="DIR",
+        help="output folder (default: outputs/classification/{dataset}{setting}/{model}-{res}-{data}-seed{seed}; with "
+        "--seeds without the last part)",
+        result=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
     """Everything stage 3 is told.
 
+    :func:`semantic_aug.classify.run.resolve` fills in the learning rate, warm-up, precision and output folder that were not
+    given, and the attributes below.
+
     Attributes:
-        dataset: what ``--dataset`` was given.
-        setting: which part of the training split is used.
         syndata: folders of the synthetic subsets; empty for the real-only baseline.
-        gamma: of the soft labels, above 0.
-        target_class_num: target classes kept of each source class; 0: all.
-        draws: how synthetic images enter the batches.
-        model: timm's or torchvision's name.
-        weights: ``auto``, ``none``, a file or a folder.
-        trainable_layers: ``all``, or parts joined by ``+``.
-        resolution: side of the crops in pixels.
-        nepoch: epochs over the real images.
-        batch_size: images per optimisation step, over all processes.
-        gradient_accumulation_steps: parts in which a process takes its share of a step.
-        optimizer: ``sgd`` or ``adamw``.
-        lr: peak learning rate.
-        lr_source: where the rate comes from.
-        weight_decay: of the optimiser.
-        warmup_epochs: of linear warm-up; cosine decay to zero follows.
-        loss: over the soft labels.
-        mixing: mixup, CutMix and CMO.
-        ema_decay: of the moving average of the weights; 0: none.
-        compile: whether the training step is compiled.
-        amp: ``no``, ``fp16`` or ``bf16``.
+        lr_source: where the learning rate comes from.
         device: ``cpu`` or ``cuda:N``.
-        eval_every: epochs between evaluations on the validation split.
-        select_by: the validation score that chooses the epoch.
-        patience: evaluations without a better score after which training stops; 0: never.
-        report_to: ``none`` or ``tensorboard``.
-        cache: where decoded images are kept.
-        seed: of weights, order and augmentation.
-        output_dir: of the results.
-        syndata_max: synthetic images used; None: all.
     """
 
     dataset: str
-    setting: Setting
-    syndata: tuple[str, ...]
-    gamma: float
-    target_class_num: int
-    draws: DrawSettings
-    model: str
-    weights: str
-    trainable_layers: str
-    resolution: int
-    nepoch: int
-    batch_size: int
-    gradient_accumulation_steps: int
-    optimizer: str
-    lr: float
-    lr_source: str
-    weight_decay: float
-    warmup_epochs: float
-    loss: LossSettings
-    mixing: MixSettings
-    ema_decay: float
-    compile: bool
-    amp: str
-    device: str
-    eval_every: int
-    select_by: str
-    patience: int
-    report_to: str
-    cache: str
-    seed: int
-    output_dir: Path
-    syndata_max: int | None = None
+    setting: Setting = field(default_factory=Setting)
+    run: cli.RunSettings = field(default_factory=cli.RunSettings)
+    synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
+    classifier: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainSettings = field(default_factory=TrainSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    mixing: MixSettings = field(default_factory=MixSettings)
+    use: UseSettings = field(default_factory=UseSettings)
+    placement: PlacementSettings = field(default_factory=PlacementSettings)
+    syndata: tuple[str, ...] = ()
+    lr_source: str = ""
+    device: str = "cpu"
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights, order and augmentation."""
+        return self.run.seed
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the results."""
+        return self.placement.output_dir
+
+    def with_seed(self, seed: int, output_dir: Path) -> ClassifyConfig:
+        """The same request under another seed, in another folder."""
+        placement = replace(self.placement, output_dir=output_dir)
+        return replace(self, run=replace(self.run, seed=seed), placement=placement)
 
     def record(self) -> dict:
-        """What ``args.yaml`` keeps."""
-        return asdict(self)
+        """What ``args.yaml`` keeps: the settings in effect."""
+        synthetic, mixing = self.synthetic, self.mixing
+        return {
+            "dataset": self.dataset,
+            "setting": asdict(self.setting),
+            "syndata": self.syndata,
+            **_recorded(synthetic),
+            "draws": {
+                "mode": synthetic.synthetic_mode if self.syndata else SYNTHETIC_MODES[0],
+                "probability": synthetic.synthetic_prob if self.syndata else 0.0,
+                "balanced": synthetic.synthetic_balanced,
+            },
+            **_recorded(self.classifier),
+            **_recorded(self.training),
+            "lr_source": self.lr_source,
+            "loss": asdict(self.loss) | {"smoothing": self.loss.label_smoothing},
+            "mixing": {f"{kind}_alpha": mixing.alphas.get(kind, 0.0) for kind in ("mixup", "cutmix", "cmo")}
+            | {"probability": mixing.mix_prob},
+            **_recorded(self.placement),
+            "device": self.device,
+            "seed": self.seed,
+        }
 
+
+GROUPS = {
+    "synthetic": SyntheticSettings,
+    "classifier": ModelSettings,
+    "training": TrainSettings,
+    "loss": LossSettings,
+    "mixing": MixSettings,
+    "use": UseSettings,
+    "placement": PlacementSettings,
+}
+"""The settings that only this stage has, in the order of the help."""
+
+NOT_RECORDED = (
+    *("syndata_key", "syndata_dir", "gpu"),  # but the folders and the device that they name
+    *("synthetic_mode", "synthetic_prob", "synthetic_balanced"),  # but what is in effect, as ``draws``
+    *("seeds", "allow_other_sources"),
+)
 
 BY_CONTENT = ("dataset", "syndata", "weights")
-"""Arguments that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
+"""Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
 
 MAY_CHANGE = (
-    "device",
-    "output_dir",
-    "lr_source",
-    "gradient_accumulation_steps",
-    "compile",
-    "report_to",
-    "cache",
+    *(name for cls in GROUPS.values() for name in cli.settings_of(cls) if name not in cli.result_settings(cls)),
+    *("device", "lr_source"),
     *BY_CONTENT,
 )
-"""Arguments that a restarted run may be given differently."""
+"""Settings in a record that a restarted run may be given differently."""
+
+
+def _recorded(settings: object) -> dict:
+    """A group's settings under the names that records have for them."""
+    values = {name: getattr(settings, name) for name in cli.settings_of(type(settings)) if name not in NOT_RECORDED}
+    return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
+
+
+def build_parser(description: str) -> cli.Parser:
+    """All flags of this stage."""
+    parser = cli.Parser(prog="train_cls.py", description=description)
+    add_shared(parser, seed=2020, label_noise=True)
+    for cls in GROUPS.values():
+        cli.add_settings(parser, cls)
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> ClassifyConfig:
+    """The request that parsed arguments make; what was not given is still to be resolved."""
+    groups = {"setting": Setting, "run": cli.RunSettings, **GROUPS}
+    return ClassifyConfig(dataset=args.dataset, **{name: cli.read_settings(cls, args) for name, cls in groups.items()})

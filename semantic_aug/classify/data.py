@@ -1,8 +1,9 @@
 """Training and evaluation batches: images resized once into uint8, augmented batch by batch on the device.
 
-An item of training is a real image or a synthetic one with its soft label (see :mod:`semantic_aug.classify.draws`). All
-random choices of a step come from a generator keyed by (seed, step) and are made for the whole batch, of which each
-process, or each part of an accumulated gradient, takes its share.
+An item of training is a real image or a synthetic one with its soft label. Three ways of using synthetic images: ``item``
+replaces each item with probability p (the paper's), ``ratio`` replaces a fixed share p of every batch, ``concat`` runs
+through real and synthetic images alike, once an epoch. What is drawn is a pure function of (seed, epoch, step), made for the
+whole batch, of which each process, or each part of an accumulated gradient, takes its share.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from semantic_aug.classify.draws import DrawSettings, EpochDraws, minority_rows
+from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import open_pixels
@@ -58,14 +59,15 @@ class ImageStore:
         count: int,
         side: int,
         budget: int,
+        *,
         workers: int | None = None,
         cache: str = "auto",
         identity: str | None = None,
     ):
         self.read, self.count, self.side = read, count, side
         self.pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
-        made_from = f"{identity} squash bicubic" if identity is not None else None
-        self.pixels = open_pixels(self.decode, count, side, made_from, cache, budget, workers)
+        content = f"{identity} squash bicubic" if identity is not None else None
+        self.pixels = open_pixels(self.decode, count, side, content, cache, memory=budget, workers=workers)
 
     def decode(self, index: int) -> np.ndarray:
         """One image, uint8 ``(side, side, 3)``."""
@@ -81,7 +83,7 @@ class ImageStore:
 def crop(
     images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray | None = None
 ) -> np.ndarray:
-    """Each image's own window, copied once.
+    """A window of each image, copied once.
 
     Args:
         images: B of uint8 ``(S, S, 3)``, contiguous.
@@ -124,14 +126,97 @@ def share_of(batch: int, part: int, parts: int) -> np.ndarray:
     return positions[np.minimum(positions, batch - 1 - positions) % parts == part]
 
 
+# ------------------------------------------------------------------------------------------------ which items make up a batch
+
+
+def balanced_rows(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` rows, each of a class drawn evenly among those that occur; with replacement."""
+    classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.argsort(index, kind="stable")
+    starts = np.cumsum(sizes) - sizes
+    chosen = rng.integers(len(classes), size=count)
+    return order[starts[chosen] + (rng.random(count) * sizes[chosen]).astype(np.int64)]
+
+
+def minority_rows(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` rows with chances in inverse proportion to the size of their class (CMO, Park et al. 2022).
+
+    As its authors implement it, an image's weight is 1 / n of its class: every class is drawn equally often.
+    """
+    return balanced_rows(labels, count, rng)
+
+
+class EpochDraws:
+    """The items of every batch.
+
+    Args:
+        real: number of real images.
+        targets: ``(M,)`` target class of each synthetic image; None or empty without any.
+        settings: how they enter.
+        batch_size: items per batch; an epoch's last, smaller part is dropped unless it is all there is.
+        seed: of every choice.
+    """
+
+    def __init__(self, real: int, targets: np.ndarray | None, settings: SyntheticSettings, batch_size: int, seed: int):
+        self.real, self.settings, self.seed = real, settings, seed
+        self.targets = targets if targets is not None and len(targets) and settings.active else None
+        self.pool = real + (len(targets) if self.targets is not None and settings.synthetic_mode == "concat" else 0)
+        self.batch_size = min(batch_size, self.pool)
+        self.steps_per_epoch = max(1, self.pool // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's items in order: an index below ``real`` is a real image, above it a synthetic one."""
+        rng = numpy_rng(self.seed, "classify", "epoch", epoch)
+        items = rng.permutation(self.pool)
+        if self.pool > self.real and self.settings.synthetic_balanced:
+            synthetic = items >= self.real
+            items[synthetic] = self.real + balanced_rows(self.targets, int(synthetic.sum()), rng)
+        return items
+
+    def batch(self, step: int, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The items of one step, indices as in :meth:`order`.
+
+        Args:
+            step: within the epoch.
+            order: of the epoch.
+            rng: of the step.
+        """
+        items = order[step * self.batch_size : (step + 1) * self.batch_size]
+        if self.targets is None or self.settings.synthetic_mode == "concat":
+            return items
+        swap = self._swapped(step, len(items), rng)
+        if swap.any():
+            items, count = items.copy(), int(swap.sum())
+            drawn = (
+                balanced_rows(self.targets, count, rng)
+                if self.settings.synthetic_balanced
+                else rng.integers(len(self.targets), size=count)
+            )
+            items[swap] = self.real + drawn
+        return items
+
+    def _swapped(self, step: int, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Which items of a batch are synthetic, bool ``(size,)``."""
+        p = self.settings.synthetic_prob
+        if self.settings.synthetic_mode == "item":  # the paper's way: each item by itself
+            return rng.random(size) < p
+        # ratio: the fraction that a batch cannot hold is carried to the next, so that the epoch's share is p
+        whole: Sequence[int] = [int((step + after) * p * size + 1e-9) for after in (0, 1)]
+        swap = np.zeros(size, bool)
+        swap[rng.permutation(size)[: whole[1] - whole[0]]] = True
+        return swap
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
 class TrainBatches:
     """The batches of every epoch, real and synthetic.
 
     Args:
         real: training images.
         synthetic: synthetic images, or None.
-        gamma: of the soft labels.
-        draws: how synthetic images enter; a number is the chance p that an item is synthetic.
+        settings: the exponent of the soft labels, and how synthetic images enter the batches.
         resolution: side of the crops in pixels.
         batch_size: items per batch; the last, smaller part of an epoch is dropped unless it is all there is.
         seed: of every choice.
@@ -143,30 +228,30 @@ class TrainBatches:
         self,
         real: ImageTable,
         synthetic: SyntheticImages | None,
-        gamma: float,
-        draws: DrawSettings | float,
+        settings: SyntheticSettings,
         resolution: int,
         batch_size: int,
         seed: int,
+        *,
         budget: int | None = None,
         cache: str = "auto",
     ):
         side, budget = resized_side(resolution), budget if budget is not None else int(available_memory() * RAM_SHARE)
         k = len(real.class_names)
-        draws = draws if isinstance(draws, DrawSettings) else DrawSettings(probability=draws)
         self.real = ImageStore(real.image, len(real), side, budget, cache=cache, identity=real.signature())
         self.labels = real.labels
         self.targets = one_hot(torch.from_numpy(real.labels), k)
         self.synthetic = None
-        if synthetic is not None and draws.active:
+        if synthetic is not None and settings.active:
             pixels = self.real.pixels
             # a mapped file takes no memory of this process
             held = pixels.nbytes if pixels is not None and pixels.flags.writeable else 0
             self.synthetic = ImageStore(
                 synthetic.image, len(synthetic), side, budget - held, cache=cache, identity=synthetic.signature()
             )
-            self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(gamma, k))])
-        self.draws = EpochDraws(len(real), synthetic.target if self.synthetic else None, draws, batch_size, seed)
+            # soft labels y = (1 - s^gamma) onehot(source) + s^gamma onehot(target)
+            self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(settings.gamma, k))])
+        self.draws = EpochDraws(len(real), synthetic.target if self.synthetic else None, settings, batch_size, seed)
         self.resolution, self.seed = resolution, seed
         self.batch_size, self.steps_per_epoch = self.draws.batch_size, self.draws.steps_per_epoch
 
@@ -182,37 +267,37 @@ class TrainBatches:
             foregrounds: instead of the batches, as many real images drawn in favour of rare classes.
         """
         make = self._foregrounds if foregrounds else self._batch
-        order, where = self.draws.order(epoch), share_of(self.batch_size, part, parts)
+        order, positions = self.draws.order(epoch), share_of(self.batch_size, part, parts)
         with ThreadPoolExecutor(1) as ahead:
-            pending = ahead.submit(make, epoch, 0, order, where)
+            pending = ahead.submit(make, epoch, 0, order, positions)
             for step in range(self.steps_per_epoch):
                 ready = pending.result()
                 if step + 1 < self.steps_per_epoch:
-                    pending = ahead.submit(make, epoch, step + 1, order, where)
+                    pending = ahead.submit(make, epoch, step + 1, order, positions)
                 yield ready
 
-    def _batch(self, epoch: int, step: int, order: np.ndarray, where: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _batch(self, epoch: int, step: int, order: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = numpy_rng(self.seed, "classify", "batch", epoch, step)
-        return self._load(self.draws.batch(step, order, rng), where, rng)
+        return self._load(self.draws.batch(step, order, rng), positions, rng)
 
-    def _foregrounds(self, epoch: int, step: int, order: np.ndarray, where: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _foregrounds(self, epoch: int, step: int, order: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = numpy_rng(self.seed, "classify", "foregrounds", epoch, step)
-        return self._load(minority_rows(self.labels, self.batch_size, rng), where, rng)
+        return self._load(minority_rows(self.labels, self.batch_size, rng), positions, rng)
 
-    def _load(self, items: np.ndarray, where: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _load(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Pixels and targets of the items at some positions, cropped and flipped."""
         room = self.real.side - self.resolution + 1
-        tops, lefts = rng.integers(room, size=(2, len(items)))[:, where]
-        flips, items = (rng.random(len(items)) < 0.5)[where], items[where]
+        tops, lefts = rng.integers(room, size=(2, len(items)))[:, positions]
+        flips, items = (rng.random(len(items)) < 0.5)[positions], items[positions]
         images: list[np.ndarray] = [None] * len(items)
-        for store, first, mine in (
+        for store, first, chosen in (
             (self.real, 0, items < self.real.count),
             (self.synthetic, self.real.count, items >= self.real.count),
         ):
-            places = np.flatnonzero(mine)
-            if len(places):
-                for place, image in zip(places, views(store, items[places] - first), strict=True):
-                    images[place] = image
+            rows = np.flatnonzero(chosen)
+            if len(rows):
+                for row, image in zip(rows, views(store, items[rows] - first), strict=True):
+                    images[row] = image
         pixels = crop(images, tops, lefts, self.resolution, flips)
         return torch.from_numpy(pixels), self.targets[torch.from_numpy(items)]
 
@@ -229,7 +314,7 @@ class EvalBatches:
     """
 
     def __init__(
-        self, table: ImageTable, resolution: int, batch_size: int, budget: int | None = None, cache: str = "auto"
+        self, table: ImageTable, resolution: int, batch_size: int, *, budget: int | None = None, cache: str = "auto"
     ):
         self.store = ImageStore(
             table.image,

@@ -19,10 +19,10 @@ from semantic_aug import files, runs, tensors
 from semantic_aug.classify.checkpoints import misfit, read_state
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
-from semantic_aug.classify.metrics import groups_of, write_predictions, write_scores
+from semantic_aug.classify.metrics import autocast, evaluate, groups_of, write_predictions, write_scores
 from semantic_aug.classify.models import make_model
 from semantic_aug.classify.processes import Processes
-from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE, autocast, evaluate
+from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.datasets.images import open_image
@@ -87,8 +87,8 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     Raises:
         UserError: the file does not exist, is another model, or was trained on other classes.
     """
-    given = config.weights not in ("auto", "none")
-    path = resolve_path(config.weights) if given else config.output_dir
+    given = config.classifier.weights not in ("auto", "none")
+    path = resolve_path(config.classifier.weights) if given else config.output_dir
     path = path / MODEL_FILE if path.is_dir() or path.suffix == "" else path
     flag = "--weights" if given else "--output_dir"
     if not path.is_file():
@@ -100,9 +100,11 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
             f"{flag} {path} knows {len(names)} classes ('{other}' is one) that are not those of {dataset.name}: give "
             "the --dataset it was trained on"
         )
-    classifier = _load(path, flag, config.model, config.resolution, names, torch.device(config.device))
+    classifier = _load(
+        path, flag, config.classifier.model, config.classifier.res_mode, names, torch.device(config.device)
+    )
     # the memory layout of training, in which the splits are evaluated to the same digits
-    return replace(classifier, model=classifier.model.to(memory_format=torch.channels_last), amp=config.amp)
+    return replace(classifier, model=classifier.model.to(memory_format=torch.channels_last), amp=config.training.amp)
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
@@ -143,7 +145,7 @@ def _load(
 
 
 def class_names_of(path: Path) -> tuple[str, ...] | None:
-    """The class names a weight file of ours carries, or None."""
+    """The class names in the metadata of a weight file written by ``train_cls.py``, or None."""
     if path.suffix != ".safetensors":
         return None
     from safetensors import SafetensorError, safe_open
@@ -163,22 +165,24 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
     """
     folder = config.output_dir / EVAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}
-    found["data"] = data_identity(dataset, ("val", "test"), ("group",))
+    results = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}
+    results["data"] = data_identity(dataset, ("val", "test"), ("group",))
     processes = Processes(config.device)
     for split, table in (("val", dataset.val), ("test", dataset.test)):
         if table is not None:
-            batches = EvalBatches(table, config.resolution, 2 * config.batch_size, cache=config.cache)
+            batches = EvalBatches(
+                table, classifier.resolution, 2 * config.training.batch_size, cache=config.placement.cache
+            )
             classes = len(classifier.class_names)
-            scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, config.amp)
-            found[split] = scores.summary(dataset.train.counts(), groups_of(table))
+            scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, classifier.amp)
+            results[split] = scores.summary(dataset.train.counts(), groups_of(table))
             write_scores(scores, dataset.class_names, folder, split)
             write_predictions(table, scores.predicted, dataset.class_names, folder, split)
-    files.write_json(folder / RESULTS_FILE, found)
-    return found
+    files.write_json(folder / RESULTS_FILE, results)
+    return results
 
 
-def images_to_predict(places: Sequence[Path]) -> dict[str, str]:
+def images_to_predict(paths: Sequence[Path]) -> dict[str, str]:
     """The images that ``--predict`` names: name in the list of predictions -> path.
 
     Of a folder these are all images below it, as data folders are read
@@ -186,21 +190,21 @@ def images_to_predict(places: Sequence[Path]) -> dict[str, str]:
     whatever it is called. Names are relative to the folder where there is just one, else paths.
 
     Raises:
-        UserError: a place that does not exist, or no image at all.
+        UserError: a path that does not exist, or no image at all.
     """
     images: dict[str, str] = {}
-    for place in places:
-        if place.is_dir():
-            walk = Walk(Path(os.path.abspath(place)))
-            found = walk.images(walk.root)
+    for path in paths:
+        if path.is_dir():
+            walk = Walk(Path(os.path.abspath(path)))
+            files_below = walk.images(walk.root)
             walk.note_left_out()
-            images |= {walk.name_of(path) if len(places) == 1 else text_of(path): path for path in found}
-        elif place.exists():
-            images[text_of(place)] = os.fspath(place)
+            images |= {walk.name_of(file) if len(paths) == 1 else text_of(file): file for file in files_below}
+        elif path.exists():
+            images[text_of(path)] = os.fspath(path)
         else:
-            raise UserError(f"--predict {place}: not a folder or file; expected images or folders with images")
+            raise UserError(f"--predict {path}: not a folder or file; expected images or folders with images")
     if not images:
-        raise UserError(f"--predict {' '.join(map(str, places))}: no image there; expected {EXPECTED}")
+        raise UserError(f"--predict {' '.join(map(str, paths))}: no image there; expected {EXPECTED}")
     return images
 
 
@@ -227,7 +231,7 @@ def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyC
             unreadable[names[index]] = str(error)
             return Image.new("RGB", (1, 1))
 
-    out, size = config.output_dir / PREDICTIONS_FILE, 2 * config.batch_size
+    out, size = config.output_dir / PREDICTIONS_FILE, 2 * config.training.batch_size
     batches = classifier.batches(read, len(paths), size)
     with files.atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")

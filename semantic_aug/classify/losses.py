@@ -12,38 +12,13 @@ smoothing), every class counts by its share.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Which loss, and its knobs.
-
-    Attributes:
-        criterion: one of :data:`CRITERIA`.
-        smoothing: of the labels, in [0, 1); used with ``ls``.
-        focal_gamma: of ``focal``, 0 or more.
-        cb_beta: of the effective number of samples, in [0, 1); used by ``cb`` and by deferred reweighting.
-        ldam_margin: largest margin of ``ldam``, the rarest class's.
-        ldam_scale: factor on the logits of ``ldam``.
-        drw_epoch: epochs done before the class-balanced weights set in (deferred reweighting); -1: never.
-    """
-
-    criterion: str = "ce"
-    smoothing: float = 0.0
-    focal_gamma: float = 2.0
-    cb_beta: float = 0.9999
-    ldam_margin: float = 0.5
-    ldam_scale: float = 1.0
-    drw_epoch: int = -1
-
+from semantic_aug.classify.config import LossSettings
 
 # ------------------------------------------------------------------------------------------------------ soft labels
 
@@ -142,7 +117,7 @@ def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.
     """The loss that settings describe.
 
     Args:
-        settings: which, and its knobs.
+        settings: criterion and its parameters.
         counts: ``(K,)`` real training images of each class; those without any count as one.
         device: of the logits.
     """
@@ -152,15 +127,17 @@ def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.
 
     n = tensor(np.maximum(counts, 1))
     terms = {
+        **dict.fromkeys(("ce", "ls", "cb"), ce_terms),
         "focal": lambda logits: focal_terms(logits, settings.focal_gamma),
         "ldam": lambda logits: ldam_terms(logits, margins, settings.ldam_scale),
         "bsm": lambda logits: balanced_softmax_terms(logits, n),
-    }.get(settings.criterion, ce_terms)
+    }[settings.criterion]
     margins = tensor(ldam_margins(counts, settings.ldam_margin))
     weights = tensor(effective_number_weights(counts, settings.cb_beta))
 
     def criterion(logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        # class-balanced weights: from the start, or deferred (Cao et al. 2019)
         weighted = settings.criterion == "cb" or 0 <= settings.drw_epoch <= epoch
-        return expected(terms(logits), smooth(targets, settings.smoothing), weights if weighted else None)
+        return expected(terms(logits), smooth(targets, settings.label_smoothing), weights if weighted else None)
 
     return criterion

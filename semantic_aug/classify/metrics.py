@@ -1,22 +1,30 @@
-"""Accuracy in its several forms, from a confusion matrix kept on the device, and its files."""
+"""Scores of a classifier: accuracy in its several forms, counted on the device; their files; their spread over seeds."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semantic_aug import files
+from semantic_aug.classify.data import EvalBatches, Normaliser
+from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.subsets import class_groups
+from semantic_aug.divergence import check_outputs
 
+SEEDS_CSV, SEEDS_JSON = "seeds.csv", "seeds.json"
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BINS = 15
-"""Of the expected calibration error (Guo et al. 2017)."""
+"""Confidence bins of the expected calibration error (Guo et al. 2017)."""
 
 SCORE_NAMES = (
     *("top1", "top5", "macro", "loss", "ece"),
@@ -31,7 +39,7 @@ class Meter:
     Args:
         num_classes: K.
         device: where the logits are.
-        size: images of the split, where it is to be known what was said of each.
+        size: images of the split, where the prediction for each is wanted.
     """
 
     def __init__(self, num_classes: int, device: torch.device, size: int = 0):
@@ -51,9 +59,10 @@ class Meter:
         self.confusion += torch.bincount(labels * self.k + best[:, 0], minlength=self.k * self.k)
         self.top5 += (best == labels[:, None]).any(-1).sum()
         self.loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
-        sure = logits.softmax(-1).amax(-1).double()
-        place = (torch.ceil(sure * BINS) - 1).long().clamp(0, BINS - 1)
-        self.bins.index_add_(0, place, torch.stack([torch.ones_like(sure), sure, right.double()], -1))
+        # calibration: images, confidences and hits of each confidence bin
+        confidence = logits.softmax(-1).amax(-1).double()
+        bins = (torch.ceil(confidence * BINS) - 1).long().clamp(0, BINS - 1)
+        self.bins.index_add_(0, bins, torch.stack([torch.ones_like(confidence), confidence, right.double()], -1))
         if rows is not None:
             self.correct[rows] = right.long()
             self.predicted[rows] = best[:, 0]
@@ -81,8 +90,8 @@ class Scores:
         top5: share with the true class among the five (or K) best.
         loss: mean cross-entropy in nats.
         bins: ``(15, 3)``, by confidence: images, sum of confidences, number right.
-        correct: bool, which images were right, in the split's order; empty where that was not asked for.
-        predicted: int64, the class each image was given; empty likewise.
+        correct: bool, which predictions are right, in the split's order; empty where they were not wanted.
+        predicted: int64, predicted class of each image; empty likewise.
     """
 
     confusion: np.ndarray
@@ -134,8 +143,8 @@ class Scores:
 
     def summary(self, counts: Sequence[int] | None = None, groups: np.ndarray | None = None) -> dict[str, float]:
         """Top-1, top-5, macro accuracy, loss and calibration error, then what counts and groups allow."""
-        found = {"top1": self.top1, "top5": self.top5, "macro": self.macro, "loss": self.loss, "ece": self.ece}
-        return found | (self.by_frequency(counts) if counts is not None else {}) | self.by_group(groups)
+        scores = {"top1": self.top1, "top5": self.top5, "macro": self.macro, "loss": self.loss, "ece": self.ece}
+        return scores | (self.by_frequency(counts) if counts is not None else {}) | self.by_group(groups)
 
 
 def groups_of(table: object) -> np.ndarray | None:
@@ -144,6 +153,43 @@ def groups_of(table: object) -> np.ndarray | None:
     if groups is None:
         groups = getattr(table, "extras", {}).get("group")
     return None if groups is None else np.asarray(groups)
+
+
+def autocast(device: torch.device, amp: str):
+    """The context of a forward pass in mixed precision, or none."""
+    return contextlib.nullcontext() if amp == "no" else torch.autocast(device.type, AMP_DTYPES[amp])
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: EvalBatches, normalise: Normaliser, classes: int, processes: Processes, amp: str = "no"
+) -> Scores:
+    """Scores of a model on a split, each process looking at its share of the images.
+
+    Args:
+        model: put in evaluation mode.
+        batches: the split.
+        normalise: uint8 batches to the model's input.
+        classes: K.
+        processes: what every one of them counted is added up.
+        amp: ``no``, ``fp16`` or ``bf16``.
+
+    Raises:
+        UserError: the model's outputs are not finite.
+    """
+    model.eval()
+    meter = Meter(classes, processes.device, batches.store.count)
+    for rows, pixels, labels in batches.part(processes.rank, processes.count):
+        with autocast(processes.device, amp):
+            logits = model(normalise(pixels))
+        meter.add(logits, labels.to(processes.device), rows.to(processes.device))
+    meter.combine(processes.add_up)
+    scores = meter.result()
+    check_outputs(scores.loss, amp)
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def write_predictions(
@@ -163,9 +209,9 @@ def write_predictions(
     with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["file", "class", "predicted", *([] if groups is None else ["group"])])
-        for row, (key, label, said) in enumerate(zip(table.keys, table.labels, predicted, strict=True)):
+        for row, (key, label, prediction) in enumerate(zip(table.keys, table.labels, predicted, strict=True)):
             group = [] if groups is None else [int(groups[row])]
-            writer.writerow([key, class_names[label], class_names[int(said)], *group])
+            writer.writerow([key, class_names[label], class_names[int(prediction)], *group])
 
 
 def write_scores(scores: Scores, class_names: Sequence[str], folder: Path, prefix: str) -> None:
@@ -221,3 +267,64 @@ def report(results: dict, say: Callable[[str], None]) -> None:
                 f"{split}: {scores}"
                 + (f" (best epoch {results['epoch']})" if split == "val" and "epoch" in results else "")
             )
+
+
+# ------------------------------------------------------------------------------------------------------- several seeds
+
+
+def scores_of(results: Mapping) -> dict[str, float]:
+    """The scores a run is judged by: those on test, or on validation where there is no test split."""
+    return {name: value for name, value in (results["test"] or results["val"] or {}).items() if name in SCORE_NAMES}
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1); the latter is NaN for a single value."""
+    return fmean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def statistics_of(rows: Mapping[int, Mapping[str, float]]) -> dict:
+    """Mean and standard deviation of every score that all seeds have.
+
+    Args:
+        rows: seed -> scores.
+
+    Returns:
+        ``seeds`` (as strings, JSON's keys), ``mean`` and ``std``; ``std`` is None for a single seed.
+    """
+    names = [name for name in SCORE_NAMES if all(name in row for row in rows.values())]
+    spread = {name: mean_and_std([row[name] for row in rows.values()]) for name in names}
+    return {
+        "seeds": {str(seed): {name: row[name] for name in names} for seed, row in rows.items()},
+        "mean": {name: mean for name, (mean, _) in spread.items()},
+        "std": {name: None if math.isnan(std) else std for name, (_, std) in spread.items()},
+    }
+
+
+def write_statistics(statistics: Mapping, folder: Path) -> None:
+    """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``."""
+    files.write_json(folder / SEEDS_JSON, statistics)
+    names = list(statistics["mean"])
+    with (
+        files.atomic_path(folder / SEEDS_CSV) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as out,
+    ):
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["seed", *names])
+        for title, row in (*statistics["seeds"].items(), ("mean", statistics["mean"]), ("std", statistics["std"])):
+            writer.writerow([title, *("" if row[name] is None else f"{row[name]:.8g}" for name in names)])
+
+
+def percent(name: str, mean: float, std: float | None = None) -> str:
+    """A score as tables show it: accuracies and calibration error in percent, the loss in nats."""
+    factor = 1 if name == "loss" else 100
+    return f"{factor * mean:.2f}" + (f" ± {factor * std:.2f}" if std is not None else "")
+
+
+def statistics_table(statistics: Mapping) -> str:
+    """The seeds as a Markdown table; accuracies and calibration error in percent."""
+    names = list(statistics["mean"])
+    lines = ["| seed | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for seed, row in statistics["seeds"].items():
+        lines.append(f"| {seed} | " + " | ".join(percent(name, row[name]) for name in names) + " |")
+    spread = [percent(name, statistics["mean"][name], statistics["std"][name]) for name in names]
+    return "\n".join([*lines, "| mean ± std | " + " | ".join(spread) + " |"])

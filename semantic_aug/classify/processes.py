@@ -1,4 +1,4 @@
-"""One process, or several started by accelerate that train one model: which share each takes, and what they exchange."""
+"""Data-parallel training: one process, or several started by accelerate, each with a share of every batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from semantic_aug.errors import UserError
 
 
 def is_main() -> bool:
-    """Whether this process, of those a launcher started, is the one that speaks; without a launcher it is."""
+    """Whether this process is the one that prints, of those a launcher started; without a launcher it is."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -24,7 +24,7 @@ def leave() -> None:
 
 
 class Processes:
-    """What a trainer needs to know of the others.
+    """This process among those that train one model together.
 
     Args:
         device: ``cpu`` or ``cuda:N``; with several processes accelerate gives each its own GPU.
@@ -80,6 +80,6 @@ class Processes:
                 torch.distributed.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Waits until all processes arrive here (a barrier)."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +17,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug import files, runs, tensors
-from semantic_aug.classify.batch_norm import check_parts
-from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig
-from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches
-from semantic_aug.classify.early import check_disk
-from semantic_aug.classify.layers import freeze
+from semantic_aug.classify.config import ClassifyConfig, TrainSettings
+from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches, share_of
 from semantic_aug.classify.losses import make_criterion
-from semantic_aug.classify.metrics import SCORE_NAMES, Meter, Scores, groups_of, write_predictions, write_scores
+from semantic_aug.classify.metrics import (
+    SCORE_NAMES,
+    Scores,
+    autocast,
+    evaluate,
+    groups_of,
+    write_predictions,
+    write_scores,
+)
 from semantic_aug.classify.mixing import mix
-from semantic_aug.classify.models import make_model, weights_identity
-from semantic_aug.classify.optim import learning_rate_at, make_optimizer
+from semantic_aug.classify.models import check_batch_norm, freeze, make_model
 from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
-from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, check_outputs, non_finite
+from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, non_finite
 from semantic_aug.errors import UserError
-from semantic_aug.runs import RunLock
 from semantic_aug.seeding import derive_seed, numpy_rng
 
 log = logging.getLogger(__name__)
@@ -46,8 +49,8 @@ BOARD_FOLDER = "tensorboard"
 BEFORE_RESULTS = (runs.ARGS_FILE, f"{BOARD_FOLDER}/*")
 """What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 COLUMNS = ("epoch", "lr", "train_loss", *(f"val_{name}" for name in SCORE_NAMES), "images_per_second")
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_SECONDS = 60.0
+"""Time between saves of the training state."""
 
 
 def results_of(folder: Path) -> dict | None:
@@ -58,48 +61,43 @@ def results_of(folder: Path) -> dict | None:
         return None
 
 
-def autocast(device: torch.device, amp: str):
-    """The context of a forward pass in mixed precision, or none."""
-    return contextlib.nullcontext() if amp == "no" else torch.autocast(device.type, AMP_DTYPES[amp])
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW; no weight decay on biases and normalisation."""
+    from timm.optim import param_groups_weight_decay
+
+    groups = param_groups_weight_decay(model, settings.weight_decay)
+    fused = next(model.parameters()).device.type == "cuda" or None
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: EvalBatches, normalise: Normaliser, classes: int, processes: Processes, amp: str = "no"
-) -> Scores:
-    """Scores of a model on a split, each process looking at its share of the images.
+def learning_rate_at(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over ``warmup`` steps, then half a cosine down to zero at ``total``; steps count from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-    Args:
-        model: put in evaluation mode.
-        batches: the split.
-        normalise: uint8 batches to the model's input.
-        classes: K.
-        processes: what every one of them counted is added up.
-        amp: ``no``, ``fp16`` or ``bf16``.
+
+def check_disk(config: ClassifyConfig, model: torch.nn.Module) -> None:
+    """Refuses a run whose state and results the disk cannot hold.
 
     Raises:
-        UserError: the model's outputs are not finite.
+        UserError: too little is free.
     """
-    model.eval()
-    meter = Meter(classes, processes.device, batches.store.count)
-    for rows, pixels, labels in batches.part(processes.rank, processes.count):
-        with autocast(processes.device, amp):
-            logits = model(normalise(pixels))
-        meter.add(logits, labels.to(processes.device), rows.to(processes.device))
-    meter.combine(processes.add_up)
-    scores = meter.result()
-    check_outputs(scores.loss, amp)
-    return scores
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    copies = 6 if config.training.ema_decay else 5  # weights, their best, the optimiser's two, and the finished file
+    files.check_space(config.output_dir, copies * size, "--output_dir")
 
 
 class Trainer:
     """One training run of a classifier.
 
     Args:
-        config: the request.
+        config: resolved request.
         dataset: loaded under ``config.setting``.
         synthetic: images of the synthetic subsets, or None.
-        origin: of the run, whose images are looked at again at its end; None: they are not.
+        origin: data and weights of the run, whose images are compared once more at its end; None: they are not.
     """
 
     def __init__(
@@ -110,12 +108,15 @@ class Trainer:
         origin: RunOrigin | None = None,
     ):
         self.config, self.dataset, self.origin = config, dataset, origin
+        training, classifier = config.training, config.classifier
         self.processes = Processes(config.device)
         self.device = self.processes.device
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(derive_seed(config.seed, "classify", "weights"))
-        model, normalisation = make_model(config.model, len(dataset.class_names), config.resolution, config.weights)
+        model, normalisation = make_model(
+            classifier.model, len(dataset.class_names), classifier.res_mode, classifier.weights
+        )
         if self.processes.count > 1 and self.device.type == "cuda":
             from timm.layers import convert_sync_batchnorm
 
@@ -123,29 +124,28 @@ class Trainer:
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
         if self.processes.main and not (config.output_dir / STATE_FILE).exists():
             check_disk(config, self.model)
-        self.frozen = freeze(self.model, config.trainable_layers)
-        self.averaged = self._average() if config.ema_decay else None
+        self.frozen = freeze(self.model, classifier.trainable_layers)
+        self.averaged = self._average() if training.ema_decay else None
         self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)
         self.train_batches = TrainBatches(
             dataset.train,
             synthetic,
-            config.gamma,
-            config.draws,
-            config.resolution,
-            config.batch_size,
+            config.synthetic,
+            classifier.res_mode,
+            training.batch_size,
             config.seed,
-            cache=config.cache,
+            cache=config.placement.cache,
         )
-        self.parts = self.processes.count * config.gradient_accumulation_steps
+        self.parts = self.processes.count * training.gradient_accumulation_steps
         self.processes.check(self.train_batches.batch_size, self.parts)
-        check_parts(self.model, self.frozen, config, self.processes, (self.train_batches.batch_size, self.parts))
+        self._check_batch_norm()
         self.counts = dataset.train.counts()
         self.criterion = make_criterion(config.loss, self.counts, self.device)
         self.val_batches = self._eval_batches(dataset.val) if dataset.val else None
-        self.optimizer = make_optimizer(self.model, config.optimizer, config.lr, config.weight_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.optimizer = make_optimizer(self.model, training)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.steps_per_epoch = self.train_batches.steps_per_epoch
-        self.total_steps = config.nepoch * self.steps_per_epoch
+        self.total_steps = training.nepoch * self.steps_per_epoch
         self.best: dict | None = None
         self.epoch, self.stale, self.saved = 0, 0, time.monotonic()
 
@@ -153,23 +153,51 @@ class Trainer:
         from timm.utils import ModelEmaV3
 
         # with the warm-up a short run's average is not mostly its beginning
-        return ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
+        return ModelEmaV3(self.model, decay=self.config.training.ema_decay, use_warmup=True)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and kept: the one trained, or the moving average of its weights."""
+        return self.model if self.averaged is None else self.averaged.module
 
     def _eval_batches(self, table: ImageTable) -> EvalBatches:
-        return EvalBatches(table, self.config.resolution, 2 * self.config.batch_size, cache=self.config.cache)
+        size, resolution = 2 * self.config.training.batch_size, self.config.classifier.res_mode
+        return EvalBatches(table, resolution, size, cache=self.config.placement.cache)
+
+    def _check_batch_norm(self) -> None:
+        """Refuses batches whose smallest part BatchNorm cannot train on; synchronised over GPUs it sees all parts."""
+        if self.processes.count > 1 and self.device.type == "cuda":
+            return
+        size, classifier = self.train_batches.batch_size, self.config.classifier
+        self._training_mode()
+        advice = (
+            f"batches of {size} (--batch_size {self.config.training.batch_size}, at most the number of training images) in "
+            f"{self.parts} part(s), {classifier.model} at --res_mode {classifier.res_mode}: give a larger --batch_size or "
+            "--res_mode, fewer --gradient_accumulation_steps, or a model without BatchNorm"
+        )
+        smallest = min(len(share_of(size, part, self.parts)) for part in range(self.parts))
+        check_batch_norm(self.model, classifier.res_mode, smallest, advice)
+
+    def _training_mode(self) -> None:
+        """Training mode, in which frozen parts keep their running statistics."""
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
 
     # ------------------------------------------------------------------------------------------------- one run
 
     def run(self) -> dict:
         """Trains, evaluates the best epoch on test, writes everything; returns what ``results.json`` holds."""
-        config, folder, main = self.config, self.config.output_dir, self.processes.main
+        training, folder, main = self.config.training, self.config.output_dir, self.processes.main
         self._restore()
         self.processes.wait()  # nobody overwrites the state before everyone has read it
-        call = self.processes.prepare(torch.compile(self.model) if config.compile else self.model)
+        call = self.processes.prepare(torch.compile(self.model) if training.compile else self.model)
         epochs = runs.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch) if main else None
         began = time.monotonic()
         with (
-            _board(folder / BOARD_FOLDER if main and config.report_to == "tensorboard" else None, self.epoch) as report,
+            _board(
+                folder / BOARD_FOLDER if main and training.report_to == "tensorboard" else None, self.epoch
+            ) as report,
             tqdm(
                 total=self.total_steps,
                 initial=self.epoch * self.steps_per_epoch,
@@ -180,43 +208,43 @@ class Trainer:
                 disable=not main,
             ) as bar,
         ):
-            while self.epoch < config.nepoch and not self._stopped():
+            while self.epoch < training.nepoch and not self._stopped():
                 row = self._train_epoch(call, bar)
                 self.epoch += 1
-                if self.val_batches and (self.epoch % config.eval_every == 0 or self.epoch == config.nepoch):
+                if self.val_batches and (self.epoch % training.eval_every == 0 or self.epoch == training.nepoch):
                     scores = self._scores(self.val_batches)
                     bar.set_postfix(val=f"{100 * scores.top1:.2f}", refresh=False)
-                    found = scores.summary(self.counts, groups_of(self.dataset.val))
-                    row |= {f"val_{name}": value for name, value in found.items()}
-                    self._keep_best(found, scores.predicted)
+                    summary = scores.summary(self.counts, groups_of(self.dataset.val))
+                    row |= {f"val_{name}": value for name, value in summary.items()}
+                    self._keep_best(summary, scores.predicted)
                 if main:
                     epochs.add(epoch=self.epoch, **row)
                     report(row, self.epoch)
                     if time.monotonic() - self.saved > SAVE_SECONDS:
                         self._save_state()
-        if self._stopped() and self.epoch < config.nepoch:
+        if self._stopped() and self.epoch < training.nepoch:
             log.info(
-                "stopped after epoch %d: %d evaluations without a better %s", self.epoch, self.stale, config.select_by
+                "stopped after epoch %d: %d evaluations without a better %s", self.epoch, self.stale, training.select_by
             )
         return self._conclude(time.monotonic() - began)
 
     def _stopped(self) -> bool:
-        return 0 < self.config.patience <= self.stale
+        return 0 < self.config.training.patience <= self.stale
 
     def _train_epoch(self, call: nn.Module, bar: tqdm) -> dict[str, float]:
-        config, began, rank = self.config, time.monotonic(), self.processes.rank
-        torch.manual_seed(derive_seed(config.seed, "classify", "dropout", self.epoch, *([rank] if rank else [])))
-        self.model.train()
-        for module in self.frozen:
-            module.eval()
+        training, began, rank = self.config.training, time.monotonic(), self.processes.rank
+        torch.manual_seed(derive_seed(self.config.seed, "classify", "dropout", self.epoch, *([rank] if rank else [])))
+        self._training_mode()
         loss_log, total = LossLog(self.device, CHECK_STEPS, self.processes.add_up), 0.0
-        warmup, lr = round(config.warmup_epochs * self.steps_per_epoch), config.lr
+        warmup, lr = round(training.warmup_epochs * self.steps_per_epoch), training.lr
         for step, parts in enumerate(self._epoch_parts()):
             done = self.epoch * self.steps_per_epoch + step
-            lr = learning_rate_at(done, self.total_steps, warmup, config.lr)
+            # linear warm-up, then cosine decay
+            lr = learning_rate_at(done, self.total_steps, warmup, training.lr)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             step_loss = torch.zeros((), device=self.device)
+            # gradient accumulation over the parts of the step
             for number, part in enumerate(parts):
                 last = number + 1 == len(parts)
                 with contextlib.nullcontext() if last else self.processes.no_sync(call):
@@ -229,7 +257,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            if self.averaged is not None:
+            if self.averaged is not None:  # exponential moving average of the weights
                 self.averaged.update(self.model, step=done + 1)
             bar.update()
             if loss_log.count == CHECK_STEPS or step + 1 == self.steps_per_epoch:
@@ -241,15 +269,15 @@ class Trainer:
 
     def _epoch_parts(self) -> Iterator[list[tuple]]:
         """For every step the parts this process takes: (batch, foregrounds or None) each."""
-        config, count = self.config, self.processes.count
-        mine = [self.processes.rank + count * micro for micro in range(config.gradient_accumulation_steps)]
-        batches = [self.train_batches.epoch(self.epoch, part, self.parts) for part in mine]
-        if config.mixing.cmo_alpha == 0:
+        count, steps = self.processes.count, self.config.training.gradient_accumulation_steps
+        parts = [self.processes.rank + count * micro for micro in range(steps)]
+        batches = [self.train_batches.epoch(self.epoch, part, self.parts) for part in parts]
+        if not self.config.mixing.use_cmo:
             yield from ([(batch, None) for batch in step] for step in zip(*batches, strict=True))
             return
-        others = [self.train_batches.epoch(self.epoch, part, self.parts, foregrounds=True) for part in mine]
+        others = [self.train_batches.epoch(self.epoch, part, self.parts, foregrounds=True) for part in parts]
         for step in zip(*batches, *others, strict=True):
-            yield list(zip(step[: len(mine)], step[len(mine) :], strict=True))
+            yield list(zip(step[:steps], step[steps:], strict=True))
 
     def _loss(self, call: nn.Module, step: int, part: tuple) -> Tensor:
         """The sum of the losses of one part of a batch."""
@@ -258,7 +286,7 @@ class Trainer:
         # every part of a step draws the same numbers, so that it is mixed as the whole batch would be
         rng = numpy_rng(config.seed, "classify", "mix", self.epoch, step)
         images, targets = mix(images, targets, config.mixing, rng, foregrounds)
-        with autocast(self.device, config.amp):
+        with autocast(self.device, config.training.amp):
             logits = call(images)
         return self.criterion(logits, targets, self.epoch).sum()
 
@@ -268,28 +296,26 @@ class Trainer:
 
     def _scores(self, batches: EvalBatches) -> Scores:
         """Scores of the present weights (their average, with EMA) on a split."""
-        model = self.model if self.averaged is None else self.averaged.module
+        model = self.evaluated
         self.processes.agree_on(model)
         if bad := non_finite(model.state_dict().items()):
             raise UserError(f"training diverged: after epoch {self.epoch} '{bad}' is not finite; {self._advice()}")
         classes = len(self.dataset.class_names)
-        return evaluate(model, batches, self.normalise, classes, self.processes, self.config.amp)
+        return evaluate(model, batches, self.normalise, classes, self.processes, self.config.training.amp)
 
     def _advice(self) -> str:
-        config = self.config
-        state = config.output_dir / STATE_FILE
+        training, state = self.config.training, self.config.output_dir / STATE_FILE
         kept = f"{state} holds the last good epoch saved" if state.exists() else "no epoch was saved yet"
-        fp16 = ", use --amp bf16" if config.amp == "fp16" else ""
-        return f"lower --lr {config.lr:g}{fp16} and choose another --output_dir; {kept}"
+        fp16 = ", use --amp bf16" if training.amp == "fp16" else ""
+        return f"lower --lr {training.lr:g}{fp16} and choose another --output_dir; {kept}"
 
     # -------------------------------------------------------------------------------------- best epoch and results
 
     def _keep_best(self, scores: dict[str, float], predicted: np.ndarray) -> None:
         """The first epoch of the highest validation score; ties go to the lower loss."""
-        by = self.config.select_by
+        by = self.config.training.select_by
         if self.best is None or (scores[by], -scores["loss"]) > (self.best[by], -self.best["loss"]):
-            model = self.model if self.averaged is None else self.averaged.module
-            kept = {"state": _detached(model), "predicted": torch.from_numpy(predicted)}
+            kept = {"state": _detached(self.evaluated), "predicted": torch.from_numpy(predicted)}
             self.best, self.stale = {"epoch": self.epoch, **scores, **kept}, 0
         else:
             self.stale += 1
@@ -297,13 +323,12 @@ class Trainer:
     def _conclude(self, seconds: float) -> dict:
         config, folder, dataset = self.config, self.config.output_dir, self.dataset
         chosen = {k: v for k, v in self.best.items() if k not in ("state", "predicted")} if self.best else None
-        model = self.model if self.averaged is None else self.averaged.module
         if self.best:
-            model.load_state_dict(self.best["state"])
+            self.evaluated.load_state_dict(self.best["state"])
         results = {
             "dataset": dataset.name,
             "setting": dataset.setting.suffix.lstrip("_") or "all data",
-            "model": config.model,
+            "model": config.classifier.model,
             "seed": config.seed,
             "train_images": len(dataset.train),
             "epoch": chosen["epoch"] if chosen else self.epoch,
@@ -325,17 +350,17 @@ class Trainer:
             self._refuse_changed_images()
             for split, scores in final.items():
                 write_scores(scores, dataset.class_names, folder, split)
-            for split, said in predicted.items():
-                write_predictions(getattr(dataset, split), said, dataset.class_names, folder, split)
-            metadata = {"model": config.model, "classes": dataset.source_names}
-            tensors.save_tensors(folder / MODEL_FILE, model.state_dict(), metadata)
+            for split, predictions in predicted.items():
+                write_predictions(getattr(dataset, split), predictions, dataset.class_names, folder, split)
+            metadata = {"model": config.classifier.model, "classes": dataset.source_names}
+            tensors.save_tensors(folder / MODEL_FILE, self.evaluated.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
         self.processes.wait()
         return results
 
     def _refuse_changed_images(self) -> None:
-        """Images that are decoded each time may have been seen in both states: such a run cannot be gone on with."""
+        """Refuses images that changed during the run, which may have seen both states: it cannot be resumed either."""
         if self.origin is None:
             return
         try:
@@ -372,7 +397,7 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.module.load_state_dict(state["averaged"])
         self.best, self.epoch, self.stale = state["best"], state["epoch"], state["stale"]
-        log.info("%s: going on after epoch %d of %d", self.config.output_dir, self.epoch, self.config.nepoch)
+        log.info("%s: going on after epoch %d of %d", self.config.output_dir, self.epoch, self.config.training.nepoch)
 
 
 def _detached(model: nn.Module) -> dict[str, Tensor]:
@@ -401,49 +426,3 @@ def _board(folder: Path | None, done: int):
         yield report
     finally:
         writer.close()
-
-
-def origin_of(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> RunOrigin:
-    """What a request's results are made from; captions and the super-class have no part in a classifier."""
-    weights = lambda: {"weights": weights_identity(config.model, config.weights)}  # noqa: E731
-    return RunOrigin(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
-
-
-def check_folder(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
-    """Refuses an output folder of another run, for ``--dry_run``."""
-    origin = origin_of(config, dataset, synthetic)
-    runs.belongs(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
-
-
-def run(
-    config: ClassifyConfig,
-    dataset: LoadedDataset,
-    synthetic: SyntheticImages | None,
-    origin: RunOrigin | None = None,
-) -> dict:
-    """Runs a request in its output folder, goes on with an interrupted one, or finds it done.
-
-    Args:
-        config: the request.
-        dataset: loaded under ``config.setting``.
-        synthetic: images of the synthetic subsets, or None.
-        origin: see :func:`origin_of`; of several runs of one command the same.
-
-    Raises:
-        UserError: the folder holds a run with other arguments or of other images, or is in use; images changed meanwhile.
-    """
-    processes, folder = Processes(config.device), config.output_dir
-    origin = origin or origin_of(config, dataset, synthetic)
-    with contextlib.ExitStack() as held:
-        known = True
-        if processes.main:
-            held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
-            held.enter_context(RunLock(folder, "--output_dir"))
-            known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
-        processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
-        done = results_of(folder) if known else None
-        processes.wait()
-        if done is not None:
-            log.info("%s is finished already", folder)
-            return done
-        return Trainer(config, dataset, synthetic, origin).run()

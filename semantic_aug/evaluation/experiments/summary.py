@@ -10,8 +10,7 @@ from pathlib import Path
 
 from semantic_aug import runs
 from semantic_aug.classify.config import BY_CONTENT, MAY_CHANGE
-from semantic_aug.classify.metrics import SCORE_NAMES
-from semantic_aug.classify.seeds import percent, scores_of, statistics_of
+from semantic_aug.classify.metrics import SCORE_NAMES, percent, scores_of, statistics_of
 from semantic_aug.classify.trainer import RESULTS_FILE, results_of
 from semantic_aug.errors import UserError
 from semantic_aug.runs import MADE_FROM

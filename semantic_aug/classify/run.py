@@ -1,0 +1,304 @@
+"""A run of stage 3 from the request to its results: resolve, check, train (under one seed or several), evaluate, predict."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from semantic_aug import console, files, registry, runs
+from semantic_aug.classify import inference, metrics
+from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings, TrainSettings
+from semantic_aug.classify.losses import make_criterion
+from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
+from semantic_aug.classify.processes import Processes, is_main, leave
+from semantic_aug.classify.trainer import (
+    BEFORE_RESULTS,
+    MODEL_FILE,
+    Trainer,
+    check_disk,
+    make_optimizer,
+    results_of,
+)
+from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.spec import SPLITS
+from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
+from semantic_aug.devices import device_of, launched
+from semantic_aug.errors import UserError, WouldDownload, no_downloads
+
+log = logging.getLogger(__name__)
+
+
+def run(config: ClassifyConfig) -> int:
+    """Resolves, prints, saves, and trains, evaluates or predicts; returns the exit status."""
+    console.set_up_logging(is_main())
+    say = print if is_main() else lambda *_, **__: None
+    with no_downloads(config.run.dry_run):
+        config, dataset, synthetic = resolve(config)
+    say(dataset.describe())
+    if config.use.eval_only or config.use.predict:
+        return use(config, dataset)
+    images = f"{len(synthetic)} images of {', '.join(config.syndata)}" if synthetic else "none (real only)"
+    say(f"synthetic: {images}")
+    say(runs.arguments_text(config.record()), end="")
+    seeds = list(dict.fromkeys(config.training.seeds or ()))
+    if config.run.dry_run:
+        check_start(config, dataset)
+        if not seeds:
+            check_folder(config, dataset, synthetic)
+        return 0
+    if seeds:
+        say(metrics.statistics_table(train_seeds(config, seeds, dataset, synthetic)))
+    else:
+        metrics.report(train(config, dataset, synthetic), say)
+        model, path = config.classifier, config.output_dir / MODEL_FILE
+        say("the classifier in plain timm:")
+        say(timm_lines(model.model, len(dataset.class_names), model.res_mode, path))
+    leave()
+    say(f"results: {registry.shown_path(config.output_dir)}")
+    return 0
+
+
+def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
+    """``--eval_only`` and ``--predict``: a trained classifier is used as it is."""
+    images = inference.images_to_predict(config.use.predict) if config.use.predict else {}
+    classifier = inference.load(config, dataset)
+    print(f"classifier: {registry.shown_path(classifier.path)}")
+    if config.run.dry_run:
+        return 0
+    if images:
+        inference.predict(classifier, images, config)
+    else:
+        metrics.report(inference.evaluate_splits(classifier, config, dataset), print)
+        print(f"results: {registry.shown_path(config.output_dir / inference.EVAL_FOLDER)}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ the request
+
+
+def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, SyntheticImages | None]:
+    """Loads the data set and the synthetic images, and derives what was not given.
+
+    Raises:
+        UserError: a value that does not exist here, or a combination that cannot work.
+    """
+    synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
+    timm_name(classifier.model)
+    device = device_of(placement.gpu)
+    dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
+    keys = [key for key in synthetic.syndata_key or () if key]
+    folders = [folder for key in keys for folder in dataset.subsets(key, config.run.config_dir)]
+    folders += synthetic.syndata_dir or ()
+    images = load_synthetic(folders, dataset, synthetic)
+    lr, source = learning_rate_of(config, dataset)
+    resolved = replace(
+        config,
+        setting=dataset.setting,
+        training=_resolved_training(config.training, lr, device),
+        syndata=tuple(map(str, folders)),
+        lr_source=source,
+        device=device,
+    )
+    check(resolved, dataset)
+    folder = placement.output_dir
+    if folder is None:
+        names = keys + [Path(folder).name for folder in synthetic.syndata_dir or ()]
+        folder = default_folder(resolved, dataset, names)
+        if config.training.seeds is None:
+            folder = folder.with_name(f"{folder.name}-seed{config.seed}")
+    return resolved.with_seed(config.seed, registry.resolve_path(folder)), dataset, images
+
+
+def load_synthetic(
+    folders: Sequence[str], dataset: LoadedDataset, settings: SyntheticSettings
+) -> SyntheticImages | None:
+    """The images of the synthetic subsets, or None without any.
+
+    Args:
+        folders: of the subsets.
+        dataset: whose classes they have.
+        settings: which of their images are used.
+
+    Raises:
+        UserError: see :func:`semantic_aug.datasets.synthetic.read_subset`.
+    """
+    if not folders:
+        return None
+    images, seed = read_subsets(folders, dataset, settings.allow_other_sources), dataset.setting.subset_seed
+    if settings.target_class_num:
+        images = images.with_targets(settings.target_class_num, dataset.source_names, seed)
+    if settings.syndata_max is not None:
+        images = images.at_most(settings.syndata_max, seed)
+    return images
+
+
+def learning_rate_of(config: ClassifyConfig, dataset: LoadedDataset) -> tuple[float, str]:
+    """The peak learning rate and where it comes from: the flag, the table, or the optimiser's default."""
+    training, classifier = config.training, config.classifier
+    if training.lr is not None:
+        return training.lr, "--lr"
+    lr, source = dataset.learning_rate(classifier.model, classifier.res_mode, config.run.config_dir)
+    if lr is not None and training.optimizer != "adamw":
+        return lr, source
+    return DEFAULT_LR[training.optimizer], f"default of {training.optimizer}"
+
+
+def _resolved_training(training: TrainSettings, lr: float, device: str) -> TrainSettings:
+    amp = training.amp if training.amp != "auto" else ("no" if device == "cpu" else "bf16")
+    return replace(training, lr=lr, warmup_epochs=min(training.warmup_epochs, training.nepoch / 10), amp=amp)
+
+
+def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
+    """Refuses combinations that cannot work.
+
+    Raises:
+        UserError: one of them.
+    """
+    synthetic, training, loss = config.synthetic, config.training, config.loss
+    if dataset.val is None and training.patience:
+        raise UserError(f"--patience {training.patience}: {dataset.name} has no validation images; give --val_fraction")
+    if training.select_by == "worst_group" and (dataset.val is None or metrics.groups_of(dataset.val) is None):
+        raise UserError(
+            f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
+        )
+    for name in ("synthetic_balanced", "target_class_num", "syndata_max"):
+        if getattr(synthetic, name) and not config.syndata:
+            raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
+    if loss.drw_epoch >= 0 and loss.criterion == "cb":
+        raise UserError(
+            f"--drw_epoch {loss.drw_epoch}: --criterion cb weights classes from the start; expected another"
+        )
+    if loss.drw_epoch >= training.nepoch:
+        raise UserError(
+            f"--drw_epoch {loss.drw_epoch}: expected fewer than the --nepoch {training.nepoch} epochs there are"
+        )
+
+
+def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
+    """The default name of a run's folder (without the seed), from what tells runs apart."""
+    synthetic, classifier, loss = config.synthetic, config.classifier, config.loss
+    parts = [classifier.model, str(classifier.res_mode)]
+    if keys:
+        parts += ["+".join(keys).replace("#", "."), f"g{synthetic.gamma:g}"]
+        parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []
+        parts += [f"p{synthetic.synthetic_prob:g}"] if synthetic.synthetic_mode != "concat" else []
+        parts += ["balanced"] if synthetic.synthetic_balanced else []
+        parts += [f"t{synthetic.target_class_num}"] if synthetic.target_class_num else []
+        parts += [f"n{synthetic.syndata_max}"] if synthetic.syndata_max else []
+    else:
+        parts.append("real")
+    parts += [kind for kind in ("cutmix", "mixup", "cmo") if kind in config.mixing.alphas]
+    parts += [loss.criterion] if loss.criterion != "ce" else []
+    parts += [f"drw{loss.drw_epoch}"] if loss.drw_epoch >= 0 else []
+    parts += [classifier.trainable_layers] if classifier.trainable_layers != "all" else []
+    parts += ["ema"] if config.training.ema_decay else []
+    return "-".join(parts).replace("/", "_")
+
+
+def default_folder(config: ClassifyConfig, dataset: LoadedDataset, keys: Sequence[str]) -> Path:
+    """``outputs/classification/{dataset}{setting}/{run name}``."""
+    return Path("outputs/classification") / f"{dataset.name}{dataset.setting.suffix}" / run_name(config, keys)
+
+
+# ------------------------------------------------------------------------------------------------------- the dry run
+
+
+def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
+    """Makes the model, its optimiser and its loss, and checks the shares of a batch and the disk.
+
+    Raises:
+        UserError: one of them cannot be made.
+        WouldDownload: the weights are not on this machine; everything else is checked.
+    """
+    absent, classifier, training = None, config.classifier, config.training
+    classes, resolution = len(dataset.class_names), classifier.res_mode
+    try:
+        with no_downloads(True):
+            model, _ = make_model(classifier.model, classes, resolution, classifier.weights)
+    except WouldDownload as error:
+        absent = error
+        model, _ = make_model(classifier.model, classes, resolution, "none")
+    freeze(model, classifier.trainable_layers)
+    parts = launched() * training.gradient_accumulation_steps
+    Processes(config.device).check(min(training.batch_size, len(dataset.train)), parts)
+    make_criterion(config.loss, dataset.train.counts(), torch.device("cpu"))
+    make_optimizer(model, training)
+    check_disk(config, model)
+    if absent is not None:
+        raise absent
+
+
+def check_folder(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
+    """Refuses an output folder of another run."""
+    origin = origin_of(config, dataset, synthetic)
+    runs.belongs(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def origin_of(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> RunOrigin:
+    """Data and weights that results are made from; captions and the super-class have no part in a classifier."""
+    classifier = config.classifier
+    weights = lambda: {"weights": weights_identity(classifier.model, classifier.weights)}  # noqa: E731
+    return RunOrigin(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
+
+
+def train(
+    config: ClassifyConfig,
+    dataset: LoadedDataset,
+    synthetic: SyntheticImages | None,
+    origin: RunOrigin | None = None,
+) -> dict:
+    """Trains in the output folder, resumes an interrupted run, or finds it finished; returns its results.
+
+    Args:
+        config: resolved request.
+        dataset: loaded under ``config.setting``.
+        synthetic: images of the synthetic subsets, or None.
+        origin: see :func:`origin_of`; the same for the several runs of one command.
+
+    Raises:
+        UserError: the folder holds a run with other arguments or of other images, or is in use; images changed meanwhile.
+    """
+    processes, folder = Processes(config.device), config.output_dir
+    origin = origin or origin_of(config, dataset, synthetic)
+    with contextlib.ExitStack() as held:
+        known = True
+        if processes.main:
+            held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
+            held.enter_context(runs.RunLock(folder, "--output_dir"))
+            known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+        processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
+        results = results_of(folder) if known else None
+        processes.wait()
+        if results is not None:
+            log.info("%s is finished already", folder)
+            return results
+        return Trainer(config, dataset, synthetic, origin).run()
+
+
+def train_seeds(
+    config: ClassifyConfig, seeds: Sequence[int], dataset: LoadedDataset, synthetic: SyntheticImages | None
+) -> dict:
+    """Trains with every seed in its own folder below ``config.output_dir``; writes and returns the statistics.
+
+    Finished runs are left as they are, interrupted ones resumed.
+
+    Returns:
+        What :func:`semantic_aug.classify.metrics.statistics_of` gives.
+    """
+    rows, origin = {}, origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
+    for seed in seeds:
+        seeded = config.with_seed(seed, config.output_dir / f"seed{seed}")
+        rows[seed] = metrics.scores_of(train(seeded, dataset, synthetic, origin))
+    statistics = metrics.statistics_of(rows)
+    if Processes(config.device).main:
+        metrics.write_statistics(statistics, config.output_dir)
+    return statistics
