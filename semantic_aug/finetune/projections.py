@@ -1,5 +1,9 @@
 """The projections of networks under training, computed with few calls.
 
+Measured against peft's layers in one run (one core of an AMD EPYC, embedded base model at 128 px, batch 8, float32, not
+compiled): peft's step takes 1.07 times as long, 1.09 times as much of the processor, and makes 1,546 calls instead of 1,019.
+On an H200 an earlier version's step was 133 ms of starting kernels; what is gained there is not yet measured.
+
 Beside a frozen projection W, peft computes B (A x) projection by projection, and where W is in half precision it casts x, A
 and B each time. A GPU takes little longer for a step than it takes to be told what to do, and half of what it is told is
 this; on a processor, too, a thin product costs little more than its call. Here projections that read the same input are
