@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "semantic_aug.evaluation.experiments.compare",
     "export": "semantic_aug.evaluation.quality.export",
     "filter": "semantic_aug.evaluation.quality.filter",
+    "gallery": "semantic_aug.evaluation.quality.gallery",
     "measure": "semantic_aug.evaluation.quality.measure",
     "pictures": "semantic_aug.evaluation.quality.pictures",
     "tune": "semantic_aug.evaluation.experiments.tune",

@@ -1,4 +1,4 @@
-"""Keeps the synthetic images that CLIP, a classifier, or both are confident of; writes a second list beside meta.csv."""
+"""Keeps the synthetic images that CLIP, a classifier, both or a review accept; writes a second list beside meta.csv."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate, read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import Inputs, make_parser, read_inputs
+from semantic_aug.evaluation.quality.review import kept_after_review, read_review
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
 
@@ -32,9 +33,13 @@ class FilterSettings:
 
     TITLE = "filter"
     by: str = cli.setting(
-        choices=("clip", "classifier", "both"),
+        choices=("clip", "classifier", "both", "review"),
         help='confidence in an image. clip: softmax over "a photo with a {super-class}" and "a photo without a '
-        '{super-class}"; classifier: probability of the classes its label names (see --judged_as); both: their product',
+        '{super-class}"; classifier: probability of the classes its label names (see --judged_as); both: their product; '
+        "review: 1, or 0 for an image rejected in a gallery",
+    )
+    review: Path | None = cli.setting(
+        None, type=cli.path, metavar="FILE", help="for --by review: the file saved by the gallery's page"
     )
     judged_as: str = cli.setting(
         "label",
@@ -60,17 +65,25 @@ class FilterSettings:
     super_class: str | None = cli.setting(
         None, metavar="NOUN", help="object of --by clip and both (default: the data set's super-class)"
     )
-    name: str = cli.setting(
-        "filtered",
+    name: str | None = cli.setting(
+        None,
         metavar="NAME",
-        help="the list is meta-NAME.csv in the subset's folder, which FOLDER#NAME and KEY#NAME read",
+        help="the list is meta-NAME.csv in the subset's folder, which FOLDER#NAME and KEY#NAME read (default: filtered, or "
+        "reviewed with --by review)",
     )
     register_key: str | None = cli.setting(
         None, metavar="KEY", help="enter it in synthetic_datasets.yaml under this key", result=False
     )
 
     def __post_init__(self):
-        if self.keep is None and self.threshold is None:
+        if self.name is None:
+            object.__setattr__(self, "name", "reviewed" if self.by == "review" else "filtered")
+        amount = next((name for name in ("keep", "threshold") if getattr(self, name) is not None), None)
+        if (self.by == "review") != (self.review is not None):
+            raise UserError("--by review and --review FILE belong together: give both, or neither")
+        if self.review and amount:
+            raise UserError(f"--by review decides alone: leave out --{amount}")
+        if not self.review and not amount:
             raise UserError("one of the arguments --keep --threshold is required")
         if self.keep is not None and self.threshold is not None:
             raise UserError("argument --threshold: not allowed with argument --keep")
@@ -87,7 +100,8 @@ class FilterSettings:
 
     def record(self, inputs: Inputs, source: Path) -> dict:
         """Settings that decide which images of the list ``source`` are kept."""
-        return {"list": source.name, **{k: v for k, v in inputs.record.items() if k not in NOT_RECORDED}}
+        kept = {k: v for k, v in inputs.record.items() if k not in NOT_RECORDED}
+        return {"list": source.name, **kept, "name": self.name}
 
 
 def build_parser() -> cli.Parser:
@@ -135,10 +149,10 @@ def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImage
     from semantic_aug.evaluation.quality.clip import presence
 
     found = {}
-    if settings.by != "classifier":
+    if settings.by in ("clip", "both"):
         vectors = inputs.clip.images(images.image, len(images), inputs.models.batch_size)
         found["clip"] = presence(inputs.clip, vectors, settings.super_class or inputs.dataset.spec.super_class)
-    if settings.by != "clip":
+    if settings.by in ("classifier", "both"):
         probabilities = faithfulness.class_probabilities(inputs.classifier, images, inputs.dataset)
         mass = {"label": faithfulness.label_mass, "target": faithfulness.target_mass}[settings.judged_as]
         found["classifier"] = mass(probabilities, images)
@@ -153,10 +167,11 @@ def check(inputs: Inputs, settings: FilterSettings) -> None:
         UserError: a model or a super-class is missing, or the list already exists and was made otherwise.
     """
     by, dataset = settings.by, inputs.dataset
-    for model, needed in (("clip", by != "classifier"), ("classifier", by != "clip")):
-        if needed and getattr(inputs.models, model) is None:
+    models = [model for model in ("clip", "classifier") if by in (model, "both")]
+    for model in models:
+        if getattr(inputs.models, model) is None:
             raise UserError(f"--by {by} needs a model: give --{model}")
-    if by != "classifier" and not (settings.super_class or dataset.spec.super_class):
+    if "clip" in models and not (settings.super_class or dataset.spec.super_class):
         raise UserError(
             f"--by {by}: data set {dataset.name} has no super-class; give --super_class, such as --super_class bird"
         )
@@ -167,9 +182,8 @@ def check(inputs: Inputs, settings: FilterSettings) -> None:
         if target.exists() and (old is None or changed):
             what = f" ({'; '.join(changed[:4])})" if old else ""
             raise UserError(f"{target} was made otherwise{what}: nothing was touched; choose another --name")
-    for model, needed in (("classifier", by != "clip"), ("clip", by != "classifier")):
-        if needed:
-            getattr(inputs, model)
+    for model in reversed(models):
+        getattr(inputs, model)
 
 
 def sheet(images: SyntheticImages, confidence: np.ndarray, dropped: np.ndarray, names, title: str) -> Image.Image:
@@ -240,9 +254,16 @@ def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images:
     Raises:
         UserError: no image would be kept.
     """
-    root, found = locate(folder)[0], confidences(inputs, settings, images)
+    root = locate(folder)[0]
+    if settings.review:
+        selected = kept_after_review(settings.review, folder, images, inputs.dataset.source_names)
+        found = {"confidence": selected.astype(float)}
+    else:
+        found = confidences(inputs, settings, images)
+        selected = kept(found["confidence"], images.target, settings)
     confidence = found["confidence"]
-    selected = kept(confidence, images.target, settings)
+    if settings.review and not selected.any():
+        raise UserError(f"--review {settings.review} keeps none of {len(images)} images: nothing was written")
     if not selected.any():
         raise UserError(
             f"--threshold {settings.threshold:g} keeps none of {len(images)} images (the best has {confidence.max():.3f}): "
@@ -260,6 +281,8 @@ def main(argv: list[str] | None = None) -> int:
     console.quiet_libraries()
     console.set_up_logging()
     settings = cli.read_settings(FilterSettings, args)
+    if settings.review:
+        read_review(settings.review)  # a damaged file is refused before images are read
     inputs = read_inputs(args, (FilterSettings,))
     check(inputs, settings)
     dataset, key = inputs.dataset, settings.register_key

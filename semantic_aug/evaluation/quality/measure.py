@@ -46,6 +46,8 @@ ALL = "all"
 REAL = "real"
 """Name of the rows that give the real training images' own values, to compare with."""
 CSV_FILE, JSON_FILE, TABLE_FILE = "measures.csv", "measures.json", "measures.md"
+IMAGES_FILE = "images.csv"
+"""The values of each image, subset after subset in the order of their lists."""
 PICTURE_FILE = "faithfulness_diversity.png"
 AXES = {
     "source_distance": "diversity: feature distance to the source image",
@@ -89,11 +91,16 @@ def build_parser() -> cli.Parser:
     return make_parser("measure", __doc__.split("\n")[0], SETTINGS)
 
 
+IMAGE_COLUMNS = (
+    *("source_probability", "target_probability", "source_top1", "target_top1", "label_agreement", "clip_score"),
+    *("source_distance", "nearest_real", "near_copies"),
+)
+"""Values that an image may have."""
+
+
 def column_names(network: str) -> list[str]:
     """All columns, in order; those of distances between sets name the network."""
-    names = ["subset", "strength", "target_class", "images"]
-    names += ["source_probability", "target_probability", "source_top1", "target_top1", "label_agreement", "clip_score"]
-    names += ["source_distance", "nearest_real", "near_copies", "class_distance"]
+    names = ["subset", "strength", "target_class", "images", *IMAGE_COLUMNS, "class_distance"]
     for prefix in ("", "reference_"):
         names += [f"{prefix}frechet_{network}", f"{prefix}kernel_{network}", f"{prefix}kernel_{network}_std"]
     return names
@@ -177,7 +184,7 @@ class Measurer:
         threshold = float(np.percentile(nearest, self.settings.copy_percentile))
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
         if self.clip:
-            values["clip_score"] = self._clip_scores(train.image, train.labels)
+            values["clip_score"] = self.clip_scores(train.image, train.labels)
         return ImageSet(REAL, train.labels, None, features, values), threshold
 
     def measure_subset(self, subset: Subset, real: ImageSet, threshold: float) -> ImageSet:
@@ -196,7 +203,7 @@ class Measurer:
             probabilities = faithfulness.class_probabilities(self.classifier, images, self.dataset)
             values |= faithfulness.scores(probabilities, images, self.settings.gamma)
         if self.clip:
-            values["clip_score"] = self._clip_scores(images.image, images.target)
+            values["clip_score"] = self.clip_scores(images.image, images.target)
         return ImageSet(subset.name, images.target, subset.strengths, features, values)
 
     def measure_reference(self, subset: Subset) -> ImageSet:
@@ -208,7 +215,8 @@ class Measurer:
         content = content_digest(hash_files(subset.images.paths, "synthetic images").hex())
         return self.extractor.features(subset.images.image, len(subset), content, self.batch_size)
 
-    def _clip_scores(self, read, classes: np.ndarray) -> np.ndarray:
+    def clip_scores(self, read, classes: np.ndarray) -> np.ndarray:
+        """CLIP score ``(N,)`` of images read by index, each with the prompt of its class."""
         from semantic_aug.evaluation.quality.clip import clip_score
 
         super_class = self.dataset.spec.super_class
@@ -362,6 +370,27 @@ def write(folder: Path, rows: Sequence[Mapping], columns: Sequence[str], facts: 
     return written
 
 
+def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """One row for each image: subset, file, and its values by subset and column; one that it does not have is empty."""
+    columns = [name for name in IMAGE_COLUMNS if any(name in subset_values for subset_values in values.values())]
+    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["subset", "file", *columns])
+        for subset in subsets:
+            absent = np.full(len(subset), np.nan)
+            cells = [np.asarray(values[subset.name].get(name, absent), float).tolist() for name in columns]
+            for file, row in zip(subset.images.paths, zip(*cells, strict=True), strict=True):
+                writer.writerow([subset.name, file.name, *(_text(v, 6) if v == v else "" for v in row)])
+
+
+def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
+    """What :func:`write_images` wrote of one subset: ``(M,)`` by column, NaN where an image has no value."""
+    with open(path, newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["subset"] == subset]
+    columns = [name for name in rows[0] if name in IMAGE_COLUMNS] if rows else []
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measures, writes the files and prints the totals."""
     args = build_parser().parse_args(argv)
@@ -385,15 +414,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     real, threshold = measurer.measure_real()
     other = measurer.measure_reference(reference) if reference else None
-    rows = []
+    rows, values = [], {}
     for subset in inputs.subsets:
-        rows += measurer.rows(measurer.measure_subset(subset, real, threshold), real, other)
+        images = measurer.measure_subset(subset, real, threshold)
+        rows += measurer.rows(images, real, other)
+        values[subset.name] = images.values
     rows += measurer.rows(real, real)
     notes, columns = measurer.notes(inputs.subsets, real), column_names(extractor.network)
     if axes_of(rows) is None:
         notes.append(f"{PICTURE_FILE} is left out: it needs --classifier or --clip")
     facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
-    written = write(folder, rows, columns, facts)
+    written = [*write(folder, rows, columns, facts), folder / IMAGES_FILE]
+    write_images(written[-1], inputs.subsets, values)
     print(markdown(rows, columns))
     print(
         f"near-copies: nearer than {threshold:.4g} to a training image (percentile {settings.copy_percentile:g} of real ones)"

@@ -1,0 +1,408 @@
+"""A page to look at synthetic images beside their sources and to reject the bad ones; opens from disk, without a server.
+
+The output folder holds ``index.html`` with its style and script, ``data.js`` (every image's record, by column), ``thumbnails/``
+and ``images/`` (the images themselves, as links or copies). Files are named by content, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_aug import cli, console, files, meta_csv, registry, runs
+from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.synthetic import locate
+from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality.inputs import Inputs, OutputSettings, Subset, make_parser, read_inputs
+from semantic_aug.evaluation.quality.measure import IMAGES_FILE, Measurer, read_images
+from semantic_aug.evaluation.quality.review import FORMAT, list_identity, relative_paths
+from semantic_aug.prompts import class_phrase, fill
+
+PAGE = Path(__file__).with_name("gallery_page")
+"""Template, style and script of the page."""
+STATIC = ("gallery.css", "gallery.js")
+FULL_SIZE = ("link", "copy", "none")
+SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")
+SOURCE_SIDE = 1024
+"""Longest side of a source image in the full-size view, in pixels."""
+SCORES = {
+    "target_probability": "target probability",
+    "source_probability": "source probability",
+    "label_agreement": "label agreement",
+    "clip_score": "CLIP score",
+    "source_distance": "distance to source",
+    "nearest_real": "distance to nearest real image",
+}
+"""Values an image may have, and their names on the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GallerySettings:
+    """How a gallery is made."""
+
+    TITLE = "gallery"
+    measures: Path | None = cli.setting(
+        None, type=cli.path, metavar="DIR",
+        help="output folder of a `measure` run on the same subsets: its values of each image are shown and sorted by",
+    )  # fmt: skip
+    gamma: float = cli.setting(
+        0.5, type=cli.number(0, open_low=True), metavar="G",
+        help="soft labels are shown as (1 - s^G) source + s^G target; above 0",
+    )  # fmt: skip
+    thumbnail: int = cli.setting(
+        192, type=cli.whole(16), metavar="PIXELS", help="longest side of a thumbnail in pixels"
+    )
+    full_size: str = cli.setting(
+        "link", choices=FULL_SIZE,
+        help="images in full size. link: symbolic links, which take no disk; copy: copies, so that the folder can be moved "
+        "to another machine; none: thumbnails only",
+    )  # fmt: skip
+    processes: int = cli.setting(
+        0, type=cli.whole(0), metavar="N", help="processes that make thumbnails; 0: one per CPU", result=False
+    )
+
+
+SETTINGS = (OutputSettings, GallerySettings)
+
+
+def build_parser() -> cli.Parser:
+    """All flags of this command."""
+    return make_parser("gallery", __doc__.split("\n")[0], SETTINGS)
+
+
+# ------------------------------------------------------------------------------------------------------ thumbnails
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the gallery.
+
+    Attributes:
+        name: first digits of its content's hash, which names its files.
+        source: its file, or the encoded bytes.
+        real: a real image, kept in full size as a JPEG of at most :data:`SOURCE_SIDE`.
+    """
+
+    name: str
+    source: str | bytes
+    real: bool = False
+
+    @property
+    def thumbnail(self) -> str:
+        """Its thumbnail's path in the gallery."""
+        return f"thumbnails/{self.name[:2]}/{self.name}.jpg"
+
+    @property
+    def full_size(self) -> str:
+        """Its full-size file's path in the gallery; a format that browsers do not show becomes PNG."""
+        ending = ".jpg" if self.real else Path(self.source).suffix.lower()
+        return f"images/{self.name[:2]}/{self.name}{ending if ending in SHOWN_BY_BROWSERS else '.png'}"
+
+
+def write_picture(picture: Picture, folder: str, side: int, full_size: str) -> None:
+    """Writes an image's thumbnail, and its full-size file where wanted; existing ones stay.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    thumbnail, whole = Path(folder, picture.thumbnail), Path(folder, picture.full_size)
+    if not _exists(thumbnail):
+        image = open_image(picture.source)
+        image.thumbnail((side, side))
+        _save(image, thumbnail, quality=85)
+    if full_size == "none" or _exists(whole):
+        return
+    if picture.real:
+        image = open_image(picture.source)
+        image.thumbnail((SOURCE_SIDE, SOURCE_SIDE))
+        _save(image, whole, quality=92)
+    elif Path(picture.source).suffix.lower() not in SHOWN_BY_BROWSERS:
+        _save(open_image(picture.source), whole)
+    else:
+        _link_or_copy(Path(picture.source), whole, full_size == "copy")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _save(image, path: Path, **options) -> None:
+    with _unfinished(path) as temporary:
+        image.save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
+
+
+def _link_or_copy(source: Path, path: Path, copy: bool) -> None:
+    # no hard link: it would change the original's time of change, by which caches know it
+    with _unfinished(path) as temporary:
+        if not copy:
+            try:
+                temporary.symlink_to(os.path.abspath(source))
+                return
+            except OSError:  # a file system without symbolic links
+                pass
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, moved to it at the end; not flushed to disk, for these files can be made again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GallerySettings) -> None:
+    """Writes the files of all images, in several processes under one progress bar.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    pictures = list({picture.name: picture for picture in pictures}.values())
+    count = min(settings.processes or os.cpu_count() or 1, math.ceil(len(pictures) / 64))
+    options = {"desc": "thumbnails", "unit": "image", "total": len(pictures), "mininterval": 1.0, "dynamic_ncols": True}
+    work = (pictures, [str(folder)] * len(pictures), [settings.thumbnail] * len(pictures))
+    work = (write_picture, *work, [settings.full_size] * len(pictures))
+    if count < 2:
+        for _ in tqdm(map(*work), **options):
+            pass
+        return
+    # started afresh: a process forked from one that holds torch's threads may hang
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for _ in tqdm(pool.map(*work, chunksize=16), **options):
+            pass
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def real_pictures(train, rows: Sequence[int]) -> list[Picture]:
+    """The training images at some rows."""
+    from semantic_aug.datasets.fingerprint import hash_images, hex_digits
+
+    names = hex_digits(hash_images(train.take(rows)).values) if len(rows) else []
+    return [Picture(name[:20], _encoded(train, row), real=True) for name, row in zip(names, rows, strict=True)]
+
+
+def _encoded(train, row: int) -> str | bytes:
+    if train.encoded is not None:
+        source = train.encoded(int(train.rows[row]))
+        return source if isinstance(source, bytes) else str(source)
+    out = io.BytesIO()
+    train.image(row).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def scores_of(settings: GallerySettings, inputs: Inputs) -> list[dict[str, np.ndarray]]:
+    """The values each subset's images have, by name: those of ``--measures``, of ``--classifier`` and of ``--clip``.
+
+    Raises:
+        UserError: ``--measures`` is not a run of `measure` on these images.
+    """
+    dataset, classifier, clip = inputs.dataset, inputs.classifier, inputs.clip
+    scores = [measured(settings.measures, subset, dataset.source_names) for subset in inputs.subsets]
+    for subset, values in zip(inputs.subsets, scores, strict=True):
+        images = subset.images
+        if classifier:
+            from semantic_aug.evaluation.quality import faithfulness
+
+            probabilities = faithfulness.class_probabilities(classifier, images, dataset)
+            values |= faithfulness.scores(probabilities, images, settings.gamma)
+        if clip:
+            measurer = Measurer(dataset, None, clip=clip, batch_size=inputs.models.batch_size)
+            values["clip_score"] = measurer.clip_scores(images.image, images.target)
+    return [{name: value for name, value in values.items() if name in SCORES} for values in scores]
+
+
+def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """A subset's values of each image as `measure` wrote them, ``(M,)`` each, NaN where one has none; none without a folder.
+
+    Raises:
+        UserError: the folder is not a run of `measure` on these images.
+    """
+    if folder is None:
+        return {}
+    record = (runs.load_arguments(folder) or {}).get(runs.MADE_FROM) or {}
+    if not (folder / IMAGES_FILE).is_file() or "subsets" not in record:
+        raise UserError(f"--measures {folder} holds no {IMAGES_FILE}: run `measure` into it (again)")
+    identity = list_identity(subset.images, class_names)
+    name = next((name for name, other in record["subsets"].items() if other == identity), None)
+    if name is None:
+        raise UserError(
+            f"--measures {folder} is not about the images of subset {subset.name} as they are now (it is about "
+            f"{', '.join(record['subsets'])}): run `measure` on it"
+        )
+    return {column: values for column, values in read_images(folder / IMAGES_FILE, name).items() if column in SCORES}
+
+
+def prompts_of(folder: str, table: meta_csv.MetaTable) -> list[str]:
+    """The prompt of each image: its own where the list has a column ``Prompt``, else that of the subset's ``config.yaml``."""
+    config = runs.load_arguments(locate(folder)[0], "config.yaml") or {}
+    templates = table.further.get("Prompt", [config.get("template") or ""] * len(table))
+    super_class = (config.get("data") or {}).get("super_class") or ""
+    phrases = [class_phrase(name, super_class) for name in table.class_names]
+    return [
+        fill(str(template), phrases[label]) if template else ""
+        for template, label in zip(templates, table.target, strict=True)
+    ]
+
+
+@dataclass
+class Records:
+    """Everything the page knows.
+
+    Attributes:
+        content: of ``data.js``.
+        pictures: whose files it names.
+    """
+
+    content: dict[str, Any]
+    pictures: list[Picture]
+
+
+def records(inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings: GallerySettings) -> Records:
+    """The records of all images, by column, and the images themselves.
+
+    Args:
+        inputs: data set and subsets.
+        scores: of each subset, ``(M,)`` by name.
+        settings: of the gallery.
+    """
+    from semantic_aug.datasets.fingerprint import hash_files, hex_digits
+    from semantic_aug.datasets.synthetic import read_subset
+
+    names, train = inputs.dataset.source_names, inputs.dataset.train
+    used = np.unique(np.concatenate([subset.sources for subset in inputs.subsets]))
+    used = used[used >= 0].tolist()
+    position, real = {row: i for i, row in enumerate(used)}, real_pictures(train, used)
+    lists, pictures = [], []
+    columns: dict[str, list] = {
+        name: [] for name in ("list", "source", "target", "strength", "group", "path", "number")
+    }
+    columns |= {name: [] for name in ("seed", "prompt", "real", "thumbnail", "full_size")}
+    prompts: dict[str, int] = {}
+    for label, subset in enumerate(inputs.subsets):
+        columns["real"] += [position.get(row, -1) for row in subset.sources.tolist()]
+        columns["group"] += subset.strengths.tolist()
+        for folder in subset.folders:
+            images, (root, file) = read_subset(folder, inputs.dataset, allow_other_sources=True), locate(folder)
+            table, paths = meta_csv.read(file), relative_paths(folder, images)
+            hashes = hex_digits(hash_files(images.paths, "synthetic images").values)
+            here = [Picture(name[:20], str(path)) for name, path in zip(hashes, images.paths, strict=True)]
+            columns["list"] += [len(lists)] * len(images)
+            for name, values in (("source", images.source), ("target", images.target), ("strength", images.strength)):
+                columns[name] += values.tolist()
+            columns["path"] += paths
+            columns["number"] += table.number.tolist()
+            columns["seed"] += [str(seed) for seed in table.further.get("Seed", [""] * len(table))]
+            columns["prompt"] += [prompts.setdefault(text, len(prompts)) for text in prompts_of(folder, table)]
+            pictures += here
+            identity = list_identity(images, names)
+            lists.append({"subset": label, "folder": registry.shown_path(root), "list": file.name, **identity})
+    columns["thumbnail"] = [picture.thumbnail for picture in pictures]
+    columns["full_size"] = [picture.full_size for picture in pictures] if settings.full_size != "none" else []
+    content = {
+        "format": FORMAT,
+        "id": files.sha256_text(json.dumps(lists))[:16],
+        "dataset": inputs.dataset.name,
+        "gamma": settings.gamma,
+        "classes": list(inputs.dataset.class_names),
+        "subsets": [subset.name for subset in inputs.subsets],
+        "lists": lists,
+        "prompts": list(prompts),
+        "images": columns,
+        "sources": {
+            "key": [train.keys[row] for row in used],
+            "thumbnail": [picture.thumbnail for picture in real],
+            "full_size": [picture.full_size for picture in real] if settings.full_size != "none" else [],
+        },
+        "scores": _score_columns(inputs.subsets, scores),
+    }
+    return Records(content, pictures + real)
+
+
+def _score_columns(subsets: Sequence[Subset], scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict]:
+    """Each value that some images have, over the images of all subsets; None where one has none."""
+    out = {}
+    for name, label in SCORES.items():
+        if any(name in values for values in scores):
+            parts = [values.get(name, np.full(len(s), np.nan)) for s, values in zip(subsets, scores, strict=True)]
+            column = np.concatenate(parts).astype(float).tolist()
+            out[name] = {"label": label, "values": [round(v, 5) if math.isfinite(v) else None for v in column]}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ page
+
+
+def write_page(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes the page; ``index.html`` comes last, when all that it needs exists."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    for name in STATIC:
+        files.write_text(folder / name, (PAGE / name).read_text(encoding="utf-8"))
+    data = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    files.write_text(folder / "data.js", f"window.GALLERY = {data};\n")
+    environment = Environment(
+        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    images, classes = content["images"], content["classes"]
+    by_name = sorted(range(len(classes)), key=classes.__getitem__)
+    choices = {
+        "subset": list(enumerate(content["subsets"])) if len(content["subsets"]) > 1 else [],
+        **{side: [(label, classes[label]) for label in by_name if label in set(images[side])] for side in ("source", "target")},
+        "strength": [(strength, f"{strength:g}") for strength in sorted(set(images["group"]))],
+    }  # fmt: skip
+    text = environment.get_template("index.html.j2").render(gallery=content, choices=choices, count=len(images["path"]))
+    files.write_text(folder / "index.html", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Makes the thumbnails, then the page."""
+    args = build_parser().parse_args(argv)
+    settings = cli.read_settings(GallerySettings, args)
+    console.quiet_libraries()
+    console.set_up_logging()
+    inputs = read_inputs(args, SETTINGS)
+    print(inputs.dataset.describe())
+    for subset in inputs.subsets:
+        print(f"synthetic: {subset.name}, {len(subset)} images")
+    folder = registry.resolve_path(args.output_dir)
+    if args.dry_run:
+        print(f"would make a gallery in {registry.shown_path(folder)}")
+        return 0
+    scores = scores_of(settings, inputs)
+    runs.claim(folder, inputs.record, "--output_dir", origin=inputs.origin())
+    made = records(inputs, scores, settings)
+    write_pictures(made.pictures, folder, settings)
+    write_page(folder, made.content)
+    print(
+        f"{len(made.content['images']['path'])} images: open {registry.shown_path(folder / 'index.html')} in a browser"
+    )
+    print("to drop what you reject: python -m semantic_aug.evaluation filter --by review --review review.json ...")
+    return 0
