@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import cli, registry
+from semantic_aug.classify import config as classify
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.settings import DatasetName, Setting
 from semantic_aug.devices import check_ids
-from semantic_aug.diffusion.base import DEFAULT_MODEL
+from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.experiments.commands import SCRIPTS, Devices, Recipe, setting_name
+from semantic_aug.finetune import config as finetune
+from semantic_aug.sampling import settings as sampling
 
 _ALL_STAGES = (
     "dataset examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class subset_seed seed "
@@ -111,62 +114,36 @@ class Placement:
         return registry.resolve_path(self.output_dir or default / find_spec(args.dataset, args.config_dir).name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage1:
-    """Stand-in."""
-
-    pretrained_model_name_or_path: str = cli.setting(
-        DEFAULT_MODEL, type=cli.model, metavar="MODEL", help="base model, a hub id or a folder in diffusers layout"
-    )
-    max_train_steps: int = cli.setting(35000, type=cli.whole(1), metavar="N", help="optimiser steps")
-    train_batch_size: int = cli.setting(2, type=cli.whole(1), metavar="N", help="images per step")
-    learning_rate: float = cli.setting(1e-4, type=cli.number(0), metavar="LR", help="learning rate of the LoRA")
-    ti_learning_rate: float = cli.setting(
-        5e-4, type=cli.number(0), metavar="LR", help="learning rate of the class tokens"
-    )
-    initializer: str = cli.setting("class_name", metavar="TEXT", help="initial class tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage2:
-    """Stand-in."""
-
-    num_inference_steps: int = cli.setting(25, type=cli.whole(1), metavar="N", help="steps of the whole schedule")
-    aug_strength: float = cli.setting(
-        0.7, type=cli.number(0, 1, open_low=True), metavar="S", help="share of the noise schedule"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage3:
-    """Stand-in."""
-
-    model: str = cli.setting("resnet50", metavar="NAME", help="any timm model")
-    res_mode: int = cli.setting(224, type=cli.whole(16), metavar="PIXELS", help="side of the images")
-    nepoch: int = cli.setting(120, type=cli.whole(1), metavar="N", help="epochs over the real images")
-    batch_size: int = cli.setting(32, type=cli.whole(1), metavar="N", help="images per step")
-    eval_every: int = cli.setting(1, type=cli.whole(1), metavar="N", help="epochs between evaluations on validation")
-    lr: float = cli.setting(None, type=cli.number(0, open_low=True), metavar="LR", help="peak learning rate")
-    select_by: str = cli.setting("top1", choices=("top1", "macro", "worst_group"), help="validation score that chooses")
-    gamma: float = cli.setting(0.5, type=cli.number(0, open_low=True), metavar="G", help="exponent of the soft labels")
-    synthetic_prob: float = cli.setting(0.1, type=cli.number(0, 1), metavar="P", help="chance of a synthetic item")
-
-
+STAGE_SETTINGS = {
+    1: (finetune.ModelSettings, finetune.TrainSettings),
+    2: (SolverSettings, sampling.ImageSettings),
+    3: (classify.SyntheticSettings, classify.ModelSettings, classify.TrainSettings),
+}
+"""Stage -> the dataclasses that declare its flags."""
 IN_ALL_STAGES = ("imbalance_profile", "val_fraction", "val_examples_per_class")
 """Settings of the data that are passed on where they are given."""
-BUDGET = (
-    (1, Stage1, ("pretrained_model_name_or_path", "max_train_steps", "train_batch_size", "learning_rate")),
-    (1, Stage1, ("ti_learning_rate", "initializer")),
-    (2, Stage2, ("num_inference_steps",)),
-    (3, Stage3, ("model", "res_mode", "nepoch", "batch_size", "eval_every", "lr", "select_by")),
-)
-"""Stage, dataclass that declares them, and names of the settings that are passed on to the stage."""
-SYNTHETIC = ((2, Stage2, ("aug_strength",)), (3, Stage3, ("gamma", "synthetic_prob")))
+BUDGET = {
+    1: "pretrained_model_name_or_path max_train_steps train_batch_size learning_rate ti_learning_rate initializer".split(),
+    2: ["num_inference_steps"],
+    3: "model res_mode nepoch batch_size eval_every lr select_by".split(),
+}
+"""Stage -> its settings that are passed on where they are given."""
+SYNTHETIC = {1: [], 2: ["aug_strength"], 3: ["gamma", "synthetic_prob"]}
 """Those that ``tune`` chooses."""
 PER_SETTING = ("max_train_steps", "nepoch", "eval_every", "aug_strength", "gamma", "synthetic_prob")
 """Settings of which ``compare`` takes several values, one for each of ``--examples_per_class``."""
 ALL_DATA_PROB, FEW_DATA_PROB = 0.1, 0.3
 """Chance of a synthetic item with all data, and for few shots and long tails."""
+
+
+def declaring(stage: int, name: str) -> type:
+    """The dataclass of a stage that declares a flag."""
+    return next(cls for cls in STAGE_SETTINGS[stage] if name in cli.settings_of(cls))
+
+
+def default_of(stage: int, name: str) -> Any:
+    """A stage's default of a flag."""
+    return cli.settings_of(declaring(stage, name))[name].default
 
 
 def add_shared(parser: cli.Parser, several: bool) -> None:
@@ -184,9 +161,9 @@ def add_shared(parser: cli.Parser, several: bool) -> None:
     data = next(group for group in parser._action_groups if group.title == Setting.TITLE)
     cli.add_passed_on(data, Setting, IN_ALL_STAGES, 1, **texts)
     groups = {stage: parser.add_argument_group(f"stage {stage}") for stage in SCRIPTS}
-    for stage, cls, names in (*BUDGET, *(SYNTHETIC if several else ())):
-        for name in names:
-            cli.add_passed_on(groups[stage], cls, (name,), stage, several and name in PER_SETTING, **texts)
+    for stage, group in groups.items():
+        for name in (*BUDGET[stage], *(SYNTHETIC[stage] if several else ())):
+            cli.add_passed_on(group, declaring(stage, name), (name,), stage, several and name in PER_SETTING, **texts)
     for cls in (ExtraArguments, Placement):
         cli.add_settings(parser, cls)
     cli.add_settings(parser, cli.RunSettings, leave_out=("seed",))
@@ -217,17 +194,17 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
         return default if values is None else values
 
     def budget(stage: int) -> dict[str, Any]:
-        return {name: value(name) for number, _, names in BUDGET if number == stage for name in names}
+        return {name: value(name) for name in BUDGET[stage]}
 
-    finetune, sample, classify, synthetic = budget(1), budget(2), budget(3), {}
-    base = finetune.pop("pretrained_model_name_or_path") or Stage1.pretrained_model_name_or_path
-    classify |= {name: classify[name] or getattr(Stage3, name) for name in ("model", "res_mode")}
+    tune, sample, train, synthetic = budget(1), budget(2), budget(3), {}
+    base = tune.pop("pretrained_model_name_or_path") or default_of(1, "pretrained_model_name_or_path")
+    train |= {name: train[name] or default_of(3, name) for name in ("model", "res_mode")}
     shots, tail = value("examples_per_class"), args.task == "imbalanced"
     if several:
-        strength, multiplier = value("aug_strength", Stage2.aug_strength), value("multiplier")
+        strength, multiplier = value("aug_strength", default_of(2, "aug_strength")), value("multiplier")
         sample |= {"aug_strength": strength, "syn_dataset_multiplier": multiplier}
         prob = FEW_DATA_PROB if shots > 0 or tail else ALL_DATA_PROB
-        synthetic = {"gamma": value("gamma", Stage3.gamma), "synthetic_prob": value("synthetic_prob", prob)}
+        synthetic = {"gamma": value("gamma", default_of(3, "gamma")), "synthetic_prob": value("synthetic_prob", prob)}
     shared = {
         "dataset": args.dataset,
         "examples_per_class": shots,
@@ -239,6 +216,6 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
         shared["imbalance_profile"] = None
     name, extra = setting_name(shots, args.task, args.imbalance_factor), cli.read_settings(ExtraArguments, args)
     return Recipe(
-        name=name, base=base, shared=shared, finetune=finetune, sample=sample, classify=classify, synthetic=synthetic,
+        name=name, base=base, shared=shared, finetune=tune, sample=sample, classify=train, synthetic=synthetic,
         extra=extra.by_stage(),
     )  # fmt: skip
