@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,15 @@ def planned(table, columns=()):
     from semantic_aug.sampling.sources import PlannedSources
 
     return PlannedSources.of(table, hash_images(table), columns)
+
+
+def run_example(page: str, number: int, small: dict[str, str]) -> dict:
+    """Runs a Python example of a page of docs/ with some of its words replaced by small ones; returns its names."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[number]
+    for word, other in small.items():
+        assert word in code, word
+        code = code.replace(word, other)
+    names: dict = {}
+    exec(code, names)
+    return names

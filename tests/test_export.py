@@ -9,6 +9,7 @@ import evaluating
 import numpy as np
 import pytest
 import yaml
+from helpers import run_example
 from PIL import Image, PngImagePlugin
 
 from semantic_aug.datasets import load_dataset
@@ -241,3 +242,38 @@ def test_folders_of_classes_sort_in_the_order_of_the_labels():
     for names in (["b", "a"], ["class-10", "class-9"], ["B", "a"], [f"c{i}" for i in range(12)]):
         ordered = list(export_formats.ordered_folders(names))
         assert sorted(ordered) == sorted(ordered, key=natural_key) == ordered
+
+
+# ---------------------------------------------------------------------------------------------- examples of the page
+
+
+def test_the_trainer_of_the_page_runs(exports, tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    small = {
+        "outputs/exports/cub_hf": str(exports["hf"]),
+        "microsoft/resnet-50": str(tmp_path / "model"),
+        "outputs/trainer": str(tmp_path / "trainer"),
+        "(224)": "(32)",
+        "num_train_epochs=30": 'max_steps=2, save_strategy="no", use_cpu=True, disable_tqdm=True',
+    }
+    names = run_example("use-anywhere", 0, small)
+    assert len(names["rows"]) == 30 and len(names["rows"][0]["labels"]) == 3
+
+
+def test_exported_folders_train_in_timm(exports):
+    """What timm's train.py does with --data-dir, --class-map and --val-split; its package does not hold the script."""
+    import timm
+    import torch
+    from timm.data import create_dataset, create_loader
+
+    folder = exports["imagefolder"]
+    model = timm.create_model("test_resnet", num_classes=3)
+    for split, count in (("train", 30), ("val", 6)):
+        images = create_dataset("", root=str(folder), split=split, class_map=str(folder / "class_map.txt"))
+        training = {"is_training": split == "train", "num_workers": 0, "use_prefetcher": False}
+        batches = list(create_loader(images, (3, 32, 32), 10, **training))
+        assert sum(len(labels) for _, labels in batches) == count
+        assert all(torch.nn.functional.cross_entropy(model(x), y).isfinite() for x, y in batches)
