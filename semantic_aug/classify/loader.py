@@ -1,0 +1,143 @@
+"""Real and synthetic images with soft labels for one's own training loop, drawn as stage 3 draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from semantic_aug import cli, registry
+from semantic_aug.classify.config import SYNTHETIC_MODES, SyntheticSettings
+from semantic_aug.classify.data import EpochDraws
+from semantic_aug.classify.run import load_synthetic
+from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets.settings import dataset_name
+from semantic_aug.datasets.spec import SPLITS
+from semantic_aug.datasets.synthetic import soft_labels
+from semantic_aug.errors import UserError
+from semantic_aug.seeding import numpy_rng
+
+
+class SoftLabelDataset(Dataset):
+    """Items (image, soft label): the batches of ``train_cls.py`` with the same settings, for a loop of one's own.
+
+    An epoch's items are in the order in which stage 3 takes them, shuffled already. A ``DataLoader`` without ``shuffle`` and
+    with :attr:`batch_size` gives its batches, whatever the number of workers. :meth:`set_epoch` goes before each epoch.
+
+    Args:
+        dataset: as for ``--dataset`` (a name, ``folder:PATH``, ``csv:PATH``, ``hf:ID``), or a data set that is loaded.
+        transform: applied to each PIL RGB image; None: the PIL image is given.
+        split: ``train``, or ``val`` or ``test``, whose real images come in order.
+        setting: which part of the training split is used.
+        batch_size: items per batch, on which the draws depend; the last, smaller part of an epoch is dropped.
+        seed: of the draws.
+        config_dir: folder of the registry files.
+        **synthetic: the other settings of ``train_cls.py``'s synthetic data, by the flags' names: ``syndata_dir``,
+            ``syndata_key``, ``gamma``, ``synthetic_prob``, ``synthetic_mode``, ``synthetic_balanced``, ...
+
+    Attributes:
+        class_names: of the K classes, in label order.
+        batch_size: of the draws; smaller than what was asked for where there are fewer images.
+
+    Raises:
+        UserError: a setting that stage 3 refuses, too.
+    """
+
+    def __init__(
+        self,
+        dataset: str | LoadedDataset,
+        transform: Callable[[Image.Image], Any] | None = None,
+        *,
+        split: str = "train",
+        setting: Setting | None = None,
+        batch_size: int = 32,
+        seed: int = 2020,
+        config_dir: Path = registry.CONFIG_DIR,
+        **synthetic,
+    ):
+        chosen = {"split": split, "setting": setting, "batch_size": batch_size, "seed": seed, "config_dir": config_dir}
+        self._arguments = {"dataset": dataset, "transform": transform, **chosen, **synthetic}
+        settings = _settings(synthetic)
+        if isinstance(dataset, str):
+            dataset = load_dataset(dataset_name(dataset), setting, config_dir)
+        self.class_names, self.transform, self.seed = dataset.class_names, transform, seed
+        self.gamma, self._epoch = settings.gamma, torch.zeros((), dtype=torch.int64).share_memory_()
+        self._items: tuple[int, np.ndarray] | None = None
+        if split not in SPLITS or getattr(dataset, split) is None:
+            raise UserError(f"split '{split}': {dataset.name} has no such images; expected one of {', '.join(SPLITS)}")
+        self.real, self.synthetic, self.draws = getattr(dataset, split), None, None
+        if split != "train":
+            self.batch_size = batch_size
+            return
+        folders = [f for key in settings.syndata_key or () for f in dataset.subsets(key, config_dir)]
+        self.synthetic = load_synthetic([*folders, *(settings.syndata_dir or ())], dataset, settings)
+        targets = self.synthetic.target if self.synthetic is not None else None
+        self.draws = EpochDraws(len(self.real), targets, settings, batch_size, seed)
+        self.batch_size = self.draws.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose items follow, counted from 0; running workers hear of it, too."""
+        self._epoch.fill_(epoch)
+
+    def items(self) -> np.ndarray:
+        """The epoch's items: an index below the number of real images is a real image, above it a synthetic one."""
+        epoch = int(self._epoch)
+        if self._items is None or self._items[0] != epoch:
+            self._items = epoch, self._draw(epoch)
+        return self._items[1]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        if self.draws is None:
+            return np.arange(len(self.real))
+        order = self.draws.order(epoch)
+        rngs = (numpy_rng(self.seed, "classify", "batch", epoch, step) for step in range(self.draws.steps_per_epoch))
+        return np.concatenate([self.draws.batch(step, order, rng) for step, rng in enumerate(rngs)])
+
+    def __len__(self) -> int:
+        return self.draws.steps_per_epoch * self.batch_size if self.draws is not None else len(self.real)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        """The transformed image and its soft label, float32 ``(K,)``, summing to one."""
+        item, classes = int(self.items()[index]), len(self.class_names)
+        if item < len(self.real):
+            image, label = self.real.image(item), self.real.labels[[item]]
+            soft_label = soft_labels(label, label, np.ones(1), self.gamma, classes)[0]
+        else:
+            drawn = self.synthetic.take(np.array([item - len(self.real)]))
+            image, soft_label = drawn.image(0), drawn.labels(self.gamma, classes)[0]
+        return self.transform(image) if self.transform is not None else image, torch.from_numpy(soft_label)
+
+    def __getstate__(self) -> dict:
+        # what opens files may not be picklable: the copy reads the same data again
+        return {"arguments": self._arguments, "epoch": self._epoch}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state["arguments"])
+        self._epoch = state["epoch"]
+
+
+def _settings(given: dict) -> SyntheticSettings:
+    """The settings of given names and values, checked as the parser checks flags.
+
+    Raises:
+        UserError: a value that the flag of the name refuses.
+    """
+    for name, kind in (("syndata_key", str), ("syndata_dir", cli.path_or())):
+        value = given.get(name)
+        if value is not None:
+            values = [value] if isinstance(value, (str, Path)) else value
+            given = {**given, name: tuple(kind(str(text)) for text in values)}
+    settings = SyntheticSettings(**given)
+    if settings.synthetic_mode not in SYNTHETIC_MODES:
+        raise UserError(f"synthetic_mode '{settings.synthetic_mode}': expected one of {', '.join(SYNTHETIC_MODES)}")
+    if not 0 <= settings.synthetic_prob <= 1 or not settings.gamma > 0:
+        raise UserError(
+            f"synthetic_prob {settings.synthetic_prob:g}, gamma {settings.gamma:g}: expected a number in [0, 1] and one above 0"
+        )
+    return settings
