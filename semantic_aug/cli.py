@@ -56,7 +56,7 @@ class _Formatter(argparse.HelpFormatter):
         text = action.help or ""
         if "default" in text or action.default is argparse.SUPPRESS or not action.option_strings:
             return text
-        if action.default is None or isinstance(action, argparse._StoreTrueAction):
+        if action.default in (None, ()) or isinstance(action, argparse._StoreTrueAction):
             return text
         return text + " (default: %(default)s)"
 
@@ -110,6 +110,12 @@ def setting(
     flag = {"type": type, "choices": choices, "metavar": metavar, "nargs": nargs}
     metadata = {"help": help, "flag": {k: v for k, v in flag.items() if v is not None}, "result": result}
     return field(default=default, metadata=metadata)
+
+
+def setting_of(cls: builtins.type, name: str, default: Any = MISSING) -> Any:
+    """A field that is declared as another dataclass's setting is; ``default``: where it differs."""
+    declared = settings_of(cls)[name]
+    return field(default=declared.default if default is MISSING else default, metadata=declared.metadata)
 
 
 def settings_of(cls: builtins.type) -> dict[str, Field]:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_aug import cli, console, files, registry, runs
+from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import OutputSettings, SubsetSettings, open_subsets
@@ -32,12 +33,7 @@ class ExportSettings(OutputSettings):
         help="imagefolder: class folders and metadata.csv; hf: a folder that datasets.load_dataset opens; webdataset: tar "
         "shards; csv: images.csv and the images",
     )
-    gamma: float = cli.setting(
-        0.5,
-        type=cli.number(0, open_low=True),
-        metavar="G",
-        help="soft labels are (1 - s^G) source + s^G target; above 0",
-    )
+    gamma: float = cli.setting_of(SyntheticSettings, "gamma")
     with_real: bool = cli.setting(
         False, help="export the real images too: training images into train, validation and test images as splits"
     )

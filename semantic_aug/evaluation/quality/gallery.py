@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_aug import cli, console, files, meta_csv, registry, runs
+from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.synthetic import locate
 from semantic_aug.errors import UserError
@@ -58,10 +59,7 @@ class GallerySettings:
         None, type=cli.path, metavar="DIR",
         help="output folder of a `measure` run on the same subsets: its values of each image are shown and sorted by",
     )  # fmt: skip
-    gamma: float = cli.setting(
-        0.5, type=cli.number(0, open_low=True), metavar="G",
-        help="soft labels are shown as (1 - s^G) source + s^G target; above 0",
-    )  # fmt: skip
+    gamma: float = cli.setting_of(SyntheticSettings, "gamma")
     thumbnail: int = cli.setting(
         192, type=cli.whole(16), metavar="PIXELS", help="longest side of a thumbnail in pixels"
     )

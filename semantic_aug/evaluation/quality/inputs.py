@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from semantic_aug import cli, meta_csv, registry
+from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.settings import DatasetName, Setting, add_shared
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
@@ -38,18 +39,10 @@ class SubsetSettings:
         (),
         nargs="+",
         metavar="KEY",
-        help="subsets of the data set's section in synthetic_datasets.yaml, KEY#NAME for a filtered one (default: none)",
+        help="subsets of the data set's section in synthetic_datasets.yaml (KEY#VARIANT for a filtered one)",
     )
-    syndata_dir: tuple[str, ...] = cli.setting(
-        (),
-        nargs="+",
-        type=cli.path_or(),
-        metavar="DIR",
-        help="folders of subsets, DIR#NAME for a filtered one, besides or instead of keys (default: none)",
-    )
-    allow_other_sources: bool = cli.setting(
-        False, help="accept subsets whose source images are not among the training images of this setting"
-    )
+    syndata_dir: tuple[str, ...] = cli.setting_of(SyntheticSettings, "syndata_dir", default=())
+    allow_other_sources: bool = cli.setting_of(SyntheticSettings, "allow_other_sources")
 
 
 @dataclass(frozen=True, kw_only=True)

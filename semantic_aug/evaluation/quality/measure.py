@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_aug import cli, console, files, registry, runs
+from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
 from semantic_aug.evaluation.quality import distances
 from semantic_aug.evaluation.quality.inputs import (
@@ -68,12 +69,7 @@ class MeasureSettings:
         metavar="DIR",
         help="another subset (DIR#NAME for a filtered one): distances to it are given too, as of fewer sampling steps to more",
     )
-    gamma: float = cli.setting(
-        0.5,
-        type=cli.number(0, open_low=True),
-        metavar="G",
-        help="label agreement is under the soft labels (1 - s^G) source + s^G target; above 0",
-    )
+    gamma: float = cli.setting_of(SyntheticSettings, "gamma")
     copy_percentile: float = cli.setting(
         1.0,
         type=cli.number(0, 100),
