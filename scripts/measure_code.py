@@ -65,7 +65,8 @@ def imports(tree: ast.Module, names: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= parts if parts <= names else {node.module, *parts}
     return found & names
 
 

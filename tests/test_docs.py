@@ -84,3 +84,10 @@ def test_the_readme_is_a_newcomers_page():
 def test_the_recorder_hands_over_what_bash_would(tmp_path):
     found = commands('X="--a 1"\npython train_cls.py $X "b c" \\\n    --d', tmp_path)
     assert found == [["train_cls.py", "--a", "1", "b c", "--d"]], sys.version
+
+
+def test_the_page_of_flags_is_the_parsers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import flag_tables
+
+    assert flag_tables.PAGE.read_text(encoding="utf-8") == flag_tables.page(), "python scripts/flag_tables.py"

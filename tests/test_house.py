@@ -105,6 +105,39 @@ def library_imports() -> str:
     return "\n".join(sorted(found))
 
 
+@pytest.fixture(scope="module")
+def measure_code():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        import measure_code
+
+        yield measure_code
+
+
+def test_functions_and_calls_stay_short_and_imports_have_no_circle(measure_code):
+    trees = measure_code.parse_package(ROOT)
+    for module, tree in trees.items():
+        long = [name for name, lines in measure_code.function_lengths(tree).items() if lines > 60]
+        assert not long, f"{module}: {long}"
+        assert max(measure_code.positional_arguments(tree), default=0) <= 6, module
+    assert not measure_code.circles(trees)
+
+
+def test_circles_and_long_calls_are_found(measure_code):
+    a, b = (
+        ast.parse("from semantic_aug import b\nf(1, 2, 3, 4, 5, 6, 7)"),
+        ast.parse("def g():\n    import semantic_aug.a"),
+    )
+    trees = {"semantic_aug.a": a, "semantic_aug.b": b, "semantic_aug": ast.parse("import torch")}
+    assert measure_code.circles(trees) == [{"semantic_aug.a", "semantic_aug.b"}]
+    assert list(measure_code.positional_arguments(a)) == [7]
+
+
+@pytest.mark.parametrize("script", ["train_lora.py", "sample_mp.py", "train_cls.py"])
+def test_entry_scripts_parse_and_make_one_call(script):
+    assert len((ROOT / script).read_text(encoding="utf-8").splitlines()) <= 60
+
+
 def test_importing_everything_changes_nothing_and_reaches_for_no_network():
     names = [name for name, _ in modules()]
     code = f"""

@@ -59,6 +59,7 @@ def check_model(files: ModelFiles, prompts: Prompts) -> None:
     Raises:
         UserError: names the file or the prompt.
     """
+    from semantic_aug.diffusion.families import family_of
     from semantic_aug.diffusion.lora import check_lora
     from semantic_aug.diffusion.text import check_prompts, class_prompts_of
     from semantic_aug.diffusion.tokens import load_tokens
@@ -71,4 +72,5 @@ def check_model(files: ModelFiles, prompts: Prompts) -> None:
         tokens.check_classes(prompts.source_names, str(files.tokens))
     pairs = list(zip(prompts.source_names, prompts.prompt_names, strict=True))
     spelled = class_prompts_of(pairs, prompts.super_class, tokens, prompts.every_template)
-    check_prompts(files.folder, files.name, spelled, tokens.names if tokens is not None else ())
+    tokenizers = family_of(files.folder, files.name).tokenizers
+    check_prompts(files.folder, tokenizers, spelled, tokens.names if tokens is not None else ())

@@ -156,7 +156,7 @@ def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False)
         elif rgb is image:
             rgb = image.copy()  # apart from the file
         found = orientation if orientation != 1 else stored_orientation
-        return rgb, Stored(kind, image.mode, found, animated, transparent, scaling, damaged)
+        return rgb, Stored(kind, image.mode, found, animated, transparent, scaling=scaling, damaged=damaged)
 
 
 @contextmanager

@@ -71,7 +71,16 @@ class ImageTable:
         order = np.fromiter(sorted(range(len(keys)), key=keys.__getitem__), np.int64, len(keys))
         labels = np.asarray(labels, dtype=np.int64).reshape(-1)
         columns = {name: np.asarray(values)[order] for name, values in (extras or {}).items()}
-        return cls(tuple(class_names), labels[order], names[order].tolist(), order, read, stamp, columns, encoded)
+        return cls(
+            tuple(class_names),
+            labels[order],
+            names[order].tolist(),
+            order,
+            read,
+            stamp,
+            extras=columns,
+            encoded=encoded,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -177,8 +186,8 @@ def table_of_files(
         keys,
         lambda row: open_image(path_of(row)),
         lambda row: file_stamp(path_of(row)),
-        extras,
-        path_of,
+        extras=extras,
+        encoded=path_of,
     )
 
 

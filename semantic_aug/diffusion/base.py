@@ -345,7 +345,15 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     text_encoders = tuple(networks[encoder.component] for encoder in family.encoders)
     zero_null = family.sizes and bool(read_index(folder, name).get("force_zeros_for_empty_prompt", True))
     return BaseModel(
-        name, folder, family, tokenizers, text_encoders, networks["vae"], networks["unet"], scheduler_config, zero_null
+        name,
+        folder,
+        family,
+        tokenizers,
+        text_encoders,
+        networks["vae"],
+        unet=networks["unet"],
+        scheduler_config=scheduler_config,
+        zero_null=zero_null,
     )
 
 

@@ -67,6 +67,11 @@ class Family:
         """Folders that hold weights."""
         return ("unet", "vae", *(encoder.component for encoder in self.encoders))
 
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folders of the tokenizers."""
+        return tuple(encoder.tokenizer for encoder in self.encoders)
+
     def trained_layers(self, position: int, text_encoder: CLIPTextModel) -> int:
         """How many layers of a text encoder, from the first, the image depends on: its last one often is not read."""
         unread = 1 if self.sizes and position < len(self.encoders) - 1 else 0

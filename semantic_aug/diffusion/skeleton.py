@@ -44,7 +44,15 @@ def load_skeleton(name: str, folder: Path) -> BaseModel:
     for encoder in text_encoders:  # class tokens begin as copies of rows
         torch.nn.init.ones_(encoder.get_input_embeddings().to_empty(device="cpu").weight)
     return BaseModel(
-        name, folder, family, tokenizers, text_encoders, vae, unet, read_scheduler_config(folder, name), family.sizes
+        name,
+        folder,
+        family,
+        tokenizers,
+        text_encoders,
+        vae,
+        unet=unet,
+        scheduler_config=read_scheduler_config(folder, name),
+        zero_null=family.sizes,
     )
 
 

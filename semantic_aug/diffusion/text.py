@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from semantic_aug.diffusion.families import family_of
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
@@ -111,7 +110,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def check_prompts(
-    folder: Path, name: str, prompts: Iterable[tuple[str, str, str]], placeholders: Sequence[str] = ()
+    folder: Path, tokenizers: Sequence[str], prompts: Iterable[tuple[str, str, str]], placeholders: Sequence[str] = ()
 ) -> None:
     """Refuses prompts whose class would be cut off: what a text encoder does not read cannot be learned or asked for.
 
@@ -119,7 +118,7 @@ def check_prompts(
 
     Args:
         folder: of the base model.
-        name: of the base model, for errors.
+        tokenizers: folders of its tokenizers in there.
         prompts: (prompt, what stands for the class in it, where the prompt comes from).
         placeholders: of the class tokens.
 
@@ -129,15 +128,15 @@ def check_prompts(
     prompts = list(prompts)
     # up to the end of the class: with the start and end tokens it has to fit
     starts = [prompt[: prompt.index(phrase) + len(phrase)] for prompt, phrase, _ in prompts]
-    for encoder in family_of(folder, name).encoders:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / encoder.tokenizer)
+    for part in tokenizers:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / part)
         tokenizer.add_tokens(list(placeholders))
         for row, ids in enumerate(tokenizer(starts, verbose=False).input_ids if starts else []):
             if len(ids) > tokenizer.model_max_length:
                 prompt, phrase, origin = prompts[row]
                 raise UserError(
                     f"{origin}: '{prompt[:80]}' takes {len(ids)} tokens up to its class '{phrase[:40]}', the base model's "
-                    f"{encoder.tokenizer} reads {tokenizer.model_max_length} (start and end included): the class would be "
+                    f"{part} reads {tokenizer.model_max_length} (start and end included): the class would be "
                     "cut off; shorten the prompt or the class name, or lower --num_vectors"
                 )
 

@@ -295,11 +295,11 @@ def _load_safetensors(path: Path) -> ClassTokens:
         class_names,
         tables[0],
         vectors_per_class,
-        metadata.get("base_model", ""),
-        metadata.get("dataset", ""),
-        names,
-        tuple(tables[1:]),
-        metadata.get("images", ""),
+        base_model=metadata.get("base_model", ""),
+        dataset=metadata.get("dataset", ""),
+        names=names,
+        further=tuple(tables[1:]),
+        images=metadata.get("images", ""),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.diffusion.families import family_of
 from semantic_aug.diffusion.losses import draw_timesteps
 from semantic_aug.diffusion.text import check_prompts, class_prompts_of, class_words
 from semantic_aug.diffusion.tokens import ClassTokens
@@ -119,7 +120,10 @@ class BatchSource:
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(size, self.latent_shape[0], 1, 1, generator=rng)
         caption = torch.rand(size, generator=rng)  # drawn last: what comes before stays as it was without captions
-        return Draw(torch.from_numpy(self.indices(step)), view, flip, template, timestep, posterior, noise, caption)
+        return Draw(
+            torch.from_numpy(self.indices(step)), view, flip, template, timestep,
+            posterior=posterior, noise=noise, caption=caption,
+        )  # fmt: skip
 
 
 class Captions:
@@ -196,4 +200,4 @@ def check_training_prompts(
         source, name = classes[label]
         phrase = tokens.phrase(source) if tokens is not None else class_phrase(name, super_class)
         prompts.append((text, phrase, f"caption of an image of class '{source}'"))
-    check_prompts(folder, base_name, prompts, tokens.names if tokens is not None else ())
+    check_prompts(folder, family_of(folder, base_name).tokenizers, prompts, tokens.names if tokens is not None else ())

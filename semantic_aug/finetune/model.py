@@ -197,9 +197,9 @@ def _initial_tokens(model: BaseModel, config: FinetuneConfig, dataset: LoadedDat
             dataset.class_names,
             dataset.spec.super_class,
             config.model.initializer,
-            tokenizer,
-            text_encoder,
-            config.model.num_vectors,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vectors_per_class=config.model.num_vectors,
         )
         for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
     ]

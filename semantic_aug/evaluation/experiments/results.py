@@ -142,7 +142,9 @@ def collect(folder: Path) -> Comparison:
         test_scores = results["test"] or results["val"] or {}
         scores = {name: value for name, value in test_scores.items() if name in SCORES}
         seconds = stage_seconds(records, method)
-        comparison.rows.append(Row(setting, method, seed, scores, results["val"] or {}, results["steps"], seconds))
+        comparison.rows.append(
+            Row(setting, method, seed, scores, results["val"] or {}, steps=results["steps"], seconds=seconds)
+        )
     return comparison
 
 

@@ -94,7 +94,10 @@ def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
             f"target weight is {weights.max():.3f} with --gamma {settings.gamma:g}; lower either"
         )
     names, origins, sources = ([column[row] for row in kept.tolist()] for column in (names, origins, sources))
-    train = SplitImages("train", dataset.source_names, settings.gamma, None, images.take(kept), names, origins, sources)
+    train = SplitImages(
+        "train", dataset.source_names, settings.gamma,
+        synthetic=images.take(kept), subsets=names, origins=origins, sources=sources,
+    )  # fmt: skip
     if not settings.with_real:
         return [train]
     others = [
