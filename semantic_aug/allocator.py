@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-SPINS = 3_000
+SPINS = 10_000
 """Turns that a thread of OpenMP waits for its next work before it sleeps, some tens of microseconds; libgomp takes 300,000."""
 SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
