@@ -1,8 +1,7 @@
-"""Output folders: names, locks, the arguments and the origin kept beside the results, and metrics row by row."""
+"""Output folders: names, the arguments and the origin kept beside the results, and metrics row by row."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib.metadata
 import os
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import yaml
 
 from semantic_aug.errors import UserError
-from semantic_aug.files import LOCK_FILE, LockHeld, atomic_path, locked, write_text
+from semantic_aug.files import atomic_path, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
@@ -250,37 +249,3 @@ def git_revision(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() or None
-
-
-class RunLock(contextlib.ExitStack):
-    """Keeps a second run out of a folder.
-
-    A whole run holds ``.lock`` alone. Shards share it, and each holds a lock of its own.
-
-    Args:
-        folder: made if absent.
-        flag: the flag that names another folder, for the error.
-        num_shards: of the run.
-        shard_index: of this one.
-
-    Raises:
-        UserError: on entering, when another run holds it.
-    """
-
-    def __init__(self, folder: Path, flag: str, num_shards: int = 1, shard_index: int = 0):
-        super().__init__()
-        self.folder, self.flag = folder, flag
-        self.shard = None if num_shards == 1 else f"{LOCK_FILE}-{shard_index}of{num_shards}"
-
-    def __enter__(self) -> RunLock:
-        try:
-            self.enter_context(locked(self.folder / LOCK_FILE, shared=self.shard is not None, wait=False))
-            if self.shard is not None:
-                self.enter_context(locked(self.folder / self.shard, wait=False))
-        except LockHeld as held:
-            self.close()
-            raise UserError(
-                f"{self.folder} is being written by another run ({held.holder()}): wait for it, stop it, or choose another "
-                f"{self.flag}"
-            ) from None
-        return self

@@ -14,7 +14,9 @@ PACKAGE = ROOT / "semantic_aug"
 # A module may import only from groups to the right of its own; leaves import nothing of the package but `files` and `errors`.
 ORDER = "entry evaluation finetune sampling classify augmentations datasets diffusion cli leaf files errors".split()
 SIDE_BY_SIDE = [{"finetune", "sampling", "classify"}, {"augmentations", "datasets"}]
-LEAVES = set("registry prompts meta_csv seeding runs tensors console pictures allocator devices divergence".split())
+LEAVES = set(
+    "registry prompts meta_csv seeding run_lock runs tensors console pictures allocator devices divergence".split()
+)
 
 
 def group_of(module: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from semantic_aug import console, files, registry, runs
+from semantic_aug import console, files, registry, run_lock, runs
 from semantic_aug.classify import inference, metrics
 from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings, TrainSettings
 from semantic_aug.classify.losses import make_criterion
@@ -273,7 +273,7 @@ def train(
         known = True
         if processes.main:
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
-            held.enter_context(runs.RunLock(folder, "--output_dir"))
+            held.enter_context(run_lock.RunLock(folder, "--output_dir"))
             known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         results = results_of(folder) if known else None

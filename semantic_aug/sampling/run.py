@@ -17,7 +17,7 @@ from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
-from semantic_aug.runs import RunLock
+from semantic_aug.run_lock import RunLock
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.config import (
     BYTES_PER_PIXEL,
