@@ -298,8 +298,3 @@ def train_denoiser(
         stage.record({"loss": loss, "grad_norm": norm}, validate)
     ema.copy_to(model)
     return tokenizer, model.eval()
-
-
-def count_parameters(*modules: nn.Module) -> int:
-    """Parameters of all modules together."""
-    return sum(p.numel() for module in modules for p in module.parameters())

@@ -171,6 +171,16 @@ def variable(content: Mapping[str, Any], name: str, file: Path) -> np.ndarray:
     return np.atleast_1d(content[name]).reshape(-1)
 
 
+def labelled_splits(
+    class_names: Sequence[str], splits: Mapping[str, Sequence[tuple[int, str]]], images: Path
+) -> dict[str, ImageTable]:
+    """A table for each split from (label, path relative to ``images``) of its files; see :func:`labelled_files`."""
+    return {
+        split: labelled_files(class_names, [label for label, _ in rows], [name for _, name in rows], images, images)
+        for split, rows in splits.items()
+    }
+
+
 def labelled_files(
     class_names: Sequence[str],
     labels: Sequence[int],

@@ -50,12 +50,7 @@ def read_official(root: Path) -> Splits:
             rows[split].append((label, f"{name}/{file.name}"))
     if len(species) < 2:
         raise UserError(f"{root} lacks a folder for each species: unpack the official download and name its folder")
-    return {
-        split: official.labelled_files(
-            species, [label for label, _ in listed], [name for _, name in listed], images, images
-        )
-        for split, listed in rows.items()
-    }
+    return official.labelled_splits(species, rows, images)
 
 
 SPEC = DatasetSpec(

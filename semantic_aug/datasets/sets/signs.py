@@ -43,12 +43,7 @@ def read_official(root: Path) -> Splits:
             value = int(number.group())
             split = "train" if value < FIRST_VAL else "val" if value < FIRST_TEST else "test"
             rows[split].append((digit, f"{digit}/{file.name}"))
-    return {
-        split: official.labelled_files(
-            CLASS_NAMES, [digit for digit, _ in listed], [name for _, name in listed], images, images
-        )
-        for split, listed in rows.items()
-    }
+    return official.labelled_splits(CLASS_NAMES, rows, images)
 
 
 SPEC = DatasetSpec(
