@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(place)
         subset = write_subset(folder / "subset", dataset, args.synthetic)
         config = settings_of(args, device, folder / "ours")
-        warm = replace(config, nepoch=1, output_dir=folder / "warm")  # libraries and kernels, for both alike
+        # libraries and kernels, for both alike
+        warm = replace(config, training=replace(config.training, nepoch=1))
         small = replace(dataset, train=train.take(np.arange(min(len(train), args.batch_size))), val=None)
         time_original(warm, small, subset, 0)
         port = {count: time_original(config, dataset, subset, count) for count in workers}
