@@ -129,26 +129,50 @@ def locked(path: Path, shared: bool = False, wait: bool = True, waiting_for: str
     Raises:
         LockHeld: another process holds it, and ``wait`` is False.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as handle:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            try:
-                fcntl.flock(handle, kind | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                if not wait:
-                    raise LockHeld(path) from None
-                if waiting_for:
-                    log.info("waiting for %s", waiting_for)
-                fcntl.flock(handle, kind)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            log.warning("%s: no locks on this file system; let no other run write there", path.parent)
+    with contextlib.ExitStack() as held:
+        while True:
+            handle = held.enter_context(_opened_lock(path))
+            _take(handle, path, shared, wait, waiting_for)
+            if _is_same_file(handle, path):
+                break
+            held.close()  # whoever held it left no trace of its folder: the lock is of a file that is gone
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
         yield handle
+
+
+def _opened_lock(path: Path) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return open(path, "a+")
+        except FileNotFoundError:
+            continue  # the folder went between the two calls
+
+
+def _take(handle: IO[str], path: Path, shared: bool, wait: bool, waiting_for: str) -> None:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if not wait:
+                raise LockHeld(path) from None
+            if waiting_for:
+                log.info("waiting for %s", waiting_for)
+            fcntl.flock(handle, kind)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: no locks on this file system; let no other run write there", path.parent)
+
+
+def _is_same_file(handle: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -177,7 +201,7 @@ def no_trace(folder: Path, disposable: Sequence[str]) -> Iterator[None]:
 
 def _restore(folder: Path, before: set[str], disposable: Sequence[str]) -> None:
     fresh = all(name.startswith(".") for name in before)
-    with locked(folder / LOCK_FILE, wait=False) if LOCK_FILE not in before else contextlib.nullcontext():
+    with locked(folder / LOCK_FILE, wait=False):  # another run that holds it works in the folder: everything stays
         made = [folder / name for name in os.listdir(folder) if name not in before]
         if fresh and all(_is_disposable(path, folder, disposable) for path in made):
             for path in made:

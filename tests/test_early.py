@@ -1,6 +1,9 @@
 """What can fail fails before the work, and a command that is refused leaves everything as it was."""
 
 import os
+import shutil
+import threading
+import time
 
 import pytest
 from helpers import classify_arguments, refused, sampling_arguments
@@ -10,6 +13,7 @@ import train_cls
 import train_lora
 from semantic_aug import files
 from semantic_aug.errors import UserError, run_main
+from semantic_aug.run_lock import RunLock
 
 
 def everything(folder):
@@ -58,6 +62,41 @@ def test_a_folder_with_other_files_or_another_run_is_left_alone(tmp_path):
         raise UserError("no")
     assert (run / "args.yaml").exists()  # another shard is at work there
     held.__exit__(None, None, None)
+
+
+def test_a_run_that_is_refused_leaves_the_run_that_holds_the_folder_alone(tmp_path):
+    """The refused one looked when the other had its lock and nothing else."""
+    with files.locked(tmp_path / ".lock"):
+        with pytest.raises(UserError), files.no_trace(tmp_path, ("args.yaml", "data/*")):
+            (tmp_path / "args.yaml").touch()  # the holder writes
+            (tmp_path / "data" / "fox").mkdir(parents=True)
+            with RunLock(tmp_path, "--output_dir"):
+                pass
+        assert sorted(os.listdir(tmp_path)) == [".lock", "args.yaml", "data"]
+
+
+def test_a_lock_whose_file_is_gone_is_taken_anew(tmp_path, caplog):
+    """A run that leaves no trace removes its lock file while another waits for it."""
+    caplog.set_level("INFO")
+    path, taken = tmp_path / "run" / ".lock", []
+    with files.locked(path):
+        waiting = threading.Thread(target=lambda: taken.append(held_alone(path)))
+        waiting.start()
+        while "waiting for the other" not in caplog.text:
+            time.sleep(0.1)
+        shutil.rmtree(tmp_path / "run")
+    waiting.join()
+    assert taken == [True]
+
+
+def held_alone(path):
+    """Takes a lock and says whether nobody else gets it."""
+    with files.locked(path, waiting_for="the other"):
+        try:
+            with files.locked(path, wait=False):
+                return False
+        except files.LockHeld:
+            return True
 
 
 FINETUNE = ("--max_train_steps", 1, "--train_batch_size", 2, "--report_to", "none", "--validation_steps", 0)
