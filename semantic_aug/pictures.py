@@ -73,12 +73,12 @@ def grid(
         for x, cell in enumerate(row):
             if cell is None:
                 continue
-            place = (left + x * (size + GAP), top + y * height)
-            sheet.paste(cell.image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), place)
+            corner = (left + x * (size + GAP), top + y * height)
+            sheet.paste(cell.image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), corner)
             if cell.frame:
                 draw.rectangle(
-                    (*place, place[0] + size - 1, place[1] + size - 1), outline=cell.frame, width=max(2, size // 40)
+                    (*corner, corner[0] + size - 1, corner[1] + size - 1), outline=cell.frame, width=max(2, size // 40)
                 )
             if cell.caption:
-                draw.text((place[0], place[1] + size), _fitted(draw, cell.caption, font, size), INK, font)
+                draw.text((corner[0], corner[1] + size), _fitted(draw, cell.caption, font, size), INK, font)
     return sheet

@@ -227,13 +227,13 @@ class MetricsCsv:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what comes out."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def git_revision(folder: Path) -> str | None:

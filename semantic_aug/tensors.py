@@ -60,8 +60,8 @@ def _reserve(file: int, start: int, end: int) -> None:
         # macOS has no such call, some file systems refuse it: zeros take the space just as well
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-        for place in range(start, end, _BLOCK):
-            os.pwrite(file, bytes(min(_BLOCK, end - place)), place)
+        for offset in range(start, end, _BLOCK):
+            os.pwrite(file, bytes(min(_BLOCK, end - offset)), offset)
         os.fsync(file)
 
 

@@ -135,10 +135,10 @@ def test_captions_reach_the_text_encoder(captioned, tiny_base, tmp_path):
         base = load_base(str(tiny_base))
         model = TrainedModel(base, config, dataset)
         label, row = torch.tensor([2, 2]), torch.tensor([-1, model.captions.texts.index(model.captions.texts[-1])])
-        told = model.told(model.conditions(label, torch.tensor([0, 0]), row))
+        conditioning = model.conditioning(model.conditions(label, torch.tensor([0, 0]), row))
         phrase = "<class_2>" if strategy == "ti_db" else "toad"
         prompts = [f"a photo of a {phrase}", f"a photo of a {phrase}, wet"]
-        assert torch.allclose(told.hidden, base.encode(prompts, tiny.RESOLUTION).hidden, atol=1e-5)
+        assert torch.allclose(conditioning.hidden, base.encode(prompts, tiny.RESOLUTION).hidden, atol=1e-5)
         assert len(model._encoded) == (0 if strategy == "ti_db" else 1)
 
 

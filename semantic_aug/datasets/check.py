@@ -87,7 +87,7 @@ class Report:
     @property
     def problems(self) -> list[Finding]:
         """The findings that fail the check."""
-        return [found for found in self.findings if found.problem]
+        return [finding for finding in self.findings if finding.problem]
 
     def as_dict(self) -> dict:
         """For a JSON file."""
@@ -102,31 +102,31 @@ def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str
         size: (width, height) of the upright image.
         name: of its file.
     """
-    found = []
+    oddities = []
     if stored.mode in ("1", "L"):
-        found.append("greyscale")
+        oddities.append("greyscale")
     elif stored.mode in ("CMYK", "LAB"):
-        found.append(stored.mode)
+        oddities.append(stored.mode)
     if stored.scaling:
-        found.append(f"16-bit or floating-point, scaled to 8 bits ({stored.scaling})")
+        oddities.append(f"16-bit or floating-point, scaled to 8 bits ({stored.scaling})")
     if stored.transparent:
-        found.append("alpha channel")
+        oddities.append("alpha channel")
     if stored.animated:
-        found.append("animated or of several pages (the first is used)")
+        oddities.append("animated or of several pages (the first is used)")
     if stored.orientation != 1:
-        found.append("EXIF rotation (it is applied)")
+        oddities.append("EXIF rotation (it is applied)")
     if stored.damaged:
-        found.append("damaged metadata (it is passed over)")
+        oddities.append("damaged metadata (it is passed over)")
     ending = PurePath(name).suffix.lower()
     expected = {"MPO": "JPEG"}.get(stored.format, stored.format)
     if expected and Image.registered_extensions().get(ending) != expected:
-        found.append(f"{expected} file with {f'the ending {ending}' if ending else 'no ending'}")
+        oddities.append(f"{expected} file with {f'the ending {ending}' if ending else 'no ending'}")
     short, long = sorted(size)
     if short < SMALL_SIDE:
-        found.append(f"shorter side below {SMALL_SIDE} pixels")
+        oddities.append(f"shorter side below {SMALL_SIDE} pixels")
     if long > LONG_RATIO * short:
-        found.append(f"longer side above {LONG_RATIO:g} times the shorter")
-    return tuple(found)
+        oddities.append(f"longer side above {LONG_RATIO:g} times the shorter")
+    return tuple(oddities)
 
 
 def difference_hash(image: Image.Image) -> bytes:
@@ -210,8 +210,8 @@ def check(
     shown = _shown(splits["train"])
     tasks = [(table, i, split) for split, table in splits.items() for i in range(len(table))]
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        found = in_blocks(pool, lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
-        seen = list(progress(found, len(tasks)) if progress else found)
+        looks = in_blocks(pool, lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
+        seen = list(progress(looks, len(tasks)) if progress else looks)
     for note in notes:
         _add(report, note.kind, note.cases, note.problem)
     _classes(report, spec, splits)
@@ -305,8 +305,8 @@ def _odd_images(report: Report, images: Sequence[Seen]) -> None:
     for image in images:
         for kind in image.oddities:
             kinds[kind].append(image)
-    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        _add(report, f"odd image: {kind}", map(_place, found), False)
+    for kind, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        _add(report, f"odd image: {kind}", map(_place, cases), False)
 
 
 def contact_sheet(report: Report, images: Sequence[Seen]) -> Image.Image:

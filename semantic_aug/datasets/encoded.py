@@ -56,13 +56,13 @@ def orientation_of(image: Image.Image, exif: bytes | None = None) -> int:
         exif: the block, where the image was opened without it.
     """
     block = image.info.get("exif") if exif is None else exif
-    found = _orientation_in(block) if isinstance(block, bytes) else None
-    if found is None:
+    orientation = _orientation_in(block) if isinstance(block, bytes) else None
+    if orientation is None:
         try:
-            found = image.getexif().get(ORIENTATION, 1)
+            orientation = image.getexif().get(ORIENTATION, 1)
         except Exception:  # of whatever kind damaged metadata provokes
             return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _orientation_in(block: bytes) -> int | None:
@@ -135,8 +135,8 @@ def _end_of_pixels(content: bytes, entries: list[bytes], order: str) -> int:
         if tag in (273, 279, 324, 325):
             code = order + str(count) + {3: "H", 4: "I"}[kind]
             inside = struct.calcsize(code) <= 4
-            place = (entry, 8) if inside else (content, struct.unpack_from(order + "I", entry, 8)[0])
-            values[tag] = struct.unpack_from(code, *place)
+            location = (entry, 8) if inside else (content, struct.unpack_from(order + "I", entry, 8)[0])
+            values[tag] = struct.unpack_from(code, *location)
     offsets, lengths = values.get(273) or values[324], values.get(279) or values[325]
     return max(offset + length for offset, length in zip(offsets, lengths, strict=True))
 

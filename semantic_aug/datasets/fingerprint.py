@@ -65,7 +65,7 @@ class ContentHashes:
         names: what each is called in messages.
         source: the file or the encoded bytes of each.
         stamp: changes when the content of one does (path, size and times of its file); empty where that is not known.
-        place: names the file in which the cache keeps the hashes: the folder of the images, say.
+        folder: of the images; the cache keeps the hashes under its name.
         what: is hashed, for the progress bar.
 
     Attributes:
@@ -77,12 +77,12 @@ class ContentHashes:
         names: Sequence[str],
         source: Source,
         stamp: Callable[[int], str],
-        place: str,
+        folder: str,
         what: str = "images",
     ):
         self.names, self._source, self._stamp, self.what = names, source, stamp, what
         self._stamps = self._take_stamps()
-        store = _Store(place)
+        store = _Store(folder)
         known, self.values = store.read(), np.zeros((len(names), HASH_BYTES), np.uint8)
         keys, missing = self._stamps.tobytes(), []
         for i in range(len(names)):
@@ -168,8 +168,8 @@ def _age(stamp: str) -> float:
 class _Store:
     """The kept hashes of one folder: rows of stamp and hash in a file of the cache; losing it costs reading again."""
 
-    def __init__(self, place: str):
-        self.path = cache.cache_folder() / f"hashes-{hash_bytes(os.fsencode(place)).hex()}.npy"
+    def __init__(self, folder: str):
+        self.path = cache.cache_folder() / f"hashes-{hash_bytes(os.fsencode(folder)).hex()}.npy"
 
     def read(self) -> dict[bytes, bytes]:
         data, width = self._rows().tobytes(), 2 * HASH_BYTES
@@ -221,8 +221,8 @@ def hash_images(table: ImageTable) -> ContentHashes:
         held = table.stamp(rows[i])
         return held and f"{files[i] or rows[i]} {held}"
 
-    place = table.stamp(rows[0]) if inside else _common([file for file in files if file])
-    return ContentHashes(table.keys, lambda i: table.encoded(rows[i]), stamp, place)
+    folder = table.stamp(rows[0]) if inside else _common([file for file in files if file])
+    return ContentHashes(table.keys, lambda i: table.encoded(rows[i]), stamp, folder)
 
 
 def content_hashes(table: ImageTable) -> list[str]:
@@ -353,20 +353,20 @@ def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, An
     """
     if not recorded:
         return "its record does not say which images it was made from"
-    found = []
+    differences = []
     for name, now in present.items():
         then, kind = recorded.get(name), now if isinstance(now, Mapping) else recorded.get(name)
         if then == now:
             continue
         if not isinstance(kind, Mapping):
-            found.append(f"{name}: {now!r} now, {then!r} when the run began")
+            differences.append(f"{name}: {now!r} now, {then!r} when the run began")
         elif "count" in kind:
-            found.append(_names_difference(name.replace("classes", "class names").replace("_", " "), then, now))
+            differences.append(_names_difference(name.replace("classes", "class names").replace("_", " "), then, now))
         elif "images" in kind:
-            found.append(_split_difference(name, then or {}, now or {}))
+            differences.append(_split_difference(name, then or {}, now or {}))
         else:
-            found.append(data_difference(then, now))
-    return "; ".join(found)
+            differences.append(data_difference(then, now))
+    return "; ".join(differences)
 
 
 def _names_difference(what: str, then: Mapping | None, now: Mapping) -> str:

@@ -155,8 +155,8 @@ def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False)
             rgb = rgb.transpose(_UPRIGHT[orientation])
         elif rgb is image:
             rgb = image.copy()  # apart from the file
-        found = orientation if orientation != 1 else stored_orientation
-        return rgb, Stored(kind, image.mode, found, animated, transparent, scaling=scaling, damaged=damaged)
+        applied = orientation if orientation != 1 else stored_orientation
+        return rgb, Stored(kind, image.mode, applied, animated, transparent, scaling=scaling, damaged=damaged)
 
 
 @contextmanager

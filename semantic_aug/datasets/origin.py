@@ -47,9 +47,9 @@ class RunOrigin:
             self._record = {"data": {name: value for name, value in data.items() if name not in self.without}}
             self._hashes = list(hashes.values())
             if self.synthetic is not None:
-                made = fingerprint.hash_files(self.synthetic.paths, "synthetic images")
-                self._record["synthetic"] = synthetic_identity(self.synthetic, made, self.dataset.source_names)
-                self._hashes.append(made)
+                hashes = fingerprint.hash_files(self.synthetic.paths, "synthetic images")
+                self._record["synthetic"] = synthetic_identity(self.synthetic, hashes, self.dataset.source_names)
+                self._hashes.append(hashes)
             self._record |= self.further()
         return self._record
 

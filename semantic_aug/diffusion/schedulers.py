@@ -68,10 +68,10 @@ def scheduler_class(name: str):
     """
     import diffusers
 
-    found = getattr(diffusers, SCHEDULERS.get(name, name), None)
-    if not (inspect.isclass(found) and hasattr(found, "add_noise") and hasattr(found, "set_timesteps")):
+    scheduler = getattr(diffusers, SCHEDULERS.get(name, name), None)
+    if not (inspect.isclass(scheduler) and hasattr(scheduler, "add_noise") and hasattr(scheduler, "set_timesteps")):
         raise unknown("--scheduler", name, SCHEDULERS, "expected one of these or a diffusers scheduler's class name")
-    return found
+    return scheduler
 
 
 def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
@@ -87,12 +87,12 @@ def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
     """
     supported = "expected a DDPM noise schedule with epsilon or v-prediction, as Stable Diffusion 1.x, 2.x and XL have"
     kind, prediction = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
-    for family, found in (
+    for family, is_of_family in (
         ("flow matching", "Flow" in kind or config.get("use_flow_sigmas") or "flow" in str(prediction)),
         ("EDM", kind.startswith("EDM") or config.get("sigma_data") is not None),
         ("another noise process", kind.startswith(OTHER_PROCESSES)),
     ):
-        if found:
+        if is_of_family:
             raise UserError(
                 f"base model '{name}' uses {family} (scheduler {kind or 'not named'}), which is not supported: {supported}"
             )

@@ -130,8 +130,8 @@ class TrainedModel(nn.Module):
         sizes = {} if time_ids is None else {"time_ids": time_ids}
         if self.trains_text:
             return {f"ids_{position}": ids[rows] for position, ids in enumerate(self.prompt_ids)} | sizes
-        told = self._encoded_once(rows.tolist(), time_ids)
-        return {"hidden": told.hidden, **told.added, **sizes}
+        encoded = self._encoded_once(rows.tolist(), time_ids)
+        return {"hidden": encoded.hidden, **encoded.added, **sizes}
 
     def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
         """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
@@ -141,16 +141,16 @@ class TrainedModel(nn.Module):
             ids = {f"ids_{position}": ids[new] for position, ids in enumerate(self.prompt_ids)}
             sizes = {} if time_ids is None else {"time_ids": time_ids[:1].expand(len(new), -1)}
             with torch.no_grad():
-                made = self.told(ids | sizes)
-            fresh = {row: made[[i]] for i, row in enumerate(new)}
-        told = Conditions.cat(fresh[row] if row in fresh else held[row] for row in rows)
+                encoded = self.conditioning(ids | sizes)
+            fresh = {row: encoded[[i]] for i, row in enumerate(new)}
+        conditioning = Conditions.cat(fresh[row] if row in fresh else held[row] for row in rows)
         for row, one in fresh.items():
             if row < self.class_prompts:
                 self._encoded.put(row, one)
-        return told
+        return conditioning
 
-    def told(self, conditions: Mapping[str, Tensor]) -> Conditions:
-        """:meth:`conditions` as the U-Net is told them."""
+    def conditioning(self, conditions: Mapping[str, Tensor]) -> Conditions:
+        """The conditioning of the U-Net from :meth:`conditions`."""
         if "hidden" in conditions:
             hidden = conditions["hidden"]
             return Conditions(hidden, {k: v.to(hidden) for k, v in conditions.items() if k != "hidden"})
@@ -161,8 +161,8 @@ class TrainedModel(nn.Module):
         """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
         self.refresh()
         with self._unchecked(), torch.autocast(noisy.device.type, enabled=False):  # nothing is in another precision
-            told = self.told(conditions).to(noisy.dtype)
-            predicted = self.unet(noisy, timesteps, **told.unet_arguments(), return_dict=False)[0]
+            conditioning = self.conditioning(conditions).to(noisy.dtype)
+            predicted = self.unet(noisy, timesteps, **conditioning.unet_arguments(), return_dict=False)[0]
         self._calls += 1
         return predicted
 

@@ -89,22 +89,22 @@ class FlatLora(nn.Module):
         layouts = [layout for group in groups for layout in _lay_out(group)]
         self.shapes = [layout.shape for layout in layouts]
         self.sizes = [layout.numel() for layout in layouts]
-        place, count = torch.cat([layout.flatten() for layout in layouts]), len(self.values)
-        filled = place >= 0
+        position, count = torch.cat([layout.flatten() for layout in layouts]), len(self.values)
+        filled = position >= 0
         back = torch.empty(count, dtype=torch.int32)
-        back[place[filled]] = torch.arange(len(place), dtype=torch.int32)[filled]
+        back[position[filled]] = torch.arange(len(position), dtype=torch.int32)[filled]
         like = groups[0].weight
-        self.copies = like.new_empty(len(place))  # made anew in the same place: graphs of a GPU remember addresses
+        self.copies = like.new_empty(len(position))  # made anew in the same place: graphs of a GPU remember addresses
         self.zero = like.new_zeros(1)
         self.source = self.back = None
-        if not torch.equal(back, place):  # large ranks: everything stands where it stood
-            self.source = place.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
+        if not torch.equal(back, position):  # large ranks: everything stands where it stood
+            self.source = position.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
             self.back = back.to(like.device)
 
     def refresh(self) -> None:
         """Copies the values as they are now; gradients flow back to them in float32."""
-        made = _Copy.apply(self, self.values)
-        for group, down, up in zip(self.groups, made[::2], made[1::2], strict=True):
+        copies = _Copy.apply(self, self.values)
+        for group, down, up in zip(self.groups, copies[::2], copies[1::2], strict=True):
             group.down, group.up = down, up
 
 
@@ -122,10 +122,10 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[None, Tensor]:
-        found = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
         if ctx.flat.back is not None:
-            found = found.index_select(0, ctx.flat.back)
-        return None, found.float()
+            gradient = gradient.index_select(0, ctx.flat.back)
+        return None, gradient.float()
 
 
 def _lora_weights(member: nn.Linear | LoraLinear) -> list[nn.Parameter]:
@@ -213,11 +213,11 @@ def join_projections(network: nn.Module) -> list[JoinedProjections]:
     groups, members = [], set()
     for module in network.modules():
         if isinstance(module, Attention) and _plain(module):
-            query, *rest = own = module.to_q, module.to_k, module.to_v
-            module.joined = (_join([query]), _join(rest)) if module.is_cross_attention else (_join(own), [])
+            query, *rest = projections = module.to_q, module.to_k, module.to_v
+            module.joined = (_join([query]), _join(rest)) if module.is_cross_attention else (_join(projections), [])
             module.__class__ = JoinedAttention
             groups += [*module.joined[0], *module.joined[1]]
-            members |= set(own)
+            members |= set(projections)
     for module in network.modules():
         if type(module) is LoraLinear and module not in members:
             module.joined = JoinedProjections([module])

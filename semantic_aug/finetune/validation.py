@@ -44,7 +44,7 @@ def validation_grid(
             labels = torch.full((per_class,), label)
             template = torch.full_like(labels, TEMPLATES.index("a photo of a {}"))
             sizes = null.added["time_ids"].expand(per_class, -1).cpu() if null.added else None
-            embeds = model.told(model.conditions(labels, template, time_ids=sizes)).to(null.dtype)
+            embeds = model.conditioning(model.conditions(labels, template, time_ids=sizes)).to(null.dtype)
             noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
             latents = generate(Sampler(model.unet, scheduler, null, SETTINGS), shape, embeds, noise)
             images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()

@@ -113,9 +113,9 @@ def read_folder(folder: str | os.PathLike) -> Splits:
         )
         return unify({split: table for split, table in tables.items() if len(table)}, fixed="train")
     if splits:
-        found = ", ".join(where.name for where in splits.values())
+        names = ", ".join(where.name for where in splits.values())
         raise UserError(
-            f"{root} has the split folder {found} but none named train with class folders: add it, or name another folder"
+            f"{root} has the split folder {names} but none named train with class folders: add it, or name another folder"
         )
     if len(by_split) > 1 and len(children) == sum(map(len, by_split.values())):
         names = " and ".join(child.name for child in children)
@@ -160,13 +160,13 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     classes: dict[str, list[str]] = {}
     for where in folders:
         name = _class_name(where)
-        found = _class_images(walk, where, split, name)
-        if not found and split == "train":
+        images = _class_images(walk, where, split, name)
+        if not images and split == "train":
             raise UserError(
                 f"class folder {where.path} holds no image: expected {EXPECTED}, or remove the folder{walk.left_out_hint()}"
             )
-        if found:
-            classes.setdefault(name, []).extend(found)
+        if images:
+            classes.setdefault(name, []).extend(images)
     if len(classes) < 2 and split == "train":
         held = f"one class folder ('{next(iter(classes))}')" if classes else "no class folders"
         raise UserError(f"{folder} holds {held}: expected at least two, each with that class's images ({EXPECTED})")
@@ -255,15 +255,15 @@ class Walk:
         """
         try:
             with os.scandir(folder) as scan:
-                found = sorted((entry for entry in scan if not is_litter(entry.name)), key=lambda entry: entry.name)
-            folders = [entry for entry in found if _is_folder(entry)]
+                entries = sorted((entry for entry in scan if not is_litter(entry.name)), key=lambda entry: entry.name)
+            folders = [entry for entry in entries if _is_folder(entry)]
         except OSError as error:
             raise UserError(
                 f"folder {text_of(folder)} cannot be listed ({error.strerror}): give yourself permission to, or remove it"
             ) from None
         names = {entry.name for entry in folders}
-        others = [entry for entry in found if entry.name not in names]
-        hidden = [entry for entry in found if entry.name.startswith(".")]
+        others = [entry for entry in entries if entry.name not in names]
+        hidden = [entry for entry in entries if entry.name.startswith(".")]
         if hidden:
             self.left_out["hidden files or folders left out"] += map(self.name_of, hidden)
         return _shown(folders), _shown(others)
@@ -290,7 +290,7 @@ class Walk:
             UserError: a folder cannot be listed, or is reached by links as part of another class or of train and another
                 split.
         """
-        found: list[str] = []
+        images: list[str] = []
         linked, pending = [], [os.fspath(folder)]
         while pending or linked:
             # real folders first, so that a link never takes the place of what it leads to
@@ -300,8 +300,8 @@ class Walk:
             folders, others = self.entries(where)
             for entry in folders:
                 (linked if entry.is_symlink() else pending).append(entry.path)
-            found += [entry.path for entry in others if self.is_image(entry)]
-        return sorted(found)
+            images += [entry.path for entry in others if self.is_image(entry)]
+        return sorted(images)
 
     def _enter(self, folder: str, split: str, owner: str) -> bool:
         """Whether a folder is to be read: a real one is, once."""
@@ -309,12 +309,12 @@ class Walk:
             status = os.stat(folder)
         except OSError as error:
             raise UserError(f"folder {text_of(folder)} cannot be entered ({error.strerror}): repair it") from None
-        place, asked = (status.st_dev, status.st_ino), (split, owner)
-        if (place, asked) in self._read:
+        inode, asked = (status.st_dev, status.st_ino), (split, owner)
+        if (inode, asked) in self._read:
             self.left_out["linked folders left out: read already under another name"].append(self.name_of(folder))
             return False
-        self._read.add((place, asked))
-        known = self._owners.setdefault(place, asked)
+        self._read.add((inode, asked))
+        known = self._owners.setdefault(inode, asked)
         if known != asked:
             both = " and ".join(f"{which[0] or 'all'}, class '{which[1]}'" for which in (known, asked))
             if known[0] == split or "train" in (known[0], split):

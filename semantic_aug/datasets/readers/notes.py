@@ -39,14 +39,14 @@ _notes: ContextVar[list[Note] | None] = ContextVar("notes", default=None)
 
 def note(kind: str, cases: Iterable[str], problem: bool = False) -> None:
     """Notes one kind of thing: on the log, or for who collects (:func:`collected`). Nothing is said without a case."""
-    found = Note(kind, tuple(cases), problem)
-    if not found.cases:
+    note = Note(kind, tuple(cases), problem)
+    if not note.cases:
         return
     notes = _notes.get()
     if notes is None:
-        log.warning("%s", found.line())
+        log.warning("%s", note.line())
     else:
-        notes.append(found)
+        notes.append(note)
 
 
 @contextmanager

@@ -36,9 +36,9 @@ def read_official(root: Path) -> Splits:
     for split in SPLITS:
         file = data / f"images_variant_{split}.txt"
         rows = official.read_lines(file, 2)
-        strange = next((variant for _, variant in rows if variant not in position), None)
-        if strange is not None:
-            raise unknown(f"variant in {file}", strange, class_names, "unpack the official download again")
+        unexpected = next((variant for _, variant in rows if variant not in position), None)
+        if unexpected is not None:
+            raise unknown(f"variant in {file}", unexpected, class_names, "unpack the official download again")
         splits[split] = official.labelled_files(
             class_names, [position[v] for _, v in rows], [f"{n}.jpg" for n, _ in rows], data / "images", file
         )

@@ -22,14 +22,14 @@ def read() -> Splits:
 
 def read_official(root: Path) -> Splits:
     """The official lists: ``train_list.mat`` and ``test_list.mat`` with ``file_list`` and ``labels``."""
-    found = {}
+    splits = {}
     for split in ("train", "test"):
         file = official.part(root, f"{split}_list.mat", f"lists/{split}_list.mat")
         content = official.read_mat(file)
         names = [str(name) for name in official.variable(content, "file_list", file)]
-        found[split] = file, names, official.variable(content, "labels", file).astype(int) - 1
+        splits[split] = file, names, official.variable(content, "labels", file).astype(int) - 1
     name_of: dict[int, str] = {}
-    for file, names, labels in found.values():
+    for file, names, labels in splits.values():
         for name, label in zip(names, labels.tolist(), strict=True):
             folder = name.split("/")[0]
             if not 0 <= label < NUM_CLASSES:
@@ -39,7 +39,7 @@ def read_official(root: Path) -> Splits:
     class_names = [name_of.get(label, f"class {label + 1}") for label in range(max(name_of) + 1)]
     return {
         split: official.labelled_files(class_names, labels, names, root / "Images", file)
-        for split, (file, names, labels) in found.items()
+        for split, (file, names, labels) in splits.items()
     }
 
 

@@ -30,12 +30,12 @@ def package_folder() -> Path:
     Raises:
         UserError: the package is not installed.
     """
-    found = importlib.util.find_spec("elpv_dataset")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("elpv_dataset")
+    if package is None or not package.submodule_search_locations:
         raise UserError(
             "data set 'elpv' needs the package elpv-dataset: pip install -r scripts/quickstart/requirements.txt"
         )
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(package.submodule_search_locations)))
 
 
 def read_labels(folder: Path) -> list[tuple[str, str, int]]:

@@ -35,9 +35,11 @@ def read_official(root: Path) -> Splits:
     for split in ("train", "test"):
         file = root / "meta" / f"{split}.txt"
         names = [name for (name,) in official.read_lines(file, 1)]
-        strange = next((name for name in names if name.split("/")[0] not in position), None)
-        if strange is not None:
-            raise unknown(f"class in {file}", strange.split("/")[0], class_names, "unpack the official download again")
+        unexpected = next((name for name in names if name.split("/")[0] not in position), None)
+        if unexpected is not None:
+            raise unknown(
+                f"class in {file}", unexpected.split("/")[0], class_names, "unpack the official download again"
+            )
         labels = [position[name.split("/")[0]] for name in names]
         splits[split] = official.labelled_files(
             class_names, labels, [f"{name}.jpg" for name in names], root / "images", file

@@ -58,7 +58,7 @@ def largest_object(file: Path) -> tuple[int, tuple[float, float, float, float]]:
     """
     try:
         objects = ElementTree.parse(file).getroot().findall("object")
-        found = [
+        objects = [
             (node.findtext("name", "").strip(), *(float(node.findtext(f"bndbox/{s}", "")) for s in _SIDES))
             for node in objects
         ]
@@ -66,9 +66,9 @@ def largest_object(file: Path) -> tuple[int, tuple[float, float, float, float]]:
         raise UserError(f"{file} is not there: unpack the official download again") from None
     except (ElementTree.ParseError, ValueError) as error:
         raise UserError(f"{file} is not a VOC annotation ({error}): unpack the official download again") from None
-    if not found:
+    if not objects:
         raise UserError(f"{file} names no object: an image without one has no label; remove it from the list")
-    name, *box = max(found, key=lambda row: (row[3] - row[1]) * (row[4] - row[2]))
+    name, *box = max(objects, key=lambda row: (row[3] - row[1]) * (row[4] - row[2]))
     if name not in CLASS_NAMES:
         raise unknown(f"class in {file}", name, CLASS_NAMES, "unpack the official download again")
     return CLASS_NAMES.index(name), tuple(box)

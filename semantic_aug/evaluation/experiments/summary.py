@@ -40,18 +40,18 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     Raises:
         UserError: a folder that is not there, or without a finished run.
     """
-    found: dict[Path, Run] = {}
+    finished: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: expected the output folder of train_cls.py, or one above it")
-        before = len(found)
+        before = len(finished)
         for file in sorted(folder.rglob(RESULTS_FILE)):
             results, arguments = results_of(file.parent), runs.load_arguments(file.parent)
             if results and arguments and "seed" in arguments and "train_images" in results:  # not an evaluation's
-                found.setdefault(file.parent.resolve(), Run(file.parent, arguments, results))
-        if len(found) == before and not any(folder.resolve() in (f, *f.parents) for f in found):
+                finished.setdefault(file.parent.resolve(), Run(file.parent, arguments, results))
+        if len(finished) == before and not any(folder.resolve() in (f, *f.parents) for f in finished):
             raise UserError(f"{folder} holds no finished run of train_cls.py (no {RESULTS_FILE} beside an args.yaml)")
-    return list(found.values())
+    return list(finished.values())
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
@@ -81,14 +81,15 @@ def markdown(runs: Sequence[Run], scores: Sequence[str] = SHOWN) -> str:
     for group in grouped(runs):
         by_seed = {run.arguments["seed"]: scores_of(run.results) for run in group}
         rows.append((group, statistics_of(by_seed)))
-    columns = [name for name in scores if any(name in found["mean"] for _, found in rows)]
+    columns = [name for name in scores if any(name in summary["mean"] for _, summary in rows)]
     header = ["run", "data set", "setting", "images", "model", "seeds", *columns]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * 5 + "---:|" * (len(columns) + 1)]
-    for group, found in rows:
+    for group, summary in rows:
         results = group[0].results
         cells = [name_of(group), *(results[key] for key in ("dataset", "setting", "train_images", "model"))]
         spread = [
-            percent(name, found["mean"][name], found["std"][name]) if name in found["mean"] else "" for name in columns
+            percent(name, summary["mean"][name], summary["std"][name]) if name in summary["mean"] else ""
+            for name in columns
         ]
-        lines.append("| " + " | ".join(map(str, [*cells, len(found["seeds"]), *spread])) + " |")
+        lines.append("| " + " | ".join(map(str, [*cells, len(summary["seeds"]), *spread])) + " |")
     return "\n".join(lines)

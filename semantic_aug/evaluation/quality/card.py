@@ -81,14 +81,14 @@ def near_copies(folder: Path | None) -> dict[str, float]:
 
 def _describe_subset(subset: Subset, copies: Mapping[str, float]) -> dict[str, Any]:
     records = [runs.load_arguments(locate(folder)[0], "config.yaml") or {} for folder in subset.folders]
-    made = []
+    origins = []
     for record in records:
         name = (record.get("arguments") or {}).get("base_model")
         base = Path(name).name if name and Path(name).is_absolute() else name  # a folder's path concerns nobody else
         license = record.get("base_license") or (model_license(name) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
-        made.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
-    return {"name": subset.name, "images": len(subset), "made_with": made, "near_copies": copies.get(subset.name)}
+        origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
+    return {"name": subset.name, "images": len(subset), "made_with": origins, "near_copies": copies.get(subset.name)}
 
 
 def describe(
@@ -132,7 +132,7 @@ def describe(
 
 def licenses(facts: Mapping[str, Any]) -> list[str]:
     """Every licence that bears on the images, once."""
-    models = [made["base_model_license"] for subset in facts["subsets"] for made in subset["made_with"]]
+    models = [origin["base_model_license"] for subset in facts["subsets"] for origin in subset["made_with"]]
     return list(dict.fromkeys([facts["dataset"]["license"], *models]))
 
 
@@ -195,7 +195,7 @@ def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
         copies = subset["near_copies"]
         measured = f"{100 * copies:.3g} % near-copies of training images" if copies is not None else "not measured"
         lines += ["", f"**{subset['name']}**: {subset['images']} images; near-copies: {measured}."]
-        lines += [f"- {name}: {value}" for made in subset["made_with"] for name, value in made.items()]
+        lines += [f"- {name}: {value}" for origin in subset["made_with"] for name, value in origin.items()]
     lines += [
         "",
         "## Licences",

@@ -103,15 +103,15 @@ def neighbours(
     """
     count = min(count, len(base) - skip_self)
     queries, base = unit(queries), unit(base)
-    found = [(np.empty((0, count), np.float32), np.empty((0, count), np.int64))]
+    nearest = [(np.empty((0, count), np.float32), np.empty((0, count), np.int64))]
     for start in range(0, len(queries), BLOCK):
         distance = 1 - queries[start : start + BLOCK] @ base.T
         if skip_self:
             rows = np.arange(len(distance))
             distance[rows, start + rows] = np.inf
         order = np.argsort(distance, axis=1, kind="stable")[:, :count]
-        found.append((np.take_along_axis(distance, order, axis=1), order))
-    return np.concatenate([d for d, _ in found]), np.concatenate([i for _, i in found])
+        nearest.append((np.take_along_axis(distance, order, axis=1), order))
+    return np.concatenate([d for d, _ in nearest]), np.concatenate([i for _, i in nearest])
 
 
 def mean_pairwise(features: np.ndarray) -> float:

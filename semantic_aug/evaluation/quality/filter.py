@@ -148,16 +148,16 @@ def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImage
     from semantic_aug.evaluation.quality import faithfulness
     from semantic_aug.evaluation.quality.clip import presence
 
-    found = {}
+    scores = {}
     if settings.by in ("clip", "both"):
         vectors = inputs.clip.images(images.image, len(images), inputs.models.batch_size)
-        found["clip"] = presence(inputs.clip, vectors, settings.super_class or inputs.dataset.spec.super_class)
+        scores["clip"] = presence(inputs.clip, vectors, settings.super_class or inputs.dataset.spec.super_class)
     if settings.by in ("classifier", "both"):
         probabilities = faithfulness.class_probabilities(inputs.classifier, images, inputs.dataset)
         mass = {"label": faithfulness.label_mass, "target": faithfulness.target_mass}[settings.judged_as]
-        found["classifier"] = mass(probabilities, images)
-    found["confidence"] = np.prod(list(found.values()), axis=0)
-    return found
+        scores["classifier"] = mass(probabilities, images)
+    scores["confidence"] = np.prod(list(scores.values()), axis=0)
+    return scores
 
 
 def check(inputs: Inputs, settings: FilterSettings) -> None:
@@ -196,7 +196,7 @@ def sheet(images: SyntheticImages, confidence: np.ndarray, dropped: np.ndarray, 
 
 
 def write(
-    inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages, found: dict, selected: np.ndarray
+    inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages, scores: dict, selected: np.ndarray
 ) -> None:
     """The list, the scores and the sheet of one folder; the list comes last, when all else exists."""
     root, source = locate(folder)
@@ -209,18 +209,18 @@ def write(
         open(temporary, "w", newline="", encoding="utf-8") as lines,
     ):
         writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow(["path", "source", "target", "strength", *found, "kept"])
+        writer.writerow(["path", "source", "target", "strength", *scores, "kept"])
         names = inputs.dataset.source_names
         for i, path in enumerate(images.paths):
             relative = path.relative_to(os.path.abspath(root / DATA)).as_posix()
-            scores = [f"{values[i]:.6f}" for values in found.values()]
+            cells = [f"{values[i]:.6f}" for values in scores.values()]
             classes = [names[images.source[i]], names[images.target[i]]]
-            writer.writerow([relative, *classes, images.strength[i], *scores, int(selected[i])])
+            writer.writerow([relative, *classes, images.strength[i], *cells, int(selected[i])])
     dropped = np.flatnonzero(~selected)
     if len(dropped):
         title = f"{len(dropped)} of {len(images)} images dropped by {settings.by}; the least confident of them"
         with files.atomic_path(out / SHEET_FILE) as temporary:
-            picture = sheet(images, found["confidence"], dropped, inputs.dataset.class_names, title)
+            picture = sheet(images, scores["confidence"], dropped, inputs.dataset.class_names, title)
             picture.save(temporary, "PNG")
     files.write_text(target, text)
 
@@ -257,11 +257,11 @@ def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images:
     root = locate(folder)[0]
     if settings.review:
         selected = kept_after_review(settings.review, folder, images, inputs.dataset.source_names)
-        found = {"confidence": selected.astype(float)}
+        scores = {"confidence": selected.astype(float)}
     else:
-        found = confidences(inputs, settings, images)
-        selected = kept(found["confidence"], images.target, settings)
-    confidence = found["confidence"]
+        scores = confidences(inputs, settings, images)
+        selected = kept(scores["confidence"], images.target, settings)
+    confidence = scores["confidence"]
     if settings.review and not selected.any():
         raise UserError(f"--review {settings.review} keeps none of {len(images)} images: nothing was written")
     if not selected.any():
@@ -269,7 +269,7 @@ def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images:
             f"--threshold {settings.threshold:g} keeps none of {len(images)} images (the best has {confidence.max():.3f}): "
             "nothing was written; lower it, or give --keep"
         )
-    write(inputs, settings, folder, images, found, selected)
+    write(inputs, settings, folder, images, scores, selected)
     print(*describe(images, selected, confidence, inputs.dataset.class_names, settings), sep="\n")
     print(f"kept {selected.sum()} of {len(images)}: {registry.shown_path(settings.list_path(root))}")
     print(f"scores and dropped images: {registry.shown_path(settings.folder(root))}")
