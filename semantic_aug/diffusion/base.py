@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMBEDDED_MODEL = "scripts/quickstart/base"
-SUCCESSORS = {"runwayml/stable-diffusion-v1-5": DEFAULT_MODEL}
+STABLE_DIFFUSION_2 = tuple(f"stable-diffusion-2{version}" for version in ("", "-base", "-1", "-1-base"))
+SUCCESSORS = {
+    "runwayml/stable-diffusion-v1-5": DEFAULT_MODEL,
+    **{f"stabilityai/{name}": f"sd2-community/{name}" for name in STABLE_DIFFUSION_2},
+}
 """Hub ids that were removed, and where the same weights are now."""
 
 HUB_FILES = [
@@ -37,6 +41,7 @@ HUB_FILES = [
     "tokenizer_2/*",
     "*/*.safetensors",
     "*/*.safetensors.index.json",
+    "README.md",
 ]
 HUB_CONFIGS = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
 """What says whether a model of the hub is supported; read before its weights are downloaded."""

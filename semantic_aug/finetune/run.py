@@ -15,6 +15,7 @@ from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.diffusion import lora, tokens
 from semantic_aug.diffusion.base import find_base, read_geometry
 from semantic_aug.diffusion.families import family_of
+from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.diffusion.skeleton import load_skeleton
 from semantic_aug.errors import UserError, all_local, no_downloads
 from semantic_aug.finetune.batches import check_training_prompts
@@ -41,6 +42,8 @@ def run(config: FinetuneConfig) -> None:
     if main_process:
         print(dataset.describe())
         print(runs.arguments_text(config.record(processes)), end="")
+        base = config.model.pretrained_model_name_or_path
+        warn_of_license(base, license_of(base, config.base_folder))
     if config.run.dry_run:
         check(config, dataset)
         take_folder(config, origin_of(config, dataset), processes, dry_run=True)

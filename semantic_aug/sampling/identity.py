@@ -1,9 +1,10 @@
 """What a synthetic subset is made from, and whether a folder holds that very subset.
 
-``config.yaml`` has four parts: the identity (whatever decides a byte of the images: training images, class names, prompts,
+``config.yaml`` has these parts: the identity (whatever decides a byte of the images: training images, class names, prompts,
 weights, settings), compared whenever a folder is opened; under ``arguments`` what the identity follows from and what may change
-(the locations of data set and base model, the few-shot setting); ``made_with``, the versions of the first run; and ``runs``,
-how each part was computed where that changed: on how many processes, with compiled networks or not.
+(the locations of data set and base model, the few-shot setting); ``base_license``, the base model's; ``made_with``, the
+versions of the first run; and ``runs``, how each part was computed where that changed: on how many processes, with compiled
+networks or not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from semantic_aug.datasets.fingerprint import (
 )
 from semantic_aug.datasets.synthetic import read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
+from semantic_aug.diffusion.license import license_of
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.files import sha256_file, sha256_text, write_text
@@ -44,7 +46,7 @@ from semantic_aug.sampling.sources import PlannedSources, columns_of
 
 log = logging.getLogger(__name__)
 
-ARGUMENTS, MADE_WITH, RUNS, DATA = "arguments", "made_with", "runs", "data"
+ARGUMENTS, MADE_WITH, RUNS, DATA, LICENSE = "arguments", "made_with", "runs", "data", "base_license"
 RECORDED_AS = {"sample_strategy": "strategy", "syn_dataset_multiplier": "multiplier"}
 """Settings that have another name in the record."""
 FOLLOWS = ("images", "plan_sha256")
@@ -123,6 +125,7 @@ class Identity:
         table: the training images.
         images: their content hashes.
         origin: training images and weights, for the processes.
+        license: of the base model.
     """
 
     compared: dict[str, Any]
@@ -130,6 +133,7 @@ class Identity:
     table: ImageTable
     images: ContentHashes
     origin: Origin
+    license: str
 
 
 def _hash_of(path: Path) -> str:
@@ -190,7 +194,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     network = "compiled" if compiled else "plain"
     encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
     origin = Origin(sources, weights, encoder)
-    return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, origin)
+    license = license_of(config.model.name, config.model.folder)
+    return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, origin=origin, license=license)
 
 
 def warn(config: SampleConfig, identity: Identity) -> None:
@@ -241,7 +246,8 @@ def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> No
     old = recorded_identity(folder) or {}
     made_with = {"versions": runs.versions(), "git_revision": runs.git_revision(registry.REPO_ROOT)}
     kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and has_images(folder)}
-    _write(folder, {**identity.compared, ARGUMENTS: identity.arguments, MADE_WITH: made_with, **kept})
+    record = {ARGUMENTS: identity.arguments, LICENSE: identity.license, MADE_WITH: made_with}
+    _write(folder, {**identity.compared, **record, **kept})
     write_sources(folder, identity.table.keys, identity.images.values)
 
 
@@ -311,7 +317,13 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = {ARGUMENTS, MADE_WITH, RUNS, *(name for name, value in RETIRED.items() if record.get(name) == value)}
+    left_out = {
+        ARGUMENTS,
+        MADE_WITH,
+        RUNS,
+        LICENSE,
+        *(name for name, value in RETIRED.items() if record.get(name) == value),
+    }
     return {name: value for name, value in record.items() if name not in left_out}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from semantic_aug import files, registry
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
 from semantic_aug.run_lock import RunLock
@@ -148,6 +149,7 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
         f"{len(placement.devices)} process(es): {' '.join(placement.devices)}; {placement.dtype}, batches of "
         f"{placement.batch_size}"
     )
+    warn_of_license(model.name, license_of(model.name, model.folder))
     check_disk(config, dataset)
     if config.run.dry_run:
         check(config, dataset)

@@ -13,20 +13,11 @@ import yaml
 from semantic_aug import registry, runs
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import locate
+from semantic_aug.diffusion.license import NOT_KNOWN, license_of
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.export_formats import HF_SPLITS, SplitImages
 from semantic_aug.evaluation.quality.inputs import Subset
 
-NOT_KNOWN = "not known"
-MODEL_LICENSES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
-    "runwayml/stable-diffusion-v1-5": "CreativeML OpenRAIL-M",
-    "CompVis/stable-diffusion-v1-4": "CreativeML OpenRAIL-M",
-    "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
-}
-"""Licences of base models whose files come without their model card; see also :func:`model_license`."""
-
-OPEN_RAIL_PLUS = ("sd2-community/", "stabilityai/stable-diffusion-2")
 SETTINGS = (
     *("strategy", "strengths", "multiplier", "resolution", "num_inference_steps", "guidance_scale", "scheduler"),
     *("template", "templates", "seed", "checkpoint_key"),
@@ -45,22 +36,6 @@ OPENING = {
     "csv": 'import pandas\n\ntrain = pandas.read_csv("{folder}/images.csv").query("split == \'train\'")',
 }
 """How each format is opened."""
-
-
-def model_license(name: str) -> str:
-    """The licence of a base model: what its model card says where that lies beside it, or what is known of its hub id."""
-    card = registry.resolve_path(name) / "README.md"
-    if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace").split("---")
-        try:
-            front = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
-        except yaml.YAMLError:
-            front = None
-        if isinstance(front, dict) and front.get("license"):
-            return str(front.get("license_name") or front["license"])
-    if name.startswith(OPEN_RAIL_PLUS):
-        return "CreativeML Open RAIL++-M"
-    return MODEL_LICENSES.get(name, NOT_KNOWN)
 
 
 def near_copies(folder: Path | None) -> dict[str, float]:
@@ -85,7 +60,7 @@ def _describe_subset(subset: Subset, copies: Mapping[str, float]) -> dict[str, A
     for record in records:
         name = (record.get("arguments") or {}).get("base_model")
         base = Path(name).name if name and Path(name).is_absolute() else name  # a folder's path concerns nobody else
-        license = record.get("base_license") or (model_license(name) if name else NOT_KNOWN)
+        license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
         origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
     return {"name": subset.name, "images": len(subset), "made_with": origins, "near_copies": copies.get(subset.name)}
