@@ -17,7 +17,7 @@ from semantic_aug.datasets import ImageTable, Setting, find_spec, load_dataset, 
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
-from semantic_aug.datasets.sets import elpv
+from semantic_aug.datasets.sets import elpv, elpv_shortcut
 from semantic_aug.errors import UserError
 
 CLASSES = ("blue jay", "red fox", "toad")
@@ -408,6 +408,16 @@ def test_draws_do_not_depend_on_the_listing_order(labels, random):
     assert subsets.long_tail(one, 0.1).keys == subsets.long_tail(two, 0.1).keys
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=80), st.integers(1, 40), st.integers(0, 3))
+@settings(max_examples=100)
+def test_few_shot_draws_keep_the_shares_of_groups(groups, count, seed):
+    names = [f"k{i:04d}" for i in range(len(groups))]
+    table = ImageTable.of(["one"], [0] * len(groups), names, lambda row: None, extras={"group": groups})
+    drawn = np.bincount(subsets.few_shot(table, count, seed).extras["group"], minlength=4)
+    share = np.bincount(groups, minlength=4) * min(1, count / len(groups))
+    assert (np.abs(drawn - share) <= 1 + 1e-9).all(), (drawn, share)
+
+
 def test_seeds_draw_different_sets():
     table = table_of([0] * 50 + [1] * 50)
     assert subsets.few_shot(table, 5, 0).keys != subsets.few_shot(table, 5, 1).keys
@@ -479,6 +489,17 @@ def test_elpv_split_is_the_recorded_stratified_draw():
     assert all(drawn[key] == split for split, table in splits.items() for key in table.keys)
     shares = splits["train"].counts() / sum(t.counts() for t in splits.values())
     assert np.abs(shares - 0.6).max() < 0.01 and splits["test"].class_names == elpv.CLASS_NAMES
+
+
+def test_the_shortcut_of_elpv_is_nineteen_to_one_and_keeps_the_splits():
+    splits, whole = elpv_shortcut.read(), elpv.read()
+    assert np.bincount(splits["train"].extras["group"]).tolist() == [353, 19, 13, 241]
+    assert np.bincount(subsets.few_shot(splits["train"], 40, 3).extras["group"]).tolist() == [38, 2, 2, 38]
+    for split, table in splits.items():
+        name_of = {key: whole[split].class_names[label] for key, label in zip(whole[split].keys, whole[split].labels)}
+        assert [elpv_shortcut.GROUPS[group] for group in table.extras["group"]] == [name_of[key] for key in table.keys]
+        classes = [table.class_names[label] for label in table.labels]
+        assert all(name_of[key].endswith(f" {name}") for key, name in zip(table.keys, classes))
 
 
 def test_elpv_images_and_labels_belong_together():

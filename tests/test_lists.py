@@ -58,6 +58,7 @@ def test_other_encodings_name_the_line(folder, codec):
         (b"path,label\n\\\\nas\\x\\0.png,owl\n", "line 2: .* is a path of a Windows drive"),
         (b"path,label\nhttps://a.b/0.png,owl\n", "line 2: .* is an address: download"),
         (b"path,label\nimg/0.png,owl\n\n\nimg/1.png,a,b\n", "line 5: expected 2 columns, got 3"),
+        (b"path,label,group\nimg/0.png,owl,snow\nimg/1.png,owl, \n", "line 3: the group is empty"),
         (b'path,label,caption\nimg/0.png,owl,"one\ntwo"\nimg/1.png, ,x\n', "line 4: the label is empty"),
     ],
 )
@@ -83,6 +84,12 @@ def test_captions_of_several_lines_at_any_size(folder):
     text = 'file_name;Text\nimg\\0.png;"' + long + '"\n'
     write(folder, text.encode("utf-16"), "metadata.csv")
     assert captions.read_metadata(folder, ["img/0.png", "img/1.png"]).tolist() == [long, ""]
+
+
+def test_groups_have_one_number_in_all_splits(folder):
+    text = "path,label,split,Group\nimg/0.png,owl,train,owl on snow\nimg/1.png,toad,train,a toad\n"
+    splits = read_listing(write(folder, text + "img/2.png,owl,test,owl on snow\nimg/3.png,toad,test,toad by night\n"))
+    assert splits["train"].extras["group"].tolist() == [1, 0] and splits["test"].extras["group"].tolist() == [1, 2]
 
 
 def test_windows_paths_are_found_and_real_backslashes_kept(folder):

@@ -43,7 +43,7 @@ def use(downloads, monkeypatch):
 
 
 def test_every_registered_data_set_has_a_fixture_here_or_a_package():
-    assert set(sets.NAMES) == set(WRITERS) | {"elpv"}
+    assert set(sets.NAMES) == set(WRITERS) | {"elpv", "elpv_shortcut"}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -187,7 +187,7 @@ def test_learning_labels_opens_no_image(use, monkeypatch):
         raise AssertionError("an image was opened")
 
     monkeypatch.setattr(PIL.Image, "open", no)
-    for name in (*WRITERS, "elpv"):
+    for name in (*WRITERS, "elpv", "elpv_shortcut"):
         assert load_dataset(name, Setting(examples_per_class=1)).train.counts().sum() > 0
 
 

@@ -19,13 +19,27 @@ from semantic_aug.seeding import numpy_rng
 
 def per_class(table: ImageTable, counts: Sequence[int], purpose: str, seed: int) -> ImageTable:
     """The first ``counts[k]`` rows of class k, in an order drawn for (seed, purpose, class name): larger counts contain
-    smaller ones."""
+    smaller ones. Where the images have groups, those of a class keep their shares."""
     by_class = np.split(np.argsort(table.labels, kind="stable"), np.cumsum(table.counts())[:-1])
     rows = [
-        numpy_rng(seed, purpose, name).permutation(own)[:count]
-        for name, own, count in zip(table.class_names, by_class, counts, strict=True)
+        _in_turn(numpy_rng(seed, purpose, name).permutation(members), table.extras.get("group"))[:count]
+        for name, members, count in zip(table.class_names, by_class, counts, strict=True)
     ]
     return table.take(np.concatenate(rows) if rows else np.empty(0, np.int64))
+
+
+def _in_turn(rows: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """Rows ordered such that the groups of every beginning have, to within one image, the shares of the whole.
+
+    The j-th of a group's n rows stands at (j + 1/2) / n.
+    """
+    if groups is None:
+        return rows
+    position = np.empty(len(rows))
+    for group in np.unique(groups[rows]):
+        members = np.flatnonzero(groups[rows] == group)
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return rows[np.argsort(position, kind="stable")]
 
 
 def few_shot(table: ImageTable, examples_per_class: int, seed: int = 0, purpose: str = "few-shot") -> ImageTable:

@@ -1,8 +1,8 @@
 """A list of paths and labels, as CSV or parquet: one's own data without moving a file.
 
-Columns ``path`` and ``label``, ``split`` where there are splits, and ``caption`` where there are captions; others are
-passed over. Labels and splits are read as codes, paths block by block, and only a path that needs it is looked at alone,
-so that a million rows open in seconds.
+Columns ``path`` and ``label``; ``split``, ``caption`` and ``group`` (subpopulations by which accuracy is reported, such as
+"landbird on water") where there are such; others are not read. Labels, splits and groups are read as codes, paths block by
+block, and only a path that needs it is looked at alone, so that a million rows open in seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from semantic_aug.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMNS = ("path", "label", "split", "caption")
+COLUMNS = ("path", "label", "split", "caption", "group")
 TEXTS = ("path", "caption")
 """Columns whose cells differ from row to row."""
 
@@ -73,6 +73,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
     if len(empty):
         raise UserError(f"{place(empty[0])}: the label is empty")
     texts = rows["caption"] if "caption" in rows.column_names else None
+    groups = _groups(rows, place) if "group" in rows.column_names else None
     del rows
     tables, doubled = {}, []
     for split, positions in splits.items():
@@ -80,7 +81,8 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         kept = _without_repeated(keys, codes[positions], words, lambda i, at=positions: place(at[i]), doubled)
         if len(kept) < len(positions):
             positions, keys = positions[kept], [keys[i] for i in kept.tolist()]
-        extras = None if texts is None else {"caption": captions.as_column(texts.take(positions).to_pylist())}
+        extras = {} if texts is None else {"caption": captions.as_column(texts.take(positions).to_pylist())}
+        extras |= {} if groups is None else {"group": groups[positions]}
         tables[split] = _table(keys, codes[positions], words, base, extras)
     note("rows that repeat an image of their split left out", doubled)
     if "train" not in tables:
@@ -224,6 +226,17 @@ def _positions_of_splits(rows: pa.Table, place: Place) -> dict[str, np.ndarray]:
     return {split: rows for split, rows in positions.items() if len(rows)}
 
 
+def _groups(rows: pa.Table, place: Place) -> np.ndarray:
+    """The group of each row, int64 ``(N,)``: its position among the names in alphabetical order."""
+    codes, words = _codes(rows, "group")
+    for code in (code for code, word in enumerate(words) if not word and (codes == code).any()):
+        raise UserError(
+            f"{place(np.argmax(codes == code))}: the group is empty: name one in every row, or remove the column"
+        )
+    rank = {word: position for position, word in enumerate(sorted(words))}
+    return np.array([rank[word] for word in words], np.int64)[codes]
+
+
 def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, place: Place) -> list[str]:
     """The paths at some rows, relative to the root where they lie below it."""
     from pyarrow import compute
@@ -283,7 +296,7 @@ def _spellings(text: str) -> Iterator[str]:
 
 
 def _table(
-    keys: list[str], codes: np.ndarray, words: list[str], base: Path, extras: dict[str, np.ndarray] | None
+    keys: list[str], codes: np.ndarray, words: list[str], base: Path, extras: dict[str, np.ndarray]
 ) -> ImageTable:
     """A split's table; its classes are those that occur in it, in alphabetical order."""
     used = sorted(np.flatnonzero(np.bincount(codes, minlength=len(words))).tolist(), key=words.__getitem__)
