@@ -7,7 +7,7 @@ tokens, by its cleaned-up name, followed by the data set's super-class: "a photo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from semantic_aug.errors import UserError, nearest_first
@@ -123,6 +123,78 @@ def clean_class_name(
 def folded(name: str) -> str:
     """A class name without letter case, underscores, slashes and repeated spaces, to compare spellings by."""
     return " ".join(name.replace("_", " ").replace("/", " ").casefold().split())
+
+
+_CATALOGUE = re.compile(r"^(?:\d+\.\s*(?=\D)|n\d{8}[-_ ])")
+"""What official downloads put before a name: CUB's ``001.``, WordNet's ``n02085620-``; not the numbers of "707-320"."""
+
+
+def _bare(name: str) -> str:
+    return folded(_CATALOGUE.sub("", name).replace("-", " "))
+
+
+class ClassIndex:
+    """The classes of a data set or of a file, found by any spelling of their names.
+
+    Copies of a data set spell its classes differently (``001.Black_footed_Albatross``, ``Black footed Albatross``). A name is
+    looked up as it is, then :func:`folded`, then without catalogue numbers and hyphens too; the first that fits counts.
+
+    Args:
+        spellings: lists of K names in one order, the preferred ones first (a data set's source names, then its prompt names).
+    """
+
+    def __init__(self, *spellings: Sequence[str]):
+        self.names = tuple(spellings[0])
+        self._tables: list[tuple[Callable[[str], str], dict[str, list[int]]]] = []
+        for form in (str, folded, _bare):
+            for names in spellings:
+                table: dict[str, list[int]] = {}
+                for position, name in enumerate(names):
+                    table.setdefault(form(name), []).append(position)
+                self._tables.append((form, table))
+
+    def find(self, *names: str, where: str) -> int | None:
+        """Position of one class, or None where no class is spelled so.
+
+        Args:
+            names: spellings of the class, the preferred one first.
+            where: whose class it is, for the error.
+
+        Raises:
+            UserError: several classes fit equally well; names two.
+        """
+        for form, table in self._tables:
+            for name in names:
+                positions = table.get(form(name), ())
+                if len(positions) > 1:
+                    first, second = (self.names[position] for position in positions[:2])
+                    raise UserError(
+                        f"{where}: class '{names[0]}' may be '{first}' or '{second}', which differ only in letter case, "
+                        "numbers or punctuation: rename one of them"
+                    )
+                if positions:
+                    return positions[0]
+        return None
+
+    def match(self, *spellings: Sequence[str], where: str) -> list[int | None]:
+        """Positions of N classes, no two alike; None for a class that is not here.
+
+        Args:
+            spellings: lists of N names in one order, the preferred ones first.
+            where: whose classes they are, for the error.
+
+        Raises:
+            UserError: a class may be either of two, or two classes are the same one; names both.
+        """
+        positions = [self.find(*names, where=where) for names in zip(*spellings, strict=True)]
+        owner: dict[int, str] = {}
+        for position, name in zip(positions, spellings[0], strict=True):
+            if position is not None and owner.setdefault(position, name) != name:
+                raise UserError(
+                    f"{where}: the classes '{owner[position]}' and '{name}' are both spelled like '{self.names[position]}': "
+                    "rename one of them"
+                )
+        return positions
 
 
 def class_phrase(name: str, super_class: str = "") -> str:

@@ -499,6 +499,22 @@ def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_p
     assert (tmp_path / "other" / "evaluation" / "test_per_class.csv").exists()
 
 
+def test_a_classifier_is_evaluated_on_a_copy_that_spells_its_classes_otherwise(three_seeds, image_folder, tmp_path):
+    other = {"blue jay": "003.Blue_Jay", "red fox": "001.red-fox", "toad": "002.toad"}  # in another order, too
+    for split in ("train", "val", "test"):
+        for name, spelling in other.items():
+            shutil.copytree(image_folder / split / name, tmp_path / "copy" / split / spelling)
+    train(tmp_path / "copy", tmp_path / "out", eval_only=True, weights=three_seeds / "seed1")
+    found = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
+    assert found["test"]["loss"] == pytest.approx(trainer.results_of(three_seeds / "seed1")["test"]["loss"])
+    rows = list(csv.DictReader((tmp_path / "out" / "evaluation" / "test_predictions.csv").open()))
+    wanted = {r["file"]: r for r in csv.DictReader((three_seeds / "seed1" / "test_predictions.csv").open())}
+    back = {text: name for name, spelling in other.items() for text in (spelling, spelling.replace("_", " "))}
+    for row in rows:
+        split, folder, file = row["file"].split("/")
+        assert back[row["predicted"]] == wanted[f"{split}/{back[folder]}/{file}"]["predicted"]
+
+
 def test_prediction_of_a_folder(three_seeds, image_folder):
     train(image_folder, three_seeds / "seed1", predict=image_folder / "test")
     rows = list(csv.DictReader((three_seeds / "seed1" / "predictions.csv").open()))
@@ -542,7 +558,10 @@ def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_fol
     for changes, message in [
         ({"eval_only": True, "output_dir": tmp_path / "none"}, "--output_dir .*: no trained classifier there"),
         ({"eval_only": True, "weights": seed1, "model": "resnet18"}, "does not fit resnet18 .*--model and --res_mode"),
-        ({"eval_only": True, "weights": seed1, "dataset": f"folder:{others}"}, "'blue jay' is one\\) .* not those of"),
+        (
+            {"eval_only": True, "weights": seed1, "dataset": f"folder:{others}"},
+            "not the 3 of others.* .'blue jay' is one that",
+        ),
         ({"predict": tmp_path / "none", "weights": seed1}, "--predict .*: not a folder or file"),
         ({"predict": tmp_path / "empty", "weights": seed1}, "--predict .*: no image there"),
     ]:

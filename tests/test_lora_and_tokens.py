@@ -406,14 +406,14 @@ def test_the_original_implementations_bin_is_read(tmp_path):
         tmp_path / "learned_embeds-steps-last.bin",
     )
     loaded = tokens.load_tokens(tmp_path / "learned_embeds-steps-last.bin")
-    loaded.check_classes(CLASSES, "file")  # spelled differently, the same classes
-    assert loaded.phrase("red fox") == "<class_0>" and loaded.vectors[1].eq(1).all()
+    loaded = loaded.for_classes(CLASSES, CLASSES, "file")  # spelled differently, the same classes
+    assert loaded.class_names == CLASSES and loaded.phrase("red fox") == "<class_0>" and loaded.vectors[1].eq(1).all()
 
 
 def test_a_class_without_token_is_an_error():
     learned = tokens.ClassTokens(CLASSES, torch.zeros(3, 4), dataset="animals")
     with pytest.raises(UserError, match="no token for 1 of 2 classes \\('newt'"):
-        learned.check_classes(("toad", "newt"), "tokens.safetensors")
+        learned.for_classes(("toad", "newt"), ("toad", "newt"), "tokens.safetensors")
 
 
 def test_tokens_of_another_width_are_refused(tiny_base):

@@ -109,7 +109,7 @@ class Engine:
         model, tokens = load_model(files)
         model.geometry.check(resolution)
         if tokens is not None:
-            tokens.check_classes(prompts.source_names, str(files.tokens))
+            tokens = tokens.for_classes(prompts.source_names, prompts.prompt_names, str(files.tokens))
             token_io.install_all(tokens, model.tokenizers, model.text_encoders)
         self.prompts = [
             class_prompt(source, name, prompts.super_class, tokens, template)

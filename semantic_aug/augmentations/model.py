@@ -69,7 +69,7 @@ def check_model(files: ModelFiles, prompts: Prompts) -> None:
             check_lora(path, files.folder)
     tokens = load_tokens(files.tokens) if files.tokens is not None else None
     if tokens is not None:
-        tokens.check_classes(prompts.source_names, str(files.tokens))
+        tokens = tokens.for_classes(prompts.source_names, prompts.prompt_names, str(files.tokens))
     pairs = list(zip(prompts.source_names, prompts.prompt_names, strict=True))
     spelled = class_prompts_of(pairs, prompts.super_class, tokens, prompts.every_template)
     tokenizers = family_of(files.folder, files.name).tokenizers

@@ -29,6 +29,7 @@ from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
+from semantic_aug.prompts import ClassIndex
 from semantic_aug.registry import resolve_path, shown_path
 
 EVAL_FOLDER = "evaluation"
@@ -94,17 +95,54 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     if not path.is_file():
         raise UserError(f"{flag} {path.parent}: no trained classifier there (looked for {path.name}); train it first")
     names = class_names_of(path) or dataset.source_names
-    if names != dataset.source_names:
-        other = next((name for name in names if name not in dataset.source_names), names[0])
-        raise UserError(
-            f"{flag} {path} knows {len(names)} classes ('{other}' is one) that are not those of {dataset.name}: give "
-            "the --dataset it was trained on"
-        )
+    order = class_order(names, dataset, f"{flag} {path}")
     classifier = _load(
         path, flag, config.classifier.model, config.classifier.res_mode, names, torch.device(config.device)
     )
+    if order != sorted(order):
+        reordered = Reordered(classifier.model, order).eval()
+        classifier = replace(classifier, model=reordered)
+    classifier = replace(classifier, class_names=dataset.source_names)
     # the memory layout of training, in which the splits are evaluated to the same digits
     return replace(classifier, model=classifier.model.to(memory_format=torch.channels_last), amp=config.training.amp)
+
+
+class Reordered(nn.Module):
+    """A classifier whose outputs come in another order of the classes.
+
+    Args:
+        model: images to logits ``(B, K)``.
+        order: position of each output among the model's, ``K`` in all.
+    """
+
+    def __init__(self, model: nn.Module, order: Sequence[int]):
+        super().__init__()
+        self.model, self.order = model, list(order)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)[:, self.order]
+
+
+def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> list[int]:
+    """Position of each class of the data set among a classifier's, ``K`` in all; spellings may differ.
+
+    Args:
+        names: the classifier's classes, in the order of its outputs.
+        dataset: it is asked about.
+        where: names the classifier, for errors.
+
+    Raises:
+        UserError: it was trained on other classes, or two of them cannot be told apart.
+    """
+    positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
+    only_here = [name for row, name in enumerate(names) if row not in positions]
+    only_here += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
+    if only_here:
+        raise UserError(
+            f"{where} knows {len(names)} classes that are not the {len(positions)} of {dataset.name} ('{only_here[0]}' is one "
+            "that only one of them has): give the --dataset it was trained on"
+        )
+    return positions
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:

@@ -22,7 +22,7 @@ from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, nearest_first, unknown
 from semantic_aug.files import atomic_path
-from semantic_aug.prompts import folded
+from semantic_aug.prompts import ClassIndex
 from semantic_aug.seeding import numpy_rng
 
 DATA = "data"
@@ -200,22 +200,16 @@ def _table_file(root: Path, variant: str) -> Path:
 
 
 def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.ndarray:
-    """Index of each class name in the data set: by its source spelling, its prompt spelling, or either folded."""
-    known: dict[str, int] = {}
-    for spelling in (dataset.source_names, dataset.class_names):
-        for i, name in enumerate(spelling):
-            known.setdefault(name, i)
-    spellings = {folded(name): i for name, i in reversed(known.items())}
-    found = []
-    for name in names:
-        index = known.get(name, spellings.get(folded(name)))
-        if index is None:
+    """Index of each class name in the data set, by any of its spellings."""
+    classes = ClassIndex(dataset.source_names, dataset.class_names)
+    positions = [classes.find(name, where=str(file)) for name in names]
+    for name, position in zip(names, positions, strict=True):
+        if position is None:
             raise UserError(
                 f"{file} has the class '{name}', which data set {dataset.name} does not have (nearest: "
                 f"'{nearest_first(name, dataset.source_names)[0]}'): it belongs to another data set"
             )
-        found.append(index)
-    return np.asarray(found, dtype=np.int64)
+    return np.asarray(positions, dtype=np.int64)
 
 
 def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import class_token, folded, initializer_text
+from semantic_aug.prompts import ClassIndex, class_token, initializer_text
 from semantic_aug.tensors import load_pickle, read_metadata, save_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
@@ -63,44 +63,38 @@ class ClassTokens:
         """The vectors for each text encoder."""
         return (self.vectors, *self.further)
 
-    def _position(self, class_name: str) -> int | None:
-        """Where a class is, spelled alike or, failing that, alike but for case, underscores and slashes.
+    def for_classes(self, source_names: Sequence[str], prompt_names: Sequence[str], where: str) -> ClassTokens:
+        """These tokens under a data set's own spelling of its classes; see :class:`semantic_aug.prompts.ClassIndex`.
 
-        Files of the original implementation spell some names that way.
+        Args:
+            source_names: class names as the data set spells them.
+            prompt_names: the same cleaned up.
+            where: names the file, for errors.
+
+        Raises:
+            UserError: names the first class without a token, or two classes that cannot be told apart.
         """
-        if class_name in self.class_names:
-            return self.class_names.index(class_name)
-        spellings = [folded(name) for name in self.class_names]
-        return spellings.index(folded(class_name)) if spellings.count(folded(class_name)) == 1 else None
+        positions = ClassIndex(self.class_names).match(source_names, prompt_names, where=where)
+        missing = [name for name, position in zip(source_names, positions, strict=True) if position is None]
+        if missing:
+            raise UserError(
+                f"{where} has no token for {len(missing)} of {len(source_names)} classes ('{missing[0]}' the first): it was "
+                f"trained on {self.dataset or 'a data set'} with the classes {', '.join(self.class_names[:5])}, ...; "
+                "use a checkpoint of this data set"
+            )
+        class_names = list(self.class_names)
+        for name, position in zip(source_names, positions, strict=True):
+            class_names[position] = name
+        return replace(self, class_names=tuple(class_names))
 
     def phrase(self, class_name: str) -> str:
         """What stands for a class in a prompt: its placeholder(s).
 
         Raises:
-            UserError: the class has no token.
+            ValueError: the class has no token; :meth:`for_classes` comes first.
         """
-        position = self._position(class_name)
-        if position is None:
-            raise UserError(
-                f"class '{class_name}' has no token: the checkpoint was trained on "
-                f"{self.dataset or 'other classes'} ({', '.join(self.class_names[:5])}, ...)"
-            )
-        start = position * self.vectors_per_class
+        start = self.class_names.index(class_name) * self.vectors_per_class
         return " ".join(self.names[start : start + self.vectors_per_class])
-
-    def check_classes(self, class_names: Sequence[str], where: str) -> None:
-        """Every class of a data set must have its token.
-
-        Raises:
-            UserError: names the first class without one.
-        """
-        missing = [name for name in class_names if self._position(name) is None]
-        if missing:
-            raise UserError(
-                f"{where} has no token for {len(missing)} of {len(class_names)} classes ('{missing[0]}' the first): it was "
-                f"trained on {self.dataset or 'a data set'} with the classes {', '.join(self.class_names[:5])}, ...; "
-                "use a checkpoint of this data set"
-            )
 
 
 class SplicedEmbedding(nn.Module):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from semantic_aug.classify.inference import Classifier
+from semantic_aug.classify.inference import Classifier, class_order
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
-from semantic_aug.errors import UserError
 
 
 def class_probabilities(classifier: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
@@ -25,13 +24,7 @@ def class_positions(classifier: Classifier, dataset: LoadedDataset) -> list[int]
     Raises:
         UserError: it was trained on other classes.
     """
-    differing = sorted(set(classifier.class_names) ^ set(dataset.source_names))
-    if differing:
-        raise UserError(
-            f"--classifier knows other classes than {dataset.name} ('{differing[0]}' is one of {len(differing)} that only one "
-            "of them has): give a classifier that train_cls.py trained on this --dataset"
-        )
-    return [classifier.class_names.index(name) for name in dataset.source_names]
+    return class_order(classifier.class_names, dataset, "--classifier")
 
 
 def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> dict[str, np.ndarray]:
