@@ -217,7 +217,7 @@ def model(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What every stage is told besides its data: seed, registry folder, dry run."""
+    """Settings of every stage besides its data: seed, registry folder, dry run."""
 
     TITLE = "run"
     seed: int = setting(0, type=int, metavar="N", help="seed of everything else that is drawn")

@@ -141,7 +141,7 @@ def test_class_order_of_the_training_split_holds_for_all(tmp_path):
 def test_files_that_would_be_passed_over_are_refused_by_name(tmp_path):
     rows("train").to_parquet(str(tmp_path / "train.parquet"))
     rows("test").to_parquet(str(tmp_path / "more.parquet"))
-    with pytest.raises(UserError, match=r"the split of .*more\.parquet cannot be told"):
+    with pytest.raises(UserError, match=r"the split of .*more\.parquet is unknown"):
         read_hub_id(str(tmp_path))
     (tmp_path / "train.parquet").unlink()
     assert len(read_hub_id(str(tmp_path))["train"]) == COUNTS["test"]  # one split altogether

@@ -306,7 +306,7 @@ class PlacementSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
-    """Everything stage 3 is told.
+    """All settings of stage 3.
 
     :func:`semantic_aug.classify.run.resolve` fills in the learning rate, warm-up, precision and output folder that were not
     given, and the attributes below.

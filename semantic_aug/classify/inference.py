@@ -132,7 +132,7 @@ def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> lis
         where: names the classifier, for errors.
 
     Raises:
-        UserError: it was trained on other classes, or two of them cannot be told apart.
+        UserError: it was trained on other classes, or two of them have one name.
     """
     positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
     only_here = [name for row, name in enumerate(names) if row not in positions]

@@ -262,7 +262,7 @@ def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset
     now = hash_images(images).values
     other = (now != values[[row_of[key] for key in images.keys]]).any(axis=1) & now.any(
         axis=1
-    )  # a missing one is told later
+    )  # a missing one is reported later
     if other.any():
         raise UserError(
             f"{file}: {int(other.sum())} of {len(rows)} source images have another content than when the subset was made "

@@ -198,7 +198,7 @@ class BaseModel:
         return Geometry.of(self.unet.config, self.vae.config)
 
     def encode(self, prompts: Sequence[str], resolution: int) -> Conditions:
-        """Prompts, each for a square image of ``resolution`` pixels, to what the U-Net is told; no gradients."""
+        """Encodes prompts, each for a square image of ``resolution`` pixels, as the U-Net's conditioning; no gradients."""
         return self.family.encode_prompts(self.tokenizers, self.text_encoders, prompts, resolution)
 
     def encode_null(self, resolution: int) -> Conditions:

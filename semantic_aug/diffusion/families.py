@@ -2,7 +2,7 @@
 
 Stable Diffusion 1.x and 2.x (Rombach et al. 2022) have one text encoder and differ only in what their configurations
 say: its width, and whether the U-Net predicts the noise or v. Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952)
-attends to the penultimate hidden states of two, one beside the other, and is told the second one's pooled prompt and
+attends to the penultimate hidden states of two, one beside the other, and is conditioned on the second one's pooled prompt and
 the image's sizes.
 """
 
@@ -54,7 +54,7 @@ class Family:
         pipelines: class names in ``model_index.json``; diffusers' pipelines from noise and from an image, which load what
             stage 1 writes.
         encoders: text encoders, in the order in which their hidden states are laid side by side.
-        sizes: whether prompts are read from the penultimate layer and the U-Net is told pooled prompt and image sizes.
+        sizes: whether prompts are read from the penultimate layer, and pooled prompt and image sizes are conditioned on too.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Family:
     def encode_ids(
         self, text_encoders: Sequence[CLIPTextModel], ids: Sequence[Tensor], time_ids: Tensor | None = None
     ) -> Conditions:
-        """Token ids to what the U-Net is told; gradients flow to what is trainable.
+        """Encodes token ids as the U-Net's conditioning; gradients flow to what is trainable.
 
         Args:
             text_encoders: of the base model.

@@ -1,4 +1,4 @@
-"""Prompts to what the U-Net is told: hidden states it attends to and, in some families, a pooled vector and sizes."""
+"""The U-Net's conditioning from prompts: hidden states it attends to and, in some families, a pooled vector and sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the U-Net is told of each of B images.
+    """The U-Net's conditioning for each of B images.
 
     Attributes:
         hidden: ``(B, L, D)``, the prompts' hidden states.

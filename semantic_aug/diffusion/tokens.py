@@ -72,7 +72,7 @@ class ClassTokens:
             where: names the file, for errors.
 
         Raises:
-            UserError: names the first class without a token, or two classes that cannot be told apart.
+            UserError: names the first class without a token, or two classes of one name.
         """
         positions = ClassIndex(self.class_names).match(source_names, prompt_names, where=where)
         missing = [name for name, position in zip(source_names, positions, strict=True) if position is None]

@@ -118,10 +118,10 @@ class TrainedModel(nn.Module):
             labels: ``(B,)`` classes.
             templates: ``(B,)`` templates.
             captions: ``(B,)`` rows of the captions that stand instead, -1 for none.
-            time_ids: ``(B, 6)`` image sizes, for base models that are told them.
+            time_ids: ``(B, 6)`` image sizes, for base models conditioned on them.
 
         Returns:
-            Token ids ``(B, L)`` for each text encoder where anything in them trains, else what the U-Net is told of each
+            Token ids ``(B, L)`` for each text encoder where anything in them trains, else the U-Net's conditioning of each
             prompt (``hidden`` ``(B, L, D)`` and what is added to it); and ``time_ids`` where given.
         """
         rows = labels * len(TEMPLATES) + templates

@@ -5,8 +5,8 @@ compiled): peft's step takes 1.07 times as long, 1.09 times as much of the proce
 On an H200 an earlier version's step was 133 ms of starting kernels; what is gained there is not yet measured.
 
 Beside a frozen projection W, peft computes B (A x) projection by projection, and where W is in half precision it casts x, A
-and B each time. A GPU takes little longer for a step than it takes to be told what to do, and half of what it is told is
-this; on a processor, too, a thin product costs little more than its call. Here projections that read the same input are
+and B each time. A GPU takes little longer for a step than its kernels take to launch, and half of the launches are
+these; on a processor, too, a thin product costs little more than its call. Here projections that read the same input are
 one product, and so are their A and their B; all A and B are one trained tensor, of which the copies that this takes are made
 once per step, together.
 """

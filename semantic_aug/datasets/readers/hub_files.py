@@ -88,7 +88,7 @@ def _files_of_splits(folder: Path, config: str | None) -> tuple[str | None, dict
         return None, files
     except Exception as error:  # the library raises many kinds
         if _data_files(folder, tuple(TABLES)):
-            raise UserError(f"the files of {folder} cannot be told apart by split ({reason_of(error)})") from None
+            raise UserError(f"the files of {folder} cannot be assigned to splits ({reason_of(error)})") from None
         raise UserError(
             f"{folder} holds neither files in the hub's formats (parquet) nor a data set written by save_to_disk"
         ) from None
@@ -149,7 +149,7 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
         for path in _data_files(folder, tuple(suffixes - set(EXTENSIONS))):
             if os.path.abspath(path) not in listed:
                 raise UserError(
-                    f"the split of {path} cannot be told, while other files are of {' and '.join(files)}: name its "
+                    f"the split of {path} is unknown, while other files are of {' and '.join(files)}: name its "
                     "split in the file's or folder's name (train, validation, test), or remove it"
                 )
     damaged = _damaged(files, whole=False)
