@@ -5,7 +5,7 @@
     python scripts/build_base.py --images dataset:elpv --preset elpv --output_dir base  # the embedded model's recipe
 
 No label is read: captions come from measurements of the pixels and from the names of clusters. Stages: autoencoder,
-denoiser (U-Net and text encoder), export. A training that was stopped or killed goes on where it was; a finished stage
+denoiser (U-Net and text encoder), export. A training that was stopped or killed resumes where it was; a finished stage
 is not repeated.
 """
 
@@ -57,7 +57,7 @@ def build_parser() -> cli.Parser:
     )
     run.add_argument("--until", choices=STAGES, default="export", help="last stage to run")
     run.add_argument(
-        "--export_only", action="store_true", help="write the model as trained by now; a training under way goes on"
+        "--export_only", action="store_true", help="write the model as trained by now; a training under way continues"
     )
     run.add_argument("--compile", action="store_true", help="compile the networks: minutes to begin with, faster steps")
     run.add_argument("--device", choices=("cuda", "cpu"), help="where to train (default: cuda where there is a GPU)")

@@ -5,7 +5,7 @@
 
 Each trial starts the same small subset afresh and, drawn from its seed, does some of: kill a random worker or the parent
 (SIGKILL), ask it to stop (SIGTERM, SIGINT), delete or truncate random images, fill the disk (a small tmpfs, where this
-user may mount one), go on with another number of processes, or change what the images are made from: add, remove or exchange
+user may mount one), resume with another number of processes, or change what the images are made from: add, remove or exchange
 a training image, exchange the base model or the LoRA. What was changed must be refused with one line, and no image may be
 another than the undisturbed run's; then it is restored. The command is started again until it ends well, and every byte
 compared with the undisturbed run. The tally goes to ``outputs/fault_test.json``.

@@ -70,7 +70,7 @@ def all_local(*steps: Callable[[], Any]) -> list[Any]:
 
 
 class Interrupted(Exception):
-    """Work was stopped by a signal after everything finished so far was made safe; the text says how to go on."""
+    """Work was stopped by a signal after everything finished so far was made safe; the text says how to resume."""
 
 
 def nearest_first(value: str, known: Iterable[str]) -> list[str]:
@@ -95,12 +95,12 @@ def debugging() -> bool:
 
 
 def os_error_line(error: OSError) -> str:
-    """An operating-system error as one line that names the file; after one of the disk the same command can go on."""
+    """An operating-system error as one line that names the file; after one of the disk the same command can resume."""
     reason = " ".join(str(error.strerror or error).split())[:300] or type(error).__name__
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where = f" ({', '.join(names)})" if names else ""
     if error.errno in DISK_ERRORS:
-        return f"{reason}{where}; nothing finished so far is lost, the same command goes on from there"
+        return f"{reason}{where}; nothing finished so far is lost, the same command resumes from there"
     return f"{reason}{where}"
 
 
@@ -146,4 +146,4 @@ def _outcome(error: BaseException) -> tuple[str, int]:
         return f"error: {os_error_line(error)}", EXIT_USER_ERROR
     if isinstance(error, Interrupted):
         return str(error), EXIT_INTERRUPTED
-    return "interrupted; the same command goes on from what is on disk", EXIT_INTERRUPTED
+    return "interrupted; the same command resumes from what is on disk", EXIT_INTERRUPTED

@@ -18,7 +18,7 @@ from semantic_aug.files import atomic_path, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
-"""What a record keeps beside the arguments: the run's origin, and why it must not be gone on with."""
+"""What a record keeps beside the arguments: the run's origin, and why it must not be resumed."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "timm", "datasets", "numpy", "pillow")
 
 
@@ -109,7 +109,7 @@ def claim(
 ) -> bool:
     """Takes a folder for a run with these arguments, or finds that it belongs to one.
 
-    A folder whose record does not say what it was made from (earlier versions wrote none) is never gone on with: nothing
+    A folder whose record does not say what it was made from (earlier versions wrote none) is never resumed: nothing
     can show that its images are the present ones.
 
     Args:
@@ -125,7 +125,7 @@ def claim(
 
     Raises:
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
-            gone on with, or other files.
+            resumed, or other files.
     """
     if belongs(folder, arguments, flag, ignored, file, origin=origin):
         return True
@@ -168,7 +168,7 @@ def refuse_other_run(
     """
     kept, remedy = load_arguments(folder, file) or {}, "nothing was touched; choose another"
     if kept.get(SPOILED):
-        raise UserError(f"{folder} cannot be gone on with ({kept[SPOILED]}): choose another {flag}")
+        raise UserError(f"{folder} cannot be resumed ({kept[SPOILED]}): choose another {flag}")
     if origin and not kept.get(MADE_FROM):
         raise UserError(
             f"{folder} holds a run whose {file} does not say which images it was made from (an earlier version began it): "
@@ -186,7 +186,7 @@ def refuse_other_run(
 
 
 def spoil(folder: Path, reason: str, file: str = ARGS_FILE) -> None:
-    """Notes in a run's record why it must not be gone on with; :func:`claim` refuses it from then on."""
+    """Notes in a run's record why it must not be resumed; :func:`claim` refuses it from then on."""
     write_text(folder / file, arguments_text({**(load_arguments(folder, file) or {}), SPOILED: reason}))
 
 

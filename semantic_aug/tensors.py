@@ -123,7 +123,7 @@ def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(
             r"GLOBAL ([\w.]+)", str(error)
-        )  # torch's message goes on with advice to run the file's code
+        )  # torch's message continues with advice to run the file's code
         reason = (
             f"holds an object of {refused[1]}, not tensors alone" if refused else "damaged or not written by torch.save"
         )

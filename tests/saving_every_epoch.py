@@ -1,4 +1,4 @@
-"""train_cls.py, saving its state after every epoch instead of every minute, so that a kill finds one to go on from."""
+"""train_cls.py, saving its state after every epoch instead of every minute, so that a kill finds one to resume from."""
 
 import sys
 from pathlib import Path

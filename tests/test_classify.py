@@ -438,7 +438,7 @@ def test_killed_and_started_again_equals_uninterrupted(image_folder, tmp_path, m
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "results.json").exists()
-    assert "going on after epoch" in run(script, *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
+    assert "resuming after epoch" in run(script, *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
     assert one == two
     whole, killed = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "killed"))

@@ -224,7 +224,7 @@ def main(argv):
         with runner.terminated_as_interrupted(), runner.pair_lock(pair.folder) as held:
             pair.run("a", held)
     except KeyboardInterrupt:
-        raise Interrupted("go on with the same command")
+        raise Interrupted("resume with the same command")
 sys.exit(run_main(main))
 """
 
@@ -248,7 +248,7 @@ def test_an_interruption_stops_the_child_gently(kind, make_pair, tmp_path):
     process, folder = begun(make_pair, tmp_path)
     os.kill(process.pid, kind)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "go on with the same command" in err
+    assert process.returncode == 130 and "resume with the same command" in err
     assert (folder / "interrupted").exists()  # the child had its chance to save
     record = json.loads((folder / "steps.json").read_text())["a"]
     assert not record["done"] and record["seconds"] > 0

@@ -74,7 +74,7 @@ def test_stage_1_resumes_exactly(trained, image_folder, tmp_path):
     wanted, got = weights(folder), weights(resumed)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[k], got[k]) for k in wanted)
     early = weights(folder / "checkpoint-2")
-    assert not any(torch.equal(early[k], wanted[k]) for k in wanted)  # there was something to go on with
+    assert not any(torch.equal(early[k], wanted[k]) for k in wanted)  # there was something to resume
 
 
 def test_stage_1_files_cover_every_encoder(trained):

@@ -127,7 +127,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(uninterrupted, tiny_b
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "--resume_from_checkpoint latest goes on" in err
+    assert process.returncode == 130 and "--resume_from_checkpoint latest resumes" in err
     found = checkpoints.listed(tmp_path / "run")
     assert len(found) == 1 and checkpoints.load_state(found[0])["step"] == int(found[0].name.split("-")[1])
 

@@ -134,7 +134,7 @@ def test_stopped_at_any_step_and_resumed_equals_not_stopped(
         return plain()
 
     monkeypatch.setattr(running, "optimizer_step", step)
-    with pytest.raises(Interrupted, match=rf"interrupted at step {stop} of 7.*--resume_from_checkpoint latest goes on"):
+    with pytest.raises(Interrupted, match=rf"interrupted at step {stop} of 7.*--resume_from_checkpoint latest resumes"):
         running.train()
     later = parts / f".checkpoint-{stop + 1}.tmp"  # as if a later one had been cut off in the middle of its writing
     shutil.copytree(parts / f"checkpoint-{stop}", later)
@@ -246,7 +246,7 @@ def test_images_that_change_while_a_run_goes_on(movable, moved, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(trainer.Trainer, "optimizer_step", disturbed)
-    with pytest.raises(UserError, match=r"1 images changed while the run was going on \('train/toad/train000.png'.*"):
+    with pytest.raises(UserError, match=r"1 images changed during the run \('train/toad/train000.png'.*"):
         finetune(moved, output="new", checkpointing_steps=3)
     names = sorted(path.name for path in (moved / "new").iterdir() if not path.name.startswith((".", "latents")))
     assert names == ["args.yaml", "checkpoint-3", "checkpoint-4", "metrics.csv"]

@@ -204,5 +204,5 @@ def test_images_that_change_during_a_run(folder):
     fingerprint.refuse_changed(hashes.values(), "nothing")  # touched, not changed
     exchange(folder / "dog/2.bmp", (folder / "cat/0.bmp").read_bytes())
     (folder / "dog/1.bmp").unlink()
-    with pytest.raises(UserError, match=r"2 images changed while the run was going on \('dog/1.bmp'.*checkpoints stay"):
+    with pytest.raises(UserError, match=r"2 images changed during the run \('dog/1.bmp'.*checkpoints stay"):
         fingerprint.refuse_changed(hashes.values(), "checkpoints stay")

@@ -386,7 +386,7 @@ def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):
         runs.claim(folder, {"lr": 0.2}, "--output_dir", origin=asked)
     assert asked.asked == 0
     runs.spoil(folder, "its images changed")
-    with pytest.raises(UserError, match="cannot be gone on with \\(its images changed\\)"):
+    with pytest.raises(UserError, match="cannot be resumed \\(its images changed\\)"):
         runs.claim(folder, arguments, "--output_dir", origin=asked)
     runs.claim(tmp_path / "old", arguments, "--output_dir")
     with pytest.raises(UserError, match="does not say which images it was made from"):

@@ -71,7 +71,7 @@ def job_of(image_folder, tiny_base, tmp_path):
 
 
 def test_a_micro_batch_that_fits_memory_gives_the_same_images(job_of):
-    """Where memory runs out the batch goes on in halves, and says so."""
+    """Where memory runs out the batch continues in halves, and says so."""
     job = job_of()
     tasks = [Task(n, n, n % 3, 0.5, f"{n}.png", {}) for n in range(6)]
     whole, _ = BatchMaker(job, "cpu").pixels(tasks)
@@ -88,7 +88,7 @@ def test_a_micro_batch_that_fits_memory_gives_the_same_images(job_of):
     halves, _ = maker.pixels(tasks)
     assert (whole.int() - halves.int()).abs().max() <= 1
     assert notes == [
-        f"out of memory with {size} images at once: going on with {half} (last bits of images may differ from those of "
+        f"out of memory with {size} images at once: continuing with {half} (last bits of images may differ from those of "
         "whole batches; --batch_size sets it)"
         for size, half in ((6, 3), (3, 2))
     ]
@@ -120,7 +120,7 @@ def test_out_of_memory_with_compiled_networks_halves_what_they_compute(job_of):
     halves, _ = maker.pixels(tasks)
     assert (whole.int() - halves.int()).abs().max() <= 1
     assert ROWS == [8] + [4] * 4  # the whole batch once; then two halves of two steps each
-    assert len(notes) == 1 and "going on with 2 (networks are compiled for it, last bits" in notes[0]
+    assert len(notes) == 1 and "continuing with 2 (networks are compiled for it, last bits" in notes[0]
     ROWS.clear()
     padded, _ = maker.pixels(tasks[:3])  # from then on in halves, the last one padded
     assert ROWS == [4] * 4 and (whole[:3].int() - padded.int()).abs().max() <= 1

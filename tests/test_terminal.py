@@ -26,7 +26,7 @@ PARSERS = [train_lora, sample_mp, train_cls, compare, filter, measure, pictures,
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 def test_an_error_of_the_disk_says_that_the_same_command_goes_on(number):
     line = os_error_line(OSError(number, os.strerror(number), "out/x.png"))
-    assert os.strerror(number) in line and "(out/x.png)" in line and "the same command goes on" in line
+    assert os.strerror(number) in line and "(out/x.png)" in line and "the same command resumes" in line
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def train_autoencoder(
     images: np.ndarray, enlarged: np.ndarray, kept_out: np.ndarray, recipe: Recipe, budget: Budget, folder: Path,
     perceptual: Perceptual | None, machine: Machine,
 ) -> AutoencoderKL:  # fmt: skip
-    """Trains the autoencoder, or goes on where it stopped; returns the averaged weights' module.
+    """Trains the autoencoder, or resumes where it stopped; returns the averaged weights' module.
 
     Args:
         images: uint8 ``(N, S, S, C)``.

@@ -48,7 +48,7 @@ def build(config: Config) -> None:
         raise UserError(
             f"--export_only: {config.work_dir} holds no trained denoiser yet; start the training without it"
         )
-    # an export only reads states, which are replaced whole: the training may go on meanwhile
+    # an export only reads states, which are replaced whole: the training may run meanwhile
     with nullcontext() if config.export_only else RunLock(config.work_dir, "--work_dir"):
         claim(config.work_dir, arguments, "--work_dir")
         run_stages(config, machine, pool, backbone, identity)

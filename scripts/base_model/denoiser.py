@@ -259,7 +259,7 @@ def train_denoiser(
     vae: AutoencoderKL, moments: np.ndarray, kept_out: np.ndarray, describer: Describer, recipe: Recipe, budget: Budget,
     folder: Path, machine: Machine,
 ) -> tuple[CLIPTokenizer, TextToLatents]:  # fmt: skip
-    """Trains U-Net and text encoder, or goes on where that stopped; returns the tokenizer and the averaged weights' module.
+    """Trains U-Net and text encoder, or resumes where that stopped; returns the tokenizer and the averaged weights' module.
 
     Args:
         vae: trained autoencoder; its scaling factor is set so that latents have unit variance.

@@ -113,7 +113,7 @@ class Config:
         exclude: folders and lists of which no image may be among ``images``.
         recipe: settings of the model and its training.
         output_dir: the finished model.
-        work_dir: states, logs and pixels, from which a training goes on.
+        work_dir: states, logs and pixels, from which a training resumes.
         minutes: of training; None: only the numbers of images limit it.
         until: last stage.
         export_only: write the model as it is trained by now.

@@ -1,6 +1,6 @@
 """Measures the embedded base model and writes its model card.
 
-    python scripts/quickstart/evaluate_base.py             # goes on where it stopped; about 40 minutes on 2 CPU cores
+    python scripts/quickstart/evaluate_base.py             # resumes where it stopped; about 40 minutes on 2 CPU cores
 
 Autoencoder: PSNR on test photographs. Text-to-image: how often a classifier trained on real photographs (the judge)
 assigns generated images to the cell type and the defect level they were prompted with, after stage 1 on all training

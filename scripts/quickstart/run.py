@@ -1,7 +1,7 @@
 """The whole job on the embedded default: stage 1, 2 and 3 on ELPV in a few-shot setting, and one report.
 
 Every step is a command a user could type; it is printed before it runs. Steps that are done are not done again, and an
-interrupted one goes on from what is on disk.
+interrupted one resumes from what is on disk.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Quickstart:
             if status:
                 raise UserError(
                     f"step '{name}' ended with status {status}: what it said stands above; once mended, the same "
-                    "command goes on from here"
+                    "command resumes from here"
                 )
             entry["done"] = True
             files.write_json(self.times_file, self.times)

@@ -366,7 +366,7 @@ class Trainer:
         try:
             self.origin.refuse_changed("nothing was written; run the command again with another --output_dir")
         except UserError:
-            runs.spoil(self.config.output_dir, "its images changed while it was going on")
+            runs.spoil(self.config.output_dir, "its images changed during the run")
             raise
 
     # ------------------------------------------------------------------------------------------------ kill and restart
@@ -397,7 +397,7 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.module.load_state_dict(state["averaged"])
         self.best, self.epoch, self.stale = state["best"], state["epoch"], state["stale"]
-        log.info("%s: going on after epoch %d of %d", self.config.output_dir, self.epoch, self.config.training.nepoch)
+        log.info("%s: resuming after epoch %d of %d", self.config.output_dir, self.epoch, self.config.training.nepoch)
 
 
 def _detached(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What a data set is, whatever it is called and wherever it lies: hashes of its images, and one record made of them.
 
-Every stage keeps :func:`data_identity` beside its results and compares it before it goes on with a run or calls one
+Every stage keeps :func:`data_identity` beside its results and compares it before it resumes a run or calls one
 finished. Names are relative to the data set, so that moving it to another disk changes nothing. Reading every image at
 each start would take hours for a large set; so hashes are kept in the cache folder (``hashes-*.npy``) under the file's
 path, size and times, and only what is new or was touched is read. A time that lies less than
@@ -405,6 +405,6 @@ def refuse_changed(hashes: Iterable[ContentHashes], kept: str) -> None:
     changed = [name for some in hashes for name in some.changed()]
     if changed:
         raise UserError(
-            f"{len(changed)} images changed while the run was going on ('{changed[0]}' the first), so that its result "
+            f"{len(changed)} images changed during the run ('{changed[0]}' the first), so that its result "
             f"is of neither the old nor the new ones: {kept}"
         )

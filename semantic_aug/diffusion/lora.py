@@ -153,7 +153,7 @@ def save_lora(
 
 
 def load_trained(networks: Mapping[str, nn.Module], path: Path) -> None:
-    """Puts a saved LoRA back into networks that have one of the same shape, for going on with its training.
+    """Puts a saved LoRA back into networks that have one of the same shape, to resume its training.
 
     Raises:
         UserError: another rank or other targets.

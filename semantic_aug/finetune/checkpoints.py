@@ -169,7 +169,7 @@ def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_r
     elif known and listed(config.output_dir) and not config.output.resume_from_checkpoint:
         raise UserError(
             f"{config.output_dir} holds {listed(config.output_dir)[-1].name} of an unfinished run: add "
-            "--resume_from_checkpoint latest to go on, or choose another --output_dir"
+            "--resume_from_checkpoint latest to resume, or choose another --output_dir"
         )
 
 

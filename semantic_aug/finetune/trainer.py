@@ -135,7 +135,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
 
     def train(self) -> dict:
-        """Runs (or goes on) to ``max_train_steps`` and writes the final files.
+        """Runs (or resumes) to ``max_train_steps`` and writes the final files.
 
         Returns:
             The summary that ``summary.json`` keeps.
@@ -176,7 +176,7 @@ class Trainer:
                 if stopping:
                     raise Interrupted(
                         f"interrupted at step {self.step} of {last}: {config.output_dir}/checkpoint-{self.step} is written; "
-                        "the same command with --resume_from_checkpoint latest goes on"
+                        "the same command with --resume_from_checkpoint latest resumes"
                     )
                 if self._is_due(config.output.validation_steps):
                     before = time.monotonic()

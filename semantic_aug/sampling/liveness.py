@@ -1,6 +1,6 @@
 """Whether a sampling process lives and works: messages, denoising steps and processor time are its signs of life.
 
-A batch may take hours (a large model on a CPU, networks being compiled) and is no failure while it goes on. A process that
+A batch may take hours (a large model on a CPU, networks being compiled) and is no failure while it computes. A process that
 is stopped, blocked or locked up sends nothing and uses no processor time, and is found after a limit of silence.
 """
 

@@ -102,7 +102,7 @@ class BatchMaker:
         self.engine.compile_for(self.at_once)
         compiled = "networks are compiled for it, " if self.job.compiled else ""
         self.note(
-            f"out of memory with {size} images at once: going on with {self.at_once} ({compiled}last bits of images may "
+            f"out of memory with {size} images at once: continuing with {self.at_once} ({compiled}last bits of images may "
             "differ from those of whole batches; --batch_size sets it)"
         )
 

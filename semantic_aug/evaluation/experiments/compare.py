@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
                 results.save_request(folder, request, names, seeds, methods)
                 run_jobs(selected, folder, args.config_dir, sharing.keep)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
+            raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None
     found = report.write_comparison(folder)
     finished, path = len(found.rows), registry.shown_path(folder / report.REPORT)
     print(f"{finished} of {finished + len(found.missing)} classifiers: {path}")

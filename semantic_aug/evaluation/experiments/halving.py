@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from semantic_aug.seeding import numpy_rng
 
 KEPT = 3
-"""One candidate in this many goes on to the next seed."""
+"""One candidate in this many continues with the next seed."""
 
 FINALISTS = 2
-"""At least this many go on, the default among them."""
+"""At least this many continue, the default among them."""
 
 
 @dataclass(frozen=True)

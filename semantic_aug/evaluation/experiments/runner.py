@@ -165,7 +165,7 @@ class Pair:
             raise UserError(
                 f"{self.folder.parent.name}, {self.folder.name}: step '{name}' ended with status {status}: "
                 f"{last_line(log_file)} (whole output: {registry.shown_path(log_file)}); once fixed, the same command "
-                "goes on from here"
+                "resumes from here"
             )
 
     def _record(self, step: Step, seconds: float, done: bool) -> None:

@@ -259,7 +259,7 @@ class Tuning:
 
 
 def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float) -> int:
-    """The number of classifier runs, fixed at the first start (so that a restart goes on with the same search).
+    """The number of classifier runs, fixed at the first start (so that a restart resumes the same search).
 
     Args:
         tuning: its pool and its first trial are done.
@@ -391,5 +391,5 @@ def main(argv: list[str] | None = None) -> int:
         with terminated_as_interrupted():
             run(tuning, candidates, budget, args.config_dir)
     except KeyboardInterrupt:
-        raise Interrupted("interrupted: what is done is kept; the same command goes on from there") from None
+        raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None
     return 0

@@ -1,6 +1,6 @@
 """The formats of ``export``: class folders, a list, parquet shards of the Hugging Face hub, WebDataset's tar shards.
 
-Every file appears whole or not at all, and one that exists is not written again, so that an export that was stopped goes on.
+Every file appears whole or not at all, and one that exists is not written again, so that a stopped export resumes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A page to look at synthetic images beside their sources and to reject the bad ones; opens from disk, without a server.
 
 The output folder holds ``index.html`` with its style and script, ``data.js`` (every image's record, by column), ``thumbnails/``
-and ``images/`` (the images themselves, as links or copies). Files are named by content, so that a run that was stopped goes on.
+and ``images/`` (the images themselves, as links or copies). Files are named by content, so that a stopped run resumes.
 """
 
 from __future__ import annotations
