@@ -224,9 +224,7 @@ def test_images_that_change_while_a_run_goes_on(image_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", disturbed)
     kept = picture.read_bytes()
-    with pytest.raises(
-        UserError, match=r"1 images changed during the run \('train/toad/train000.png' the first\)"
-    ):
+    with pytest.raises(UserError, match=r"1 images changed during the run \('train/toad/train000.png' the first\)"):
         train(tmp_path / "animals", tmp_path / "run", nepoch=1)
     assert not list((tmp_path / "run").glob("*.json")) and not list((tmp_path / "run").glob("*.safetensors"))
     picture.write_bytes(kept)
