@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh requirements.txt scripts/quickstart/requirements.txt tests/requirements.txt
-exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --timeout 900 "$@"
+exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --timeout 900 --durations 20 "$@"
