@@ -10,15 +10,18 @@ from semantic_aug.augmentations.strategies import STRATEGIES, find, weights_for
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.config import choose_strengths
 from semantic_aug.sampling.plan import batches_of_shard, make_plan
+from semantic_aug.sampling.settings import ImageSettings
 
 LABELS = st.lists(st.integers(0, 4), min_size=5, max_size=60).map(
     lambda extra: np.array(sorted([0, 1, 2, 3, 4, *extra]))
 )
 
 
-def plan_for(labels, strategy="diff-mix", strengths=(0.7,), multiplier=3, batch_size=4, seed=0, task="vanilla"):
+def plan_for(labels, strategy="diff-mix", strengths=(0.7,), multiplier=3, batch_size=4, seed=0, **options):
     keys = [f"{i:05d}" for i in range(len(labels))]
-    return make_plan(labels, keys, int(labels.max()) + 1, find(strategy), strengths, multiplier, batch_size, seed, task)
+    return make_plan(
+        labels, keys, int(labels.max()) + 1, find(strategy), strengths, multiplier, batch_size, seed, **options
+    )
 
 
 @given(LABELS, st.sampled_from(sorted(STRATEGIES)), st.sampled_from([0.5, 1, 3, 5]), st.integers(0, 3))
@@ -52,11 +55,54 @@ def test_imbalanced_sources_follow_the_set_and_targets_are_even(labels, seed):
     assert uses.max() - uses.min() <= 1 and targets.max() - targets.min() <= 1
 
 
-def test_a_dominant_class_leaves_as_few_self_pairs_as_it_must():
-    labels = np.array([0] * 95 + [1, 2, 3, 4, 4])
-    plan = plan_for(labels, multiplier=10, task="imbalanced")
-    same = (plan.source_class == plan.target).mean()
-    assert same <= 0.95 - 0.8 + 0.02  # 95 % of sources are class 0, 80 % of targets are others
+@given(st.sampled_from([2, 3, 8, 200]), st.integers(0, 99), st.sampled_from(["vanilla", "imbalanced"]), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_pairs_within_a_class_are_only_those_that_no_pairing_avoids(classes, seed, task, long_tailed):
+    rng = np.random.default_rng(seed)
+    images = np.maximum(60 * 0.02 ** (np.arange(classes) / (classes - 1)), 1).astype(int) if long_tailed else 3
+    labels = np.sort(np.r_[np.arange(classes), rng.permutation(np.repeat(np.arange(classes), images))])
+    plan = plan_for(labels, seed=seed, task=task)
+    sources, targets = (np.bincount(c, minlength=classes) for c in (plan.source_class, plan.target))
+    assert targets.max() - targets.min() <= 1
+    least = np.maximum(sources + targets - len(plan), 0).sum()  # k is on one side of every other task
+    assert np.count_nonzero(plan.source_class == plan.target) == least
+    assert task == "imbalanced" or least <= 1  # an odd number of tasks between two classes leaves one
+
+
+def test_two_classes_always_swap():
+    for labels in (np.arange(200) % 2, np.array([0] * 190 + [1] * 10)):
+        plan = plan_for(np.sort(labels), multiplier=5)
+        assert np.count_nonzero(plan.source_class == plan.target) == 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "task", "digest"),
+    [
+        (3, 40, "vanilla", "d322c460fdca2279"),
+        (8, 25, "vanilla", "f0ea92886fdb1754"),
+        (200, 5, "vanilla", "0cebc7e27576d7a8"),
+        (200, 5, "imbalanced", "dd3ca6267934342a"),
+    ],
+)
+def test_plans_of_earlier_versions_that_needed_no_more_stay(classes, images, task, digest):
+    """Digests recorded before pairs left by the random swaps were settled class by class."""
+    assert plan_for(np.repeat(np.arange(classes), images), multiplier=5, task=task).digest[:16] == digest
+
+
+def test_independent_pairing_draws_every_class_alike():
+    labels = np.repeat(np.arange(4), [97, 1, 1, 1])
+    plan = plan_for(labels, multiplier=400, task="imbalanced", pairing="independent")
+    table = np.zeros((4, 4), int)
+    np.add.at(table, (plan.source_class, plan.target), 1)
+    expected = table.sum(1, keepdims=True) / 4
+    assert ((table - expected) ** 2 / expected).sum() < 32.9  # chi-square of 12 degrees of freedom, p = 0.001
+    balanced = plan_for(labels, multiplier=400, task="imbalanced")
+    assert (plan.source == balanced.source).all() and (plan.strength_code == balanced.strength_code).all()
+    assert plan.digest == plan_for(labels, multiplier=400, task="imbalanced", pairing="independent").digest
+    with pytest.raises(
+        UserError, match="--pairing independent with --sample_strategy real-aug, which keeps every image"
+    ):
+        ImageSettings(sample_strategy="real-aug", pairing="independent")
 
 
 @given(LABELS, st.integers(1, 7), st.integers(1, 6))

@@ -280,6 +280,24 @@ def test_a_subset_begun_with_the_former_speed_flag_continues_where_it_changed_no
         reopened(config, dataset)
 
 
+def test_a_subset_from_before_the_choice_of_pairing_continues_under_the_default_alone(request_of, pictures):
+    config, dataset = request_of(pictures)
+    folder = begin(config, dataset, [0])
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    assert record.pop("pairing") == "balanced"
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+    assert reopened(config, dataset) == 3
+    with pytest.raises(
+        UserError, match=r"made otherwise \(pairing: 'balanced' -> 'independent'\): nothing was touched"
+    ):
+        reopened(*request_of(pictures, pairing="independent"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(record | {"plan_sha256": "0" * 64}))
+    with pytest.raises(
+        UserError, match=r"\(its plan is an earlier version's, .* within a class than needed\): nothing"
+    ):
+        reopened(config, dataset)
+
+
 def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):
     config, dataset = request_of(pictures)
     folder = begin(config, dataset, [0, 1])

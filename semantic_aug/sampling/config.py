@@ -230,6 +230,7 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
         batch_size=config.placement.batch_size,
         seed=config.run.seed,
         task=config.setting.task,
+        pairing=config.images.pairing,
     )
 
 
@@ -255,7 +256,7 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         f"{len(plan)} images ({images.syn_dataset_multiplier:g} x {len(dataset.train)} training images) in "
         f"{plan.num_batches} batches of {plan.batch_size}, to {folder}",
         f"strategy {config.strategy.name}: weights {config.strategy.weights}, from {config.strategy.start}, "
-        f"pairing {config.strategy.pairing}",
+        f"pairing {config.strategy.pairing}" + (f" ({images.pairing})" if config.strategy.pairing == "mixed" else ""),
         "strengths: "
         + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
         f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",

@@ -53,6 +53,8 @@ FOLLOWS = ("images", "plan_sha256")
 """Values that differ only where another one does; named where nothing else explains the difference."""
 RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 """Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
+YOUNGER = {"pairing": "balanced"}
+"""Settings that earlier versions did not have and record, with the values they have in what those made."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
 
 
@@ -317,14 +319,10 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    left_out = {
-        ARGUMENTS,
-        MADE_WITH,
-        RUNS,
-        LICENSE,
-        *(name for name, value in RETIRED.items() if record.get(name) == value),
-    }
-    return {name: value for name, value in record.items() if name not in left_out}
+    """The compared part of a record; a setting that is younger than the record has its default."""
+    retired = (name for name, value in RETIRED.items() if record.get(name) == value)
+    left_out = {ARGUMENTS, MADE_WITH, RUNS, LICENSE, *retired}
+    return {**YOUNGER, **{name: value for name, value in record.items() if name not in left_out}}
 
 
 def _warn_of_versions(folder: Path, record: Mapping[str, Any]) -> None:
@@ -383,7 +381,10 @@ def _differences(old: Mapping[str, Any], identity: Identity, folder: Path) -> st
     for name in {**then, **now}:
         if then.get(name) != now.get(name):
             (follows if name in FOLLOWS else parts).append(_difference(name, then.get(name), now.get(name)))
-    parts = [text for text in parts if text] or follows
+    parts = [text for text in parts if text]
+    if not parts and old.get("pairing") is None:
+        parts.append("its plan is an earlier version's, which kept more pairs within a class than needed")
+    parts = parts or follows
     return "; ".join(parts[:6]) + ("; ..." if len(parts) > 6 else "")
 
 

@@ -20,6 +20,9 @@ from semantic_aug.seeding import numpy_rng
 UNIFORM_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 """What ``--strength_strategy uniform`` draws from."""
 
+PAIRINGS = ("balanced", "independent")
+"""How strategies with mixed pairing draw the target of each source: see :func:`make_plan`."""
+
 NO_SOURCE = -1
 _REPAIR_ROUNDS = 200
 
@@ -74,12 +77,15 @@ def make_plan(
     batch_size: int,
     seed: int,
     task: str = "vanilla",
+    pairing: str = "balanced",
 ) -> Plan:
     """Draws the plan of ``round(multiplier * N)`` tasks.
 
     Targets are as even over the classes as the count allows. Sources are too, and within a class every image is used
     equally often; in the imbalanced task with mixed pairing, sources follow the long-tailed set instead (every image
-    equally often) and targets stay even. Mixed pairing never pairs a class with itself where that can be avoided.
+    equally often) and targets stay even. Mixed pairing never pairs a class with itself where that can be avoided; with
+    ``independent`` pairing, targets are drawn uniformly and independently, as the Diff-Mix authors' code draws them, so
+    that 1/K of the pairs stay within their class.
 
     Args:
         labels: ``(N,)`` class of each training image, rows sorted by key.
@@ -91,6 +97,7 @@ def make_plan(
         batch_size: tasks per batch.
         seed: the run's ``--seed``.
         task: ``vanilla`` or ``imbalanced``.
+        pairing: one of :data:`PAIRINGS`; counts for mixed pairing only.
 
     Raises:
         UserError: no task results, a class without images, or mixed pairing with a single class.
@@ -121,8 +128,11 @@ def make_plan(
         else:
             source = _images_of(_even(count, num_classes, numpy_rng(seed, "plan", "classes")), labels, num_classes, rng)
         source_class = labels[source].astype(np.int32)
-        target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
-        target = _part_equal(source_class, target, numpy_rng(seed, "plan", "repair"))
+        if pairing == "independent":
+            target = numpy_rng(seed, "plan", "independent targets").integers(num_classes, size=count, dtype=np.int32)
+        else:
+            target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
+            target = _part_equal(source_class, target, num_classes, numpy_rng(seed, "plan", "repair"))
 
     levels = tuple(sorted({float(s) for s in strengths}, reverse=True))
     code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
@@ -168,14 +178,16 @@ def _images_of(classes: np.ndarray, labels: np.ndarray, num_classes: int, rng: n
     return out
 
 
-def _part_equal(source_class: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Swaps targets between tasks until no task's target is its source's class; counts stay as they are.
+def _part_equal(source_class: np.ndarray, target: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Swaps targets between tasks until as few as possible have their source's class as target; counts stay as they are.
 
-    Each round pairs the remaining collisions with tasks drawn at random and keeps the swaps that help and do no harm.
-    A few may remain where one class is most of everything; they are intra-class translations then.
+    Each round pairs the remaining collisions with tasks drawn at random and keeps the swaps that help and do no harm. What
+    the rounds leave is settled class by class: a collision of class k swaps with any task that has k on neither side, which
+    resolves it and makes no other. Where no such task is left, all have k on one side, and the collisions that remain,
+    ``sources of k + targets of k - tasks``, cannot be avoided; they are intra-class translations.
     """
     target = target.copy()
-    for _ in range(_REPAIR_ROUNDS):
+    for _ in range(_REPAIR_ROUNDS if num_classes > 2 else 0):  # of two classes, only collisions can swap
         clash = np.flatnonzero(source_class == target)
         if len(clash) == 0:
             break
@@ -189,6 +201,12 @@ def _part_equal(source_class: np.ndarray, target: np.ndarray, rng: np.random.Gen
             & (source_class[partner] != target[clash])
         )
         clash, partner = clash[free], partner[free]
+        target[clash], target[partner] = target[partner], target[clash]
+    for k in np.unique(target[source_class == target]):
+        clash = rng.permutation(np.flatnonzero((source_class == k) & (target == k)))
+        partner = rng.permutation(np.flatnonzero((source_class != k) & (target != k)))
+        swaps = min(len(clash), len(partner))
+        clash, partner = clash[:swaps], partner[:swaps]
         target[clash], target[partner] = target[partner], target[clash]
     return target
 

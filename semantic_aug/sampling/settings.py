@@ -12,6 +12,7 @@ from semantic_aug.datasets.settings import add_shared
 from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import SAMPLING_TEMPLATE, read_templates
+from semantic_aug.sampling.plan import PAIRINGS
 
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
 """Settings of the solver that a latent consistency model takes where the user gives none."""
@@ -85,6 +86,12 @@ class ImageSettings:
     syn_dataset_multiplier: float = cli.setting(
         5, type=cli.number(0, 1e6, open_low=True), metavar="M", help="synthetic images per training image"
     )
+    pairing: str = cli.setting(
+        "balanced",
+        choices=PAIRINGS,
+        help="targets of the *-mix strategies; balanced: every class equally often, and never the source's own where that "
+        "can be avoided; independent: drawn uniformly for each image, own class included, as the Diff-Mix authors' code does",
+    )
     resolution: int | None = cli.setting(
         None, type=cli.whole(8), metavar="PIXELS", help="side of the images (default: the base model's own)"
     )
@@ -96,6 +103,13 @@ class ImageSettings:
     image_format: str = cli.setting(
         "png", choices=("png", "webp", "jpg"), help="png and webp are lossless; jpg (quality 95) is smaller and lossy"
     )
+
+    def __post_init__(self):
+        if self.pairing != "balanced" and strategies.find(self.sample_strategy).pairing != "mixed":
+            raise UserError(
+                f"--pairing {self.pairing} with --sample_strategy {self.sample_strategy}, which keeps every image in its "
+                "class: leave it out, or choose a *-mix strategy"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
