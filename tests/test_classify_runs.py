@@ -23,8 +23,11 @@ import tiny
 import train_cls
 from semantic_aug import cli
 from semantic_aug.classify import models, trainer
-from semantic_aug.classify.config import GROUPS, ClassifyConfig, LossSettings, MixSettings
-from semantic_aug.datasets import load_dataset
+from semantic_aug.classify.config import GROUPS, LATER, ClassifyConfig, LossSettings, MixSettings
+from semantic_aug.classify.data import Normaliser, TrainBatches
+from semantic_aug.classify.draws import SyntheticSettings
+from semantic_aug.classify.losses import effective_number_weights
+from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import summary
@@ -59,6 +62,11 @@ def test_every_setting_that_changes_the_result_is_recorded():
             value = getattr(settings, name)
             other = replace(settings, **{name: not value if isinstance(value, bool) else "other"})
             assert replace(config, **{group: other}).record() != config.record(), name
+
+
+def test_records_of_versions_without_a_setting_stand_for_its_default():
+    record = ClassifyConfig(dataset="elpv").record()
+    assert not set(LATER) & {*record, *record["loss"], *record["mixing"], *record["draws"]}
 
 
 # ------------------------------------------------------------------------------------------------ seeds and summary
@@ -316,12 +324,45 @@ def test_averaged_weights_are_timms(image_folder, tmp_path, monkeypatch):
 def test_accumulated_parts_are_the_whole_batch(image_folder, tmp_path):
     subset = write_subset(tmp_path / "s", ROWS)
     same = {"syndata_dir": [subset], "synthetic_prob": 0.4, "use_cmo": True, "use_cutmix": True, "batch_size": 9}
+    weighted = {
+        "drw_epoch": 1,
+        "cb_beta": 0.9,
+        "class_weight_mean": "weights",
+        "task": "imbalanced",
+        "imbalance_factor": 0.3,
+    }
+    same |= {**weighted, "unmixed_epochs": [1, 0]}
     train(image_folder, tmp_path / "one", **same)
     train(image_folder, tmp_path / "four", **same, gradient_accumulation_steps=4)
     one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
     assert all(torch.allclose(one[k], four[k], atol=1e-5) for k in one)
     losses = [[row[2] for row in csv.reader((tmp_path / n / "epochs.csv").open())][1:] for n in ("one", "four")]
     assert np.allclose(np.array(losses[0], float), np.array(losses[1], float), atol=1e-5)
+
+
+def test_class_weighted_losses_are_torchs_weighted_mean_of_each_batch(image_folder, tmp_path):
+    changes = {
+        "nepoch": 1,
+        "lr": 1e-12,
+        "drw_epoch": 0,
+        "cb_beta": 0.9,
+        "class_weight_mean": "weights",
+        "batch_size": 3,
+    }
+    train(image_folder, tmp_path / "run", **changes, val_fraction=0, task="imbalanced", imbalance_factor=0.3)
+    dataset = load_dataset(f"folder:{image_folder}", Setting(val_fraction=0, task="imbalanced", imbalance_factor=0.3))
+    torch.manual_seed(trainer.derive_seed(2020, "classify", "weights"))
+    model, normalisation = models.make_model("test_vit", 3, 32, "none")
+    normalise = Normaliser(normalisation.mean, normalisation.std, torch.device("cpu"))
+    weights = torch.tensor(effective_number_weights(dataset.train.counts(), 0.9), dtype=torch.float32)
+    batches = TrainBatches(dataset.train, None, SyntheticSettings(), 32, 3, seed=2020)
+    with torch.no_grad():
+        each = [
+            torch.nn.functional.cross_entropy(model(normalise(x)), y.argmax(1), weights) for x, y in batches.epoch(0)
+        ]
+    [row] = csv.DictReader((tmp_path / "run" / "epochs.csv").open())
+    assert len(set(dataset.train.counts())) > 1 and len(each) > 1
+    assert float(row["train_loss"]) == pytest.approx(torch.stack(each).mean().item(), abs=1e-5)
 
 
 def test_going_on_is_exact_with_averaging_patience_and_parts(image_folder, tmp_path, monkeypatch):
@@ -608,6 +649,8 @@ def test_the_benchmarks_port_trains_on_the_same_labels(image_folder, tmp_path, m
         ({"synthetic_balanced": True}, "--synthetic_balanced: there are no synthetic images"),
         ({"target_class_num": 2}, "--target_class_num: there are no synthetic images"),
         ({"drw_epoch": 1, "criterion": "cb"}, "--drw_epoch 1: --criterion cb weights classes from the start"),
+        ({"use_cmo": True, "unmixed_epochs": [1, 1]}, "--unmixed_epochs 1 1: none of the --nepoch 2 epochs is left"),
+        ({"shot_thresholds": [5, 20]}, "few-shot below 20 and many-shot above 5 overlap"),
         ({"drw_epoch": 2}, "--drw_epoch 2: expected fewer than the --nepoch 2 epochs"),
         ({"synthetic_mode": "both"}, "invalid choice: 'both'"),
         ({"ema_decay": 1.5}, "argument --ema_decay: 1.5: expected a number in"),

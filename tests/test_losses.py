@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from semantic_aug.classify import losses, mixing
 from semantic_aug.classify.config import CRITERIA, LossSettings, MixSettings, SyntheticSettings
-from semantic_aug.classify.data import EpochDraws, TrainBatches, balanced_rows, minority_rows, share_of
+from semantic_aug.classify.data import TrainBatches, share_of
+from semantic_aug.classify.draws import EpochDraws, balanced_rows, minority_rows
 from semantic_aug.classify.losses import expected, make_criterion, one_hot
 from semantic_aug.classify.metrics import Meter
 from semantic_aug.datasets import load_dataset
@@ -92,6 +93,18 @@ def test_class_balanced_equals_torchs_weighted_cross_entropy(soft):
     assert torch.allclose(criterion(logits, targets, 0), wanted, atol=1e-5)
 
 
+def test_weights_divide_as_torchs_weighted_mean():
+    logits, labels = logits_and_labels()
+    criterion = make_criterion(LossSettings("ldam", ldam_scale=30.0, drw_epoch=3), COUNTS, CPU)
+    # Cao et al. 2019: cross-entropy of 30 (z - m_y e_y), classes weighted, mean over the weights; on a linear head
+    lowered = logits - one_hot(labels, 5) * torch.tensor(losses.ldam_margins(COUNTS, 0.5), dtype=torch.float32)
+    weights = torch.tensor(losses.effective_number_weights(COUNTS), dtype=torch.float32)
+    targets = one_hot(labels, 5)
+    found = criterion(logits, targets, 3).sum() / criterion.weight_sum(targets)
+    assert found.item() == pytest.approx(F.cross_entropy(30 * lowered, labels, weight=weights).item(), rel=1e-5)
+    assert not criterion.weighted(2) and criterion.weighted(3)
+
+
 def test_reweighting_is_deferred():
     logits, labels = logits_and_labels()
     targets = one_hot(labels, 5)
@@ -160,6 +173,12 @@ def test_foregrounds_are_drawn_by_inverse_frequency():
     assert np.abs(shares - 1 / 3).max() < 0.03 and len(np.unique(rows)) == 100
 
 
+def test_mixing_leaves_out_the_first_and_the_last_epochs():
+    cmo = MixSettings(use_cmo=True, unmixed_epochs=(4, 3))  # of 200 epochs, 4 to 196 as in CMO's code
+    assert [e for e in range(200) if cmo.mixes(e, 200)] == list(range(4, 197))
+    assert MixSettings(use_mixup=True).mixes(0, 1) and not MixSettings(unmixed_epochs=(0, 0)).mixes(0, 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ draws
 
 
@@ -168,10 +187,10 @@ def drawn_by(mode: str = "item", probability: float = 0.0, balanced: bool = Fals
     return SyntheticSettings(synthetic_mode=mode, synthetic_prob=probability, synthetic_balanced=balanced)
 
 
-def counted(settings, targets=None, real=40, epochs=30, batch=7):
+def counted(settings, targets=None, real=40, epochs=30, batch=7, counts=None):
     """How many items of each step of some epochs are synthetic, and which."""
     targets = np.arange(12) % 3 if targets is None else targets
-    draws = EpochDraws(real, targets, settings, batch, seed=1)
+    draws = EpochDraws(real, targets, settings, batch, seed=1, counts=counts)
     steps = []
     for epoch in range(epochs):
         order = draws.order(epoch)
@@ -214,6 +233,18 @@ def test_balanced_draws_every_target_class_alike(mode):
         _, steps = counted(drawn_by(mode, 0.5, balanced), targets)
         shares[balanced] = np.bincount(targets[np.concatenate(steps)], minlength=4) / sum(map(len, steps))
     assert np.abs(shares[True][[0, 2, 3]] - 1 / 3).max() < 0.06 and shares[False][0] > 0.7
+
+
+@pytest.mark.parametrize("mode", ["item", "ratio", "concat"])
+def test_target_classes_are_drawn_by_the_inverse_of_their_real_images(mode):
+    targets, counts = np.repeat([0, 2, 3], [50, 9, 1]), np.array([9, 4, 1, 0])
+    settings = SyntheticSettings(synthetic_mode=mode, synthetic_prob=0.5, synthetic_inverse_frequency=True)
+    _, steps = counted(settings, targets, epochs=60, counts=counts)
+    shares = np.bincount(targets[np.concatenate(steps)], minlength=4) / sum(map(len, steps))
+    wanted = np.array([1 / 10, 0, 1 / 2, 1]) / 1.6  # 1 / (n + 1) of the classes that have synthetic images
+    assert np.abs(shares - wanted).max() < 0.05
+    with pytest.raises(UserError, match="--synthetic_balanced and --synthetic_inverse_frequency exclude"):
+        SyntheticSettings(synthetic_balanced=True, synthetic_inverse_frequency=True)
 
 
 def test_balanced_rows_reach_every_image():
@@ -307,6 +338,7 @@ def test_many_medium_few_by_training_counts():
     shares = [[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.9, 0.05, 0.05]]
     scores = scores_of(shares, [0, 0, 1, 2])
     assert scores.by_frequency([101, 100, 19]) == {"many": 1.0, "medium": 1.0, "few": 0.0}
+    assert scores.by_frequency([21, 20, 4], (20, 5)) == {"many": 1.0, "medium": 1.0, "few": 0.0}
     assert scores.by_frequency([101, 20, 101]) == {"many": 0.5, "medium": 1.0}
 
 

@@ -118,6 +118,11 @@ def test_labels_are_those_of_the_lists(use, downloads):
     assert train.labels.tolist() == [0, 1, 2] * 4 and train.extras["box"].shape == (12, 4)
 
 
+def test_shot_thresholds_are_those_of_the_published_long_tails():
+    published = {"cub": (20, 5), "flower": (30, 10)}
+    assert all(catalog.find_spec(name).shot_thresholds == published.get(name, (100, 20)) for name in sets.NAMES)
+
+
 def test_waterbirds_groups_stay_with_their_images(use):
     use("waterbird")
     found = load_dataset("waterbird", Setting(examples_per_class=3))

@@ -1,7 +1,7 @@
 """Settings of stage 3, each declared once: flag, default, help, and whether it changes the result; no heavy imports.
 
-The choices stand here and their implementations look them up: the criteria in :mod:`semantic_aug.classify.losses`, the
-modes of :class:`SyntheticSettings` in :mod:`semantic_aug.classify.data`.
+The choices stand here and their implementations look them up (the criteria in :mod:`semantic_aug.classify.losses`). How
+synthetic images enter the batches is declared beside the draws, in :mod:`semantic_aug.classify.draws`.
 """
 
 from __future__ import annotations
@@ -11,77 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from semantic_aug import cli
+from semantic_aug.classify.draws import SYNTHETIC_MODES, SyntheticSettings
 from semantic_aug.datasets.cache import MODES as CACHES
 from semantic_aug.datasets.settings import Setting, add_shared
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
-SYNTHETIC_MODES = ("item", "ratio", "concat")
+CLASS_WEIGHT_MEANS = ("images", "weights")
 SELECT_BY = ("top1", "macro", "worst_group")
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 """Peak learning rate of each optimiser where neither ``--lr`` nor ``learning_rates.yaml`` gives one."""
-
-
-@dataclass(frozen=True)
-class SyntheticSettings:
-    """Which synthetic images there are, what their labels are, and how they enter the batches."""
-
-    TITLE = "synthetic data"
-    syndata_key: tuple[str | None, ...] | None = cli.setting(
-        None,
-        nargs="+",
-        type=cli.optional_word,
-        metavar="KEY",
-        help="subsets of the data set's section in synthetic_datasets.yaml (KEY#VARIANT for a filtered one); None: the "
-        "real-only baseline",
-    )
-    syndata_dir: tuple[str, ...] | None = cli.setting(
-        None,
-        nargs="+",
-        type=cli.path_or(),
-        metavar="DIR",
-        help="folders of subsets (DIR#VARIANT for a filtered one), besides or instead of keys",
-    )
-    gamma: float = cli.setting(
-        0.5,
-        type=cli.number(0, open_low=True),
-        metavar="G",
-        help="exponent of the soft labels (1 - s^G) source + s^G target; above 0",
-    )
-    synthetic_prob: float = cli.setting(
-        0.1,
-        type=cli.number(0, 1),
-        metavar="P",
-        help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]",
-    )
-    synthetic_mode: str = cli.setting(
-        "item",
-        choices=SYNTHETIC_MODES,
-        help="item: each item with chance p; ratio: a fixed share p of every batch; concat: real and synthetic images "
-        "alike, once an epoch",
-    )
-    synthetic_balanced: bool = cli.setting(
-        False, help="draw a target class first, all equally often, then one of its synthetic images"
-    )
-    target_class_num: int = cli.setting(
-        0,
-        type=cli.whole(0),
-        metavar="N",
-        help="use only N target classes of each source class, drawn with --subset_seed; 0: all",
-    )
-    syndata_max: int | None = cli.setting(
-        None,
-        type=cli.whole(1),
-        metavar="N",
-        help="use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)",
-    )
-    allow_other_sources: bool = cli.setting(
-        False, help="accept subsets whose source images are not among the training images of this setting", result=False
-    )
-
-    @property
-    def active(self) -> bool:
-        """Whether any synthetic image is ever drawn."""
-        return self.synthetic_mode == "concat" or self.synthetic_prob > 0
 
 
 @dataclass(frozen=True)
@@ -173,6 +111,14 @@ class TrainSettings:
         help="stop after N evaluations on validation without a better score; 0: never",
     )
     select_by: str = cli.setting("top1", choices=SELECT_BY, help="validation score that chooses the epoch")
+    shot_thresholds: tuple[int, int] | None = cli.setting(
+        None,
+        nargs=2,
+        type=cli.whole(0),
+        metavar="N",
+        help="results by class frequency: many-shot classes have more training images than the first number, few-shot "
+        "classes fewer than the second (default: by data set, 20 5 for cub, 30 10 for flower, 100 20 for others)",
+    )
     report_to: str = cli.setting(
         "none", choices=("none", "tensorboard"), help="tracker of the metrics, besides epochs.csv", result=False
     )
@@ -211,13 +157,19 @@ class LossSettings:
         1.0,
         type=cli.number(0, open_low=True),
         metavar="S",
-        help="factor on the logits, for --criterion ldam (the paper's 30 is for a cosine classifier)",
+        help="factor on the logits, for --criterion ldam; LDAM's authors use 30 on cosines, Diff-Mix's 30 on a linear head",
     )
     drw_epoch: int = cli.setting(
         -1,
         type=cli.whole(-1),
         metavar="N",
         help="deferred reweighting: classes are weighted by their effective number once N epochs are done; -1: never",
+    )
+    class_weight_mean: str = cli.setting(
+        "images",
+        choices=CLASS_WEIGHT_MEANS,
+        help="divisor of a batch's class-weighted losses, --criterion cb or --drw_epoch; images: their number; weights: the "
+        "sum of their class weights, as LDAM-DRW and PyTorch divide",
     )
 
     @property
@@ -243,6 +195,18 @@ class MixSettings:
         0.4, type=cli.number(0, open_low=True), metavar="A", help="parameter of mixup's Beta(A, A) distribution"
     )
     mix_prob: float = cli.setting(1.0, type=cli.number(0, 1), metavar="P", help="share of batches that are mixed")
+    unmixed_epochs: tuple[int, int] = cli.setting(
+        (0, 0),
+        nargs=2,
+        type=cli.whole(0),
+        metavar="N",
+        help="epochs without mixing at the start and at the end of the run; CMO's authors: 4 3 (default: 0 0)",
+    )
+
+    def mixes(self, epoch: int, epochs: int) -> bool:
+        """Whether the batches of an epoch, counted from 0, are mixed."""
+        first, last = self.unmixed_epochs
+        return bool(self.alphas) and first <= epoch < epochs - last
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -362,9 +326,10 @@ class ClassifyConfig:
             **_recorded(self.classifier),
             **_recorded(self.training),
             "lr_source": self.lr_source,
-            "loss": asdict(self.loss) | {"smoothing": self.loss.label_smoothing},
+            "loss": _recorded(self.loss) | {"smoothing": self.loss.label_smoothing},
             "mixing": {f"{kind}_alpha": mixing.alphas.get(kind, 0.0) for kind in ("mixup", "cutmix", "cmo")}
-            | {"probability": mixing.mix_prob},
+            | {"probability": mixing.mix_prob}
+            | {name: value for name, value in _recorded(mixing).items() if name in LATER},
             **_recorded(self.placement),
             "device": self.device,
             "seed": self.seed,
@@ -388,6 +353,9 @@ NOT_RECORDED = (
     *("seeds", "allow_other_sources"),
 )
 
+LATER = ("synthetic_inverse_frequency", "shot_thresholds", "class_weight_mean", "unmixed_epochs")
+"""Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
+
 BY_CONTENT = ("dataset", "syndata", "weights")
 """Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
 
@@ -401,7 +369,9 @@ MAY_CHANGE = (
 
 def _recorded(settings: object) -> dict:
     """A group's settings under the names that records have for them."""
-    values = {name: getattr(settings, name) for name in cli.settings_of(type(settings)) if name not in NOT_RECORDED}
+    fields = {name: f.default for name, f in cli.settings_of(type(settings)).items() if name not in NOT_RECORDED}
+    values = {name: getattr(settings, name) for name in fields}
+    values = {name: value for name, value in values.items() if name not in LATER or value != fields[name]}
     return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
 
 

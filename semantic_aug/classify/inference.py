@@ -213,7 +213,8 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
             )
             classes = len(classifier.class_names)
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, classifier.amp)
-            results[split] = scores.summary(dataset.train.counts(), groups_of(table))
+            thresholds = config.training.shot_thresholds or dataset.spec.shot_thresholds
+            results[split] = scores.summary(dataset.train.counts(), groups_of(table), thresholds)
             write_scores(scores, dataset.class_names, folder, split)
             write_predictions(table, scores.predicted, dataset.class_names, folder, split)
     files.write_json(folder / RESULTS_FILE, results)

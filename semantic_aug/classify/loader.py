@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semantic_aug import cli, registry
-from semantic_aug.classify.config import SYNTHETIC_MODES, SyntheticSettings
-from semantic_aug.classify.data import EpochDraws
+from semantic_aug.classify.draws import SYNTHETIC_MODES, EpochDraws, SyntheticSettings
 from semantic_aug.classify.run import load_synthetic
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.settings import dataset_name
@@ -78,7 +77,8 @@ class SoftLabelDataset(Dataset):
         folders = [f for key in settings.syndata_key or () for f in dataset.subsets(key, config_dir)]
         self.synthetic = load_synthetic([*folders, *(settings.syndata_dir or ())], dataset, settings)
         targets = self.synthetic.target if self.synthetic is not None else None
-        self.draws = EpochDraws(len(self.real), targets, settings, batch_size, seed)
+        counts = self.real.counts()
+        self.draws = EpochDraws(len(self.real), targets, settings, batch_size, seed, counts=counts)
         self.batch_size = self.draws.batch_size
 
     def set_epoch(self, epoch: int) -> None:

@@ -12,6 +12,7 @@ smoothing), every class counts by its share.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -70,7 +71,8 @@ def focal_terms(logits: Tensor, gamma: float) -> Tensor:
 def ldam_terms(logits: Tensor, margins: Tensor, scale: float) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al. 2019, eq. 10): cross-entropy of s (z - m_k e_k) for the label k.
 
-    The paper scales by s = 30 because its classifier gives cosines; a plain linear head finds its own scale (s = 1).
+    The paper scales by s = 30 because its classifier gives cosines; a plain linear head finds its own scale (s = 1). The
+    authors of Diff-Mix keep s = 30 over a linear head.
 
     Args:
         logits: ``(B, K)``.
@@ -109,8 +111,31 @@ def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> np.
     return weights * (len(weights) / weights.sum())
 
 
-Criterion = Callable[[Tensor, Tensor, int], Tensor]
-"""From logits ``(B, K)``, targets ``(B, K)`` and the epoch (from 0) to each item's loss ``(B,)``."""
+@dataclass(frozen=True)
+class Criterion:
+    """From logits ``(B, K)``, targets ``(B, K)`` and the epoch (from 0) to each item's loss ``(B,)``.
+
+    Attributes:
+        settings: criterion and its parameters.
+        terms: from logits ``(B, K)`` to the loss of each class as the hard label ``(B, K)``.
+        weights: ``(K,)``, of the classes by their effective number.
+    """
+
+    settings: LossSettings
+    terms: Callable[[Tensor], Tensor]
+    weights: Tensor
+
+    def __call__(self, logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        smoothed = smooth(targets, self.settings.label_smoothing)
+        return expected(self.terms(logits), smoothed, self.weights if self.weighted(epoch) else None)
+
+    def weighted(self, epoch: int) -> bool:
+        """Whether classes are weighted: from the start, or deferred (Cao et al. 2019)."""
+        return self.settings.criterion == "cb" or 0 <= self.settings.drw_epoch <= epoch
+
+    def weight_sum(self, targets: Tensor) -> Tensor:
+        """The class weights of a batch, sum_ik w_k y_ik: what PyTorch's weighted cross-entropy divides its sum by."""
+        return (smooth(targets, self.settings.label_smoothing) * self.weights).sum()
 
 
 def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.device) -> Criterion:
@@ -133,11 +158,4 @@ def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.
         "bsm": lambda logits: balanced_softmax_terms(logits, n),
     }[settings.criterion]
     margins = tensor(ldam_margins(counts, settings.ldam_margin))
-    weights = tensor(effective_number_weights(counts, settings.cb_beta))
-
-    def criterion(logits: Tensor, targets: Tensor, epoch: int) -> Tensor:
-        # class-balanced weights: from the start, or deferred (Cao et al. 2019)
-        weighted = settings.criterion == "cb" or 0 <= settings.drw_epoch <= epoch
-        return expected(terms(logits), smooth(targets, settings.label_smoothing), weights if weighted else None)
-
-    return criterion
+    return Criterion(settings, terms, tensor(effective_number_weights(counts, settings.cb_beta)))

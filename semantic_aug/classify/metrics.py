@@ -18,6 +18,7 @@ from semantic_aug import files
 from semantic_aug.classify.data import EvalBatches, Normaliser
 from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.divergence import check_outputs
 
@@ -121,13 +122,14 @@ class Scores:
         """Expected calibration error over 15 bins: the images' mean distance of confidence and accuracy."""
         return float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum() / max(1, self.bins[:, 0].sum()))
 
-    def by_frequency(self, counts: Sequence[int]) -> dict[str, float]:
-        """Mean accuracy of the classes with many (> 100), medium and few (< 20) training images; those there are.
+    def by_frequency(self, counts: Sequence[int], thresholds: tuple[int, int] = SHOT_THRESHOLDS) -> dict[str, float]:
+        """Mean accuracy of the classes with many, medium and few training images; those there are.
 
         Args:
             counts: ``(K,)`` training images of each class.
+            thresholds: above the first a class has many, below the second few.
         """
-        accuracies = {name: self.per_class[classes] for name, classes in class_groups(counts).items()}
+        accuracies = {name: self.per_class[classes] for name, classes in class_groups(counts, *thresholds).items()}
         return {name: float(np.nanmean(of)) for name, of in accuracies.items() if not np.isnan(of).all()}
 
     def by_group(self, groups: np.ndarray | None) -> dict[str, float]:
@@ -141,10 +143,16 @@ class Scores:
         shares = [float(self.correct[groups == group].mean()) for group in np.unique(groups)]
         return {"worst_group": min(shares), "average_group": float(np.mean(shares))}
 
-    def summary(self, counts: Sequence[int] | None = None, groups: np.ndarray | None = None) -> dict[str, float]:
+    def summary(
+        self,
+        counts: Sequence[int] | None = None,
+        groups: np.ndarray | None = None,
+        thresholds: tuple[int, int] = SHOT_THRESHOLDS,
+    ) -> dict[str, float]:
         """Top-1, top-5, macro accuracy, loss and calibration error, then what counts and groups allow."""
         scores = {"top1": self.top1, "top5": self.top5, "macro": self.macro, "loss": self.loss, "ece": self.ece}
-        return scores | (self.by_frequency(counts) if counts is not None else {}) | self.by_group(groups)
+        frequency = self.by_frequency(counts, thresholds) if counts is not None else {}
+        return scores | frequency | self.by_group(groups)
 
 
 def groups_of(table: object) -> np.ndarray | None:

@@ -27,6 +27,7 @@ from semantic_aug.classify.trainer import (
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.spec import SPLITS
+from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
 from semantic_aug.devices import device_of, launched
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
@@ -167,7 +168,8 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         raise UserError(
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
-    for name in ("synthetic_balanced", "target_class_num", "syndata_max"):
+    class_groups([], *(training.shot_thresholds or dataset.spec.shot_thresholds))
+    for name in ("synthetic_balanced", "synthetic_inverse_frequency", "target_class_num", "syndata_max"):
         if getattr(synthetic, name) and not config.syndata:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
     if loss.drw_epoch >= 0 and loss.criterion == "cb":
@@ -177,6 +179,11 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
     if loss.drw_epoch >= training.nepoch:
         raise UserError(
             f"--drw_epoch {loss.drw_epoch}: expected fewer than the --nepoch {training.nepoch} epochs there are"
+        )
+    first, last = config.mixing.unmixed_epochs
+    if config.mixing.alphas and first + last >= training.nepoch:
+        raise UserError(
+            f"--unmixed_epochs {first} {last}: none of the --nepoch {training.nepoch} epochs is left for mixing"
         )
 
 
@@ -189,6 +196,7 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
         parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []
         parts += [f"p{synthetic.synthetic_prob:g}"] if synthetic.synthetic_mode != "concat" else []
         parts += ["balanced"] if synthetic.synthetic_balanced else []
+        parts += ["inverse"] if synthetic.synthetic_inverse_frequency else []
         parts += [f"t{synthetic.target_class_num}"] if synthetic.target_class_num else []
         parts += [f"n{synthetic.syndata_max}"] if synthetic.syndata_max else []
     else:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +214,7 @@ class Trainer:
                 if self.val_batches and (self.epoch % training.eval_every == 0 or self.epoch == training.nepoch):
                     scores = self._scores(self.val_batches)
                     bar.set_postfix(val=f"{100 * scores.top1:.2f}", refresh=False)
-                    summary = scores.summary(self.counts, groups_of(self.dataset.val))
+                    summary = self._summary(scores, self.dataset.val)
                     row |= {f"val_{name}": value for name, value in summary.items()}
                     self._keep_best(summary, scores.predicted)
                 if main:
@@ -244,11 +244,14 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             step_loss = torch.zeros((), device=self.device)
+            mixed, factor = self._mixed(step, parts)
             # gradient accumulation over the parts of the step
-            for number, part in enumerate(parts):
+            for number, (images, targets) in enumerate(mixed):
                 last = number + 1 == len(parts)
                 with contextlib.nullcontext() if last else self.processes.no_sync(call):
-                    loss = self._loss(call, step, part)
+                    with autocast(self.device, training.amp):
+                        logits = call(images)
+                    loss = factor * self.criterion(logits, targets, self.epoch).sum()
                     # processes' gradients are averaged: times their number, so that shares may differ in size
                     share = self.processes.count / self.train_batches.batch_size
                     self.scaler.scale(loss * share).backward()
@@ -272,23 +275,33 @@ class Trainer:
         count, steps = self.processes.count, self.config.training.gradient_accumulation_steps
         parts = [self.processes.rank + count * micro for micro in range(steps)]
         batches = [self.train_batches.epoch(self.epoch, part, self.parts) for part in parts]
-        if not self.config.mixing.use_cmo:
+        if not (self.config.mixing.use_cmo and self._mixes()):
             yield from ([(batch, None) for batch in step] for step in zip(*batches, strict=True))
             return
         others = [self.train_batches.epoch(self.epoch, part, self.parts, foregrounds=True) for part in parts]
         for step in zip(*batches, *others, strict=True):
             yield list(zip(step[:steps], step[steps:], strict=True))
 
-    def _loss(self, call: nn.Module, step: int, part: tuple) -> Tensor:
-        """The sum of the losses of one part of a batch."""
-        config = self.config
-        (images, targets), foregrounds = self._moved(part[0]), part[1] and self._moved(part[1])
+    def _mixes(self) -> bool:
+        return self.config.mixing.mixes(self.epoch, self.config.training.nepoch)
+
+    def _mixed(self, step: int, parts: list[tuple]) -> tuple[Iterable[tuple[Tensor, Tensor]], float | Tensor]:
+        """Images and targets of each part of a batch, mixed, and the factor of the losses."""
+        mixed = (self._mixed_part(step, *part) for part in parts)
+        if self.config.loss.class_weight_mean == "images" or not self.criterion.weighted(self.epoch):
+            return mixed, 1.0
+        # the class weights are summed over the whole batch, whatever its parts
+        mixed = list(mixed)
+        total = self.processes.add_up(sum(self.criterion.weight_sum(targets) for _, targets in mixed))
+        return mixed, self.train_batches.batch_size / total
+
+    def _mixed_part(self, step: int, batch: tuple, foregrounds: tuple | None) -> tuple[Tensor, Tensor]:
+        images, targets = self._moved(batch)
+        if not self._mixes():
+            return images, targets
         # every part of a step draws the same numbers, so that it is mixed as the whole batch would be
-        rng = numpy_rng(config.seed, "classify", "mix", self.epoch, step)
-        images, targets = mix(images, targets, config.mixing, rng, foregrounds)
-        with autocast(self.device, config.training.amp):
-            logits = call(images)
-        return self.criterion(logits, targets, self.epoch).sum()
+        rng = numpy_rng(self.config.seed, "classify", "mix", self.epoch, step)
+        return mix(images, targets, self.config.mixing, rng, foregrounds and self._moved(foregrounds))
 
     def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         pixels, targets = batch
@@ -302,6 +315,10 @@ class Trainer:
             raise UserError(f"training diverged: after epoch {self.epoch} '{bad}' is not finite; {self._advice()}")
         classes = len(self.dataset.class_names)
         return evaluate(model, batches, self.normalise, classes, self.processes, self.config.training.amp)
+
+    def _summary(self, scores: Scores, table: ImageTable) -> dict[str, float]:
+        thresholds = self.config.training.shot_thresholds or self.dataset.spec.shot_thresholds
+        return scores.summary(self.counts, groups_of(table), thresholds)
 
     def _advice(self) -> str:
         training, state = self.config.training, self.config.output_dir / STATE_FILE
@@ -343,7 +360,7 @@ class Trainer:
         if dataset.test is not None:
             final["test"] = self._scores(self._eval_batches(dataset.test))
             predicted["test"] = final["test"].predicted
-            results["test"] = final["test"].summary(self.counts, groups_of(dataset.test))
+            results["test"] = self._summary(final["test"], dataset.test)
         elif self.val_batches:
             final["val"] = self._scores(self.val_batches)
         if self.processes.main:

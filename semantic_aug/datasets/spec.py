@@ -20,6 +20,8 @@ SPLIT_NAMES = {
 }
 """Folder and split names taken for each split, in any letter case."""
 Splits = dict[str, ImageTable]
+SHOT_THRESHOLDS = (100, 20)
+"""Training images above which a class is a many-shot one, and below which a few-shot one (Liu et al. 2019)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class DatasetSpec:
         variables: environment variables that name local copies.
         group_names: meaning of the values of the tables' ``group`` column, where they have one.
         torchvision: class of ``torchvision.datasets`` that downloads the official files, and the folder it makes of them.
+        shot_thresholds: what :data:`SHOT_THRESHOLDS` are where results on the data set are published with others.
         about: what it is and how to get it, the module's own docstring.
         former_name: the name that earlier versions made from the path, whose registry sections are still read.
     """
@@ -55,6 +58,7 @@ class DatasetSpec:
     variables: tuple[str, ...] = ()
     group_names: tuple[str, ...] = ()
     torchvision: tuple[str, str] | None = None
+    shot_thresholds: tuple[int, int] = SHOT_THRESHOLDS
     about: str = ""
     former_name: str = ""
 

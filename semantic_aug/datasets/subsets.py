@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from semantic_aug.datasets.settings import Setting
+from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
@@ -80,7 +81,9 @@ def long_tail(table: ImageTable, imbalance_factor: float, seed: int = 0, profile
     return per_class(table, long_tail_counts(table.counts(), imbalance_factor, profile), "long-tail", seed)
 
 
-def class_groups(counts: Sequence[int], many: int = 100, few: int = 20) -> dict[str, np.ndarray]:
+def class_groups(
+    counts: Sequence[int], many: int = SHOT_THRESHOLDS[0], few: int = SHOT_THRESHOLDS[1]
+) -> dict[str, np.ndarray]:
     """Classes by how many training images they have, as long-tail results are reported (Liu et al. 2019).
 
     Args:

@@ -70,5 +70,6 @@ SPEC = DatasetSpec(
     homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
     hub=("Multimodal-Fatima/CUB_train", "Multimodal-Fatima/CUB_test"),
     variables=official.variables("cub"),
+    shot_thresholds=(20, 5),
     about=__doc__,
 )

@@ -73,5 +73,6 @@ SPEC = DatasetSpec(
     hub=("nelorth/oxford-flowers",),
     variables=official.variables("flower"),
     torchvision=("Flowers102", "flowers-102"),
+    shot_thresholds=(30, 10),
     about=__doc__,
 )

@@ -1,0 +1,188 @@
+"""Which items make up the batches of stage 3: real images, and synthetic ones under the settings declared here.
+
+Three ways of using synthetic images: ``item`` replaces each item with probability p (the paper's), ``ratio`` replaces a fixed
+share p of every batch, ``concat`` runs through real and synthetic images alike, once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_aug import cli
+from semantic_aug.errors import UserError
+from semantic_aug.seeding import numpy_rng
+
+SYNTHETIC_MODES = ("item", "ratio", "concat")
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """Which synthetic images there are, what their labels are, and how they enter the batches."""
+
+    TITLE = "synthetic data"
+    syndata_key: tuple[str | None, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        type=cli.optional_word,
+        metavar="KEY",
+        help="subsets of the data set's section in synthetic_datasets.yaml (KEY#VARIANT for a filtered one); None: the "
+        "real-only baseline",
+    )
+    syndata_dir: tuple[str, ...] | None = cli.setting(
+        None,
+        nargs="+",
+        type=cli.path_or(),
+        metavar="DIR",
+        help="folders of subsets (DIR#VARIANT for a filtered one), besides or instead of keys",
+    )
+    gamma: float = cli.setting(
+        0.5,
+        type=cli.number(0, open_low=True),
+        metavar="G",
+        help="exponent of the soft labels (1 - s^G) source + s^G target; above 0",
+    )
+    synthetic_prob: float = cli.setting(
+        0.1,
+        type=cli.number(0, 1),
+        metavar="P",
+        help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]",
+    )
+    synthetic_mode: str = cli.setting(
+        "item",
+        choices=SYNTHETIC_MODES,
+        help="item: each item with chance p; ratio: a fixed share p of every batch; concat: real and synthetic images "
+        "alike, once an epoch",
+    )
+    synthetic_balanced: bool = cli.setting(
+        False, help="draw a target class first, all equally often, then one of its synthetic images"
+    )
+    synthetic_inverse_frequency: bool = cli.setting(
+        False,
+        help="draw a target class first, with chances in proportion to 1 / (n + 1) for n real training images, then one "
+        "of its synthetic images",
+    )
+    target_class_num: int = cli.setting(
+        0,
+        type=cli.whole(0),
+        metavar="N",
+        help="use only N target classes of each source class, drawn with --subset_seed; 0: all",
+    )
+    syndata_max: int | None = cli.setting(
+        None,
+        type=cli.whole(1),
+        metavar="N",
+        help="use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)",
+    )
+    allow_other_sources: bool = cli.setting(
+        False, help="accept subsets whose source images are not among the training images of this setting", result=False
+    )
+
+    def __post_init__(self):
+        if self.synthetic_balanced and self.synthetic_inverse_frequency:
+            raise UserError(
+                "--synthetic_balanced and --synthetic_inverse_frequency exclude each other: give one of them"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any synthetic image is ever drawn."""
+        return self.synthetic_mode == "concat" or self.synthetic_prob > 0
+
+
+def balanced_rows(
+    labels: np.ndarray, count: int, rng: np.random.Generator, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """``count`` rows, each of a class drawn among those that occur, evenly or by ``(K,)`` weights; with replacement."""
+    classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.argsort(index, kind="stable")
+    starts = np.cumsum(sizes) - sizes
+    if weights is None:
+        chosen = rng.integers(len(classes), size=count)
+    else:
+        chosen = rng.choice(len(classes), size=count, p=weights[classes] / weights[classes].sum())
+    return order[starts[chosen] + (rng.random(count) * sizes[chosen]).astype(np.int64)]
+
+
+def minority_rows(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` rows with chances in inverse proportion to the size of their class (CMO, Park et al. 2022).
+
+    As its authors implement it, an image's weight is 1 / n of its class: every class is drawn equally often.
+    """
+    return balanced_rows(labels, count, rng)
+
+
+class EpochDraws:
+    """The items of every batch.
+
+    Args:
+        real: number of real images.
+        targets: ``(M,)`` target class of each synthetic image; None or empty without any.
+        settings: how they enter.
+        batch_size: items per batch; an epoch's last, smaller part is dropped unless it is all there is.
+        seed: of every choice.
+        counts: ``(K,)`` real training images of each class, where target classes are drawn by them.
+    """
+
+    def __init__(
+        self,
+        real: int,
+        targets: np.ndarray | None,
+        settings: SyntheticSettings,
+        batch_size: int,
+        seed: int,
+        *,
+        counts: np.ndarray | None = None,
+    ):
+        self.real, self.settings, self.seed = real, settings, seed
+        self.by_class = settings.synthetic_balanced or settings.synthetic_inverse_frequency
+        # classes evenly, or in proportion to 1 / (n + 1)
+        self.class_weights = 1 / (counts + 1) if settings.synthetic_inverse_frequency else None
+        self.targets = targets if targets is not None and len(targets) and settings.active else None
+        self.pool = real + (len(targets) if self.targets is not None and settings.synthetic_mode == "concat" else 0)
+        self.batch_size = min(batch_size, self.pool)
+        self.steps_per_epoch = max(1, self.pool // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's items in order: an index below ``real`` is a real image, above it a synthetic one."""
+        rng = numpy_rng(self.seed, "classify", "epoch", epoch)
+        items = rng.permutation(self.pool)
+        if self.pool > self.real and self.by_class:
+            synthetic = items >= self.real
+            items[synthetic] = self.real + self._synthetic_rows(int(synthetic.sum()), rng)
+        return items
+
+    def batch(self, step: int, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The items of one step, indices as in :meth:`order`.
+
+        Args:
+            step: within the epoch.
+            order: of the epoch.
+            rng: of the step.
+        """
+        items = order[step * self.batch_size : (step + 1) * self.batch_size]
+        if self.targets is None or self.settings.synthetic_mode == "concat":
+            return items
+        swap = self._swapped(step, len(items), rng)
+        if swap.any():
+            items = items.copy()
+            items[swap] = self.real + self._synthetic_rows(int(swap.sum()), rng)
+        return items
+
+    def _synthetic_rows(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        if self.by_class:
+            return balanced_rows(self.targets, count, rng, self.class_weights)
+        return rng.integers(len(self.targets), size=count)
+
+    def _swapped(self, step: int, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Which items of a batch are synthetic, bool ``(size,)``."""
+        p = self.settings.synthetic_prob
+        if self.settings.synthetic_mode == "item":  # the paper's way: each item by itself
+            return rng.random(size) < p
+        # ratio: the fraction that a batch cannot hold is carried to the next, so that the epoch's share is p
+        whole: Sequence[int] = [int((step + after) * p * size + 1e-9) for after in (0, 1)]
+        swap = np.zeros(size, bool)
+        swap[rng.permutation(size)[: whole[1] - whole[0]]] = True
+        return swap
