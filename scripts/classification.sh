@@ -1,7 +1,8 @@
 # Stage 3.   source scripts/classification.sh
 #            main_cls DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB [--flag value ...]
 #            main_cls_cutmix     likewise, with CutMix
-#            main_cls_waterbird  likewise; the epoch is chosen by the worst group's accuracy on validation
+#            main_cls_waterbird  likewise, tested on Waterbirds by group; with DATASET 'waterbird' it trains there, and the epoch is
+#                                chosen by the worst group's accuracy on validation
 #            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU ...    the rest as main_cls
 #            main_cls_imb IMBALANCE_FACTOR DATASET GPU ...          the rest as main_cls
 # GPU: a number, several with commas (one process each, through accelerate), or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
@@ -31,7 +32,10 @@ main_cls_cutmix() {
 main_cls_waterbird() {
     _diffmix_usage main_cls_waterbird \
         "DATASET GPU SEED MODEL RESOLUTION NEPOCH SYNDATA_KEY GAMMA SYNTHETIC_PROB" 9 "$@" || return $?
-    _diffmix_main_cls --select_by worst_group -- -1 "$@"
+    case "$1" in
+        waterbird) _diffmix_main_cls --select_by worst_group -- -1 "$@" ;;
+        *) _diffmix_main_cls --test_dataset waterbird -- -1 "$@" ;;
+    esac
 }
 
 main_cls_imb() {

@@ -5,6 +5,7 @@ Every ``write_*`` fills a folder and returns what should be read from it: the cl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,11 @@ def _cells(values) -> np.ndarray:
     return column
 
 
-def write_cub(root: Path) -> tuple[list[str], dict[str, int]]:
-    names = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
-    images = [(label, i) for label in range(3) for i in range(5)]
+CUB = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
+
+
+def write_cub(root: Path, names: Sequence[str] = CUB) -> tuple[list[str], dict[str, int]]:
+    images = [(label, i) for label in range(len(names)) for i in range(5)]
     files = [f"{names[label]}/{names[label][4:]}_{i:04d}_{100 + i}.jpg" for label, i in images]
     for (label, i), file in zip(images, files, strict=True):
         _save(root / "images" / file, label, i)

@@ -137,7 +137,7 @@ def test_several_gpus_train_one_classifier_through_accelerate(shell):
     [
         ("main_cls", "", {"--examples_per_class": "-1"}),
         ("main_cls_cutmix", "", {"--use_cutmix": ""}),
-        ("main_cls_waterbird", "", {"--select_by": "worst_group"}),
+        ("main_cls_waterbird", "", {"--test_dataset": "waterbird"}),
         ("main_cls_fewshot", "10", {"--examples_per_class": "10"}),
         ("main_cls_imb", "0.01", {"--task": "imbalanced", "--imbalance_factor": "0.01", "--examples_per_class": "-1"}),
     ],
@@ -156,6 +156,13 @@ def test_every_setting_has_a_wrapper_with_main_cls_order(shell, kind, wrapper, f
     assert max(found.index(name) for name in flags) < last
     few = shell(f"source scripts/classification.sh; {wrapper} {first} elpv cpu", kind)
     assert few.returncode == 2 and few.stderr.startswith(f"error: {wrapper} needs {10 if first else 9} arguments")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_on_waterbirds_is_chosen_by_the_worst_group(shell, kind):
+    call = "main_cls_waterbird waterbird 0 2020 resnet50 224 120 None 0.5 0.1"
+    found = words(shell(f"source scripts/classification.sh; {call}", kind))
+    assert flag(found, "--select_by") == ["worst_group"] and "--test_dataset" not in found
 
 
 @pytest.mark.parametrize(

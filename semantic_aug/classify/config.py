@@ -13,7 +13,7 @@ from pathlib import Path
 from semantic_aug import cli
 from semantic_aug.classify.draws import SYNTHETIC_MODES, SyntheticSettings
 from semantic_aug.datasets.cache import MODES as CACHES
-from semantic_aug.datasets.settings import Setting, add_shared
+from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 CLASS_WEIGHT_MEANS = ("images", "weights")
@@ -111,14 +111,6 @@ class TrainSettings:
         help="stop after N evaluations on validation without a better score; 0: never",
     )
     select_by: str = cli.setting("top1", choices=SELECT_BY, help="validation score that chooses the epoch")
-    shot_thresholds: tuple[int, int] | None = cli.setting(
-        None,
-        nargs=2,
-        type=cli.whole(0),
-        metavar="N",
-        help="results by class frequency: many-shot classes have more training images than the first number, few-shot "
-        "classes fewer than the second (default: by data set, 20 5 for cub, 30 10 for flower, 100 20 for others)",
-    )
     report_to: str = cli.setting(
         "none", choices=("none", "tensorboard"), help="tracker of the metrics, besides epochs.csv", result=False
     )
@@ -220,6 +212,28 @@ class MixSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """Which images a classifier is tested on, and how its scores are grouped."""
+
+    TITLE = "evaluation"
+    test_dataset: str | None = cli.setting(
+        None,
+        type=dataset_name,
+        metavar="NAME",
+        help="test on the test images of another data set, its classes matched by name, and report its groups: waterbird for "
+        "a model of cub (default: the data set's own test images)",
+    )
+    shot_thresholds: tuple[int, int] | None = cli.setting(
+        None,
+        nargs=2,
+        type=cli.whole(0),
+        metavar="N",
+        help="results by class frequency: many-shot classes have more training images than the first number, few-shot "
+        "classes fewer than the second (default: by data set, 20 5 for cub, 30 10 for flower, 100 20 for others)",
+    )
+
+
+@dataclass(frozen=True)
 class UseSettings:
     """A trained classifier is used as it is."""
 
@@ -289,6 +303,7 @@ class ClassifyConfig:
     training: TrainSettings = field(default_factory=TrainSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     mixing: MixSettings = field(default_factory=MixSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     use: UseSettings = field(default_factory=UseSettings)
     placement: PlacementSettings = field(default_factory=PlacementSettings)
     syndata: tuple[str, ...] = ()
@@ -330,6 +345,7 @@ class ClassifyConfig:
             "mixing": {f"{kind}_alpha": mixing.alphas.get(kind, 0.0) for kind in ("mixup", "cutmix", "cmo")}
             | {"probability": mixing.mix_prob}
             | {name: value for name, value in _recorded(mixing).items() if name in LATER},
+            **_recorded(self.evaluation),
             **_recorded(self.placement),
             "device": self.device,
             "seed": self.seed,
@@ -342,6 +358,7 @@ GROUPS = {
     "training": TrainSettings,
     "loss": LossSettings,
     "mixing": MixSettings,
+    "evaluation": EvaluationSettings,
     "use": UseSettings,
     "placement": PlacementSettings,
 }
@@ -353,10 +370,10 @@ NOT_RECORDED = (
     *("seeds", "allow_other_sources"),
 )
 
-LATER = ("synthetic_inverse_frequency", "shot_thresholds", "class_weight_mean", "unmixed_epochs")
+LATER = ("synthetic_inverse_frequency", "shot_thresholds", "class_weight_mean", "unmixed_epochs", "test_dataset")
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
 
-BY_CONTENT = ("dataset", "syndata", "weights")
+BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")
 """Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
 
 MAY_CHANGE = (

@@ -19,7 +19,7 @@ from semantic_aug import files, runs, tensors
 from semantic_aug.classify.checkpoints import misfit, read_state
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
-from semantic_aug.classify.metrics import autocast, evaluate, groups_of, write_predictions, write_scores
+from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
 from semantic_aug.classify.models import make_model
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE
@@ -213,8 +213,9 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
             )
             classes = len(classifier.class_names)
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, classifier.amp)
-            thresholds = config.training.shot_thresholds or dataset.spec.shot_thresholds
+            thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds
             results[split] = scores.summary(dataset.train.counts(), groups_of(table), thresholds)
+            results |= test_groups(scores, dataset) if split == "test" else {}
             write_scores(scores, dataset.class_names, folder, split)
             write_predictions(table, scores.predicted, dataset.class_names, folder, split)
     files.write_json(folder / RESULTS_FILE, results)

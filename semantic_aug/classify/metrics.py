@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from semantic_aug import files
 from semantic_aug.classify.data import EvalBatches, Normaliser
 from semantic_aug.classify.processes import Processes
-from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.divergence import check_outputs
@@ -138,10 +138,14 @@ class Scores:
         Args:
             groups: ``(N,)`` the group of each image of the split.
         """
+        shares = list(self.each_group(groups).values())
+        return {"worst_group": min(shares), "average_group": float(np.mean(shares))} if shares else {}
+
+    def each_group(self, groups: np.ndarray | None) -> dict[int, float]:
+        """Accuracy of each group that has images, arguments as of :meth:`by_group`."""
         if groups is None or not len(self.correct):
             return {}
-        shares = [float(self.correct[groups == group].mean()) for group in np.unique(groups)]
-        return {"worst_group": min(shares), "average_group": float(np.mean(shares))}
+        return {int(group): float(self.correct[groups == group].mean()) for group in np.unique(groups)}
 
     def summary(
         self,
@@ -161,6 +165,13 @@ def groups_of(table: object) -> np.ndarray | None:
     if groups is None:
         groups = getattr(table, "extras", {}).get("group")
     return None if groups is None else np.asarray(groups)
+
+
+def test_groups(scores: Scores, dataset: LoadedDataset) -> dict[str, dict[str, float]]:
+    """The entry ``test_groups`` of results: accuracy on test by the name of the group; nothing where there are no groups."""
+    shares = scores.each_group(groups_of(dataset.test))
+    names = dict(enumerate(dataset.spec.group_names))
+    return {"test_groups": {names.get(group, str(group)): share for group, share in shares.items()}} if shares else {}
 
 
 def autocast(device: torch.device, amp: str):
@@ -275,6 +286,8 @@ def report(results: dict, say: Callable[[str], None]) -> None:
                 f"{split}: {scores}"
                 + (f" (best epoch {results['epoch']})" if split == "val" and "epoch" in results else "")
             )
+    if groups := results.get("test_groups"):
+        say("test: " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in groups.items()))
 
 
 # ------------------------------------------------------------------------------------------------------- several seeds

@@ -25,6 +25,7 @@ from semantic_aug.classify.trainer import (
     results_of,
 )
 from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
@@ -93,6 +94,8 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     timm_name(classifier.model)
     device = device_of(placement.gpu)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
+    if config.evaluation.test_dataset:
+        dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
     keys = [key for key in synthetic.syndata_key or () if key]
     folders = [folder for key in keys for folder in dataset.subsets(key, config.run.config_dir)]
     folders += synthetic.syndata_dir or ()
@@ -168,7 +171,7 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         raise UserError(
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
-    class_groups([], *(training.shot_thresholds or dataset.spec.shot_thresholds))
+    class_groups([], *(config.evaluation.shot_thresholds or dataset.spec.shot_thresholds))
     for name in ("synthetic_balanced", "synthetic_inverse_frequency", "target_class_num", "syndata_max"):
         if getattr(synthetic, name) and not config.syndata:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
@@ -206,6 +209,8 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
     parts += [f"drw{loss.drw_epoch}"] if loss.drw_epoch >= 0 else []
     parts += [classifier.trainable_layers] if classifier.trainable_layers != "all" else []
     parts += ["ema"] if config.training.ema_decay else []
+    test = config.evaluation.test_dataset
+    parts += [f"test_{find_spec(test, config.run.config_dir).name}"] if test else []
     return "-".join(parts).replace("/", "_")
 
 

@@ -26,6 +26,7 @@ from semantic_aug.classify.metrics import (
     autocast,
     evaluate,
     groups_of,
+    test_groups,
     write_predictions,
     write_scores,
 )
@@ -317,7 +318,7 @@ class Trainer:
         return evaluate(model, batches, self.normalise, classes, self.processes, self.config.training.amp)
 
     def _summary(self, scores: Scores, table: ImageTable) -> dict[str, float]:
-        thresholds = self.config.training.shot_thresholds or self.dataset.spec.shot_thresholds
+        thresholds = self.config.evaluation.shot_thresholds or self.dataset.spec.shot_thresholds
         return scores.summary(self.counts, groups_of(table), thresholds)
 
     def _advice(self) -> str:
@@ -361,6 +362,7 @@ class Trainer:
             final["test"] = self._scores(self._eval_batches(dataset.test))
             predicted["test"] = final["test"].predicted
             results["test"] = self._summary(final["test"], dataset.test)
+            results |= test_groups(final["test"], dataset)
         elif self.val_batches:
             final["val"] = self._scores(self.val_batches)
         if self.processes.main:

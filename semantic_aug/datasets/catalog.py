@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from semantic_aug import registry
 from semantic_aug.datasets import sets
 from semantic_aug.datasets.readers.folder import read_folder
@@ -23,7 +25,7 @@ from semantic_aug.datasets.subsets import apply_setting, few_shot, hold_out
 from semantic_aug.datasets.table import ImageTable, refuse_missing
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.meta_csv import hashed_slug, slug, slugs
-from semantic_aug.prompts import RULES, clean_class_name
+from semantic_aug.prompts import RULES, ClassIndex, clean_class_name
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,30 @@ class LoadedDataset:
         """The tuned classifier learning rate, as :func:`registry.learning_rate` gives it."""
         section = self.section(registry.LEARNING_RATES, model, config_dir)
         return registry.learning_rate(section, model, resolution, config_dir)
+
+    def tested_on(self, word: str, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
+        """The data set with the test images and groups of another one, whose classes are found here by name.
+
+        Args:
+            word: what ``--test_dataset`` was given.
+            config_dir: folder of the registry files.
+
+        Raises:
+            UserError: the other has no test split, or a class with test images that is not among these.
+        """
+        spec, splits = read_splits(word, config_dir)
+        if "test" not in splits:
+            raise UserError(f"--test_dataset {word}: it has no test split; expected a data set with one")
+        table, where = splits["test"], f"--test_dataset {word}"
+        refuse_missing({"test": table}, spec.name)
+        classes = ClassIndex(self.source_names, self.class_names)
+        positions = classes.match(table.class_names, prompt_names(table.class_names, spec), where=where)
+        for name, position, images in zip(table.class_names, positions, table.counts(), strict=True):
+            if position is None and images:
+                raise unknown(f"class of {where}", name, self.source_names, f"it is none of {self.name}'s")
+        labels = np.array([-1 if position is None else position for position in positions])[table.labels]
+        test = replace(table, class_names=self.source_names, labels=labels)
+        return replace(self, spec=replace(self.spec, group_names=spec.group_names), test=test)
 
     def describe(self) -> str:
         """One line: classes and images of each split, and how to bound a validation set larger than a few-shot train."""

@@ -2,7 +2,8 @@
 
 11,788 images (4,795 train, 1,199 val, 5,794 test). In train 95 % of the water birds are on water and of the land birds on
 land; in val and test every bird is on either half the time. As in Diff-Mix, the labels are CUB's 200 species, in CUB's
-order, so that a model trained on ``cub`` or here is tested by group: ``group`` is 2 * water bird + on water.
+order, so that a model trained on ``cub`` (``--dataset cub --test_dataset waterbird``) or here is tested by group: ``group`` is
+2 * water bird + on water. ``test`` has the birds of CUB's test images, and of none of its training images.
 
 Read from the official download: unpack ``waterbird_complete95_forest2water2.tar.gz`` and set ``WATERBIRD_ROOT`` to the
 folder with ``metadata.csv``.
