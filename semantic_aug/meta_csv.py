@@ -103,6 +103,12 @@ def relative_path(source_slug: str, target_slug: str, number: int, strength: flo
     return f"{source_slug}/{target_slug}-{number:06d}-{strength_text(strength)}.{extension}"
 
 
+def without_slashes(names: Sequence[str]) -> list[str]:
+    """Class names as ``meta.csv`` spells them: "F-16A/B" is "F-16A B", as in the original, unless two would coincide."""
+    spaced = [name.replace("/", " ") for name in names]
+    return spaced if len(set(spaced)) == len(set(names)) else list(names)
+
+
 def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER_COLUMNS) -> int:
     """Writes a ``meta.csv``; it appears whole or not at all. Rows are streamed, so any number fits in memory.
 

@@ -188,13 +188,16 @@ def read_subsets(
 
 
 def _table_file(root: Path, variant: str) -> Path:
-    """The table of a variant: ``meta-{variant}.csv`` (a dot instead of the hyphen is understood), or ``meta.csv``."""
+    """The table of a variant: ``meta-{variant}.csv``, or ``meta.csv``.
+
+    A dot or, as the original's filter writes it, an underscore may stand instead of the hyphen (``meta_10-100per.csv``).
+    """
     if not variant:
         return root / meta_csv.FILE_NAME
-    for separator in ("-", "."):
+    for separator in ("-", "_", "."):
         if (file := root / f"meta{separator}{variant}.csv").is_file():
             return file
-    there = sorted(file.stem[len("meta") + 1 :] for file in root.glob("meta[-.]*.csv"))
+    there = sorted(file.stem[len("meta") + 1 :] for file in root.glob("meta[-_.]*.csv"))
     where = f"expected a file meta-{variant}.csv there, as the filter makes it"
     raise unknown(f"variant of synthetic subset {root}", variant, there, where)
 

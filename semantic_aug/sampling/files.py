@@ -116,7 +116,8 @@ class TaskPaths:
 
     def meta_rows(self, numbers: np.ndarray) -> Iterator[tuple]:
         """The rows of ``meta.csv`` for some tasks."""
-        plan, folders, names, keys, seed = self.plan, self.folders, self.class_names, self.keys, str(self.seed)
+        plan, folders, keys, seed = self.plan, self.folders, self.keys, str(self.seed)
+        names = meta_csv.without_slashes(self.class_names)
         strengths = [meta_csv.strength_text(s) for s in plan.strengths]
         columns = self._columns(numbers, plan.source_class, plan.target, plan.strength_code, plan.source)
         for (number, a, b, code, row), file in zip(columns, self.file_names(numbers), strict=True):

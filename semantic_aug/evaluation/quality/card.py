@@ -34,6 +34,7 @@ OPENING = {
     "webdataset": "import webdataset\n\n"
     'train = webdataset.WebDataset("{folder}/train-{{000000..{last:06d}}}.tar", shardshuffle=False).decode("pil")',
     "csv": 'import pandas\n\ntrain = pandas.read_csv("{folder}/images.csv").query("split == \'train\'")',
+    "original": 'import pandas\n\ntrain = pandas.read_csv("{folder}/meta.csv")',
 }
 """How each format is opened."""
 

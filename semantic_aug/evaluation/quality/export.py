@@ -16,7 +16,7 @@ from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import OutputSettings, SubsetSettings, open_subsets
 
-FORMATS = ("imagefolder", "hf", "webdataset", "csv")
+FORMATS = ("imagefolder", "hf", "webdataset", "csv", "original")
 SHARDED = ("hf", "webdataset")
 CARD_FILE, FACTS_FILE = "README.md", "export.json"
 BEFORE_RESULTS = (runs.ARGS_FILE,)
@@ -31,7 +31,7 @@ class ExportSettings(OutputSettings):
     format: str = cli.setting(
         choices=FORMATS,
         help="imagefolder: class folders and metadata.csv; hf: a folder that datasets.load_dataset opens; webdataset: tar "
-        "shards; csv: images.csv and the images",
+        "shards; csv: images.csv and the images; original: a subset as the original Diff-Mix code names and reads it",
     )
     gamma: float = cli.setting_of(SyntheticSettings, "gamma")
     with_real: bool = cli.setting(
@@ -54,7 +54,7 @@ class ExportSettings(OutputSettings):
         result=False,
     )
     copy: bool = cli.setting(
-        False, help="copy image files instead of hard-linking them (for imagefolder and csv)", result=False
+        False, help="copy image files instead of hard-linking them (for imagefolder, csv and original)", result=False
     )
 
 
@@ -100,12 +100,25 @@ def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
     )  # fmt: skip
     if not settings.with_real:
         return [train]
+    if settings.format == "original":
+        raise UserError(
+            "--with_real with --format original: the original's subsets hold synthetic images alone; leave it out"
+        )
     others = [
         SplitImages(name, dataset.source_names, settings.gamma, table)
         for name, table in (("val", dataset.val), ("test", dataset.test))
         if table is not None and len(table)
     ]
     return [replace(train, real=dataset.train), *others]
+
+
+def folders_of(dataset, format: str) -> tuple[str, ...]:
+    """A folder name for each class, in label order."""
+    from semantic_aug.evaluation.quality.export_formats import ordered_folders, original_folders
+
+    if format == "original":
+        return original_folders([dataset.spec.original_name(name) for name in dataset.source_names])
+    return ordered_folders(dataset.folders)
 
 
 def arguments_of(args, settings: ExportSettings) -> dict:
@@ -132,7 +145,7 @@ def notes(splits: Sequence, settings: ExportSettings) -> list[str]:
     return lines
 
 
-def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Sequence) -> None:
+def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Sequence, folders: Sequence[str]) -> None:
     """Claims the folder and writes the images, then the card and the facts.
 
     Raises:
@@ -150,8 +163,7 @@ def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Se
         if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
                 leftover.unlink()
-        class_folders = export_formats.ordered_folders(dataset.folders)
-        target = export_formats.Target(folder, class_folders, settings.copy, settings.shard_images, args.seed)
+        target = export_formats.Target(folder, tuple(folders), settings.copy, settings.shard_images, args.seed)
         with tqdm(
             total=total, desc=f"export {settings.format}", unit="image", dynamic_ncols=True, mininterval=1
         ) as bar:
@@ -175,10 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     print(dataset.describe())
     for split in splits:
         print(f"{split.name}: {split.reals} real and {len(split) - split.reals} synthetic images")
+    folders = folders_of(dataset, settings.format)
     for note in notes(splits, settings):
         print(note)
     if args.dry_run:
         return 0
-    write(args, settings, dataset, subsets, splits)
+    write(args, settings, dataset, subsets, splits, folders)
     print(f"exported {sum(map(len, splits))} images as {settings.format}: {registry.shown_path(settings.output_dir)}")
     return 0

@@ -1,4 +1,4 @@
-"""The formats of ``export``: class folders, a list, parquet shards of the Hugging Face hub, WebDataset's tar shards.
+"""The formats of ``export``: class folders, lists, parquet shards of the Hugging Face hub, WebDataset's tar shards.
 
 Every file appears whole or not at all, and one that exists is not written again, so that a stopped export resumes.
 """
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from semantic_aug import files
+from semantic_aug import files, meta_csv
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.encoded import HEAD, sniff
 from semantic_aug.datasets.synthetic import SyntheticImages, soft_labels
@@ -116,10 +117,7 @@ class SplitImages:
             ending = Path(stored).suffix.lower() if stored is not None else ""
         if ending in FILE_ENDINGS:
             return stored if isinstance(stored, bytes) else Path(stored), ending
-        image = self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)
-        encoded = io.BytesIO()
-        image.save(encoded, "PNG")
-        return encoded.getvalue(), ".png"
+        return _as_png(self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)), ".png"
 
     def _stored(self, row: int) -> str | Path | bytes | None:
         if row >= self.reals:
@@ -143,6 +141,12 @@ class SplitImages:
             "origin": self.real.keys[row] if made < 0 else self.origins[made],
             "source_image": None if made < 0 else self.sources[made] or None,
         }
+
+
+def _as_png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,18 @@ def ordered_folders(folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{label:0{digits}d}-{folder}" for label, folder in enumerate(folders))
 
 
+def original_folders(names: Sequence[str]) -> tuple[str, ...]:
+    """Folder names of classes as the original makes them and reads the names from: underscores for spaces.
+
+    Raises:
+        UserError: two classes would share a folder.
+    """
+    folders = tuple(name.replace(" ", "_").replace("/", "_") for name in names)
+    if twice := next((name for row, name in enumerate(names) if folders[row] in folders[:row]), None):
+        raise UserError(f"--format original: class '{twice}' shares the folder of another class: rename one of them")
+    return folders
+
+
 # --------------------------------------------------------------------------------------------------- files and a list
 
 
@@ -225,6 +241,23 @@ def write_csv(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> None:
         return f"images/{split.name}/{split.file_name(row)}{ending}"
 
     _place_all(target, splits, bar, (LIST_FILE, "path"), path_of)
+
+
+def write_original(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> None:
+    """A subset in the original's layout: ``data/{source}/{target}-{number:06d}-{strength}.png`` and five columns.
+
+    Its scripts read class names from folders and files, underscores being spaces.
+    """
+    (split,), names = splits, [folder.replace("_", " ") for folder in target.class_folders]
+    rows = []
+    for row, (a, b) in enumerate(split.classes.T.tolist()):
+        strength = float(split.strengths[row])
+        path = meta_csv.relative_path(target.class_folders[a], target.class_folders[b], row, strength)
+        content, ending = split.content(row)
+        target.place(content if ending == ".png" else _as_png(split.synthetic.image(row)), f"data/{path}")
+        rows.append((names[a], names[b], row, meta_csv.strength_text(strength), path))
+        bar.update()
+    meta_csv.write(target.folder / meta_csv.FILE_NAME, rows, ())
 
 
 def _place_all(
@@ -358,4 +391,5 @@ FORMATS: dict[str, Callable[[Target, Sequence[SplitImages], tqdm], None]] = {
     "hf": write_hf,
     "webdataset": write_webdataset,
     "csv": write_csv,
+    "original": write_original,
 }
