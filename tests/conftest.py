@@ -21,6 +21,16 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, one for all tests of a process."""
+    from browsing import start_browser
+
+    driver = start_browser(tmp_path_factory.mktemp("downloads"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A tiny epsilon-predicting base model."""
     import tiny

@@ -12,8 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from browsing import check_contrasts, press, requests_outside, until
 from helpers import ROOT, exchange
 
 import sample_mp
@@ -350,6 +353,39 @@ def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
     }  # fmt: skip
     assert (partial / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (partial / "commands.sh").read_text().count("python train_cls.py") == 5
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_report_shows_intervals_without_a_mouse_and_loads_nothing_from_outside(partial, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    subset = partial / "5shot/seed1/aug_samples/diff-mix/elpv/diff-mix-Multi5"
+    (subset / "gallery").mkdir(parents=True)
+    for file in (subset / "meta.csv", subset / "gallery/index.html", partial / "5shot/seed1/ti_db/summary.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    report.write_comparison(partial)
+    requests_outside(browser, partial)
+    browser.get((partial / "report.html").as_uri())
+    until(lambda: browser.execute_script("return document.querySelector('img').naturalWidth > 400"))
+    figure = next(f for f in browser.find_elements("css selector", ".figure") if f.text == "51.00 ± 1.41")
+    # seeds 50 and 52: mean 51, s = sqrt 2, t(0.975, 1) = 12.7062, half width 12.7062
+    detail = "seed 1: 50.00\nseed 2: 52.00\n95 % interval of the mean: 38.29 to 63.71"
+    tip = browser.find_element("id", figure.get_attribute("aria-describedby"))
+    assert tip.get_attribute("textContent") == detail and not tip.is_displayed()
+    ActionChains(browser).move_to_element(figure).perform()
+    assert tip.is_displayed()
+    ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
+    assert not tip.is_displayed()
+    press(browser, Keys.TAB)  # the first figure with a detail is the first thing that takes the focus
+    assert browser.switch_to.active_element == figure and tip.is_displayed()
+    check_contrasts(browser)
+    names = {a.text: a.get_attribute("href") for a in browser.find_elements("css selector", "a")}
+    assert set(names) == {"ti_db", "diff-mix-Multi5", "gallery", "real-only", "cutmix", "diff-mix"}
+    assert all(Path(unquote(url.removeprefix("file://"))).exists() for url in names.values())
+    number, outside = requests_outside(browser, partial)
+    assert number >= 2 and not outside and not browser.get_log("browser")
 
 
 def test_requests_add_up_and_another_budget_is_refused(partial):

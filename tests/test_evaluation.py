@@ -1,12 +1,14 @@
 """Measures of synthetic images against known answers, and the commands ``measure`` and ``pictures``."""
 
 import json
+import os
 import subprocess
 import sys
 
 import evaluating
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from helpers import ROOT, exchange
 from PIL import Image
@@ -200,6 +202,17 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     content = json.loads((out / "measures.json").read_text())
     assert len(content["rows"]) == len(rows) and content["copy_threshold"] > 0
     assert any("frechet distance of mixed: 12 synthetic" in note for note in content["notes"])
+    whole = {"subset": "mixed", "strength": "all", "target_class": "all"}
+    total = next(row for row in content["rows"] if whole.items() <= row.items())
+    values = measure.read_images(out / "images.csv", "mixed")["source_distance"]
+    interval = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
+    assert total["intervals"]["source_distance"] == pytest.approx(interval, rel=1e-4)
+    text = f"95 % interval: {interval[0]:.3g} to {interval[1]:.3g}"
+    page, table = (out / "report.html").read_text(), (out / "measures.md").read_text()
+    assert (
+        text in page and f'<a href="{os.path.relpath(subset, out)}/">' in page and "faithfulness_diversity.png" in page
+    )
+    assert "evaluation gallery --dataset" in table and "| mixed | 0.3 | 6 |" in table
     with Image.open(out / "faithfulness_diversity.png") as picture:
         assert picture.size[0] > 400
     said = capsys.readouterr().out

@@ -3,7 +3,6 @@
 ``GALLERY_IMAGES=10000 python -m pytest tests/test_gallery.py -k browser -s`` opens ten thousand images and prints the times.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import evaluating
 import numpy as np
 import pytest
+from browsing import UNNAMED, check_contrasts, press, requests_outside, until
 from helpers import classify_arguments
 from PIL import Image
 
@@ -245,69 +245,8 @@ CHOOSE = """const [id, value, done] = arguments, start = performance.now(), cont
     const look = () => [...document.querySelectorAll('.card img')].every(image => image.complete && image.naturalWidth > 0)
         ? done((performance.now() - start) / 1000) : requestAnimationFrame(look);
     requestAnimationFrame(look)"""
-CONTRASTS = """const parts = text => text.match(/[\\d.]+/g).map(Number);
-    const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-    const paper = node => {
-        for (; node; node = node.parentElement) {
-            const colour = parts(getComputedStyle(node).backgroundColor);
-            if (colour.length < 4 || colour[3] > 0) return colour;
-        }
-        return [255, 255, 255];
-    };
-    return [...document.querySelectorAll('body *')].filter(node => node.checkVisibility() && !node.closest(':disabled') &&
-        [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim())).map(node => {
-            const [a, b] = [light(parts(getComputedStyle(node).color)), light(paper(node))];
-            return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.outerHTML];
-        })"""
-UNNAMED = """return [...document.querySelectorAll('button, select, input, [role=listbox], [role=option]')].filter(node =>
-    !(node.labels && node.labels.length) && !node.getAttribute('aria-label') && !node.textContent.trim())
-    .map(node => node.outerHTML)"""
 OUTLINE = """const node = document.activeElement, outlined = node.id === 'images' ? document.querySelector('.current') : node;
     return [node.id, getComputedStyle(outlined).outlineWidth]"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium; the tests are skipped where there is none."""
-    program = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    driver = shutil.which("chromedriver")
-    if not (program and driver and importlib.util.find_spec("selenium")):
-        pytest.skip("no browser: needs chromium, chromedriver (apt-get install chromium chromium-driver) and selenium")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1440,900",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    downloads = tmp_path_factory.mktemp("downloads")
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
-    driver.downloads = downloads
-    yield driver
-    driver.quit()
-
-
-def until(condition, seconds: float = 20.0):
-    """Waits until a condition holds; returns the seconds it took."""
-    start = time.perf_counter()
-    while not condition():
-        assert time.perf_counter() - start < seconds, "waited in vain"
-        time.sleep(0.01)
-    return time.perf_counter() - start
-
-
-def press(browser, *keys: str) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    ActionChains(browser).send_keys(*keys).perform()
 
 
 def status(browser) -> str:
@@ -351,10 +290,8 @@ def test_in_a_browser_the_page_is_quick_and_leaves_its_folder_alone(gallery, bro
     browser.execute_async_script(CHOOSE, "group", "")
     print("", *(f"{name}: {seconds:.2f} s" for name, seconds in times.items()), sep="\n")
     assert times.pop("first screen") < 2.0 and max(times.values()) < 0.5
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    outside = [url for url in urls if not url.startswith((gallery.as_uri() + "/", "data:"))]
-    assert len(urls) > 20 and not outside and not browser.get_log("browser")
+    number, outside = requests_outside(browser, gallery)
+    assert number > 20 and not outside and not browser.get_log("browser")
 
 
 @pytest.mark.slow
@@ -419,20 +356,14 @@ def test_in_a_browser_everything_has_a_name_a_contrast_and_a_visible_focus(galle
     browser.get((gallery / "index.html").as_uri())
     until(lambda: browser.execute_script(COMPLETE))
     press(browser, "x")
-    for scheme in ("light", "dark"):
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        for detail in (False, True):
-            if detail:
-                press(browser, Keys.ENTER)
-            time.sleep(0.2)  # colours change over a tenth of a second
-            contrasts = browser.execute_script(CONTRASTS)
-            assert len(contrasts) > 20 and not [(f"{ratio:.2f}", text) for ratio, text in contrasts if ratio < 4.5]
-            assert not browser.execute_script(UNNAMED)
-            if detail:
-                images = browser.find_elements("css selector", "dialog img")
-                assert all(image.get_attribute("alt") for image in images if image.is_displayed())
-                press(browser, Keys.ESCAPE)
+    check_contrasts(browser)
+    assert not browser.execute_script(UNNAMED)
+    press(browser, Keys.ENTER)
+    check_contrasts(browser)
+    assert not browser.execute_script(UNNAMED)
+    images = browser.find_elements("css selector", "dialog img")
+    assert all(image.get_attribute("alt") for image in images if image.is_displayed())
+    press(browser, Keys.ESCAPE)
     outlined = set()
     for _ in range(14):
         press(browser, Keys.TAB)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from semantic_aug.evaluation.experiments.statistics import crossed_difference, difference_text, paired_difference
+from semantic_aug.evaluation.experiments.statistics import (
+    crossed_difference,
+    difference_text,
+    image_interval,
+    paired_difference,
+)
 
 
 def crossed(rng, effect, seeds, images, strata):
@@ -48,6 +53,12 @@ def test_the_crossed_interval_by_hand():
         {1: np.array([1.0]), 2: np.array([1.0])}, {1: np.zeros(1), 2: np.zeros(1)}, np.zeros(1, int)
     )
     assert alone.low < 0 < alone.high
+
+
+def test_the_interval_over_images_is_the_textbooks():
+    right = np.array([1, 1, 0, 1, 0, 0, 1, 1, 0, 1.0])
+    wanted = scipy.stats.t.interval(0.95, 9, right.mean(), scipy.stats.sem(right))
+    assert image_interval(right / 10, np.zeros(10, int)) == pytest.approx(wanted)
 
 
 def test_the_paired_interval_is_the_textbooks():

@@ -20,6 +20,23 @@ sys.path.insert(0, str(ROOT))
 
 from semantic_aug import files  # noqa: E402
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError, run_main  # noqa: E402
+from semantic_aug.evaluation.document import (  # noqa: E402
+    Cell,
+    Code,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Report,
+    Table,
+    gallery_of,
+    link,
+    subset_links,
+    write,
+)
+from semantic_aug.evaluation.experiments.results import read_predictions  # noqa: E402
+from semantic_aug.evaluation.experiments.statistics import image_interval  # noqa: E402
+from semantic_aug.evaluation.quality import gallery  # noqa: E402
 
 BASE = "scripts/quickstart/base"
 DATASET = "elpv"
@@ -146,50 +163,61 @@ class Quickstart:
 
     # ------------------------------------------------------------------------------------------------- the report
 
-    def table(self) -> list[str]:
-        """The comparison as lines of Markdown."""
-        lines = [
-            "| training data | test top-1 | test macro | validation top-1 | steps | time |",
-            "|---|---|---|---|---|---|",
-        ]
+    def table(self) -> Table:
+        """The comparison; the details of test scores are their intervals over the test photographs."""
+        rows = []
         for name in CLASSIFIERS:
-            found = json.loads((ROOT / self.result_folder(name) / "results.json").read_text())
-            percent = [
-                f"{100 * found[split][score]:.1f} %"
-                for split, score in (("test", "top1"), ("test", "macro"), ("val", "top1"))
+            folder = ROOT / self.result_folder(name)
+            results = json.loads((folder / "results.json").read_text())
+            predictions, cells = read_predictions(folder, "test"), []
+            for score in ("top1", "macro"):
+                low, high = image_interval(predictions.shares(score), predictions.strata(score))
+                detail = (
+                    f"95 % interval over {len(predictions.files)} photographs: {100 * low:.1f} to {100 * high:.1f} %"
+                )
+                cells.append(Cell(f"{100 * results['test'][score]:.1f} %", detail))
+            cells += [
+                f"{100 * results['val']['top1']:.1f} %",
+                str(results["steps"]),
+                f"{self.times[name]['seconds']:.0f} s",
             ]
-            lines.append(f"| {name} | {' | '.join(percent)} | {found['steps']} | {self.times[name]['seconds']:.0f} s |")
-        return lines
+            rows.append([name, *cells])
+        return Table(["training data", "test top-1", "test macro", "validation top-1", "steps", "time"], rows)
 
-    def write_report(self) -> list[str]:
-        """Writes ``report.md`` (the picture lies beside it); returns the table."""
-        table = self.table()
+    @property
+    def subset(self) -> Path:
+        """The folder of the synthetic images."""
+        return next((ROOT / self.out / "aug_samples" / DATASET).glob("*/meta.csv")).parent
+
+    def make_gallery(self) -> None:
+        """The gallery of the synthetic images."""
+        words = ["--dataset", DATASET, "--examples_per_class", str(self.size.shots), "--syndata_dir", str(self.subset)]
+        if gallery.main([*words, "--output_dir", str(gallery_of(self.subset).parent), "--processes", "1"]):
+            raise UserError(f"no gallery could be made of {self.subset}")
+
+    def write_report(self) -> Table:
+        """Writes ``report.md`` and ``report.html`` (the picture lies beside them); returns the table."""
+        table, folder = self.table(), ROOT / self.out
         total = sum(entry["seconds"] for entry in self.times.values())
-        lines = [
-            f"# ELPV, {self.size.shots} photographs per class",
-            "",
-            *table,
-            "",
-            "One seed: differences of a few points are within the spread. EfficientNet-Lite0 at 128 px, equal optimisation "
-            "steps; the best epoch is validation's, test is evaluated once.",
-            "",
-            "![translations](report.png)",
-            "",
-            "Each row: a photograph, and its translations to two other classes at strengths 0.3, 0.5, 0.7, 0.9.",
-            "",
-            f"## Times ({total / 60:.1f} minutes in all)",
-            "",
-            "| step | seconds |",
-            "|---|---|",
-            *(f"| {name} | {entry['seconds']:.0f} |" for name, entry in self.times.items()),
-            "",
-            "## Commands",
-            "",
-            "```bash",
-            *(f"python {shlex.join(words)}" for words in self.commands().values()),
-            "```",
+        runs = [folder / "finetune", *(ROOT / self.result_folder(name) for name in CLASSIFIERS)]
+        blocks = [
+            table,
+            Paragraph(
+                "One seed: differences of a few points are within the spread. EfficientNet-Lite0 at 128 px, equal optimisation "
+                "steps; the best epoch is validation's, test is evaluated once."
+            ),
+            Picture("report.png", "translations"),
+            Paragraph(
+                "Each row: a photograph, and its translations to two other classes at strengths 0.3, 0.5, 0.7, 0.9."
+            ),
+            Heading("Synthetic images and runs"),
+            Items([*subset_links([self.subset], folder), *(link(run.name, run, folder) for run in runs)]),
+            Heading(f"Times ({total / 60:.1f} minutes in all)"),
+            Table(["step", "seconds"], [[name, f"{entry['seconds']:.0f}"] for name, entry in self.times.items()]),
+            Heading("Commands"),
+            Code("\n".join(f"python {shlex.join(words)}" for words in self.commands().values())),
         ]
-        files.write_text(ROOT / self.out / "report.md", "\n".join(lines) + "\n")
+        write(Report(f"ELPV, {self.size.shots} photographs per class", blocks), folder / "report.md")
         return table
 
     def draw(self) -> None:
@@ -252,10 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     quickstart = Quickstart(SMOKE if args.smoke else FULL)
     quickstart.run_steps()
     quickstart.draw()
+    quickstart.make_gallery()
     table = quickstart.write_report()
-    print(
-        "\n".join(["", *table, "", f"report: {quickstart.out / 'report.md'}, picture: {quickstart.out / 'report.png'}"])
-    )
+    print(f"\n{table.markdown()}\n\nreport: {quickstart.out / 'report.html'} (as text: report.md)")
     return 0
 
 

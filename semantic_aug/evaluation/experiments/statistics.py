@@ -47,7 +47,7 @@ def paired_difference(
     Returns:
         None without a common seed.
     """
-    return _interval([first[seed] - second[seed] for seed in sorted(set(first) & set(second))], confidence)
+    return mean_interval([first[seed] - second[seed] for seed in sorted(set(first) & set(second))], confidence)
 
 
 def crossed_difference(
@@ -74,7 +74,22 @@ def crossed_difference(
     """
     parts = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
     image_variance, freedom = _image_variance(parts, strata) if parts else (0.0, 1)
-    return _interval([float(part.sum()) for part in parts], confidence, image_variance, freedom)
+    return mean_interval([float(part.sum()) for part in parts], confidence, image_variance, freedom)
+
+
+def image_interval(part: np.ndarray, strata: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Student's interval of one run's score, for other images.
+
+    Args:
+        part: ``(N,)`` contribution of each image to the score; the sum is the score.
+        strata: see :func:`crossed_difference`.
+        confidence: of the interval, in (0, 1).
+    """
+    from scipy.stats import t
+
+    variance, freedom = _image_variance([part], strata)
+    half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(variance)
+    return float(part.sum()) - half, float(part.sum()) + half
 
 
 def _image_variance(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[float, int]:
@@ -87,13 +102,13 @@ def _image_variance(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[fl
     return variance, max(1, len(image) - np.count_nonzero(counts))
 
 
-def _interval(
-    values: Sequence[float], confidence: float, image_variance: float = 0.0, image_freedom: int = 1
+def mean_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE, image_variance: float = 0.0, image_freedom: int = 1
 ) -> Difference | None:
-    """The mean of one difference per seed, with Student's interval.
+    """The mean of one value per seed, with Student's interval.
 
     Args:
-        values: the differences.
+        values: one per seed, scores or differences.
         confidence: of the interval, in (0, 1).
         image_variance: variance of the mean that is due to the images.
         image_freedom: its degrees of freedom.

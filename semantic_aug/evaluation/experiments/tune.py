@@ -345,6 +345,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
         differences=differences,
         test=tuning.test_scores((default, chosen), scores),
         cost=f"{duration(tuning.spent())}, {len(tuning.pair.records)} runs",
+        flags=report.shared_flags(tuning.recipe.record(), tuning.commands.subset_seed),
     )
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
-from semantic_aug.evaluation.quality import distances
+from semantic_aug.evaluation.quality import distances, report
 from semantic_aug.evaluation.quality.inputs import (
     NO_PART,
     SOURCE_COLUMN,
@@ -42,20 +42,8 @@ if TYPE_CHECKING:
     from semantic_aug.evaluation.quality.clip import Clip
     from semantic_aug.evaluation.quality.features import Extractor
 
-ALL = "all"
-"""Stands for every strength or every class in the totals."""
-REAL = "real"
-"""Name of the rows that give the real training images' own values, to compare with."""
-CSV_FILE, JSON_FILE, TABLE_FILE = "measures.csv", "measures.json", "measures.md"
 IMAGES_FILE = "images.csv"
 """The values of each image, subset after subset in the order of their lists."""
-PICTURE_FILE = "faithfulness_diversity.png"
-AXES = {
-    "source_distance": "diversity: feature distance to the source image",
-    "class_distance": "diversity: feature distance within class",
-    "target_probability": "faithfulness: target-class probability",
-    "clip_score": "faithfulness: CLIP score",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +95,7 @@ class ImageSet:
     """One set of images with what the models say of each.
 
     Attributes:
-        name: of the subset, or :data:`REAL`.
+        name: of the subset, or :data:`report.REAL`.
         classes: int64 ``(N,)``, target classes.
         strengths: ``(N,)``, rounded; None for real images.
         features: float32 ``(N, D)``.
@@ -130,7 +118,7 @@ class ImageSet:
                 if (rows & (self.classes == label)).any():
                     yield strength, int(label), rows & (self.classes == label)
             yield strength, None, rows
-        strength = strengths[0] if len(strengths) == 1 else ALL
+        strength = strengths[0] if len(strengths) == 1 else report.ALL
         for label in classes:
             yield strength, int(label), self.classes == label
         yield strength, None, np.ones(len(self.classes), bool)
@@ -181,7 +169,7 @@ class Measurer:
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
         if self.clip:
             values["clip_score"] = self.clip_scores(train.image, train.labels)
-        return ImageSet(REAL, train.labels, None, features, values), threshold
+        return ImageSet(report.REAL, train.labels, None, features, values), threshold
 
     def measure_subset(self, subset: Subset, real: ImageSet, threshold: float) -> ImageSet:
         """A subset's images, each with the values it has."""
@@ -229,12 +217,14 @@ class Measurer:
             row = {
                 "subset": images.name,
                 "strength": strength,
-                "target_class": ALL if label is None else names[label],
+                "target_class": report.ALL if label is None else names[label],
                 "images": int(chosen.sum()),
             }
             with warnings.catch_warnings():  # a row without any known source: its mean is NaN, and left out
                 warnings.simplefilter("ignore", RuntimeWarning)
                 row |= {name: float(np.nanmean(values[chosen])) for name, values in images.values.items()}
+            intervals = {name: mean_interval(values[chosen]) for name, values in images.values.items()}
+            row[report.INTERVALS] = {name: interval for name, interval in intervals.items() if interval}
             row["class_distance"] = images.class_distance(chosen)
             if images is not real:
                 row |= self._set_distances(images.features[chosen], real, label, None, "")
@@ -248,7 +238,7 @@ class Measurer:
     ) -> dict[str, float]:
         """Frechet (totals over classes only) and kernel distance to another set's images of the same class and strength."""
         chosen = np.ones(len(other.classes), bool) if label is None else other.classes == label
-        if other.strengths is not None and strength != ALL and (other.strengths == strength).any():
+        if other.strengths is not None and strength != report.ALL and (other.strengths == strength).any():
             chosen = chosen & (other.strengths == strength)
         rng = numpy_rng(self.seed, "kid", str(label), str(strength))
         kernel = f"{prefix}kernel_{self.extractor.network}"
@@ -288,82 +278,21 @@ class Measurer:
         return lines
 
 
-def totals(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The rows over all classes: one per subset and strength."""
-    return [row for row in rows if row["target_class"] == ALL]
+def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % confidence interval of a mean over images (Student's t; of a share, Wilson's); None for fewer than two values.
 
-
-def markdown(rows: Sequence[Mapping], columns: Sequence[str]) -> str:
-    """The totals as a Markdown table."""
-    rows = totals(rows)
-    columns = [name for name in columns if name != "target_class" and any(name in row for row in rows)]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    lines += ["| " + " | ".join(_text(row.get(name, ""), 3) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _text(value, digits: int) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def axes_of(rows: Sequence[Mapping]) -> tuple[str, str] | None:
-    """Columns of diversity and faithfulness that all totals have, or None where faithfulness was not measured."""
-    rows = [row for row in totals(rows) if row["subset"] != REAL]
-    common = [name for name in AXES if all(name in row for row in rows)]
-    diversity = next((name for name in common if name.endswith("distance")), None)
-    faithful = next((name for name in common if not name.endswith("distance")), None)
-    return (diversity, faithful) if diversity and faithful else None
-
-
-def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
-    """A point per subset and strength; the points of one subset are joined in the order of their strengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    points = [row for row in totals(rows) if row["subset"] != REAL]
-    figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name in dict.fromkeys(row["subset"] for row in points):
-        of_subset = [row for row in points if row["subset"] == name]
-        single = [row for row in of_subset if row["strength"] != ALL] or of_subset
-        x, y = [row[axes[0]] for row in single], [row[axes[1]] for row in single]
-        plot.plot(x, y, "o-", label=name, linewidth=1)
-        for row, *position in zip(single, x, y, strict=True):
-            plot.annotate(f"s={row['strength']}", position, xytext=(4, 4), textcoords="offset points")
-    plot.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
-    plot.margins(0.15)
-    plot.grid(alpha=0.3)
-    plot.legend(fontsize=8)
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-
-
-def write(folder: Path, rows: Sequence[Mapping], columns: Sequence[str], facts: Mapping) -> list[Path]:
-    """Writes CSV, JSON, Markdown table and picture, as far as the rows allow; columns that no row has are left out.
-
-    Args:
-        folder: created if absent.
-        rows: of :meth:`Measurer.rows`.
-        columns: their names, in order.
-        facts: what the JSON holds besides the rows.
-
-    Returns:
-        The files written.
+    It holds for other images made in the same way; images of one source image are more alike than it assumes.
     """
-    columns = [name for name in columns if any(name in row for row in rows)]
-    with files.atomic_path(folder / CSV_FILE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_text(row.get(name, ""), 6) for name in columns] for row in rows)
-    files.write_json(folder / JSON_FILE, {**runs.plain(facts), "rows": [dict(row) for row in rows]})
-    files.write_text(folder / TABLE_FILE, markdown(rows, columns) + "\n")
-    written, axes = [folder / CSV_FILE, folder / JSON_FILE, folder / TABLE_FILE], axes_of(rows)
-    if axes:
-        draw(folder / PICTURE_FILE, rows, axes)
-        written.append(folder / PICTURE_FILE)
-    return written
+    from scipy import stats
+
+    values = values[~np.isnan(values.astype(float))]
+    if len(values) < 2:
+        return None
+    if values.dtype == bool:
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -376,7 +305,7 @@ def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Map
             absent = np.full(len(subset), np.nan)
             cells = [np.asarray(values[subset.name].get(name, absent), float).tolist() for name in columns]
             for file, row in zip(subset.images.paths, zip(*cells, strict=True), strict=True):
-                writer.writerow([subset.name, file.name, *(_text(v, 6) if v == v else "" for v in row)])
+                writer.writerow([subset.name, file.name, *(report.value_text(v, 6) if v == v else "" for v in row)])
 
 
 def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
@@ -417,12 +346,13 @@ def main(argv: list[str] | None = None) -> int:
         values[subset.name] = images.values
     rows += measurer.rows(real, real)
     notes, columns = measurer.notes(inputs.subsets, real), column_names(extractor.network)
-    if axes_of(rows) is None:
-        notes.append(f"{PICTURE_FILE} is left out: it needs --classifier or --clip")
+    if report.axes_of(rows) is None:
+        notes.append(f"{report.PICTURE_FILE} is left out: it needs --classifier or --clip")
     facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
-    written = [*write(folder, rows, columns, facts), folder / IMAGES_FILE]
+    links = report.subset_section(inputs.subsets, folder, args)
+    written = [*report.write(folder, rows, columns, facts, links), folder / IMAGES_FILE]
     write_images(written[-1], inputs.subsets, values)
-    print(markdown(rows, columns))
+    print(report.table(rows, columns).markdown())
     print(
         f"near-copies: nearer than {threshold:.4g} to a training image (percentile {settings.copy_percentile:g} of real ones)"
     )

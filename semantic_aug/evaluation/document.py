@@ -1,0 +1,207 @@
+"""A report as one structure, written as Markdown and as a page that a browser opens from disk; so the two cannot differ.
+
+Texts are Markdown of three kinds: `` `code` ``, ``**strong**`` and ``[text](path)``. The page adds what a cell keeps as its
+detail (an interval, the values it is the mean of), shown on hover and on focus. It runs no script and loads only the charts
+beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from semantic_aug import files, registry
+
+PAGE_FILE = "report.html"
+TEMPLATE = Path(__file__).with_name("document.html.j2")
+_INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\[\]]+)\]\(([^()\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table, with a detail that the page shows on hover and on focus."""
+
+    text: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The heading of a section."""
+
+    text: str
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"## {self.text}"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: str
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of texts."""
+
+    texts: Sequence[str]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return "\n".join(f"- {text}" for text in self.texts)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside the report, with a text that stands for it."""
+
+    file: str
+    text: str
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"![{self.text}]({self.file})"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands or settings."""
+
+    text: str
+    language: str = "bash"
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return f"```{self.language}\n{self.text.rstrip()}\n```"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        columns: headings.
+        rows: of texts or :class:`Cell`, as many as columns.
+        texts: how many of the first columns hold texts; the others hold numbers, and are set to the right.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    texts: int = 1
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        """All rows as cells."""
+        return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
+
+    def markdown(self) -> str:
+        """As Markdown, without the details."""
+        marks = ["---" if i < self.texts else "---:" for i in range(len(self.columns))]
+        rows = [list(self.columns), *([cell.text for cell in row] for row in self.cells)]
+        lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+        return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+
+
+Block = Heading | Paragraph | Items | Picture | Code | Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """A title and what follows it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+        return "\n\n".join([f"# {self.title}", *(block.markdown() for block in self.blocks)]) + "\n"
+
+    def page(self) -> str:
+        """The report as HTML."""
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        environment = Environment(
+            loader=FileSystemLoader(TEMPLATE.parent),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters["inline"] = inline
+        blocks = [(type(block).__name__.lower(), block) for block in self.blocks]
+        return environment.get_template(TEMPLATE.name).render(title=self.title, blocks=blocks)
+
+
+def inline(text: str):
+    """A text's Markdown as HTML, everything else escaped."""
+    from markupsafe import Markup, escape
+
+    parts, end = [], 0
+    for match in _INLINE.finditer(text):
+        code, strong, label, path = match.groups()
+        parts.append(escape(text[end : match.start()]))
+        if code:
+            parts.append(Markup("<code>{}</code>").format(code))
+        elif strong:
+            parts.append(Markup("<strong>{}</strong>").format(inline(strong)))
+        else:
+            parts.append(Markup('<a href="{}">{}</a>').format(path, inline(label)))
+        end = match.end()
+    return Markup("").join([*parts, escape(text[end:])])
+
+
+def link(text: str, path: Path, base: Path) -> str:
+    """A text that leads to a file or folder, relative to the report's folder."""
+    return f"[{text}]({quote(os.path.relpath(path, base).replace(os.sep, '/'))}{'/' if path.is_dir() else ''})"
+
+
+def has_gallery(subset: Path) -> bool:
+    """Whether a subset's folder holds its gallery, where reports look for it."""
+    return gallery_of(subset).is_file()
+
+
+def gallery_of(subset: Path) -> Path:
+    """The page of a subset's gallery."""
+    return subset / "gallery" / "index.html"
+
+
+def subset_links(folders: Iterable[Path], base: Path) -> list[str]:
+    """A link to each subset's folder, and to its gallery where the folder holds one."""
+    texts = []
+    for folder in folders:
+        gallery = f" ({link('gallery', gallery_of(folder), base)})" if has_gallery(folder) else ""
+        texts.append(link(folder.name, folder, base) + gallery)
+    return texts
+
+
+def gallery_hint(flags: Mapping[str, Any], subset: Path) -> list[Block]:
+    """The command that makes a subset's gallery where reports link it.
+
+    Args:
+        flags: that choose the data set and its setting; those without a value are left out.
+        subset: its folder.
+    """
+    folder = registry.shown_path(subset)
+    flags = {**flags, "syndata_dir": folder, "output_dir": f"{folder}/gallery"}
+    given = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+    text = "A gallery is linked here once it exists in the folder of its subset and the report is written again. To make one:"
+    return [Paragraph(text), Code(f"python -m semantic_aug.evaluation gallery {shlex.join(given)}")]
+
+
+def write(report: Report, file: Path) -> None:
+    """Writes a report's Markdown to ``file``, and its page as ``report.html`` beside it."""
+    files.write_text(file, report.markdown())
+    files.write_text(file.with_name(PAGE_FILE), report.page())

@@ -1,0 +1,136 @@
+"""The report of `measure`: the totals as a table, the chart of faithfulness against diversity, and links."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from semantic_aug import cli, files, registry, runs
+from semantic_aug.datasets.settings import Setting
+from semantic_aug.datasets.synthetic import locate
+from semantic_aug.evaluation import document
+from semantic_aug.evaluation.quality.inputs import Subset
+
+ALL = "all"
+"""Stands for every strength or every class in the totals."""
+REAL = "real"
+"""Name of the rows that give the real training images' own values, to compare with."""
+CSV_FILE, JSON_FILE, REPORT_FILE = "measures.csv", "measures.json", "measures.md"
+INTERVALS = "intervals"
+"""Entry of a row: column -> 95 % confidence interval of its mean."""
+PICTURE_FILE = "faithfulness_diversity.png"
+AXES = {
+    "source_distance": "diversity: feature distance to the source image",
+    "class_distance": "diversity: feature distance within class",
+    "target_probability": "faithfulness: target-class probability",
+    "clip_score": "faithfulness: CLIP score",
+}
+
+
+def totals(rows: Sequence[Mapping]) -> list[Mapping]:
+    """The rows over all classes: one per subset and strength."""
+    return [row for row in rows if row["target_class"] == ALL]
+
+
+def table(rows: Sequence[Mapping], columns: Sequence[str]) -> document.Table:
+    """The totals as a table; the details of means are their intervals over the images."""
+    rows = totals(rows)
+    columns = [name for name in columns if name != "target_class" and any(name in row for row in rows)]
+    cells = []
+    for row in rows:
+        texts = {name: value_text(row.get(name, ""), 3) for name in columns}
+        intervals = {name: f"95 % interval: {low:.3g} to {high:.3g}" for name, (low, high) in row[INTERVALS].items()}
+        cells.append([document.Cell(text, intervals.get(name, "")) for name, text in texts.items()])
+    return document.Table(columns, cells)
+
+
+def value_text(value, digits: int) -> str:
+    """A value of a row as the tables give it."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def axes_of(rows: Sequence[Mapping]) -> tuple[str, str] | None:
+    """Columns of diversity and faithfulness that all totals have, or None where faithfulness was not measured."""
+    rows = [row for row in totals(rows) if row["subset"] != REAL]
+    common = [name for name in AXES if all(name in row for row in rows)]
+    diversity = next((name for name in common if name.endswith("distance")), None)
+    faithful = next((name for name in common if not name.endswith("distance")), None)
+    return (diversity, faithful) if diversity and faithful else None
+
+
+def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
+    """A point per subset and strength; the points of one subset are joined in the order of their strengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [row for row in totals(rows) if row["subset"] != REAL]
+    figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name in dict.fromkeys(row["subset"] for row in points):
+        of_subset = [row for row in points if row["subset"] == name]
+        single = [row for row in of_subset if row["strength"] != ALL] or of_subset
+        x, y = [row[axes[0]] for row in single], [row[axes[1]] for row in single]
+        plot.plot(x, y, "o-", label=name, linewidth=1)
+        for row, *position in zip(single, x, y, strict=True):
+            plot.annotate(f"s={row['strength']}", position, xytext=(4, 4), textcoords="offset points")
+    plot.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
+    plot.margins(0.15)
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize=8)
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write(
+    folder: Path, rows: Sequence[Mapping], columns: Sequence[str], facts: Mapping, links: Sequence[document.Block] = ()
+) -> list[Path]:
+    """Writes CSV, JSON, report and picture, as far as the rows allow; columns that no row has are left out.
+
+    Args:
+        folder: created if absent.
+        rows: of :meth:`Measurer.rows`.
+        columns: their names, in order.
+        facts: what the JSON holds besides the rows; the report has its notes.
+        links: end of the report.
+
+    Returns:
+        The files written.
+    """
+    columns = [name for name in columns if any(name in row for row in rows)]
+    with files.atomic_path(folder / CSV_FILE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([value_text(row.get(name, ""), 6) for name in columns] for row in rows)
+    files.write_json(folder / JSON_FILE, {**runs.plain(facts), "rows": [dict(row) for row in rows]})
+    written, axes = [CSV_FILE, JSON_FILE, REPORT_FILE, document.PAGE_FILE], axes_of(rows)
+    blocks: list[document.Block] = [table(rows, columns)]
+    if axes:
+        draw(folder / PICTURE_FILE, rows, axes)
+        written.append(PICTURE_FILE)
+        blocks.append(document.Picture(PICTURE_FILE, "faithfulness against diversity, a point per subset and strength"))
+    blocks += [document.Heading("Notes"), document.Items(facts["notes"])] if facts["notes"] else []
+    document.write(document.Report("Measures of synthetic images", [*blocks, *links]), folder / REPORT_FILE)
+    return [folder / name for name in written]
+
+
+def subset_section(subsets: Sequence[Subset], folder: Path, args: argparse.Namespace) -> list[document.Block]:
+    """Links to the subsets' folders and galleries, and the command that makes a gallery which is missing.
+
+    Args:
+        subsets: that were measured.
+        folder: of the report.
+        args: of the command, which choose the data set and its setting.
+    """
+    roots = list(dict.fromkeys(locate(name)[0] for subset in subsets for name in subset.folders))
+    blocks: list[document.Block] = [document.Heading("Subsets"), document.Items(document.subset_links(roots, folder))]
+    new = next((root for root in roots if not document.has_gallery(root)), None)
+    if new is None:
+        return blocks
+    fields = {name: field for cls in (Setting, cli.RunSettings) for name, field in cli.settings_of(cls).items()}
+    given = {name: getattr(args, name) for name, f in fields.items() if getattr(args, name, f.default) != f.default}
+    flags = {"dataset": args.dataset, **given, "measures": registry.shown_path(folder)}
+    return [*blocks, *document.gallery_hint(flags, new)]
