@@ -5,11 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import classify_arguments
+from safetensors.torch import load_file
 
 import official_layouts
 import tiny
 import train_cls
+from semantic_aug.classify import trainer
 from semantic_aug.classify.config import build_parser, read_config
 from semantic_aug.classify.run import resolve, run_name
 from semantic_aug.classify.trainer import results_of
@@ -81,3 +84,60 @@ def test_a_run_tested_elsewhere_has_a_folder_of_its_own_and_foreign_classes_are_
         resolve(config("--dataset", f"folder:{image_folder}", "--test_dataset", "waterbird"))
     own = load_dataset("waterbird", Setting())
     assert own.test.extras["group"].tolist() == load_dataset("cub").tested_on("waterbird").test.extras["group"].tolist()
+
+
+# -------------------------------------------------------------------------------------------------- the authors' splits
+
+
+def test_flowers_are_split_in_halves_by_the_authors_draw(tmp_path, monkeypatch):
+    official_layouts.write_flower(tmp_path)
+    monkeypatch.setenv("FLOWER_ROOT", str(tmp_path))
+    half, official = load_dataset("flower", Setting(split="half", val_fraction=0)), load_dataset("flower")
+    rng, numbers = np.random.default_rng(0), []  # one generator permutes the four images of each class in turn
+    for first in (1, 5, 9):
+        numbers += sorted(first + rng.permutation(4)[:2])
+    assert half.train.keys == [f"image_{number:05d}.jpg" for number in numbers]
+    assert half.train.labels.tolist() == [0, 0, 76, 76, 101, 101] and half.val is None
+    whole = {key for table in (official.train, official.val, official.test) for key in table.keys}
+    assert set(half.train.keys) | set(half.test.keys) == whole
+    assert len(half.test) == 6 and half.setting.suffix == "_half" and official.setting.suffix == ""
+
+
+def test_caltech_is_split_in_halves_and_other_data_sets_are_not(tmp_path, monkeypatch, image_folder):
+    names, sizes = official_layouts.write_caltech(tmp_path)
+    monkeypatch.setenv("CALTECH_ROOT", str(tmp_path))
+    splits = load_dataset("caltech", Setting(split="half", val_fraction=0))
+    whole = splits.train.counts() + splits.test.counts()
+    assert whole.sum() == sum(sizes.values()) and splits.train.counts().tolist() == ((whole + 1) // 2).tolist()
+    assert not set(splits.train.keys) & set(splits.test.keys)
+    with pytest.raises(UserError, match="--split half: the Diff-Mix authors take the official split of animals-"):
+        load_dataset(f"folder:{image_folder}", Setting(split="half"))
+
+
+def test_records_of_versions_without_splits_stand_for_the_official_one():
+    assert "split" not in Setting().record() and Setting(split="half").record()["split"] == "half"
+
+
+# --------------------------------------------------------------------------------------- all images, and the last epoch
+
+
+@pytest.mark.parametrize("birds", ["official"], indirect=True)
+def test_without_validation_all_images_train_and_the_last_epoch_is_tested_once(birds, tmp_path, monkeypatch):
+    states, evaluated = [], []
+    train_epoch, evaluate = trainer.Trainer._train_epoch, trainer.evaluate
+
+    def recorded(self, call, bar):
+        row = train_epoch(self, call, bar)
+        states.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return row
+
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", recorded)
+    monkeypatch.setattr(trainer, "evaluate", lambda *words: evaluated.append(len(states)) or evaluate(*words))
+    changes = {"dataset": "cub", "model": "test_vit", "nepoch": 3, "val_fraction": 0}
+    assert train_cls.main([str(word) for word in classify_arguments(None, tmp_path / "run", **changes)]) == 0
+    results = results_of(tmp_path / "run")
+    assert results["train_images"] == 12 == len(load_dataset("cub", Setting(val_fraction=0)).train)
+    assert evaluated == [3] and results["val"] is None and results["epoch"] == 3
+    kept = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(kept[name], states[-1][name]) for name in kept)
+    assert not torch.equal(kept["head.weight"], states[0]["head.weight"])

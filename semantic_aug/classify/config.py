@@ -7,7 +7,7 @@ synthetic images enter the batches is declared beside the draws, in :mod:`semant
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from semantic_aug import cli
@@ -330,7 +330,7 @@ class ClassifyConfig:
         synthetic, mixing = self.synthetic, self.mixing
         return {
             "dataset": self.dataset,
-            "setting": asdict(self.setting),
+            "setting": self.setting.record(),
             "syndata": self.syndata,
             **_recorded(synthetic),
             "draws": {

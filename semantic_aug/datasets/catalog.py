@@ -224,14 +224,20 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
     )
 
 
-def read_splits(word: str, config_dir: Path = registry.CONFIG_DIR) -> tuple[DatasetSpec, Splits]:
+def read_splits(
+    word: str, config_dir: Path = registry.CONFIG_DIR, split: str = "official"
+) -> tuple[DatasetSpec, Splits]:
     """A data set's spec and its splits as the source has them, before any setting.
 
     Raises:
-        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
+        UserError: it has no such ``--split``; see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
     """
     spec = find_spec(word, config_dir)
-    splits = spec.read()
+    if split == "half" and spec.read_half is None:
+        raise UserError(
+            f"--split half: the Diff-Mix authors take the official split of {spec.name}; give --split official"
+        )
+    splits = spec.read_half() if split == "half" else spec.read()
     check_classes(splits, spec.name)
     return spec, splits
 
@@ -248,7 +254,7 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
         UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
     """
     setting = setting or Setting()
-    spec, splits = read_splits(word, config_dir)
+    spec, splits = read_splits(word, config_dir, setting.split)
     refuse_missing(splits, spec.name)
     train, val = splits["train"], splits.get("val")
     if val is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from semantic_aug import cli
@@ -11,6 +11,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.runs import number_text, setting_suffix
 
 TASKS = ("vanilla", "imbalanced")
+SOURCE_SPLITS = ("official", "half")
 PROFILES = ("exponential", "original")
 """How the long tail falls off: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
 
@@ -85,12 +86,19 @@ class Setting:
         help="label noise: share of training labels replaced by another class's, drawn with --subset_seed",
     )
 
+    split: str = cli.setting(
+        "official",
+        choices=SOURCE_SPLITS,
+        help="official: the data set's split; half: a random half of each class for training and the rest for testing, as the "
+        "Diff-Mix authors split flower and caltech; keep it the same in all three stages",
+    )
+
     def __post_init__(self):
         for name in ("examples_per_class", "val_examples_per_class"):
             value = getattr(self, name)
             if value == 0 or value < -1:
                 raise UserError(f"--{name} {value}: expected -1 (all) or a positive number")
-        for name, accepted in (("task", TASKS), ("imbalance_profile", PROFILES)):
+        for name, accepted in (("task", TASKS), ("imbalance_profile", PROFILES), ("split", SOURCE_SPLITS)):
             if getattr(self, name) not in accepted:
                 raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(accepted)}")
         if not 0 < self.imbalance_factor <= 1:
@@ -100,12 +108,17 @@ class Setting:
         if not 0 <= self.corrupt_prob <= 1:
             raise UserError(f"--corrupt_prob {self.corrupt_prob}: expected a number in [0, 1]")
 
+    def record(self) -> dict:
+        """Values by name; ``split`` only where it is not the official one, which records of earlier versions stand for."""
+        return {name: value for name, value in asdict(self).items() if name != "split" or value != "official"}
+
     @property
     def suffix(self) -> str:
         """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig`` or ``_noise0.2``."""
         shown = setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
         if self.task == "imbalanced" and self.imbalance_profile == "original":
             shown += "orig"
+        shown += "_half" if self.split == "half" else ""
         return shown + (f"_noise{number_text(self.corrupt_prob)}" if self.corrupt_prob else "")
 
 

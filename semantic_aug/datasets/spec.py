@@ -32,6 +32,7 @@ class DatasetSpec:
     Attributes:
         name: the word given to ``--dataset``; it also names the registry section and the output folders.
         read: returns the splits the source has, a subset of :data:`SPLITS` that contains ``train``.
+        read_half: the same under ``--split half``, for data sets that the Diff-Mix authors split so themselves.
         super_class: what every class is a kind of ("bird"); appended to the class in prompts. May be empty.
         class_name_rules: clean-up of the source's class names for prompts (:data:`semantic_aug.prompts.RULES`).
         class_name_overrides: source class name -> name used in prompts, applied instead of the rules.
@@ -62,6 +63,7 @@ class DatasetSpec:
     group_names: tuple[str, ...] = ()
     torchvision: tuple[str, str] | None = None
     shot_thresholds: tuple[int, int] = SHOT_THRESHOLDS
+    read_half: Callable[[], Splits] | None = None
     about: str = ""
     former_name: str = ""
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from semantic_aug.datasets.settings import Setting
-from semantic_aug.datasets.spec import SHOT_THRESHOLDS
+from semantic_aug.datasets.spec import SHOT_THRESHOLDS, Splits
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
@@ -41,6 +41,22 @@ def _in_turn(rows: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
         members = np.flatnonzero(groups[rows] == group)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
     return rows[np.argsort(position, kind="stable")]
+
+
+def halves(table: ImageTable, round_up: bool = False) -> Splits:
+    """A random half of each class for training, the rest for testing, drawn as the Diff-Mix authors draw it.
+
+    One generator with the seed 0 permutes the images of each class, sorted by key, class after class.
+
+    Args:
+        table: all images.
+        round_up: the middle image of an odd class is for training.
+    """
+    rng, train = np.random.default_rng(0), np.zeros(len(table), bool)
+    for label in range(len(table.class_names)):
+        rows = np.flatnonzero(table.labels == label)
+        train[rows[rng.permutation(len(rows))[: (len(rows) + round_up) // 2]]] = True
+    return {"train": table.take(np.flatnonzero(train)), "test": table.take(np.flatnonzero(~train))}
 
 
 def few_shot(table: ImageTable, examples_per_class: int, seed: int = 0, purpose: str = "few-shot") -> ImageTable:

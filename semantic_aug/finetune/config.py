@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import cli
@@ -288,7 +288,7 @@ class FinetuneConfig:
         }
         return {
             "dataset": self.dataset,
-            "setting": asdict(self.setting),
+            "setting": self.setting.record(),
             **settings,
             "random_flip": not self.images.no_flip,
             "class_balanced": self.class_balanced,

@@ -7,6 +7,9 @@ Three ways to have it, the first that is named being taken:
 * ``FLOWER_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``FLOWER_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
 * the hub: ``nelorth/oxford-flowers`` (another split: 7,169 for training, 1,020 for testing).
 
+``--split half``, of the official download alone: the authors of Diff-Mix draw a random half of each flower's photographs for
+training and test on the rest; the draw is theirs, image for image.
+
 The download has no class names; those below are the ones its authors list, in the order of its labels.
 """
 
@@ -14,8 +17,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.subsets import halves
+from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
@@ -47,24 +54,42 @@ def read() -> Splits:
     return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
 
 
+def read_labels(root: Path) -> tuple[Path, np.ndarray]:
+    """``imagelabels.mat``, and what it holds: the label of ``image_00001.jpg`` and on, counted from 0."""
+    file = official.part(root, "imagelabels.mat")
+    return file, official.variable(official.read_mat(file), "labels", file).astype(int) - 1
+
+
+def labelled(root: Path, file: Path, labels: np.ndarray, numbers: np.ndarray) -> ImageTable:
+    """The photographs of some numbers, which count from 1."""
+    names = [f"image_{number:05d}.jpg" for number in numbers]
+    return official.labelled_files(CLASS_NAMES, labels[numbers - 1], names, root / "jpg", file)
+
+
+def read_half() -> Splits:
+    """The Diff-Mix authors' split."""
+    root = official.required_root(SPEC)
+    file, labels = read_labels(root)
+    return halves(labelled(root, file, labels, np.arange(len(labels)) + 1))
+
+
 def read_official(root: Path) -> Splits:
-    """``imagelabels.mat`` (the label of ``image_00001.jpg`` and on) and ``setid.mat`` (image numbers of each split)."""
-    file, sets = official.part(root, "imagelabels.mat"), official.part(root, "setid.mat")
-    labels = official.variable(official.read_mat(file), "labels", file).astype(int) - 1
+    """The labels, and ``setid.mat`` (image numbers of each split)."""
+    (file, labels), sets = read_labels(root), official.part(root, "setid.mat")
     content = official.read_mat(sets)
     splits = {}
     for split, name in SETS.items():
         numbers = official.variable(content, name, sets).astype(int)
         if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(labels):
             raise UserError(f"{sets}: {name} numbers images up to {numbers.max()}, {file.name} has {len(labels)}")
-        names = [f"image_{number:05d}.jpg" for number in numbers]
-        splits[split] = official.labelled_files(CLASS_NAMES, labels[numbers - 1], names, root / "jpg", file)
+        splits[split] = labelled(root, file, labels, numbers)
     return splits
 
 
 SPEC = DatasetSpec(
     name="flower",
     read=read,
+    read_half=read_half,
     super_class="flower",
     class_name_rules=("underscores",),
     original_names={"cyclamen": "cyclamen ", "hippeastrum": "hippeastrum "},

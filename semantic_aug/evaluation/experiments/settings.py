@@ -23,8 +23,8 @@ from semantic_aug.finetune import config as finetune
 from semantic_aug.sampling import settings as sampling
 
 _ALL_STAGES = (
-    "dataset examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class subset_seed seed "
-    "config_dir register_key"
+    "dataset split examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class subset_seed "
+    "seed config_dir register_key"
 )
 RESERVED = {
     1: f"{_ALL_STAGES} output_dir finetune_strategy pretrained_model_name_or_path".split(),
@@ -120,7 +120,7 @@ STAGE_SETTINGS = {
     3: (classify.SyntheticSettings, classify.ModelSettings, classify.TrainSettings),
 }
 """Stage -> the dataclasses that declare its flags."""
-IN_ALL_STAGES = ("imbalance_profile", "val_fraction", "val_examples_per_class")
+IN_ALL_STAGES = ("split", "imbalance_profile", "val_fraction", "val_examples_per_class")
 """Settings of the data that are passed on where they are given."""
 BUDGET = {
     1: "pretrained_model_name_or_path max_train_steps train_batch_size learning_rate ti_learning_rate initializer".split(),
