@@ -6,17 +6,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import classify_arguments
+from helpers import ROWS, classify_arguments, write_subset
+from PIL import Image
 from safetensors.torch import load_file
 
 import official_layouts
 import tiny
 import train_cls
-from semantic_aug.classify import trainer
+from semantic_aug.classify import crops, inference, trainer
 from semantic_aug.classify.config import build_parser, read_config
+from semantic_aug.classify.data import TrainBatches, share_of
+from semantic_aug.classify.draws import SyntheticSettings
 from semantic_aug.classify.run import resolve, run_name
 from semantic_aug.classify.trainer import results_of
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError
 
 SPECIES = ("113.Baird_Sparrow", "002.Laysan_Albatross", "001.Black_footed_Albatross", "013.Bobolink")
@@ -84,6 +88,84 @@ def test_a_run_tested_elsewhere_has_a_folder_of_its_own_and_foreign_classes_are_
         resolve(config("--dataset", f"folder:{image_folder}", "--test_dataset", "waterbird"))
     own = load_dataset("waterbird", Setting())
     assert own.test.extras["group"].tolist() == load_dataset("cub").tested_on("waterbird").test.extras["group"].tolist()
+
+
+# -------------------------------------------------------------------------------------------- the long tail's augmentation
+
+
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (64, 64), (900, 60)])
+def test_windows_are_those_of_torchvision_from_the_same_draws(size):
+    from torchvision.transforms import RandomResizedCrop
+
+    width, height = size
+    for seed in range(20):
+        torch.manual_seed(seed)
+        top, left, h, w = RandomResizedCrop.get_params(Image.new("RGB", size), crops.AREA, crops.ASPECT)
+        torch.manual_seed(seed)  # the same draws once more: area, aspect, ..., and the corner once a window fits
+        logs, drawn = np.log(crops.ASPECT).tolist(), []
+        while len(drawn) < 10 and (not drawn or not fits(width, height, *drawn[-1])):
+            drawn.append((torch.empty(1).uniform_(*crops.AREA).item(), torch.empty(1).uniform_(*logs).exp().item()))
+        corner = ((left + 0.5) / (width - w + 1), (top + 0.5) / (height - h + 1))
+        found = crops.window(width, height, [a for a, _ in drawn], [r for _, r in drawn], corner)
+        assert found == (left, top, left + w, top + h)
+
+
+def fits(width, height, area, aspect):
+    pixels = width * height * area
+    return 0 < round((pixels * aspect) ** 0.5) <= width and 0 < round((pixels / aspect) ** 0.5) <= height
+
+
+def test_pixels_are_torchvisions_for_the_same_window_and_factors():
+    from torchvision.transforms import functional
+
+    image = tiny.picture(1, 2, (60, 44))
+    draws = crops.ResizedCrops(12, np.random.default_rng(5))
+    assert (
+        0 < draws.flips.sum() < 12
+        and np.abs(draws.factors - 1).max() <= 0.4
+        and len(np.unique(draws.orders, axis=0)) > 2
+    )
+    adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    for index in range(12):
+        left, top, right, bottom = crops.window(60, 44, draws.areas[index], draws.aspects[index], draws.corners[index])
+        wanted = functional.resized_crop(image, top, left, bottom - top, right - left, [32, 32])
+        wanted = functional.hflip(wanted) if draws.flips[index] else wanted
+        for kind in draws.orders[index]:
+            wanted = adjust[kind](wanted, draws.factors[index, kind])
+        assert np.array_equal(draws.apply(image, index, 32), np.asarray(wanted))
+
+
+def test_parts_of_a_batch_have_its_resized_crops(image_folder, tmp_path):
+    dataset = load_dataset(f"folder:{image_folder}")
+    synthetic = read_subset(write_subset(tmp_path / "s", ROWS), dataset)
+    settings = SyntheticSettings(synthetic_prob=0.5)
+    batches = TrainBatches(dataset.train, synthetic, settings, 28, 7, seed=1, augmentation="resized_crop")
+    whole, halves = list(batches.epoch(2)), [list(batches.epoch(2, part, 2)) for part in range(2)]
+    assert whole[0][0].shape == (7, 28, 28, 3) and not torch.equal(whole[0][0], next(batches.epoch(3))[0])
+    plain = TrainBatches(dataset.train, synthetic, settings, 28, 7, seed=1)
+    for step, (pixels, targets) in enumerate(whole):
+        assert torch.equal(targets, list(plain.epoch(2))[step][1])  # the items do not depend on the augmentation
+        for part in range(2):
+            rows = torch.from_numpy(share_of(7, part, 2))
+            assert torch.equal(halves[part][step][0], pixels[rows])
+
+
+def test_a_classifier_of_resized_crops_keeps_the_aspect_of_what_it_sees(image_folder, tmp_path):
+    words = classify_arguments(image_folder, tmp_path / "run", model="test_vit", nepoch=1, augmentation="resized_crop")
+    words = [str(word) for word in words]
+    assert train_cls.main(words) == 0
+    wide = Image.new("RGB", (200, 100), "red")
+    wide.paste("blue", (50, 0, 150, 100))  # the middle square, all that is seen
+    classifier = inference.load_run(tmp_path / "run")
+    assert classifier.keep_aspect and not inference.Classifier.keep_aspect
+    seen = [
+        classifier.probabilities(lambda _, image=image: image, 1) for image in (wide, Image.new("RGB", (9, 9), "blue"))
+    ]
+    assert np.allclose(*seen, atol=1e-4)
+    scores = results_of(tmp_path / "run")["test"]
+    assert train_cls.main([*words, "--eval_only"]) == 0
+    again = json.loads((tmp_path / "run/evaluation/results.json").read_text())["test"]
+    assert again == pytest.approx(scores)
 
 
 # -------------------------------------------------------------------------------------------------- the authors' splits

@@ -16,6 +16,7 @@ from semantic_aug.datasets.cache import MODES as CACHES
 from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
+AUGMENTATIONS = ("crop", "resized_crop")
 CLASS_WEIGHT_MEANS = ("images", "weights")
 SELECT_BY = ("top1", "macro", "worst_group")
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
@@ -72,6 +73,13 @@ class TrainSettings:
         help="parts in which a step's images go through the model, to save memory",
         result=False,
     )
+    augmentation: str = cli.setting(
+        "crop",
+        choices=AUGMENTATIONS,
+        help="crop: random windows, 7/8 wide, of the image resized to a square; resized_crop: windows of 0.08 to 1 of the "
+        "image's area, resized, and brightness, contrast and saturation changed by up to 0.4, evaluation then keeping the "
+        "aspect ratio; both are mirrored at random",
+    )
     optimizer: str = cli.setting(
         "sgd", choices=tuple(DEFAULT_LR), help="optimiser: SGD with Nesterov momentum 0.9, or AdamW"
     )
@@ -114,6 +122,11 @@ class TrainSettings:
     report_to: str = cli.setting(
         "none", choices=("none", "tensorboard"), help="tracker of the metrics, besides epochs.csv", result=False
     )
+
+    @property
+    def keep_aspect(self) -> bool:
+        """Whether evaluation keeps the images' aspect ratio, as training does."""
+        return self.augmentation == "resized_crop"
 
 
 @dataclass(frozen=True)
@@ -370,7 +383,10 @@ NOT_RECORDED = (
     *("seeds", "allow_other_sources"),
 )
 
-LATER = ("synthetic_inverse_frequency", "shot_thresholds", "class_weight_mean", "unmixed_epochs", "test_dataset")
+LATER = (
+    *("synthetic_inverse_frequency", "augmentation", "class_weight_mean", "unmixed_epochs"),
+    *("test_dataset", "shot_thresholds"),
+)
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
 
 BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from semantic_aug.classify.crops import ResizedCrops
 from semantic_aug.classify.draws import EpochDraws, SyntheticSettings, minority_rows
 from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
@@ -51,6 +52,7 @@ class ImageStore:
         workers: decoding threads.
         cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
         identity: what the images are (a table's ``signature()``); without it they are never kept on disk.
+        keep_aspect: the shorter side is resized and the middle kept, instead of the whole picture.
     """
 
     def __init__(
@@ -63,15 +65,19 @@ class ImageStore:
         workers: int | None = None,
         cache: str = "auto",
         identity: str | None = None,
+        keep_aspect: bool = False,
     ):
-        self.read, self.count, self.side = read, count, side
+        self.read, self.count, self.side, self.keep_aspect = read, count, side, keep_aspect
         self.pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
-        content = f"{identity} squash bicubic" if identity is not None else None
+        content = f"{identity} {'crop' if keep_aspect else 'squash'} bicubic" if identity is not None else None
         self.pixels = open_pixels(self.decode, count, side, content, cache, memory=budget, workers=workers)
 
     def decode(self, index: int) -> np.ndarray:
         """One image, uint8 ``(side, side, 3)``."""
-        return np.asarray(self.read(index).resize((self.side, self.side), Image.Resampling.BICUBIC))
+        image, size = self.read(index), (self.side, self.side)
+        if self.keep_aspect:
+            return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
+        return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """uint8 ``(B, side, side, 3)``."""
@@ -141,6 +147,8 @@ class TrainBatches:
         seed: of every choice.
         budget: bytes for decoded images in memory.
         cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        augmentation: one of ``semantic_aug.classify.config.AUGMENTATIONS``; resized crops are cut from the whole images,
+            which are decoded each time.
     """
 
     def __init__(
@@ -154,8 +162,12 @@ class TrainBatches:
         *,
         budget: int | None = None,
         cache: str = "auto",
+        augmentation: str = "crop",
     ):
         side, budget = resized_side(resolution), budget if budget is not None else int(available_memory() * RAM_SHARE)
+        self.whole = augmentation == "resized_crop"
+        if self.whole:
+            budget, cache = -1, "off"
         k = len(real.class_names)
         self.real = ImageStore(real.image, len(real), side, budget, cache=cache, identity=real.signature())
         self.labels = real.labels
@@ -205,7 +217,21 @@ class TrainBatches:
         return self._load(minority_rows(self.labels, self.batch_size, rng), positions, rng)
 
     def _load(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Pixels and targets of the items at some positions, cropped and flipped."""
+        """Pixels and targets of the items at some positions, augmented."""
+        pixels = (self._resized_crops if self.whole else self._crops)(items, positions, rng)
+        return torch.from_numpy(pixels), self.targets[torch.from_numpy(items[positions])]
+
+    def _resized_crops(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        crops = ResizedCrops(len(items), rng)
+
+        def augmented(position: int) -> np.ndarray:
+            item = int(items[position])
+            image = self.real.read(item) if item < self.real.count else self.synthetic.read(item - self.real.count)
+            return crops.apply(image, position, self.resolution)
+
+        return np.stack(list(self.real.pool.map(augmented, positions.tolist())))
+
+    def _crops(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         room = self.real.side - self.resolution + 1
         tops, lefts = rng.integers(room, size=(2, len(items)))[:, positions]
         flips, items = (rng.random(len(items)) < 0.5)[positions], items[positions]
@@ -218,12 +244,11 @@ class TrainBatches:
             if len(rows):
                 for row, image in zip(rows, views(store, items[rows] - first), strict=True):
                     images[row] = image
-        pixels = crop(images, tops, lefts, self.resolution, flips)
-        return torch.from_numpy(pixels), self.targets[torch.from_numpy(items)]
+        return crop(images, tops, lefts, self.resolution, flips)
 
 
 class EvalBatches:
-    """A split's images in order, centre-cropped.
+    """A split's images in order, their middle.
 
     Args:
         table: the split.
@@ -231,10 +256,18 @@ class EvalBatches:
         batch_size: images per batch.
         budget: bytes for decoded images in memory.
         cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        keep_aspect: see :class:`ImageStore`.
     """
 
     def __init__(
-        self, table: ImageTable, resolution: int, batch_size: int, *, budget: int | None = None, cache: str = "auto"
+        self,
+        table: ImageTable,
+        resolution: int,
+        batch_size: int,
+        *,
+        budget: int | None = None,
+        cache: str = "auto",
+        keep_aspect: bool = False,
     ):
         self.store = ImageStore(
             table.image,
@@ -243,6 +276,7 @@ class EvalBatches:
             budget if budget is not None else int(available_memory() * RAM_SHARE),
             cache=cache,
             identity=table.signature(),
+            keep_aspect=keep_aspect,
         )
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 

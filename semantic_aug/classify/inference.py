@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Classifier:
         normalise: uint8 batches to the model's input.
         resolution: side of its images in pixels.
         amp: ``no``, ``fp16`` or ``bf16``.
+        keep_aspect: whether its images keep their aspect ratio, see :class:`semantic_aug.classify.data.ImageStore`.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Classifier:
     normalise: Normaliser
     resolution: int
     amp: str = "no"
+    keep_aspect: bool = False
 
     def batches(self, read: Callable[[int], Image.Image], count: int, size: int) -> Iterator[tuple[range, Tensor]]:
         """Images batch by batch: their indices and their class probabilities, float32 ``(B, K)`` on the CPU.
@@ -68,7 +71,9 @@ class Classifier:
             UserError: the model's outputs are not finite.
         """
         # decoded as they come, never kept
-        store = ImageStore(read, count, resized_side(self.resolution), budget=-1, cache="off")
+        store = ImageStore(
+            read, count, resized_side(self.resolution), budget=-1, cache="off", keep_aspect=self.keep_aspect
+        )
         for start in range(0, count, size):
             rows = range(start, min(count, start + size))
             pixels = torch.from_numpy(centre(store.batch(np.asarray(rows)), self.resolution))
@@ -94,7 +99,7 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     flag = "--weights" if given else "--output_dir"
     if not path.is_file():
         raise UserError(f"{flag} {path.parent}: no trained classifier there (looked for {path.name}); train it first")
-    names = class_names_of(path) or dataset.source_names
+    names = metadata_of(path).get("classes", dataset.source_names)
     order = class_order(names, dataset, f"{flag} {path}")
     classifier = _load(
         path, flag, config.classifier.model, config.classifier.res_mode, names, torch.device(config.device)
@@ -161,7 +166,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
         raise UserError(
             f"{folder} holds no finished classifier: expected the output folder of train_cls.py with {MODEL_FILE}"
         )
-    names = class_names_of(path)
+    names = metadata_of(path).get("classes")
     if names is None:
         raise UserError(f"{path} is damaged or not train_cls.py's (it names no classes): run train_cls.py again")
     return _load(path, "--classifier", arguments["model"], int(arguments["resolution"]), names, torch.device(device))
@@ -179,20 +184,21 @@ def _load(
         )
     model.load_state_dict({key: state[key] for key in wanted})
     normalise = Normaliser(normalisation.mean, normalisation.std, device)
-    return Classifier(path, model.to(device).eval(), class_names, normalise, resolution)
+    keep_aspect = metadata_of(path).get("keep_aspect", False)
+    return Classifier(path, model.to(device).eval(), tuple(class_names), normalise, resolution, keep_aspect=keep_aspect)
 
 
-def class_names_of(path: Path) -> tuple[str, ...] | None:
-    """The class names in the metadata of a weight file written by ``train_cls.py``, or None."""
+def metadata_of(path: Path) -> dict[str, Any]:
+    """What ``train_cls.py`` wrote into a weight file besides weights: ``classes`` and more; empty for other files."""
     if path.suffix != ".safetensors":
-        return None
+        return {}
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return tuple(tensors.read_metadata(file.metadata(), "classes")["classes"])
-    except (SafetensorError, KeyError, TypeError, ValueError):  # a damaged file is reported when its tensors are read
-        return None
+            return tensors.read_metadata(file.metadata(), "classes")
+    except (SafetensorError, TypeError, ValueError):  # a damaged file is reported when its tensors are read
+        return {}
 
 
 def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> dict:
@@ -208,9 +214,8 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
     processes = Processes(config.device)
     for split, table in (("val", dataset.val), ("test", dataset.test)):
         if table is not None:
-            batches = EvalBatches(
-                table, classifier.resolution, 2 * config.training.batch_size, cache=config.placement.cache
-            )
+            size, options = 2 * config.training.batch_size, {"keep_aspect": classifier.keep_aspect}
+            batches = EvalBatches(table, classifier.resolution, size, cache=config.placement.cache, **options)
             classes = len(classifier.class_names)
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, classifier.amp)
             thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds

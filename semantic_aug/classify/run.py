@@ -205,6 +205,7 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
     else:
         parts.append("real")
     parts += [kind for kind in ("cutmix", "mixup", "cmo") if kind in config.mixing.alphas]
+    parts += [config.training.augmentation] if config.training.augmentation != "crop" else []
     parts += [loss.criterion] if loss.criterion != "ce" else []
     parts += [f"drw{loss.drw_epoch}"] if loss.drw_epoch >= 0 else []
     parts += [classifier.trainable_layers] if classifier.trainable_layers != "all" else []

@@ -136,6 +136,7 @@ class Trainer:
             training.batch_size,
             config.seed,
             cache=config.placement.cache,
+            augmentation=training.augmentation,
         )
         self.parts = self.processes.count * training.gradient_accumulation_steps
         self.processes.check(self.train_batches.batch_size, self.parts)
@@ -163,7 +164,8 @@ class Trainer:
 
     def _eval_batches(self, table: ImageTable) -> EvalBatches:
         size, resolution = 2 * self.config.training.batch_size, self.config.classifier.res_mode
-        return EvalBatches(table, resolution, size, cache=self.config.placement.cache)
+        cache, keep_aspect = self.config.placement.cache, self.config.training.keep_aspect
+        return EvalBatches(table, resolution, size, cache=cache, keep_aspect=keep_aspect)
 
     def _check_batch_norm(self) -> None:
         """Refuses batches whose smallest part BatchNorm cannot train on; synchronised over GPUs it sees all parts."""
@@ -372,6 +374,7 @@ class Trainer:
             for split, predictions in predicted.items():
                 write_predictions(getattr(dataset, split), predictions, dataset.class_names, folder, split)
             metadata = {"model": config.classifier.model, "classes": dataset.source_names}
+            metadata |= {"keep_aspect": True} if config.training.keep_aspect else {}
             tensors.save_tensors(folder / MODEL_FILE, self.evaluated.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
