@@ -133,6 +133,36 @@ def _bare(name: str) -> str:
     return folded(_CATALOGUE.sub("", name).replace("-", " "))
 
 
+ORIGINAL_NAMES = {
+    "pascal": {
+        "aeroplane": "airplane",
+        "diningtable": "dining table",
+        "motorbike": "motorcycle",
+        "pottedplant": "potted plant",
+        "tvmonitor": "television",
+    },
+    "caltech": {
+        "Faces": "faces",
+        "Faces_easy": "faces easy",
+        "Leopards": "leopards",
+        "Motorbikes": "motorbikes",
+    },
+    "flower": {"cyclamen": "cyclamen ", "hippeastrum": "hippeastrum "},
+}
+"""By data set, the names that the original implementation spells by no rule; those of flower end with a space there."""
+
+
+def original_name(name: str, dataset: str) -> str:
+    """A class as the original implementation spells it: without catalogue number, underscores and slashes ("F-16A B").
+
+    Args:
+        name: the source's spelling.
+        dataset: name of the data set.
+    """
+    plain = re.sub(r"[_/]", " ", _CATALOGUE.sub("", name))
+    return ORIGINAL_NAMES.get(dataset, {}).get(name, plain)
+
+
 class ClassIndex:
     """The classes of a data set or of a file, found by any spelling of their names.
 

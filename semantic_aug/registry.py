@@ -33,6 +33,10 @@ LORA_FILES = (
     "model.safetensors",
 )
 """What is looked for, in this order, where a ``lora_path`` is a folder."""
+TOKEN_FILES = ("learned_embeds.safetensors", "learned_embeds-steps-last.bin")
+"""What is looked for, in this order, where an ``embed_path`` is a folder."""
+TOKENS_PER_CLASS = ("*/learned_embeds.bin", "*/learned_embeds.safetensors", "*.pt", "*.bin")
+"""Where it holds neither: the files of its classes, by the first pattern that any file has."""
 ADAPTER_CONFIG = "adapter_config.json"
 """Of a LoRA that PEFT saved, beside its file: the scale is there."""
 
@@ -198,6 +202,8 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
             )
     if paths["lora_path"] is not None:
         paths["lora_path"] = find_lora(paths["lora_path"])
+    if paths["embed_path"] is not None and len(files := token_files(paths["embed_path"])) == 1:
+        paths["embed_path"] = files[0]
     return CheckpointEntry(entry["model_path"], **paths)
 
 
@@ -222,6 +228,25 @@ def lora_files(path: Path) -> list[Path]:
     file = find_lora(path)
     config = file.with_name(ADAPTER_CONFIG)
     return [file, config] if config.is_file() else [file]
+
+
+def token_files(path: Path) -> list[Path]:
+    """The files of an ``embed_path``: itself, the known file inside a folder, or the files of its classes, sorted by name.
+
+    Raises:
+        UserError: none there.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"class tokens {path} are not there: mend embed_path of the checkpoint's entry")
+        return [path]
+    known = [path / name for name in TOKEN_FILES if (path / name).is_file()]
+    found = known[:1] or next((files for pattern in TOKENS_PER_CLASS if (files := sorted(path.glob(pattern)))), [])
+    if not found:
+        raise UserError(
+            f"embed_path {path} holds no class tokens: expected {' or '.join(TOKEN_FILES)}, or a .pt or .bin file per class"
+        )
+    return found
 
 
 def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:

@@ -1,23 +1,36 @@
 """Files of the original implementation and of other tools: class names, tokens, LoRAs and subsets, there and back."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
-from official_layouts import write_aircraft
+import tiny
+from official_layouts import write_aircraft, write_cub
 from semantic_aug import meta_csv
 from semantic_aug.augmentations import strategies
-from semantic_aug.datasets import find_spec, load_dataset
+from semantic_aug.augmentations.engine import Engine
+from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
+from semantic_aug.datasets import Setting, find_spec, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
+from semantic_aug.diffusion import convert, tokens
+from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import export, export_formats
-from semantic_aug.prompts import ClassIndex, clean_class_name
+from semantic_aug.prompts import ClassIndex, clean_class_name, original_name
+from semantic_aug.registry import checkpoint
 from semantic_aug.sampling.files import TaskPaths
+from semantic_aug.sampling.identity import Weights
 from semantic_aug.sampling.plan import make_plan
+from semantic_aug.seeding import task_rng
 
 # ------------------------------------------------------------------------------------------------------- class names
 
@@ -132,9 +145,9 @@ def test_a_subset_goes_there_and_back(planes, tmp_path):
 
 def test_the_originals_names_of_the_classes():
     for dataset, source, theirs in SPELLED:
-        assert find_spec(dataset).original_name(source) == theirs.replace("Anna_Humm", "Anna Humm")
-    assert find_spec("flower").original_name("cyclamen") == "cyclamen "  # its list has the space
-    assert find_spec("caltech").original_name("Faces_easy") == "faces easy"
+        assert original_name(source, dataset) == theirs.replace("Anna_Humm", "Anna Humm")
+    assert original_name("cyclamen", "flower") == "cyclamen "  # its list has the space
+    assert original_name("Faces_easy", "caltech") == "faces easy"
 
 
 def test_real_images_and_classes_of_one_folder_do_not_fit_that_layout(planes, tmp_path):
@@ -158,3 +171,208 @@ def test_the_originals_filtered_list_is_a_variant(planes, tmp_path):
     assert len(read_subset(f"{folder}#10-100per", planes)) == 12
     with pytest.raises(UserError, match="10-100per"):
         read_subset(f"{folder}#90-100per", planes)
+
+
+# ------------------------------------------------------------------------------------------- tokens and LoRA, as images
+
+BIRDS = ("Black footed Albatross", "Laysan Albatross", "Sooty Albatross")
+
+
+def vectors(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, tiny.WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def write_original(folder: Path, base: Path) -> Path:
+    """A checkpoint as the original's stage 1 leaves it: its last state, and that of step 10."""
+    generator = torch.Generator().manual_seed(4)
+    unet, state = UNet2DConditionModel.from_pretrained(base / "unet"), {}
+    for name, module in unet.named_modules():
+        projection = next((p for p in ("to_q", "to_k", "to_v", "to_out.0") if name.endswith(f".{p}")), None)
+        if projection:
+            stem = f"{name.removesuffix(projection)}processor.{projection.removesuffix('.0')}_lora"
+            state[f"{stem}.down.weight"] = torch.randn(3, module.in_features, generator=generator) * 0.2
+            state[f"{stem}.up.weight"] = torch.randn(module.out_features, 3, generator=generator) * 0.2
+    placeholder_of = {name.replace(" ", "_"): f"<class_{i}>" for i, name in enumerate(BIRDS)}
+    content = {
+        "learned_embeds_dict": dict(zip(placeholder_of.values(), vectors(3), strict=True)),
+        "name2placeholder": placeholder_of,
+        "placeholder2name": {placeholder: name for name, placeholder in placeholder_of.items()},
+    }
+    (folder / "checkpoint-10").mkdir(parents=True)
+    save_file(state, folder / "pytorch_lora_weights.safetensors")
+    torch.save(state, folder / "checkpoint-10" / "pytorch_model.bin")
+    for step in ("last", 10):
+        torch.save(content, folder / f"learned_embeds-steps-{step}.bin")
+    return folder
+
+
+def images_of_the_original(base: Path, folder: Path, sources, prompts, strengths) -> list[np.ndarray]:
+    """Translations by the plain pipeline, with tokens and LoRA put in as the original's augmentation does."""
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(base, safety_checker=None)
+    content = torch.load(folder / "learned_embeds-steps-last.bin", weights_only=True)
+    for token, vector in content["learned_embeds_dict"].items():
+        assert pipe.tokenizer.add_tokens(token) == 1
+        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+        table = pipe.text_encoder.get_input_embeddings().weight.data
+        table[pipe.tokenizer.convert_tokens_to_ids(token)] = vector
+    state = torch.load(folder / "checkpoint-10" / "pytorch_model.bin", weights_only=True)
+    pipe.unet.load_lora_adapter(state, prefix=None)  # today's load_lora_weights no longer knows these names
+    pipe.scheduler = make_scheduler(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "np"}
+    made = [
+        pipe(prompt, image=image, strength=s, generator=[task_rng(0, i)], **options).images[0]
+        for i, (image, prompt, s) in enumerate(zip(sources, prompts, strengths, strict=True))
+    ]
+    return [(255 * image).round().astype(np.uint8) for image in made]
+
+
+def differences(made, wanted) -> np.ndarray:
+    """In grey levels, by image."""
+    return np.stack([np.abs(a.astype(int) - b.astype(int)) for a, b in zip(made, wanted, strict=True)])
+
+
+@pytest.fixture
+def cub(tmp_path, monkeypatch):
+    write_cub(tmp_path / "cub")
+    monkeypatch.setenv("CUB_ROOT", str(tmp_path / "cub"))
+    return load_dataset("cub")
+
+
+def prompts_of(dataset) -> Prompts:
+    return Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class)
+
+
+def test_both_layouts_make_the_images_of_the_plain_pipeline(tiny_base, cub, tmp_path):
+    folder, strengths = write_original(tmp_path / "theirs", tiny_base), (0.5, 0.9, 1.0)
+    sources = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(3)]
+    said = [f"a photo of a <class_{(i + 1) % 3}> bird" for i in range(3)]
+    wanted = images_of_the_original(tiny_base, folder, sources, said, strengths)
+    for lora, step in ((folder / "pytorch_lora_weights.safetensors", "last"), (folder / "checkpoint-10", 10)):
+        files = ModelFiles("tiny", tiny_base, lora, folder / f"learned_embeds-steps-{step}.bin")
+        engine = Engine(files, prompts_of(cub), SolverSettings(6, 4.0), tiny.RESOLUTION)
+        assert engine.prompts[1] == said[0]
+        generators = [task_rng(0, i) for i in range(3)]
+        made = engine.translate(engine.encode(sources), [1, 2, 0], strengths, generators).numpy()
+        assert differences(made, wanted).max() <= 1
+    for changes in ({"lora": None}, {"tokens": None}):  # each file shows in the images
+        engine = Engine(replace(files, **changes), prompts_of(cub), SolverSettings(6, 4.0), tiny.RESOLUTION)
+        made = engine.translate(
+            engine.encode(sources), [1, 2, 0], strengths, [task_rng(0, i) for i in range(3)]
+        ).numpy()
+        assert differences(made, wanted)[2].max() > 1
+
+
+def test_our_checkpoint_in_their_layout_has_their_names(tmp_path):
+    names = ("003.Sooty_Albatross", "001.Black_footed_Albatross")
+    tiny.write_tokens(tmp_path / "ours.safetensors", names)
+    convert.convert(None, tmp_path / "ours.safetensors", tmp_path / "out", "original")
+    content = torch.load(tmp_path / "out" / "learned_embeds-steps-last.bin", weights_only=True)
+    # the original's loader spells the keys so, and looks a class up by its name in the hub's copy
+    assert {name.replace("/", " ").replace("_", " "): v for name, v in content["name2placeholder"].items()} == {
+        "Sooty Albatross": "<class_0>", "Black footed Albatross": "<class_1>",
+    }  # fmt: skip
+    back = tokens.load_tokens(tmp_path / "out").for_classes(names, names, "file")
+    first = tokens.load_tokens(tmp_path / "ours.safetensors")
+    assert torch.equal(back.vectors, first.vectors) and [back.phrase(n) for n in names] == ["<class_0>", "<class_1>"]
+    tiny.write_tokens(tmp_path / "twice.safetensors", ("1.toad", "2.toad"))
+    with pytest.raises(UserError, match="two classes would be 'toad'"):
+        convert.convert(None, tmp_path / "twice.safetensors", tmp_path / "no", "original")
+
+
+# ---------------------------------------------------------------------------------------------- tokens of other tools
+
+THINGS = ("aeroplane", "diningtable", "tvmonitor")
+THINGS_SPOKEN = ("airplane", "dining table", "television")
+
+
+def write_da_fusion(folder: Path, merged: bool) -> Path:
+    """Its tokens: a .bin in each class's folder, or the .pt that its script merges them into."""
+    entries = {f"<{name.replace(' ', '_')}>": v for name, v in zip(THINGS_SPOKEN, vectors(3), strict=True)}
+    folder.mkdir()
+    if merged:
+        torch.save(entries, folder / "pascal-0-4.pt")
+    else:
+        for placeholder, vector in entries.items():
+            (folder / placeholder[1:-1]).mkdir()
+            torch.save({placeholder: vector}, folder / placeholder[1:-1] / "learned_embeds.bin")
+    return folder
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_tokens_of_da_fusion(tiny_base, tmp_path, merged):
+    folder = write_da_fusion(tmp_path / "tokens", merged)
+    learned = tokens.load_tokens(folder).for_classes(THINGS, THINGS_SPOKEN, "file")
+    assert [learned.phrase(name) for name in THINGS] == ["<airplane>", "<dining_table>", "<television>"]
+    for row, name in enumerate(THINGS):
+        assert torch.equal(learned.vectors[learned.class_names.index(name)], vectors(3)[row])
+    entry = {"model_path": str(tiny_base), "lora_path": None, "embed_path": str(folder)}
+    (tmp_path / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({"pascal": {"theirs": entry}}))
+    files = ModelFiles("tiny", tiny_base, tokens=checkpoint("pascal", "theirs", tmp_path).embed_path)
+    check_model(files, Prompts(THINGS, THINGS_SPOKEN))
+    before, changed = Weights.of(files), next(path for path in sorted(folder.rglob("*.*")) if path.is_file())
+    torch.save({name: 2 * vector for name, vector in torch.load(changed).items()}, changed)
+    assert Weights.of(files).tokens != before.tokens
+
+
+def test_tokens_of_da_fusion_that_do_not_belong_together(tmp_path):
+    folder = write_da_fusion(tmp_path / "tokens", merged=True)
+    torch.save({"<airplane>": torch.zeros(tiny.WIDTH)}, folder / "pascal-1-4.pt")
+    with pytest.raises(UserError, match="pascal-0-4.pt and pascal-1-4.pt both hold '<airplane>': name one file"):
+        tokens.load_tokens(folder)
+    torch.save({"<lamp>": torch.zeros(7)}, folder / "pascal-1-4.pt")
+    with pytest.raises(UserError, match="its 2 files differ in their layout"):
+        tokens.load_tokens(folder)
+    torch.save({"conv.weight": torch.zeros(7)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="has another layout .its entries are conv.weight"):
+        tokens.load_tokens(tmp_path / "other.pt")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no class tokens: expected learned_embeds.safetensors or"):
+        tokens.load_tokens(tmp_path / "none")
+
+
+def test_tokens_of_unidiffda(tmp_path):
+    save_file({"learned_embeds": vectors(6)}, tmp_path / "learned_embeds.safetensors", {"format": "pt"})
+    learned = tokens.load_tokens(tmp_path).for_classes(THINGS, THINGS_SPOKEN, "file")
+    assert learned.vectors_per_class == 2 and learned.phrase("diningtable") == "<class_1> <class_1_1>"
+    assert torch.equal(learned.vectors, vectors(6))
+    with pytest.raises(UserError, match="file holds 6 vectors without the names .* the data set has 4 classes"):
+        tokens.load_tokens(tmp_path).for_classes("abcd", "abcd", "file")
+    with pytest.raises(UserError, match="do not name their classes"):
+        convert.convert(None, tmp_path, tmp_path / "out", "original")
+
+
+def test_tokens_of_several_vectors_as_diffusers_saves_them(tmp_path):
+    save_file({"<lamp>": vectors(2)}, tmp_path / "learned_embeds.safetensors")
+    learned = tokens.load_tokens(tmp_path / "learned_embeds.safetensors").for_classes(("Lamp",), ("Lamp",), "file")
+    assert learned.phrase("Lamp") == "<lamp> <lamp>_1" and torch.equal(learned.vectors, vectors(2))
+
+
+def test_leafy_spurge_is_read_by_its_configuration(tmp_path):
+    """Its layout on the hub: the configurations crop and context, a label and the place of each photograph."""
+    import datasets as hub
+
+    features = hub.Features(
+        {"image": hub.Image(), "label": hub.ClassLabel(names=["not_spurge", "spurge"]), "idx": hub.Value("int64"),
+         "latitude": hub.Value("float64"), "cluster": hub.Value("int64")}
+    )  # fmt: skip
+    for config, side in (("crop", 39), ("context", 64)):
+        for split, count in (("train", 4), ("test", 2)):
+            columns = {
+                "image": [tiny.picture(i % 2, i, (side, side)) for i in range(count)],
+                "label": [i % 2 for i in range(count)], "idx": list(range(count)),
+                "latitude": [46.7] * count, "cluster": [1] * count,
+            }  # fmt: skip
+            (tmp_path / config).mkdir(exist_ok=True)
+            file = tmp_path / config / f"{split}-00000-of-00001.parquet"
+            hub.Dataset.from_dict(columns, features=features).to_parquet(str(file))
+    entries = [
+        {"config_name": c, "data_files": [{"split": s, "path": f"{c}/{s}-*"} for s in ("train", "test")]}
+        for c in ("crop", "context")
+    ]
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': entries})}---\n")
+    read = load_dataset(f"hf:{tmp_path}:context", Setting(val_fraction=0))
+    assert read.class_names == ("not spurge", "spurge") and read.train.image(0).size == (64, 64)
+    assert len(read.train) == 4 and len(read.test) == 2
+    with pytest.raises(UserError, match="has the configurations .*crop"):
+        load_dataset(f"hf:{tmp_path}")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import clean_class_name
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
@@ -36,7 +35,6 @@ class DatasetSpec:
         super_class: what every class is a kind of ("bird"); appended to the class in prompts. May be empty.
         class_name_rules: clean-up of the source's class names for prompts (:data:`semantic_aug.prompts.RULES`).
         class_name_overrides: source class name -> name used in prompts, applied instead of the rules.
-        original_names: source class name -> name in the original implementation, where :meth:`original_name` needs to know.
         license: of the images.
         citation: who to cite.
         homepage: where to get it.
@@ -54,7 +52,6 @@ class DatasetSpec:
     super_class: str = ""
     class_name_rules: tuple[str, ...] = ("underscores",)
     class_name_overrides: Mapping[str, str] = field(default_factory=dict)
-    original_names: Mapping[str, str] = field(default_factory=dict)
     license: str = "not stated"
     citation: str = ""
     homepage: str = ""
@@ -66,12 +63,6 @@ class DatasetSpec:
     read_half: Callable[[], Splits] | None = None
     about: str = ""
     former_name: str = ""
-
-    def original_name(self, name: str) -> str:
-        """A class as the original implementation spells it: cleaned up for prompts, a slash being a space ("F-16A B")."""
-        if name in self.original_names:
-            return self.original_names[name]
-        return clean_class_name(name.replace("/", " "), self.class_name_rules, self.class_name_overrides)
 
 
 def split_of(name: str) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,7 @@ from semantic_aug import files, registry, tensors
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError, run_main
+from semantic_aug.prompts import original_name
 
 LAYOUTS = ("original", "diffusers")
 
@@ -68,17 +70,26 @@ def diffusers_lora(lora: dict[str, lora_io.LoraPair]) -> dict[str, Tensor]:
 
 
 def original_tokens(tokens: token_io.ClassTokens, where: str) -> dict[str, dict]:
-    """Class tokens as the original pickles them: placeholder -> vector ``(D,)``, and the names both ways.
+    """Class tokens as the original pickles them: placeholder -> vector ``(D,)``, and its names of the classes both ways.
 
     Raises:
-        UserError: several vectors per class, or vectors for several text encoders.
+        UserError: several vectors per class, vectors for several text encoders, or classes without names.
     """
     if tokens.further or tokens.vectors_per_class != 1:
         raise UserError(
             f"class tokens {where} hold {tokens.vectors_per_class} x {len(tokens.tables)} vectors per class (--num_vectors "
             "times text encoders), the original's layout one: use --layout diffusers"
         )
-    placeholder_of = dict(zip(tokens.class_names, tokens.names, strict=True))
+    if not tokens.class_names:
+        raise UserError(
+            f"class tokens {where} do not name their classes, which the original's layout does: use them as they are"
+        )
+    class_names = [original_name(name, tokens.dataset) for name in tokens.class_names]
+    placeholder_of = dict(zip(class_names, tokens.names, strict=True))
+    if twice := next((name for name, count in Counter(class_names).items() if count > 1), None):
+        raise UserError(
+            f"class tokens {where}: two classes would be '{twice}' in the original's spelling: rename one of them"
+        )
     return {
         "learned_embeds_dict": {name: v.clone() for name, v in zip(tokens.names, tokens.vectors, strict=True)},
         "name2placeholder": placeholder_of,
@@ -146,7 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = _Parser(prog="python -m semantic_aug.diffusion.convert", description=__doc__.split("\n")[0])
     parser.add_argument("--lora_path", type=registry.typed_path, metavar="PATH", help="LoRA file or folder")
-    parser.add_argument("--embed_path", type=registry.typed_path, metavar="FILE", help="class tokens")
+    parser.add_argument(
+        "--embed_path",
+        type=registry.typed_path,
+        metavar="PATH",
+        help="file of class tokens, or a folder with one per class",
+    )
     parser.add_argument(
         "--output_dir", type=registry.typed_path, required=True, metavar="DIR", help="where the files go"
     )

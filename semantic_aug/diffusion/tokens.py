@@ -6,7 +6,9 @@ of its own is the same under AdamW and leaves the table of tens of thousands of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import ClassIndex, class_token, initializer_text
+from semantic_aug.registry import token_files
 from semantic_aug.tensors import load_pickle, read_metadata, save_tensors
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "learned_embeds.safetensors"
 TABLES = ("clip_l", "clip_g")
@@ -31,7 +36,7 @@ class ClassTokens:
     """Learned vectors of the classes of one data set.
 
     Attributes:
-        class_names: source class names, in the order of their tokens.
+        class_names: source class names, in the order of their tokens; empty where a file does not name them.
         vectors: ``(K * V, D)`` float32, V vectors of class 0, then of class 1, and so on.
         vectors_per_class: V.
         base_model: the base model they were trained on (may be empty).
@@ -52,7 +57,7 @@ class ClassTokens:
 
     def __post_init__(self):
         if not self.names:
-            count, per_class = len(self.class_names), self.vectors_per_class
+            count, per_class = len(self.class_names) or len(self.vectors), self.vectors_per_class
             self.names = tuple(class_token(i, v) for i in range(count) for v in range(per_class))
         for table in self.tables:
             if len(self.names) != len(table):
@@ -74,6 +79,8 @@ class ClassTokens:
         Raises:
             UserError: names the first class without a token, or two classes of one name.
         """
+        if not self.class_names:
+            return self._in_order(source_names, where)
         positions = ClassIndex(self.class_names).match(source_names, prompt_names, where=where)
         missing = [name for name, position in zip(source_names, positions, strict=True) if position is None]
         if missing:
@@ -86,6 +93,17 @@ class ClassTokens:
         for name, position in zip(source_names, positions, strict=True):
             class_names[position] = name
         return replace(self, class_names=tuple(class_names))
+
+    def _in_order(self, source_names: Sequence[str], where: str) -> ClassTokens:
+        """Vectors that no class is named for, taken in the order of a data set's classes."""
+        rows, count = len(self.vectors), len(source_names)
+        if rows % count:
+            raise UserError(
+                f"{where} holds {rows} vectors without the names of their classes, the data set has {count} classes: expected "
+                "as many vectors or a multiple, in the order of its classes; use a file of this data set"
+            )
+        log.info("%s names no classes: its vectors are taken in the order of the data set's classes", where)
+        return replace(self, class_names=tuple(source_names), vectors_per_class=rows // count, names=())
 
     def phrase(self, class_name: str) -> str:
         """What stands for a class in a prompt: its placeholder(s).
@@ -250,16 +268,23 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
 
 
 def load_tokens(path: Path) -> ClassTokens:
-    """Reads class tokens: our ``.safetensors``, or the ``.bin`` of the original implementation.
+    """Reads class tokens of ours, of the original implementation, or of tools that name a class by its placeholder.
 
-    The latter holds ``learned_embeds_dict`` (placeholder -> vector), ``name2placeholder`` and ``placeholder2name``.
+    ==========================  ===========================================================================================
+    ours                        placeholder -> ``(D,)``, class names in the metadata (``.safetensors``)
+    the original                ``learned_embeds_dict`` (placeholder -> ``(D,)``), ``name2placeholder``, ``placeholder2name``
+    DA-Fusion, diffusers        ``<dining_table>`` -> ``(D,)`` or ``(V, D)``, of one class or of all; a folder of such files
+    UniDiffDA                   ``learned_embeds`` ``(K * V, D)`` in the order of the data set's classes
+    ==========================  ===========================================================================================
 
     Raises:
         UserError: missing, damaged, of another format, or with values that are not finite.
     """
-    if not path.is_file():
-        raise UserError(f"class tokens {path} are not there: mend embed_path of the checkpoint's entry")
-    tokens = _load_bin(path) if path.suffix in (".bin", ".pt", ".pth") else _load_safetensors(path)
+    parts = {
+        file: _load_bin(file) if file.suffix in (".bin", ".pt", ".pth") else _load_safetensors(file)
+        for file in token_files(path)
+    }
+    tokens = _joined(parts, path)
     if bad := non_finite(zip(TABLES, tokens.tables, strict=False)):
         table = tokens.tables[TABLES.index(bad)]
         name = bad if tokens.further else tokens.names[int(table.isfinite().all(1).int().argmin())]
@@ -270,12 +295,36 @@ def load_tokens(path: Path) -> ClassTokens:
     return tokens
 
 
+def _joined(parts: Mapping[Path, ClassTokens], path: Path) -> ClassTokens:
+    """The classes of several files as one."""
+    first, *others = parts.values()
+    if not others:
+        return first
+    names = [name for part in parts.values() for name in part.names]
+    kinds = {
+        (part.vectors_per_class, part.vectors.shape[-1], bool(part.class_names), part.further)
+        for part in parts.values()
+    }
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        files = [file.relative_to(path) for file, part in parts.items() if twice in part.names]
+        raise UserError(
+            f"class tokens {path}: {files[0]} and {files[1]} both hold '{twice}': name one file with embed_path"
+        )
+    if len(kinds) > 1 or not first.class_names or first.further:
+        raise UserError(
+            f"class tokens {path}: its {len(parts)} files differ in their layout: name one file with embed_path"
+        )
+    class_names = tuple(name for part in parts.values() for name in part.class_names)
+    vectors = torch.cat([part.vectors for part in parts.values()])
+    return ClassTokens(class_names, vectors, first.vectors_per_class, names=tuple(names))
+
+
 def _load_safetensors(path: Path) -> ClassTokens:
     try:
         with safe_open(path, "pt") as content:
             metadata = read_metadata(content.metadata(), "class_names", "placeholders")
             if "placeholders" not in metadata:
-                raise UserError(f"{path} has no class names in its metadata: expected a file written by train_lora.py")
+                return _without_names({name: content.get_tensor(name) for name in content.keys()}, path)  # noqa: SIM118
             names = tuple(metadata["placeholders"])
             if TABLES[0] in content.keys():  # noqa: SIM118
                 tables = [content.get_tensor(name).float() for name in TABLES]
@@ -297,13 +346,37 @@ def _load_safetensors(path: Path) -> ClassTokens:
     )
 
 
+EXPECTED = "expected class tokens: learned_embeds_dict and name2placeholder, <class> -> vector, or learned_embeds"
+
+
 def _load_bin(path: Path) -> ClassTokens:
-    expected = "expected class tokens with learned_embeds_dict and name2placeholder"
-    content = load_pickle(path, expected)
+    content = load_pickle(path, EXPECTED)
     try:
+        if "learned_embeds_dict" not in content:
+            return _without_names(content, path)
         vectors, placeholder_of = content["learned_embeds_dict"], content["name2placeholder"]
         names = tuple(placeholder_of.values())
         stacked = torch.stack([vectors[name].detach().float().reshape(-1) for name in names])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} has another layout ({type(error).__name__}: {error}): {expected}") from None
+        raise UserError(f"{path} has another layout ({type(error).__name__}: {error}): {EXPECTED}") from None
     return ClassTokens(tuple(placeholder_of), stacked, names=names)
+
+
+def _without_names(content: Mapping[str, Tensor], path: Path) -> ClassTokens:
+    """Tokens of files that have no list of class names.
+
+    Raises:
+        UserError: other tensors, or tokens of different sizes.
+    """
+    tables = {
+        name: value.detach().float().reshape(-1, value.shape[-1]) for name, value in content.items() if value.ndim
+    }
+    if list(tables) == ["learned_embeds"]:
+        return ClassTokens((), tables["learned_embeds"])
+    shapes = {tuple(table.shape) for table in tables.values()}
+    if len(shapes) != 1 or not all(name.startswith("<") and name.endswith(">") for name in content):
+        raise UserError(f"{path} has another layout (its entries are {', '.join(list(content)[:3])}, ...): {EXPECTED}")
+    ((per_class, _),) = shapes
+    # diffusers numbers the further vectors of a token: <cat>, <cat>_1
+    names = tuple(f"{name}_{vector}" if vector else name for name in tables for vector in range(per_class))
+    return ClassTokens(tuple(name[1:-1] for name in tables), torch.cat(list(tables.values())), per_class, names=names)

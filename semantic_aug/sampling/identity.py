@@ -139,8 +139,8 @@ class Identity:
 
 
 def _hash_of(path: Path) -> str:
-    """SHA-256 of a LoRA's or class tokens' file; of PEFT's settings too where they lie beside it."""
-    files = registry.lora_files(path)
+    """SHA-256 of a LoRA's or class tokens' file; of PEFT's settings beside it, or of the files of all classes, too."""
+    files = registry.token_files(path) if path.is_dir() else registry.lora_files(path)
     hashes = [sha256_file(file) for file in files]
     return hashes[0] if len(files) == 1 else sha256_text("\n".join(hashes))
 

@@ -64,12 +64,6 @@ SPEC = DatasetSpec(
     read_half=read_half,
     super_class="",
     class_name_rules=("underscores",),
-    original_names={
-        "Faces": "faces",
-        "Faces_easy": "faces easy",
-        "Leopards": "leopards",
-        "Motorbikes": "motorbikes",
-    },
     license="CC BY 4.0",
     citation="Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, CVPR Workshop 2004",
     homepage="https://data.caltech.edu/records/mzrjq-6wc02",

@@ -92,7 +92,6 @@ SPEC = DatasetSpec(
     read_half=read_half,
     super_class="flower",
     class_name_rules=("underscores",),
-    original_names={"cyclamen": "cyclamen ", "hippeastrum": "hippeastrum "},
     license="research use; the photographs are their authors'",
     citation="Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",

@@ -18,6 +18,7 @@ import numpy as np
 from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.errors import UserError, unknown
+from semantic_aug.prompts import ORIGINAL_NAMES
 
 CLASS_NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -81,13 +82,7 @@ SPEC = DatasetSpec(
     read=read,
     super_class="",
     class_name_rules=(),
-    class_name_overrides={
-        "aeroplane": "airplane",
-        "diningtable": "dining table",
-        "motorbike": "motorcycle",
-        "pottedplant": "potted plant",
-        "tvmonitor": "television",
-    },
+    class_name_overrides=ORIGINAL_NAMES["pascal"],
     license="the photographs are Flickr's, under its terms of use",
     citation="Everingham et al., The PASCAL Visual Object Classes (VOC) Challenge, IJCV 2010",
     homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",

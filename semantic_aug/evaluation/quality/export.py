@@ -15,6 +15,7 @@ from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import OutputSettings, SubsetSettings, open_subsets
+from semantic_aug.prompts import original_name
 
 FORMATS = ("imagefolder", "hf", "webdataset", "csv", "original")
 SHARDED = ("hf", "webdataset")
@@ -117,7 +118,7 @@ def folders_of(dataset, format: str) -> tuple[str, ...]:
     from semantic_aug.evaluation.quality.export_formats import ordered_folders, original_folders
 
     if format == "original":
-        return original_folders([dataset.spec.original_name(name) for name in dataset.source_names])
+        return original_folders([original_name(name, dataset.name) for name in dataset.source_names])
     return ordered_folders(dataset.folders)
 
 
