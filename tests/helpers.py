@@ -172,8 +172,8 @@ def job_of(data, folder, **changes):
     from semantic_aug.sampling.config import SampleConfig
     from semantic_aug.sampling.identity import Origin
     from semantic_aug.sampling.job import Job
+    from semantic_aug.sampling.masks import columns_of
     from semantic_aug.sampling.settings import OutputSettings, Placement
-    from semantic_aug.sampling.sources import columns_of
 
     compiled = changes.pop("compiled", False)
     given = {

@@ -1,13 +1,14 @@
 """DA-Fusion's row of the table and its object masks, and prompts drawn from several templates."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionInpaintPipeline
-from helpers import CLASSES, ROOT, job_of, refused, run, sampling_arguments, subset_contents
+from helpers import CLASSES, ROOT, job_of, planned, refused, run, sampling_arguments, subset_contents
 from PIL import Image
 from test_loop import PROMPTS, Case
 
@@ -19,11 +20,12 @@ from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.fingerprint import hash_images, split_identity
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling import files, sources
+from semantic_aug.sampling import files, masks, sources
 from semantic_aug.sampling.job import Task
 from semantic_aug.sampling.plan import make_plan
 from semantic_aug.sampling.settings import ImageSettings
@@ -97,12 +99,12 @@ def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_gives_the_source(tiny_b
 
 
 def test_the_mask_is_where_the_box_is():
-    mask = sources.box_mask((10, 40, 30, 80), (80, 160), (16, 16))  # left, top, right, bottom of an 80 x 160 image
+    mask = masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16))  # left, top, right, bottom of an 80 x 160 image
     rows, columns = torch.nonzero(mask[0], as_tuple=True)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 7, 2, 5) and mask.sum() == 16
-    assert torch.equal(sources.box_mask((10, 40, 30, 80), (80, 160), (16, 16), "background"), ~mask)
-    assert sources.box_mask((500, 500, 600, 600), (80, 160), (16, 16)).sum() == 1  # outside: its nearest cell
-    assert sources.box_mask((0, 0, 80, 160), (80, 160), (16, 16)).all()
+    assert torch.equal(masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16), "background"), ~mask)
+    assert masks.box_mask((500, 500, 600, 600), (80, 160), (16, 16)).sum() == 1  # outside: its nearest cell
+    assert masks.box_mask((0, 0, 80, 160), (80, 160), (16, 16)).all()
 
 
 @pytest.fixture
@@ -125,6 +127,7 @@ def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
     right = nothing.clone()
     right[..., 12:] = True
     made = {}
+    assert maker.pixels(tasks)[1] == {} and maker.masks.known.keys() == {0, 1}  # with the boxes of the data set
     for name, mask in (("source", nothing), ("right", right)):
         maker.masks.known = {0: mask, 1: nothing}
         made[name], broken = maker.pixels(tasks)
@@ -135,20 +138,111 @@ def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
 
 
 def test_masks_come_from_the_data_sets_boxes(cub):
-    found = sources.SourceMasks(cub.train, (8, 8), "object")
+    found = sources.SourceMasks(sources.SourceImages(cub.train, planned(cub.train)), (8, 8), "object")
     batch = found.batch([0, 1])
     size = cub.train.image(0).size
-    assert torch.equal(batch[0], sources.box_mask(cub.train.extras["box"][0].tolist(), size, (8, 8)))
+    assert torch.equal(batch[0], masks.box_mask(cub.train.extras["box"][0].tolist(), size, (8, 8)))
     assert 0 < batch[0].sum() < 64 and batch.shape == (2, 1, 8, 8)
 
 
 def test_masks_without_boxes_or_sources_are_refused(image_folder, cub):
     images = load_dataset(f"folder:{image_folder}").train
     with pytest.raises(UserError, match="--object_mask object: animals has no boxes of its objects"):
-        sources.check_mask("object", images, "animals", "image")
+        masks.check_mask("object", images, "animals", "image")
     with pytest.raises(UserError, match="--object_mask object: the strategy starts from noise"):
-        sources.check_mask("object", cub.train, "cub", "noise")
-    sources.check_mask("background", cub.train, "cub", "image")
+        masks.check_mask("object", cub.train, "cub", "noise")
+    masks.check_mask("background", cub.train, "cub", "image")
+
+
+def listed(folder, rows, columns="path,label,box,mask"):
+    """A csv data set of 40 x 36 pictures; rows name box and mask of each."""
+    for i, _ in enumerate(rows):
+        tiny.picture(i % 2, i).save(folder / f"{i}.png")
+    lines = [f'{i}.png,{"ab"[i % 2]},"{box}",{mask}' for i, (box, mask) in enumerate(rows)]
+    (folder / "list.csv").write_text("\n".join([columns, *lines]) + "\n")
+    return load_dataset(f"csv:{folder / 'list.csv'}", Setting(val_fraction=0)).train
+
+
+def mask_file(path, left, top, right, bottom, mode="L", size=(40, 36)):
+    image = Image.new(mode, size)
+    image.paste({"RGBA": (0, 0, 0, 255), "P": 1, "1": 1, "L": 9}[mode], (left, top, right, bottom))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA"])
+def test_a_list_names_boxes_and_masks(tmp_path, mode):
+    mask_file(tmp_path / "m/1.png", 5, 9, 11, 18, mode)
+    images = masks.with_regions(
+        listed(tmp_path, [("5, 9, 6, 9", ""), ("", "m/1.png"), ("[5 9 6 9]", "m/1.png")]), "object"
+    )
+    masks.check_regions(images)
+    assert images.extras["box"][0].tolist() == [5, 9, 11, 18]
+    found = sources.SourceMasks(sources.SourceImages(images, planned(images)), (4, 5), "object").batch([0, 1, 2])
+    wanted = torch.zeros(1, 4, 5, dtype=torch.bool)
+    wanted[0, 1, 0:2] = True  # of cells with 8 x 9 pixels: columns 5 to 10, rows 9 to 17
+    assert all(torch.equal(mask, wanted) for mask in found)
+    background = sources.SourceMasks(sources.SourceImages(images, planned(images)), (4, 5), "background").batch([1])
+    assert torch.equal(background[0], ~wanted)
+
+
+def test_masks_beside_a_folder_belong_to_the_images_of_their_names(tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "animals", train=2, val=0, test=1)
+    mask_file(folder / "masks/train/toad/train000.png", 0, 0, 8, 9)
+    mask_file(folder / "test/masks/toad/test000.png", 0, 0, 8, 9)
+    (folder / "train" / "metadata.csv").write_text(
+        'file_name,box\ntoad/train001.png,"0, 0, 8, 9"\nred fox/train000.png,"1,2,3,4"\n'
+    )
+    data = load_dataset(f"folder:{folder}", Setting(val_fraction=0))
+    assert data.source_names == ("blue jay", "red fox", "toad") and len(data.train) == 6
+    extras = {key: (b, m) for key, b, m in zip(data.train.keys, *map(data.train.extras.get, ("box_text", "mask_path")))}
+    assert extras["train/toad/train000.png"] == ("", str(folder / "masks/train/toad/train000.png"))
+    assert extras["train/toad/train001.png"] == ("0, 0, 8, 9", "") and extras["train/blue jay/train000.png"] == ("", "")
+    assert [bool(path) for path in data.test.extras["mask_path"]] == [False, False, True]
+    with pytest.raises(UserError, match=r"3 of 6 training images have neither box nor mask \('train/blue jay/train000"):
+        masks.with_regions(data.train, "object")
+    assert "masks" in load_dataset(f"folder:{tiny.write_image_folder(tmp_path / 'b', ('masks', 'toad'))}").source_names
+
+
+@pytest.mark.parametrize(
+    ("box", "mask", "message"),
+    [
+        ("1, 2, 3", "", "box '1, 2, 3' of image '0.png': expected x, y, width, height in pixels"),
+        ("1, 2, 0, 4", "", "box '1, 2, 0, 4' of image '0.png': expected x, y, width, height"),
+        ("40, 2, 5, 5", "", "box '40, 2, 5, 5' of image '0.png' lies outside its 40 x 36 pixels"),
+        ("", "gone.png", "gone.png of image '0.png' does not exist"),
+        ("", "list.csv", "list.csv of image '0.png' cannot be read"),
+        ("", "small.png", "small.png has 20 x 18 pixels, its image '0.png' 40 x 36"),
+        ("", "empty.png", "empty.png of image '0.png' is empty"),
+        ("", "", "1 of 2 training images have neither box nor mask"),
+    ],
+)
+def test_a_bad_box_or_mask_is_one_line_that_names_the_image(tmp_path, box, mask, message):
+    mask_file(tmp_path / "small.png", 0, 0, 5, 5, size=(20, 18))
+    mask_file(tmp_path / "empty.png", 0, 0, 0, 0)
+    images = listed(tmp_path, [(box, mask), ("1, 2, 3, 4", "")])  # a data set that is read without its masks
+    with pytest.raises(UserError, match=re.escape(message)):
+        masks.check_regions(masks.with_regions(images, "object"))
+
+
+def test_masks_are_part_of_what_a_subset_is_where_they_are_used(tmp_path):
+    mask_file(tmp_path / "m.png", 0, 0, 8, 9)
+    images, columns = listed(tmp_path, [("", "m.png"), ("1, 2, 3, 4", "")]), masks.columns_of("object")
+    plain = listed(tmp_path, [("", "")] * 2)
+
+    def identity(table, columns):
+        return split_identity(table, ("0", "1"), columns)
+
+    for part in (None, ("caption",)):  # all stages, where no mask is asked for
+        assert identity(images, part) == identity(plain, part)
+    before = masks.with_regions(images, "object")
+    plan = sources.PlannedSources.of(before, hash_images(before), columns)
+    plan.check(masks.with_regions(images, "object"), columns)
+    mask_file(tmp_path / "m.png", 0, 0, 16, 9)
+    after = masks.with_regions(images, "object")
+    assert identity(before, columns) != identity(after, columns)
+    with pytest.raises(sources.DataChanged, match=r"\(1 new, 1 gone; '0.png' is new or has another label or mask\)"):
+        plan.check(after, columns)
 
 
 @pytest.mark.slow

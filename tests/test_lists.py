@@ -83,7 +83,7 @@ def test_captions_of_several_lines_at_any_size(folder):
     assert train.extras["caption"].tolist() == [f"{long} {i}" for i in range(3)]
     text = 'file_name;Text\nimg\\0.png;"' + long + '"\n'
     write(folder, text.encode("utf-16"), "metadata.csv")
-    assert captions.read_metadata(folder, ["img/0.png", "img/1.png"]).tolist() == [long, ""]
+    assert captions.read_metadata(folder, ["img/0.png", "img/1.png"])["caption"].tolist() == [long, ""]
 
 
 def test_groups_have_one_number_in_all_splits(folder):

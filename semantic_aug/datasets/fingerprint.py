@@ -25,7 +25,7 @@ from tqdm import tqdm
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.spec import SPLITS
-from semantic_aug.datasets.table import ImageTable, file_stamp
+from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, ImageTable, file_stamp
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 
@@ -264,18 +264,19 @@ def split_identity(
     Args:
         table: the split.
         hashes: of its images.
-        columns: further columns that count (captions, boxes, groups); None: all there are.
+        columns: further columns that count (captions, boxes, groups); None: all there are but a user's own boxes and masks.
 
     Returns:
         ``images``; ``names``, ``labels`` and ``content``, which tell a difference apart; ``digest`` of all together.
     """
     digests = {name: hashlib.sha256() for name in ("names", "labels", "content", "digest")}
-    further = [table.extras[name] for name in sorted(table.extras) if columns is None or name in columns]
+    counted = set(table.extras) - {BOX_TEXT, MASK_PATH} if columns is None else columns
+    further = [table.extras[name] for name in sorted(table.extras) if name in counted]
     for i, (key, label, content) in enumerate(zip(table.keys, table.labels.tolist(), hashes, strict=True)):
         cells = {"names": key, "labels": table.class_names[label], "content": content}
         for name, text in cells.items():
             digests[name].update(text.encode() + b"\0")
-        more = "\0".join(_text(column[i]) for column in further)
+        more = "\0".join(cell_text(column[i]) for column in further)
         digests["digest"].update("\0".join([*cells.values(), more, ""]).encode())
     return {"images": len(table)} | {name: digest.hexdigest()[:32] for name, digest in digests.items()}
 
@@ -285,7 +286,8 @@ def content_digest(hashes: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(value.encode() + b"\0" for value in hashes)).hexdigest()[:32]
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A value of a further column as digests have it."""
     return str(value.tolist()) if isinstance(value, (np.ndarray, np.generic)) else str(value)
 
 
@@ -383,7 +385,7 @@ def _split_difference(name: str, then: Mapping, now: Mapping) -> str:
     other = [kind for kind in kinds if then.get(kind) != now[kind]]
     same = [kind for kind in kinds if kind not in other]
     if not other:
-        return f"{name}: the same {after} images, other captions, boxes or groups"
+        return f"{name}: the same {after} images, other captions, boxes, masks or groups"
     return f"{name}: {after} images as before, " + (
         f"the same {' and '.join(same)}, other {' and '.join(other)}" if same else "but all others"
     )

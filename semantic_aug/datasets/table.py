@@ -17,6 +17,10 @@ from PIL import Image
 from semantic_aug.datasets.images import image_size, open_image
 from semantic_aug.errors import UserError
 
+BOX_TEXT, MASK_PATH = "box_text", "mask_path"
+"""Columns of a user's own lists and folders: a box as text, a mask's file; empty where an image has none. They are read where
+they are used."""
+
 Reader = Callable[[int], Image.Image]
 """From a row's position in the *source* to its image, PIL RGB."""
 
@@ -36,7 +40,8 @@ class ImageTable:
         read: decodes one source row.
         stamp: what changes when a source row's content does (size and times of its file); tells caches when they are stale.
         extras: further columns by name, ``N`` values each, for data sets that have them: ``group`` (int64, with the
-            group's meaning given by the data set), ``caption`` (str), ``box`` (left, top, right, bottom in pixels).
+            group's meaning given by the data set), ``caption`` (str), ``box`` (left, top, right, bottom in pixels),
+            :data:`BOX_TEXT` and :data:`MASK_PATH` (str).
         encoded: a source row's image as it is stored, for what looks at files and not at pixels; None where not known.
     """
 

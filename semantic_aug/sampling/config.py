@@ -24,9 +24,9 @@ from semantic_aug.files import size_text
 from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
+from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, make_plan, table_of_counts
 from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, read_solver
-from semantic_aug.sampling.sources import check_mask
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,8 @@ def resolve(args: argparse.Namespace) -> tuple[SampleConfig, LoadedDataset]:
         model = replace(model, extra_lora=registry.find_lora(chosen.lcm_lora))
     if images.object_mask:
         check_mask(images.object_mask, dataset.train, dataset.name, strategy.start)
+        dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
+        check_regions(dataset.train)
     if placement.gpu_ids is None and placement.engine == "mp":
         placement = replace(placement, devices=tuple(fitting(placement.devices, model)))
     prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **chosen.templates())

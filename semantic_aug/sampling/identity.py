@@ -40,9 +40,10 @@ from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
 from semantic_aug.sampling.folder import DATA as IMAGES
+from semantic_aug.sampling.masks import columns_of
 from semantic_aug.sampling.plan import Plan
 from semantic_aug.sampling.settings import ImageSettings
-from semantic_aug.sampling.sources import PlannedSources, columns_of
+from semantic_aug.sampling.sources import PlannedSources
 
 log = logging.getLogger(__name__)
 

@@ -98,7 +98,7 @@ class ImageSettings:
     object_mask: str | None = cli.setting(
         None,
         choices=("object", "background"),
-        help="change only this part of a source image, by the data set's boxes, and keep the rest (default: change all)",
+        help="change only this part of a source image, by its box or mask, and keep the rest (default: change all)",
     )
     image_format: str = cli.setting(
         "png", choices=("png", "webp", "jpg"), help="png and webp are lossless; jpg (quality 95) is smaller and lossy"

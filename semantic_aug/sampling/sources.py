@@ -7,15 +7,11 @@ Sources are encoded in fixed blocks of neighbouring rows, so that an image's mom
 What is encoded stays in memory up to a bound and is written to ``.moments`` in the subset's folder, where the other
 processes, and a restarted run, find it under a name made of the images' content and of what encodes them; the folder is
 removed when the subset is complete.
-
-DA-Fusion (Trabucco et al. 2023, section 4) confines its edits to a mask of the object; here the mask comes from the boxes
-that some data sets have, at the resolution of the latents.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,16 +27,14 @@ from torch import Tensor
 
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.datasets import ImageTable
-from semantic_aug.datasets.fingerprint import UNREADABLE, ContentHashes, hash_bytes, pixel_bytes
+from semantic_aug.datasets.fingerprint import UNREADABLE, ContentHashes, cell_text, hash_bytes, pixel_bytes
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.folder import MOMENTS
+from semantic_aug.sampling.masks import BOX, MASK, MASK_PATH, box_mask, pixel_mask, read_mask
 
 BLOCK = 8
 """Rows encoded together."""
-
-BOX = "box"
-"""The column of a data set from which masks are made."""
 
 MEMORY_BYTES = 1 << 29
 """What one process keeps in memory: at 512 px about 4,000 sources in half precision."""
@@ -49,11 +43,6 @@ REMEDY = (
     "everything made so far is kept and listed; restore the data set and run the same command, or give another "
     "--output_root"
 )
-
-
-def columns_of(object_mask: str | None) -> tuple[str, ...]:
-    """The columns of a data set, besides names, labels and content, that decide what a translation looks like."""
-    return () if object_mask is None else (BOX,)
 
 
 class DataChanged(UserError):
@@ -94,7 +83,7 @@ class PlannedSources:
             return
         new = np.flatnonzero(~np.isin(rows, self.rows))
         gone = int((~np.isin(self.rows, rows)).sum())
-        named = f"; '{images.keys[new[0]]}' is new or has another label" if len(new) else ""
+        named = f"; '{images.keys[new[0]]}' is new or has another label or mask" if len(new) else ""
         raise DataChanged(
             f"the data set changed while images were made from it: {len(images)} training images now, {len(self.rows)} in "
             f"the plan ({len(new)} new, {gone} gone{named}): {REMEDY}"
@@ -116,7 +105,7 @@ def _row_hashes(images: ImageTable, columns: Sequence[str]) -> np.ndarray:
     further = [images.extras[name] for name in columns if name in images.extras]
     digests = bytearray()
     for i, (key, label) in enumerate(zip(images.keys, images.labels.tolist(), strict=True)):
-        cells = (key, images.class_names[label], *(str(column[i].tolist()) for column in further))
+        cells = (key, images.class_names[label], *(cell_text(column[i]) for column in further))
         digests += hashlib.blake2b("\0".join(cells).encode(), digest_size=8).digest()
     return np.frombuffer(bytes(digests), np.uint64)
 
@@ -139,6 +128,10 @@ class SourceImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(width, height) of the image of a row; see :meth:`semantic_aug.datasets.ImageTable.size`."""
+        return self.images.size(row)
 
     def image(self, row: int) -> Image.Image:
         """The decoded image of a row, PIL RGB, from the very bytes that are compared with the plan's hash.
@@ -261,50 +254,11 @@ def _write_block(path: Path, block: Tensor) -> None:
 # ------------------------------------------------------------ masks
 
 
-def check_mask(part: str, images: ImageTable, dataset: str, start: str) -> None:
-    """Refuses a mask where there is nothing to mask.
-
-    Raises:
-        UserError: images without boxes, or a strategy that has no source image.
-    """
-    if start == "noise":
-        raise UserError(f"--object_mask {part}: the strategy starts from noise and has no source image; leave it out")
-    if BOX not in images.extras:
-        raise UserError(
-            f"--object_mask {part}: {dataset} has no boxes of its objects; the official downloads of cub, car and pascal "
-            "have them; leave it out for other data"
-        )
-
-
-def box_mask(box: Sequence[float], size: tuple[int, int], latent: tuple[int, int], part: str = "object") -> Tensor:
-    """The cells of the latents that may change.
-
-    The image is squashed to a square before it is encoded, and the box with it. Every cell the box touches is the
-    object's; a box outside the image counts as its nearest cell.
-
-    Args:
-        box: left, top, right, bottom in pixels of the image.
-        size: (width, height) of the image.
-        latent: (h, w) of the latents.
-        part: one of ``--object_mask``'s values.
-
-    Returns:
-        bool ``(1, h, w)``.
-    """
-    spans = []
-    for low, high, side, cells in ((box[1], box[3], size[1], latent[0]), (box[0], box[2], size[0], latent[1])):
-        first = min(max(math.floor(low / side * cells), 0), cells - 1)
-        spans.append(slice(first, min(max(math.ceil(high / side * cells), first + 1), cells)))
-    mask = torch.zeros(1, *latent, dtype=torch.bool)
-    mask[:, spans[0], spans[1]] = True
-    return mask if part == "object" else ~mask
-
-
 class SourceMasks:
     """Masks of source images by row, each computed once.
 
     Args:
-        images: training split, with boxes; as the plan has it.
+        images: training split, with boxes or masks; as the plan has it.
         latent: (h, w) of the latents.
         part: one of ``--object_mask``'s values.
     """
@@ -321,9 +275,12 @@ class SourceMasks:
         if row not in self.known:
             try:
                 size = self.images.size(row)
-            except DataChanged:
-                raise
             except UserError:  # said where the source is encoded
                 return torch.ones(1, *self.latent, dtype=torch.bool)
-            self.known[row] = box_mask(self.images.extras[BOX][row].tolist(), size, self.latent, self.part)
+            extras = self.images.extras
+            if MASK in extras and extras[MASK][row]:
+                mask = read_mask(extras[MASK_PATH][row], size, self.images.images.keys[row])
+                self.known[row] = pixel_mask(mask, self.latent, self.part)
+            else:
+                self.known[row] = box_mask(extras[BOX][row].tolist(), size, self.latent, self.part)
         return self.known[row]

@@ -31,7 +31,8 @@ from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.folder import DATA
 from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
 from semantic_aug.sampling.liveness import Heartbeat
-from semantic_aug.sampling.sources import SourceImages, SourceMasks, SourceMoments, columns_of
+from semantic_aug.sampling.masks import columns_of, with_regions
+from semantic_aug.sampling.sources import SourceImages, SourceMasks, SourceMoments
 from semantic_aug.seeding import task_rng
 
 WRITERS = 4
@@ -149,6 +150,7 @@ def _listed(job: Job) -> SourceImages:
     """This process's own listing of the training images, which must be the plan's."""
     config = job.config
     images = load_dataset(config.dataset, config.setting, config.run.config_dir).train
+    images = with_regions(images, config.images.object_mask)
     return SourceImages(images, job.origin.sources, columns_of(config.images.object_mask))
 
 

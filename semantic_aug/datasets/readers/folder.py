@@ -18,7 +18,7 @@ from semantic_aug.datasets.images import EXTENSIONS, HEIC_REMEDY, reads_heic
 from semantic_aug.datasets.readers import captions
 from semantic_aug.datasets.readers.notes import note
 from semantic_aug.datasets.spec import Splits, split_of, unify
-from semantic_aug.datasets.table import ImageTable, table_of_files
+from semantic_aug.datasets.table import MASK_PATH, ImageTable, table_of_files
 from semantic_aug.errors import UserError
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
@@ -77,6 +77,8 @@ TEXTS = (
 """Endings of companions of images that are not opened to see whether they are images."""
 
 NO_IMAGE = "files left out: no images"
+MASKS = "masks"
+"""Folder of the masks of a folder's images."""
 
 
 def read_folder(folder: str | os.PathLike) -> Splits:
@@ -84,8 +86,9 @@ def read_folder(folder: str | os.PathLike) -> Splits:
 
     Every image file below a class folder belongs to that class, however deep it lies; which files are images, and what is
     passed over, is said above. Class names are compared and given in composed
-    Unicode (NFC). A ``metadata.csv`` beside the class folders gives captions
-    (:func:`semantic_aug.datasets.readers.captions.read_metadata`).
+    Unicode (NFC). A ``metadata.csv`` beside the class folders gives captions, boxes and masks
+    (:func:`semantic_aug.datasets.readers.captions.read_metadata`); a folder ``masks`` beside the class folders, or beside the
+    split folders, has the masks' files under the images' own names.
 
     Raises:
         UserError: not a folder, no class folders, fewer than two classes, a class folder without an image, two folders for
@@ -148,6 +151,8 @@ def _note_outside_splits(
     for child in children:
         if child.name not in splits:
             unlabelled = "unlabelled split left out, it holds no class folders"
+            if child.name == MASKS and walk.folder_names(child):
+                continue
             number = len(Walk(walk.root).images(child.path))
             kind = unlabelled if split_of(child.name) else "folder beside the splits left out"
             note(kind, [f"{text_of(child.name)} with {number} images"])
@@ -157,8 +162,11 @@ def _note_outside_splits(
 def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     folders, files = walk.entries(folder)
     note("images beside the class folders left out", [walk.name_of(file) for file in files if walk.is_image(file)])
+    masks = _masks_folder(walk, folder, folders)
     classes: dict[str, list[str]] = {}
     for where in folders:
+        if Path(where.path) == masks:
+            continue
         name = _class_name(where)
         images = _class_images(walk, where, split, name)
         if not images and split == "train":
@@ -175,9 +183,36 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     labels = [label for label, name in enumerate(names) for _ in classes[name]]
     keys = list(map(walk.name_of, paths))
     start = 0 if folder == walk.root else len(walk.name_of(folder)) + 1
-    column = captions.read_metadata(folder, [key[start:] for key in keys])
-    extras = None if column is None else {"caption": column}
+    relative = [key[start:] for key in keys]
+    extras = captions.read_metadata(folder, relative)
+    if masks is not None:
+        files = _mask_files(masks, relative)
+        listed = extras.get(MASK_PATH, [""] * len(files))
+        extras[MASK_PATH] = captions.as_column(one or other for one, other in zip(listed, files, strict=True))
     return table_of_files(names, labels, keys, paths.__getitem__, extras)
+
+
+def _masks_folder(walk: Walk, folder: Path, folders: Sequence[os.DirEntry]) -> Path | None:
+    """The folder of the masks of a split's images: one whose folders are all named as the class folders are."""
+    classes = {where.name for where in folders if where.name != MASKS}
+    for masks in (folder / MASKS, *([walk.root / MASKS / folder.name] if folder != walk.root else [])):
+        inside = walk.folder_names(masks) if masks.is_dir() else []
+        if inside and set(inside) <= classes:
+            return masks
+    return None
+
+
+def _mask_files(folder: Path, images: Sequence[str]) -> list[str]:
+    """The mask of each image, of the same path but for the ending; empty for an image that has none."""
+    known: dict[str, str] = {}
+    for where, _, names in os.walk(folder):
+        for name in sorted(names, reverse=True):
+            if name.lower().endswith(EXTENSIONS):
+                path = Path(where, name)
+                known[path.relative_to(folder).with_suffix("").as_posix()] = str(path)
+    stems = [PurePath(image).with_suffix("").as_posix() for image in images]
+    note("masks without an image left out", sorted(set(known) - set(stems)))
+    return [known.get(stem, "") for stem in stems]
 
 
 def _class_name(folder: os.DirEntry) -> str:

@@ -1,8 +1,8 @@
 """A list of paths and labels, as CSV or parquet: one's own data without moving a file.
 
-Columns ``path`` and ``label``; ``split``, ``caption`` and ``group`` (subpopulations by which accuracy is reported, such as
-"landbird on water") where there are such; others are not read. Labels, splits and groups are read as codes, paths block by
-block, and only a path that needs it is looked at alone, so that a million rows open in seconds.
+Columns ``path`` and ``label``; ``split``, ``caption``, ``group`` (subpopulations by which accuracy is reported, such as
+"landbird on water"), ``box`` and ``mask`` where there are such; others are not read. Labels, splits and groups are read as
+codes, paths block by block, and only a path that needs it is looked at alone, so that a million rows open in seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from semantic_aug.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COLUMNS = ("path", "label", "split", "caption", "group")
-TEXTS = ("path", "caption")
+COLUMNS = ("path", "label", "split", "caption", "group", *captions.REGIONS)
+TEXTS = ("path", "caption", *captions.REGIONS)
 """Columns whose cells differ from row to row."""
 
 _ROOT_REMEDY = "an entry of config/datasets.yaml with csv and root says below which folder images lie"
@@ -72,7 +72,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
     empty = np.flatnonzero(np.isin(codes, [code for code, word in enumerate(words) if not word]))
     if len(empty):
         raise UserError(f"{place(empty[0])}: the label is empty")
-    texts = rows["caption"] if "caption" in rows.column_names else None
+    texts = {name: rows[name] for name in TEXTS[1:] if name in rows.column_names}
     groups = _groups(rows, place) if "group" in rows.column_names else None
     del rows
     tables, doubled = {}, []
@@ -81,8 +81,11 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         kept = _without_repeated(keys, codes[positions], words, lambda i, at=positions: place(at[i]), doubled)
         if len(kept) < len(positions):
             positions, keys = positions[kept], [keys[i] for i in kept.tolist()]
-        extras = {} if texts is None else {"caption": captions.as_column(texts.take(positions).to_pylist())}
-        extras |= {} if groups is None else {"group": groups[positions]}
+        further = {name: column.take(positions).to_pylist() for name, column in texts.items()}
+        extras = {} if groups is None else {"group": groups[positions]}
+        if "caption" in further:
+            extras["caption"] = captions.as_column(further["caption"])
+        extras |= captions.as_regions(further.get("box"), further.get("mask"), base)
         tables[split] = _table(keys, codes[positions], words, base, extras)
     note("rows that repeat an image of their split left out", doubled)
     if "train" not in tables:
@@ -172,12 +175,22 @@ def _read_parquet(file: Path) -> tuple[pa.Table, Place]:
     try:
         spelled = _check_columns(parquet.read_schema(file).names, file)
         rows = parquet.read_table(file, columns=spelled)
-        columns = {name.strip().casefold(): compute.fill_null(rows[name].cast(pa.string()), "") for name in spelled}
+        columns = {name.strip().casefold(): compute.fill_null(_as_texts(rows[name]), "") for name in spelled}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OSError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{file} cannot be read as parquet ({reason}): write it again") from None
     table = pa.table({name: c if name in TEXTS else c.dictionary_encode() for name, c in columns.items()})
     return table, lambda row: f"{file} row {row + 1}"
+
+
+def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A parquet column as strings; a list of numbers (a box) becomes its numbers with commas between them."""
+    import pyarrow as pa
+
+    if not pa.types.is_list(column.type):
+        return column.cast(pa.string())
+    texts = [None if numbers is None else ", ".join(map(str, numbers)) for numbers in column.to_pylist()]
+    return pa.chunked_array([texts], pa.string())
 
 
 def _without_empty(rows: pa.Table) -> pa.Table:
