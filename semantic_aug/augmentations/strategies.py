@@ -1,4 +1,8 @@
-"""The strategy table: which weights, where denoising starts, and how sources and targets pair."""
+"""The strategy table: which weights, where denoising starts, and how sources and targets pair.
+
+The strategies are those compared by Wang et al. 2024 (Diff-Mix, arXiv:2403.19600); ``real-guidance`` is He et al. 2023's
+(arXiv:2210.07574), ``da-fusion`` Trabucco et al. 2023's (arXiv:2302.07944).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ class Strategy:
         start: ``image`` (img2img) or ``noise``.
         pairing: ``mixed`` (the target is another class than the source's) or ``same``.
         strengths: strengths the strategy itself draws from, or None for ``--aug_strength``.
-        paper: where it comes from.
     """
 
     name: str
@@ -25,21 +28,20 @@ class Strategy:
     start: str
     pairing: str
     strengths: tuple[float, ...] | None = None
-    paper: str = ""
 
 
 STRATEGIES = {
     row.name: row
     for row in (
-        Strategy("diff-mix", "tokens+lora", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("diff-aug", "tokens+lora", "image", "same", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("diff-gen", "tokens+lora", "noise", "same", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("real-mix", "base", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("real-guidance", "base", "image", "same", paper="Real Guidance (He et al. 2023)"),
-        Strategy("real-gen", "base", "noise", "same", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("ti-mix", "tokens", "image", "mixed", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("ti-aug", "tokens", "image", "same", paper="Diff-Mix (Wang et al. 2024)"),
-        Strategy("da-fusion", "tokens", "image", "same", (0.25, 0.5, 0.75, 1.0), "DA-Fusion (Trabucco et al. 2023)"),
+        Strategy("diff-mix", "tokens+lora", "image", "mixed"),
+        Strategy("diff-aug", "tokens+lora", "image", "same"),
+        Strategy("diff-gen", "tokens+lora", "noise", "same"),
+        Strategy("real-mix", "base", "image", "mixed"),
+        Strategy("real-guidance", "base", "image", "same"),
+        Strategy("real-gen", "base", "noise", "same"),
+        Strategy("ti-mix", "tokens", "image", "mixed"),
+        Strategy("ti-aug", "tokens", "image", "same"),
+        Strategy("da-fusion", "tokens", "image", "same", (0.25, 0.5, 0.75, 1.0)),
     )
 }
 ALIASES = {"real-aug": "real-guidance"}
