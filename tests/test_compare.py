@@ -36,7 +36,7 @@ def arguments(image_folder, base, out, *more):
         "--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", str(base), "--examples_per_class", "2",
         "--max_train_steps", "2", "--train_batch_size", "2", "--multiplier", "1", "--num_inference_steps", "4",
         "--model", "test_vit", "--res_mode", "32", "--nepoch", "2", "--batch_size", "3", "--gpu_ids", "cpu",
-        "--stage3_args", "--weights none", "--output_dir", str(out), *map(str, more),
+        "--stage3_args", "--weights none", "--skip_headroom", "--output_dir", str(out), *map(str, more),
     ]  # fmt: skip
 
 

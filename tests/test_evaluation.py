@@ -14,12 +14,12 @@ from helpers import ROOT, exchange
 from PIL import Image
 
 import tiny
+from semantic_aug.classify.features import load_extractor
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
 from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures
 from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
-from semantic_aug.evaluation.quality.features import load_extractor
 
 NAMES = ("blue jay", "red fox", "toad")
 FRECHET = "frechet_tf_efficientnet_lite0"

@@ -130,8 +130,9 @@ def agreement(subset: Path, judge_folders: list[Path]) -> dict:
 def distance_to_real(subset: Path) -> dict:
     """KID of a subset to the training photographs, over features of the ImageNet backbone."""
 
+    from semantic_aug.classify import features
     from semantic_aug.datasets import load_dataset
-    from semantic_aug.evaluation.quality import distances, features
+    from semantic_aug.evaluation.quality import distances
     from semantic_aug.evaluation.quality.inputs import open_subset
 
     dataset = load_dataset("elpv")

@@ -127,6 +127,17 @@ class Quickstart:
         """Where a classifier's results go."""
         return self.out / "classification" / name.replace(" ", "").replace("+", "_")
 
+    def print_headroom(self) -> None:
+        """Prints whether more photographs would help at all, before the first step; a failure stops nothing."""
+        shots = str(self.size.shots)
+        flags = ["--dataset", DATASET, "--examples_per_class", shots, "--pool_per_class", str(4 * self.size.shots)]
+        flags += ["--val_examples_per_class", "30", "--output_dir", str(self.out / "headroom")]
+        words = [sys.executable, "-m", "semantic_aug.evaluation", "headroom", *flags]
+        process = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if process.returncode == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        print(process.stdout.partition("\n")[0], flush=True)
+
     def run_steps(self) -> None:
         """Runs what is not done yet.
 
@@ -276,8 +287,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the steps, draws, reports."""
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="tiny counts, to see that everything works")
+    parser.add_argument(
+        "--skip_headroom", action="store_true", help="do not measure first whether more photographs help"
+    )
     args = parser.parse_args(argv)
     quickstart = Quickstart(SMOKE if args.smoke else FULL)
+    if not args.skip_headroom:
+        quickstart.print_headroom()
     quickstart.run_steps()
     quickstart.draw()
     quickstart.make_gallery()

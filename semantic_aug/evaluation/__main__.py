@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "semantic_aug.evaluation.quality.export",
     "filter": "semantic_aug.evaluation.quality.filter",
     "gallery": "semantic_aug.evaluation.quality.gallery",
+    "headroom": "semantic_aug.evaluation.experiments.headroom",
     "measure": "semantic_aug.evaluation.quality.measure",
     "pictures": "semantic_aug.evaluation.quality.pictures",
     "tune": "semantic_aug.evaluation.experiments.tune",

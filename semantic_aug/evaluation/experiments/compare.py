@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import cli, console, registry
-from semantic_aug.errors import Interrupted, UserError, unknown
-from semantic_aug.evaluation.experiments import report, results
-from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, StageCommands
+from semantic_aug.errors import Interrupted, UserError, no_downloads, unknown
+from semantic_aug.evaluation.experiments import headroom, report, results
+from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, StageCommands, setting_name
+from semantic_aug.evaluation.experiments.learning_curve import FACTOR
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
@@ -34,6 +35,8 @@ from semantic_aug.evaluation.experiments.settings import (
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
+VALIDATION_OF_HEADROOM = 50
+"""Validation images per class that the headroom is measured on, at most: it shall take about a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,9 @@ class SharingSettings:
         result=False,
     )
     report_only: bool = cli.setting(False, help="run nothing: write the report over existing results", result=False)
+    skip_headroom: bool = cli.setting(
+        False, help="do not measure first, on real images alone, whether there is anything to win", result=False
+    )
 
     def __post_init__(self):
         if self.shard_index >= self.num_shards:
@@ -227,6 +233,26 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
         check_commands(steps, commands.folder)
 
 
+def print_headroom(args: argparse.Namespace, folder: Path) -> None:
+    """Prints of every few-shot setting, before its first run, whether more images would help; nothing is downloaded for it."""
+    if args.task == "imbalanced":  # the curve is over images per class
+        return
+    for shots in dict.fromkeys(args.examples_per_class):
+        settings = headroom.HeadroomSettings(
+            examples_per_class=shots,
+            pool_per_class=FACTOR * shots if shots > 0 else -1,
+            val_examples_per_class=VALIDATION_OF_HEADROOM,
+            gpu=args.gpu_ids[0] if args.gpu_ids else None,
+            output_dir=folder / "headroom" / setting_name(shots, args.task, args.imbalance_factor),
+        )
+        try:
+            with no_downloads(True):
+                sentence, _ = headroom.run(settings, args.dataset, args.config_dir)
+        except UserError as error:
+            sentence = f"headroom was not measured: {error}"
+        print(sentence, flush=True)
+
+
 def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path) -> None:
     """Ties the settings of all jobs to their budgets, and the selected jobs to their images and base model.
 
@@ -260,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
                 names = list(dict.fromkeys(job.setting for job in jobs))
                 seeds, methods = list(dict.fromkeys(settings.seeds)), list(dict.fromkeys(settings.methods))
                 results.save_request(folder, request, names, seeds, methods)
+                if sharing.shard_index == 0 and not sharing.skip_headroom:
+                    print_headroom(args, folder)
                 run_jobs(selected, folder, args.config_dir, sharing.keep)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None

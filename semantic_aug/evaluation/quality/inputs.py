@@ -18,12 +18,12 @@ from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 
 if TYPE_CHECKING:
+    from semantic_aug.classify.features import Extractor
     from semantic_aug.classify.inference import Classifier
     from semantic_aug.datasets import LoadedDataset
     from semantic_aug.datasets.origin import RunOrigin
     from semantic_aug.datasets.synthetic import SyntheticImages
     from semantic_aug.evaluation.quality.clip import Clip
-    from semantic_aug.evaluation.quality.features import Extractor
 
 SOURCE_COLUMN = "Source Image"
 NO_PART = ("config_dir",)
@@ -93,7 +93,7 @@ class FeatureSettings:
 
     def load(self, device: str) -> Extractor:
         """The feature extractor."""
-        from semantic_aug.evaluation.quality.features import load_extractor
+        from semantic_aug.classify.features import load_extractor
 
         return load_extractor(self.model, self.weights, self.res_mode, device, keep=self.cache == "disk")
 

@@ -37,10 +37,10 @@ from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 from semantic_aug.seeding import numpy_rng
 
 if TYPE_CHECKING:
+    from semantic_aug.classify.features import Extractor
     from semantic_aug.classify.inference import Classifier
     from semantic_aug.datasets import LoadedDataset
     from semantic_aug.evaluation.quality.clip import Clip
-    from semantic_aug.evaluation.quality.features import Extractor
 
 IMAGES_FILE = "images.csv"
 """The values of each image, subset after subset in the order of their lists."""

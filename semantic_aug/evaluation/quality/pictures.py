@@ -27,7 +27,7 @@ from semantic_aug.pictures import Cell, grid
 from semantic_aug.seeding import numpy_rng
 
 if TYPE_CHECKING:
-    from semantic_aug.evaluation.quality.features import Extractor
+    from semantic_aug.classify.features import Extractor
 
 KINDS = ("translations", "neighbours", "failures")
 MOST_COLUMNS = 12

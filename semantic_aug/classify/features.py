@@ -1,4 +1,4 @@
-"""Features of images from any timm model: its output without the head, one vector per image."""
+"""Features of images from any timm model, one vector per image: its output without the head, or the means of all its levels."""
 
 from __future__ import annotations
 
@@ -26,6 +26,23 @@ DEFAULT_MODEL = "tf_efficientnet_lite0"
 """Its ImageNet weights come in a Python package, so no model hub is needed."""
 VERSION = 2
 """Counts changes of how features are made; part of every cache file's name."""
+
+
+class LevelMeans(nn.Module):
+    """The spatial means of a timm model's intermediate feature maps, side by side.
+
+    On them a linear classifier is near to a fine-tuned model where the images are unlike ImageNet's, which the last level
+    alone is not.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``(B, 3, H, W)`` to ``(B, sum of the levels' channels)``."""
+        maps = self.model.forward_intermediates(images, intermediates_only=True)
+        return torch.cat([level.mean((2, 3)) for level in maps], 1)
 
 
 @dataclass
@@ -80,7 +97,12 @@ class Extractor:
 
 
 def load_extractor(
-    name: str = DEFAULT_MODEL, weights: str = "auto", resolution: int = 224, device: str = "cpu", keep: bool = True
+    name: str = DEFAULT_MODEL,
+    weights: str = "auto",
+    resolution: int = 224,
+    device: str = "cpu",
+    keep: bool = True,
+    levels: bool = False,
 ) -> Extractor:
     """A feature extractor.
 
@@ -90,6 +112,7 @@ def load_extractor(
         resolution: side of its images in pixels.
         device: where it runs.
         keep: see :class:`Extractor`.
+        levels: the means of all levels (:class:`LevelMeans`) where the model gives them, instead of the output.
 
     Raises:
         UserError: an unknown model, or weights that cannot be had.
@@ -99,6 +122,8 @@ def load_extractor(
         model, normalisation = make_model(name, 0, resolution, weights)
     normalise = Normaliser(normalisation.mean, normalisation.std, torch.device(device))
     identity = f"{name} {weights_identity(name, weights)} {resolution}"
+    if levels and hasattr(model, "forward_intermediates"):
+        model, identity = LevelMeans(model), f"{identity} levels"
     return Extractor(name, identity, model.to(device).eval(), normalise, resolution, keep)
 
 

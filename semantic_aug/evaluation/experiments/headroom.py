@@ -1,0 +1,351 @@
+"""Is there anything to win? The learning curve of real images alone, measured in minutes before any diffusion.
+
+A linear classifier on the frozen features of a pre-trained network is trained on growing numbers of images per class.
+Validation images (cross-validation where there are few) decide; test images are never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from semantic_aug import cli, console, files, registry, runs
+from semantic_aug.classify import config as classify
+from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets.fingerprint import content_digest, hash_images
+from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.settings import DatasetName
+from semantic_aug.datasets.subsets import few_shot
+from semantic_aug.devices import device_of
+from semantic_aug.errors import UserError
+from semantic_aug.evaluation.experiments import learning_curve as curves
+from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
+
+log = logging.getLogger(__name__)
+
+REPORT, SUMMARY, TABLE = "headroom.md", "headroom.json", "headroom.csv"
+HARD, CHART = "hard_images.csv", "headroom.png"
+SHOWN_PAIRS = 5
+MIN_VALIDATION = 5
+"""Validation images per class below which they join the others for cross-validation."""
+MOST_SHARED = 0.7
+"""Share of all images up to which draws count as different."""
+INSEPARABLE = 0.25
+"""Rate of confusion from which two classes count as hard to tell apart: half of what guessing between them gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadroomSettings:
+    """What is measured, and where."""
+
+    TITLE = "headroom"
+    examples_per_class: int = cli.setting(
+        -1,
+        type=int,
+        metavar="N",
+        help="training images per class that there are or would be used; labelled images beyond them show what more would "
+        "win (default: -1, all)",
+    )
+    pool_per_class: int = cli.setting(
+        -1,
+        type=int,
+        metavar="N",
+        help="labelled training images of each class that are looked at, at most, which bounds the time (default: -1, all)",
+    )
+    val_examples_per_class: int = cli.setting_of(Setting, "val_examples_per_class")
+    seeds: tuple[int, ...] = cli.setting(
+        (0, 1, 2, 3, 4), type=int, nargs="+", metavar="N", help="draws of the training images (default: 0 1 2 3 4)"
+    )
+    model: str = cli.setting(
+        "tf_efficientnet_lite0", metavar="NAME", help="timm model, on whose frozen features the classifiers are trained"
+    )
+    weights: str = cli.setting_of(classify.ModelSettings, "weights")
+    res_mode: int = cli.setting_of(classify.ModelSettings, "res_mode", 128)
+    gpu: str | None = cli.setting_of(classify.PlacementSettings, "gpu")
+    output_dir: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="DIR",
+        help="folder of the report (default: outputs/headroom/{dataset}{setting})",
+        result=False,
+    )
+
+    def __post_init__(self):
+        for name in ("examples_per_class", "pool_per_class", "val_examples_per_class"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected a number of images, or -1 for all")
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """The outcome of a measurement; every report is made from it.
+
+    Attributes:
+        dataset: name of the data set.
+        settings: of the measurement.
+        held_out: whether validation images decided; else cross-validation.
+        curve: predictions by number of images.
+        present: position of the present number of images on the curve.
+        gains: of twice and of four times the images; the last decides.
+    """
+
+    dataset: str
+    settings: HeadroomSettings
+    held_out: bool
+    curve: Curve
+    present: int
+    gains: tuple[Gain, ...]
+
+    @property
+    def verdict(self) -> str:
+        """``worth it``, ``probably not`` or ``too little data to say``."""
+        return curves.verdict(self.curve, self.gains[-1])
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with its figures, one line."""
+        gain, accuracy = self.gains[-1], 100 * self.curve.macro[self.present].mean()
+        source = "measured" if gain.measured else "extrapolated"
+        return (
+            f"headroom of {self.dataset} at {self.curve.images[self.present]:.4g} images per class: {self.verdict}. "
+            f"{gain.factor} times the real images would win {100 * gain.points:.1f} points of {accuracy:.1f} % macro "
+            f"accuracy [{100 * gain.low:.1f}, {100 * gain.high:.1f}], {100 * gain.share:.0f} % of the errors ({source})."
+        )
+
+    @property
+    def repeated(self) -> int:
+        """Position of the largest size whose draws share few images: where errors that every draw makes are looked for."""
+        apart = np.flatnonzero(self.curve.images <= MOST_SHARED * self.curve.images[-1])
+        return int(apart[-1]) if len(apart) else 0
+
+
+def load_pool(settings: HeadroomSettings, dataset: LoadedDataset) -> Pool:
+    """The features of the labelled images, training and validation; kept in the cache for the next command.
+
+    Raises:
+        UserError: the model's weights cannot be had, or there are too few images.
+    """
+    from semantic_aug.classify.features import load_extractor
+
+    tables = [table for table in (dataset.train, dataset.val) if table is not None and len(table)]
+    counts = dataset.train.counts()
+    if counts.max() < 2:
+        raise UserError(f"headroom of {dataset.name}: no class has two training images; expected 3 or more per class")
+    device = device_of(settings.gpu)
+    extractor = load_extractor(settings.model, settings.weights, settings.res_mode, device, levels=True)
+    features = [
+        extractor.features(table.image, len(table), content_digest(hash_images(table).hex())) for table in tables
+    ]
+    enough = len(tables) > 1 and len(tables[1]) >= MIN_VALIDATION * len(counts)
+    held_out = np.repeat([False, enough][: len(tables)], list(map(len, tables)))
+    labels, keys = np.concatenate([table.labels for table in tables]), [key for table in tables for key in table.keys]
+    return Pool(np.concatenate(features), labels, held_out, dataset.source_names, tuple(keys))
+
+
+def load_data(settings: HeadroomSettings, word: str, config_dir: Path) -> LoadedDataset:
+    """The labelled images that are looked at; validation only where the data set has such a split."""
+    setting = Setting(val_fraction=0.0, val_examples_per_class=settings.val_examples_per_class)
+    dataset = load_dataset(word, setting, config_dir)
+    return replace(dataset, train=few_shot(dataset.train, settings.pool_per_class))
+
+
+def measure(settings: HeadroomSettings, dataset: LoadedDataset) -> Headroom:
+    """Measures the curve and what more images would win."""
+    pool = load_pool(settings, dataset)
+    curve = curves.measure_curve(pool, settings.examples_per_class, settings.seeds)
+    gains = tuple(curves.gain_of(curve, settings.examples_per_class, factor) for factor in (2, curves.FACTOR))
+    position = curves.present_index(curve, settings.examples_per_class)
+    return Headroom(dataset.name, settings, bool(pool.held_out.any()), curve, position, gains)
+
+
+def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, Path]:
+    """Measures and writes the report, or finds it written.
+
+    Args:
+        settings: of the measurement.
+        word: ``--dataset``.
+        config_dir: of the registry files.
+
+    Returns:
+        The sentence, and the folder of the report.
+
+    Raises:
+        UserError: the folder holds a report of other settings or images.
+    """
+    from semantic_aug.classify.models import weights_identity
+
+    dataset = load_data(settings, word, config_dir)
+    default = f"outputs/headroom/{dataset.name}{runs.setting_suffix(settings.examples_per_class)}"
+    folder = registry.resolve_path(settings.output_dir or default)
+    record = {"dataset": dataset.name}
+    record |= {name: getattr(settings, name) for name in cli.result_settings(HeadroomSettings)}
+    weights = lambda: {"weights": weights_identity(settings.model, settings.weights)}  # noqa: E731
+    origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
+    with files.no_trace(folder, ()):
+        known = runs.claim(folder, record, "--output_dir", origin=origin)
+        if known and (folder / SUMMARY).is_file():
+            return files.read_json_object(folder / SUMMARY)["sentence"], folder
+        headroom = measure(settings, dataset)
+        write(headroom, folder)
+    return headroom.sentence, folder
+
+
+# ----------------------------------------------------------------------------------------------------------- reports
+
+
+def write(headroom: Headroom, folder: Path) -> None:
+    """Writes the report, the tables and the chart."""
+    curve, wrong = headroom.curve, headroom.curve.always_wrong(headroom.repeated)
+    names = curve.class_names
+    rows = [
+        [size, f"{images:.4g}", seed, f"{score:.6f}"]
+        for size, images, scores in zip(curve.sizes, curve.images, curve.macro, strict=True)
+        for seed, score in zip(headroom.settings.seeds, scores, strict=True)
+    ]
+    _write_rows(folder / TABLE, ["per_class", "images_per_class", "seed", "macro"], rows)
+    often = [np.bincount(column).argmax() for column in curve.predicted[headroom.repeated].T[wrong]]
+    hard = [
+        [curve.keys[row], names[curve.labels[row]], names[label]]
+        for row, label in zip(np.flatnonzero(wrong), often, strict=True)
+    ]
+    _write_rows(folder / HARD, ["file", "class", "predicted"], hard)
+    draw(headroom, folder / CHART)
+    files.write_text(folder / REPORT, "\n".join(markdown(headroom)) + "\n")
+    gains = [asdict(gain) for gain in headroom.gains]
+    files.write_json(
+        folder / SUMMARY, {"verdict": headroom.verdict, "sentence": headroom.sentence, "gains": gains}
+    )  # written last: its presence marks the report as complete
+
+
+def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out, lineterminator="\n").writerows([header, *rows])
+
+
+def markdown(headroom: Headroom) -> list[str]:
+    """The report as lines of Markdown."""
+    settings, curve = headroom.settings, headroom.curve
+    how = "the validation images" if headroom.held_out else f"{curves.FOLDS}-fold cross-validation"
+    lines = [
+        f"# Headroom of {headroom.dataset}",
+        "",
+        f"{headroom.sentence[0].upper()}{headroom.sentence[1:]}",
+        "",
+        f"![learning curve]({CHART})",
+        "",
+        f"Real images alone: linear classifiers on frozen features of {settings.model} at {settings.res_mode} px, "
+        f"{len(settings.seeds)} draws of each size, macro accuracy on {how} ({len(curve.labels)} images); test images were "
+        "not read. Percent, mean ± standard deviation.",
+        "",
+        "| images per class | macro accuracy | |",
+        "|---:|---:|---|",
+    ]
+    for position, (images, scores) in enumerate(zip(curve.images, curve.macro, strict=True)):
+        spread = f" ± {100 * scores.std(ddof=1):.1f}" if len(scores) > 1 and scores.std() > 0 else ""
+        notes = ["now"] * (position == headroom.present) + ["all"] * (position + 1 == len(curve.sizes))
+        lines.append(f"| {images:.4g} | {100 * scores.mean():.1f}{spread} | {', '.join(notes)} |")
+    return [*lines, *_gain_section(headroom), *_cap_section(headroom)]
+
+
+def _gain_section(headroom: Headroom) -> list[str]:
+    lines = ["", "## What more real images would win", "", "| images | points | 95 % interval | errors removed | |"]
+    lines.append("|---:|---:|---:|---:|---|")
+    for gain in headroom.gains:
+        interval = f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
+        source = "measured" if gain.measured else "extrapolated: power law of the error"
+        lines.append(
+            f"| {gain.factor} x | {100 * gain.points:+.1f} | {interval} | {100 * gain.share:.0f} % | {source} |"
+        )
+    last = headroom.gains[-1]
+    return [
+        *lines,
+        "",
+        f"Synthetic images are taken to be worth at most as much as {last.factor} times the real ones. The rule: "
+        f"*{curves.WORTH}* where {last.factor} times the images win at least {100 * curves.WORTH_POINTS:.0f} points and remove "
+        f"at least {100 * curves.WORTH_SHARE:.0f} % of the errors in {100 * curves.SURE:.0f} % of {curves.RESAMPLES} resamples "
+        f"of draws and evaluated images, *{curves.NOT_WORTH}* where they do in at most {100 - 100 * curves.SURE:.0f} %, else "
+        f"*{curves.UNKNOWN}*. Here: in {100 * last.promising:.0f} %.",
+    ]
+
+
+def _cap_section(headroom: Headroom) -> list[str]:
+    """Where labels or classes cap the accuracy: confusions, and images that every draw gets wrong."""
+    curve, size = headroom.curve, headroom.repeated
+    wrong, errors = curve.always_wrong(size), (curve.predicted[size] != curve.labels).mean()
+    early = {(a, b): rate for rate, a, b in curve.confused(headroom.present)}
+    pairs = [pair for pair in curve.confused(size)[:SHOWN_PAIRS] if pair[0] > 0]
+    hard = sum(rate >= INSEPARABLE for rate, _, _ in curve.confused(size))
+    return [
+        "",
+        "## What caps it",
+        "",
+        f"At {curve.images[size]:.4g} images per class {100 * errors:.1f} % of the images are misclassified in the mean, "
+        f"{100 * wrong.mean():.1f} % ({int(wrong.sum())}) under every draw: more images of the same kind do not help those, "
+        f"look at their labels first (`{HARD}`). {hard} pairs of classes are hard to tell apart (confused in "
+        f"{100 * INSEPARABLE:.0f} % or more; guessing between two classes gives 50 %).",
+        "",
+        f"| class | class | confused now | at {curve.images[size]:.4g} per class |",
+        "|---|---|---:|---:|",
+        *(
+            f"| {curve.class_names[a]} | {curve.class_names[b]} | {100 * early[a, b]:.0f} % | {100 * rate:.0f} % |"
+            for rate, a, b in pairs
+        ),
+    ]
+
+
+def draw(headroom: Headroom, path: Path) -> None:
+    """Draws the curve with every draw as a dot, and the gains as intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curve, macro = headroom.curve, 100 * headroom.curve.macro
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    axis.plot(curve.images, macro.mean(1), color="#5b8db8")
+    axis.plot(np.repeat(curve.images, macro.shape[1]), macro.ravel(), ".", color="#1f2d3a", markersize=4)
+    now = headroom.present
+    axis.axvline(curve.images[now], color="#b0b7bd", linestyle="--", linewidth=1)
+    for gain in headroom.gains:
+        points = 100 * np.array([gain.points, gain.points - gain.low, gain.high - gain.points])
+        bars = [[max(0.0, points[1])], [max(0.0, points[2])]]
+        centre = macro[now].mean() + points[0]
+        axis.errorbar([gain.factor * curve.images[now]], [centre], yerr=bars, fmt="o", color="#c0504d", capsize=3)
+    axis.set_xscale("log")
+    axis.set_xlabel("real images per class")
+    axis.set_ylabel("macro accuracy, %")
+    axis.set_title(f"{headroom.dataset}: {headroom.verdict}", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def build_parser() -> cli.Parser:
+    """All flags of ``headroom``."""
+    parser = cli.Parser(prog="python -m semantic_aug.evaluation headroom", description=__doc__)
+    cli.add_settings(parser, DatasetName)
+    cli.add_settings(parser, HeadroomSettings)
+    cli.add_settings(parser, cli.RunSettings, leave_out=("seed",))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, measures, reports."""
+    args: argparse.Namespace = build_parser().parse_args(argv)
+    settings = cli.read_settings(HeadroomSettings, args)
+    console.set_up_logging()
+    if args.dry_run:
+        print(load_data(settings, args.dataset, args.config_dir).describe())
+        return 0
+    sentence, folder = run(settings, args.dataset, args.config_dir)
+    print(sentence)
+    print(f"report: {registry.shown_path(folder / REPORT)}")
+    return 0

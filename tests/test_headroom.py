@@ -1,0 +1,140 @@
+"""Headroom: curves with known shapes, what more images would win, the verdict's rule, and the command on real images."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import tiny
+from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation.experiments import compare, headroom, learning_curve
+from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
+
+CLASSES, EVALUATED = 4, 400
+
+
+def power_curve(sizes, slope, ceiling=0.0, start=0.6, draws=5):
+    """A curve whose error is ceiling + start * size^slope, the same images being wrong under every draw."""
+    labels = np.repeat(np.arange(CLASSES), EVALUATED // CLASSES)
+    predicted = np.zeros((len(sizes), draws, EVALUATED), np.int64)
+    for row, size in enumerate(sizes):
+        wrong = round((ceiling + start * size**slope) * EVALUATED / CLASSES)
+        for label in range(CLASSES):
+            of_class = np.flatnonzero(labels == label)
+            predicted[row, :, of_class] = label
+            predicted[row, :, of_class[:wrong]] = (label + 1) % CLASSES
+    names = tuple("abcd")
+    return Curve(tuple(sizes), np.asarray(sizes, float), predicted, labels, tuple(map(str, labels)), names)
+
+
+def test_the_gain_beyond_the_images_there_are_follows_the_power_law():
+    curve = power_curve((1, 2, 5, 10), slope=-0.5, start=0.8)
+    gain = learning_curve.gain_of(curve, 10, 4)
+    now = 0.8 * 10**-0.5
+    assert not gain.measured and gain.points == pytest.approx(now - now * 4**-0.5, abs=0.01)
+    assert gain.share == pytest.approx(0.5, abs=0.02) and gain.low < gain.points < gain.high
+    assert learning_curve.verdict(curve, gain) == learning_curve.WORTH
+
+
+def test_the_gain_is_measured_where_the_images_are_there():
+    # steep up to 10, flat beyond: the law through the first sizes would promise half of the errors
+    curve = power_curve((1, 2, 5, 10), slope=-0.5)
+    flat = power_curve((1, 2, 5, 10, 20, 40), slope=0, start=float(1 - curve.macro[-1, 0]))
+    both = Curve(flat.sizes, flat.images, flat.predicted.copy(), flat.labels, flat.keys, flat.class_names)
+    both.predicted[:4] = curve.predicted
+    gain = learning_curve.gain_of(both, 10, 4)
+    assert gain.measured and gain.points == pytest.approx(0, abs=1e-9)
+    assert learning_curve.verdict(both, gain) == learning_curve.NOT_WORTH
+
+
+def test_labels_that_cap_the_accuracy_make_it_not_worth_it():
+    curve = power_curve((2, 5, 10, 20, 40), slope=-0.5, ceiling=0.4, start=0.3)
+    gain = learning_curve.gain_of(curve, 10, 4)
+    assert gain.points < 0.08 and gain.share < 0.15  # 0.4 of the images stay wrong whatever there is
+    assert learning_curve.verdict(curve, gain) == learning_curve.NOT_WORTH
+    assert curve.always_wrong(4).mean() == pytest.approx(0.44, abs=0.02)
+    rate, a, b = curve.confused(4)[0]  # each class is taken for the next, never the other way round
+    assert rate == pytest.approx(0.22, abs=0.01) and (a - b) % CLASSES in (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("promising", "wanted"), [(0.9, "worth it"), (0.5, "too little data to say"), (0.1, "probably not")]
+)
+def test_the_rule(promising, wanted):
+    gain = Gain(4, True, 0.1, 0.0, 0.2, 0.4, promising)
+    assert learning_curve.verdict(power_curve((2, 5, 10), -0.5), gain) == wanted
+    few = power_curve((2, 5), -0.5)
+    extrapolated = Gain(4, False, 0.1, 0.0, 0.2, 0.4, promising)
+    assert learning_curve.verdict(few, extrapolated) == learning_curve.UNKNOWN
+
+
+def test_folds_evaluate_every_image_once_and_draws_are_nested():
+    labels = np.repeat(np.arange(3), (4, 9, 12))
+    pool = Pool(np.zeros((25, 2), np.float32), labels, np.zeros(25, bool), ("a", "b", "c"), tuple(map(str, range(25))))
+    folds = list(pool.folds(0))
+    assert sorted(np.concatenate([rows for _, rows in folds])) == list(range(25))
+    for drawn, evaluated in folds:
+        assert not set(drawn) & set(evaluated) and len(drawn) + len(evaluated) == 25
+        assert (np.bincount(labels[drawn], minlength=3) >= pool.available()).all()
+    assert pool.available().tolist() == [3, 7, 9]
+    assert learning_curve.sizes_of(pool.available(), 3) == (1, 2, 3, 5, 6, 9)
+    held = Pool(pool.features, labels, np.arange(25) % 2 == 0, pool.class_names, pool.keys)
+    ((drawn, evaluated),) = held.folds(1)
+    assert not held.held_out[drawn].any() and held.held_out[evaluated].all()
+
+
+def test_the_linear_classifier_separates_what_a_line_separates():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 40)
+    features = (rng.normal(size=(120, 6)) + 4 * np.eye(3, 6)[labels]).astype(np.float32)
+    train = np.arange(120) % 2 == 0
+    predicted = learning_curve.linear_predictions(features, labels, np.flatnonzero(train), np.flatnonzero(~train))
+    assert (predicted == labels[~train]).mean() > 0.95
+
+
+def test_the_command_writes_its_report_and_never_reads_test(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
+    folder = tiny.write_image_folder(tmp_path / "animals")
+    for file in (folder / "test").rglob("*.png"):
+        file.write_bytes(b"not an image")
+    out = tmp_path / "out"
+    words = [
+        "--dataset",
+        f"folder:{folder}",
+        "--weights",
+        "none",
+        "--res_mode",
+        "32",
+        "--gpu",
+        "cpu",
+        "--output_dir",
+        str(out),
+    ]
+    assert headroom.main([*words, "--seeds", "0", "1"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("headroom of animals") and "too little data to say" in first
+    report = (out / headroom.REPORT).read_text()
+    assert first[1:] in report and "cross-validation" in report and (out / headroom.CHART).stat().st_size > 5000
+    rows = list(csv.DictReader((out / headroom.TABLE).read_text().splitlines()))
+    assert {row["seed"] for row in rows} == {"0", "1"} and all(0 <= float(row["macro"]) <= 1 for row in rows)
+    assert headroom.main([*words, "--seeds", "0", "1"]) == 0  # once more, the same
+    assert (out / headroom.REPORT).read_text() == report
+    assert run_main(headroom.main, [*words, "--seeds", "3"]) == 2
+    assert "seeds: [0, 1] -> [3]" in capsys.readouterr().err
+
+
+def test_compare_says_first_whether_there_is_anything_to_win(tmp_path, monkeypatch, capsys, image_folder):
+    monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
+    words = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--gpu_ids", "cpu"]
+    compare.print_headroom(compare.build_parser().parse_args(words), tmp_path)
+    line = capsys.readouterr().out
+    assert line.startswith("headroom of animals") and "too little data to say" in line and line.count("\n") == 1
+    assert (tmp_path / "headroom" / "2shot" / headroom.REPORT).is_file()
+    tail = ["--task", "imbalanced"]  # a curve over images per class says nothing of a long tail
+    compare.print_headroom(compare.build_parser().parse_args([*words, *tail]), tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_wrong_number_of_images_is_refused():
+    with pytest.raises(UserError, match="--pool_per_class 0: expected a number of images, or -1 for all"):
+        headroom.HeadroomSettings(pool_per_class=0)
