@@ -249,7 +249,8 @@ def gain_of(curve: Curve, present: int, factor: int) -> Gain:
     wins = np.array([win(1 - accuracy) for accuracy in _resampled(right, curve.labels)])
     promising = ((wins[:, 0] >= WORTH_POINTS) & (wins[:, 1] >= WORTH_SHARE)).mean()
     low, high = np.percentile(wins[:, 0], [2.5, 97.5])
-    return Gain(factor, bool(len(enough)), points, float(low), float(high), share, float(promising))
+    interval, measured = {"low": float(low), "high": float(high)}, bool(len(enough))
+    return Gain(factor, measured, points, **interval, share=share, promising=float(promising))
 
 
 def _resampled(right: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
