@@ -5,6 +5,7 @@
 #                                chosen by the worst group's accuracy on validation
 #            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU ...    the rest as main_cls
 #            main_cls_imb IMBALANCE_FACTOR DATASET GPU ...          the rest as main_cls
+# The data sets of the paper are trained by its recipe (--recipe default: by ours).
 # GPU: a number, several with commas (one process each, through accelerate), or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
 
 if [ -n "${BASH_VERSION:-}" ]; then
@@ -59,8 +60,8 @@ _diffmix_main_cls() {
     shift 9
     local probability="$1"
     shift
-    set -- "$DIFFMIX_ROOT/train_cls.py" --dataset "$dataset" --seed "$seed" --model "$model" --res_mode "$resolution" \
-        --nepoch "$nepoch" --syndata_key "$key" --gamma "$gamma" --synthetic_prob "$probability" \
+    set -- "$DIFFMIX_ROOT/train_cls.py" --dataset "$dataset" --recipe "$(_diffmix_recipe "$dataset")" \
+        --seed "$seed" --model "$model" --res_mode "$resolution" --nepoch "$nepoch" --syndata_key "$key" --gamma "$gamma" --synthetic_prob "$probability" \
         --examples_per_class "$examples" ${extra[@]+"${extra[@]}"} "$@"
     case "$gpu" in
         *,*)

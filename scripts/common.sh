@@ -19,6 +19,14 @@ _diffmix_python() {
     fi
 }
 
+# The recipe of a data set: the authors' for the data sets of the paper, ours for every other; --recipe NAME overrides it.
+_diffmix_recipe() {
+    case "$1" in
+        cub | aircraft | car | flower | dog | pet | pascal | caltech | food) printf 'paper\n' ;;
+        *) printf 'default\n' ;;
+    esac
+}
+
 # _diffmix_usage NAME "USAGE" WANTED "$@": whether enough words were given; says how to call NAME otherwise.
 _diffmix_usage() {
     local name="$1" usage="$2" wanted="$3"

@@ -28,7 +28,8 @@ finetune() {
     shift 4
     processes="$(_diffmix_processes)"
     set -- "$DIFFMIX_ROOT/train_lora.py" --dataset "$dataset" --finetune_strategy "$strategy" \
-        --examples_per_class "$examples" --max_train_steps "$steps" --resume_from_checkpoint latest \
+        --recipe "$(_diffmix_recipe "$dataset")" --resume_from_checkpoint latest \
+        --examples_per_class "$examples" --max_train_steps "$steps" \
         --pretrained_model_name_or_path "${MODEL_NAME:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \
         ${MIXED_PRECISION:+--mixed_precision "$MIXED_PRECISION"} "$@"
     if [ "$processes" -gt 1 ]; then

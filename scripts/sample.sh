@@ -40,7 +40,8 @@ _diffmix_sample() {
         fi
         set -- --gpu_ids "${list[@]}" "$@"
     fi
-    "$(_diffmix_python)" "$DIFFMIX_ROOT/sample_mp.py" --dataset "$dataset" --finetune_model_key "$key" \
-        --sample_strategy "$strategy" --examples_per_class "$examples" --syn_dataset_multiplier "${MULTIPLIER:-5}" \
+    "$(_diffmix_python)" "$DIFFMIX_ROOT/sample_mp.py" --dataset "$dataset" --recipe "$(_diffmix_recipe "$dataset")" \
+        --finetune_model_key "$key" --sample_strategy "$strategy" --examples_per_class "$examples" \
+        --syn_dataset_multiplier "${MULTIPLIER:-5}" \
         ${MODEL_NAME:+--model_path "$MODEL_NAME"} "$@"
 }

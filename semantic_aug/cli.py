@@ -17,22 +17,32 @@ import builtins
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from semantic_aug import registry
-from semantic_aug.errors import UserError, nearest_first
+from semantic_aug.errors import UserError, nearest_first, unknown
 
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises :class:`UserError` instead of printing its usage, and knows the nearest flag."""
+    """An argument parser that raises :class:`UserError` instead of printing its usage, and knows the nearest flag.
 
-    def __init__(self, **options):
+    Args:
+        recipes: section of the recipes that holds this command's rows, whose values come before the flags of the command
+            line; the command has the flags of :class:`StageSettings`. None: it takes no recipes.
+        spellings: flag -> the form in which its values are compared with the conditions of a row.
+        options: of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(
+        self, recipes: str | None = None, spellings: Mapping[str, Callable[[str], str]] | None = None, **options
+    ):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+        self.recipes, self.spellings = recipes, spellings or {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help lists all flags")
@@ -43,7 +53,52 @@ class Parser(argparse.ArgumentParser):
         for word in words:  # before argparse complains of a required flag that was only misspelled
             if word.startswith("--") and word.split("=")[0] not in flags:
                 self.error(f"unknown argument {word}: did you mean {nearest_first(word, flags)[0]}?")
-        return super().parse_known_args(words, namespace)
+        parsed, rest = super().parse_known_args(words, namespace)
+        return self._with_recipe(words, parsed) if self.recipes and not rest else (parsed, rest)
+
+    def _with_recipe(self, words: Sequence[str], given: argparse.Namespace):
+        """Parses once more with the recipe's values before the words of the command line, which therefore win."""
+        where = f"recipe {given.recipe} of {registry.RECIPES}, {self.recipes}"
+        rows, on_line = registry.recipe(given.recipe, self.recipes, given.config_dir), {w.split("=")[0] for w in words}
+        values, looked_at = {}, dict.fromkeys(flag for row in rows for flag in row.when)
+        try:
+            for row in rows:  # later rows win
+                if all(self._holds(given, flag, accepted) for flag, accepted in row.when.items()):
+                    values |= row.set
+            values = {flag: value for flag, value in values.items() if f"--{flag}" not in on_line}
+            if missing := [flag for flag, value in values.items() if value is None]:
+                setting = " ".join(f"--{flag} {getattr(given, flag)}" for flag in looked_at)
+                raise UserError(
+                    f"no {', '.join(missing)} for {setting}: give --{missing[0]} or another --recipe, or add a row"
+                )
+            before = [word for flag, value in values.items() for word in (f"--{flag}", *_listed(value))]
+            for flag in values:
+                self._action(flag)
+            parsed, rest = super().parse_known_args([*before, *words])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        shown = ", ".join(f"{flag} {' '.join(_listed(value))}" for flag, value in values.items())
+        parsed.recipe = f"{given.recipe}: {shown or 'sets nothing'}"
+        return parsed, rest
+
+    def _action(self, flag: str) -> argparse.Action:
+        known = {action.dest: action for action in self._actions if action.nargs != 0}
+        if flag not in known:
+            raise unknown("flag", flag, known, f"correct {registry.RECIPES}", limit=3)
+        return known[flag]
+
+    def _holds(self, given: argparse.Namespace, flag: str, accepted: str | Sequence[str]) -> bool:
+        """Whether a flag has one of the accepted values."""
+        action, spelling = self._action(flag), self.spellings.get(flag, lambda value: value)
+        try:
+            values = [spelling(self._get_value(action, text)) for text in _listed(accepted)]
+        except argparse.ArgumentError as error:
+            self.error(str(error))
+        return spelling(getattr(given, flag)) in values
+
+
+def _listed(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -229,3 +284,19 @@ class RunSettings:
         result=False,
     )
     dry_run: bool = setting(False, help="check everything, print what would be done, and stop", result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(RunSettings):
+    """What only the three stages are told: where the defaults of their flags come from.
+
+    Parsed, ``recipe`` is the name and the values that it set, as the record keeps it.
+    """
+
+    recipe: str = setting(
+        registry.DEFAULT_RECIPE,
+        metavar="NAME",
+        help="defaults of this command's flags by data set, model, resolution and setting, from recipes.yaml: default, or "
+        "paper for the Diff-Mix authors' settings; flags given here win",
+        result=False,
+    )

@@ -7,7 +7,7 @@ subset (or several under one key) is. Relative paths are relative to the reposit
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ CONFIG_DIR = REPO_ROOT / "config"
 CHECKPOINTS = "finetuned_ckpts.yaml"
 SUBSETS = "synthetic_datasets.yaml"
 DATASETS = "datasets.yaml"
-LEARNING_RATES = "learning_rates.yaml"
-FILES = (CHECKPOINTS, SUBSETS, DATASETS, LEARNING_RATES)
+RECIPES = "recipes.yaml"
+DEFAULT_RECIPE = "default"
+FORMER_RATES = "learning_rates.yaml"
+FILES = (CHECKPOINTS, SUBSETS, DATASETS, RECIPES)
 CHECKPOINT_FIELDS = {"model_path": "text", "lora_path": "text", "embed_path": "text"}
 LORA_FILES = (
     "pytorch_lora_weights.safetensors",
@@ -334,35 +336,47 @@ def check_writable(file: str, key: str, config_dir: Path = CONFIG_DIR) -> None:
     read_yaml(path)
 
 
-def learning_rate(dataset: str, model: str, resolution: int, config_dir: Path = CONFIG_DIR) -> tuple[float | None, str]:
-    """The tuned classifier learning rate of (dataset, model, resolution), or of the model alone.
+@dataclass(frozen=True)
+class RecipeRow:
+    """Defaults of flags under conditions, a row of a recipe.
 
-    Returns:
-        The rate, or None where the table has nothing, and the entry it comes from.
+    Attributes:
+        when: flag -> the value or values under which the row holds.
+        set: flag -> value, as typed; None: a further row or the command line has to give it.
+    """
+
+    when: Mapping[str, str | list[str]]
+    set: Mapping[str, str | list[str] | None]
+
+
+def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeRow]:
+    """The rows that a recipe of ``recipes.yaml`` has for a stage; of the folder's file, else of the one that comes with us.
+
+    Args:
+        name: of the recipe.
+        stage: ``train_lora``, ``sample_mp`` or ``train_cls``.
+        config_dir: folder of the registry files.
 
     Raises:
-        UserError: a rate that is not a number above 0, or a resolution that is not a whole number.
+        UserError: an unknown recipe, or rows that are none.
     """
-    folder = config_dir if read_yaml(config_dir / LEARNING_RATES) else CONFIG_DIR
-    for section in (dataset, "default"):
-        rates = _section(section, LEARNING_RATES, folder).get(model)
-        where = f"{LEARNING_RATES}: {section}/{model}"
-        if isinstance(rates, dict):
-            by_resolution = {_number(k, f"{where}: resolution", int): (k, v) for k, v in rates.items() if v is not None}
-            nearest = min(by_resolution, key=lambda r: (abs(r - resolution), r), default=None)
-            if nearest is not None:
-                name, rate = by_resolution[nearest]
-                return _number(rate, f"{where}/{name}"), f"{where}/{name}"
-        elif rates is not None:
-            return _number(rates, where), where
-    return None, ""
-
-
-def _number(value: Any, where: str, kind: Callable[[str], float] = float) -> float:
-    try:
-        number = kind(value)
-    except (TypeError, ValueError):
-        number = 0
-    if not 0 < number < float("inf"):
-        raise UserError(f"{where} is {yaml_files.kind_of(value)}: expected a number above 0; correct the file")
-    return number
+    path, former = config_dir / RECIPES, config_dir / FORMER_RATES
+    if former.exists():
+        raise UserError(
+            f"{shown_path(former)} is no longer read: write its rates into {shown_path(path)} as rows "
+            "'- {when: {dataset: cub, model: resnet50}, set: {lr: 0.05}}' under default: train_cls:, and remove it"
+        )
+    recipes = {}
+    for file in dict.fromkeys((CONFIG_DIR / RECIPES, path)):
+        recipes |= read_yaml(file)
+    if name not in recipes:
+        raise unknown("--recipe", name, recipes, f"add it to {shown_path(path)}")
+    rows = (recipes[name] or {}).get(stage) or []
+    for row in rows if isinstance(rows, list) else [rows]:
+        parts = {"when": {}, **row} if isinstance(row, dict) else {}
+        if set(parts) != {"when", "set"} or not all(isinstance(part, dict) and part for part in row.values()):
+            raise UserError(
+                f"recipe '{name}' of {shown_path(path)}: {stage} holds {row}, expected rows '- {{when: {{flag: value}}, "
+                "set: {flag: value}}'; correct the file"
+            )
+    return [RecipeRow(row.get("when", {}), row["set"]) for row in rows]

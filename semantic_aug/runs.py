@@ -58,8 +58,8 @@ def plain(value: Any) -> Any:
 
 
 def arguments_text(arguments: Mapping[str, Any]) -> str:
-    """Arguments as YAML, a line each in the order given; lists and mappings stay on theirs."""
-    options = {"sort_keys": False, "allow_unicode": True, "width": 120}
+    """Arguments as YAML, a line each in the order given."""
+    options = {"sort_keys": False, "allow_unicode": True, "width": float("inf")}
     return "".join(
         yaml.safe_dump({name: value}, default_flow_style=None if isinstance(value, (dict, list)) else False, **options)
         for name, value in plain(arguments).items()

@@ -308,25 +308,10 @@ def test_subsets_are_a_folder_or_a_list(tmp_path):
 
 
 def test_shipped_registries_are_valid():
-    for file in (registry.CHECKPOINTS, registry.SUBSETS, registry.DATASETS, registry.LEARNING_RATES):
+    for file in (registry.CHECKPOINTS, registry.SUBSETS, registry.DATASETS, registry.RECIPES):
         assert (registry.CONFIG_DIR / file).is_file()
         for section, entries in registry.read_yaml(registry.CONFIG_DIR / file).items():
             assert isinstance(section, str) and isinstance(entries, dict)
-
-
-@pytest.mark.parametrize(
-    ("key", "rate"),
-    [
-        (("cub", "resnet50", 448), 0.025),
-        (("cub", "resnet50", 224), 0.05),
-        (("cub", "resnet50", 400), 0.025),
-        (("dog", "vit_b_16", 384), 1e-5),
-        (("unheard", "resnet50", 224), 0.02),
-        (("cub", "unheard", 224), None),
-    ],
-)
-def test_learning_rates_are_data(key, rate):
-    assert registry.learning_rate(*key)[0] == rate
 
 
 # --------------------------------------------------------------------------------------------------------- runs

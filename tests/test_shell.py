@@ -178,6 +178,21 @@ def test_a_wrapper_returns_the_programs_status_and_the_shell_lives_on(shell, scr
     assert done.stdout.split("\n")[:2] == ["status 2", "alive"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("script", "call"),
+    [
+        ("finetune", "finetune DATA ti_db 5 10"),
+        ("sample", "sample DATA k diff-mix 0.7"),
+        ("classification", "main_cls DATA 0 1 resnet50 224 1 k 0.5 0.1"),
+    ],
+)
+def test_the_papers_data_sets_take_its_recipe_unless_told_otherwise(shell, kind, script, call):
+    for dataset, recipe in {"cub": "paper", "pascal": "paper", "elpv": "default", "folder:/cub": "default"}.items():
+        found = words(shell(f"source scripts/{script}.sh; {call.replace('DATA', dataset)} --recipe mine", kind))
+        assert flag(found, "--recipe") == [recipe] and "mine" in found[found.index("--recipe") + 2 :]
+
+
 def test_too_few_words_are_one_line(shell):
     done = shell("source scripts/finetune.sh; bash finetune cub; echo status $?")
     assert done.stdout == "status 2\n" and done.stderr.startswith(

@@ -95,9 +95,9 @@ def test_class_names_of_any_script_do_not_stop_a_command_on_a_plain_terminal(tmp
 
 @pytest.mark.parametrize("script", ["train_lora.py", "sample_mp.py", "train_cls.py"])
 def test_a_doubled_section_stops_every_stage_before_anything_else(script, tmp_path, capsys):
-    (tmp_path / registry.LEARNING_RATES).write_text("cub: {a: 1}\nno: {}\ncub: {}\n")
+    (tmp_path / registry.RECIPES).write_text("cub: {a: 1}\nno: {}\ncub: {}\n")
     from semantic_aug.errors import run_main
 
     module = {"train_lora.py": train_lora, "sample_mp.py": sample_mp, "train_cls.py": train_cls}[script]
     assert run_main(module.main, ["--dataset", "no-such", "--config_dir", str(tmp_path)]) == 2
-    assert "learning_rates.yaml: 'cub' is written twice, in line 1 and in line 3" in capsys.readouterr().err
+    assert "recipes.yaml: 'cub' is written twice, in line 1 and in line 3" in capsys.readouterr().err

@@ -141,13 +141,6 @@ def test_fields_of_another_kind_are_named(tmp_path, entry, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("rate", ["fast", "nan", "-1", "1e999", "[1]", "{big: 0.1}", "{224: fast}"])
-def test_learning_rates_that_are_none_are_named(tmp_path, rate):
-    (tmp_path / registry.LEARNING_RATES).write_text(f"cub:\n  resnet50: {rate}\n")
-    with pytest.raises(UserError, match="learning_rates.yaml: cub/resnet50"):
-        registry.learning_rate("cub", "resnet50", 224, tmp_path)
-
-
 def test_all_registry_files_are_checked_at_once(tmp_path):
     registry.check_files(tmp_path)
     for file in registry.FILES:

@@ -66,7 +66,6 @@ def settings_of(args: argparse.Namespace, device: str, folder: Path) -> Classify
         synthetic=SyntheticSettings(synthetic_prob=args.synthetic_prob),
         classifier=ModelSettings(model=args.model, weights="none", res_mode=args.res_mode),
         training=training,
-        lr_source="bench",
         device=device,
         placement=PlacementSettings(output_dir=folder),
     )

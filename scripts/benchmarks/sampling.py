@@ -178,7 +178,7 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         sampling.SampleConfig(
             dataset=word,
             setting=dataset.setting,
-            run=cli.RunSettings(),
+            run=cli.StageSettings(),
             images=ImageSettings(
                 aug_strength=args.strength, syn_dataset_multiplier=multiplier, resolution=args.resolution
             ),

@@ -7,6 +7,7 @@ synthetic images enter the batches is declared beside the draws, in :mod:`semant
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,28 @@ AUGMENTATIONS = ("crop", "resized_crop")
 CLASS_WEIGHT_MEANS = ("images", "weights")
 SELECT_BY = ("top1", "macro", "worst_group")
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
-"""Peak learning rate of each optimiser where neither ``--lr`` nor ``learning_rates.yaml`` gives one."""
+"""Peak learning rate of each optimiser where neither ``--lr`` nor the recipe gives one."""
+TORCHVISION_NAMES = {
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "mobilenet_v2": "mobilenetv2_100",
+    "mobilenet_v3_large": "mobilenetv3_large_100",
+    "mobilenet_v3_small": "mobilenetv3_small_100",
+    "efficientnet_v2_s": "tf_efficientnetv2_s",
+    "regnet_y_400mf": "regnety_004",
+    "regnet_y_8gf": "regnety_080",
+}
+"""torchvision's names where timm's differ."""
+
+
+def network(name: str) -> str:
+    """A model's network whichever of its names is given: timm's without tag and image size, for torchvision's too."""
+    name = name.partition(".")[0]
+    return re.sub(r"_(224|256|288|320|384|448|512)$", "", TORCHVISION_NAMES.get(name, name))
 
 
 @dataclass(frozen=True)
@@ -87,8 +109,7 @@ class TrainSettings:
         None,
         type=cli.number(0, open_low=True),
         metavar="LR",
-        help="peak learning rate (default: learning_rates.yaml by data set, model and resolution; else 0.02 for sgd, "
-        "0.001 for adamw)",
+        help="peak learning rate (default: the recipe's; else 0.02 for sgd, 0.001 for adamw)",
     )
     weight_decay: float = cli.setting(
         5e-4, type=cli.number(0), metavar="X", help="weight decay; none on biases and normalisation"
@@ -304,13 +325,12 @@ class ClassifyConfig:
 
     Attributes:
         syndata: folders of the synthetic subsets; empty for the real-only baseline.
-        lr_source: where the learning rate comes from.
         device: ``cpu`` or ``cuda:N``.
     """
 
     dataset: str
     setting: Setting = field(default_factory=Setting)
-    run: cli.RunSettings = field(default_factory=cli.RunSettings)
+    run: cli.StageSettings = field(default_factory=cli.StageSettings)
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     classifier: ModelSettings = field(default_factory=ModelSettings)
     training: TrainSettings = field(default_factory=TrainSettings)
@@ -320,7 +340,6 @@ class ClassifyConfig:
     use: UseSettings = field(default_factory=UseSettings)
     placement: PlacementSettings = field(default_factory=PlacementSettings)
     syndata: tuple[str, ...] = ()
-    lr_source: str = ""
     device: str = "cpu"
 
     @property
@@ -344,6 +363,7 @@ class ClassifyConfig:
         return {
             "dataset": self.dataset,
             "setting": self.setting.record(),
+            "recipe": self.run.recipe,
             "syndata": self.syndata,
             **_recorded(synthetic),
             "draws": {
@@ -353,7 +373,6 @@ class ClassifyConfig:
             },
             **_recorded(self.classifier),
             **_recorded(self.training),
-            "lr_source": self.lr_source,
             "loss": _recorded(self.loss) | {"smoothing": self.loss.label_smoothing},
             "mixing": {f"{kind}_alpha": mixing.alphas.get(kind, 0.0) for kind in ("mixup", "cutmix", "cmo")}
             | {"probability": mixing.mix_prob}
@@ -394,7 +413,7 @@ BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")
 
 MAY_CHANGE = (
     *(name for cls in GROUPS.values() for name in cli.settings_of(cls) if name not in cli.result_settings(cls)),
-    *("device", "lr_source"),
+    *("device", "recipe", "lr_source"),  # the last of earlier versions
     *BY_CONTENT,
 )
 """Settings in a record that a restarted run may be given differently."""
@@ -410,7 +429,7 @@ def _recorded(settings: object) -> dict:
 
 def build_parser(description: str) -> cli.Parser:
     """All flags of this stage."""
-    parser = cli.Parser(prog="train_cls.py", description=description)
+    parser = cli.Parser("train_cls", {"model": network}, prog="train_cls.py", description=description)
     add_shared(parser, seed=2020, label_noise=True)
     for cls in GROUPS.values():
         cli.add_settings(parser, cls)
@@ -419,5 +438,5 @@ def build_parser(description: str) -> cli.Parser:
 
 def read_config(args: argparse.Namespace) -> ClassifyConfig:
     """The request that parsed arguments make; what was not given is still to be resolved."""
-    groups = {"setting": Setting, "run": cli.RunSettings, **GROUPS}
+    groups = {"setting": Setting, "run": cli.StageSettings, **GROUPS}
     return ClassifyConfig(dataset=args.dataset, **{name: cli.read_settings(cls, args) for name, cls in groups.items()})

@@ -15,28 +15,13 @@ import torch
 from torch import nn
 
 from semantic_aug.classify.checkpoints import misfit, read_state
+from semantic_aug.classify.config import TORCHVISION_NAMES
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
 from semantic_aug.registry import resolve_path
 from semantic_aug.tensors import load_pickle
 
 log = logging.getLogger(__name__)
-
-TORCHVISION_NAMES = {
-    "vit_b_16": "vit_base_patch16_224",
-    "vit_b_32": "vit_base_patch32_224",
-    "vit_l_16": "vit_large_patch16_224",
-    "swin_t": "swin_tiny_patch4_window7_224",
-    "swin_s": "swin_small_patch4_window7_224",
-    "swin_b": "swin_base_patch4_window7_224",
-    "mobilenet_v2": "mobilenetv2_100",
-    "mobilenet_v3_large": "mobilenetv3_large_100",
-    "mobilenet_v3_small": "mobilenetv3_small_100",
-    "efficientnet_v2_s": "tf_efficientnetv2_s",
-    "regnet_y_400mf": "regnety_004",
-    "regnet_y_8gf": "regnety_080",
-}
-"""torchvision's names where timm's differ."""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model_best.pth.tar")
 """What is looked for, in this order, where ``--weights`` is a folder; the last is what timm's ``train.py`` writes."""

@@ -32,6 +32,7 @@ from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
 from semantic_aug.devices import device_of, launched
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
+from semantic_aug.registry import DEFAULT_RECIPE
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +101,11 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     folders = [folder for key in keys for folder in dataset.subsets(key, config.run.config_dir)]
     folders += synthetic.syndata_dir or ()
     images = load_synthetic(folders, dataset, synthetic)
-    lr, source = learning_rate_of(config, dataset)
     resolved = replace(
         config,
         setting=dataset.setting,
-        training=_resolved_training(config.training, lr, device),
+        training=_resolved_training(config.training, device),
         syndata=tuple(map(str, folders)),
-        lr_source=source,
         device=device,
     )
     check(resolved, dataset)
@@ -142,18 +141,8 @@ def load_synthetic(
     return images
 
 
-def learning_rate_of(config: ClassifyConfig, dataset: LoadedDataset) -> tuple[float, str]:
-    """The peak learning rate and where it comes from: the flag, the table, or the optimiser's default."""
-    training, classifier = config.training, config.classifier
-    if training.lr is not None:
-        return training.lr, "--lr"
-    lr, source = dataset.learning_rate(classifier.model, classifier.res_mode, config.run.config_dir)
-    if lr is not None and training.optimizer != "adamw":
-        return lr, source
-    return DEFAULT_LR[training.optimizer], f"default of {training.optimizer}"
-
-
-def _resolved_training(training: TrainSettings, lr: float, device: str) -> TrainSettings:
+def _resolved_training(training: TrainSettings, device: str) -> TrainSettings:
+    lr = DEFAULT_LR[training.optimizer] if training.lr is None else training.lr
     amp = training.amp if training.amp != "auto" else ("no" if device == "cpu" else "bf16")
     return replace(training, lr=lr, warmup_epochs=min(training.warmup_epochs, training.nepoch / 10), amp=amp)
 
@@ -193,7 +182,8 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
 def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
     """The default name of a run's folder (without the seed), from what tells runs apart."""
     synthetic, classifier, loss = config.synthetic, config.classifier, config.loss
-    parts = [classifier.model, str(classifier.res_mode)]
+    recipe = config.run.recipe.partition(":")[0]
+    parts = [classifier.model, str(classifier.res_mode), *([recipe] if recipe != DEFAULT_RECIPE else [])]
     if keys:
         parts += ["+".join(keys).replace("#", "."), f"g{synthetic.gamma:g}"]
         parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []

@@ -92,13 +92,6 @@ class LoadedDataset:
         """The folders of the synthetic subset(s) that ``synthetic_datasets.yaml`` has under ``key``."""
         return registry.subsets(self.section(registry.SUBSETS, key, config_dir), key, config_dir)
 
-    def learning_rate(
-        self, model: str, resolution: int, config_dir: Path = registry.CONFIG_DIR
-    ) -> tuple[float | None, str]:
-        """The tuned classifier learning rate, as :func:`registry.learning_rate` gives it."""
-        section = self.section(registry.LEARNING_RATES, model, config_dir)
-        return registry.learning_rate(section, model, resolution, config_dir)
-
     def tested_on(self, word: str, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
         """The data set with the test images and groups of another one, whose classes are found here by name.
 

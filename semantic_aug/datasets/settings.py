@@ -123,7 +123,7 @@ class Setting:
 
 
 def add_shared(parser: cli.Parser, seed: int = 0, label_noise: bool = False) -> None:
-    """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.RunSettings`.
+    """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.StageSettings`.
 
     Args:
         parser: gets the flags.
@@ -132,4 +132,4 @@ def add_shared(parser: cli.Parser, seed: int = 0, label_noise: bool = False) -> 
     """
     cli.add_settings(parser, DatasetName)
     cli.add_settings(parser, Setting, leave_out=() if label_noise else ("corrupt_prob",))
-    cli.add_settings(parser, cli.RunSettings, seed=seed)
+    cli.add_settings(parser, cli.StageSettings, seed=seed)

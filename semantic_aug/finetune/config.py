@@ -246,7 +246,7 @@ class FinetuneConfig:
 
     dataset: str
     setting: Setting
-    run: cli.RunSettings
+    run: cli.StageSettings
     model: ModelSettings
     train: TrainSettings
     images: ImageSettings
@@ -289,6 +289,7 @@ class FinetuneConfig:
         return {
             "dataset": self.dataset,
             "setting": self.setting.record(),
+            "recipe": self.run.recipe,
             **settings,
             "random_flip": not self.images.no_flip,
             "class_balanced": self.class_balanced,
@@ -301,12 +302,13 @@ class FinetuneConfig:
         fields = [field for cls in GROUPS.values() for field in cli.settings_of(cls).values()]
         free = [RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]]
         unused = [name for name, decides_nothing in UNUSED.items() if decides_nothing(self)]
-        return ("dataset", *free, *unused)  # the data set is compared by content
+        return ("dataset", "recipe", *free, *unused)  # the data set is compared by content
 
 
 def build_parser() -> cli.Parser:
     """All flags of this stage."""
     parser = cli.Parser(
+        "train_lora",
         prog="train_lora.py",
         description="Stage 1: teaches a pre-trained Stable Diffusion the classes of a labelled image set (class tokens and "
         "U-Net LoRA).",
@@ -324,6 +326,6 @@ def parse(argv: Sequence[str] | None = None) -> FinetuneConfig:
         UserError: flags that do not exist, cannot be read, or exclude each other.
     """
     args = build_parser().parse_args(argv)
-    groups = {"setting": Setting, "run": cli.RunSettings, **GROUPS}
+    groups = {"setting": Setting, "run": cli.StageSettings, **GROUPS}
     settings = {name: cli.read_settings(cls, args) for name, cls in groups.items()}
     return FinetuneConfig(cli.read_settings(DatasetName, args).dataset, **settings)

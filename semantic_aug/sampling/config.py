@@ -64,7 +64,7 @@ class SampleConfig:
 
     dataset: str
     setting: Setting
-    run: cli.RunSettings
+    run: cli.StageSettings
     images: ImageSettings
     key: str | None
     model: ModelFiles
@@ -108,7 +108,7 @@ def resolve(args: argparse.Namespace) -> tuple[SampleConfig, LoadedDataset]:
     Raises:
         UserError: names the argument.
     """
-    settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.RunSettings)
+    settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
     if output.calibrate and not run.dry_run:
         raise UserError("--calibrate goes with --dry_run")

@@ -185,6 +185,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     }
     arguments = {
         "dataset": config.dataset,
+        "recipe": config.run.recipe,
         "base_model": config.model.name,
         "examples_per_class": config.setting.examples_per_class,
         "task": config.setting.task,

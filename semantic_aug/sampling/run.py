@@ -144,6 +144,7 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
     """
     model, placement = config.model, config.placement
     print(dataset.describe())
+    print(f"recipe {config.run.recipe}")
     print(f"base model {model.name}, LoRA {model.lora}, tokens {model.tokens}")
     print(
         f"{len(placement.devices)} process(es): {' '.join(placement.devices)}; {placement.dtype}, batches of "

@@ -218,9 +218,8 @@ class OutputSettings:
 
 def build_parser() -> cli.Parser:
     """All flags of this stage."""
-    parser = cli.Parser(
-        prog="sample_mp.py", description="Stage 2: translates real images between classes into a synthetic subset."
-    )
+    description = "Stage 2: translates real images between classes into a synthetic subset."
+    parser = cli.Parser("sample_mp", prog="sample_mp.py", description=description)
     add_shared(parser)
     for settings in (ModelSettings, ImageSettings):
         cli.add_settings(parser, settings)

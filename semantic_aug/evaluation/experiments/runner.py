@@ -29,7 +29,7 @@ STEPS_FILE = "steps.json"
 LOGS = "logs"
 MADE_FROM = "made_from"
 """Folder of a pair that records the images and the base model of its steps."""
-COPIED = (registry.DATASETS, registry.LEARNING_RATES)
+COPIED = (registry.DATASETS, registry.RECIPES)
 """Files of ``--config_dir`` that are copied into the pair's registry folder."""
 
 
