@@ -16,11 +16,11 @@ from PIL import Image
 import tiny
 from semantic_aug import meta_csv
 from semantic_aug.classify import mixing, models
-from semantic_aug.classify.config import MixSettings, SyntheticSettings
+from semantic_aug.classify.config import MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
 from semantic_aug.classify.losses import one_hot, smooth, soft_cross_entropy
 from semantic_aug.classify.metrics import Meter
-from semantic_aug.classify.trainer import learning_rate_at
+from semantic_aug.classify.optimizer import learning_rate, learning_rate_at
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.synthetic import read_subset, read_subsets, soft_labels
 from semantic_aug.errors import UserError
@@ -127,6 +127,13 @@ def test_warm_up_and_cosine():
     rates = [learning_rate_at(s, 100, 10, 1.0) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0 and rates[-1] < 0.01
     assert rates[55] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_stepped_schedule_is_ldam_drws():
+    settings = TrainSettings(nepoch=200, lr=0.005, lr_schedule="step")
+    rates = [learning_rate(settings, epoch * 12 + step, 12) for epoch in range(200) for step in range(12)]
+    wanted = [0.005 * (epoch + 1) / 5 for epoch in range(5)] + [0.005] * 155 + [5e-5] * 20 + [5e-7] * 20
+    assert rates == pytest.approx(np.repeat(wanted, 12))
 
 
 # ------------------------------------------------------------------------------------------------------------- data

@@ -18,6 +18,7 @@ from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 AUGMENTATIONS = ("crop", "resized_crop")
+LR_SCHEDULES = ("cosine", "step")
 CLASS_WEIGHT_MEANS = ("images", "weights")
 SELECT_BY = ("top1", "macro", "worst_group")
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
@@ -118,7 +119,13 @@ class TrainSettings:
         5,
         type=cli.number(0),
         metavar="N",
-        help="epochs of linear warm-up, at most a tenth of the run; cosine decay follows",
+        help="epochs of linear warm-up, at most a tenth of the run",
+    )
+    lr_schedule: str = cli.setting(
+        "cosine",
+        choices=LR_SCHEDULES,
+        help="learning rate after the warm-up; cosine: down to 0; step: divided by 100 once 0.8 and by 10,000 once 0.9 of the "
+        "epochs are done, as in LDAM-DRW's code",
     )
     amp: str = cli.setting(
         "auto",
@@ -403,7 +410,7 @@ NOT_RECORDED = (
 )
 
 LATER = (
-    *("synthetic_inverse_frequency", "augmentation", "class_weight_mean", "unmixed_epochs"),
+    *("synthetic_inverse_frequency", "augmentation", "lr_schedule", "class_weight_mean", "unmixed_epochs"),
     *("test_dataset", "shot_thresholds"),
 )
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""

@@ -15,13 +15,13 @@ from semantic_aug.classify import inference, metrics
 from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings, TrainSettings
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
+from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
 from semantic_aug.classify.trainer import (
     BEFORE_RESULTS,
     MODEL_FILE,
     Trainer,
     check_disk,
-    make_optimizer,
     results_of,
 )
 from semantic_aug.datasets import LoadedDataset, load_dataset
@@ -196,6 +196,7 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
         parts.append("real")
     parts += [kind for kind in ("cutmix", "mixup", "cmo") if kind in config.mixing.alphas]
     parts += [config.training.augmentation] if config.training.augmentation != "crop" else []
+    parts += [config.training.lr_schedule] if config.training.lr_schedule != "cosine" else []
     parts += [loss.criterion] if loss.criterion != "ce" else []
     parts += [f"drw{loss.drw_epoch}"] if loss.drw_epoch >= 0 else []
     parts += [classifier.trainable_layers] if classifier.trainable_layers != "all" else []

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug import files, runs, tensors
-from semantic_aug.classify.config import ClassifyConfig, TrainSettings
+from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches, share_of
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.metrics import (
@@ -32,6 +31,7 @@ from semantic_aug.classify.metrics import (
 )
 from semantic_aug.classify.mixing import mix
 from semantic_aug.classify.models import check_batch_norm, freeze, make_model
+from semantic_aug.classify.optimizer import learning_rate, make_optimizer
 from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.origin import RunOrigin
@@ -60,24 +60,6 @@ def results_of(folder: Path) -> dict | None:
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW; no weight decay on biases and normalisation."""
-    from timm.optim import param_groups_weight_decay
-
-    groups = param_groups_weight_decay(model, settings.weight_decay)
-    fused = next(model.parameters()).device.type == "cuda" or None
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=fused)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
-
-
-def learning_rate_at(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear warm-up over ``warmup`` steps, then half a cosine down to zero at ``total``; steps count from 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def check_disk(config: ClassifyConfig, model: torch.nn.Module) -> None:
@@ -239,11 +221,9 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, "classify", "dropout", self.epoch, *([rank] if rank else [])))
         self._training_mode()
         loss_log, total = LossLog(self.device, CHECK_STEPS, self.processes.add_up), 0.0
-        warmup, lr = round(training.warmup_epochs * self.steps_per_epoch), training.lr
         for step, parts in enumerate(self._epoch_parts()):
             done = self.epoch * self.steps_per_epoch + step
-            # linear warm-up, then cosine decay
-            lr = learning_rate_at(done, self.total_steps, warmup, training.lr)
+            lr = learning_rate(training, done, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             step_loss = torch.zeros((), device=self.device)
