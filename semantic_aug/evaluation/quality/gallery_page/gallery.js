@@ -12,7 +12,7 @@
 
   const rejected = new Set();
   const history = []; // images whose rejection was changed, last one last
-  let order = [], rows = [], rowOf = [], columns = 1, current = 0;
+  let order = new Uint32Array(0), rows = [], rowOf = order, columns = 1, current = 0, width = 0;
   let wish = 128, size = 128; // side of a thumbnail on screen in pixels, as chosen and as it fits
   const drawn = new Map(); // key of a card or heading -> its element
 
@@ -106,25 +106,56 @@
 
   // ------------------------------------------------------- filter, group, sort
 
-  function arrange() {
-    const filters = Object.keys(FIELDS).filter((f) => $(f) && $(f).value !== "").map((f) => [FIELDS[f], Number($(f).value)]);
-    const show = $("show").value, [score, sign] = $("sort").value.split(":"), group = FIELDS[$("group").value];
-    const before = order[current];
-    order = [];
-    for (let i = 0; i < N; i++) {
-      if (filters.every(([field, value]) => field(i) === value) && (!show || rejected.has(i) === (show === "rejected"))) order.push(i);
+  // Every field is a column of codes, numbered in the order in which its groups appear; every order of a score is kept once
+  // it has been asked for. So a choice costs one pass over the images.
+  const codes = new Map(), ranks = new Map();
+
+  function column(field) {
+    if (!codes.has(field)) {
+      const value = FIELDS[field], values = Array.from({ length: N }, (_, i) => value(i));
+      const text = field === "source" || field === "target" ? name : (v) => v;
+      const different = [...new Set(values)].sort((a, b) => (text(a) < text(b) ? -1 : text(a) > text(b) ? 1 : a - b));
+      const position = new Map(different.map((v, code) => [v, code]));
+      codes.set(field, { of: Uint32Array.from(values, (v) => position.get(v)), position });
     }
-    const values = score && G.scores[score].values;
-    const rank = values && ((i) => (values[i] === null ? Infinity : sign * values[i])); // images without a value come last
-    const text = $("group").value === "source" || $("group").value === "target" ? (i) => name(group(i)) : group;
-    order.sort((a, b) => {
-      if (group && group(a) !== group(b)) return text(a) < text(b) || (text(a) === text(b) && group(a) < group(b)) ? -1 : 1;
-      const difference = rank ? rank(a) - rank(b) : 0;
-      return difference || a - b;
-    });
+    return codes.get(field);
+  }
+
+  function ranking(choice) { // all images in an order; those without a value come last, equal ones as in the list
+    if (!ranks.has(choice)) {
+      const [score, sign] = choice.split(":"), images = Uint32Array.from({ length: N }, (_, i) => i);
+      if (score) {
+        const keys = Float64Array.from(G.scores[score].values, (v) => (v === null ? Infinity : sign * v));
+        images.sort((a, b) => (keys[a] < keys[b] ? -1 : keys[a] > keys[b] ? 1 : a - b));
+      }
+      ranks.set(choice, images);
+    }
+    return ranks.get(choice);
+  }
+
+  function chosen() { // bytes, 1 for each image that passes the filters
+    const show = $("show").value, passes = new Uint8Array(N).fill(1);
+    for (const field of Object.keys(FIELDS).filter((f) => $(f) && $(f).value !== "")) {
+      const { of, position } = column(field), code = position.get(Number($(field).value));
+      for (let i = 0; i < N; i++) if (of[i] !== code) passes[i] = 0;
+    }
+    if (show) for (let i = 0; i < N; i++) if (rejected.has(i) !== (show === "rejected")) passes[i] = 0;
+    return passes;
+  }
+
+  function arrange() {
+    const passes = chosen(), group = $("group").value, before = order[current];
+    order = ranking($("sort").value).filter((i) => passes[i]);
+    if (group) { // counting sort: the order within a group stays
+      const { of, position } = column(group), next = new Uint32Array(position.size + 1), grouped = new Uint32Array(order.length);
+      for (const i of order) next[of[i] + 1]++;
+      for (let code = 0; code < position.size; code++) next[code + 1] += next[code];
+      for (const i of order) grouped[next[of[i]]++] = i;
+      order = grouped;
+    }
     current = Math.max(0, order.indexOf(before));
     viewport.scrollTop = 0;
-    layOut(group);
+    layOut();
     status();
   }
 
@@ -134,20 +165,21 @@
       strength: () => "strength " + number(I.group[i]), subset: () => G.subsets[FIELDS.subset(i)] }[kind]();
   }
 
-  function layOut(group = FIELDS[$("group").value]) {
-    const whole = box.clientWidth + GAP;
+  function layOut() {
+    const group = $("group").value && column($("group").value).of, whole = box.clientWidth + GAP;
+    width = viewport.clientWidth;
     columns = Math.max(1, Math.floor(whole / (2 * wish + 14 + GAP)));
     size = Math.min(Math.floor((whole / columns - GAP - 14) / 2), 2 * wish); // cards fill the width
     document.documentElement.style.setProperty("--size", size + "px");
     const height = size + TEXT + PADDING;
     rows = [];
-    rowOf = new Array(order.length);
+    rowOf = new Uint32Array(order.length);
     let y = 0;
     for (let p = 0; p < order.length; ) {
       let end = order.length;
       if (group) {
         end = p + 1;
-        while (end < order.length && group(order[end]) === group(order[p])) end++;
+        while (end < order.length && group[order[end]] === group[order[p]]) end++;
         rows.push({ y, height: HEADING, heading: title(order[p]), count: end - p });
         y += HEADING + GAP / 2;
       }
@@ -160,15 +192,16 @@
       p = end;
     }
     box.style.height = y + "px";
-    drawn.forEach((element) => element.remove());
     drawn.clear();
-    draw();
+    box.replaceChildren();
+    draw(0); // what is on screen first, what is near it when that is done
+    requestAnimationFrame(() => setTimeout(() => draw()));
   }
 
   // ------------------------------------------------------------------- drawing
 
-  function draw() {
-    const top = viewport.scrollTop - 400, bottom = viewport.scrollTop + viewport.clientHeight + 400;
+  function draw(margin = 400) {
+    const top = viewport.scrollTop - margin, bottom = viewport.scrollTop + viewport.clientHeight + margin;
     let low = 0, high = rows.length;
     while (low < high) { // the first row whose lower edge is on screen
       const middle = (low + high) >> 1;
@@ -378,8 +411,8 @@
   dialog.addEventListener("close", () => box.focus({ preventScroll: true }));
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   document.addEventListener("keydown", pressed);
-  viewport.addEventListener("scroll", draw, { passive: true });
-  new ResizeObserver(() => layOut()).observe(viewport);
+  viewport.addEventListener("scroll", () => draw(), { passive: true });
+  new ResizeObserver(() => (viewport.clientWidth === width ? draw() : layOut())).observe(viewport);
 
   restore();
   arrange();
