@@ -19,6 +19,9 @@ from semantic_aug import meta_csv
 from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
+from semantic_aug.classify.config import ClassifyConfig, ModelSettings, PlacementSettings
+from semantic_aug.classify.inference import load
+from semantic_aug.classify.models import initial_model, make_model
 from semantic_aug.datasets import Setting, find_spec, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.diffusion import convert, tokens
@@ -31,6 +34,7 @@ from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.identity import Weights
 from semantic_aug.sampling.plan import make_plan
 from semantic_aug.seeding import task_rng
+from semantic_aug.tensors import save_tensors
 
 # ------------------------------------------------------------------------------------------------------- class names
 
@@ -376,3 +380,28 @@ def test_leafy_spurge_is_read_by_its_configuration(tmp_path):
     assert len(read.train) == 4 and len(read.test) == 2
     with pytest.raises(UserError, match="has the configurations .*crop"):
         load_dataset(f"hf:{tmp_path}")
+
+
+# --------------------------------------------------------------------------------------------------------- classifiers
+
+
+def test_a_classifiers_head_starts_in_the_class_order_of_another_copy(cub, tmp_path):
+    trained, _ = make_model("test_vit", 3, 32, "none")
+    head = dict(trained.get_classifier().named_parameters())
+    for names, order in ((BIRDS[::-1], [2, 1, 0]), (("owl", "toad", "newt"), [0, 1, 2])):  # others: as they are
+        save_tensors(tmp_path / "model.safetensors", trained.state_dict(), {"classes": names})
+        settings = ModelSettings(model="test_vit", res_mode=32, weights=str(tmp_path))
+        model, _ = initial_model(settings, cub)
+        for key, value in model.get_classifier().named_parameters():
+            assert torch.equal(value, head[key][order])
+
+
+def test_the_originals_classifier_is_read_in_the_data_sets_order(cub, tmp_path):
+    trained, _ = make_model("resnet18", 3, 32, "none")
+    torch.save(trained.state_dict(), tmp_path / "max_acc.pth", _use_new_zipfile_serialization=False)
+    settings = ModelSettings(model="resnet18", res_mode=32, weights=str(tmp_path / "max_acc.pth"))
+    placement = PlacementSettings(gpu="cpu", output_dir=tmp_path)
+    classifier = load(ClassifyConfig(dataset="cub", classifier=settings, placement=placement), cub)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert classifier.class_names == cub.source_names
+    assert torch.allclose(classifier.model(x), trained.eval()(x), atol=1e-5)

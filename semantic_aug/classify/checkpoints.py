@@ -69,6 +69,19 @@ def read_state(path: Path, wanted: Mapping[str, Tensor], flag: str = "--weights"
     return state
 
 
+def metadata_of(path: Path) -> dict[str, Any]:
+    """What ``train_cls.py`` wrote into a weight file besides weights: ``classes`` and more; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return tensors.read_metadata(file.metadata(), "classes")
+    except (SafetensorError, TypeError, ValueError):  # a damaged file is reported when its tensors are read
+        return {}
+
+
 def _content(path: Path) -> Any:
     expected = "expected the state dict of a model"
     if path.suffix != ".safetensors":

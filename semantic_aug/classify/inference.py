@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from semantic_aug import files, runs, tensors
-from semantic_aug.classify.checkpoints import misfit, read_state
+from semantic_aug import files, runs
+from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
 from semantic_aug.classify.config import ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
-from semantic_aug.classify.models import make_model
+from semantic_aug.classify.models import class_order, make_model
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE
 from semantic_aug.datasets import LoadedDataset
@@ -30,7 +29,6 @@ from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import ClassIndex
 from semantic_aug.registry import resolve_path, shown_path
 
 EVAL_FOLDER = "evaluation"
@@ -128,28 +126,6 @@ class Reordered(nn.Module):
         return self.model(images)[:, self.order]
 
 
-def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> list[int]:
-    """Position of each class of the data set among a classifier's, ``K`` in all; spellings may differ.
-
-    Args:
-        names: the classifier's classes, in the order of its outputs.
-        dataset: it is asked about.
-        where: names the classifier, for errors.
-
-    Raises:
-        UserError: it was trained on other classes, or two of them have one name.
-    """
-    positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
-    only_here = [name for row, name in enumerate(names) if row not in positions]
-    only_here += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
-    if only_here:
-        raise UserError(
-            f"{where} knows {len(names)} classes that are not the {len(positions)} of {dataset.name} ('{only_here[0]}' is one "
-            "that only one of them has): give the --dataset it was trained on"
-        )
-    return positions
-
-
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
     """The classifier of a finished ``train_cls.py`` run.
 
@@ -186,19 +162,6 @@ def _load(
     normalise = Normaliser(normalisation.mean, normalisation.std, device)
     keep_aspect = metadata_of(path).get("keep_aspect", False)
     return Classifier(path, model.to(device).eval(), tuple(class_names), normalise, resolution, keep_aspect=keep_aspect)
-
-
-def metadata_of(path: Path) -> dict[str, Any]:
-    """What ``train_cls.py`` wrote into a weight file besides weights: ``classes`` and more; empty for other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return tensors.read_metadata(file.metadata(), "classes")
-    except (SafetensorError, TypeError, ValueError):  # a damaged file is reported when its tensors are read
-        return {}
 
 
 def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> dict:

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from semantic_aug.classify.checkpoints import misfit, read_state
-from semantic_aug.classify.config import TORCHVISION_NAMES
+from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
+from semantic_aug.classify.config import TORCHVISION_NAMES, ModelSettings
+from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
+from semantic_aug.prompts import ClassIndex
 from semantic_aug.registry import resolve_path
 from semantic_aug.tensors import load_pickle
 
@@ -129,6 +132,45 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     if dropped := [key for key in wanted if key not in fitting]:
         log.info("--weights %s: the head is new (the file's '%s' is not one of these classes)", path, dropped[0])
     model.load_state_dict(fitting, strict=False)
+
+
+def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> list[int]:
+    """Position of each class of the data set among a classifier's, ``K`` in all; spellings may differ.
+
+    Args:
+        names: the classifier's classes, in the order of its outputs.
+        dataset: it is asked about.
+        where: names the classifier, for errors.
+
+    Raises:
+        UserError: it was trained on other classes, or two of them have one name.
+    """
+    positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
+    only_here = [name for row, name in enumerate(names) if row not in positions]
+    only_here += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
+    if only_here:
+        raise UserError(
+            f"{where} knows {len(names)} classes that are not the {len(positions)} of {dataset.name} ('{only_here[0]}' is one "
+            "that only one of them has): give the --dataset it was trained on"
+        )
+    return positions
+
+
+def initial_model(settings: ModelSettings, dataset: LoadedDataset) -> tuple[nn.Module, Normalisation]:
+    """The model that training starts from, see :func:`make_model`.
+
+    The head of a classifier that ``train_cls.py`` trained on another copy of the data set is put into this one's class order.
+    """
+    model, normalisation = make_model(settings.model, len(dataset.class_names), settings.res_mode, settings.weights)
+    path = weight_file(resolve_path(settings.weights)) if settings.weights not in ("auto", "none") else Path()
+    names = metadata_of(path).get("classes", ())
+    if len(names) == len(dataset.class_names) and names != list(dataset.source_names):
+        with contextlib.suppress(UserError):  # of other classes: a head of the same shape, no better than any other
+            order = class_order(names, dataset, f"--weights {path}")
+            for key, value in model.named_parameters():
+                if key.startswith(_head_prefixes(model)):
+                    value.data = value.data[order]
+    return model, normalisation
 
 
 def weights_identity(name: str, weights: str) -> str:

@@ -30,7 +30,7 @@ from semantic_aug.classify.metrics import (
     write_scores,
 )
 from semantic_aug.classify.mixing import mix
-from semantic_aug.classify.models import check_batch_norm, freeze, make_model
+from semantic_aug.classify.models import check_batch_norm, freeze, initial_model
 from semantic_aug.classify.optimizer import learning_rate, make_optimizer
 from semantic_aug.classify.processes import Processes
 from semantic_aug.datasets import ImageTable, LoadedDataset
@@ -97,9 +97,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(derive_seed(config.seed, "classify", "weights"))
-        model, normalisation = make_model(
-            classifier.model, len(dataset.class_names), classifier.res_mode, classifier.weights
-        )
+        model, normalisation = initial_model(classifier, dataset)
         if self.processes.count > 1 and self.device.type == "cuda":
             from timm.layers import convert_sync_batchnorm
 

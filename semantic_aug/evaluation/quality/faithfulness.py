@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from semantic_aug.classify.inference import Classifier, class_order
+from semantic_aug.classify.inference import Classifier
+from semantic_aug.classify.models import class_order
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
 
