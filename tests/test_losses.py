@@ -238,13 +238,13 @@ def test_balanced_draws_every_target_class_alike(mode):
 @pytest.mark.parametrize("mode", ["item", "ratio", "concat"])
 def test_target_classes_are_drawn_by_the_inverse_of_their_real_images(mode):
     targets, counts = np.repeat([0, 2, 3], [50, 9, 1]), np.array([9, 4, 1, 0])
-    settings = SyntheticSettings(synthetic_mode=mode, synthetic_prob=0.5, synthetic_inverse_frequency=True)
+    settings = SyntheticSettings(synthetic_mode=mode, synthetic_prob=0.5, synthetic_draw="inverse_frequency")
     _, steps = counted(settings, targets, epochs=60, counts=counts)
     shares = np.bincount(targets[np.concatenate(steps)], minlength=4) / sum(map(len, steps))
     wanted = np.array([1 / 10, 0, 1 / 2, 1]) / 1.6  # 1 / (n + 1) of the classes that have synthetic images
     assert np.abs(shares - wanted).max() < 0.05
-    with pytest.raises(UserError, match="--synthetic_balanced and --synthetic_inverse_frequency exclude"):
-        SyntheticSettings(synthetic_balanced=True, synthetic_inverse_frequency=True)
+    with pytest.raises(UserError, match="--synthetic_balanced and --synthetic_draw inverse_frequency exclude"):
+        SyntheticSettings(synthetic_balanced=True, synthetic_draw="inverse_frequency")
 
 
 def test_balanced_rows_reach_every_image():

@@ -192,6 +192,10 @@ def test_caltech_is_split_in_halves_and_other_data_sets_are_not(tmp_path, monkey
     whole = splits.train.counts() + splits.test.counts()
     assert whole.sum() == sum(sizes.values()) and splits.train.counts().tolist() == ((whole + 1) // 2).tolist()
     assert not set(splits.train.keys) & set(splits.test.keys)
+    with pytest.raises(
+        UserError, match="--split half of 'flower' is drawn from the official download: set FLOWER_ROOT"
+    ):
+        load_dataset("flower", Setting(split="half"))
     with pytest.raises(UserError, match="--split half: the Diff-Mix authors take the official split of animals-"):
         load_dataset(f"folder:{image_folder}", Setting(split="half"))
 

@@ -11,6 +11,7 @@ import train_cls
 import train_lora
 from semantic_aug import registry, runs
 from semantic_aug.classify import config as classify
+from semantic_aug.datasets import catalog
 from semantic_aug.errors import UserError
 from semantic_aug.finetune import config as finetune
 
@@ -67,6 +68,25 @@ def test_every_row_of_stage_3_is_the_authors(model):
             assert (training.optimizer, training.weight_decay) == ("sgd", 5e-4)
             assert (loss.criterion, loss.smoothing, mixing.mix_prob, mixing.mixup_alpha) == ("ls", 0.1, 0.5, 1)
             assert (config.synthetic.synthetic_prob, config.setting.val_fraction) == (SHOTS[count], 0)
+
+
+@pytest.mark.parametrize("dataset", ["cub", "flower"])
+def test_the_long_tail_is_the_authors(dataset):
+    tail = ("--dataset", dataset, "--task", "imbalanced", "--recipe", "paper")
+    config = stage_3(*tail)
+    training, loss, mixing, synthetic = config.training, config.loss, config.mixing, config.synthetic
+    assert (training.lr, training.batch_size, training.weight_decay, training.nepoch) == (0.005, 128, 2e-4, 200)
+    assert (training.lr_schedule, training.warmup_epochs, training.augmentation) == ("step", 5, "resized_crop")
+    assert (loss.criterion, loss.class_weight_mean, loss.ldam_scale, loss.cb_beta) == ("ce", "weights", 30, 0.9999)
+    assert (mixing.mix_prob, mixing.unmixed_epochs, mixing.cutmix_alpha) == (0.5, (4, 3), 1)
+    assert (synthetic.synthetic_draw, synthetic.synthetic_prob) == ("inverse_frequency", 0.3)
+    assert (config.setting.imbalance_profile, config.setting.val_fraction) == ("original", 0)
+    assert catalog.find_spec(dataset).shot_thresholds == {"cub": (20, 5), "flower": (30, 10)}[dataset]
+    assert stage_3("--dataset", dataset, "--recipe", "paper").training.augmentation == "crop"
+    # all stages draw the same images
+    for setting in (finetune.parse(tail).setting, sample_mp.build_parser().parse_args(tail), config.setting):
+        assert (setting.imbalance_profile, setting.val_fraction) == ("original", 0)
+        assert setting.split == ("half" if dataset == "flower" else "official")
 
 
 @pytest.mark.parametrize(("model", "name"), [(m, n) for m, names in OTHER_NAMES.items() for n in names])

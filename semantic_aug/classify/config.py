@@ -410,7 +410,7 @@ NOT_RECORDED = (
 )
 
 LATER = (
-    *("synthetic_inverse_frequency", "augmentation", "lr_schedule", "class_weight_mean", "unmixed_epochs"),
+    *("synthetic_draw", "augmentation", "lr_schedule", "class_weight_mean", "unmixed_epochs"),
     *("test_dataset", "shot_thresholds"),
 )
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""

@@ -15,6 +15,7 @@ from semantic_aug import cli
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
 
+SYNTHETIC_DRAWS = ("images", "inverse_frequency")
 SYNTHETIC_MODES = ("item", "ratio", "concat")
 
 
@@ -59,10 +60,11 @@ class SyntheticSettings:
     synthetic_balanced: bool = cli.setting(
         False, help="draw a target class first, all equally often, then one of its synthetic images"
     )
-    synthetic_inverse_frequency: bool = cli.setting(
-        False,
-        help="draw a target class first, with chances in proportion to 1 / (n + 1) for n real training images, then one "
-        "of its synthetic images",
+    synthetic_draw: str = cli.setting(
+        "images",
+        choices=SYNTHETIC_DRAWS,
+        help="images: all synthetic images alike; inverse_frequency: a target class first, with chances in proportion to "
+        "1 / (n + 1) for n real training images, then one of its synthetic images",
     )
     target_class_num: int = cli.setting(
         0,
@@ -81,10 +83,15 @@ class SyntheticSettings:
     )
 
     def __post_init__(self):
-        if self.synthetic_balanced and self.synthetic_inverse_frequency:
+        if self.synthetic_balanced and self.inverse_frequency:
             raise UserError(
-                "--synthetic_balanced and --synthetic_inverse_frequency exclude each other: give one of them"
+                "--synthetic_balanced and --synthetic_draw inverse_frequency exclude each other: give one of them"
             )
+
+    @property
+    def inverse_frequency(self) -> bool:
+        """Whether rare target classes are drawn more often."""
+        return self.synthetic_draw == "inverse_frequency"
 
     @property
     def active(self) -> bool:
@@ -137,9 +144,9 @@ class EpochDraws:
         counts: np.ndarray | None = None,
     ):
         self.real, self.settings, self.seed = real, settings, seed
-        self.by_class = settings.synthetic_balanced or settings.synthetic_inverse_frequency
+        self.by_class = settings.synthetic_balanced or settings.inverse_frequency
         # classes evenly, or in proportion to 1 / (n + 1)
-        self.class_weights = 1 / (counts + 1) if settings.synthetic_inverse_frequency else None
+        self.class_weights = 1 / (counts + 1) if settings.inverse_frequency else None
         self.targets = targets if targets is not None and len(targets) and settings.active else None
         self.pool = real + (len(targets) if self.targets is not None and settings.synthetic_mode == "concat" else 0)
         self.batch_size = min(batch_size, self.pool)

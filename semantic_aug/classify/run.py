@@ -161,7 +161,7 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
     class_groups([], *(config.evaluation.shot_thresholds or dataset.spec.shot_thresholds))
-    for name in ("synthetic_balanced", "synthetic_inverse_frequency", "target_class_num", "syndata_max"):
+    for name in ("synthetic_balanced", "target_class_num", "syndata_max"):
         if getattr(synthetic, name) and not config.syndata:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
     if loss.drw_epoch >= 0 and loss.criterion == "cb":
@@ -189,7 +189,7 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
         parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []
         parts += [f"p{synthetic.synthetic_prob:g}"] if synthetic.synthetic_mode != "concat" else []
         parts += ["balanced"] if synthetic.synthetic_balanced else []
-        parts += ["inverse"] if synthetic.synthetic_inverse_frequency else []
+        parts += ["inverse"] if synthetic.inverse_frequency else []
         parts += [f"t{synthetic.target_class_num}"] if synthetic.target_class_num else []
         parts += [f"n{synthetic.syndata_max}"] if synthetic.syndata_max else []
     else:

@@ -68,7 +68,12 @@ def labelled(root: Path, file: Path, labels: np.ndarray, numbers: np.ndarray) ->
 
 def read_half() -> Splits:
     """The Diff-Mix authors' split."""
-    root = official.required_root(SPEC)
+    root = official.chosen_root(SPEC)
+    if root is None:
+        raise UserError(
+            f"--split half of '{SPEC.name}' is drawn from the official download: set {SPEC.variables[0]} to it "
+            f"({SPEC.homepage}), or give --split official"
+        )
     file, labels = read_labels(root)
     return halves(labelled(root, file, labels, np.arange(len(labels)) + 1))
 
