@@ -298,6 +298,26 @@ def test_a_subset_from_before_the_choice_of_pairing_continues_under_the_default_
         reopened(config, dataset)
 
 
+def test_noisy_labels_are_part_of_what_a_subset_is_made_from(request_of, pictures):
+    config, dataset = request_of(pictures, corrupt_prob=0.3, subset_seed=1)
+    clean = load_dataset(f"folder:{pictures}")
+    wrong = np.flatnonzero(dataset.train.labels != clean.train.labels).tolist()
+    assert wrong and (np.bincount(dataset.train.labels, minlength=3) > 0).all()
+    folder = begin(config, dataset, wrong)
+    plan = sampling.plan_of(config, dataset)
+    assert (plan.source_class == dataset.train.labels[plan.source]).all()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["arguments"]["corrupt_prob"] == 0.3
+    with pytest.raises(UserError, match=r"labels.*; corrupt_prob: 0.3 -> None"):
+        reopened(*request_of(pictures, subset_seed=1))
+    with running.opened(config, dataset) as subset:
+        subset.close()
+    assert len(read_subset(folder, dataset)) == np.isin(plan.source, wrong).sum()
+    with pytest.raises(
+        UserError, match=f"{len(wrong)} of {len(wrong)} source images have another label in .*--corrupt_prob"
+    ):
+        read_subset(folder, clean)
+
+
 def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):
     config, dataset = request_of(pictures)
     folder = begin(config, dataset, [0, 1])

@@ -16,7 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import tiny
-from semantic_aug import meta_csv, prompts
+from semantic_aug import cli, meta_csv, prompts
 from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, sets, subsets
 from semantic_aug.datasets.readers import hub as sources
 from semantic_aug.datasets.readers.folder import read_folder
@@ -76,6 +76,8 @@ def test_the_profile_marks_the_folder():
     assert Setting(task="imbalanced", imbalance_profile="original").suffix == "_imb0.01orig"
     assert Setting(imbalance_profile="original").suffix == ""
     assert Setting(corrupt_prob=0.2, examples_per_class=5).suffix == "_5shot_noise0.2"
+    assert Setting(corrupt_prob=0.2, corrupt_classes="all").suffix == "_noise0.2all"
+    assert Setting(corrupt_classes="all").suffix == ""
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,6 @@ def test_new_settings_are_checked(arguments, message):
 
 
 def test_the_flag_reaches_the_setting():
-    from semantic_aug import cli
     from semantic_aug.datasets.settings import add_shared
 
     parser = cli.Parser(prog="x")
@@ -137,6 +138,31 @@ def test_the_share_of_wrong_labels_is_the_one_asked_for():
     noisy = subsets.corrupt_labels(table, 0.3, 1).labels
     shares = np.bincount(noisy, minlength=6) / 4000
     assert abs(shares[0] - 0.7) < 0.03 and np.abs(shares[1:] - 0.06).max() < 0.02
+
+
+def test_labels_drawn_from_all_classes_may_be_the_true_ones():
+    table = table_of([0] * 6000)
+    noisy = subsets.corrupt_labels(table, 0.6, 1, "all").labels
+    shares = np.bincount(noisy, minlength=6) / 6000
+    assert abs(shares[0] - 0.5) < 0.03 and np.abs(shares[1:] - 0.1).max() < 0.02  # 0.4 + 0.6 / 6, and 0.6 / 6 each
+    wrong = noisy != 0
+    assert (subsets.corrupt_labels(table, 0.6, 1).labels[wrong] != 0).all()  # the same images are replaced
+
+
+def test_the_three_stages_see_and_record_the_same_noisy_labels(image_folder):
+    import sample_mp
+    from semantic_aug.classify import config as classify
+    from semantic_aug.finetune import config as finetune
+
+    words = ["--dataset", f"folder:{image_folder}", "--corrupt_prob", "0.5", "--corrupt_classes", "all"]
+    words += ["--subset_seed", "3"]
+    parsers = (finetune.build_parser(), sample_mp.build_parser(), classify.build_parser(""))
+    settings = [cli.read_settings(Setting, parser.parse_args(words)) for parser in parsers]
+    assert settings == [Setting(corrupt_prob=0.5, corrupt_classes="all", subset_seed=3)] * 3
+    clean, noisy = (load_dataset(f"folder:{image_folder}", s).train for s in (Setting(), settings[0]))
+    assert 0 < (clean.labels != noisy.labels).sum() < len(clean)
+    records = (finetune.parse(words).record(), classify.read_config(parsers[2].parse_args(words)).record())
+    assert all(record["setting"]["corrupt_prob"] == 0.5 for record in records)
 
 
 def test_only_train_is_noisy(image_folder):

@@ -437,7 +437,7 @@ def _recorded(settings: object) -> dict:
 def build_parser(description: str) -> cli.Parser:
     """All flags of this stage."""
     parser = cli.Parser("train_cls", {"model": network}, prog="train_cls.py", description=description)
-    add_shared(parser, seed=2020, label_noise=True)
+    add_shared(parser, seed=2020)
     for cls in GROUPS.values():
         cli.add_settings(parser, cls)
     return parser

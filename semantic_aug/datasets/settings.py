@@ -14,6 +14,11 @@ TASKS = ("vanilla", "imbalanced")
 SOURCE_SPLITS = ("official", "half")
 PROFILES = ("exponential", "original")
 """How the long tail falls off: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
+NOISE_CLASSES = ("others", "all")
+"""Classes that a noisy label is drawn from: see :func:`semantic_aug.datasets.subsets.corrupt_labels`."""
+
+YOUNGER = {"split": "official", "corrupt_classes": "others"}
+"""Settings that earlier versions did not have, with the values that their records mean."""
 
 
 def dataset_name(text: str) -> str:
@@ -83,9 +88,15 @@ class Setting:
         0.0,
         type=cli.number(0, 1),
         metavar="P",
-        help="label noise: share of training labels replaced by another class's, drawn with --subset_seed",
+        help="label noise: probability that a training label is replaced, drawn with --subset_seed; keep it the same in all "
+        "three stages",
     )
-
+    corrupt_classes: str = cli.setting(
+        "others",
+        choices=NOISE_CLASSES,
+        help="label noise: classes that the new label is drawn from; others: all but the true one; all: the true one as "
+        "well, so that (K - 1) / K of the replaced labels are wrong",
+    )
     split: str = cli.setting(
         "official",
         choices=SOURCE_SPLITS,
@@ -98,7 +109,13 @@ class Setting:
             value = getattr(self, name)
             if value == 0 or value < -1:
                 raise UserError(f"--{name} {value}: expected -1 (all) or a positive number")
-        for name, accepted in (("task", TASKS), ("imbalance_profile", PROFILES), ("split", SOURCE_SPLITS)):
+        choices = {
+            "task": TASKS,
+            "imbalance_profile": PROFILES,
+            "corrupt_classes": NOISE_CLASSES,
+            "split": SOURCE_SPLITS,
+        }
+        for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(accepted)}")
         if not 0 < self.imbalance_factor <= 1:
@@ -109,27 +126,28 @@ class Setting:
             raise UserError(f"--corrupt_prob {self.corrupt_prob}: expected a number in [0, 1]")
 
     def record(self) -> dict:
-        """Values by name; ``split`` only where it is not the official one, which records of earlier versions stand for."""
-        return {name: value for name, value in asdict(self).items() if name != "split" or value != "official"}
+        """Values by name; those that records of earlier versions lack only where they are not the default."""
+        return {name: value for name, value in asdict(self).items() if YOUNGER.get(name) != value}
 
     @property
     def suffix(self) -> str:
-        """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig`` or ``_noise0.2``."""
+        """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig``, ``_noise0.2`` or ``_noise0.2all``."""
         shown = setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
         if self.task == "imbalanced" and self.imbalance_profile == "original":
             shown += "orig"
         shown += "_half" if self.split == "half" else ""
-        return shown + (f"_noise{number_text(self.corrupt_prob)}" if self.corrupt_prob else "")
+        if self.corrupt_prob:
+            shown += f"_noise{number_text(self.corrupt_prob)}{'all' if self.corrupt_classes == 'all' else ''}"
+        return shown
 
 
-def add_shared(parser: cli.Parser, seed: int = 0, label_noise: bool = False) -> None:
+def add_shared(parser: cli.Parser, seed: int = 0) -> None:
     """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.StageSettings`.
 
     Args:
         parser: gets the flags.
         seed: default of ``--seed``.
-        label_noise: with ``--corrupt_prob``, which only stage 3 has.
     """
     cli.add_settings(parser, DatasetName)
-    cli.add_settings(parser, Setting, leave_out=() if label_noise else ("corrupt_prob",))
+    cli.add_settings(parser, Setting)
     cli.add_settings(parser, cli.StageSettings, seed=seed)

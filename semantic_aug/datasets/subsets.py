@@ -120,20 +120,22 @@ def class_groups(
     return {name: np.flatnonzero(mask) for name, mask in masks.items()}
 
 
-def corrupt_labels(table: ImageTable, probability: float, seed: int = 0) -> ImageTable:
-    """The same images, each with probability ``probability`` under another class, drawn evenly from all others.
+def corrupt_labels(table: ImageTable, probability: float, seed: int = 0, classes: str = "others") -> ImageTable:
+    """The same images, each with probability ``probability`` under a class drawn uniformly: the labels of all three stages.
 
-    Each row is decided by draws of its own, from (seed, key): a label that is wrong at one probability is wrong in the same
-    way at every higher one, and in every larger subset.
+    ``others`` draws from all classes but the true one, so that every replaced label is wrong; ``all`` from every class, as
+    in random-label experiments (Zhang et al. 2017), so that a share of 1/K keeps its label. Each row is decided by draws of
+    its own, from (seed, key): a label that is wrong at one probability is wrong in the same way at every higher one, and in
+    every larger subset.
     """
-    classes = len(table.class_names)
-    if probability == 0 or classes < 2:
+    count = len(table.class_names)
+    if probability == 0 or count < 2:
         return table
     labels = table.labels.copy()
     for i, key in enumerate(table.keys):
         rng = numpy_rng(seed, "label-noise", key)
         if rng.random() < probability:
-            labels[i] = (labels[i] + 1 + rng.integers(classes - 1)) % classes
+            labels[i] = rng.integers(count) if classes == "all" else (labels[i] + 1 + rng.integers(count - 1)) % count
     return replace(table, labels=labels)
 
 
@@ -156,4 +158,4 @@ def apply_setting(train: ImageTable, setting: Setting) -> ImageTable:
     if setting.task == "imbalanced":
         train = long_tail(train, setting.imbalance_factor, setting.subset_seed, setting.imbalance_profile)
     train = few_shot(train, setting.examples_per_class, setting.subset_seed)
-    return corrupt_labels(train, setting.corrupt_prob, setting.subset_seed)
+    return corrupt_labels(train, setting.corrupt_prob, setting.subset_seed, setting.corrupt_classes)

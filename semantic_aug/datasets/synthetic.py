@@ -140,8 +140,9 @@ def read_subset(
 
     Raises:
         UserError: no such folder, an empty subset, a class that is not the data set's, an image that is missing or lies
-            outside the folder, or sources from outside the training images (a leak into validation or test) or with another
-            content than when the subset was made (another data set of the same names).
+            outside the folder, or sources from outside the training images (a leak into validation or test), under another
+            label (true ones where the setting has noisy labels) or with another content than when the subset was made
+            (another data set of the same names).
     """
     root, file = locate(folder)
     if not file.is_file() and (root / "config.yaml").is_file():
@@ -153,6 +154,7 @@ def read_subset(
     paths = _paths(root / DATA, table.path, file)
     if not allow_other_sources:
         _check_sources(table, dataset, file)
+        _check_labels(table, position, dataset, file)
         _check_content(root, table, dataset, file)
     return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
 
@@ -249,6 +251,23 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
             f"{file}: {len(strange)} of {len(used)} source images are not training images of {dataset.name}"
             f"{dataset.setting.suffix} ('{sorted(strange)[0]}'{where}): give the stages the same "
             "--examples_per_class, --task and --subset_seed, or accept it with --allow_other_sources"
+        )
+
+
+def _check_labels(table: meta_csv.MetaTable, position: np.ndarray, dataset: LoadedDataset, file: Path) -> None:
+    sources = table.further.get("Source Image")
+    if sources is None:
+        return
+    label_of = dict(zip(dataset.train.keys, dataset.train.labels.tolist(), strict=True))
+    labels = position[table.source].tolist()
+    recorded = {str(key): label for key, label in zip(sources, labels, strict=True) if key}
+    other = [key for key, label in recorded.items() if label_of.get(key, label) != label]
+    if other:
+        names = dataset.source_names
+        raise UserError(
+            f"{file}: {len(other)} of {len(recorded)} source images have another label in {dataset.name}"
+            f"{dataset.setting.suffix} ('{other[0]}': {names[recorded[other[0]]]} -> {names[label_of[other[0]]]}): give the "
+            "stages the same --corrupt_prob and --corrupt_classes, or accept it with --allow_other_sources"
         )
 
 

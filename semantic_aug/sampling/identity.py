@@ -192,6 +192,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "imbalance_factor": config.setting.imbalance_factor if config.setting.task == "imbalanced" else None,
         "subset_seed": config.setting.subset_seed,
         "val_fraction": config.setting.val_fraction,
+        "corrupt_prob": config.setting.corrupt_prob or None,
+        "corrupt_classes": config.setting.corrupt_classes if config.setting.corrupt_prob else None,
     }
     sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
     compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too

@@ -113,7 +113,10 @@ def make_plan(
         )
     empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
     if len(empty):
-        raise UserError(f"class number {int(empty[0])} has no training image in this setting")
+        raise UserError(
+            f"class number {int(empty[0])} has no training image in this setting: raise --examples_per_class, or lower "
+            "--corrupt_prob"
+        )
 
     if strategy.start == "noise":
         target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))

@@ -23,8 +23,8 @@ from semantic_aug.finetune import config as finetune
 from semantic_aug.sampling import settings as sampling
 
 _ALL_STAGES = (
-    "dataset split examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class subset_seed "
-    "seed config_dir register_key"
+    "dataset split examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class corrupt_prob "
+    "corrupt_classes subset_seed seed config_dir register_key"
 )
 RESERVED = {
     1: f"{_ALL_STAGES} output_dir finetune_strategy pretrained_model_name_or_path".split(),
@@ -120,7 +120,10 @@ STAGE_SETTINGS = {
     3: (classify.SyntheticSettings, classify.ModelSettings, classify.TrainSettings),
 }
 """Stage -> the dataclasses that declare its flags."""
-IN_ALL_STAGES = ("split", "imbalance_profile", "val_fraction", "val_examples_per_class")
+IN_ALL_STAGES = (
+    *("split", "imbalance_profile", "val_fraction", "val_examples_per_class"),
+    *("corrupt_prob", "corrupt_classes"),
+)
 """Settings of the data that are passed on where they are given."""
 BUDGET = {
     1: "pretrained_model_name_or_path max_train_steps train_batch_size learning_rate ti_learning_rate initializer".split(),
@@ -155,7 +158,7 @@ def add_shared(parser: cli.Parser, several: bool) -> None:
     """
     cli.add_settings(parser, DatasetName)
     own = ("examples_per_class", "subset_seed") if several else ()
-    cli.add_settings(parser, Setting, leave_out=(*own, "corrupt_prob", *IN_ALL_STAGES))
+    cli.add_settings(parser, Setting, leave_out=(*own, *IN_ALL_STAGES))
     texts = dict.fromkeys(IN_ALL_STAGES, "the stages'")
     texts["synthetic_prob"] = f"{ALL_DATA_PROB} with all data, {FEW_DATA_PROB} for few shots and long tails"
     data = next(group for group in parser._action_groups if group.title == Setting.TITLE)
