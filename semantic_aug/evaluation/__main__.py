@@ -19,6 +19,7 @@ COMMANDS = {
     "headroom": "semantic_aug.evaluation.experiments.headroom",
     "measure": "semantic_aug.evaluation.quality.measure",
     "pictures": "semantic_aug.evaluation.quality.pictures",
+    "pseudo-label": "semantic_aug.evaluation.experiments.pseudo_label",
     "tune": "semantic_aug.evaluation.experiments.tune",
 }
 """Each command's module; its ``main`` takes the words after the command, its first docstring line is the summary."""
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
-        lines = [f"  {name:<10} {_summary(module)}" for name, module in COMMANDS.items()]
+        lines = [f"  {name:<12} {_summary(module)}" for name, module in COMMANDS.items()]
         print("usage: python -m semantic_aug.evaluation COMMAND ... (COMMAND --help lists its flags)", *lines, sep="\n")
         return 0
     if words[0] not in COMMANDS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ class Method:
         name: the word given to ``--methods``.
         strategy: of its synthetic images, or None for real images only.
         mixing: flags of stage 3 that mix images.
+        pseudo: whether it trains on unlabelled images, labelled by the real-only classifier of its seed.
     """
 
     name: str
     strategy: str | None = None
     mixing: tuple[str, ...] = ()
+    pseudo: bool = False
 
     @property
     def finetuning(self) -> str | None:
@@ -55,6 +57,7 @@ METHODS = {
         Method("real-only"),
         Method("mixup", mixing=("use_mixup",)),
         Method("cutmix", mixing=("use_cutmix",)),
+        Method("pseudo-label", pseudo=True),
         *(Method(name, name) for name in _STRATEGIES),
         Method("diff-mix+cutmix", "diff-mix", ("use_cutmix",)),
         Method("diff-mix+mixup", "diff-mix", ("use_mixup",)),
@@ -79,6 +82,7 @@ class Recipe:
         classify: of stage 3.
         synthetic: of stage 3 where there are synthetic images.
         extra: stage -> extra arguments as the user gave them.
+        pseudo: flags of pseudo-labels; no part of the budget, since only the method pseudo-label has them.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Recipe:
     classify: Mapping[str, Any]
     synthetic: Mapping[str, Any]
     extra: Mapping[int, tuple[str, ...]]
+    pseudo: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The recipe as a flat mapping, for the file that keeps it and for telling two apart."""
@@ -144,14 +149,19 @@ class Step:
 
 
 def command(stage: int, flags: Mapping[str, Any], extra: Iterable[str] = ()) -> tuple[str, ...]:
-    """A stage's script and its arguments: None and False are left out, True is the flag alone, a sequence several values."""
+    """A stage's script and its arguments."""
+    return (SCRIPTS[stage], *arguments_of(flags), *extra)
+
+
+def arguments_of(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as arguments: None and False are left out, True is the flag alone, a sequence several values."""
     arguments: list[str] = []
     for name, value in flags.items():
         if value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
         arguments += [f"--{name}", *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
-    return (SCRIPTS[stage], *arguments, *extra)
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -236,6 +246,24 @@ class StageCommands:
         needs = (f"sample {key}",) if key else ()
         return Step(f"classify {name}", 3, arguments, needs, f"classify/{name}/results.json", {})
 
+    def pseudo_label_steps(self, name: str) -> dict[str, Step]:
+        """The real-only classifier, its labels for the unlabelled images, and the classifier trained on both, by name."""
+        teacher, folder = (
+            self.classify("real-only", self.subset_seed),
+            registry.shown_path(self.folder / "pseudo-label"),
+        )
+        flags = {
+            **self.shared,
+            **self.recipe.pseudo,
+            "classifier": registry.shown_path(self.folder / "classify" / "real-only"),
+            "gpu": self.devices.ids[0] if self.devices.ids else None,
+            "output_dir": folder,
+        }
+        arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
+        labels = Step("label unlabelled", 3, arguments, (teacher.name,), "pseudo-label/meta.csv", {})
+        student = self.classify(name, self.subset_seed, syndata_dir=folder, **self.recipe.synthetic)
+        return {step.name: step for step in (teacher, labels, replace(student, needs=(labels.name,)))}
+
     def synthetic_steps(self, sample: Step) -> dict[str, Step]:
         """A step of stage 2 after the fine-tuning that it needs, by name."""
         return {**{kind: self.finetune(kind) for kind in sample.needs}, sample.name: sample}
@@ -245,6 +273,9 @@ class StageCommands:
         steps: dict[str, Step] = {}
         for name in names:
             method = METHODS[name]
+            if method.pseudo:
+                steps |= self.pseudo_label_steps(name)
+                continue
             if method.strategy:
                 for step in self.synthetic_steps(self.sample(method.strategy)).values():
                     steps.setdefault(step.name, step)

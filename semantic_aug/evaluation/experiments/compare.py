@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import cli, console, registry
+from semantic_aug import cli, console, registry, runs
+from semantic_aug.datasets import LoadedDataset
 from semantic_aug.errors import Interrupted, UserError, no_downloads, unknown
 from semantic_aug.evaluation.experiments import headroom, report, results
 from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, StageCommands, setting_name
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR
+from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings, read_pool
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
@@ -112,6 +114,7 @@ def build_parser() -> cli.Parser:
     """All flags of ``compare``."""
     parser = Parser(prog="python -m semantic_aug.evaluation compare", description=__doc__)
     cli.add_settings(parser, ComparisonSettings)
+    cli.add_settings(parser, UnlabelledSettings)
     add_shared(parser, several=True)
     cli.add_settings(parser, SharingSettings)
     return parser
@@ -123,6 +126,7 @@ class Job:
 
     commands: StageCommands
     pair: Pair
+    methods: tuple[str, ...]
 
     @property
     def setting(self) -> str:
@@ -142,12 +146,17 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
         UserError: the arguments do not fit together.
     """
     settings, devices = cli.read_settings(ComparisonSettings, args), cli.read_settings(Placement, args).devices
+    pseudo = [name for name in settings.methods if METHODS[name].pseudo]
+    if pseudo and args.unlabelled is None:
+        raise UserError(f"--methods {pseudo[0]} trains on unlabelled images: give --unlabelled PATH")
+    if args.unlabelled is not None and not pseudo:
+        raise UserError(f"--unlabelled {args.unlabelled}: no method uses it; add pseudo-label to --methods")
     recipes = [recipe_of(args, index) for index in range(len(settings.examples_per_class))]
     methods, jobs = list(dict.fromkeys(settings.methods)), []
     for seed in dict.fromkeys(settings.seeds):
         for recipe in recipes:
             commands = StageCommands(recipe, seed, results.pair_folder(folder, recipe.name, seed), devices)
-            jobs.append(Job(commands, Pair(commands.folder, commands.method_steps(methods))))
+            jobs.append(Job(commands, Pair(commands.folder, commands.method_steps(methods)), tuple(methods)))
     return jobs
 
 
@@ -263,7 +272,21 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
     for recipe in {job.setting: job.commands.recipe for job in jobs}.values():
         results.claim_setting(folder, recipe.name, recipe.record())
     for job in selected:
-        claim_data(job.commands, config_dir, job.stages)
+        dataset = claim_data(job.commands, config_dir, job.stages)
+        if any(METHODS[method].pseudo for method in job.methods):
+            claim_pool(job, folder, dataset)
+
+
+def claim_pool(job: Job, folder: Path, dataset: LoadedDataset) -> None:
+    """Checks the unlabelled images of a pair, and ties its setting to the threshold of their labels.
+
+    Raises:
+        UserError: some are evaluated, or the folder's pseudo-labels have another threshold.
+    """
+    settings = UnlabelledSettings(**job.commands.recipe.pseudo)
+    read_pool(settings, dataset)
+    record = {"dataset": dataset.name, "pseudo_threshold": settings.pseudo_threshold}
+    runs.claim(folder / job.setting / "pseudo-label", record, "--output_dir")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from semantic_aug.evaluation.document import (
     subset_links,
     write,
 )
+from semantic_aug.evaluation.experiments.commands import METHODS
 from semantic_aug.evaluation.experiments.halving import Candidate, best_first
 from semantic_aug.evaluation.experiments.results import Comparison, collect, pair_folder
 from semantic_aug.evaluation.experiments.runner import duration
@@ -154,6 +155,10 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
             "images. Validation chooses the epoch, test is evaluated once."
         )
     )
+    if any(row.method in METHODS and METHODS[row.method].pseudo for row in comparison.rows):
+        blocks.append(
+            Paragraph("pseudo-label trains on unlabelled images, too; of the others at most the base model saw them.")
+        )
     if comparison.rows:
         blocks.append(Picture(CHART, "scores by method"))
     for setting in comparison.settings:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from semantic_aug import files, registry, runs
-from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError
@@ -181,7 +181,7 @@ class Pair:
         shutil.rmtree(self.folder / "aug_samples", ignore_errors=True)
 
 
-def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int]) -> None:
+def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int]) -> LoadedDataset:
     """Ties a pair to the images it draws and to the base model, or finds that its steps were made from these.
 
     Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
@@ -190,6 +190,9 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
         commands: of the pair.
         config_dir: of the registry files.
         stages: that the pair runs.
+
+    Returns:
+        The data set under the pair's setting.
 
     Raises:
         UserError: they were made from something else, or by a version that did not record it.
@@ -211,6 +214,7 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
         base = find_base(recipe.base)
         weights = RunOrigin(dataset, (), further=lambda: {"base_model": files_digest(weight_files(base), base)})
         runs.claim(base_folder, {}, "--output_dir", origin=weights)
+    return dataset
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:

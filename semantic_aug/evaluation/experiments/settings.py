@@ -217,8 +217,9 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
     }
     if not tail:
         shared["imbalance_profile"] = None
+    pseudo = {name: getattr(args, name, None) for name in ("unlabelled", "pseudo_threshold")}
     name, extra = setting_name(shots, args.task, args.imbalance_factor), cli.read_settings(ExtraArguments, args)
     return Recipe(
         name=name, base=base, shared=shared, finetune=tune, sample=sample, classify=train, synthetic=synthetic,
-        extra=extra.by_stage(),
+        extra=extra.by_stage(), pseudo=pseudo,
     )  # fmt: skip

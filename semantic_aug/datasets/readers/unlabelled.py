@@ -1,0 +1,81 @@
+"""Images without labels: all below a folder, or the column ``path`` of a list."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from semantic_aug.datasets.catalog import LoadedDataset
+from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images
+from semantic_aug.datasets.readers.delimited import read_header
+from semantic_aug.datasets.readers.folder import EXPECTED, Walk
+from semantic_aug.datasets.table import ImageTable, missing_files, table_of_files
+from semantic_aug.errors import UserError
+
+CLASS = "unlabelled"
+
+
+def read_unlabelled(path: Path) -> ImageTable:
+    """The images as a table of one class; keys are paths relative to the folder, or as the list gives them.
+
+    Args:
+        path: a folder, or a CSV file with the column ``path``, relative to the file's folder or absolute.
+
+    Raises:
+        UserError: not there, without an image, or a listed file is missing.
+    """
+    if path.is_dir():
+        walk = Walk(Path(os.path.abspath(path)))
+        files = {walk.name_of(file): file for file in walk.images(walk.root)}
+        walk.note_left_out()
+    elif path.is_file():
+        table = read_header(path, ("path",))
+        column = table.column("path")
+        if column is None:
+            raise UserError(f"--unlabelled {path}: expected a list with the column path, or a folder of images")
+        names = dict.fromkeys(cells[column].strip() for _, cells in table.records())
+        files = {name: os.path.abspath(path.parent / name) for name in names if name}
+    else:
+        raise UserError(f"--unlabelled {path}: not there; expected a folder of images, or a list with the column path")
+    if not files:
+        raise UserError(f"--unlabelled {path}: no image there; expected {EXPECTED}")
+    paths = list(files.values())
+    images = table_of_files((CLASS,), [0] * len(paths), list(files), paths.__getitem__)
+    if missing := missing_files(images):
+        raise UserError(
+            f"--unlabelled {path}: {len(missing)} listed images are not there ('{images.keys[missing[0]]}')"
+        )
+    return images
+
+
+def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path) -> ImageTable:
+    """The images that are not training images of the data set, by content.
+
+    Args:
+        images: of :func:`read_unlabelled`.
+        dataset: under its setting.
+        path: that was given, for errors.
+
+    Raises:
+        UserError: some are validation or test images, which would leak into what is trained on them; or none is left.
+    """
+    hashes = [value.tobytes() for value in hash_images(images).values]
+    for split in ("test", "val"):
+        table = getattr(dataset, split)
+        labelled = _by_content(table) if table is not None else {}
+        shared = [(key, labelled[value]) for key, value in zip(images.keys, hashes, strict=True) if value in labelled]
+        if shared:
+            raise UserError(
+                f"--unlabelled {path} holds {len(shared)} {split} images of {dataset.name} ('{shared[0][0]}' is "
+                f"'{shared[0][1]}'), on which classifiers are evaluated: remove them from it"
+            )
+    train = _by_content(dataset.train)
+    rest = images.take([row for row, value in enumerate(hashes) if value not in train])
+    if not len(rest):
+        raise UserError(f"--unlabelled {path}: all {len(images)} images are labelled training images; give others")
+    return rest
+
+
+def _by_content(table: ImageTable) -> dict[bytes, str]:
+    values = [value.tobytes() for value in hash_images(table).values]
+    return {value: key for value, key in zip(values, table.keys, strict=True) if value != UNREADABLE}

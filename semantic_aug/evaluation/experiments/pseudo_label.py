@@ -1,0 +1,153 @@
+"""Unlabelled images under the labels of a classifier trained on the labelled ones, as a subset that stage 3 trains on.
+
+Lee 2013, "Pseudo-Label": an image counts under the class that the classifier gives it. As in FixMatch (Sohn et al. 2020) only
+where its probability reaches a threshold. Here the labels are made once, by a classifier trained before.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from semantic_aug import cli, console, files, meta_csv, registry, runs
+from semantic_aug.classify.config import PlacementSettings
+from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
+from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.readers.unlabelled import read_unlabelled, without_labelled
+from semantic_aug.datasets.settings import DatasetName
+from semantic_aug.datasets.synthetic import DATA
+from semantic_aug.devices import device_of
+from semantic_aug.errors import UserError
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("Confidence", "Unlabelled Image")
+"""Further columns of the subset's ``meta.csv``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlabelledSettings:
+    """The unlabelled images, and which of them count."""
+
+    TITLE = "unlabelled images"
+    unlabelled: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="PATH",
+        help="unlabelled images, for pseudo-labels: a folder, or a CSV file with the column path (default: none)",
+    )
+    pseudo_threshold: float = cli.setting(
+        0.95,
+        type=cli.number(0, 1),
+        metavar="P",
+        help="least probability of a pseudo-label; images below it are not used",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """The classifier that labels, and where the subset goes."""
+
+    TITLE = "labels"
+    classifier: Path = cli.setting(
+        type=cli.path, metavar="DIR", help="output folder of a finished train_cls.py run on the labelled images"
+    )
+    gpu: str | None = cli.setting_of(PlacementSettings, "gpu")
+    output_dir: Path = cli.setting(
+        type=cli.path, metavar="DIR", help="folder of the subset, for train_cls.py --syndata_dir", result=False
+    )
+
+
+def read_pool(settings: UnlabelledSettings, dataset: LoadedDataset) -> ImageTable:
+    """The unlabelled images without the labelled training images.
+
+    Raises:
+        UserError: see :mod:`semantic_aug.datasets.readers.unlabelled`.
+    """
+    if settings.unlabelled is None:
+        raise UserError("pseudo-labels need --unlabelled PATH: a folder of images, or a list with the column path")
+    return without_labelled(read_unlabelled(settings.unlabelled), dataset, settings.unlabelled)
+
+
+def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: tuple[str, ...]) -> np.ndarray:
+    """Writes the subset: links to the confident images, and ``meta.csv``, which comes last.
+
+    Args:
+        pool: unlabelled images, decoded as they come.
+        classifier: a :class:`semantic_aug.classify.inference.Classifier`.
+        threshold: least probability.
+        folder: of the subset.
+        names: K class names, in the classifier's order.
+
+    Returns:
+        ``(K,)`` images of each class.
+
+    Raises:
+        UserError: no image reaches the threshold.
+    """
+    probabilities = classifier.probabilities(pool.image, len(pool))
+    classes, confidence = probabilities.argmax(1), probabilities.max(1)
+    rows, slugs, lines = np.flatnonzero(confidence >= threshold).tolist(), meta_csv.slugs(names), []
+    if not rows:
+        raise UserError(
+            f"--pseudo_threshold {threshold:g}: none of {len(pool)} unlabelled images reaches it (the best has "
+            f"{confidence.max():.3f}); lower it"
+        )
+    shutil.rmtree(folder / DATA, ignore_errors=True)  # of an interrupted run
+    for number, row in enumerate(rows):
+        name, image = names[classes[row]], Path(pool.encoded(int(pool.rows[row])))
+        relative = f"{slugs[classes[row]]}/{number:06d}{image.suffix}"
+        (folder / DATA / relative).parent.mkdir(parents=True, exist_ok=True)
+        (folder / DATA / relative).symlink_to(image)
+        lines.append([name, name, number, 1.0, relative, f"{confidence[row]:.4f}", pool.keys[row]])
+    meta_csv.write(folder / meta_csv.FILE_NAME, lines, COLUMNS)
+    return np.bincount(classes[rows], minlength=len(names))
+
+
+def build_parser() -> cli.Parser:
+    """All flags of ``pseudo-label``."""
+    parser = cli.Parser(prog="python -m semantic_aug.evaluation pseudo-label", description=__doc__)
+    cli.add_settings(parser, DatasetName)
+    cli.add_settings(parser, Setting, leave_out=("corrupt_prob",))
+    cli.add_settings(parser, UnlabelledSettings)
+    cli.add_settings(parser, LabelSettings)
+    cli.add_settings(parser, cli.RunSettings, leave_out=("seed",))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, checks, labels, reports."""
+    from semantic_aug.classify.inference import load_run
+
+    args = build_parser().parse_args(argv)
+    settings, request = cli.read_settings(UnlabelledSettings, args), cli.read_settings(LabelSettings, args)
+    console.set_up_logging()
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
+    pool, folder = read_pool(settings, dataset), registry.resolve_path(request.output_dir)
+    print(f"{dataset.describe()}; unlabelled {len(pool)}")
+    if args.dry_run:
+        return 0
+    classifier = load_run(request.classifier, device_of(request.gpu))
+    if classifier.class_names != dataset.source_names:
+        raise UserError(f"--classifier {request.classifier} was trained on other classes than those of {dataset.name}")
+    further = lambda: {  # noqa: E731
+        "classifier": files_digest([classifier.path]),
+        "unlabelled": content_digest(hash_images(pool).hex()),
+    }
+    origin = RunOrigin(dataset, ("train",), (), further=further, without=("super_class",))
+    record = {"dataset": dataset.name, "pseudo_threshold": settings.pseudo_threshold}
+    with files.no_trace(folder, ()):
+        known = runs.claim(folder, record, "--output_dir", origin=origin)
+        if known and (folder / meta_csv.FILE_NAME).is_file():
+            log.info("%s is finished already", folder)
+            return 0
+        counts = label(pool, classifier, settings.pseudo_threshold, folder, dataset.source_names)
+    print(f"{counts.sum()} of {len(pool)} unlabelled images have a pseudo-label: ", end="")
+    print(", ".join(f"{name} {count}" for name, count in zip(dataset.class_names, counts, strict=True)))
+    print(f"to use it: train_cls.py --syndata_dir '{registry.shown_path(folder)}'")
+    return 0

@@ -1,0 +1,158 @@
+"""Pseudo-labels: which unlabelled images are taken and refused, the subset they become, and the method in a comparison."""
+
+import shutil
+
+import evaluating
+import numpy as np
+import pytest
+
+import tiny
+from semantic_aug.classify.inference import Classifier
+from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.readers.unlabelled import read_unlabelled, without_labelled
+from semantic_aug.datasets.synthetic import read_subset
+from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation.experiments import compare, pseudo_label
+from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
+
+NAMES = ("blue jay", "red fox", "toad")
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Nine unlabelled images of another size, in folders that say nothing, and a file that is no image."""
+    for index in range(9):
+        path = tmp_path / "pool" / f"batch{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.picture(index % 3, 1000 + index).resize((50, 30)).save(path)
+    (tmp_path / "pool" / "notes.txt").write_text("not an image")
+    return tmp_path / "pool"
+
+
+@pytest.fixture
+def animals(image_folder):
+    return load_dataset(f"folder:{image_folder}", Setting(examples_per_class=2))
+
+
+def test_a_folder_and_a_list_give_the_same_images(pool, tmp_path):
+    images = read_unlabelled(pool)
+    assert len(images) == 9 and images.keys[0] == "batch0/0.png" and images.image(0).size == (50, 30)
+    (pool / "list.csv").write_text("id;path\n" + "".join(f"{n};{key}\n" for n, key in enumerate(images.keys)))
+    assert read_unlabelled(pool / "list.csv").keys == images.keys
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_labelled_images_that_evaluate_are_refused_by_content(pool, animals, image_folder, split):
+    leaked = next((image_folder / split / "toad").iterdir())
+    shutil.copy(leaked, pool / "holiday.png")  # under another name
+    with pytest.raises(UserError, match=f"holds 1 {split} images of animals.*'holiday.png' is '.*{leaked.name}'"):
+        without_labelled(read_unlabelled(pool), animals, pool)
+
+
+def test_labelled_training_images_are_left_out(pool, animals):
+    shutil.copy(animals.train.encoded(int(animals.train.rows[0])), pool / "known.png")
+    rest = without_labelled(read_unlabelled(pool), animals, pool)
+    assert len(rest) == 9 and "known.png" not in rest.keys
+
+
+def test_nothing_to_read_is_one_line(tmp_path, pool):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--unlabelled .*empty: no image there; expected files ending in"):
+        read_unlabelled(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"gone: not there; expected a folder of images, or a list"):
+        read_unlabelled(tmp_path / "gone")
+    (pool / "list.csv").write_text("path\nbatch0/0.png\nmissing.png\n")
+    with pytest.raises(UserError, match=r"1 listed images are not there \('missing.png'\)"):
+        read_unlabelled(pool / "list.csv")
+    (pool / "list.csv").write_text("file\nbatch0/0.png\n")
+    with pytest.raises(UserError, match="expected a list with the column path"):
+        read_unlabelled(pool / "list.csv")
+
+
+class Judge(Classifier):
+    """Gives the i-th of nine images class i % 3, with probability 0.99 for the first six and 0.6 for the rest."""
+
+    def __init__(self):
+        pass
+
+    def probabilities(self, read, count, size=64):
+        p = np.full((count, 3), 0.005)
+        p[6:] = 0.2
+        p[np.arange(count), np.arange(count) % 3] = np.where(np.arange(count) < 6, 0.99, 0.6)
+        return p
+
+
+def test_confident_images_become_a_subset_with_hard_labels(pool, animals, tmp_path):
+    images = read_unlabelled(pool)
+    counts = pseudo_label.label(images, Judge(), 0.95, tmp_path / "subset", NAMES)
+    assert counts.tolist() == [2, 2, 2]
+    subset = read_subset(tmp_path / "subset", animals)
+    labels = subset.labels(gamma=0.5, num_classes=3)
+    assert len(subset) == 6 and (labels == np.eye(3)[np.arange(6) % 3]).all()
+    assert np.array_equal(np.asarray(subset.image(4)), np.asarray(images.image(4)))
+    assert pseudo_label.label(images, Judge(), 0.5, tmp_path / "more", NAMES).sum() == 9
+    with pytest.raises(UserError, match=r"--pseudo_threshold 0.995: none of 9 .* reaches it \(the best has 0.990\)"):
+        pseudo_label.label(images, Judge(), 0.995, tmp_path / "none", NAMES)
+
+
+def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
+    images, labels = [tiny.picture(i % 3, 500 + i) for i in range(60)], [i % 3 for i in range(60)]
+    judge = evaluating.write_judge(tmp_path / "judge", images, labels, NAMES, 64)
+    out = tmp_path / "subset"
+    words = ["--dataset", f"folder:{image_folder}", "--classifier", judge, "--unlabelled", pool, "--output_dir", out]
+    words = [str(word) for word in [*words, "--pseudo_threshold", 0.5, "--gpu", "cpu"]]
+    assert pseudo_label.main([*words, "--dry_run"]) == 0 and not out.exists()
+    assert "unlabelled 9" in capsys.readouterr().out
+    assert pseudo_label.main(words) == 0
+    assert "of 9 unlabelled images have a pseudo-label: blue jay" in capsys.readouterr().out
+    before = (out / "meta.csv").read_bytes()
+    assert pseudo_label.main(words) == 0 and (out / "meta.csv").read_bytes() == before
+    assert run_main(pseudo_label.main, [*words, "--pseudo_threshold", "0.6"]) == 2
+    assert "pseudo_threshold: 0.5 -> 0.6" in capsys.readouterr().err
+    (pool / "more.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
+    assert run_main(pseudo_label.main, words) == 2
+    assert "made from other data (unlabelled:" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- compare
+
+
+def parsed(image_folder, *more):
+    words = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--seeds", "7", "--gpu_ids", "cpu"]
+    return compare.build_parser().parse_args([*words, *map(str, more)])
+
+
+def test_the_method_labels_by_the_real_only_classifier_of_its_seed(image_folder, pool, tmp_path):
+    args = parsed(image_folder, "--methods", "pseudo-label", "cutmix", "--unlabelled", pool, "--pseudo_threshold", 0.8)
+    (job,) = compare.jobs_of(args, tmp_path / "out")
+    names = ["classify real-only", "label unlabelled", "classify pseudo-label", "classify cutmix"]
+    assert list(job.pair.steps) == names and job.stages == {3}  # no base model is asked for
+    assert job.pair.missing() == names
+    label, student = job.pair.steps["label unlabelled"], job.pair.steps["classify pseudo-label"]
+    request = pseudo_label.build_parser().parse_args(list(label.arguments[3:]))
+    assert label.arguments[:3] == ("-m", "semantic_aug.evaluation", "pseudo-label")
+    assert request.classifier == tmp_path / "out" / "2shot" / "seed7" / "classify" / "real-only"
+    assert request.unlabelled == pool and request.pseudo_threshold == 0.8 and request.subset_seed == 7
+    flags = dict(zip(student.arguments, student.arguments[1:], strict=False))
+    assert flags["--syndata_dir"] == str(request.output_dir) and flags["--synthetic_prob"] == "0.3"
+    assert flags["--seed"] == "7" and student.needs == (label.name,) and label.needs == ("classify real-only",)
+
+
+def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_folder, pool, tmp_path):
+    shutil.copy(next((image_folder / "test" / "toad").iterdir()), pool / "holiday.png")
+    args = parsed(image_folder, "--methods", "pseudo-label", "--unlabelled", pool)
+    (job,) = compare.jobs_of(args, tmp_path / "out")
+    with pytest.raises(UserError, match="holds 1 test images"):
+        compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset))
+
+
+def test_the_pool_and_the_method_need_each_other(image_folder, pool, tmp_path):
+    with pytest.raises(UserError, match="--methods pseudo-label trains on unlabelled images: give --unlabelled"):
+        compare.jobs_of(parsed(image_folder, "--methods", "real-only", "pseudo-label"), tmp_path)
+    with pytest.raises(UserError, match="no method uses it; add pseudo-label to --methods"):
+        compare.jobs_of(parsed(image_folder, "--methods", "real-only", "--unlabelled", pool), tmp_path)
+
+
+def test_the_unlabelled_settings_have_the_papers_threshold():
+    assert UnlabelledSettings().pseudo_threshold == 0.95  # FixMatch
