@@ -377,7 +377,7 @@ def test_in_a_browser_the_report_shows_intervals_without_a_mouse_and_loads_nothi
     tip = browser.find_element("id", figure.get_attribute("aria-describedby"))
     assert tip.get_attribute("textContent") == detail and not tip.is_displayed()
     ActionChains(browser).move_to_element(figure).perform()
-    assert tip.is_displayed()
+    assert tip.is_displayed() and tip.rect["x"] >= 0
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
     assert not tip.is_displayed()
     press(browser, Keys.TAB)  # the first figure with a detail is the first thing that takes the focus
