@@ -16,9 +16,9 @@ from PIL import Image
 import tiny
 from semantic_aug import meta_csv
 from semantic_aug.classify import mixing, models
-from semantic_aug.classify.config import MixSettings, SyntheticSettings, TrainSettings
+from semantic_aug.classify.config import LossSettings, MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
-from semantic_aug.classify.losses import one_hot, smooth, soft_cross_entropy
+from semantic_aug.classify.losses import make_criterion, one_hot, smooth
 from semantic_aug.classify.metrics import Meter
 from semantic_aug.classify.optimizer import learning_rate, learning_rate_at
 from semantic_aug.datasets import Setting, load_dataset
@@ -102,13 +102,13 @@ def test_mixing_can_be_off_and_rare():
 # --------------------------------------------------------------------------------------------------- losses, metrics
 
 
-def test_soft_cross_entropy_equals_torchs():
+def test_cross_entropy_of_soft_labels_equals_torchs():
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     hard = torch.nn.functional.cross_entropy
-    assert torch.allclose(soft_cross_entropy(logits, one_hot(labels, 4)), hard(logits, labels))
-    assert torch.allclose(
-        soft_cross_entropy(logits, smooth(one_hot(labels, 4), 0.1)), hard(logits, labels, label_smoothing=0.1)
-    )
+    for name, smoothing in (("ce", 0.0), ("ls", 0.1)):
+        criterion = make_criterion(LossSettings(criterion=name, smoothing=0.1), [1] * 4, torch.device("cpu"))
+        losses = criterion(logits, one_hot(labels, 4), 0)
+        assert torch.allclose(losses, hard(logits, labels, label_smoothing=smoothing, reduction="none"))
 
 
 def test_metrics_by_hand():

@@ -71,7 +71,7 @@ def test_both_layouts_load_in_plain_diffusers_alike(checkpoint, tiny_base, tmp_p
     unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
     with torch.no_grad():
         plain = unet(x, torch.tensor(500), c).sample
-        lora.merge_lora(unet, lora.read_lora(checkpoint[0]), "file")
+        lora.merge_into({"unet": unet}, lora.read_lora(checkpoint[0]), "file")
         wanted = unet(x, torch.tensor(500), c).sample
     assert all((one - wanted).abs().max() <= 1e-5 for one in made) and (plain - wanted).abs().max() > 1e-3
 

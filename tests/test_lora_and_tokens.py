@@ -81,7 +81,7 @@ def test_merged_equals_the_adapter_with_alpha(tiny_base, tmp_path):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
     lora.save_lora(unet, tmp_path / lora.FILE_NAME, alpha=8)
     merged = unet_of(tiny_base)
-    count = lora.merge_lora(merged, lora.read_lora(tmp_path), "file")
+    count = lora.merge_into({"unet": merged}, lora.read_lora(tmp_path), "file")
     assert count == sum(name.endswith(("to_q", "to_k", "to_v")) for name, _ in merged.named_modules()) * 4 // 3
     assert (run_unet(merged) - run_unet(unet)).abs().max() <= 1e-5
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
@@ -150,7 +150,7 @@ def test_a_key_that_matches_nothing_is_an_error(tiny_base, checkpoint, tmp_path)
     unet = unet_of(tiny_base)
     before = run_unet(unet)
     with pytest.raises(UserError, match="middle_block.*matches no module"):
-        lora.merge_lora(unet, lora.read_lora(tmp_path / "odd.safetensors"), "odd")
+        lora.merge_into({"unet": unet}, lora.read_lora(tmp_path / "odd.safetensors"), "odd")
     assert torch.equal(run_unet(unet), before)  # nothing was merged half-way
 
 
@@ -243,7 +243,7 @@ def test_pefts_folders_are_merged_at_the_scale_they_were_trained_at(tiny_base, t
     adapted.save_pretrained(tmp_path / "adapter")
     wanted, got = adapted.merge_and_unload(), unet_of(tiny_base)
     lora.check_lora(tmp_path / "adapter", tiny_base)
-    lora.merge_lora(got, lora.read_lora(tmp_path / "adapter"), "adapter")
+    lora.merge_into({"unet": got}, lora.read_lora(tmp_path / "adapter"), "adapter")
     for (name, a), (_, b) in zip(got.named_parameters(), wanted.named_parameters(), strict=True):
         assert (a - b).abs().max() <= 1e-5, name
     scales = {pair.scale for pair in lora.read_lora(tmp_path / "adapter").values()}
@@ -358,7 +358,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 
 def test_a_merge_into_half_precision_is_refused(tiny_base, checkpoint):
     with pytest.raises(ValueError, match="before the cast"):
-        lora.merge_lora(unet_of(tiny_base).half(), lora.read_lora(checkpoint[0]), "x")
+        lora.merge_into({"unet": unet_of(tiny_base).half()}, lora.read_lora(checkpoint[0]), "x")
 
 
 # ---------------------------------------------------------------------------------------------------- class tokens

@@ -48,11 +48,6 @@ def expected(terms: Tensor, targets: Tensor, weights: Tensor | None = None) -> T
     return (targets * terms if weights is None else targets * weights * terms).sum(-1)
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch of -sum_k y_k log p_k; logits and targets ``(B, K)``, targets summing to one."""
-    return expected(ce_terms(logits), targets).mean()
-
-
 # ------------------------------------------------------------------------------------------------------------ terms
 
 
