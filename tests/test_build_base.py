@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 import tiny
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, load_base
 from semantic_aug.errors import UserError
+from semantic_aug.files import sha256_text
 from semantic_aug.seeding import numpy_rng, torch_rng
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +78,9 @@ def test_finished_model_loads_and_states_what_was_measured(built):
     assert (record["training_images"], record["kept_out_images"]) == (26, 4)
     assert (record["autoencoder_images"], record["denoiser_images"]) == (16, 16)
     assert 0 < record["reconstruction_psnr_db"] < 40 and 0 <= record["near_copies"] <= 1
+    encoder = tiny.read_json(built / "text_encoder" / "config.json")
+    keys = load_file(built / "text_encoder" / "model.safetensors")
+    assert encoder["dtype"] == "float32" and all(key.startswith("text_model.") for key in keys)
     card = (built / "README.md").read_text()
     assert f"PSNR {record['reconstruction_psnr_db']} dB" in card and "Licence of the images: not stated" in card
     assert {"samples.png", "nearest.png"} <= {path.name for path in built.iterdir()}
@@ -82,6 +88,33 @@ def test_finished_model_loads_and_states_what_was_measured(built):
         rows = list(csv.DictReader(lines))
     assert [row["images"] for row in rows] == ["4", "8", "12", "16"]
     assert float(rows[-1]["kept_out_loss"]) == pytest.approx(record["kept_out_loss"])
+
+
+def test_text_encoder_loads_alike_in_the_layouts_of_transformers_4_and_5(tmp_path):
+    """Transformers 4 has its modules below ``text_model``, transformers 5 not, where both read the former's keys."""
+    from base_model.build import write_portable_text_encoder
+
+    shipped = ROOT / EMBEDDED_MODEL / "text_encoder"
+    weights = load_file(shipped / "model.safetensors")
+    bare = {key.removeprefix("text_model."): values for key, values in weights.items()}
+    assert all(key.startswith("text_model.") for key in weights) and {v.dtype for v in bare.values()} == {torch.float16}
+    digest = sha256_text("".join(f"{key} {bare[key].numpy().tobytes().hex()}" for key in sorted(bare)))
+    assert digest == "d3d229df27111c45aea285666d26d4dec30d9e40573ae7ae1112879f2326feb3", (
+        "the published scores are those of these values"
+    )
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})  # as transformers 5 saves it
+    config = tiny.read_json(shipped / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    ids, embeddings = torch.arange(2 * 48).reshape(2, 48), []
+    for folder in (shipped, tmp_path):
+        encoder, loaded = CLIPTextModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+        embeddings.append(encoder(ids)[0])
+    assert torch.equal(*embeddings)
+    write_portable_text_encoder(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
+    assert CLIPTextModel.from_pretrained(tmp_path).dtype == torch.float32  # the precision of the other networks
 
 
 DIES = """

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from base_model import images
@@ -23,7 +24,7 @@ from base_model.recipe import AUTOENCODER_SHARE, Config
 from base_model.training import Budget, Machine
 from semantic_aug.classify.models import efficientnet_lite0
 from semantic_aug.errors import UserError
-from semantic_aug.files import sha256_text, write_json
+from semantic_aug.files import sha256_text, write_json, write_text
 from semantic_aug.run_lock import RunLock
 from semantic_aug.runs import claim
 
@@ -142,6 +143,7 @@ def export(
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     pipeline.save_pretrained(new)
+    write_portable_text_encoder(new / "text_encoder")
     write_card(new, material, config, identity, machine)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -150,3 +152,20 @@ def export(
     shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     log.info("%s: a base model of %.1f MB; --pretrained_model_name_or_path %s uses it", folder, size, folder)
+
+
+def write_portable_text_encoder(folder: Path) -> None:
+    """Rewrites a saved text encoder so that transformers 4 and 5 and diffusers load it alike; no value changes.
+
+    Keys are below ``text_model.``, as in the files of Stable Diffusion: transformers 5 saves them without it and reads both,
+    transformers 4 reads only these. The configuration says float32, since transformers 5 loads in the configured precision
+    where none is given, and diffusers loads the other networks in float32.
+
+    Args:
+        folder: of ``model.safetensors`` and ``config.json``.
+    """
+    file, prefix = folder / "model.safetensors", "text_model."
+    weights = {prefix + name.removeprefix(prefix): values for name, values in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
