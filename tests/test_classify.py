@@ -131,7 +131,7 @@ def test_warm_up_and_cosine():
 
 def test_the_stepped_schedule_is_ldam_drws():
     settings = TrainSettings(nepoch=200, lr=0.005, lr_schedule="step")
-    rates = [learning_rate(settings, epoch * 12 + step, 12) for epoch in range(200) for step in range(12)]
+    rates = [learning_rate(settings, epoch * 12 + step, 12 * 128, 128) for epoch in range(200) for step in range(12)]
     wanted = [0.005 * (epoch + 1) / 5 for epoch in range(5)] + [0.005] * 155 + [5e-5] * 20 + [5e-7] * 20
     assert rates == pytest.approx(np.repeat(wanted, 12))
 

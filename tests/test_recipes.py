@@ -1,19 +1,28 @@
 """Recipes: the authors' values for every data set, model and resolution, what wins, what is recorded, and what is refused."""
 
+import csv
 import itertools
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import timm
+import torch
+from torchvision.models import ViT_B_16_Weights as SWAG
 
 import sample_mp
 import train_cls
 import train_lora
 from semantic_aug import registry, runs
 from semantic_aug.classify import config as classify
-from semantic_aug.datasets import catalog
+from semantic_aug.classify import models, torchvision_weights
+from semantic_aug.classify.data import Normaliser, TrainBatches, share_of
+from semantic_aug.classify.mixing import MixSettings, item_boxes, mix
+from semantic_aug.datasets import catalog, load_dataset
 from semantic_aug.errors import UserError
 from semantic_aug.finetune import config as finetune
+from semantic_aug.seeding import derive_seed, numpy_rng
 
 BATCHES = {
     "resnet50": {224: 256, 384: 128, 448: 64},
@@ -65,8 +74,11 @@ def test_every_row_of_stage_3_is_the_authors(model):
             config = stage_3("--dataset", dataset, "--res_mode", resolution, "--recipe", "paper", *words)
             training, loss, mixing = config.training, config.loss, config.mixing
             assert (training.lr, training.batch_size) == (rate, BATCHES[model][resolution]), (dataset, resolution)
-            assert (training.optimizer, training.weight_decay) == ("sgd", 5e-4)
+            assert (training.optimizer, training.momentum, training.lr_schedule) == ("sgd", "plain", "scaled_cosine")
+            assert (training.weight_decay, training.weight_decay_on) == (5e-4, "all")
+            assert min(training.warmup_epochs, training.nepoch / 10) == training.nepoch / 10  # a tenth of the steps
             assert (loss.criterion, loss.smoothing, mixing.mix_prob, mixing.mixup_alpha) == ("ls", 0.1, 0.5, 1)
+            assert (mixing.cutmix_per, mixing.cutmix_alpha, config.classifier.weights) == ("item", 1, "torchvision")
             assert (config.synthetic.synthetic_prob, config.setting.val_fraction) == (SHOTS[count], 0)
 
 
@@ -107,7 +119,12 @@ def test_flags_win_and_the_rest_is_said_and_recorded():
     config = stage_3("--dataset", "cub", "--recipe", "paper", "--lr=0.3", "--res_mode", 448, "--criterion", "ce")
     assert (config.training.lr, config.training.batch_size, config.loss.criterion) == (0.3, 64, "ce")
     recorded = config.record()["recipe"]
-    assert recorded.startswith("paper: batch_size 64, ") and "lr" not in recorded and "criterion" not in recorded
+    assert (
+        recorded.startswith("paper: ")
+        and "batch_size 64" in recorded
+        and " lr " not in recorded
+        and "criterion" not in recorded
+    )
     (line,) = (line for line in runs.arguments_text(config.record()).splitlines() if line.startswith("recipe: "))
     assert recorded in line
     assert stage_3("--dataset", "cub").run.recipe == finetune.parse(["--dataset", "cub"]).record()["recipe"]
@@ -181,3 +198,117 @@ def test_a_table_of_learning_rates_of_earlier_versions_is_refused_by_name(tmp_pa
             UserError, match="learning_rates.yaml is no longer read: write its rates into .*recipes.yaml"
         ):
             module.build_parser().parse_args(["--dataset", "cub", "--config_dir", str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------------- the authors' training, plainly
+
+
+NETWORK = "test_resnet"
+
+
+def plain_training(config, dataset):
+    """Mean loss of each epoch of a training by the authors' description, on the batches and draws of stage 3.
+
+    CutMix on half of the images or mixup on half of the batches, label smoothing 0.1, SGD with
+    momentum 0.9 and weight decay 5e-4 on every parameter, a cosine over all steps times a linear warm-up over a tenth of them.
+    """
+    training, classes = config.training, len(dataset.class_names)
+    torch.manual_seed(derive_seed(config.seed, "classify", "weights"))
+    model = timm.create_model(NETWORK, num_classes=classes).to(memory_format=torch.channels_last)
+    batches = TrainBatches(dataset.train, None, config.synthetic, 64, training.batch_size, config.seed)
+    total = training.nepoch * len(dataset.train) // training.batch_size
+    optimizer = torch.optim.SGD(model.parameters(), lr=training.lr, momentum=0.9, weight_decay=5e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+    normalise = Normaliser(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], torch.device("cpu"))
+    losses, done = [], 0
+    for epoch in range(training.nepoch):
+        model.train()
+        sums = []
+        for step, (pixels, labels) in enumerate(batches.epoch(epoch)):
+            images = normalise(pixels)
+            rng = numpy_rng(config.seed, "classify", "mix", epoch, step)
+            mixed = rng.random() < 0.5
+            if config.mixing.use_mixup and mixed:
+                ratio = rng.beta(1, 1)
+                images = ratio * images + (1 - ratio) * images.flip(0)
+                labels = ratio * labels + (1 - ratio) * labels.flip(0)
+            if config.mixing.use_cutmix:
+                whole, others = images.clone(), labels.clone()
+                for item, (top, bottom, left, right) in enumerate(item_boxes(len(images), 64, 64, config.mixing, rng)):
+                    images[item, :, top:bottom, left:right] = whole[-1 - item, :, top:bottom, left:right]
+                    share = (bottom - top) * (right - left) / 64**2
+                    labels[item] = (1 - share) * others[item] + share * others[-1 - item]
+            labels = 0.9 * labels + 0.1 / classes
+            loss = -(labels * model(images).log_softmax(1)).sum(1).mean()
+            rate = cosine.get_last_lr()[0]
+            for group in optimizer.param_groups:  # the warm-up dampens the cosine
+                group["lr"] = rate * min(1, (done + 1) / max(1, int(0.1 * total)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            cosine.step()
+            done += 1
+            sums.append(loss.item())
+        losses.append(sum(sums) / len(sums))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["use_cutmix", "use_mixup"])
+def test_ten_epochs_follow_the_authors_training(kind, image_folder, tmp_path):
+    words = ["--dataset", f"folder:{image_folder}", "--recipe", "paper", "--model", NETWORK, "--weights", "none"]
+    words += ["--res_mode", "64", "--nepoch", "10", "--batch_size", "7", "--lr", "0.01", "--gpu", "cpu", f"--{kind}"]
+    words += ["--output_dir", str(tmp_path / "run")]
+    assert train_cls.main(words) == 0
+    with open(tmp_path / "run" / "epochs.csv") as rows:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(rows)]
+    config = stage_3(*words)
+    dataset = load_dataset(config.dataset, config.setting)
+    assert len(dataset.train) % 7  # an epoch drops a part of a batch, which the schedule counts
+    assert losses == pytest.approx(plain_training(config, dataset), rel=0, abs=1e-5) and len(losses) == 10
+
+
+def test_a_box_for_each_image_whatever_part_of_the_batch_it_is_in():
+    images, targets = torch.randn(9, 3, 16, 12), torch.eye(9)
+    settings = MixSettings(use_cutmix=True, cutmix_per="item", mix_prob=0.5)
+    whole = mix(images, targets, settings, np.random.default_rng(3))
+    changed = (whole[0] != images).any(1)  # (9, 16, 12)
+    assert len({tuple(pixels.flatten().tolist()) for pixels in changed}) > 3
+    assert torch.allclose(whole[1].sum(1), torch.ones(9))
+    shares = changed.float().mean((1, 2))
+    shares[4] = 0  # the middle one is its own partner
+    assert torch.allclose(1 - whole[1].diagonal()[:4], shares[:4]) and (shares > 0).any() and (shares[:4] == 0).any()
+    for part in range(2):
+        positions = share_of(9, part, 2)
+        rows = mix(images[positions], targets[positions], settings, np.random.default_rng(3), share=(positions, 9))
+        assert torch.equal(rows[0], whole[0][positions]) and torch.equal(rows[1], whole[1][positions])
+
+
+# ------------------------------------------------------------------------------------------------- torchvision's weights
+
+
+def test_torchvisions_vit_computes_the_same_under_timms_names():
+    from timm.models.vision_transformer import VisionTransformer
+    from torchvision.models import vision_transformer as torchvision
+
+    size = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16}
+    theirs = torchvision.VisionTransformer(**size, num_classes=5).eval()
+    torch.nn.init.normal_(theirs.heads.head.weight)
+    ours = VisionTransformer(img_size=32, patch_size=16, depth=2, num_heads=2, embed_dim=8, mlp_ratio=2, num_classes=5)
+    ours.load_state_dict(torchvision_weights.rename_torchvision_vit(theirs.state_dict()))
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(ours.eval()(images), theirs(images), atol=1e-6)
+
+
+def test_which_weights_of_torchvision():
+    assert models.weights_identity("resnet50", "torchvision") == "timm/resnet50.tv_in1k"
+    assert models.weights_identity("resnet50", "torchvision") != models.weights_identity("resnet50", "auto")
+    assert (
+        models.weights_identity("vit_b_16", "torchvision")
+        == torchvision_weights.SWAG_URL
+        == SWAG.IMAGENET1K_SWAG_E2E_V1.url
+    )
+    for name in ("convnext_tiny", "resnet50.a1_in1k"):
+        with pytest.raises(UserError, match=f"--weights torchvision: it has none for --model {name}"):
+            models.weights_identity(name, "torchvision")

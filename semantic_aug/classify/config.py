@@ -13,14 +13,17 @@ from pathlib import Path
 
 from semantic_aug import cli
 from semantic_aug.classify.draws import SYNTHETIC_MODES, SyntheticSettings
+from semantic_aug.classify.mixing import MixSettings
 from semantic_aug.datasets.cache import MODES as CACHES
 from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 AUGMENTATIONS = ("crop", "resized_crop")
-LR_SCHEDULES = ("cosine", "step")
+LR_SCHEDULES = ("cosine", "scaled_cosine", "step")
 CLASS_WEIGHT_MEANS = ("images", "weights")
 SELECT_BY = ("top1", "macro", "worst_group")
+WEIGHTS = ("auto", "none", "torchvision")
+"""Pre-trained weights that are no file."""
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 """Peak learning rate of each optimiser where neither ``--lr`` nor the recipe gives one."""
 TORCHVISION_NAMES = {
@@ -56,9 +59,10 @@ class ModelSettings:
     )
     weights: str = cli.setting(
         "auto",
-        type=cli.path_or("auto", "none"),
-        metavar="auto|none|PATH",
-        help="pre-trained weights: auto (an installed package, else the hub), none, or a file or folder",
+        type=cli.path_or(*WEIGHTS),
+        metavar="auto|none|torchvision|PATH",
+        help="pre-trained weights: auto (an installed package, else the hub), none, torchvision's (a ResNet's "
+        "IMAGENET1K_V1; IMAGENET1K_SWAG_E2E_V1 of vit_b_16), or a file or folder",
     )
     res_mode: int = cli.setting(
         224,
@@ -103,8 +107,9 @@ class TrainSettings:
         "image's area, resized, and brightness, contrast and saturation changed by up to 0.4, evaluation then keeping the "
         "aspect ratio; both are mirrored at random",
     )
-    optimizer: str = cli.setting(
-        "sgd", choices=tuple(DEFAULT_LR), help="optimiser: SGD with Nesterov momentum 0.9, or AdamW"
+    optimizer: str = cli.setting("sgd", choices=tuple(DEFAULT_LR), help="optimiser: SGD with momentum 0.9, or AdamW")
+    momentum: str = cli.setting(
+        "nesterov", choices=("nesterov", "plain"), help="SGD's momentum: Nesterov's, or plain (Polyak's)"
     )
     lr: float | None = cli.setting(
         None,
@@ -112,8 +117,11 @@ class TrainSettings:
         metavar="LR",
         help="peak learning rate (default: the recipe's; else 0.02 for sgd, 0.001 for adamw)",
     )
-    weight_decay: float = cli.setting(
-        5e-4, type=cli.number(0), metavar="X", help="weight decay; none on biases and normalisation"
+    weight_decay: float = cli.setting(5e-4, type=cli.number(0), metavar="X", help="weight decay")
+    weight_decay_on: str = cli.setting(
+        "weights",
+        choices=("weights", "all"),
+        help="what decays: weights (not biases and normalisation), or all parameters",
     )
     warmup_epochs: float = cli.setting(
         5,
@@ -124,7 +132,8 @@ class TrainSettings:
     lr_schedule: str = cli.setting(
         "cosine",
         choices=LR_SCHEDULES,
-        help="learning rate after the warm-up; cosine: down to 0; step: divided by 100 once 0.8 and by 10,000 once 0.9 of the "
+        help="learning rate after the warm-up; cosine: down to 0; scaled_cosine: of the whole run, and the warm-up multiplies "
+        "it; step: divided by 100 once 0.8 and by 10,000 once 0.9 of the "
         "epochs are done, as in LDAM-DRW's code",
     )
     amp: str = cli.setting(
@@ -209,47 +218,6 @@ class LossSettings:
     def label_smoothing(self) -> float:
         """The smoothing in effect."""
         return self.smoothing if self.criterion == "ls" else 0.0
-
-
-@dataclass(frozen=True)
-class MixSettings:
-    """Which batches are mixed, and how; of several kinds, each batch takes one at even odds."""
-
-    TITLE = "loss and mixing"
-    use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images")
-    use_mixup: bool = cli.setting(False, help="mixup; of several kinds of mixing, each batch takes one")
-    use_cmo: bool = cli.setting(
-        False, help="CMO: boxes of images drawn in favour of rare classes are pasted into the batch, by --cutmix_alpha"
-    )
-    cutmix_alpha: float = cli.setting(
-        1.0, type=cli.number(0, open_low=True), metavar="A", help="parameter of CutMix's Beta(A, A) distribution"
-    )
-    mixup_alpha: float = cli.setting(
-        0.4, type=cli.number(0, open_low=True), metavar="A", help="parameter of mixup's Beta(A, A) distribution"
-    )
-    mix_prob: float = cli.setting(1.0, type=cli.number(0, 1), metavar="P", help="share of batches that are mixed")
-    unmixed_epochs: tuple[int, int] = cli.setting(
-        (0, 0),
-        nargs=2,
-        type=cli.whole(0),
-        metavar="N",
-        help="epochs without mixing at the start and at the end of the run; CMO's authors: 4 3 (default: 0 0)",
-    )
-
-    def mixes(self, epoch: int, epochs: int) -> bool:
-        """Whether the batches of an epoch, counted from 0, are mixed."""
-        first, last = self.unmixed_epochs
-        return bool(self.alphas) and first <= epoch < epochs - last
-
-    @property
-    def alphas(self) -> dict[str, float]:
-        """The kinds in use, and the parameter of each one's Beta distribution."""
-        kinds = {
-            "mixup": (self.use_mixup, self.mixup_alpha),
-            "cutmix": (self.use_cutmix, self.cutmix_alpha),
-            "cmo": (self.use_cmo, self.cutmix_alpha),
-        }
-        return {kind: alpha for kind, (used, alpha) in kinds.items() if used}
 
 
 @dataclass(frozen=True)
@@ -412,6 +380,7 @@ NOT_RECORDED = (
 LATER = (
     *("synthetic_draw", "augmentation", "lr_schedule", "class_weight_mean", "unmixed_epochs"),
     *("test_dataset", "shot_thresholds"),
+    *("momentum", "weight_decay_on", "cutmix_per"),
 )
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from semantic_aug import files, runs
 from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
-from semantic_aug.classify.config import ClassifyConfig
+from semantic_aug.classify.config import WEIGHTS, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
 from semantic_aug.classify.models import class_order, make_model
@@ -91,7 +91,7 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     Raises:
         UserError: the file does not exist, is another model, or was trained on other classes.
     """
-    given = config.classifier.weights not in ("auto", "none")
+    given = config.classifier.weights not in WEIGHTS
     path = resolve_path(config.classifier.weights) if given else config.output_dir
     path = path / MODEL_FILE if path.is_dir() or path.suffix == "" else path
     flag = "--weights" if given else "--output_dir"
@@ -159,8 +159,9 @@ def _load(
             f"{flag} {path} does not fit {model_name} ({reason}: give the --model and --res_mode it was trained with"
         )
     model.load_state_dict({key: state[key] for key in wanted})
-    normalise = Normaliser(normalisation.mean, normalisation.std, device)
-    keep_aspect = metadata_of(path).get("keep_aspect", False)
+    metadata = metadata_of(path)
+    mean, std = metadata.get("mean", normalisation.mean), metadata.get("std", normalisation.std)
+    normalise, keep_aspect = Normaliser(mean, std, device), metadata.get("keep_aspect", False)
     return Classifier(path, model.to(device).eval(), tuple(class_names), normalise, resolution, keep_aspect=keep_aspect)
 
 

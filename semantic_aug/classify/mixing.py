@@ -7,10 +7,66 @@ draws from a generator of its own. Each batch is mixed with itself in reverse or
 
 from __future__ import annotations
 
-import numpy as np
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from semantic_aug.classify.config import MixSettings
+import numpy as np
+
+from semantic_aug import cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MixSettings:
+    """Which batches are mixed, and how; of several kinds, each batch takes one at even odds."""
+
+    TITLE = "loss and mixing"
+    use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images")
+    use_mixup: bool = cli.setting(False, help="mixup; of several kinds of mixing, each batch takes one")
+    use_cmo: bool = cli.setting(
+        False, help="CMO: boxes of images drawn in favour of rare classes are pasted into the batch, by --cutmix_alpha"
+    )
+    cutmix_alpha: float = cli.setting(
+        1.0, type=cli.number(0, open_low=True), metavar="A", help="parameter of CutMix's Beta(A, A) distribution"
+    )
+    mixup_alpha: float = cli.setting(
+        0.4, type=cli.number(0, open_low=True), metavar="A", help="parameter of mixup's Beta(A, A) distribution"
+    )
+    mix_prob: float = cli.setting(
+        1.0,
+        type=cli.number(0, 1),
+        metavar="P",
+        help="share of batches that are mixed (of images, by --cutmix_per item)",
+    )
+    cutmix_per: str = cli.setting(
+        "batch",
+        choices=("batch", "item"),
+        help="batch: one box for the whole batch; item: each image with chance --mix_prob, in a box of its own",
+    )
+    unmixed_epochs: tuple[int, int] = cli.setting(
+        (0, 0),
+        nargs=2,
+        type=cli.whole(0),
+        metavar="N",
+        help="epochs without mixing at the start and at the end of the run; CMO's authors: 4 3 (default: 0 0)",
+    )
+
+    def mixes(self, epoch: int, epochs: int) -> bool:
+        """Whether the batches of an epoch, counted from 0, are mixed."""
+        first, last = self.unmixed_epochs
+        return bool(self.alphas) and first <= epoch < epochs - last
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The kinds in use, and the parameter of each one's Beta distribution."""
+        kinds = {
+            "mixup": (self.use_mixup, self.mixup_alpha),
+            "cutmix": (self.use_cutmix, self.cutmix_alpha),
+            "cmo": (self.use_cmo, self.cutmix_alpha),
+        }
+        return {kind: alpha for kind, (used, alpha) in kinds.items() if used}
 
 
 def mixup(images: Tensor, targets: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -53,12 +109,41 @@ def cutmix(images: Tensor, targets: Tensor, box: tuple[int, int, int, int]) -> t
     return paste(images, targets, images.flip(0), targets.flip(0), box)
 
 
+def item_boxes(count: int, height: int, width: int, settings: MixSettings, rng: np.random.Generator) -> np.ndarray:
+    """A box of its own for each image, as :func:`cut_box` draws one; empty where the image is not mixed.
+
+    Returns:
+        int64 ``(count, 4)``: top, bottom, left, right.
+    """
+    mixed = rng.random(count) < settings.mix_prob
+    side = (1 - rng.beta(settings.cutmix_alpha, settings.cutmix_alpha, size=count)) ** 0.5 * mixed
+    edges = []
+    for length, centre in ((height, rng.integers(height, size=count)), (width, rng.integers(width, size=count))):
+        half = (length * side).astype(np.int64) // 2
+        edges += [np.maximum(0, centre - half), np.minimum(length, centre + half)]
+    return np.stack(edges, axis=1)
+
+
+def cutmix_items(images: Tensor, targets: Tensor, boxes: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Pastes into each image its own box of the reversed batch; boxes ``(B, 4)`` as of :func:`item_boxes`."""
+    import torch
+
+    rows, columns = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    top, bottom, left, right = torch.from_numpy(boxes).to(images.device).T[..., None]
+    down, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    inside = down[:, None, :, None] & across[:, None, None, :]
+    share = inside.float().mean((1, 2, 3))[:, None]
+    return torch.where(inside, images.flip(0), images), targets * (1 - share) + targets.flip(0) * share
+
+
 def mix(
     images: Tensor,
     targets: Tensor,
     settings: MixSettings,
     rng: np.random.Generator,
     foregrounds: tuple[Tensor, Tensor] | None = None,
+    *,
+    share: tuple[np.ndarray, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Applies mixup, CutMix or CMO to a batch.
 
@@ -68,11 +153,18 @@ def mix(
         settings: which kinds, how strongly, and how often.
         rng: decides whether, which, and how much.
         foregrounds: for CMO, images and targets of the same shapes, drawn in favour of rare classes.
+        share: where these images are a part of a batch, their positions ``(B,)`` in it, and its size.
     """
     kinds = list(settings.alphas)
-    if not kinds or rng.random() >= settings.mix_prob:
+    if not kinds:
         return images, targets
+    mixed = rng.random() < settings.mix_prob
     kind = kinds[int(rng.integers(len(kinds)))] if len(kinds) > 1 else kinds[0]
+    if kind == "cutmix" and settings.cutmix_per == "item":
+        positions, size = share or (np.arange(len(images)), len(images))
+        return cutmix_items(images, targets, item_boxes(size, *images.shape[-2:], settings, rng)[positions])
+    if not mixed:
+        return images, targets
     alpha = settings.alphas[kind]
     ratio = float(rng.beta(alpha, alpha))
     if kind == "mixup":

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
-from semantic_aug.classify.config import TORCHVISION_NAMES, ModelSettings
+from semantic_aug.classify.config import TORCHVISION_NAMES, WEIGHTS, ModelSettings, network
+from semantic_aug.classify.torchvision_weights import SWAG_URL, swag_vit, tagged_name
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
@@ -36,6 +37,10 @@ class Normalisation:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Of torchvision's weights."""
 
 
 def timm_name(name: str) -> str:
@@ -59,7 +64,7 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
         name: timm's or torchvision's name.
         num_classes: K.
         resolution: side of the images in pixels; models of a fixed size are made for it.
-        weights: ``auto`` (a package where there is one, else the hub), ``none``, or a file or folder.
+        weights: ``auto`` (a package where there is one, else the hub), ``none``, ``torchvision``, or a file or folder.
 
     Raises:
         UserError: an unknown model, weights that cannot be had, or those of another architecture.
@@ -69,6 +74,10 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     name = timm_name(name)
     # transformers with position embeddings or windows are built for one image size
     options = {"img_size": resolution} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
+    if weights == "torchvision" and network(name) == network("vit_b_16"):
+        return swag_vit(name, num_classes, options), IMAGENET
+    if weights == "torchvision":
+        name, weights = tagged_name(name), "auto"
     packaged = _packaged(name) if weights == "auto" else None
     if packaged is not None:
         model = packaged
@@ -162,7 +171,7 @@ def initial_model(settings: ModelSettings, dataset: LoadedDataset) -> tuple[nn.M
     The head of a classifier that ``train_cls.py`` trained on another copy of the data set is put into this one's class order.
     """
     model, normalisation = make_model(settings.model, len(dataset.class_names), settings.res_mode, settings.weights)
-    path = weight_file(resolve_path(settings.weights)) if settings.weights not in ("auto", "none") else Path()
+    path = weight_file(resolve_path(settings.weights)) if settings.weights not in WEIGHTS else Path()
     names = metadata_of(path).get("classes", ())
     if len(names) == len(dataset.class_names) and names != list(dataset.source_names):
         with contextlib.suppress(UserError):  # of other classes: a head of the same shape, no better than any other
@@ -185,6 +194,8 @@ def weights_identity(name: str, weights: str) -> str:
     if weights == "none":
         return "none"
     name = timm_name(name)
+    if weights == "torchvision":
+        return SWAG_URL if network(name) == network("vit_b_16") else _hub_name(timm, tagged_name(name))
     if weights != "auto":
         return files_digest([weight_file(resolve_path(weights))])
     with contextlib.suppress(UserError):  # the package is not installed: the hub has the weights too

@@ -14,13 +14,19 @@ DROPS = ((0.9, 1e-4), (0.8, 1e-2))
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW; no weight decay on biases and normalisation."""
+    """SGD with momentum 0.9, or AdamW; weight decay on the weights, or on all parameters."""
     from timm.optim import param_groups_weight_decay
 
-    groups = param_groups_weight_decay(model, settings.weight_decay)
+    if settings.weight_decay_on == "all":
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trainable, "weight_decay": settings.weight_decay}]
+    else:
+        groups = param_groups_weight_decay(model, settings.weight_decay)
     fused = next(model.parameters()).device.type == "cuda" or None
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=fused)
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=0.9, nesterov=settings.momentum == "nesterov", fused=fused
+        )
     return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
 
 
@@ -29,6 +35,11 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def scaled_cosine_at(step: int, total: int, warmup: int, peak: float) -> float:
+    """Half a cosine over all ``total`` steps, times a linear warm-up over ``warmup`` steps; steps count from 0."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / total)) * min(1.0, (step + 1) / warmup)
 
 
 def stepped_rate_at(epoch: int, epochs: int, warmup: float, peak: float) -> float:
@@ -42,9 +53,23 @@ def stepped_rate_at(epoch: int, epochs: int, warmup: float, peak: float) -> floa
     return peak * next((factor for share, factor in DROPS if epoch >= share * epochs), 1.0)
 
 
-def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int) -> float:
-    """The rate of a step, counted from 0, by the settings' schedule."""
+def learning_rate(settings: TrainSettings, step: int, items: int, batch_size: int) -> float:
+    """The rate of a step by the settings' schedule.
+
+    Args:
+        settings: resolved; ``warmup_epochs`` is at most a tenth of ``nepoch``.
+        step: of the run, counted from 0.
+        items: of an epoch.
+        batch_size: items of a step; an epoch drops the last, smaller part.
+    """
+    steps_per_epoch = max(1, items // batch_size)
     if settings.lr_schedule == "step":
         return stepped_rate_at(step // steps_per_epoch, settings.nepoch, settings.warmup_epochs, settings.lr)
+    if (
+        settings.lr_schedule == "scaled_cosine"
+    ):  # the Diff-Mix authors' counts the parts of batches that are dropped, too
+        total = max(1, settings.nepoch * items // batch_size)
+        warmup = max(1, int(total * settings.warmup_epochs / settings.nepoch + 1e-9))
+        return scaled_cosine_at(step, total, warmup, settings.lr)
     warmup = round(settings.warmup_epochs * steps_per_epoch)
     return learning_rate_at(step, settings.nepoch * steps_per_epoch, warmup, settings.lr)

@@ -107,6 +107,7 @@ class Trainer:
             check_disk(config, self.model)
         self.frozen = freeze(self.model, classifier.trainable_layers)
         self.averaged = self._average() if training.ema_decay else None
+        self.normalisation = normalisation
         self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)
         self.train_batches = TrainBatches(
             dataset.train,
@@ -221,7 +222,7 @@ class Trainer:
         loss_log, total = LossLog(self.device, CHECK_STEPS, self.processes.add_up), 0.0
         for step, parts in enumerate(self._epoch_parts()):
             done = self.epoch * self.steps_per_epoch + step
-            lr = learning_rate(training, done, self.steps_per_epoch)
+            lr = learning_rate(training, done, self.train_batches.draws.pool, self.train_batches.batch_size)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             step_loss = torch.zeros((), device=self.device)
@@ -268,7 +269,8 @@ class Trainer:
 
     def _mixed(self, step: int, parts: list[tuple]) -> tuple[Iterable[tuple[Tensor, Tensor]], float | Tensor]:
         """Images and targets of each part of a batch, mixed, and the factor of the losses."""
-        mixed = (self._mixed_part(step, *part) for part in parts)
+        first, count = self.processes.rank, self.processes.count
+        mixed = (self._mixed_part(step, first + count * number, *part) for number, part in enumerate(parts))
         if self.config.loss.class_weight_mean == "images" or not self.criterion.weighted(self.epoch):
             return mixed, 1.0
         # the class weights are summed over the whole batch, whatever its parts
@@ -276,13 +278,15 @@ class Trainer:
         total = self.processes.add_up(sum(self.criterion.weight_sum(targets) for _, targets in mixed))
         return mixed, self.train_batches.batch_size / total
 
-    def _mixed_part(self, step: int, batch: tuple, foregrounds: tuple | None) -> tuple[Tensor, Tensor]:
+    def _mixed_part(self, step: int, part: int, batch: tuple, foregrounds: tuple | None) -> tuple[Tensor, Tensor]:
         images, targets = self._moved(batch)
         if not self._mixes():
             return images, targets
         # every part of a step draws the same numbers, so that it is mixed as the whole batch would be
         rng = numpy_rng(self.config.seed, "classify", "mix", self.epoch, step)
-        return mix(images, targets, self.config.mixing, rng, foregrounds and self._moved(foregrounds))
+        share = share_of(self.train_batches.batch_size, part, self.parts), self.train_batches.batch_size
+        others = foregrounds and self._moved(foregrounds)
+        return mix(images, targets, self.config.mixing, rng, others, share=share)
 
     def _moved(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         pixels, targets = batch
@@ -353,6 +357,8 @@ class Trainer:
                 write_predictions(getattr(dataset, split), predictions, dataset.class_names, folder, split)
             metadata = {"model": config.classifier.model, "classes": dataset.source_names}
             metadata |= {"keep_aspect": True} if config.training.keep_aspect else {}
+            if config.classifier.weights == "torchvision":  # whose normalisation may not be timm's
+                metadata |= {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)}
             tensors.save_tensors(folder / MODEL_FILE, self.evaluated.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
