@@ -115,6 +115,7 @@ def test_the_command_writes_its_report_and_never_reads_test(tmp_path, monkeypatc
     assert first.startswith("headroom of animals") and "too little data to say" in first
     report = (out / headroom.REPORT).read_text()
     assert first[1:] in report and "cross-validation" in report and (out / headroom.CHART).stat().st_size > 5000
+    assert "too little data to say" in (out / "report.html").read_text()
     rows = list(csv.DictReader((out / headroom.TABLE).read_text().splitlines()))
     assert {row["seed"] for row in rows} == {"0", "1"} and all(0 <= float(row["macro"]) <= 1 for row in rows)
     assert headroom.main([*words, "--seeds", "0", "1"]) == 0  # once more, the same

@@ -24,6 +24,8 @@ from semantic_aug.datasets.settings import DatasetName
 from semantic_aug.datasets.subsets import few_shot
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
+from semantic_aug.evaluation.document import Block, Heading, Paragraph, Picture, Report, Table
+from semantic_aug.evaluation.document import write as write_document
 from semantic_aug.evaluation.experiments import learning_curve as curves
 from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
 
@@ -216,7 +218,7 @@ def write(headroom: Headroom, folder: Path) -> None:
     ]
     _write_rows(folder / HARD, ["file", "class", "predicted"], hard)
     draw(headroom, folder / CHART)
-    files.write_text(folder / REPORT, "\n".join(markdown(headroom)) + "\n")
+    write_document(report_of(headroom), folder / REPORT)
     gains = [asdict(gain) for gain in headroom.gains]
     files.write_json(
         folder / SUMMARY, {"verdict": headroom.verdict, "sentence": headroom.sentence, "gains": gains}
@@ -228,75 +230,65 @@ def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> 
         csv.writer(out, lineterminator="\n").writerows([header, *rows])
 
 
-def markdown(headroom: Headroom) -> list[str]:
-    """The report as lines of Markdown."""
+def report_of(headroom: Headroom) -> Report:
+    """The report: the sentence, the curve, what more images would win, and what caps the accuracy."""
     settings, curve = headroom.settings, headroom.curve
     how = "the validation images" if headroom.held_out else f"{curves.FOLDS}-fold cross-validation"
-    lines = [
-        f"# Headroom of {headroom.dataset}",
-        "",
-        f"{headroom.sentence[0].upper()}{headroom.sentence[1:]}",
-        "",
-        f"![learning curve]({CHART})",
-        "",
-        f"Real images alone: linear classifiers on frozen features of {settings.model} at {settings.res_mode} px, "
-        f"{len(settings.seeds)} draws of each size, macro accuracy on {how} ({len(curve.labels)} images); test images were "
-        "not read. Percent, mean ± standard deviation.",
-        "",
-        "| images per class | macro accuracy | |",
-        "|---:|---:|---|",
-    ]
+    rows = []
     for position, (images, scores) in enumerate(zip(curve.images, curve.macro, strict=True)):
         spread = f" ± {100 * scores.std(ddof=1):.1f}" if len(scores) > 1 and scores.std() > 0 else ""
         notes = ["now"] * (position == headroom.present) + ["all"] * (position + 1 == len(curve.sizes))
-        lines.append(f"| {images:.4g} | {100 * scores.mean():.1f}{spread} | {', '.join(notes)} |")
-    return [*lines, *_gain_section(headroom), *_cap_section(headroom)]
+        rows.append([f"{images:.4g}", f"{100 * scores.mean():.1f}{spread}", ", ".join(notes)])
+    blocks = [
+        Paragraph(f"{headroom.sentence[0].upper()}{headroom.sentence[1:]}"),
+        Picture(CHART, "learning curve"),
+        Paragraph(
+            f"Real images alone: linear classifiers on frozen features of {settings.model} at {settings.res_mode} px, "
+            f"{len(settings.seeds)} draws of each size, macro accuracy on {how} ({len(curve.labels)} images); test images "
+            "were not read. Percent, mean ± standard deviation."
+        ),
+        Table(["images per class", "macro accuracy", ""], rows),
+    ]
+    title = f"Headroom of {headroom.dataset}"
+    return Report(title, [*blocks, *_gain_section(headroom), *_cap_section(headroom)])
 
 
-def _gain_section(headroom: Headroom) -> list[str]:
-    lines = ["", "## What more real images would win", "", "| images | points | 95 % interval | errors removed | |"]
-    lines.append("|---:|---:|---:|---:|---|")
+def _gain_section(headroom: Headroom) -> list[Block]:
+    last, rows = headroom.gains[-1], []
     for gain in headroom.gains:
         interval = f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
         source = "measured" if gain.measured else "extrapolated: power law of the error"
-        lines.append(
-            f"| {gain.factor} x | {100 * gain.points:+.1f} | {interval} | {100 * gain.share:.0f} % | {source} |"
-        )
-    last = headroom.gains[-1]
-    return [
-        *lines,
-        "",
+        rows.append([f"{gain.factor} x", f"{100 * gain.points:+.1f}", interval, f"{100 * gain.share:.0f} %", source])
+    rule = (
         f"Synthetic images are taken to be worth at most as much as {last.factor} times the real ones. The rule: "
-        f"*{curves.WORTH}* where {last.factor} times the images win at least {100 * curves.WORTH_POINTS:.0f} points and remove "
+        f"{curves.WORTH} where {last.factor} times the images win at least {100 * curves.WORTH_POINTS:.0f} points and remove "
         f"at least {100 * curves.WORTH_SHARE:.0f} % of the errors in {100 * curves.SURE:.0f} % of {curves.RESAMPLES} resamples "
-        f"of draws and evaluated images, *{curves.NOT_WORTH}* where they do in at most {100 - 100 * curves.SURE:.0f} %, else "
-        f"*{curves.UNKNOWN}*. Here: in {100 * last.promising:.0f} %.",
-    ]
+        f"of draws and evaluated images, {curves.NOT_WORTH} where they do in at most {100 - 100 * curves.SURE:.0f} %, else "
+        f"{curves.UNKNOWN}. Here: in {100 * last.promising:.0f} %."
+    )
+    columns = ["images", "points", "95 % interval", "errors removed", ""]
+    return [Heading("What more real images would win"), Table(columns, rows), Paragraph(rule)]
 
 
-def _cap_section(headroom: Headroom) -> list[str]:
+def _cap_section(headroom: Headroom) -> list[Block]:
     """Where labels or classes cap the accuracy: confusions, and images that every draw gets wrong."""
     curve, size = headroom.curve, headroom.repeated
-    wrong, errors = curve.always_wrong(size), (curve.predicted[size] != curve.labels).mean()
-    early = {(a, b): rate for rate, a, b in curve.confused(headroom.present)}
-    pairs = [pair for pair in curve.confused(size)[:SHOWN_PAIRS] if pair[0] > 0]
-    hard = sum(rate >= INSEPARABLE for rate, _, _ in curve.confused(size))
-    return [
-        "",
-        "## What caps it",
-        "",
+    names, wrong, errors = curve.class_names, curve.always_wrong(size), (curve.predicted[size] != curve.labels).mean()
+    early, pairs = {(a, b): rate for rate, a, b in curve.confused(headroom.present)}, curve.confused(size)
+    hard = sum(rate >= INSEPARABLE for rate, _, _ in pairs)
+    text = (
         f"At {curve.images[size]:.4g} images per class {100 * errors:.1f} % of the images are misclassified in the mean, "
         f"{100 * wrong.mean():.1f} % ({int(wrong.sum())}) under every draw: more images of the same kind do not help those, "
-        f"look at their labels first (`{HARD}`). {hard} pairs of classes are hard to tell apart (confused in "
-        f"{100 * INSEPARABLE:.0f} % or more; guessing between two classes gives 50 %).",
-        "",
-        f"| class | class | confused now | at {curve.images[size]:.4g} per class |",
-        "|---|---|---:|---:|",
-        *(
-            f"| {curve.class_names[a]} | {curve.class_names[b]} | {100 * early[a, b]:.0f} % | {100 * rate:.0f} % |"
-            for rate, a, b in pairs
-        ),
+        f"look at their labels first ({HARD}). {hard} pairs of classes are hard to tell apart (confused in "
+        f"{100 * INSEPARABLE:.0f} % or more; guessing between two classes gives 50 %)."
+    )
+    rows = [
+        [names[a], names[b], f"{100 * early[a, b]:.0f} %", f"{100 * rate:.0f} %"]
+        for rate, a, b in pairs[:SHOWN_PAIRS]
+        if rate > 0
     ]
+    columns = ["class", "class", "confused now", f"at {curve.images[size]:.4g} per class"]
+    return [Heading("What caps it"), Paragraph(text), *([Table(columns, rows, texts=2)] if rows else [])]
 
 
 def draw(headroom: Headroom, path: Path) -> None:
