@@ -39,6 +39,13 @@ def write_hub_copy(root, names):
         hub.Dataset.from_dict(columns, features=features).to_parquet(root / split / "part.parquet")
 
 
+@pytest.fixture(autouse=True)
+def no_copies(monkeypatch):
+    """The machine's own copies of the data sets are out of sight."""
+    for name in ("CUB_ROOT", "FLOWER_ROOT", "WATERBIRD_ROOT", "CALTECH_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(params=["official", "hub"])
 def birds(request, tmp_path, monkeypatch):
     """A copy of CUB, and Waterbirds; returns CUB's class names."""
