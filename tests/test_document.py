@@ -26,7 +26,7 @@ def report(folder):
         [NASTY, "52.00", Cell("**+1.00 [0.50, 1.50]**", NASTY)],
     ]
     blocks = [
-        Paragraph(f"Percent of `{NASTY}`."),
+        Paragraph(f"*Percent* of `{NASTY}`, 3 * 4 * 5."),
         Picture("report.png", "scores"),
         Table(["method", "top1", "top1 - real-only"], rows),
         Heading("Runs"),
@@ -57,6 +57,7 @@ def test_markdown_and_page_hold_the_same(tmp_path):
         texts(row, "t[hd]") for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)
     ]
     assert texts(page, "h1") == [f"Comparison on {NASTY}"] and texts(page, "h2") == ["Runs"]
+    assert texts(page, "p") == [f"Percent of {NASTY}, 3 * 4 * 5."] and texts(page, "em") == ["Percent"]
     assert texts(page, "code") == [NASTY, "python x.py < y"] and "<b>" not in page
     paths = re.findall(r'<a href="([^"]+)"', page)
     assert paths == ["a%20run%20%231/", "seen/", "seen/gallery/index.html", "unseen/"]

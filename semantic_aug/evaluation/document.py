@@ -1,8 +1,8 @@
 """A report as one structure, written as Markdown and as a page that a browser opens from disk; so the two cannot differ.
 
-Texts are Markdown of three kinds: `` `code` ``, ``**strong**`` and ``[text](path)``. The page adds what a cell keeps as its
-detail (an interval, the values it is the mean of), shown on hover and on focus. It runs no script and loads only the charts
-beside it.
+Texts are Markdown of four kinds: `` `code` ``, ``**strong**``, ``*emphasis*`` and ``[text](path)``. The page adds what a cell
+keeps as its detail (an interval, the values it is the mean of), shown on hover and on focus. It runs no script and loads only
+the charts beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from semantic_aug import files, registry
 
 PAGE_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("document.html.j2")
-_INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\[\]]+)\]\(([^()\s]+)\)")
+_INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\*([^*\s](?:[^*]*[^*\s])?)\*|\[([^\[\]]+)\]\(([^()\s]+)\)")
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,14 @@ def inline(text: str):
 
     parts, end = [], 0
     for match in _INLINE.finditer(text):
-        code, strong, label, path = match.groups()
+        code, strong, emphasis, label, path = match.groups()
         parts.append(escape(text[end : match.start()]))
         if code:
             parts.append(Markup("<code>{}</code>").format(code))
         elif strong:
             parts.append(Markup("<strong>{}</strong>").format(inline(strong)))
+        elif emphasis:
+            parts.append(Markup("<em>{}</em>").format(inline(emphasis)))
         else:
             parts.append(Markup('<a href="{}">{}</a>').format(path, inline(label)))
         end = match.end()
