@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 from semantic_aug import registry
 from semantic_aug.errors import UserError, nearest_first, unknown
+from semantic_aug.foreign_flags import instead_of
 
 T = TypeVar("T")
 
@@ -51,6 +52,8 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         flags = [flag for action in self._actions for flag in action.option_strings]
         for word in words:  # before argparse complains of a required flag that was only misspelled
+            if instead := instead_of(word, self.prog, flags):
+                self.error(f"{word} is a flag of the Diff-Mix authors' code: here, {instead}")
             if word.startswith("--") and word.split("=")[0] not in flags:
                 self.error(f"unknown argument {word}: did you mean {nearest_first(word, flags)[0]}?")
         parsed, rest = super().parse_known_args(words, namespace)

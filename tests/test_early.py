@@ -1,6 +1,8 @@
 """What can fail fails before the work, and a command that is refused leaves everything as it was."""
 
+import importlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -13,6 +15,7 @@ import train_cls
 import train_lora
 from semantic_aug import files
 from semantic_aug.errors import UserError, run_main
+from semantic_aug.foreign_flags import INSTEAD
 from semantic_aug.run_lock import RunLock
 
 
@@ -204,3 +207,29 @@ def test_a_disk_that_is_clearly_too_small_is_refused_with_both_sizes(tmp_path):
     files.check_space(tmp_path / "a" / "b", 1000, "--output_dir")
     with pytest.raises(UserError, match=r"would need 1e\+09 GB of disk, .* GB are free: give another --output_dir"):
         files.check_space(tmp_path / "a" / "b", 10**18, "--output_dir")
+
+
+@pytest.mark.parametrize("stage", ["train_lora", "sample_mp", "train_cls"])
+def test_flags_of_the_authors_name_ours(stage):
+    parser = importlib.import_module(stage).build_parser()
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    for flag, instead in INSTEAD[f"{stage}.py"].items():
+        assert flag not in flags, "one of ours would be refused"
+        assert set(re.findall(r"--\w+", instead)) <= flags, (flag, instead)
+        with pytest.raises(UserError) as caught:
+            parser.parse_args([flag, "1"])
+        assert f"{flag} is a flag of the Diff-Mix authors' code: here, {instead};" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "ours"),
+    [
+        ("train_cls", "--syndata_p=0.1", "--synthetic_prob"),
+        ("train_lora", "--ti_only", "--finetune_strategy ti"),
+        ("sample_mp", "--guidance-scale", "--guidance_scale"),
+        ("sample_mp", "--class-name", "leave it out: all classes are targets, see --pairing"),
+    ],
+)
+def test_foreign_spellings_name_ours(stage, word, ours):
+    with pytest.raises(UserError, match=f"here, {ours};"):
+        importlib.import_module(stage).build_parser().parse_args([word, "7"])
