@@ -36,6 +36,16 @@ SAMPLING_TEMPLATE = "a photo of a {}"
 
 TEMPLATE_SETS = {
     "training": TEMPLATES,
+    "photo": (SAMPLING_TEMPLATE,),
+    # those of textual inversion's code (Gal et al. 2023), under which the Diff-Mix authors' earlier version trained
+    "textual_inversion": (
+        *(f"a photo of {word} {{}}" for word in ("a", "my", "the", "one")),
+        *(f"a photo of {word} {{}}" for word in ("a clean", "a dirty", "a nice", "a cool", "a small")),
+        *(f"a photo of the {word} {{}}" for word in ("cool", "clean", "nice", "small", "weird", "large")),
+        *(f"a {word} photo of the {{}}" for word in ("cropped", "dark", "bright", "good", "close-up")),
+        *(f"a {word} photo of a {{}}" for word in ("cropped", "good", "close-up")),
+        *("the photo of a {}", "a rendering of a {}", "a rendition of a {}", "a rendition of the {}"),
+    ),
     "views": (
         "a photo of a {}",
         "a photo of a {} seen from the side",
@@ -48,7 +58,7 @@ TEMPLATE_SETS = {
         "a photo of a {} in its usual surroundings",
     ),
 }
-"""Named sets of captions for ``--prompt_templates``: those of training, and plain variations of view and light."""
+"""Named sets of captions for ``--training_templates`` and ``--prompt_templates``."""
 
 _VOWELS = "aeiou"
 _SAID_WITH_CONSONANT = re.compile(r"(eu|ewe|uni([^nm]|$)|use|usu|uta|uk|ura|uv|one\b|once)", re.IGNORECASE)
@@ -254,7 +264,7 @@ def fill(template: str, phrase: str) -> str:
     return f"{before}{phrase}{after}"
 
 
-def read_templates(word: str) -> tuple[str, ...]:
+def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ...]:
     """Captions to draw from: a named set, or the lines of a file (blank ones and those starting with ``#`` aside).
 
     Raises:
@@ -267,16 +277,14 @@ def read_templates(word: str) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError):
         near = nearest_first(word, TEMPLATE_SETS)
         raise UserError(
-            f"--prompt_templates {word}: expected a text file with one caption a line, or one of {', '.join(near)}"
+            f"{flag} {word}: expected a text file with one caption a line, or one of {', '.join(near)}"
         ) from None
     found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not found:
-        raise UserError(
-            f"--prompt_templates {word}: the file holds no caption; expected one a line, with {{}} for the class"
-        )
+        raise UserError(f"{flag} {word}: the file holds no caption; expected one a line, with {{}} for the class")
     for line in found:
         if line.count("{}") != 1:
-            raise UserError(f"--prompt_templates {word}: '{line}': expected exactly one {{}} where the class goes")
+            raise UserError(f"{flag} {word}: '{line}': expected exactly one {{}} where the class goes")
     return found
 
 

@@ -14,7 +14,7 @@ from torchvision.models import ViT_B_16_Weights as SWAG
 import sample_mp
 import train_cls
 import train_lora
-from semantic_aug import registry, runs
+from semantic_aug import prompts, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.classify import models, torchvision_weights
 from semantic_aug.classify.data import Normaliser, TrainBatches, share_of
@@ -198,6 +198,35 @@ def test_a_table_of_learning_rates_of_earlier_versions_is_refused_by_name(tmp_pa
             UserError, match="learning_rates.yaml is no longer read: write its rates into .*recipes.yaml"
         ):
             module.build_parser().parse_args(["--dataset", "cub", "--config_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "size", "steps"),
+    [("", 1, 8, 1), ("", 4, 2, 1), ("--train_batch_size 2", 1, 2, 4), ("--train_batch_size 3", 1, None, 0),
+     ("--gradient_accumulation_steps 2", 2, 2, 2), ("--effective_batch 16", 2, 8, 1), ("", 3, None, 0)],
+)  # fmt: skip
+def test_stage_1_takes_batches_of_8_over_all_processes(words, processes, size, steps):
+    config = finetune.parse(["--dataset", "cub", "--recipe", "paper", *words.split()])
+    assert config.images.templates == ("a photo of a {}",)
+    if size is None:
+        with pytest.raises(UserError, match="--effective_batch 8: it does not split evenly over"):
+            config.train.split(processes)
+    else:
+        train = config.train.split(processes)
+        assert (train.train_batch_size, train.gradient_accumulation_steps) == (size, steps)
+        assert replace(config, train=train).record(processes)["effective_batch"] == (16 if "16" in words else 8)
+
+
+def test_training_templates(tmp_path):
+    own = finetune.parse(["--dataset", "cub"])
+    assert own.images.templates == prompts.TEMPLATES and own.train.split(2) is own.train
+    older = finetune.parse(["--dataset", "cub", "--training_templates", "textual_inversion"]).images.templates
+    assert len(set(older)) == 27 and all(text.count("{}") == 1 for text in older)
+    (tmp_path / "t.txt").write_text("a sketch of a {}\n{}\n")
+    words = ["--dataset", "cub", "--training_templates", str(tmp_path / "t.txt")]
+    assert finetune.parse(words).images.templates == ("a sketch of a {}", "{}")
+    with pytest.raises(UserError, match="--training_templates .*: expected a text file"):
+        assert finetune.parse([*words[:-1], str(tmp_path / "none.txt")]).images.templates
 
 
 # ------------------------------------------------------------------------------------------- the authors' training, plainly

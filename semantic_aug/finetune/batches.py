@@ -7,6 +7,7 @@ never stopped, without any saved random state, and two processes at half the bat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from semantic_aug.diffusion.losses import draw_timesteps
 from semantic_aug.diffusion.text import check_prompts, class_prompts_of, class_words
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import TEMPLATES, caption_prompt, class_phrase
+from semantic_aug.prompts import caption_prompt, class_phrase
 from semantic_aug.seeding import numpy_rng, torch_rng
 
 
@@ -175,7 +176,12 @@ class Captions:
 
 
 def check_training_prompts(
-    dataset: LoadedDataset, folder: Path, base_name: str, num_vectors: int | None, class_prompts_ratio: float
+    dataset: LoadedDataset,
+    folder: Path,
+    base_name: str,
+    num_vectors: int | None,
+    class_prompts_ratio: float,
+    templates: Sequence[str],
 ) -> None:
     """Refuses training prompts and captions whose class the base model would cut off.
 
@@ -185,6 +191,7 @@ def check_training_prompts(
         base_name: of the base model, for errors.
         num_vectors: vectors per class token, None without class tokens.
         class_prompts_ratio: share of the draws that use the class prompt.
+        templates: class prompts.
 
     Raises:
         UserError: see :class:`Captions` and :func:`semantic_aug.diffusion.text.check_prompts`.
@@ -194,7 +201,7 @@ def check_training_prompts(
         vectors = torch.zeros(len(dataset.source_names) * num_vectors, 1)
         tokens = ClassTokens(dataset.source_names, vectors, num_vectors)
     classes, super_class = list(zip(dataset.source_names, dataset.class_names, strict=True)), dataset.spec.super_class
-    prompts = list(class_prompts_of(classes, super_class, tokens, TEMPLATES))
+    prompts = list(class_prompts_of(classes, super_class, tokens, templates))
     captions = Captions(dataset, tokens, class_prompts_ratio)
     for text, label in zip(captions.texts, captions.labels, strict=True):
         source, name = classes[label]

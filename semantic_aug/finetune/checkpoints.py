@@ -26,7 +26,6 @@ from semantic_aug.diffusion.base import Geometry, weight_files
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel
-from semantic_aug.prompts import TEMPLATES
 from semantic_aug.tensors import load_pickle
 
 log = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
 
     def further() -> dict:
         base = files_digest(weight_files(config.base_folder), config.base_folder)
-        return {"templates": names_identity(TEMPLATES), "base_model": base}
+        return {"templates": names_identity(config.images.templates), "base_model": base}
 
     return RunOrigin(
         dataset, ("train",), () if config.images.class_prompts_ratio == 1 else ("caption",), further=further

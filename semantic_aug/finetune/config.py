@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semantic_aug import cli
@@ -12,6 +12,8 @@ from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.diffusion.families import LORA_TARGETS
 from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 from semantic_aug.errors import UserError
+from semantic_aug.prompts import TEMPLATE_SETS, read_templates
+from semantic_aug.registry import resolve_path
 
 STRATEGIES = ("ti", "db", "ti_db")
 LR_SCHEDULERS = (
@@ -105,6 +107,14 @@ class TrainSettings:
     gradient_accumulation_steps: int = cli.setting(
         1, type=cli.whole(1), metavar="N", help="micro-batches per optimiser step", result=False
     )
+    effective_batch: int | None = cli.setting(
+        None,
+        type=cli.whole(1),
+        metavar="N",
+        help="images per optimiser step over all processes, in micro-batches of at most --train_batch_size (default: "
+        "--train_batch_size x --gradient_accumulation_steps x processes)",
+        result=False,  # what it comes to is compared
+    )
     learning_rate: float = cli.setting(1e-4, type=cli.number(0), metavar="LR", help="learning rate of the LoRA")
     ti_learning_rate: float = cli.setting(
         5e-4, type=cli.number(0), metavar="LR", help="learning rate of the class tokens"
@@ -138,6 +148,25 @@ class TrainSettings:
         1.0, type=cli.number(0), metavar="X", help="largest norm of the gradient, which is clipped to it; 0: any"
     )
 
+    def split(self, processes: int) -> TrainSettings:
+        """The settings with ``effective_batch`` split over processes and micro-batches.
+
+        Raises:
+            UserError: it cannot be split evenly.
+        """
+        if self.effective_batch is None:
+            return self
+        share, steps = self.effective_batch // processes, self.gradient_accumulation_steps
+        if steps == 1:
+            steps = -(-share // self.train_batch_size)
+        size = share // steps
+        if not size or size * steps * processes != self.effective_batch:
+            raise UserError(
+                f"--effective_batch {self.effective_batch}: it does not split evenly over {processes} process(es) and "
+                f"{steps} micro-batch(es) of at most --train_batch_size {self.train_batch_size}; change one of them"
+            )
+        return replace(self, train_batch_size=size, gradient_accumulation_steps=steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
@@ -157,6 +186,14 @@ class ImageSettings:
         False, help="a new crop each time an image is seen, encoded in the loop, instead of latents cached once"
     )
     no_flip: bool = cli.setting(False, help="do not mirror images")
+    training_templates: str = cli.setting(
+        "training",
+        type=cli.path_or(*TEMPLATE_SETS),
+        metavar="SET|FILE",
+        help="class prompts, one drawn for each image and step: training (15 of ours), photo ('a photo of a {}' alone), "
+        "textual_inversion (the 27 of that paper), views, or a file with one caption a line, {} for the class",
+        result=False,  # compared by content
+    )
     class_prompts_ratio: float = cli.setting(
         1.0,
         type=cli.number(0, 1),
@@ -170,6 +207,12 @@ class ImageSettings:
             raise UserError(
                 f"--random_crops with --crops {self.crops}: crops are either drawn each time or cached; give one"
             )
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The class prompts, ``{}`` for the class."""
+        word = self.training_templates
+        return read_templates(word if word in TEMPLATE_SETS else str(resolve_path(word)), "--training_templates")
 
 
 @dataclass(frozen=True, kw_only=True)

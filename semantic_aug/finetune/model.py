@@ -21,7 +21,6 @@ from semantic_aug.errors import UserError
 from semantic_aug.finetune.batches import Captions
 from semantic_aug.finetune.config import FinetuneConfig, TrainSettings
 from semantic_aug.finetune.projections import FlatLora, join_projections
-from semantic_aug.prompts import TEMPLATES
 
 WARM_UP_CALLS = 2
 """So many calls of a compiled run are checked for whether what was compiled fits."""
@@ -50,10 +49,11 @@ class TrainedModel(nn.Module):
         self.unet, self.text_encoders = model.unet, nn.ModuleList(model.text_encoders)
         self.text_components = [encoder.component for encoder in model.family.encoders]
         self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
+        self.templates = config.images.templates
         prompts = [
             class_prompt(source, name, dataset.spec.super_class, self.tokens, template)
             for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
-            for template in TEMPLATES
+            for template in self.templates
         ]
         self.captions = Captions(dataset, self.tokens, config.images.class_prompts_ratio)
         self.class_prompts = len(prompts)
@@ -124,7 +124,7 @@ class TrainedModel(nn.Module):
             Token ids ``(B, L)`` for each text encoder where anything in them trains, else the U-Net's conditioning of each
             prompt (``hidden`` ``(B, L, D)`` and what is added to it); and ``time_ids`` where given.
         """
-        rows = labels * len(TEMPLATES) + templates
+        rows = labels * len(self.templates) + templates
         if captions is not None:
             rows = torch.where(captions >= 0, self.class_prompts + captions, rows)
         sizes = {} if time_ids is None else {"time_ids": time_ids}

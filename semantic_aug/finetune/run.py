@@ -59,6 +59,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     Raises:
         UserError: the request cannot be run.
     """
+    config = replace(config, train=config.train.split(int(os.environ.get("WORLD_SIZE", 1))))
     model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
     dataset, folder = all_local(
         lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
@@ -67,7 +68,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     resolution = images.resolution or geometry.native_resolution
     geometry.check(resolution)
     vectors = model.num_vectors if model.trains_tokens else None
-    check_training_prompts(dataset, folder, name, vectors, images.class_prompts_ratio)
+    check_training_prompts(dataset, folder, name, vectors, images.class_prompts_ratio, images.templates)
     if images.random_crops and family_of(folder, name).sizes:
         raise UserError(
             "--random_crops with a Stable Diffusion XL model, which is conditioned on where each image was cropped: give "

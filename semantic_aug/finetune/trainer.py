@@ -28,7 +28,6 @@ from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.finetune.latents import LatentCache, PixelCache, Share, image_sizes
 from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
 from semantic_aug.finetune.validation import save_grid, validation_grid
-from semantic_aug.prompts import TEMPLATES
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class Trainer:
             self.base.geometry.latent_shape(config.images.resolution),
             views=0 if config.images.random_crops else config.images.crops,
             flip=not config.images.no_flip,
-            templates=len(TEMPLATES),
+            templates=len(self.model.templates),
             num_train_timesteps=self.noise_scheduler.config.num_train_timesteps,
             noise_offset=config.train.noise_offset,
             class_balanced=config.class_balanced,

@@ -12,7 +12,7 @@ from semantic_aug.diffusion.loop import Sampler, decode_latents, generate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.pictures import Cell, grid
-from semantic_aug.prompts import TEMPLATES
+from semantic_aug.prompts import SAMPLING_TEMPLATE
 from semantic_aug.seeding import torch_rng
 
 MAX_CLASSES = 12
@@ -37,12 +37,14 @@ def validation_grid(
     scheduler = make_scheduler(base.scheduler_config)
     shape = base.geometry.latent_shape(resolution)
     rows = []
+    plain = SAMPLING_TEMPLATE
+    position = model.templates.index(plain) if plain in model.templates else 0
     model.refresh()
     with model.uncompiled():
         null = base.encode_null(resolution)
         for label in range(0, len(class_names), step):
             labels = torch.full((per_class,), label)
-            template = torch.full_like(labels, TEMPLATES.index("a photo of a {}"))
+            template = torch.full_like(labels, position)
             sizes = null.added["time_ids"].expand(per_class, -1).cpu() if null.added else None
             embeds = model.conditioning(model.conditions(labels, template, time_ids=sizes)).to(null.dtype)
             noise = [torch_rng(seed, "validation", column) for column in range(per_class)]
