@@ -86,7 +86,6 @@ INSTEAD = {
         "--beta": "--cutmix_alpha",
         "--use_randaug": "--augmentation resized_crop; there is no RandAugment",
         "--weighted_alpha": "leave it out: --use_cmo draws images in favour of rare classes",
-        "--momentum": "leave it out: --optimizer sgd has momentum 0.9",
         "--num_classes": "leave it out: the data set's",
         **dict.fromkeys(("--resume", "--start-epoch"), "leave it out: the same command resumes a run in --output_dir"),
         **dict.fromkeys(
