@@ -112,7 +112,10 @@ def test_stages_1_and_2():
     words = ["--dataset", "cub", "--recipe", "paper"]
     config = finetune.parse(words)
     assert (config.train.learning_rate, config.train.ti_learning_rate, config.setting.val_fraction) == (5e-5, 5e-5, 0)
-    assert sample_mp.build_parser().parse_args(words).val_fraction == 0  # the same training images in all stages
+    sampling = sample_mp.build_parser()
+    assert sampling.parse_args(words).val_fraction == 0  # the same training images in all stages
+    for strategy, pairing in (("diff-mix", "independent"), ("real-mix", "independent"), ("diff-aug", "balanced")):
+        assert sampling.parse_args([*words, "--sample_strategy", strategy]).pairing == pairing
 
 
 def test_flags_win_and_the_rest_is_said_and_recorded():
