@@ -278,7 +278,7 @@ def test_pairs_another_process_has_are_waited_for_and_not_run_twice(make_pair, t
     monkeypatch.setattr(report, "write_comparison", lambda folder: None)
     pairs = [make_pair(tmp_path / f"pair{i}", "a") for i in range(2)]
     commands = [StageCommands(recipe(), i, pair.folder, Devices()) for i, pair in enumerate(pairs)]
-    jobs = [compare.Job(*both) for both in zip(commands, pairs, strict=True)]
+    jobs = [compare.Job(*both, ("real-only",)) for both in zip(commands, pairs, strict=True)]
     other_ends = logging.Handler()
     other_ends.emit = lambda record: other.close() if "waiting" in record.msg else None  # its pair undone
     monkeypatch.setattr(compare.log, "handlers", [other_ends])
