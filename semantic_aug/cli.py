@@ -291,7 +291,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(RunSettings):
-    """What only the three stages are told: where the defaults of their flags come from.
+    """Settings of the three stages alone: where the defaults of their flags come from.
 
     Parsed, ``recipe`` is the name and the values that it set, as the record keeps it.
     """
