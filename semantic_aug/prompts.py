@@ -279,13 +279,13 @@ def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ..
         raise UserError(
             f"{flag} {word}: expected a text file with one caption a line, or one of {', '.join(near)}"
         ) from None
-    found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not found:
+    templates = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not templates:
         raise UserError(f"{flag} {word}: the file holds no caption; expected one a line, with {{}} for the class")
-    for line in found:
+    for line in templates:
         if line.count("{}") != 1:
             raise UserError(f"{flag} {word}: '{line}': expected exactly one {{}} where the class goes")
-    return found
+    return templates
 
 
 def caption_prompt(caption: str, phrase: str, name: str) -> str:

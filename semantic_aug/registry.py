@@ -243,12 +243,14 @@ def token_files(path: Path) -> list[Path]:
             raise UserError(f"class tokens {path} are not there: mend embed_path of the checkpoint's entry")
         return [path]
     known = [path / name for name in TOKEN_FILES if (path / name).is_file()]
-    found = known[:1] or next((files for pattern in TOKENS_PER_CLASS if (files := sorted(path.glob(pattern)))), [])
-    if not found:
+    files_of_classes = known[:1] or next(
+        (files for pattern in TOKENS_PER_CLASS if (files := sorted(path.glob(pattern)))), []
+    )
+    if not files_of_classes:
         raise UserError(
             f"embed_path {path} holds no class tokens: expected {' or '.join(TOKEN_FILES)}, or a .pt or .bin file per class"
         )
-    return found
+    return files_of_classes
 
 
 def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:

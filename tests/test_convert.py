@@ -108,9 +108,7 @@ def test_tokens_the_originals_layout_cannot_hold(tmp_path):
 
 def test_nothing_is_overwritten(checkpoint, tmp_path):
     convert.convert(*checkpoint, tmp_path / "out", "original")
-    with pytest.raises(
-        UserError, match="pytorch_lora_weights.safetensors is there already: choose another --output_dir"
-    ):
+    with pytest.raises(UserError, match="pytorch_lora_weights.safetensors already exists: choose another --output_dir"):
         convert.convert(*checkpoint, tmp_path / "out", "original")
 
 

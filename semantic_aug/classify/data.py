@@ -182,8 +182,8 @@ class TrainBatches:
             )
             # soft labels y = (1 - s^gamma) onehot(source) + s^gamma onehot(target)
             self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(settings.gamma, k))])
-        made = synthetic.target if self.synthetic else None
-        self.draws = EpochDraws(len(real), made, settings, batch_size, seed, counts=real.counts())
+        targets = synthetic.target if self.synthetic else None
+        self.draws = EpochDraws(len(real), targets, settings, batch_size, seed, counts=real.counts())
         self.resolution, self.seed = resolution, seed
         self.batch_size, self.steps_per_epoch = self.draws.batch_size, self.draws.steps_per_epoch
 

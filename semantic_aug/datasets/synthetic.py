@@ -106,9 +106,9 @@ class SyntheticImages:
         keep = np.zeros(len(self), bool)
         for source in np.unique(self.source):
             rows = self.source == source
-            found = sorted(np.unique(self.target[rows]).tolist(), key=lambda label: class_names[label])
-            drawn = numpy_rng(seed, "target classes", class_names[source]).permutation(len(found))[:number]
-            keep |= rows & np.isin(self.target, np.asarray(found)[drawn])
+            candidates = sorted(np.unique(self.target[rows]).tolist(), key=lambda label: class_names[label])
+            drawn = numpy_rng(seed, "target classes", class_names[source]).permutation(len(candidates))[:number]
+            keep |= rows & np.isin(self.target, np.asarray(candidates)[drawn])
         return self.take(np.flatnonzero(keep))
 
     def at_most(self, number: int, seed: int = 0) -> SyntheticImages:
@@ -168,11 +168,11 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     Raises:
         UserError: no such folder, or no such variant; lists the variants there are.
     """
-    place, _, variant = str(folder).partition("#")
-    root = registry.resolve_path(place)
+    path, _, variant = str(folder).partition("#")
+    root = registry.resolve_path(path)
     if not root.is_dir():
         raise UserError(
-            f"synthetic subset {place} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
+            f"synthetic subset {path} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
             f"entry in {registry.SUBSETS}"
         )
     return root, _table_file(root, variant)
@@ -199,9 +199,9 @@ def _table_file(root: Path, variant: str) -> Path:
     for separator in ("-", "_", "."):
         if (file := root / f"meta{separator}{variant}.csv").is_file():
             return file
-    there = sorted(file.stem[len("meta") + 1 :] for file in root.glob("meta[-_.]*.csv"))
+    variants = sorted(file.stem[len("meta") + 1 :] for file in root.glob("meta[-_.]*.csv"))
     where = f"expected a file meta-{variant}.csv there, as the filter makes it"
-    raise unknown(f"variant of synthetic subset {root}", variant, there, where)
+    raise unknown(f"variant of synthetic subset {root}", variant, variants, where)
 
 
 def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.ndarray:
@@ -241,15 +241,15 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
     if sources is None:
         return
     used = {str(key) for key in sources if key}
-    strange = used - set(dataset.train.keys)
-    if strange:
+    unexpected = used - set(dataset.train.keys)
+    if unexpected:
         held = {"validation": dataset.val, "test": dataset.test}
         where = next(
-            (f", a {n} image" for n, part in held.items() if part is not None and strange & set(part.keys)), ""
+            (f", a {n} image" for n, part in held.items() if part is not None and unexpected & set(part.keys)), ""
         )
         raise UserError(
-            f"{file}: {len(strange)} of {len(used)} source images are not training images of {dataset.name}"
-            f"{dataset.setting.suffix} ('{sorted(strange)[0]}'{where}): give the stages the same "
+            f"{file}: {len(unexpected)} of {len(used)} source images are not training images of {dataset.name}"
+            f"{dataset.setting.suffix} ('{sorted(unexpected)[0]}'{where}): give the stages the same "
             "--examples_per_class, --task and --subset_seed, or accept it with --allow_other_sources"
         )
 

@@ -113,7 +113,7 @@ def convert(
         The files written.
 
     Raises:
-        UserError: unreadable input, what the layout cannot hold, or a file that is there already.
+        UserError: unreadable input, what the layout cannot hold, or a file that already exists.
     """
     files: dict[Path, Callable[[Path], None]] = {}
     if lora_path:
@@ -134,9 +134,9 @@ def convert(
                 files[output_dir / f"learned_embeds-steps-{name}.bin"] = lambda path: _pickle(content, path)
         else:
             files[output_dir / token_io.FILE_NAME] = lambda path: token_io.save_tokens(tokens, path)
-    there = [path for path in files if path.exists()]
-    if there:
-        raise UserError(f"{there[0]} is there already: choose another --output_dir")
+    existing = [path for path in files if path.exists()]
+    if existing:
+        raise UserError(f"{existing[0]} already exists: choose another --output_dir")
     for path, write in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)

@@ -172,10 +172,10 @@ def read_lora(path: Path) -> dict[str, LoraPair]:
         if key.endswith(".alpha"):
             alphas[_module_name(key.removesuffix(".alpha"))] = float(value)
             continue
-        found = normal_name(key)
-        if found is None:
+        names = normal_name(key)
+        if names is None:
             raise UserError(f"LoRA {path}: key '{key}' is not a LoRA weight of a U-Net or text encoder")
-        module, part = found
+        module, part = names
         halves.setdefault(module, {})[part] = value.float()
     if not halves:
         raise UserError(f"LoRA {path} holds no LoRA weight")
@@ -214,11 +214,11 @@ def _refuse_other_formats(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _settings(path: Path, from_peft: bool, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's settings of each network: from the file's metadata (diffusers), or from ``adapter_config.json`` (PEFT)."""
     if METADATA_KEY in metadata:
-        found: dict[str, dict[str, Any]] = {}
+        by_network: dict[str, dict[str, Any]] = {}
         try:
             for key, value in json.loads(metadata[METADATA_KEY]).items():
                 network, _, field = key.partition(".")
-                found.setdefault(network, {})[field] = value
+                by_network.setdefault(network, {})[field] = value
         except (ValueError, AttributeError) as error:
             raise UserError(f"LoRA {path}: its metadata {METADATA_KEY} cannot be read ({error})") from None
     elif from_peft:
@@ -229,12 +229,12 @@ def _settings(path: Path, from_peft: bool, metadata: Mapping[str, str]) -> dict[
             raise UserError(
                 f"LoRA {path} was saved by PEFT; its scale is in {file}, which cannot be read ({error})"
             ) from None
-        found = dict.fromkeys(NETWORKS, settings)
+        by_network = dict.fromkeys(NETWORKS, settings)
     else:
         return {}
-    for settings in found.values():
+    for settings in by_network.values():
         _refuse_settings(path, settings)
-    return found
+    return by_network
 
 
 def _refuse_settings(path: Path, settings: Mapping[str, Any]) -> None:

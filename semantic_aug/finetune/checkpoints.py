@@ -99,8 +99,10 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def listed(output_dir: Path) -> list[Path]:
     """Whole checkpoints by step."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))]
-    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+    checkpoints = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))
+    ]
+    return [path for _, path in sorted(checkpoints) if (path / STATE_FILE).is_file()]
 
 
 def find(output_dir: Path, wanted: str) -> Path | None:

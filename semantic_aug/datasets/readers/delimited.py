@@ -148,19 +148,19 @@ def read_header(path: Path, wanted: Sequence[str] = ()) -> TextTable:
 
 def not_text(path: Path, encoding: str) -> UserError:
     """The error for a file that is not text in its encoding; names the first line at fault."""
-    said = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
+    name = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
     line = 1
     with open(path, "rb") as file:
-        for content in file if said == "UTF-8" else ():
+        for content in file if name == "UTF-8" else ():
             try:
                 content.decode()
             except UnicodeDecodeError as error:
                 return UserError(
-                    f"{path} line {line}: byte 0x{content[error.start]:02x} is not {said} text: save the list as UTF-8 "
+                    f"{path} line {line}: byte 0x{content[error.start]:02x} is not {name} text: save the list as UTF-8 "
                     "(iconv -f WINDOWS-1252 -t UTF-8, if it comes from Windows)"
                 )
             line += 1
-    return UserError(f"{path} is not {said} text, as its first bytes say: save it as UTF-8")
+    return UserError(f"{path} is not {name} text, as its first bytes say: save it as UTF-8")
 
 
 def _open(path: Path, encoding: str) -> TextIO:

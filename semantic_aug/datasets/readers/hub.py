@@ -103,19 +103,19 @@ def read_hub_id(
     if local is None and Path(repo).expanduser().exists():
         local = repo
     where = HubSplit(repo, "train", local)
-    found = load_local(Path(local).expanduser(), config) if local else _from_hub(where, None, config)
-    if not isinstance(found, dict):
-        found = {"train": found}
+    splits = load_local(Path(local).expanduser(), config) if local else _from_hub(where, None, config)
+    if not isinstance(splits, dict):
+        splits = {"train": splits}
     tables, left_out = {}, []
-    for name, rows in found.items():
+    for name, rows in splits.items():
         ours = split_of(str(name))
         if ours is None or ours in tables:
             left_out.append(str(name))
         else:
-            place = HubSplit(repo, str(name), local)
-            tables[ours] = _hub_table(rows, place, ours, image_column, label_column)
+            split = HubSplit(repo, str(name), local)
+            tables[ours] = _hub_table(rows, split, ours, image_column, label_column)
     if "train" not in tables:
-        raise UserError(f"data set {repo} has the splits {', '.join(map(str, found))}: expected one named train")
+        raise UserError(f"data set {repo} has the splits {', '.join(map(str, splits))}: expected one named train")
     if left_out:
         log.warning("%s: the splits %s are left out (train, validation and test are read)", repo, ", ".join(left_out))
     return _labelled(tables, where)
@@ -133,14 +133,14 @@ def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Split
 
 
 def _load_split(where: HubSplit) -> hub.Dataset:
-    found = load_local(Path(where.local).expanduser()) if where.local else _from_hub(where, where.split)
-    if not isinstance(found, dict):
-        return found
-    if where.split in found:
-        return found[where.split]
-    if len(found) == 1:  # a copy of one split, whatever it is called there
-        return next(iter(found.values()))
-    raise unknown("split", where.split, map(str, found), f"looked in {where.local or where.repo}")
+    rows = load_local(Path(where.local).expanduser()) if where.local else _from_hub(where, where.split)
+    if not isinstance(rows, dict):
+        return rows
+    if where.split in rows:
+        return rows[where.split]
+    if len(rows) == 1:  # a copy of one split, whatever it is called there
+        return next(iter(rows.values()))
+    raise unknown("split", where.split, map(str, rows), f"looked in {where.local or where.repo}")
 
 
 # --------------------------------------------------------------------------------------------------------- the hub

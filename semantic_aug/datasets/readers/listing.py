@@ -229,13 +229,13 @@ def _positions_of_splits(rows: pa.Table, place: Place) -> dict[str, np.ndarray]:
     if "split" not in rows.column_names:
         return {"train": np.arange(len(rows))}
     codes, words = _codes(rows, "split")
-    found: dict[str, list[int]] = {}
+    members_of: dict[str, list[int]] = {}
     for code, word in enumerate(words):
         split = split_of(word or "train")
         if split is None and (codes == code).any():
             raise UserError(f"{place(np.argmax(codes == code))}: split '{word}': expected train, val or test")
-        found.setdefault(split or "train", []).append(code)
-    positions = {split: np.flatnonzero(np.isin(codes, members)) for split, members in found.items()}
+        members_of.setdefault(split or "train", []).append(code)
+    positions = {split: np.flatnonzero(np.isin(codes, members)) for split, members in members_of.items()}
     return {split: rows for split, rows in positions.items() if len(rows)}
 
 

@@ -314,9 +314,9 @@ def main(argv: list[str] | None = None) -> int:
                 run_jobs(selected, folder, args.config_dir, sharing.keep)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None
-    found = report.write_comparison(folder)
-    finished, path = len(found.rows), registry.shown_path(folder / report.REPORT)
-    print(f"{finished} of {finished + len(found.missing)} classifiers: {path}")
+    comparison = report.write_comparison(folder)
+    finished, path = len(comparison.rows), registry.shown_path(folder / report.REPORT)
+    print(f"{finished} of {finished + len(comparison.missing)} classifiers: {path}")
     return 0
 
 

@@ -157,8 +157,8 @@ def add_shared(parser: cli.Parser, several: bool) -> None:
         several: many few-shot settings at once, which the command itself declares, and each seed with a draw of its own.
     """
     cli.add_settings(parser, DatasetName)
-    own = ("examples_per_class", "subset_seed") if several else ()
-    cli.add_settings(parser, Setting, leave_out=(*own, *IN_ALL_STAGES))
+    left_out = ("examples_per_class", "subset_seed") if several else ()
+    cli.add_settings(parser, Setting, leave_out=(*left_out, *IN_ALL_STAGES))
     texts = dict.fromkeys(IN_ALL_STAGES, "the stages'")
     texts["synthetic_prob"] = f"{ALL_DATA_PROB} with all data, {FEW_DATA_PROB} for few shots and long tails"
     data = next(group for group in parser._action_groups if group.title == Setting.TITLE)

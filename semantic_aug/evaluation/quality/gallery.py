@@ -396,11 +396,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     scores = scores_of(settings, inputs)
     runs.claim(folder, inputs.record, "--output_dir", origin=inputs.origin())
-    made = records(inputs, scores, settings)
-    write_pictures(made.pictures, folder, settings)
-    write_page(folder, made.content)
+    gallery = records(inputs, scores, settings)
+    write_pictures(gallery.pictures, folder, settings)
+    write_page(folder, gallery.content)
     print(
-        f"{len(made.content['images']['path'])} images: open {registry.shown_path(folder / 'index.html')} in a browser"
+        f"{len(gallery.content['images']['path'])} images: open {registry.shown_path(folder / 'index.html')} in a browser"
     )
     print("to drop what you reject: python -m semantic_aug.evaluation filter --by review --review review.json ...")
     return 0

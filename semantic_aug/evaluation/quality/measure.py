@@ -242,15 +242,15 @@ class Measurer:
             chosen = chosen & (other.strengths == strength)
         rng = numpy_rng(self.seed, "kid", str(label), str(strength))
         kernel = f"{prefix}kernel_{self.extractor.network}"
-        found = dict(
+        values = dict(
             zip(
                 (kernel, f"{kernel}_std"), distances.kernel_distance(features, other.features[chosen], rng), strict=True
             )
         )
         if label is None:
             distance = distances.frechet_distance(features, other.features[chosen])
-            found[f"{prefix}frechet_{self.extractor.network}"] = distance
-        return found
+            values[f"{prefix}frechet_{self.extractor.network}"] = distance
+        return values
 
     def notes(self, subsets: Sequence[Subset], real: ImageSet) -> list[str]:
         """What is left out or to be read with care, and what it would need; one line each."""
