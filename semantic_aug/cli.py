@@ -65,6 +65,8 @@ class Parser(argparse.ArgumentParser):
         rows, on_line = registry.recipe(given.recipe, self.recipes, given.config_dir), {w.split("=")[0] for w in words}
         values, looked_at = {}, dict.fromkeys(flag for row in rows for flag in row.when)
         try:
+            for flag in dict.fromkeys((*looked_at, *(flag for row in rows for flag in row.set))):
+                self._action(flag)
             for row in rows:  # later rows win
                 if all(self._holds(given, flag, accepted) for flag, accepted in row.when.items()):
                     values |= row.set
@@ -75,8 +77,6 @@ class Parser(argparse.ArgumentParser):
                     f"no {', '.join(missing)} for {setting}: give --{missing[0]} or another --recipe, or add a row"
                 )
             before = [word for flag, value in values.items() for word in (f"--{flag}", *_listed(value))]
-            for flag in values:
-                self._action(flag)
             parsed, rest = super().parse_known_args([*before, *words])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -86,6 +86,10 @@ class Parser(argparse.ArgumentParser):
 
     def _action(self, flag: str) -> argparse.Action:
         known = {action.dest: action for action in self._actions if action.nargs != 0}
+        if flag not in known and any(action.dest == flag for action in self._actions):
+            raise UserError(
+                f"--{flag} is a switch, which a recipe neither sets nor asks for; correct {registry.RECIPES}"
+            )
         if flag not in known:
             raise unknown("flag", flag, known, f"correct {registry.RECIPES}", limit=3)
         return known[flag]

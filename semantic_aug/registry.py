@@ -373,12 +373,27 @@ def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeR
         recipes |= read_yaml(file)
     if name not in recipes:
         raise unknown("--recipe", name, recipes, f"add it to {shown_path(path)}")
-    rows = (recipes[name] or {}).get(stage) or []
-    for row in rows if isinstance(rows, list) else [rows]:
-        parts = {"when": {}, **row} if isinstance(row, dict) else {}
-        if set(parts) != {"when", "set"} or not all(isinstance(part, dict) and part for part in row.values()):
-            raise UserError(
-                f"recipe '{name}' of {shown_path(path)}: {stage} holds {row}, expected rows '- {{when: {{flag: value}}, "
-                "set: {flag: value}}'; correct the file"
-            )
-    return [RecipeRow(row.get("when", {}), row["set"]) for row in rows]
+    stages = recipes[name] or {}
+    if not isinstance(stages, dict):
+        raise UserError(
+            f"recipe '{name}' of {shown_path(path)} holds {yaml_files.kind_of(stages)}: expected stages with their rows; "
+            "correct the file"
+        )
+    rows = stages.get(stage) or []
+    return [_recipe_row(row, f"recipe '{name}' of {shown_path(path)}: {stage}") for row in _as_list(rows)]
+
+
+def _recipe_row(row: Any, where: str) -> RecipeRow:
+    parts = {"when": {}, **row} if isinstance(row, dict) else {}
+    whole = set(parts) == {"when", "set"} and isinstance(parts["when"], dict) and isinstance(parts["set"], dict)
+    texts = [text for value in parts["when"].values() for text in _as_list(value)] if whole else []
+    texts += [text for value in parts["set"].values() if value is not None for text in _as_list(value)] if whole else []
+    if not whole or not parts["set"] or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{where} holds {row}, expected rows '- {{when: {{flag: value}}, set: {{flag: value}}}}'; correct the file"
+        )
+    return RecipeRow(parts["when"], parts["set"])
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]

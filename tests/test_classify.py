@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from semantic_aug import meta_csv
+from semantic_aug import meta_csv, tensors
 from semantic_aug.classify import mixing, models
 from semantic_aug.classify.config import LossSettings, MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
@@ -127,6 +127,23 @@ def test_warm_up_and_cosine():
     rates = [learning_rate_at(s, 100, 10, 1.0) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0 and rates[-1] < 0.01
     assert rates[55] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("warmup", [0.5, 1.5, 2.5])
+def test_no_part_of_an_epoch_warms_up_beyond_the_peak(warmup):
+    settings = TrainSettings(nepoch=25, lr=0.1, lr_schedule="step", warmup_epochs=warmup)
+    assert max(learning_rate(settings, epoch, 8, 8) for epoch in range(25)) == 0.1
+
+
+def test_a_weight_file_says_how_its_images_were_normalised(tmp_path):
+    model, _ = models.make_model("resnet18", 3, 32, "none")
+    tensors.save_tensors(tmp_path / "plain.safetensors", model.state_dict(), {"classes": ["a", "b", "c"]})
+    metadata = {"classes": ["a", "b", "c"], "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    tensors.save_tensors(tmp_path / "other.safetensors", model.state_dict(), metadata)
+    means = [
+        models.make_model("resnet18", 3, 32, str(tmp_path / f"{n}.safetensors"))[1].mean for n in ("plain", "other")
+    ]
+    assert means == [(0.485, 0.456, 0.406), (0.1, 0.2, 0.3)]
 
 
 def test_the_stepped_schedule_is_ldam_drws():

@@ -182,7 +182,11 @@ def classify_run_name(config):
         ("- {set: {lr: fast}}", "recipe mine of recipes.yaml, train_cls: argument --lr: 'fast' is not a number"),
         ("- {when: {modle: x}, set: {lr: 1}}", "unknown flag 'modle': did you mean 'model'"),
         ("- {when: {res_mode: big}, set: {lr: 1}}", "'big' is not a whole number"),
-        ("- {set: {use_cutmix: true}}", "unknown flag 'use_cutmix'"),
+        ("- {set: {use_cutmix: true}}", "--use_cutmix is a switch, which a recipe neither sets nor asks for"),
+        ("- {when: {dataset: elsewhere, modle: x}, set: {lr: 1}}", "unknown flag 'modle': did you mean 'model'"),
+        ("- {when: {dataset: }, set: {lr: 1}}", "expected rows"),
+        ("- {when: {dataset: {a: b}}, set: {lr: 1}}", "expected rows"),
+        ("{set: {lr: fast}}", "argument --lr: 'fast' is not a number"),
         ("- {lr: 1}", "expected rows '- {when: {flag: value}, set: {flag: value}}'"),
         ("{lr: 1}", "expected rows"),
         ("- {when: , set: {lr: 1}}", "expected rows"),
@@ -192,6 +196,12 @@ def test_rows_that_are_none_are_named(tmp_path, rows, message):
     words = write(tmp_path, f"mine:\n  train_cls:\n    {rows}\n")
     with pytest.raises(UserError, match=re.escape(message)):
         stage_3(*words, "--recipe", "mine")
+
+
+def test_a_recipe_without_stages_is_named(tmp_path):
+    write(tmp_path, "mine: [lr, 1]\n")
+    with pytest.raises(UserError, match="recipe 'mine' of .* holds a list: expected stages with their rows"):
+        registry.recipe("mine", "train_cls", tmp_path)
 
 
 def test_a_table_of_learning_rates_of_earlier_versions_is_refused_by_name(tmp_path):
@@ -341,6 +351,6 @@ def test_which_weights_of_torchvision():
         == torchvision_weights.SWAG_URL
         == SWAG.IMAGENET1K_SWAG_E2E_V1.url
     )
-    for name in ("convnext_tiny", "resnet50.a1_in1k"):
+    for name in ("convnext_tiny", "resnet50.a1_in1k", "vit_base_patch16_224.dino"):
         with pytest.raises(UserError, match=f"--weights torchvision: it has none for --model {name}"):
             models.weights_identity(name, "torchvision")

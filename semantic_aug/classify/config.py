@@ -16,6 +16,7 @@ from semantic_aug.classify.draws import SYNTHETIC_MODES, SyntheticSettings
 from semantic_aug.classify.mixing import MixSettings
 from semantic_aug.datasets.cache import MODES as CACHES
 from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
+from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 AUGMENTATIONS = ("crop", "resized_crop")
@@ -383,6 +384,8 @@ LATER = (
     *("momentum", "weight_decay_on", "cutmix_per"),
 )
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
+FORMER = {"shot_thresholds": SHOT_THRESHOLDS}
+"""Values that earlier versions had where the default follows from other settings now."""
 
 BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")
 """Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
@@ -399,7 +402,7 @@ def _recorded(settings: object) -> dict:
     """A group's settings under the names that records have for them."""
     fields = {name: f.default for name, f in cli.settings_of(type(settings)).items() if name not in NOT_RECORDED}
     values = {name: getattr(settings, name) for name in fields}
-    values = {name: value for name, value in values.items() if name not in LATER or value != fields[name]}
+    values = {n: v for n, v in values.items() if n not in LATER or v not in (fields[n], FORMER.get(n, fields[n]))}
     return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
 
 

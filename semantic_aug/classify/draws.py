@@ -85,7 +85,8 @@ class SyntheticSettings:
     def __post_init__(self):
         if self.synthetic_balanced and self.inverse_frequency:
             raise UserError(
-                "--synthetic_balanced and --synthetic_draw inverse_frequency exclude each other: give one of them"
+                "--synthetic_balanced and --synthetic_draw inverse_frequency exclude each other: give one of them, or "
+                "--synthetic_draw images"
             )
 
     @property

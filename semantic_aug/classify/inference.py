@@ -182,8 +182,7 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
             batches = EvalBatches(table, classifier.resolution, size, cache=config.placement.cache, **options)
             classes = len(classifier.class_names)
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, classifier.amp)
-            thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds
-            results[split] = scores.summary(dataset.train.counts(), groups_of(table), thresholds)
+            results[split] = scores.summary(dataset.train.counts(), groups_of(table), config.evaluation.shot_thresholds)
             results |= test_groups(scores, dataset) if split == "test" else {}
             write_scores(scores, dataset.class_names, folder, split)
             write_predictions(table, scores.predicted, dataset.class_names, folder, split)

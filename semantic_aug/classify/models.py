@@ -74,7 +74,7 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     name = timm_name(name)
     # transformers with position embeddings or windows are built for one image size
     options = {"img_size": resolution} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
-    if weights == "torchvision" and network(name) == network("vit_b_16"):
+    if weights == "torchvision" and _is_swags(name):
         return swag_vit(name, num_classes, options), IMAGENET
     if weights == "torchvision":
         name, weights = tagged_name(name), "auto"
@@ -88,8 +88,14 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
         model = timm.create_model(name, num_classes=num_classes, **options)
         if weights != "none":
             load_weights(model, resolve_path(weights), name)
-    config = model.pretrained_cfg
+    # a file that train_cls.py wrote says how its images were normalised where that is not timm's way
+    config = {**model.pretrained_cfg, **({} if weights in WEIGHTS else metadata_of(weight_file(resolve_path(weights))))}
     return model, Normalisation(tuple(config["mean"]), tuple(config["std"]))
+
+
+def _is_swags(name: str) -> bool:
+    """Whether SWAG's weights are meant: of ViT-B/16 without a tag, which would name others."""
+    return network(name) == network("vit_b_16") and "." not in name
 
 
 def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
@@ -195,7 +201,7 @@ def weights_identity(name: str, weights: str) -> str:
         return "none"
     name = timm_name(name)
     if weights == "torchvision":
-        return SWAG_URL if network(name) == network("vit_b_16") else _hub_name(timm, tagged_name(name))
+        return SWAG_URL if _is_swags(name) else _hub_name(timm, tagged_name(name))
     if weights != "auto":
         return files_digest([weight_file(resolve_path(weights))])
     with contextlib.suppress(UserError):  # the package is not installed: the hub has the weights too

@@ -49,7 +49,7 @@ def stepped_rate_at(epoch: int, epochs: int, warmup: float, peak: float) -> floa
     160 and 180. Epochs count from 0.
     """
     if epoch < warmup:
-        return peak * (epoch + 1) / warmup
+        return peak * min(1.0, (epoch + 1) / warmup)
     return peak * next((factor for share, factor in DROPS if epoch >= share * epochs), 1.0)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from semantic_aug import console, files, registry, run_lock, runs
 from semantic_aug.classify import inference, metrics
+from semantic_aug.classify.checkpoints import metadata_of
 from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings, TrainSettings
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
@@ -62,6 +63,8 @@ def run(config: ClassifyConfig) -> int:
         model, path = config.classifier, config.output_dir / MODEL_FILE
         say("the classifier in plain timm:")
         say(timm_lines(model.model, len(dataset.class_names), model.res_mode, path))
+        if "mean" in (metadata := metadata_of(path)):
+            say(f"# images are normalised by mean {metadata['mean']} and std {metadata['std']}")
     leave()
     say(f"results: {registry.shown_path(config.output_dir)}")
     return 0
@@ -97,6 +100,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
     if config.evaluation.test_dataset:
         dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
+    thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds
     keys = [key for key in synthetic.syndata_key or () if key]
     folders = [folder for key in keys for folder in dataset.subsets(key, config.run.config_dir)]
     folders += synthetic.syndata_dir or ()
@@ -105,6 +109,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
         config,
         setting=dataset.setting,
         training=_resolved_training(config.training, device),
+        evaluation=replace(config.evaluation, shot_thresholds=thresholds),
         syndata=tuple(map(str, folders)),
         device=device,
     )
@@ -160,7 +165,7 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         raise UserError(
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
-    class_groups([], *(config.evaluation.shot_thresholds or dataset.spec.shot_thresholds))
+    class_groups([], *config.evaluation.shot_thresholds)
     for name in ("synthetic_balanced", "target_class_num", "syndata_max"):
         if getattr(synthetic, name) and not config.syndata:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")

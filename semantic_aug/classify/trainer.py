@@ -302,8 +302,7 @@ class Trainer:
         return evaluate(model, batches, self.normalise, classes, self.processes, self.config.training.amp)
 
     def _summary(self, scores: Scores, table: ImageTable) -> dict[str, float]:
-        thresholds = self.config.evaluation.shot_thresholds or self.dataset.spec.shot_thresholds
-        return scores.summary(self.counts, groups_of(table), thresholds)
+        return scores.summary(self.counts, groups_of(table), self.config.evaluation.shot_thresholds)
 
     def _advice(self) -> str:
         training, state = self.config.training, self.config.output_dir / STATE_FILE
@@ -357,8 +356,9 @@ class Trainer:
                 write_predictions(getattr(dataset, split), predictions, dataset.class_names, folder, split)
             metadata = {"model": config.classifier.model, "classes": dataset.source_names}
             metadata |= {"keep_aspect": True} if config.training.keep_aspect else {}
-            if config.classifier.weights == "torchvision":  # whose normalisation may not be timm's
-                metadata |= {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)}
+            normalisation = {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)}
+            usual = {name: list(self.evaluated.pretrained_cfg[name]) for name in normalisation}
+            metadata |= normalisation if config.classifier.weights == "torchvision" or normalisation != usual else {}
             tensors.save_tensors(folder / MODEL_FILE, self.evaluated.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
