@@ -144,6 +144,18 @@ def test_the_same_command_makes_only_what_is_missing_and_another_is_refused(gall
     assert not list(gallery.rglob("*.tmp"))
 
 
+def test_a_gallery_of_an_earlier_version_is_continued(photographs, subsets, tmp_path):
+    words = arguments(photographs, subsets[1:], tmp_path / "out")
+    assert command.main(words) == 0
+    record = runs.load_arguments(tmp_path / "out")
+    for name in ("corrupt_prob", "corrupt_classes", "split"):  # flags that the earlier version did not have
+        record.pop(name, None)
+    files.write_text(tmp_path / "out" / runs.ARGS_FILE, runs.arguments_text(record))
+    assert command.main(words) == 0
+    with pytest.raises(UserError, match=r"other arguments \(corrupt_prob: None -> 0.5\).*choose another --output_dir"):
+        command.main([*words, "--corrupt_prob", "0.5"])
+
+
 def test_copies_can_be_moved_and_none_leaves_thumbnails_alone(photographs, subsets, tmp_path):
     before = {path: os.stat(path).st_ctime_ns for path in subsets[1].rglob("*")}
     for kind in ("copy", "none"):

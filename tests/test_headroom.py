@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import tiny
 from semantic_aug.errors import UserError, run_main
@@ -122,6 +123,15 @@ def test_the_command_writes_its_report_and_never_reads_test(tmp_path, monkeypatc
     assert (out / headroom.REPORT).read_text() == report
     assert run_main(headroom.main, [*words, "--seeds", "3"]) == 2
     assert "seeds: [0, 1] -> [3]" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_no_folder_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
+    folder = tiny.write_image_folder(tmp_path / "animals", train=1)
+    settings = headroom.HeadroomSettings(weights="none", gpu="cpu", output_dir=tmp_path / "out")
+    with pytest.raises(UserError, match="no class has two training images"):
+        headroom.run(settings, f"folder:{folder}", ROOT / "config")
+    assert not (tmp_path / "out").exists()
 
 
 def test_compare_says_first_whether_there_is_anything_to_win(tmp_path, monkeypatch, capsys, image_folder):

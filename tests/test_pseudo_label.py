@@ -1,6 +1,7 @@
 """Pseudo-labels: which unlabelled images are taken and refused, the subset they become, and the method in a comparison."""
 
 import shutil
+from dataclasses import replace
 
 import evaluating
 import numpy as np
@@ -13,6 +14,7 @@ from semantic_aug.datasets.readers.unlabelled import read_unlabelled, without_la
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import compare, pseudo_label
+from semantic_aug.evaluation.experiments.commands import LABEL_STEP
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
 
 NAMES = ("blue jay", "red fox", "toad")
@@ -104,6 +106,8 @@ def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path,
     words = [str(word) for word in [*words, "--pseudo_threshold", 0.5, "--gpu", "cpu"]]
     assert pseudo_label.main([*words, "--dry_run"]) == 0 and not out.exists()
     assert "unlabelled 9" in capsys.readouterr().out
+    assert run_main(pseudo_label.main, [*words, "--pseudo_threshold", "0.999999"]) == 2 and not out.exists()
+    assert "none of 9 unlabelled images reaches it" in capsys.readouterr().err
     assert pseudo_label.main(words) == 0
     assert "of 9 unlabelled images have a pseudo-label: blue jay" in capsys.readouterr().out
     before = (out / "meta.csv").read_bytes()
@@ -125,6 +129,7 @@ def parsed(image_folder, *more):
 
 def test_the_method_labels_by_the_real_only_classifier_of_its_seed(image_folder, pool, tmp_path):
     args = parsed(image_folder, "--methods", "pseudo-label", "cutmix", "--unlabelled", pool, "--pseudo_threshold", 0.8)
+    args.corrupt_prob = 0.2
     (job,) = compare.jobs_of(args, tmp_path / "out")
     names = ["classify real-only", "label unlabelled", "classify pseudo-label", "classify cutmix"]
     assert list(job.pair.steps) == names and job.stages == {3}  # no base model is asked for
@@ -134,6 +139,7 @@ def test_the_method_labels_by_the_real_only_classifier_of_its_seed(image_folder,
     assert label.arguments[:3] == ("-m", "semantic_aug.evaluation", "pseudo-label")
     assert request.classifier == tmp_path / "out" / "2shot" / "seed7" / "classify" / "real-only"
     assert request.unlabelled == pool and request.pseudo_threshold == 0.8 and request.subset_seed == 7
+    assert request.corrupt_prob == 0.2
     flags = dict(zip(student.arguments, student.arguments[1:], strict=False))
     assert flags["--syndata_dir"] == str(request.output_dir) and flags["--synthetic_prob"] == "0.3"
     assert flags["--seed"] == "7" and student.needs == (label.name,) and label.needs == ("classify real-only",)
@@ -145,6 +151,35 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
     (job,) = compare.jobs_of(args, tmp_path / "out")
     with pytest.raises(UserError, match="holds 1 test images"):
         compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset))
+
+
+def test_a_setting_keeps_the_pool_and_the_threshold_of_its_first_labels(image_folder, pool, tmp_path):
+    dataset = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=2, subset_seed=7))
+
+    def claim(threshold, *more):
+        words = ["--methods", "pseudo-label", "--unlabelled", pool, "--pseudo_threshold", threshold, *more]
+        (job,) = compare.jobs_of(parsed(image_folder, *words), tmp_path / "out")
+        compare.claim_pool(job, tmp_path / "out", dataset)
+        return job.pair.folder / "pseudo-label" / "meta.csv"
+
+    claim(0.95)
+    labels = claim(0.5)  # nothing is labelled yet
+    labels.parent.mkdir(parents=True)
+    labels.touch()
+    claim(0.5)
+    with pytest.raises(UserError, match=r"pseudo_threshold: 0.5 -> 0.95.*choose another --output_dir"):
+        claim(0.95)
+    shutil.copy(dataset.train.encoded(int(dataset.train.rows[0])), pool / "known.png")  # labelled under this seed alone
+    with pytest.raises(UserError, match=r"other arguments \(unlabelled: '\w+' -> '\w+'\).*choose another --output_dir"):
+        claim(0.5)
+
+
+def test_the_arguments_of_the_label_step_are_checked_before_it(image_folder, pool, tmp_path):
+    (job,) = compare.jobs_of(parsed(image_folder, "--methods", "pseudo-label", "--unlabelled", pool), tmp_path / "out")
+    step = job.pair.steps[LABEL_STEP]
+    job.pair.steps[LABEL_STEP] = replace(step, arguments=(*step.arguments, "--res_mode", "64"))
+    with pytest.raises(UserError, match="unknown argument --res_mode"):
+        compare.claim_pool(job, tmp_path / "out", load_dataset(f"folder:{image_folder}"))
 
 
 def test_the_pool_and_the_method_need_each_other(image_folder, pool, tmp_path):

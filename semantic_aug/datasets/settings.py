@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from semantic_aug import cli
 from semantic_aug.datasets.readers.hub import parse_id
@@ -19,6 +21,17 @@ NOISE_CLASSES = ("others", "all")
 
 YOUNGER = {"split": "official", "corrupt_classes": "others"}
 """Settings that earlier versions did not have, with the values that their records mean."""
+
+
+def without_younger(settings: Mapping[str, Any], **younger: Any) -> dict[str, Any]:
+    """Settings as records of earlier versions hold them: those of :data:`YOUNGER` only where they have another value.
+
+    Args:
+        settings: name -> value.
+        younger: further settings that the earlier records lack, with the values that these mean.
+    """
+    younger = {**YOUNGER, **younger}
+    return {name: value for name, value in settings.items() if name not in younger or value != younger[name]}
 
 
 def dataset_name(text: str) -> str:
@@ -127,7 +140,7 @@ class Setting:
 
     def record(self) -> dict:
         """Values by name; those that records of earlier versions lack only where they are not the default."""
-        return {name: value for name, value in asdict(self).items() if YOUNGER.get(name) != value}
+        return without_younger(asdict(self))
 
     @property
     def suffix(self) -> str:

@@ -21,6 +21,9 @@ SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
 FINETUNE_OF = {"tokens+lora": "ti_db", "tokens": "ti"}
 """Weights a strategy needs -> the strategy of stage 1 that trains them."""
 
+LABEL_STEP = "label unlabelled"
+"""Name of the step that makes pseudo-labels."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -260,7 +263,7 @@ class StageCommands:
             "output_dir": folder,
         }
         arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
-        labels = Step("label unlabelled", 3, arguments, (teacher.name,), "pseudo-label/meta.csv", {})
+        labels = Step(LABEL_STEP, 3, arguments, (teacher.name,), "pseudo-label/meta.csv", {})
         student = self.classify(name, self.subset_seed, syndata_dir=folder, **self.recipe.synthetic)
         return {step.name: step for step in (teacher, labels, replace(student, needs=(labels.name,)))}
 

@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import cli, console, registry, runs
+from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets.fingerprint import content_digest, hash_images
+from semantic_aug.datasets.readers.unlabelled import read_unlabelled
 from semantic_aug.errors import Interrupted, UserError, no_downloads, unknown
-from semantic_aug.evaluation.experiments import headroom, report, results
-from semantic_aug.evaluation.experiments.commands import DEFAULT_METHODS, METHODS, StageCommands, setting_name
+from semantic_aug.evaluation.experiments import headroom, pseudo_label, report, results
+from semantic_aug.evaluation.experiments.commands import (
+    DEFAULT_METHODS,
+    LABEL_STEP,
+    METHODS,
+    StageCommands,
+    setting_name,
+)
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings, read_pool
 from semantic_aug.evaluation.experiments.runner import (
@@ -278,15 +286,25 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
 
 
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset) -> None:
-    """Checks the unlabelled images of a pair, and ties its setting to the threshold of their labels.
+    """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels.
 
     Raises:
-        UserError: some are evaluated, or the folder's pseudo-labels have another threshold.
+        UserError: some are evaluated, or the setting has pseudo-labels of other images or with another threshold.
     """
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
     read_pool(settings, dataset)
-    record = {"dataset": dataset.name, "pseudo_threshold": settings.pseudo_threshold}
-    runs.claim(folder / job.setting / "pseudo-label", record, "--output_dir")
+    pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
+    images = read_unlabelled(settings.unlabelled)  # the labelled ones, which differ from seed to seed, among them
+    record = {
+        "dataset": dataset.name,
+        "pseudo_threshold": settings.pseudo_threshold,
+        "unlabelled": content_digest(hash_images(images).hex()),
+    }
+    root = folder / job.setting
+    if any(root.glob(f"seed*/{job.pair.steps[LABEL_STEP].result}")):
+        runs.claim(root / "pseudo-label", record, "--output_dir")
+    else:  # nothing is labelled yet: another pool or threshold may be chosen
+        files.write_text(root / "pseudo-label" / runs.ARGS_FILE, runs.arguments_text(record))
 
 
 def main(argv: list[str] | None = None) -> int:

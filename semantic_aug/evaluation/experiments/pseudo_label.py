@@ -113,7 +113,7 @@ def build_parser() -> cli.Parser:
     """All flags of ``pseudo-label``."""
     parser = cli.Parser(prog="python -m semantic_aug.evaluation pseudo-label", description=__doc__)
     cli.add_settings(parser, DatasetName)
-    cli.add_settings(parser, Setting, leave_out=("corrupt_prob",))
+    cli.add_settings(parser, Setting)
     cli.add_settings(parser, UnlabelledSettings)
     cli.add_settings(parser, LabelSettings)
     cli.add_settings(parser, cli.RunSettings, leave_out=("seed",))
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     origin = RunOrigin(dataset, ("train",), (), further=further, without=("super_class",))
     record = {"dataset": dataset.name, "pseudo_threshold": settings.pseudo_threshold}
-    with files.no_trace(folder, ()):
+    with files.no_trace(folder, (runs.ARGS_FILE,)):
         known = runs.claim(folder, record, "--output_dir", origin=origin)
         if known and (folder / meta_csv.FILE_NAME).is_file():
             log.info("%s is finished already", folder)
