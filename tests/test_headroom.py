@@ -1,12 +1,14 @@
 """Headroom: curves with known shapes, what more images would win, the verdict's rule, and the command on real images."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers import ROOT
 
 import tiny
+from semantic_aug import runs
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import compare, headroom, learning_curve
 from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
@@ -25,7 +27,8 @@ def power_curve(sizes, slope, ceiling=0.0, start=0.6, draws=5):
             predicted[row, :, of_class] = label
             predicted[row, :, of_class[:wrong]] = (label + 1) % CLASSES
     names = tuple("abcd")
-    return Curve(tuple(sizes), np.asarray(sizes, float), predicted, labels, tuple(map(str, labels)), names)
+    available = np.full(CLASSES, sizes[-1])
+    return Curve(tuple(sizes), np.asarray(sizes, float), predicted, labels, tuple(map(str, labels)), names, available)
 
 
 def test_the_gain_beyond_the_images_there_are_follows_the_power_law():
@@ -41,11 +44,31 @@ def test_the_gain_is_measured_where_the_images_are_there():
     # steep up to 10, flat beyond: the law through the first sizes would promise half of the errors
     curve = power_curve((1, 2, 5, 10), slope=-0.5)
     flat = power_curve((1, 2, 5, 10, 20, 40), slope=0, start=float(1 - curve.macro[-1, 0]))
-    both = Curve(flat.sizes, flat.images, flat.predicted.copy(), flat.labels, flat.keys, flat.class_names)
+    both = replace(flat, predicted=flat.predicted.copy())
     both.predicted[:4] = curve.predicted
     gain = learning_curve.gain_of(both, 10, 4)
     assert gain.measured and gain.points == pytest.approx(0, abs=1e-9)
     assert learning_curve.verdict(both, gain) == learning_curve.NOT_WORTH
+
+
+def test_a_gain_extrapolated_from_the_large_classes_alone_says_nothing():
+    even = power_curve((1, 2, 5, 10), slope=-0.5, ceiling=0.4, start=0.3)
+    uneven = replace(even, available=np.array([10, 10, 10, 2]))
+    gain = learning_curve.gain_of(uneven, -1, 4)
+    assert learning_curve.verdict(even, learning_curve.gain_of(even, -1, 4)) == learning_curve.NOT_WORTH
+    assert not gain.measured and learning_curve.verdict(uneven, gain) == learning_curve.UNKNOWN
+    report = headroom.Headroom("x", headroom.HeadroomSettings(), True, uneven, 3, (gain,))
+    assert report.sentence.endswith("(extrapolated, and the smallest class has 2 training images).")
+    assert "the smallest class has 2 training images, so that" in headroom.report_of(report).markdown()
+    measured = learning_curve.gain_of(uneven, 2, 4)  # there are four times as many
+    assert measured.measured and learning_curve.verdict(uneven, measured) == learning_curve.NOT_WORTH
+
+
+def test_images_of_a_class_without_training_images_are_not_hard():
+    curve = power_curve((2, 5, 10), slope=0, start=0.5)
+    assert curve.always_wrong(2).sum() == EVALUATED / 2
+    untrained = replace(curve, available=np.array([0, 10, 10, 10]))
+    assert set(curve.labels[untrained.always_wrong(2)]) == {1, 2, 3}
 
 
 def test_labels_that_cap_the_accuracy_make_it_not_worth_it():
@@ -138,12 +161,44 @@ def test_compare_says_first_whether_there_is_anything_to_win(tmp_path, monkeypat
     monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
     words = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--gpu_ids", "cpu"]
     compare.print_headroom(compare.build_parser().parse_args(words), tmp_path)
-    line = capsys.readouterr().out
-    assert line.startswith("headroom of animals") and "too little data to say" in line and line.count("\n") == 1
+    first, line = capsys.readouterr().out.splitlines()
+    assert first == "measuring headroom of 2shot, on at most 10 images per class"
+    assert line.startswith("headroom of animals") and "too little data to say" in line
     assert (tmp_path / "headroom" / "2shot" / headroom.REPORT).is_file()
+    assert "split" not in runs.load_arguments(tmp_path / "headroom" / "2shot")  # as records of earlier versions
     tail = ["--task", "imbalanced"]  # a curve over images per class says nothing of a long tail
     compare.print_headroom(compare.build_parser().parse_args([*words, *tail]), tmp_path)
     assert capsys.readouterr().out == ""
+
+
+def printed_by_compare(capsys, folder, *words):
+    compare.print_headroom(compare.build_parser().parse_args(["--dataset", *map(str, words)]), folder)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_compare_measures_the_split_it_trains_on_and_no_label_noise(tmp_path, capsys, image_folder):
+    half = printed_by_compare(capsys, tmp_path, f"folder:{image_folder}", "--gpu_ids", "cpu", "--split", "half")
+    assert half[0] == "measuring headroom of all, on at most 200 images per class"
+    assert half[1].startswith("headroom was not measured: --split half: the Diff-Mix authors take the official split")
+    (noisy,) = printed_by_compare(capsys, tmp_path, f"folder:{image_folder}", "--corrupt_prob", 0.2)
+    assert noisy.startswith("headroom is not measured with --corrupt_prob")
+    assert not (tmp_path / "headroom").exists()
+
+
+def test_no_failure_of_the_headroom_ends_a_comparison(tmp_path, monkeypatch, capsys, image_folder):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator:\nnot enough memory")
+
+    monkeypatch.setattr(headroom, "load_pool", fail)
+    _, line = printed_by_compare(capsys, tmp_path, f"folder:{image_folder}", "--gpu_ids", "cpu")
+    assert line == "headroom was not measured: DefaultCPUAllocator: not enough memory"
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3, 5, 16])
+def test_cross_validation_leaves_four_times_the_shots(shots):
+    labels = np.repeat(np.arange(2), compare.pool_per_class(shots))
+    pool = Pool(np.zeros((len(labels), 1)), labels, np.zeros(len(labels), bool), ("a", "b"), tuple(map(str, labels)))
+    assert pool.available().tolist() == [4 * shots, 4 * shots]
 
 
 def test_a_wrong_number_of_images_is_refused():

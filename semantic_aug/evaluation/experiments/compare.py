@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import cli, console, files, registry, runs
-from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.readers.unlabelled import read_unlabelled
 from semantic_aug.errors import Interrupted, UserError, no_downloads, unknown
@@ -23,7 +24,7 @@ from semantic_aug.evaluation.experiments.commands import (
     StageCommands,
     setting_name,
 )
-from semantic_aug.evaluation.experiments.learning_curve import FACTOR
+from semantic_aug.evaluation.experiments.learning_curve import FACTOR, FOLDS
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings, read_pool
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 VALIDATION_OF_HEADROOM = 50
 """Validation images per class that the headroom is measured on, at most: it shall take about a minute."""
+POOL_OF_ALL = 200
+"""Labelled images per class that it is measured on, at most, where the comparison trains on all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,23 +253,37 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
         check_commands(steps, commands.folder)
 
 
+def pool_per_class(shots: int) -> int:
+    """Labelled images per class that the headroom is measured on: cross-validation leaves four times the shots to train on."""
+    return math.ceil(FACTOR * shots * FOLDS / (FOLDS - 1)) if shots > 0 else POOL_OF_ALL
+
+
 def print_headroom(args: argparse.Namespace, folder: Path) -> None:
-    """Prints of every few-shot setting, before its first run, whether more images would help; nothing is downloaded for it."""
+    """Prints of every few-shot setting, before its first run, whether more images would help; a failure stops nothing.
+
+    Nothing is downloaded for it.
+    """
     if args.task == "imbalanced":  # the curve is over images per class
         return
+    if args.corrupt_prob:
+        print("headroom is not measured with --corrupt_prob: its curve would be that of the right labels", flush=True)
+        return
     for shots in dict.fromkeys(args.examples_per_class):
+        name, pool = setting_name(shots, args.task, args.imbalance_factor), pool_per_class(shots)
+        print(f"measuring headroom of {name}, on at most {pool} images per class", flush=True)
         settings = headroom.HeadroomSettings(
             examples_per_class=shots,
-            pool_per_class=FACTOR * shots if shots > 0 else -1,
+            pool_per_class=pool,
             val_examples_per_class=VALIDATION_OF_HEADROOM,
+            split=args.split or Setting.split,
             gpu=args.gpu_ids[0] if args.gpu_ids else None,
-            output_dir=folder / "headroom" / setting_name(shots, args.task, args.imbalance_factor),
+            output_dir=folder / "headroom" / name,
         )
         try:
             with no_downloads(True):
                 sentence, _ = headroom.run(settings, args.dataset, args.config_dir)
-        except UserError as error:
-            sentence = f"headroom was not measured: {error}"
+        except Exception as error:  # of any kind: the comparison does not need it
+            sentence = f"headroom was not measured: {' '.join(str(error).split()) or type(error).__name__}"
         print(sentence, flush=True)
 
 

@@ -20,7 +20,7 @@ from semantic_aug.classify import config as classify
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.settings import DatasetName
+from semantic_aug.datasets.settings import DatasetName, without_younger
 from semantic_aug.datasets.subsets import few_shot
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
@@ -61,6 +61,7 @@ class HeadroomSettings:
         help="labelled training images of each class that are looked at, at most, which bounds the time (default: -1, all)",
     )
     val_examples_per_class: int = cli.setting_of(Setting, "val_examples_per_class")
+    split: str = cli.setting_of(Setting, "split")
     seeds: tuple[int, ...] = cli.setting(
         (0, 1, 2, 3, 4), type=int, nargs="+", metavar="N", help="draws of the training images (default: 0 1 2 3 4)"
     )
@@ -114,6 +115,8 @@ class Headroom:
         """The verdict with its figures, one line."""
         gain, accuracy = self.gains[-1], 100 * self.curve.macro[self.present].mean()
         source = "measured" if gain.measured else "extrapolated"
+        if not gain.reliable:
+            source += f", and the smallest class has {self.curve.smallest} training images"
         return (
             f"headroom of {self.dataset} at {self.curve.images[self.present]:.4g} images per class: {self.verdict}. "
             f"{gain.factor} times the real images would win {100 * gain.points:.1f} points of {accuracy:.1f} % macro "
@@ -152,7 +155,7 @@ def load_pool(settings: HeadroomSettings, dataset: LoadedDataset) -> Pool:
 
 def load_data(settings: HeadroomSettings, word: str, config_dir: Path) -> LoadedDataset:
     """The labelled images that are looked at; validation only where the data set has such a split."""
-    setting = Setting(val_fraction=0.0, val_examples_per_class=settings.val_examples_per_class)
+    setting = Setting(val_fraction=0.0, val_examples_per_class=settings.val_examples_per_class, split=settings.split)
     dataset = load_dataset(word, setting, config_dir)
     return replace(dataset, train=few_shot(dataset.train, settings.pool_per_class))
 
@@ -183,10 +186,11 @@ def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, P
     from semantic_aug.classify.models import weights_identity
 
     dataset = load_data(settings, word, config_dir)
-    default = f"outputs/headroom/{dataset.name}{runs.setting_suffix(settings.examples_per_class)}"
+    suffix = Setting(examples_per_class=settings.examples_per_class, split=settings.split).suffix
+    default = f"outputs/headroom/{dataset.name}{suffix}"
     folder = registry.resolve_path(settings.output_dir or default)
     record = {"dataset": dataset.name}
-    record |= {name: getattr(settings, name) for name in cli.result_settings(HeadroomSettings)}
+    record |= without_younger({name: getattr(settings, name) for name in cli.result_settings(HeadroomSettings)})
     weights = lambda: {"weights": weights_identity(settings.model, settings.weights)}  # noqa: E731
     origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
     with files.no_trace(folder, (runs.ARGS_FILE,)):
@@ -266,6 +270,11 @@ def _gain_section(headroom: Headroom) -> list[Block]:
         f"of draws and evaluated images, {curves.NOT_WORTH} where they do in at most {100 - 100 * curves.SURE:.0f} %, else "
         f"{curves.UNKNOWN}. Here: in {100 * last.promising:.0f} %."
     )
+    if not last.reliable:
+        rule += (
+            f" But the gain is extrapolated, and the smallest class has {headroom.curve.smallest} training images, so that "
+            f"larger sizes add images to the other classes alone: {curves.UNKNOWN}."
+        )
     columns = ["images", "points", "95 % interval", "errors removed", ""]
     return [Heading("What more real images would win"), Table(columns, rows), Paragraph(rule)]
 

@@ -33,6 +33,9 @@ SURE = 0.8
 """Share of the resamples that must agree; between 0.2 and 0.8 nothing is said."""
 MIN_SIZES, MIN_EVALUATED = 3, 30
 """Fewest sizes on a curve for a line through it, and fewest evaluated images (30: a standard error of 9 points)."""
+EVEN = 0.5
+"""Least share of the present images per class that every class has where a gain is extrapolated: beyond the smallest class
+only the others grow along the curve, so that its slope says little of more images of every class."""
 RESAMPLES = 400
 WORTH, NOT_WORTH, UNKNOWN = "worth it", "probably not", "too little data to say"
 
@@ -95,6 +98,7 @@ class Curve:
         labels: int64 ``(N,)`` true classes.
         keys: names of the evaluated images.
         class_names: K names.
+        available: ``(K,)`` training images of each class.
     """
 
     sizes: tuple[int, ...]
@@ -103,6 +107,12 @@ class Curve:
     labels: np.ndarray
     keys: tuple[str, ...]
     class_names: tuple[str, ...]
+    available: np.ndarray
+
+    @property
+    def smallest(self) -> int:
+        """Training images of the smallest class that is evaluated."""
+        return int(self.available[np.unique(self.labels)].min())
 
     @property
     def macro(self) -> np.ndarray:
@@ -121,8 +131,8 @@ class Curve:
         return sorted(pairs, reverse=True)
 
     def always_wrong(self, size: int) -> np.ndarray:
-        """bool ``(N,)``, which images every draw gets wrong."""
-        return (self.predicted[size] != self.labels).all(0)
+        """bool ``(N,)``, which images every draw gets wrong, of the classes with training images."""
+        return (self.predicted[size] != self.labels).all(0) & (self.available[self.labels] > 0)
 
 
 def sizes_of(available: np.ndarray, present: int) -> tuple[int, ...]:
@@ -157,7 +167,7 @@ def measure_curve(pool: Pool, present: int, seeds: Sequence[int]) -> Curve:
                 predicted[index, number, position[evaluated]] = found
     images = np.array([np.minimum(available, size).mean() for size in sizes])
     keys = tuple(pool.keys[row] for row in rows.tolist())
-    return Curve(sizes, images, predicted, pool.labels[rows], keys, pool.class_names)
+    return Curve(sizes, images, predicted, pool.labels[rows], keys, class_names=pool.class_names, available=available)
 
 
 def linear_predictions(features: np.ndarray, labels: np.ndarray, train: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -208,6 +218,7 @@ class Gain:
         high: upper end.
         share: part of the present errors that the gain removes.
         promising: share of the resamples in which the gain is worth it.
+        even: whether every class has its part (:data:`EVEN`) of the present images.
     """
 
     factor: int
@@ -217,6 +228,12 @@ class Gain:
     high: float
     share: float
     promising: float
+    even: bool = True
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the images there are tell it: measured, or extrapolated from classes that all grow along the curve."""
+        return self.measured or self.even
 
 
 def present_index(curve: Curve, present: int) -> int:
@@ -250,7 +267,8 @@ def gain_of(curve: Curve, present: int, factor: int) -> Gain:
     promising = ((wins[:, 0] >= WORTH_POINTS) & (wins[:, 1] >= WORTH_SHARE)).mean()
     low, high = np.percentile(wins[:, 0], [2.5, 97.5])
     interval, measured = {"low": float(low), "high": float(high)}, bool(len(enough))
-    return Gain(factor, measured, points, **interval, share=share, promising=float(promising))
+    even = curve.smallest >= EVEN * float(curve.images[now])
+    return Gain(factor, measured, points, **interval, share=share, promising=float(promising), even=even)
 
 
 def _resampled(right: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
@@ -272,6 +290,6 @@ def _resampled(right: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
 def verdict(curve: Curve, gain: Gain) -> str:
     """``worth it``, ``probably not`` or ``too little data to say``, by the constants of this module."""
     too_few = len(curve.labels) < MIN_EVALUATED or (len(curve.sizes) < MIN_SIZES and not gain.measured)
-    if too_few or 1 - SURE < gain.promising < SURE:
+    if too_few or not gain.reliable or 1 - SURE < gain.promising < SURE:
         return UNKNOWN
     return WORTH if gain.promising >= SURE else NOT_WORTH
