@@ -210,6 +210,31 @@ def test_sources_from_validation_or_test_are_refused(tmp_path, animals, image_fo
         read_subset(tmp_path / "leak", few)
 
 
+def test_a_subset_without_sources_is_refused_under_other_label_noise(tmp_path, animals, image_folder):
+    def noisy(**values):
+        return load_dataset(f"folder:{image_folder}", Setting(**values))
+
+    folder = write_subset(tmp_path / "s", ROWS)  # as a strategy that starts from noise lists it, without source images
+    (folder / "config.yaml").write_text("strategy: diff-gen\narguments: {corrupt_prob: 0.2, corrupt_classes: others}\n")
+    assert len(read_subset(folder, noisy(corrupt_prob=0.2))) == 4
+    for other, change in (
+        ({}, "corrupt_prob: 0.2 -> None"),
+        ({"corrupt_prob": 0.2, "corrupt_classes": "all"}, "corrupt_classes: 'others' -> 'all'"),
+        ({"corrupt_prob": 0.2, "subset_seed": 1}, "subset_seed: 0 -> 1"),
+    ):
+        with pytest.raises(UserError, match=f"made under other labels than those of animals.*{change}.*--corrupt_prob"):
+            read_subset(folder, noisy(**other))
+    assert len(read_subset(folder, animals, allow_other_sources=True)) == 4
+    for clean in ("arguments: {dataset: x, subset_seed: 5}", "arguments: {corrupt_prob: null, corrupt_classes: null}"):
+        (folder / "config.yaml").write_text(clean + "\n")
+        assert len(read_subset(folder, animals)) == 4
+        with pytest.raises(UserError, match="corrupt_prob: None -> 0.2"):
+            read_subset(folder, noisy(corrupt_prob=0.2))
+    for foreign in ("seed: 1\n", "!!python/object:argparse.Namespace {seed: 1}\n"):
+        (folder / "config.yaml").write_text(foreign)
+        assert len(read_subset(folder, noisy(corrupt_prob=0.2))) == 4
+
+
 def test_the_share_of_synthetic_items_is_p(tmp_path, animals):
     synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
     for p in (0.0, 0.3, 1.0):

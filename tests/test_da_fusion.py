@@ -21,6 +21,7 @@ from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.fingerprint import hash_images, split_identity
+from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
@@ -204,6 +205,22 @@ def test_masks_beside_a_folder_belong_to_the_images_of_their_names(tmp_path):
     assert "masks" in load_dataset(f"folder:{tiny.write_image_folder(tmp_path / 'b', ('masks', 'toad'))}").source_names
 
 
+@pytest.mark.parametrize("masked", ["masks", "masks/train", "train/masks"])
+def test_a_folder_of_masks_of_which_some_are_no_class_is_refused(tmp_path, masked):
+    start = tmp_path if masked == "masks" else tmp_path / "train"
+    for i, name in enumerate(("toad", "frog")):
+        (start / name).mkdir(parents=True)
+        tiny.picture(i, i).save(start / name / "0.png")
+    for name in ("toad", "frog", "newt"):
+        mask_file(tmp_path / masked / name / "0.png", 0, 0, 8, 9)
+    with pytest.raises(UserError, match=f"{masked} holds masks by class, but no class folder is named newt: rename or"):
+        read_folder(tmp_path)
+    (tmp_path / masked / "newt" / "0.png").unlink()
+    (tmp_path / masked / "newt").rmdir()
+    train = read_folder(tmp_path)["train"]
+    assert train.class_names == ("frog", "toad") and all(train.extras["mask_path"])
+
+
 @pytest.mark.parametrize(
     ("box", "mask", "message"),
     [
@@ -243,6 +260,21 @@ def test_masks_are_part_of_what_a_subset_is_where_they_are_used(tmp_path):
     assert identity(before, columns) != identity(after, columns)
     with pytest.raises(sources.DataChanged, match=r"\(1 new, 1 gone; '0.png' is new or has another label or mask\)"):
         plan.check(after, columns)
+
+
+def test_a_mask_that_is_exchanged_after_the_listing_is_refused(tmp_path):
+    mask_file(tmp_path / "m.png", 0, 0, 8, 9)
+    images = masks.with_regions(listed(tmp_path, [("", "m.png"), ("1, 2, 3, 4", "")]), "object")
+    source_masks = sources.SourceMasks(sources.SourceImages(images, planned(images)), (4, 5), "object")
+    mask_file(tmp_path / "m.png", 0, 0, 16, 9)
+    with pytest.raises(
+        sources.DataChanged, match="m.png was exchanged while images were made from it: everything made"
+    ):
+        source_masks.batch([1, 0])
+    mask_file(tmp_path / "m.png", 0, 0, 8, 9)  # restored
+    assert source_masks.batch([0]).sum() == 1
+    (tmp_path / "m.png").unlink()
+    assert source_masks.batch([0]).sum() == 1  # known by now
 
 
 @pytest.mark.slow

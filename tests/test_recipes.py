@@ -216,7 +216,9 @@ def test_a_table_of_learning_rates_of_earlier_versions_is_refused_by_name(tmp_pa
 @pytest.mark.parametrize(
     ("words", "processes", "size", "steps"),
     [("", 1, 8, 1), ("", 4, 2, 1), ("--train_batch_size 2", 1, 2, 4), ("--train_batch_size 3", 1, None, 0),
-     ("--gradient_accumulation_steps 2", 2, 2, 2), ("--effective_batch 16", 2, 8, 1), ("", 3, None, 0)],
+     ("--gradient_accumulation_steps 2", 2, 2, 2), ("--effective_batch 16", 2, 8, 1), ("", 3, None, 0),
+     ("--train_batch_size 1 --gradient_accumulation_steps 2", 1, None, 0),  # micro-batches of 4
+     ("--train_batch_size 4 --gradient_accumulation_steps 2", 1, 4, 2), ("--train_batch_size 32", 1, 8, 1)],
 )  # fmt: skip
 def test_stage_1_takes_batches_of_8_over_all_processes(words, processes, size, steps):
     config = finetune.parse(["--dataset", "cub", "--recipe", "paper", *words.split()])

@@ -6,17 +6,19 @@ reads ``meta-NAME.csv`` instead, the same images after a filter.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from semantic_aug import meta_csv, registry
+from semantic_aug import meta_csv, registry, runs
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.table import file_stamp
@@ -28,6 +30,7 @@ from semantic_aug.seeding import numpy_rng
 DATA = "data"
 SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
+NOISE_FLAGS = "--corrupt_prob, --corrupt_classes and --subset_seed"
 
 
 def soft_labels(
@@ -155,6 +158,7 @@ def read_subset(
     if not allow_other_sources:
         _check_sources(table, dataset, file)
         _check_labels(table, position, dataset, file)
+        _check_noise(root, table, dataset, file)
         _check_content(root, table, dataset, file)
     return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
 
@@ -267,8 +271,33 @@ def _check_labels(table: meta_csv.MetaTable, position: np.ndarray, dataset: Load
         raise UserError(
             f"{file}: {len(other)} of {len(recorded)} source images have another label in {dataset.name}"
             f"{dataset.setting.suffix} ('{other[0]}': {names[recorded[other[0]]]} -> {names[label_of[other[0]]]}): give the "
-            "stages the same --corrupt_prob and --corrupt_classes, or accept it with --allow_other_sources"
+            f"stages the same {NOISE_FLAGS}, or accept it with --allow_other_sources"
         )
+
+
+def _check_noise(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
+    """Compares the label noise of a subset of ours that has no source images, where its strategy starts from noise."""
+    if any(table.further.get("Source Image", ())):
+        return
+    record: Mapping[str, Any] = {}
+    with contextlib.suppress(UserError):  # another tool's file of that name
+        record = runs.load_arguments(root, "config.yaml") or {}
+    if not isinstance(record.get("arguments"), Mapping):
+        return
+    changed = runs.differences(_noise_of(record["arguments"]), _noise_of(asdict(dataset.setting)))
+    if changed:
+        raise UserError(
+            f"{file}: it was made under other labels than those of {dataset.name}{dataset.setting.suffix} ({changed[0]}): "
+            f"give the stages the same {NOISE_FLAGS}, or accept it with --allow_other_sources"
+        )
+
+
+def _noise_of(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the noisy labels of a setting; empty where there are none."""
+    if not setting.get("corrupt_prob"):
+        return {}
+    defaults = {"corrupt_prob": 0.0, "corrupt_classes": "others", "subset_seed": 0}
+    return {name: setting.get(name, default) for name, default in defaults.items()}
 
 
 def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:

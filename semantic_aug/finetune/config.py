@@ -152,7 +152,7 @@ class TrainSettings:
         """The settings with ``effective_batch`` split over processes and micro-batches.
 
         Raises:
-            UserError: it cannot be split evenly.
+            UserError: it cannot be split evenly, or only into more than ``train_batch_size`` images at once.
         """
         if self.effective_batch is None:
             return self
@@ -160,7 +160,7 @@ class TrainSettings:
         if steps == 1:
             steps = -(-share // self.train_batch_size)
         size = share // steps
-        if not size or size * steps * processes != self.effective_batch:
+        if not 0 < size <= self.train_batch_size or size * steps * processes != self.effective_batch:
             raise UserError(
                 f"--effective_batch {self.effective_batch}: it does not split evenly over {processes} process(es) and "
                 f"{steps} micro-batch(es) of at most --train_batch_size {self.train_batch_size}; change one of them"

@@ -7,6 +7,7 @@ image (``box_text``, ``mask_path``), which are read and checked here, where a ma
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -126,19 +127,20 @@ def _check_region(images: ImageTable, row: int) -> None:
         )
 
 
-def read_mask(path: str, size: tuple[int, int], key: str) -> np.ndarray:
+def read_mask(path: str, size: tuple[int, int], key: str, content: bytes | None = None) -> np.ndarray:
     """A mask file as bool ``(height, width)``: whatever is not black, or not transparent, is the object.
 
     Args:
         path: of an image of any kind; palettes count by index.
         size: (width, height) that it must have.
         key: name of the image it belongs to.
+        content: of the file, where it has been read already.
 
     Raises:
         UserError: no image, of another size, or without an object; names the image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             alpha = np.asarray(image.getchannel("A")) if "A" in image.getbands() else None
             pixels = np.asarray(image)

@@ -268,7 +268,11 @@ class SourceMasks:
         self.known: dict[int, Tensor] = {}
 
     def batch(self, rows: Sequence[int]) -> Tensor:
-        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read."""
+        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read.
+
+        Raises:
+            DataChanged: a mask's file is not the one that was listed.
+        """
         return torch.stack([self._mask(row) for row in rows])
 
     def _mask(self, row: int) -> Tensor:
@@ -279,7 +283,11 @@ class SourceMasks:
                 return torch.ones(1, *self.latent, dtype=torch.bool)
             extras = self.images.extras
             if MASK in extras and extras[MASK][row]:
-                mask = read_mask(extras[MASK_PATH][row], size, self.images.images.keys[row])
+                path = extras[MASK_PATH][row]
+                content = _read(Path(path))
+                if hash_bytes(content).hex() != extras[MASK][row]:
+                    raise DataChanged(f"mask {path} was exchanged while images were made from it: {REMEDY}")
+                mask = read_mask(path, size, self.images.images.keys[row], content)
                 self.known[row] = pixel_mask(mask, self.latent, self.part)
             else:
                 self.known[row] = box_mask(extras[BOX][row].tolist(), size, self.latent, self.part)

@@ -162,7 +162,7 @@ def _note_outside_splits(
 def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     folders, files = walk.entries(folder)
     note("images beside the class folders left out", [walk.name_of(file) for file in files if walk.is_image(file)])
-    masks = _masks_folder(walk, folder, folders)
+    masks = _masks_folder(walk, folder, folders, split)
     classes: dict[str, list[str]] = {}
     for where in folders:
         if Path(where.path) == masks:
@@ -192,13 +192,23 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     return table_of_files(names, labels, keys, paths.__getitem__, extras)
 
 
-def _masks_folder(walk: Walk, folder: Path, folders: Sequence[os.DirEntry]) -> Path | None:
-    """The folder of the masks of a split's images: one whose folders are all named as the class folders are."""
+def _masks_folder(walk: Walk, folder: Path, folders: Sequence[os.DirEntry], split: str) -> Path | None:
+    """The folder of the masks of a split's images: one whose folders are all named as the class folders are.
+
+    Raises:
+        UserError: of training images' masks, only some of the folders are.
+    """
     classes = {where.name for where in folders if where.name != MASKS}
     for masks in (folder / MASKS, *([walk.root / MASKS / folder.name] if folder != walk.root else [])):
         inside = walk.folder_names(masks) if masks.is_dir() else []
-        if inside and set(inside) <= classes:
+        others = [name for name in inside if name not in classes]
+        if inside and not others:
             return masks
+        if len(others) < len(inside) and split == "train":
+            raise UserError(
+                f"{masks} holds masks by class, but no class folder is named {', '.join(map(text_of, others))}: rename or "
+                "remove what is not a class"
+            )
     return None
 
 
