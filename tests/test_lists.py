@@ -6,9 +6,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
-from semantic_aug.datasets import load_dataset
+from semantic_aug.classify import metrics
+from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.readers import captions
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.readers.notes import collected
@@ -58,7 +60,6 @@ def test_other_encodings_name_the_line(folder, codec):
         (b"path,label\n\\\\nas\\x\\0.png,owl\n", "line 2: .* is a path of a Windows drive"),
         (b"path,label\nhttps://a.b/0.png,owl\n", "line 2: .* is an address: download"),
         (b"path,label\nimg/0.png,owl\n\n\nimg/1.png,a,b\n", "line 5: expected 2 columns, got 3"),
-        (b"path,label,group\nimg/0.png,owl,snow\nimg/1.png,owl, \n", "line 3: the group is empty"),
         (b'path,label,caption\nimg/0.png,owl,"one\ntwo"\nimg/1.png, ,x\n', "line 4: the label is empty"),
     ],
 )
@@ -90,6 +91,37 @@ def test_groups_have_one_number_in_all_splits(folder):
     text = "path,label,split,Group\nimg/0.png,owl,train,owl on snow\nimg/1.png,toad,train,a toad\n"
     splits = read_listing(write(folder, text + "img/2.png,owl,test,owl on snow\nimg/3.png,toad,test,toad by night\n"))
     assert splits["train"].extras["group"].tolist() == [1, 0] and splits["test"].extras["group"].tolist() == [1, 2]
+
+
+def test_groups_keep_their_names_and_empty_cells_are_one(folder):
+    text = "path,label,split,group\nimg/0.png,owl,train,snow\nimg/1.png,toad,train, \n"
+    path = write(folder, text + "img/2.png,owl,test,snow\nimg/3.png,toad,test,\n")
+    dataset = load_dataset(f"csv:{path}", Setting(val_fraction=0))
+    assert dataset.spec.group_names == ("", "snow")
+    meter = metrics.Meter(2, torch.device("cpu"), size=2)
+    both_owls = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    meter.add(both_owls, torch.from_numpy(dataset.test.labels), torch.arange(2))
+    assert metrics.test_groups(meter.result(), dataset) == {"test_groups": {"": 0.0, "snow": 1.0}}
+    ungrouped = write(folder, "path,label\nimg/0.png,owl\nimg/1.png,toad\n")
+    assert load_dataset(f"csv:{ungrouped}").spec.group_names == ()
+
+
+def test_lists_in_the_cells_of_a_parquet_file(folder):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    boxes, captions_of = [[1, 2, 3, 4], [5, 6, 7, 8]], [["one", "two"], None]
+    for kind in (pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 4)):
+        columns = {"path": ["img/0.png", "img/1.png"], "label": ["owl", "toad"]}
+        captions_column = pa.array(captions_of, pa.large_list(pa.large_string()))
+        rows = pa.table({**columns, "box": pa.array(boxes, kind), "caption": captions_column})
+        parquet.write_table(rows, folder / "list.parquet")
+        train = read_listing(folder / "list.parquet")["train"]
+        assert train.extras["box_text"].tolist() == ["1, 2, 3, 4", "5, 6, 7, 8"]
+        assert train.extras["caption"].tolist() == ["one\ntwo", ""]
+    parquet.write_table(pa.table({**columns, "split": [["train"], ["train"]]}), folder / "list.parquet")
+    with pytest.raises(UserError, match="list.parquet: the column 'split' holds lists: expected one text in each row"):
+        read_listing(folder / "list.parquet")
 
 
 def test_windows_paths_are_found_and_real_backslashes_kept(folder):

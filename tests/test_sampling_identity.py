@@ -16,11 +16,11 @@ from PIL import Image
 import sample_mp
 import tiny
 from semantic_aug.datasets import load_dataset
-from semantic_aug.datasets.fingerprint import data_identity
+from semantic_aug.datasets.fingerprint import data_identity, hash_images
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling import files
+from semantic_aug.sampling import files, identity
 from semantic_aug.sampling import folder as store
 from semantic_aug.sampling import run as running
 from semantic_aug.sampling.folder import Records
@@ -316,6 +316,17 @@ def test_noisy_labels_are_part_of_what_a_subset_is_made_from(request_of, picture
         UserError, match=f"{len(wrong)} of {len(wrong)} source images have another label in .*--corrupt_prob"
     ):
         read_subset(folder, clean)
+
+
+def test_the_profile_of_a_long_tail_is_recorded_where_it_is_not_the_default(request_of, pictures):
+    plain, original = (
+        identity.identity_of(config, dataset, sampling.plan_of(config, dataset), hash_images(dataset.train)).arguments
+        for config, dataset in (
+            request_of(pictures, task="imbalanced", imbalance_profile=profile)
+            for profile in ("exponential", "original")
+        )
+    )
+    assert original == {**plain, "imbalance_profile": "original"} and "split" not in original
 
 
 def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):

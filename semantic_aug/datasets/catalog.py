@@ -232,6 +232,8 @@ def read_splits(
         )
     splits = spec.read_half() if split == "half" else spec.read()
     check_classes(splits, spec.name)
+    if names := splits["train"].group_names:  # of a list
+        spec = replace(spec, group_names=names)
     return spec, splits
 
 

@@ -254,7 +254,8 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
         raise UserError(
             f"{file}: {len(unexpected)} of {len(used)} source images are not training images of {dataset.name}"
             f"{dataset.setting.suffix} ('{sorted(unexpected)[0]}'{where}): give the stages the same "
-            "--examples_per_class, --task and --subset_seed, or accept it with --allow_other_sources"
+            "--examples_per_class, --task, --imbalance_profile, --split, --val_fraction and --subset_seed, or accept it with "
+            "--allow_other_sources"
         )
 
 

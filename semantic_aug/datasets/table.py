@@ -43,6 +43,7 @@ class ImageTable:
             group's meaning given by the data set), ``caption`` (str), ``box`` (left, top, right, bottom in pixels),
             :data:`BOX_TEXT` and :data:`MASK_PATH` (str).
         encoded: a source row's image as it is stored, for what looks at files and not at pixels; None where not known.
+        group_names: meaning of the values of ``group``, where the source itself names them.
     """
 
     class_names: tuple[str, ...]
@@ -53,6 +54,7 @@ class ImageTable:
     stamp: Callable[[int], str] = lambda row: ""
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     encoded: Encoded | None = None
+    group_names: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not len(self.labels) == len(self.keys) == len(self.rows):

@@ -20,7 +20,7 @@ import numpy as np
 
 from semantic_aug import cli, registry, runs
 from semantic_aug.augmentations.model import ModelFiles
-from semantic_aug.datasets import ImageTable, LoadedDataset
+from semantic_aug.datasets import ImageTable, LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import (
     ContentHashes,
     content_digest,
@@ -195,6 +195,9 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "corrupt_prob": config.setting.corrupt_prob or None,
         "corrupt_classes": config.setting.corrupt_classes if config.setting.corrupt_prob else None,
     }
+    for name in ("split", "imbalance_profile"):
+        if getattr(config.setting, name) != getattr(Setting, name):
+            arguments[name] = getattr(config.setting, name)
     sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
     compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
     network = "compiled" if compiled else "plain"

@@ -13,6 +13,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 COLUMNS = ("path", "label", "split", "caption", "group", *captions.REGIONS)
 TEXTS = ("path", "caption", *captions.REGIONS)
 """Columns whose cells differ from row to row."""
+JOINTS = {"caption": "\n", "box": ", "}
+"""Columns whose cells may be lists in a parquet file, and what stands between the entries."""
 
 _ROOT_REMEDY = "an entry of config/datasets.yaml with csv and root says below which folder images lie"
 
@@ -73,7 +76,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
     if len(empty):
         raise UserError(f"{place(empty[0])}: the label is empty")
     texts = {name: rows[name] for name in TEXTS[1:] if name in rows.column_names}
-    groups = _groups(rows, place) if "group" in rows.column_names else None
+    groups, group_names = _groups(rows) if "group" in rows.column_names else (None, ())
     del rows
     tables, doubled = {}, []
     for split, positions in splits.items():
@@ -86,7 +89,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         if "caption" in further:
             extras["caption"] = captions.as_column(further["caption"])
         extras |= captions.as_regions(further.get("box"), further.get("mask"), base)
-        tables[split] = _table(keys, codes[positions], words, base, extras)
+        tables[split] = replace(_table(keys, codes[positions], words, base, extras), group_names=group_names)
     note("rows that repeat an image of their split left out", doubled)
     if "train" not in tables:
         raise UserError(f"{file} has no row of split train")
@@ -175,7 +178,8 @@ def _read_parquet(file: Path) -> tuple[pa.Table, Place]:
     try:
         spelled = _check_columns(parquet.read_schema(file).names, file)
         rows = parquet.read_table(file, columns=spelled)
-        columns = {name.strip().casefold(): compute.fill_null(_as_texts(rows[name]), "") for name in spelled}
+        columns = {name.strip().casefold(): rows[name] for name in spelled}
+        columns = {name: compute.fill_null(_as_texts(column, name, file), "") for name, column in columns.items()}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OSError) as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{file} cannot be read as parquet ({reason}): write it again") from None
@@ -183,14 +187,21 @@ def _read_parquet(file: Path) -> tuple[pa.Table, Place]:
     return table, lambda row: f"{file} row {row + 1}"
 
 
-def _as_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A parquet column as strings; a list of numbers (a box) becomes its numbers with commas between them."""
+def _as_texts(column: pa.ChunkedArray, name: str, file: Path) -> pa.ChunkedArray:
+    """A parquet column as strings: of a list of captions one a line, of a box its numbers with commas between them.
+
+    Raises:
+        UserError: lists in another column.
+    """
     import pyarrow as pa
 
-    if not pa.types.is_list(column.type):
+    kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    if not any(is_kind(column.type) for is_kind in kinds):
         return column.cast(pa.string())
-    texts = [None if numbers is None else ", ".join(map(str, numbers)) for numbers in column.to_pylist()]
-    return pa.chunked_array([texts], pa.string())
+    if name not in JOINTS:
+        raise UserError(f"{file}: the column '{name}' holds lists: expected one text in each row")
+    cells = ([] if cell is None else [str(entry) for entry in cell if entry is not None] for cell in column.to_pylist())
+    return pa.chunked_array([list(map(JOINTS[name].join, cells))], pa.string())
 
 
 def _without_empty(rows: pa.Table) -> pa.Table:
@@ -239,15 +250,12 @@ def _positions_of_splits(rows: pa.Table, place: Place) -> dict[str, np.ndarray]:
     return {split: rows for split, rows in positions.items() if len(rows)}
 
 
-def _groups(rows: pa.Table, place: Place) -> np.ndarray:
-    """The group of each row, int64 ``(N,)``: its position among the names in alphabetical order."""
+def _groups(rows: pa.Table) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The group of each row, int64 ``(N,)``, and the groups' names in alphabetical order; empty cells are a group, too."""
     codes, words = _codes(rows, "group")
-    for code in (code for code, word in enumerate(words) if not word and (codes == code).any()):
-        raise UserError(
-            f"{place(np.argmax(codes == code))}: the group is empty: name one in every row, or remove the column"
-        )
-    rank = {word: position for position, word in enumerate(sorted(words))}
-    return np.array([rank[word] for word in words], np.int64)[codes]
+    names = tuple(sorted(set(words)))
+    rank = {name: position for position, name in enumerate(names)}
+    return np.array([rank[word] for word in words], np.int64)[codes], names
 
 
 def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, place: Place) -> list[str]:
