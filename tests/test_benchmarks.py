@@ -33,7 +33,7 @@ def test_plans(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling(tiny_base, image_folder, tmp_path, monkeypatch):
-    words = ["--base", tiny_base, "--dataset", f"folder:{image_folder}", "--device", "cpu", "--images", 4]
-    words += ["--ours_factor", 2, "--processes", 1, "--batch_size", 2, "--compile", "off"]
+    words = ["--base", tiny_base, "--dataset", f"folder:{image_folder}", "--device", "cpu", "--images", 2]
+    words += ["--ours_factor", 4, "--processes", 1, "--batch_size", 2, "--compile", "off"]
     figures = run("sampling", monkeypatch, tmp_path, *words)
     assert figures["ours"]["batch_size"] == 2 and min(figures["ratio_to_best"], *figures["original"].values()) > 0

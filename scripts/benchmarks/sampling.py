@@ -265,7 +265,9 @@ def main(argv: list[str] | None = None) -> int:
         threads = torch.get_num_threads()
         shared = (files, device, dataset.spec.super_class, sources, targets, args)
         alone = time_original(*shared, 1, threads, folder / "port")
-        best = max(alone, time_original(*shared, many, max(1, threads // many), folder / "port-many"))
+        best = alone  # of one process, and of many where that is faster
+        if many > 1:
+            best = max(alone, time_original(*shared, many, max(1, threads // many), folder / "port-many"))
         devices = ("cuda:0",) if gpu else ("cpu",) * many
         ours = time_ours(files, dataset, args.dataset, args, devices, folder)
         single = time_ours(files, dataset, args.dataset, args, devices[:1], folder) if len(devices) > 1 else None

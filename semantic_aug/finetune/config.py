@@ -343,7 +343,8 @@ class FinetuneConfig:
     def may_change(self) -> tuple[str, ...]:
         """Entries of the record that a resumed run may be given differently: they change nothing that a step computes."""
         fields = [field for cls in GROUPS.values() for field in cli.settings_of(cls).values()]
-        free = [RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]]
+        free = {RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]}
+        free -= {"effective_batch"}  # recorded is what it comes to
         unused = [name for name, decides_nothing in UNUSED.items() if decides_nothing(self)]
         return ("dataset", "recipe", *free, *unused)  # the data set is compared by content
 
