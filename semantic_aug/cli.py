@@ -76,11 +76,11 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(
                     f"no {', '.join(missing)} for {setting}: give --{missing[0]} or another --recipe, or add a row"
                 )
-            before = [word for flag, value in values.items() for word in (f"--{flag}", *_listed(value))]
+            before = [word for flag, value in values.items() for word in (f"--{flag}", *value)]
             parsed, rest = super().parse_known_args([*before, *words])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        shown = ", ".join(f"{flag} {' '.join(_listed(value))}" for flag, value in values.items())
+        shown = ", ".join(f"{flag} {' '.join(value)}" for flag, value in values.items())
         parsed.recipe = f"{given.recipe}: {shown or 'sets nothing'}"
         return parsed, rest
 
@@ -94,18 +94,14 @@ class Parser(argparse.ArgumentParser):
             raise unknown("flag", flag, known, f"correct {registry.RECIPES}", limit=3)
         return known[flag]
 
-    def _holds(self, given: argparse.Namespace, flag: str, accepted: str | Sequence[str]) -> bool:
+    def _holds(self, given: argparse.Namespace, flag: str, accepted: Sequence[str]) -> bool:
         """Whether a flag has one of the accepted values."""
         action, spelling = self._action(flag), self.spellings.get(flag, lambda value: value)
         try:
-            values = [spelling(self._get_value(action, text)) for text in _listed(accepted)]
+            values = [spelling(self._get_value(action, text)) for text in accepted]
         except argparse.ArgumentError as error:
             self.error(str(error))
         return spelling(getattr(given, flag)) in values
-
-
-def _listed(value: str | Sequence[str]) -> Sequence[str]:
-    return [value] if isinstance(value, str) else value
 
 
 class _Formatter(argparse.HelpFormatter):

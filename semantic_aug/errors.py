@@ -1,4 +1,4 @@
-"""Mistakes a user can mend, and how an entry script reports them.
+"""Mistakes a user can correct, and how an entry script reports them.
 
 A :class:`UserError` is one line: the value received, what was expected, and the flag or file to change. Entry scripts
 wrap their ``main`` in :func:`run_main`, which prints that line on standard error and exits with status 2. The traceback

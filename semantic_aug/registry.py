@@ -200,7 +200,7 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
         if paths[field] is not None and not paths[field].exists():
             raise UserError(
                 f"{where}: {field} '{entry[field]}' is not there (looked at {paths[field]}): "
-                "mend the path, set it to null, or run train_lora.py again"
+                "correct the path, set it to null, or run train_lora.py again"
             )
     if paths["lora_path"] is not None:
         paths["lora_path"] = find_lora(paths["lora_path"])
@@ -219,9 +219,9 @@ def find_lora(path: Path) -> Path:
         for name in LORA_FILES:
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"lora_path {path} holds no {LORA_FILES[0]} or {LORA_FILES[2]}: mend the checkpoint's entry")
+        raise UserError(f"lora_path {path} holds no {LORA_FILES[0]} or {LORA_FILES[2]}: correct the checkpoint's entry")
     if not path.is_file():
-        raise UserError(f"lora_path {path} is not there: mend the checkpoint's entry")
+        raise UserError(f"lora_path {path} is not there: correct the checkpoint's entry")
     return path
 
 
@@ -240,7 +240,7 @@ def token_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         if not path.is_file():
-            raise UserError(f"class tokens {path} are not there: mend embed_path of the checkpoint's entry")
+            raise UserError(f"class tokens {path} are not there: correct embed_path of the checkpoint's entry")
         return [path]
     known = [path / name for name in TOKEN_FILES if (path / name).is_file()]
     files_of_classes = known[:1] or next(
@@ -343,12 +343,12 @@ class RecipeRow:
     """Defaults of flags under conditions, a row of a recipe.
 
     Attributes:
-        when: flag -> the value or values under which the row holds.
-        set: flag -> value, as typed; None: a further row or the command line has to give it.
+        when: flag -> the values under which the row holds.
+        set: flag -> what is typed after it; None: a further row or the command line has to give it.
     """
 
-    when: Mapping[str, str | list[str]]
-    set: Mapping[str, str | list[str] | None]
+    when: Mapping[str, list[str]]
+    set: Mapping[str, list[str] | None]
 
 
 def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeRow]:
@@ -385,14 +385,16 @@ def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeR
 
 def _recipe_row(row: Any, where: str) -> RecipeRow:
     parts = {"when": {}, **row} if isinstance(row, dict) else {}
-    whole = set(parts) == {"when", "set"} and isinstance(parts["when"], dict) and isinstance(parts["set"], dict)
-    texts = [text for value in parts["when"].values() for text in _as_list(value)] if whole else []
-    texts += [text for value in parts["set"].values() if value is not None for text in _as_list(value)] if whole else []
-    if not whole or not parts["set"] or not all(isinstance(text, str) for text in texts):
+    whole = set(parts) == {"when", "set"} and all(isinstance(part, dict) for part in parts.values()) and parts["set"]
+    if whole:
+        when = {flag: _as_list(value) for flag, value in parts["when"].items()}
+        values = {flag: None if value is None else _as_list(value) for flag, value in parts["set"].items()}
+        texts = [text for part in (when, values) for value in part.values() for text in value or ()]
+    if not whole or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{where} holds {row}, expected rows '- {{when: {{flag: value}}, set: {{flag: value}}}}'; correct the file"
         )
-    return RecipeRow(parts["when"], parts["set"])
+    return RecipeRow(when, values)
 
 
 def _as_list(value: Any) -> list:

@@ -166,7 +166,7 @@ class Quickstart:
                 raise KeyboardInterrupt
             if status:
                 raise UserError(
-                    f"step '{name}' ended with status {status}: what it said stands above; once mended, the same "
+                    f"step '{name}' ended with status {status}: its message stands above; once that is corrected, the same "
                     "command resumes from here"
                 )
             entry["done"] = True

@@ -300,7 +300,10 @@ def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:
     for name in spec.class_name_overrides:
         if name not in names:
             raise unknown(
-                f"class in class_names of data set {spec.name}", name, names, f"mend the entry in {registry.DATASETS}"
+                f"class in class_names of data set {spec.name}",
+                name,
+                names,
+                f"correct the entry in {registry.DATASETS}",
             )
     cleaned = [clean_class_name(name, spec.class_name_rules, spec.class_name_overrides) for name in names]
     twice = {name for name in cleaned if cleaned.count(name) > 1}

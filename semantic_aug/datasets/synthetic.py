@@ -176,7 +176,7 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     root = registry.resolve_path(path)
     if not root.is_dir():
         raise UserError(
-            f"synthetic subset {path} is not a folder (looked at {root}): make it with sample_mp.py, or mend the "
+            f"synthetic subset {path} is not a folder (looked at {root}): make it with sample_mp.py, or correct the "
             f"entry in {registry.SUBSETS}"
         )
     return root, _table_file(root, variant)

@@ -205,7 +205,7 @@ def install_all(
         raise UserError(
             f"class tokens hold vectors for {_encoders(len(tokens.tables))}, the base model has "
             f"{_encoders(len(text_encoders))}: they were trained on another base model "
-            f"({tokens.base_model or 'not recorded'}); mend model_path or embed_path of the checkpoint's entry"
+            f"({tokens.base_model or 'not recorded'}); correct model_path or embed_path of the checkpoint's entry"
         )
     return [
         install(replace(tokens, vectors=table, further=()), tokenizer, text_encoder, trainable)
