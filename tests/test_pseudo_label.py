@@ -10,8 +10,8 @@ import pytest
 import tiny
 from semantic_aug.classify.inference import Classifier
 from semantic_aug.datasets import Setting, load_dataset
-from semantic_aug.datasets.readers.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.datasets.synthetic import read_subset
+from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import compare, pseudo_label
 from semantic_aug.evaluation.experiments.commands import LABEL_STEP

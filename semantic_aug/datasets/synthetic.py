@@ -21,6 +21,7 @@ from PIL import Image
 from semantic_aug import meta_csv, registry, runs
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, nearest_first, unknown
 from semantic_aug.files import atomic_path
@@ -297,8 +298,9 @@ def _noise_of(setting: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the noisy labels of a setting; empty where there are none."""
     if not setting.get("corrupt_prob"):
         return {}
-    defaults = {"corrupt_prob": 0.0, "corrupt_classes": "others", "subset_seed": 0}
-    return {name: setting.get(name, default) for name, default in defaults.items()}
+    return {
+        name: setting.get(name, getattr(Setting, name)) for name in ("corrupt_prob", "corrupt_classes", "subset_seed")
+    }
 
 
 def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:

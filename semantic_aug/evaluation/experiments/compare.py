@@ -14,7 +14,7 @@ from pathlib import Path
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
-from semantic_aug.datasets.readers.unlabelled import read_unlabelled
+from semantic_aug.datasets.unlabelled import read_unlabelled
 from semantic_aug.errors import Interrupted, UserError, no_downloads, unknown
 from semantic_aug.evaluation.experiments import headroom, pseudo_label, report, results
 from semantic_aug.evaluation.experiments.commands import (

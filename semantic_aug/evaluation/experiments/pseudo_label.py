@@ -18,9 +18,9 @@ from semantic_aug.classify.config import PlacementSettings
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.readers.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.datasets.settings import DatasetName
 from semantic_aug.datasets.synthetic import DATA
+from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 
@@ -67,7 +67,7 @@ def read_pool(settings: UnlabelledSettings, dataset: LoadedDataset) -> ImageTabl
     """The unlabelled images without the labelled training images.
 
     Raises:
-        UserError: see :mod:`semantic_aug.datasets.readers.unlabelled`.
+        UserError: see :mod:`semantic_aug.datasets.unlabelled`.
     """
     if settings.unlabelled is None:
         raise UserError("pseudo-labels need --unlabelled PATH: a folder of images, or a list with the column path")
