@@ -81,7 +81,7 @@ def test_merged_equals_the_adapter_with_alpha(tiny_base, tmp_path):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
     lora.save_lora(unet, tmp_path / lora.FILE_NAME, alpha=8)
     merged = unet_of(tiny_base)
-    count = lora.merge_into({"unet": merged}, lora.read_lora(tmp_path), "file")
+    count = lora.merge_lora(merged, lora.read_lora(tmp_path), "file")
     assert count == sum(name.endswith(("to_q", "to_k", "to_v")) for name, _ in merged.named_modules()) * 4 // 3
     assert (run_unet(merged) - run_unet(unet)).abs().max() <= 1e-5
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)

@@ -185,6 +185,11 @@ def _full_name(prefix: str, module: str) -> str:
     return module if prefix == "unet" else f"{prefix}.{module.removeprefix(CLIP_PREFIX)}"
 
 
+def merge_lora(unet: UNet2DConditionModel, lora: dict[str, LoraPair], where: str) -> int:
+    """:func:`merge_into` for a U-Net alone; scripts outside the package call it."""
+    return merge_into({"unet": unet}, lora, where)
+
+
 @torch.no_grad()
 def merge_into(networks: Mapping[str, nn.Module], lora: dict[str, LoraPair], where: str) -> int:
     """Adds a LoRA to the weights themselves, in float32 on the CPU; the networks have no adapter afterwards.
