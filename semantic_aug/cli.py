@@ -192,7 +192,6 @@ def add_settings(
     """Adds the flags of a dataclass as a group titled by its ``TITLE``.
 
     Args:
-        parser: gets the flags.
         cls: dataclass with :func:`setting` fields.
         leave_out: names of fields that are no flags of this command; the dataclass's defaults hold for them.
         defaults: defaults of this command that differ from the dataclass's.
@@ -210,9 +209,7 @@ def add_passed_on(
     """Adds flags that a command passes on to a stage: None where they are not given, so that the stage's default holds.
 
     Args:
-        group: parser or argument group.
         cls: the stage's dataclass, which declares them.
-        names: of its settings.
         stage: number of the stage, for the help.
         several: accept several values, one for each of ``--examples_per_class``.
         defaults: what the help says of the default where it is not the stage's.
@@ -235,11 +232,7 @@ def _add_flag(group, f: Field, default: Any) -> None:
 
 
 def read_settings(cls: builtins.type[T], args: argparse.Namespace, **values: Any) -> T:
-    """The dataclass of parsed arguments; ``values`` win, and flags left out of the parser have the dataclass's defaults.
-
-    Raises:
-        UserError: of the dataclass's own checks.
-    """
+    """The dataclass of parsed arguments; ``values`` win, and flags left out of the parser have the dataclass's defaults."""
     given = {name: getattr(args, name) for name in settings_of(cls) if hasattr(args, name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return cls(**{**given, **values})

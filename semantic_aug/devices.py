@@ -108,7 +108,6 @@ def check_ids(gpu_ids: Sequence[str], each: str = "") -> None:
     """Refuses entries of ``--gpu_ids`` that are neither a number nor ``cpu``.
 
     Args:
-        gpu_ids: entries of the flag.
         each: what an entry stands for, as the error says it.
 
     Raises:

@@ -53,11 +53,7 @@ def no_downloads(dry_run: bool) -> Iterator[None]:
 
 
 def all_local(*steps: Callable[[], Any]) -> list[Any]:
-    """The results of all steps.
-
-    Raises:
-        WouldDownload: some of them would download; names what, after all were tried.
-    """
+    """The results of all steps. Raises WouldDownload: some of them would download; names what, after all were tried."""
     results, missing = [], []
     for step in steps:
         try:
@@ -116,7 +112,6 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
 
     Args:
         main: takes the argument list (``None``: the process's own) and returns a status or ``None`` for success.
-        argv: passed through.
 
     Returns:
         0 on success, 2 after a :class:`UserError` or an operating-system error, 130 after an interruption.

@@ -80,7 +80,6 @@ def check_space(folder: Path, needed: int, flag: str) -> None:
     Args:
         folder: that gets the files; it need not exist.
         needed: bytes.
-        flag: the flag that names another folder, for the error.
 
     Raises:
         UserError: less is free.
@@ -94,11 +93,7 @@ def check_space(folder: Path, needed: int, flag: str) -> None:
 
 
 class LockHeld(Exception):
-    """Another process holds the lock of a file.
-
-    Args:
-        path: of the lock file.
-    """
+    """Another process holds the lock of a file."""
 
     def __init__(self, path: Path):
         super().__init__(f"{path} is locked by another process")
@@ -183,7 +178,6 @@ def no_trace(folder: Path, disposable: Sequence[str]) -> Iterator[None]:
     only new lock files go.
 
     Args:
-        folder: of the work.
         disposable: patterns of what the work writes before its first result, relative to the folder; a CSV that holds a
             header alone is disposable, too.
     """

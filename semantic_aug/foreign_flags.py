@@ -105,7 +105,6 @@ def instead_of(word: str, command: str, flags: Collection[str]) -> str | None:
     Args:
         word: as typed, with or without ``=VALUE``.
         command: file name of the stage's script.
-        flags: of the command.
     """
     flag = word.split("=")[0]
     underscored = "--" + flag[2:].replace("-", "_")

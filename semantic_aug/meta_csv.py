@@ -113,7 +113,6 @@ def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER
     """Writes a ``meta.csv``; it appears whole or not at all. Rows are streamed, so any number fits in memory.
 
     Args:
-        path: of the file.
         rows: values in the order of :data:`COLUMNS`, then of ``further``.
         further: names of the further columns.
 
@@ -137,11 +136,8 @@ def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER
 
 
 def read(path: Path) -> MetaTable:
-    """Reads a ``meta.csv`` of ours or of another tool.
-
-    Raises:
-        UserError: the file is missing, not a CSV, lacks one of the five columns, or has a strength outside (0, 1].
-    """
+    """Reads a ``meta.csv`` of ours or of another tool. Raises UserError: the file is missing, not a CSV, lacks one of the five
+    columns, or has a strength outside (0, 1]."""
     import pandas as pd
 
     if not path.is_file():

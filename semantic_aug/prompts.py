@@ -115,7 +115,6 @@ def clean_class_name(
     """A source's class name as prompts speak it: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``.
 
     Args:
-        name: the source's spelling.
         rules: keys of :data:`RULES`.
         overrides: names that are spoken differently altogether.
 
@@ -163,12 +162,7 @@ ORIGINAL_NAMES = {
 
 
 def original_name(name: str, dataset: str) -> str:
-    """A class as the original implementation spells it: without catalogue number, underscores and slashes ("F-16A B").
-
-    Args:
-        name: the source's spelling.
-        dataset: name of the data set.
-    """
+    """A class as the original implementation spells it: without catalogue number, underscores and slashes ("F-16A B")."""
     plain = re.sub(r"[_/]", " ", _CATALOGUE.sub("", name))
     return ORIGINAL_NAMES.get(dataset, {}).get(name, plain)
 
@@ -198,7 +192,6 @@ class ClassIndex:
 
         Args:
             names: spellings of the class, the preferred one first.
-            where: whose class it is, for the error.
 
         Raises:
             UserError: several classes fit equally well; names two.
@@ -221,7 +214,6 @@ class ClassIndex:
 
         Args:
             spellings: lists of N names in one order, the preferred ones first.
-            where: whose classes they are, for the error.
 
         Raises:
             UserError: a class may be either of two, or two classes are the same one; names both.
@@ -265,11 +257,8 @@ def fill(template: str, phrase: str) -> str:
 
 
 def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ...]:
-    """Captions to draw from: a named set, or the lines of a file (blank ones and those starting with ``#`` aside).
-
-    Raises:
-        UserError: neither, a file without a caption, or a caption without exactly one ``{}``.
-    """
+    """Captions to draw from: a named set, or the lines of a file (blank ones and those starting with ``#`` aside). Raises
+    UserError: neither, a file without a caption, or a caption without exactly one ``{}``."""
     if word in TEMPLATE_SETS:
         return TEMPLATE_SETS[word]
     try:
@@ -294,7 +283,6 @@ def caption_prompt(caption: str, phrase: str, name: str) -> str:
     Args:
         caption: with ``{}`` where the class belongs, or with the class's name, which the phrase replaces; a caption with
             neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch".
-        phrase: of the class.
         name: of the class as prompts speak it.
     """
     if "{}" in caption:
@@ -307,7 +295,6 @@ def initializer_text(name: str, super_class: str, initializer: str) -> str:
     """The words whose mean embedding starts a class token.
 
     Args:
-        name: cleaned class name.
         super_class: may be empty, in which case the class name serves.
         initializer: ``class_name``, ``super_class``, or any words of the user's own.
     """

@@ -79,7 +79,6 @@ def read_yaml(path: Path, typed: bool = False) -> dict[str, Any]:
     """A YAML file's mapping; an absent or empty file is an empty one. Names are text as written, empty fields are None.
 
     Args:
-        path: of the file.
         typed: numbers and truth values become such; otherwise every value is text, too.
 
     Raises:
@@ -96,11 +95,8 @@ def config_folder(text: str) -> Path:
 
 
 def check_files(config_dir: Path = CONFIG_DIR) -> None:
-    """Reads every registry file once, so that a damaged one is found before anything runs.
-
-    Raises:
-        UserError: see :func:`read_yaml`; or a section that is no mapping.
-    """
+    """Reads every registry file once, so that a damaged one is found before anything runs. Raises UserError: see
+    :func:`read_yaml`; or a section that is no mapping."""
     for file in FILES:
         for section in read_yaml(config_dir / file):
             _section(section, file, config_dir)
@@ -110,9 +106,7 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
     """The fields of an entry that are set.
 
     Args:
-        entry: as read.
         kinds: of every known field: ``text``, ``texts`` (a list of texts) or ``names`` (a mapping of texts).
-        where: the entry, for errors.
         expected: what the entry should hold, for errors.
 
     Raises:
@@ -166,12 +160,7 @@ def look_up(dataset: str, key: str, file: str, config_dir: Path, kind: str, made
     """The entry (dataset, key) of a registry file.
 
     Args:
-        dataset: section of the file.
-        key: entry of the section.
-        file: the registry's file name.
-        config_dir: folder it lies in.
         kind: what the entry is, for the error.
-        made_by: the command that makes such an entry, for the error.
 
     Raises:
         UserError: no such section or key; lists the known keys, the nearest first, and says what to edit.
@@ -184,11 +173,8 @@ def look_up(dataset: str, key: str, file: str, config_dir: Path, kind: str, made
 
 
 def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> CheckpointEntry:
-    """The fine-tuned checkpoint (dataset, key).
-
-    Raises:
-        UserError: unknown key, an entry without ``model_path``, or files that are gone.
-    """
+    """The fine-tuned checkpoint (dataset, key). Raises UserError: unknown key, an entry without ``model_path``, or files that
+    are gone."""
     entry = look_up(dataset, key, CHECKPOINTS, config_dir, "checkpoint key", "train_lora.py")
     where = f"entry {dataset}/{key} of {shown_path(config_dir / CHECKPOINTS)}"
     entry = fields(entry, CHECKPOINT_FIELDS, where, "model_path, lora_path and embed_path")
@@ -210,11 +196,7 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
 
 
 def find_lora(path: Path) -> Path:
-    """The file of a ``lora_path``: itself, or the known file inside a folder.
-
-    Raises:
-        UserError: none there.
-    """
+    """The file of a ``lora_path``: itself, or the known file inside a folder. Raises UserError: none there."""
     if path.is_dir():
         for name in LORA_FILES:
             if (path / name).is_file():
@@ -234,10 +216,7 @@ def lora_files(path: Path) -> list[Path]:
 
 def token_files(path: Path) -> list[Path]:
     """The files of an ``embed_path``: itself, the known file inside a folder, or the files of its classes, sorted by name.
-
-    Raises:
-        UserError: none there.
-    """
+    Raises UserError: none there."""
     if not path.is_dir():
         if not path.is_file():
             raise UserError(f"class tokens {path} are not there: correct embed_path of the checkpoint's entry")
@@ -284,9 +263,6 @@ def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = C
 
     Returns:
         True when the file changed, False when it already held exactly this entry.
-
-    Raises:
-        UserError: see :func:`check_key`.
     """
     path = config_dir / file
     with locked(path.with_name(f".{path.name}.lock")):
@@ -319,11 +295,7 @@ def check_key(file: str, dataset: str, key: str, entry: Any, config_dir: Path = 
 
 
 def check_writable(file: str, key: str, config_dir: Path = CONFIG_DIR) -> None:
-    """Refuses a ``--register_key`` that no flag could name, and a registry file that is damaged or cannot be written.
-
-    Raises:
-        UserError: one of them.
-    """
+    """Refuses a ``--register_key`` that no flag could name, and a registry file that is damaged or cannot be written."""
     path = config_dir / file
     if not key.strip() or key != key.strip() or "#" in key or not key.isprintable() or key.lower() in ("none", "null"):
         raise UserError(
@@ -355,9 +327,7 @@ def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeR
     """The rows that a recipe of ``recipes.yaml`` has for a stage; of the folder's file, else of the one that comes with us.
 
     Args:
-        name: of the recipe.
         stage: ``train_lora``, ``sample_mp`` or ``train_cls``.
-        config_dir: folder of the registry files.
 
     Raises:
         UserError: an unknown recipe, or rows that are none.

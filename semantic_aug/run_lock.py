@@ -14,12 +14,6 @@ class RunLock(contextlib.ExitStack):
 
     A whole run holds ``.lock`` alone. Shards share it, and each holds a lock of its own.
 
-    Args:
-        folder: made if absent.
-        flag: the flag that names another folder, for the error.
-        num_shards: of the run.
-        shard_index: of this one.
-
     Raises:
         UserError: on entering, when another run holds it.
     """

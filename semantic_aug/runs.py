@@ -67,11 +67,7 @@ def arguments_text(arguments: Mapping[str, Any]) -> str:
 
 
 def load_arguments(folder: Path, file: str = ARGS_FILE) -> dict[str, Any] | None:
-    """The arguments a run folder was made with, or None where it holds none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The arguments a run folder was made with, or None where it holds none. Raises UserError: the file is damaged."""
     path = folder / file
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -113,9 +109,6 @@ def claim(
     can show that its images are the present ones.
 
     Args:
-        folder: made if absent.
-        arguments: resolved arguments.
-        flag: the flag that names another folder, for the error.
         ignored: arguments that may differ between the first start and a restart.
         file: where in the folder the arguments are kept.
         origin: data and weights, kept as ``made_from`` beside the arguments.
@@ -161,11 +154,7 @@ def refuse_other_run(
     *,
     origin: Origin | None = None,
 ) -> None:
-    """Refuses a folder whose run has other arguments or another origin; see :func:`claim`.
-
-    Raises:
-        UserError: it does, or it has no record.
-    """
+    """Refuses a folder whose run has other arguments or another origin; see :func:`claim`."""
     kept, remedy = load_arguments(folder, file) or {}, "nothing was touched; choose another"
     if kept.get(SPOILED):
         raise UserError(f"{folder} cannot be resumed ({kept[SPOILED]}): choose another {flag}")
@@ -197,7 +186,6 @@ class MetricsCsv:
         """Opens ``path`` for appending.
 
         Args:
-            path: of the CSV.
             columns: header; the first column orders the rows.
             keep_below: keep existing rows whose first column is at most this, drop the rest (None: start afresh).
         """

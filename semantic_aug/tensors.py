@@ -42,8 +42,6 @@ def open_array(path: Path, dtype: type, shape: tuple[int, ...] | None = None) ->
     """A ``.npy`` file mapped for reading, or None where it is absent, cut off, or not what is expected.
 
     Args:
-        path: of the file.
-        dtype: expected type.
         shape: expected shape; None: any.
     """
     try:
@@ -74,7 +72,6 @@ def save_tensors(
     that a file's hash (which says whether a subset was made with these very weights) follows from its content.
 
     Args:
-        path: of the file.
         tensors: name -> tensor on any device.
         metadata: plain values, kept as sorted JSON in the file's header.
         key: entry of the header that holds them.
@@ -107,7 +104,6 @@ def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
     """A file written by ``torch.save``, read without running any code in it.
 
     Args:
-        path: of the file.
         expected: what it should hold and what to do, for the error.
         device: where its tensors go.
 

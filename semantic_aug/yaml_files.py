@@ -31,11 +31,8 @@ _MERGE = "<<"
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a YAML file without a byte-order mark, or None where there is no such file.
-
-    Raises:
-        UserError: not UTF-8, not a file, or not readable.
-    """
+    """The text of a YAML file without a byte-order mark, or None where there is no such file. Raises UserError: not UTF-8, not
+    a file, or not readable."""
     try:
         content = path.read_bytes()
         return content.decode("utf-8-sig").replace("\r\n", "\n")
@@ -52,8 +49,6 @@ def parse(text: str, path: Path, typed: bool = False) -> dict[str, Any]:
     """The mapping that a YAML text holds; an empty text is an empty mapping.
 
     Args:
-        text: of the file.
-        path: of the file, for errors.
         typed: plain scalars that are numbers or ``true`` and ``false`` become such values; names stay text.
 
     Raises:
@@ -188,7 +183,6 @@ def extended(text: str, path: Path, section: str, key: str, entry: Any) -> str:
 
     Args:
         text: of the file; may be empty.
-        path: of the file, for errors.
         section: mapping at the top level, made where absent or empty.
         key: name in the section; must not exist yet.
         entry: text, or a mapping or list of texts; None for "not set".

@@ -82,7 +82,6 @@ class Engine:
     """A base model with LoRA merged and class tokens installed, and every class's prompt encoded once.
 
     Args:
-        files: of the model.
         prompts: classes and templates; prompt ``t * K + k`` is template t of class k.
         solver: steps, guidance, scheduler.
         resolution: side of the images in pixels.

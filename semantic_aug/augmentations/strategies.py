@@ -53,11 +53,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Strategy:
-    """The row of a strategy's name or alias.
-
-    Raises:
-        UserError: unknown.
-    """
+    """The row of a strategy's name or alias. Raises UserError: unknown."""
     row = STRATEGIES.get(ALIASES.get(name, name))
     if row is None:
         raise unknown("--sample_strategy", name, names(), "choose one of these")
@@ -78,10 +74,8 @@ def weights_for(row: Strategy, has_lora: bool, has_tokens: bool, checkpoint: str
     A ``db`` checkpoint has no tokens (class names stand in the prompts), a ``ti`` checkpoint no LoRA.
 
     Args:
-        row: of the table.
         has_lora: the record names a LoRA.
         has_tokens: the record names class tokens.
-        checkpoint: the record, for errors.
 
     Raises:
         UserError: the record lacks what the strategy needs.

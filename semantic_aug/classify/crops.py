@@ -46,7 +46,6 @@ class ResizedCrops:
 
     Args:
         count: images of the batch.
-        rng: of the batch.
     """
 
     def __init__(self, count: int, rng: np.random.Generator):

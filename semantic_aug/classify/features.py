@@ -110,7 +110,6 @@ def load_extractor(
         name: timm's or torchvision's name of the model.
         weights: ``auto`` (a package where there is one, else the hub), ``none``, or a file or folder.
         resolution: side of its images in pixels.
-        device: where it runs.
         keep: see :class:`Extractor`.
         levels: the means of all levels (:class:`LevelMeans`) where the model gives them, instead of the output.
 

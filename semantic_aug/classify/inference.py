@@ -86,11 +86,8 @@ class Classifier:
 
 
 def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
-    """The classifier that ``--weights`` names, or the one in ``--output_dir``.
-
-    Raises:
-        UserError: the file does not exist, is another model, or was trained on other classes.
-    """
+    """The classifier that ``--weights`` names, or the one in ``--output_dir``. Raises UserError: the file does not exist, is
+    another model, or was trained on other classes."""
     given = config.classifier.weights not in WEIGHTS
     path = resolve_path(config.classifier.weights) if given else config.output_dir
     path = path / MODEL_FILE if path.is_dir() or path.suffix == "" else path
@@ -131,7 +128,6 @@ def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
 
     Args:
         folder: its output folder.
-        device: where it runs.
 
     Raises:
         UserError: not the folder of a finished run.
@@ -224,7 +220,6 @@ def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyC
     Args:
         classifier: that predicts.
         images: name in the list -> path.
-        config: of the command.
 
     Raises:
         UserError: after the file is written, that some images could not be read.

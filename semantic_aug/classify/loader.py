@@ -36,7 +36,6 @@ class SoftLabelDataset(Dataset):
         setting: which part of the training split is used.
         batch_size: items per batch, on which the draws depend; the last, smaller part of an epoch is dropped.
         seed: of the draws.
-        config_dir: folder of the registry files.
         **synthetic: the other settings of ``train_cls.py``'s synthetic data, by the flags' names: ``syndata_dir``,
             ``syndata_key``, ``gamma``, ``synthetic_prob``, ``synthetic_mode``, ``synthetic_balanced``, ...
 
@@ -123,11 +122,8 @@ class SoftLabelDataset(Dataset):
 
 
 def _settings(given: dict) -> SyntheticSettings:
-    """The settings of given names and values, checked as the parser checks flags.
-
-    Raises:
-        UserError: a value that the flag of the name refuses.
-    """
+    """The settings of given names and values, checked as the parser checks flags. Raises UserError: a value that the flag of
+    the name refuses."""
     for name, kind in (("syndata_key", str), ("syndata_dir", cli.path_or())):
         value = given.get(name)
         if value is not None:

@@ -220,7 +220,6 @@ def write_predictions(
         table: the split, N images.
         predicted: ``(N,)`` class of each, in the table's order.
         class_names: as the data set shows them.
-        folder: of the run.
         prefix: the split's name.
     """
     groups = groups_of(table)

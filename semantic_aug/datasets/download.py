@@ -27,7 +27,6 @@ def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) ->
     Args:
         word: what ``--dataset`` takes.
         root: folder for official archives (None: :data:`ROOT`).
-        config_dir: folder of the registry files.
 
     Returns:
         One line on what the data set holds, and what to set so that it is read; empty where nothing is to be set.

@@ -111,11 +111,7 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> tuple[Ima
 
 
 def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """(width, height) of the upright image in pixels, from the header where that says it.
-
-    Raises:
-        UserError: see :func:`read_image`.
-    """
+    """(width, height) of the upright image in pixels, from the header where that says it."""
     name = name or _name(source)
     with _named_errors(source, name):
         try:

@@ -17,7 +17,6 @@ class RunOrigin:
     """What a run of a stage is made from: computed once when it begins, compared with a kept record, checked at its end.
 
     Args:
-        dataset: under its setting.
         splits: that the run reads.
         columns: further columns of the data set that count, see :func:`semantic_aug.datasets.fingerprint.split_identity`.
         synthetic: images of synthetic subsets, or None.

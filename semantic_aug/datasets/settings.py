@@ -158,7 +158,6 @@ def add_shared(parser: cli.Parser, seed: int = 0) -> None:
     """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.StageSettings`.
 
     Args:
-        parser: gets the flags.
         seed: default of ``--seed``.
     """
     cli.add_settings(parser, DatasetName)

@@ -94,11 +94,7 @@ def unify(tables: Splits, fixed: str | None = None) -> Splits:
 
 
 def check_classes(tables: Splits, name: str) -> None:
-    """Refuses a data set that cannot be trained on.
-
-    Raises:
-        UserError: fewer than two classes, or no training image at all.
-    """
+    """Refuses a data set that cannot be trained on. Raises UserError: fewer than two classes, or no training image at all."""
     train = tables["train"]
     if len(train.class_names) < 2:
         shown = train.class_names

@@ -105,7 +105,6 @@ class SyntheticImages:
         Args:
             number: target classes kept of each source class, 1 or more; all where there are not that many.
             class_names: of the data set, in label order.
-            seed: of the draw.
         """
         keep = np.zeros(len(self), bool)
         for source in np.unique(self.source):
@@ -120,7 +119,6 @@ class SyntheticImages:
 
         Args:
             number: images kept, 1 or more; all where there are not that many.
-            seed: of the draw.
         """
         rng = numpy_rng(seed, "share of a subset")
         shuffled = rng.permutation(len(self))
@@ -139,7 +137,6 @@ def read_subset(
 
     Args:
         folder: of the subset; ``#NAME`` at its end chooses ``meta-NAME.csv``.
-        dataset: whose classes the names must be.
         allow_other_sources: accept images whose sources are not training images of the data set's setting.
 
     Raises:
@@ -329,7 +326,6 @@ def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray) -> None
     """Keeps the training images of a subset beside it.
 
     Args:
-        folder: of the subset.
         keys: name of each image.
         values: content hash of each, uint8 ``(N, 16)``.
     """

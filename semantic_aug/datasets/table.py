@@ -93,19 +93,12 @@ class ImageTable:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image of row ``index``, PIL RGB.
-
-        Raises:
-            UserError: the image is missing or cannot be decoded.
-        """
+        """The decoded image of row ``index``, PIL RGB. Raises UserError: the image is missing or cannot be decoded."""
         return self.read(int(self.rows[index]))
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels of the image of row ``index``, from its header where the source holds it encoded.
-
-        Raises:
-            UserError: the image is missing or cannot be read.
-        """
+        """(width, height) in pixels of the image of row ``index``, from its header where the source holds it encoded. Raises
+        UserError: the image is missing or cannot be read."""
         if self.encoded is None:
             return self.image(index).size
         source = self.encoded(int(self.rows[index]))
@@ -127,22 +120,15 @@ class ImageTable:
         return np.bincount(self.labels, minlength=len(self.class_names))
 
     def relabelled(self, class_names: Sequence[str]) -> ImageTable:
-        """The same rows with labels counted in another order of the same class names.
-
-        Raises:
-            KeyError: a class of this table is not among ``class_names``.
-        """
+        """The same rows with labels counted in another order of the same class names. Raises KeyError: a class of this table
+        is not among ``class_names``."""
         position = {name: i for i, name in enumerate(class_names)}
         mapping = np.asarray([position[name] for name in self.class_names], dtype=np.int64)
         labels = mapping[self.labels] if len(self.labels) else self.labels
         return replace(self, class_names=tuple(class_names), labels=labels)
 
     def without_class(self, label: int) -> ImageTable:
-        """The table with an empty class struck from its list.
-
-        Raises:
-            ValueError: the class has images.
-        """
+        """The table with an empty class struck from its list. Raises ValueError: the class has images."""
         if (self.labels == label).any():
             raise ValueError(f"class '{self.class_names[label]}' has images")
         names = self.class_names[:label] + self.class_names[label + 1 :]
@@ -185,7 +171,6 @@ def table_of_files(
         labels: one per file.
         keys: unique name of each file, the same whatever order they are listed in.
         path_of: from a position in ``labels`` to the file.
-        extras: further columns.
     """
     return ImageTable.of(
         class_names,
@@ -267,11 +252,8 @@ def _is_regular(entry: os.DirEntry) -> bool:
 
 
 def refuse_missing(splits: Mapping[str, ImageTable], name: str) -> None:
-    """Refuses a data set some of whose images are not there, before anything is made of it.
-
-    Raises:
-        UserError: how many, and the first by name.
-    """
+    """Refuses a data set some of whose images are not there, before anything is made of it. Raises UserError: how many, and
+    the first by name."""
     missing = [(split, row) for split, table in splits.items() for row in missing_files(table)]
     if not missing:
         return

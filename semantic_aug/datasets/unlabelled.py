@@ -53,7 +53,6 @@ def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path) -> 
 
     Args:
         images: of :func:`read_unlabelled`.
-        dataset: under its setting.
         path: that was given, for errors.
 
     Raises:

@@ -84,11 +84,8 @@ class Geometry:
         return self.latent_channels, resolution // self.downsampling, resolution // self.downsampling
 
     def check(self, resolution: int) -> None:
-        """Refuses a resolution that is not a whole number of latent cells.
-
-        Raises:
-            UserError: not a multiple of :attr:`downsampling`.
-        """
+        """Refuses a resolution that is not a whole number of latent cells. Raises UserError: not a multiple of
+        :attr:`downsampling`."""
         if resolution < self.downsampling or resolution % self.downsampling:
             raise UserError(
                 f"--resolution {resolution}: expected a multiple of {self.downsampling} pixels for this base model "
@@ -97,11 +94,8 @@ class Geometry:
 
 
 def read_geometry(folder: Path) -> Geometry:
-    """The geometry of a base model's folder, without loading a weight.
-
-    Raises:
-        UserError: a pipeline of an unknown family, or configurations that are not those of a Stable Diffusion.
-    """
+    """The geometry of a base model's folder, without loading a weight. Raises UserError: a pipeline of an unknown family, or
+    configurations that are not those of a Stable Diffusion."""
     check_configs(folder, shown_path(folder))
     unet, vae = read_configs(folder, shown_path(folder))
     try:
@@ -113,11 +107,8 @@ def read_geometry(folder: Path) -> Geometry:
 
 
 def check_configs(folder: Path, name: str) -> Family:
-    """The family of a base model whose configurations are all supported: pipeline, networks, noise schedule.
-
-    Raises:
-        UserError: names what is not supported, and what is.
-    """
+    """The family of a base model whose configurations are all supported: pipeline, networks, noise schedule. Raises UserError:
+    names what is not supported, and what is."""
     family = family_of(folder, name)
     family.check(*read_configs(folder, name), name)
     check_noise_schedule(read_scheduler_config(folder, name), name)
@@ -125,22 +116,15 @@ def check_configs(folder: Path, name: str) -> Family:
 
 
 def check_base(folder: Path, name: str) -> Family:
-    """:func:`check_configs`, and whether the weights of all networks are present and whole as far as headers tell.
-
-    Raises:
-        UserError: names what is not supported, or what is missing.
-    """
+    """:func:`check_configs`, and whether the weights of all networks are present and whole as far as headers tell. Raises
+    UserError: names what is not supported, or what is missing."""
     family = check_configs(folder, name)
     check_weights(folder, family.weight_folders, name)
     return family
 
 
 def read_scheduler_config(folder: Path, name: str) -> dict[str, Any]:
-    """A base model's ``scheduler_config.json``.
-
-    Raises:
-        UserError: absent or not a JSON object.
-    """
+    """A base model's ``scheduler_config.json``. Raises UserError: absent or not a JSON object."""
     path = folder / "scheduler" / "scheduler_config.json"
     try:
         return read_json_object(path)

@@ -29,11 +29,8 @@ LAYOUTS = ("original", "diffusers")
 
 
 def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Tensor]:
-    """A LoRA under the names of attention processors; its scale goes into the second factor.
-
-    Raises:
-        UserError: it changes more than the U-Net's attention projections, or not all of them: that layout holds these.
-    """
+    """A LoRA under the names of attention processors; its scale goes into the second factor. Raises UserError: it changes more
+    than the U-Net's attention projections, or not all of them: that layout holds these."""
     state, attentions = {}, {}
     for name, pair in lora.items():
         target = next((target for target in lora_io.LORA_TARGETS if name.endswith(f".{target}")), None)
@@ -71,10 +68,7 @@ def diffusers_lora(lora: dict[str, lora_io.LoraPair]) -> dict[str, Tensor]:
 
 def original_tokens(tokens: token_io.ClassTokens, where: str) -> dict[str, dict]:
     """Class tokens as the original pickles them: placeholder -> vector ``(D,)``, and its names of the classes both ways.
-
-    Raises:
-        UserError: several vectors per class, vectors for several text encoders, or classes without names.
-    """
+    Raises UserError: several vectors per class, vectors for several text encoders, or classes without names."""
     if tokens.further or tokens.vectors_per_class != 1:
         raise UserError(
             f"class tokens {where} hold {tokens.vectors_per_class} x {len(tokens.tables)} vectors per class (--num_vectors "
@@ -105,7 +99,6 @@ def convert(
     Args:
         lora_path: any file or folder :func:`semantic_aug.diffusion.lora.read_lora` knows, or None.
         embed_path: any file :func:`semantic_aug.diffusion.tokens.load_tokens` knows, or None.
-        output_dir: made if absent.
         layout: one of :data:`LAYOUTS`.
         step: also write the original's checkpoint of that step.
 

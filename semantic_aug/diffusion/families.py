@@ -89,7 +89,6 @@ class Family:
         """Encodes token ids as the U-Net's conditioning; gradients flow to what is trainable.
 
         Args:
-            text_encoders: of the base model.
             ids: ``(B, L)`` for each of them.
             time_ids: ``(B, 6)``, of families with sizes.
         """
@@ -135,7 +134,6 @@ class Family:
         Args:
             unet: configuration of the U-Net.
             vae: configuration of the autoencoder.
-            name: of the base model, for errors.
 
         Raises:
             UserError: a U-Net with further inputs (inpainting, depth, unCLIP, upscaling, a refiner), or latents with
@@ -191,11 +189,7 @@ FAMILIES = (
 
 
 def read_index(folder: Path, name: str) -> Mapping[str, Any]:
-    """A base model's ``model_index.json``.
-
-    Raises:
-        UserError: not there, or not JSON with a pipeline's class.
-    """
+    """A base model's ``model_index.json``. Raises UserError: not there, or not JSON with a pipeline's class."""
     file = folder / "model_index.json"
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -208,11 +202,7 @@ def read_index(folder: Path, name: str) -> Mapping[str, Any]:
 
 
 def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configurations of a base model's U-Net and VAE.
-
-    Raises:
-        UserError: absent or not JSON objects.
-    """
+    """The configurations of a base model's U-Net and VAE. Raises UserError: absent or not JSON objects."""
     configs = []
     for part in ("unet", "vae"):
         path = folder / part / "config.json"
@@ -230,7 +220,6 @@ def family_of(folder: Path, name: str) -> Family:
 
     Args:
         folder: in diffusers layout.
-        name: of the base model, for errors.
 
     Raises:
         UserError: a pipeline of another kind, or one that lacks a text encoder (XL's refiner).

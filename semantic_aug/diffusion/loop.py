@@ -54,7 +54,6 @@ def decode_latents(
     """Scaled latents ``(B, C, h, w)`` to images, uint8 ``(B, H, W, 3)``; a few at a time, decoding takes much memory.
 
     Args:
-        vae: the autoencoder.
         latents: ``(B, C, h, w)``.
         micro_batch: images decoded at once.
         decode: a compiled form of the VAE's decoding; it is always given whole micro-batches, padded where need be.
@@ -112,7 +111,6 @@ def translate(
     Args:
         sampler: U-Net, solver, empty prompt.
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
-        scaling_factor: of the VAE.
         prompt_embeds: B rows.
         strengths: B numbers in (0, 1]; they may differ.
         generators: B CPU generators; each gives its sample's posterior draw, then its noise, then what a stochastic

@@ -134,7 +134,6 @@ def save_lora(
 
     Args:
         unet: with a LoRA added.
-        path: of the file.
         alpha: recorded where it is not the rank (diffusers then applies alpha / r too).
         text_encoders: prefix -> text encoder; those without a LoRA are passed over.
     """
@@ -153,11 +152,8 @@ def save_lora(
 
 
 def load_trained(networks: Mapping[str, nn.Module], path: Path) -> None:
-    """Puts a saved LoRA back into networks that have one of the same shape, to resume its training.
-
-    Raises:
-        UserError: another rank or other targets.
-    """
+    """Puts a saved LoRA back into networks that have one of the same shape, to resume its training. Raises UserError: another
+    rank or other targets."""
     saved = read_lora(path)
     modules = {
         _full_name(prefix, name): module
@@ -197,7 +193,6 @@ def merge_into(networks: Mapping[str, nn.Module], lora: dict[str, LoraPair], whe
     Args:
         networks: in float32.
         lora: from :func:`read_lora`.
-        where: the LoRA's file, for errors.
 
     Returns:
         The number of projections changed.
@@ -217,11 +212,8 @@ def merge_into(networks: Mapping[str, nn.Module], lora: dict[str, LoraPair], whe
 def match_lora(
     networks: Mapping[str, nn.Module], lora: Mapping[str, LoraPair], where: str
 ) -> list[tuple[nn.Parameter, LoraPair]]:
-    """The weight that each update of a LoRA changes; nothing is computed, so that networks may be on the meta device.
-
-    Raises:
-        UserError: an update that matches no module, or whose shape is another than the module's.
-    """
+    """The weight that each update of a LoRA changes; nothing is computed, so that networks may be on the meta device. Raises
+    UserError: an update that matches no module, or whose shape is another than the module's."""
     modules = {
         _full_name(prefix, name): module
         for prefix, network in networks.items()
@@ -256,7 +248,6 @@ def check_lora(path: Path, base_folder: Path) -> None:
 
     Args:
         path: file or folder of the LoRA.
-        base_folder: of the base model.
 
     Raises:
         UserError: see :func:`read_lora` and :func:`match_lora`.

@@ -61,11 +61,7 @@ class SolverSettings:
 
 
 def scheduler_class(name: str):
-    """The diffusers class of a short name or class name.
-
-    Raises:
-        UserError: neither.
-    """
+    """The diffusers class of a short name or class name. Raises UserError: neither."""
     import diffusers
 
     scheduler = getattr(diffusers, SCHEDULERS.get(name, name), None)
@@ -79,7 +75,6 @@ def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
 
     Args:
         config: the base model's ``scheduler_config``.
-        name: of the base model, for errors.
 
     Raises:
         UserError: flow matching, EDM (Karras et al. 2022), another prediction type, a schedule without betas, or betas

@@ -117,7 +117,6 @@ def check_prompts(
     A prompt that is cut after its class is allowed. Only the tokenizers are loaded.
 
     Args:
-        folder: of the base model.
         tokenizers: folders of its tokenizers in there.
         prompts: (prompt, what stands for the class in it, where the prompt comes from).
         placeholders: of the class tokens.

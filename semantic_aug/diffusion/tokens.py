@@ -74,7 +74,6 @@ class ClassTokens:
         Args:
             source_names: class names as the data set spells them.
             prompt_names: the same cleaned up.
-            where: names the file, for errors.
 
         Raises:
             UserError: names the first class without a token, or two classes of one name.
@@ -106,11 +105,8 @@ class ClassTokens:
         return replace(self, class_names=tuple(source_names), vectors_per_class=rows // count, names=())
 
     def phrase(self, class_name: str) -> str:
-        """What stands for a class in a prompt: its placeholder(s).
-
-        Raises:
-            ValueError: the class has no token; :meth:`for_classes` comes first.
-        """
+        """What stands for a class in a prompt: its placeholder(s). Raises ValueError: the class has no token;
+        :meth:`for_classes` comes first."""
         start = self.class_names.index(class_name) * self.vectors_per_class
         return " ".join(self.names[start : start + self.vectors_per_class])
 
@@ -231,10 +227,7 @@ def initial_tokens(
     Args:
         class_names: as the source spells them.
         prompt_names: the same cleaned up.
-        super_class: of the data set.
         initializer: ``class_name``, ``super_class``, or words of the user's own.
-        tokenizer: of the base model.
-        text_encoder: of the base model.
         vectors_per_class: vectors that stand for one class, all started alike.
     """
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
@@ -363,11 +356,7 @@ def _load_bin(path: Path) -> ClassTokens:
 
 
 def _without_names(content: Mapping[str, Tensor], path: Path) -> ClassTokens:
-    """Tokens of files that have no list of class names.
-
-    Raises:
-        UserError: other tensors, or tokens of different sizes.
-    """
+    """Tokens of files that have no list of class names. Raises UserError: other tensors, or tokens of different sizes."""
     tables = {
         name: value.detach().float().reshape(-1, value.shape[-1]) for name, value in content.items() if value.ndim
     }

@@ -94,9 +94,7 @@ def check_weights(folder: Path, parts: Iterable[str], name: str) -> None:
     Only file headers are read.
 
     Args:
-        folder: of the base model.
         parts: folders of its networks.
-        name: of the base model, for errors.
 
     Raises:
         UserError: names the part and what was expected, or the damaged file.
@@ -116,11 +114,8 @@ def check_weights(folder: Path, parts: Iterable[str], name: str) -> None:
 
 
 def check_header(path: Path) -> None:
-    """Refuses a weight file that is damaged as far as its header and length tell.
-
-    Raises:
-        UserError: a Git LFS pointer instead of the file, or a damaged one.
-    """
+    """Refuses a weight file that is damaged as far as its header and length tell. Raises UserError: a Git LFS pointer instead
+    of the file, or a damaged one."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -194,7 +194,6 @@ def gallery_hint(flags: Mapping[str, Any], subset: Path) -> list[Block]:
 
     Args:
         flags: that choose the data set and its setting; those without a value are left out.
-        subset: its folder.
     """
     folder = registry.shown_path(subset)
     flags = {**flags, "syndata_dir": folder, "output_dir": f"{folder}/gallery"}

@@ -46,11 +46,7 @@ def save_weights(model: TrainedModel, folder: Path) -> None:
 
 
 def load_weights(model: TrainedModel, folder: Path) -> None:
-    """Puts a checkpoint's LoRA and tokens back into a model of the same shape.
-
-    Raises:
-        UserError: they do not fit.
-    """
+    """Puts a checkpoint's LoRA and tokens back into a model of the same shape. Raises UserError: they do not fit."""
     if model.lora_parameters:
         lora_io.load_trained(model.networks, folder / lora_io.FILE_NAME)
     if model.vectors:
@@ -106,11 +102,8 @@ def listed(output_dir: Path) -> list[Path]:
 
 
 def find(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint of ``--resume_from_checkpoint``: the latest one (None where there is none yet), or a given folder.
-
-    Raises:
-        UserError: a given folder that is not a checkpoint.
-    """
+    """The checkpoint of ``--resume_from_checkpoint``: the latest one (None where there is none yet), or a given folder. Raises
+    UserError: a given folder that is not a checkpoint."""
     if wanted == "latest":
         whole = listed(output_dir)
         return whole[-1] if whole else None
@@ -126,11 +119,7 @@ def find(output_dir: Path, wanted: str) -> Path | None:
 
 
 def load_state(folder: Path) -> dict:
-    """The training state of a checkpoint.
-
-    Raises:
-        UserError: damaged.
-    """
+    """The training state of a checkpoint. Raises UserError: damaged."""
     return load_pickle(folder / STATE_FILE, f"remove {folder} and resume from the one before")
 
 
@@ -178,9 +167,7 @@ def check_disk(config: FinetuneConfig, images: int, geometry: Geometry, trained:
     """Refuses a run that writes more at once than the disk holds: encoded images, and checkpoints with optimiser states.
 
     Args:
-        config: of the run.
         images: of the training split.
-        geometry: of the base model.
         trained: number of trained values.
 
     Raises:

@@ -130,11 +130,7 @@ class LatentCache:
             raise
 
     def _reserve(self, partial: Path) -> None:
-        """Says how much space the latents take, and takes it.
-
-        Raises:
-            UserError: there is not enough.
-        """
+        """Says how much space the latents take, and takes it. Raises UserError: there is not enough."""
         probe = encode_moments(self.vae, self._pixels([0])[:1])
         shape = (len(self.table), self.views, self.flips, *probe.shape[1:])
         size, folder = 4 * int(np.prod(shape)), partial.parent
@@ -290,7 +286,6 @@ def image_sizes(table: ImageTable, config: FinetuneConfig) -> Tensor:
 
     Args:
         table: training images.
-        config: of the run.
 
     Returns:
         ``(N, views, 2, 6)``, the third index being mirrored or not: original size, crop's corner and target size, each

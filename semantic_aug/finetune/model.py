@@ -31,7 +31,6 @@ class TrainedModel(nn.Module):
 
     Args:
         model: the base model; changed in place.
-        config: of the run.
         dataset: whose classes are learned.
     """
 
@@ -214,8 +213,6 @@ def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.de
 
     Args:
         groups: parameters and learning rates.
-        settings: of the run.
-        device: of the parameters.
 
     Raises:
         UserError: ``--use_8bit_adam`` without bitsandbytes.
@@ -231,11 +228,8 @@ def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.de
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> torch.optim.lr_scheduler.LambdaLR:
-    """diffusers' schedule of that name, stepped once per optimiser step.
-
-    Raises:
-        UserError: ``piecewise_constant`` without rules, or rules that cannot be read.
-    """
+    """diffusers' schedule of that name, stepped once per optimiser step. Raises UserError: ``piecewise_constant`` without
+    rules, or rules that cannot be read."""
     rules = settings.lr_step_rules
     if (settings.lr_scheduler == "piecewise_constant") != (rules is not None):
         raise UserError(

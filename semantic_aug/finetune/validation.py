@@ -31,7 +31,6 @@ def validation_grid(
         class_names: for the row titles.
         resolution: side in pixels.
         per_class: pictures per row; their noise depends on seed and column only.
-        seed: of the run.
     """
     step = max(1, -(-len(class_names) // MAX_CLASSES))
     scheduler = make_scheduler(base.scheduler_config)

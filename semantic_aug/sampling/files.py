@@ -35,7 +35,6 @@ class TaskPaths:
     """File names of a plan's tasks.
 
     Args:
-        plan: of the subset.
         class_names: source spelling, for ``meta.csv``.
         folders: slug of each class.
         keys: name of each training image.

@@ -99,11 +99,8 @@ class Dispatcher:
         return self.job.config.placement.devices
 
     def run(self, batches: Sequence[int]) -> Outcome:
-        """Makes the batches; returns when all are made, set aside, or a signal asked to stop.
-
-        Raises:
-            UserError: no process can work (weights that do not fit, a full disk).
-        """
+        """Makes the batches; returns when all are made, set aside, or a signal asked to stop. Raises UserError: no process can
+        work (weights that do not fit, a full disk)."""
         self.queue.extend(int(b) for b in batches)
         if not self.queue:
             return self.outcome
@@ -153,11 +150,7 @@ class Dispatcher:
                 self.queue.append(batch)
 
     def failed_to_start(self, device: str, why: str) -> None:
-        """Books a process that never came to work.
-
-        Raises:
-            UserError: it happened too often; it will not change.
-        """
+        """Books a process that never came to work. Raises UserError: it happened too often; it will not change."""
         self.failed_starts += 1
         if self.failed_starts >= MAX_ATTEMPTS:
             raise UserError(

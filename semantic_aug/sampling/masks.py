@@ -36,11 +36,8 @@ def columns_of(object_mask: str | None) -> tuple[str, ...]:
 
 
 def check_mask(part: str, images: ImageTable, dataset: str, start: str) -> None:
-    """Refuses a mask where there is nothing to mask.
-
-    Raises:
-        UserError: images without boxes and masks, or a strategy that has no source image.
-    """
+    """Refuses a mask where there is nothing to mask. Raises UserError: images without boxes and masks, or a strategy that has
+    no source image."""
     if start == "noise":
         raise UserError(f"--object_mask {part}: the strategy starts from noise and has no source image; leave it out")
     if not {BOX, BOX_TEXT, MASK_PATH} & set(images.extras):
@@ -80,11 +77,8 @@ def with_regions(images: ImageTable, part: str | None) -> ImageTable:
 
 
 def parse_box(text: str, key: str) -> tuple[float, float, float, float]:
-    """A box as a list gives it, ``x, y, width, height`` in pixels, as (left, top, right, bottom).
-
-    Raises:
-        UserError: something else; names the image.
-    """
+    """A box as a list gives it, ``x, y, width, height`` in pixels, as (left, top, right, bottom). Raises UserError: something
+    else; names the image."""
     cells = re.split(r"\s*[,;]\s*|\s+", text.strip().strip("[]()").strip())
     try:
         x, y, width, height = map(float, cells)

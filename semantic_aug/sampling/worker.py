@@ -108,11 +108,8 @@ class BatchMaker:
         )
 
     def _black(self, tasks: Sequence[Task], pixels: Tensor) -> dict[int, str]:
-        """The tasks whose image is black everywhere, as those are that are not finite: number -> why it is refused.
-
-        Raises:
-            UserError: nothing but black images has come out since the start.
-        """
+        """The tasks whose image is black everywhere, as those are that are not finite: number -> why it is refused. Raises
+        UserError: nothing but black images has come out since the start."""
         remedy = (
             "give --dtype bf16 or fp32"
             if self.config.placement.dtype == "fp16"

@@ -44,7 +44,6 @@ def as_regions(
     Args:
         boxes: texts, one per image; None without a column.
         masks: paths, relative to ``base``; None without a column.
-        base: a folder.
     """
     columns = {} if boxes is None else {BOX_TEXT: as_column(text and text.strip() for text in boxes)}
     if masks is not None:
@@ -58,7 +57,6 @@ def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
     (x, y, width, height) or the path of a ``mask``.
 
     Args:
-        folder: of the split.
         files: its images, relative to it, with forward slashes.
 
     Returns:

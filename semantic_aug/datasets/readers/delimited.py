@@ -58,11 +58,8 @@ class TextTable:
         return self.encoding.startswith("utf-8")
 
     def column(self, *names: str) -> int | None:
-        """The first column of one of these names, in any letter case; None without one.
-
-        Raises:
-            UserError: two columns have the name.
-        """
+        """The first column of one of these names, in any letter case; None without one. Raises UserError: two columns have the
+        name."""
         folded = [column.casefold() for column in self.columns]
         for name in names:
             if folded.count(name) > 1:
@@ -72,11 +69,8 @@ class TextTable:
         return None
 
     def records(self) -> Iterator[tuple[int, list[str]]]:
-        """The line each record ends on, and its cells; empty lines are passed over.
-
-        Raises:
-            UserError: a line that is not text in the encoding, or a record with more or fewer cells than the header.
-        """
+        """The line each record ends on, and its cells; empty lines are passed over. Raises UserError: a line that is not text
+        in the encoding, or a record with more or fewer cells than the header."""
         with _open(self.path, self.encoding) as lines:
             for _ in range(self.skipped):
                 lines.readline()
@@ -102,7 +96,6 @@ def read_header(path: Path, wanted: Sequence[str] = ()) -> TextTable:
     """The encoding, separator and columns of a table.
 
     Args:
-        path: of the file.
         wanted: names of columns by which the separator is known, in lower case.
 
     Raises:

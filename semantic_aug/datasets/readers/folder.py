@@ -129,11 +129,7 @@ def read_folder(folder: str | os.PathLike) -> Splits:
 
 
 def _split_folders(walk: Walk, by_split: dict[str, list[os.DirEntry]]) -> dict[str, os.DirEntry]:
-    """The one folder of each split that holds folders.
-
-    Raises:
-        UserError: two of them stand for one split.
-    """
+    """The one folder of each split that holds folders. Raises UserError: two of them stand for one split."""
     splits = {}
     for split, folders in by_split.items():
         with_classes = [where for where in folders if walk.folder_names(where)]
@@ -193,11 +189,8 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
 
 
 def _masks_folder(walk: Walk, folder: Path, folders: Sequence[os.DirEntry], split: str) -> Path | None:
-    """The folder of the masks of a split's images: one whose folders are all named as the class folders are.
-
-    Raises:
-        UserError: of training images' masks, only some of the folders are.
-    """
+    """The folder of the masks of a split's images: one whose folders are all named as the class folders are. Raises UserError:
+    of training images' masks, only some of the folders are."""
     classes = {where.name for where in folders if where.name != MASKS}
     for masks in (folder / MASKS, *([walk.root / MASKS / folder.name] if folder != walk.root else [])):
         inside = walk.folder_names(masks) if masks.is_dir() else []
@@ -293,11 +286,8 @@ class Walk:
         self._read: set[tuple[tuple[int, int], tuple[str, str]]] = set()
 
     def entries(self, folder: str | os.PathLike) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
-        """Folders (linked ones too) and other entries of a folder that are not litter, each sorted by name.
-
-        Raises:
-            UserError: it cannot be listed.
-        """
+        """Folders (linked ones too) and other entries of a folder that are not litter, each sorted by name. Raises UserError:
+        it cannot be listed."""
         try:
             with os.scandir(folder) as scan:
                 entries = sorted((entry for entry in scan if not is_litter(entry.name)), key=lambda entry: entry.name)

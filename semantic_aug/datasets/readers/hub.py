@@ -263,11 +263,8 @@ def _located(path: str, where: HubSplit) -> str:
 
 
 def _labels(rows: hub.Dataset, column: str, where: str) -> tuple[tuple[str, ...], list[int]] | None:
-    """Class names and the label of every row; None where no row has one.
-
-    Raises:
-        UserError: rows without a label among others, a label without a class name, or a column of another kind.
-    """
+    """Class names and the label of every row; None where no row has one. Raises UserError: rows without a label among others,
+    a label without a class name, or a column of another kind."""
     import datasets as hub
 
     feature = rows.features[column]
@@ -315,11 +312,7 @@ def _holds_bytes(feature: Any) -> bool:
 
 
 def _label_column(rows: hub.Dataset, name: str, image_column: str) -> str | None:
-    """The column of labels.
-
-    Raises:
-        UserError: several could be meant.
-    """
+    """The column of labels. Raises UserError: several could be meant."""
     import datasets as hub
 
     usual = next((column for column in LABEL_COLUMNS if column in rows.features), None)

@@ -95,11 +95,8 @@ def _files_of_splits(folder: Path, config: str | None) -> tuple[str | None, dict
 
 
 def _configuration(folder: Path, config: str | None) -> tuple[Path, str | None]:
-    """The folder and the configuration's name for the library.
-
-    Raises:
-        UserError: there are several and none is named, or the named one is not among them.
-    """
+    """The folder and the configuration's name for the library. Raises UserError: there are several and none is named, or the
+    named one is not among them."""
     import datasets as hub
 
     matches = [CONVERTED.fullmatch(path.relative_to(folder).as_posix()) for path in _data_files(folder, (".parquet",))]
@@ -158,11 +155,8 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
 
 
 def _same_classes(files: Mapping[str, Sequence[str]]) -> bool:
-    """Whether all parquet files have one class list, in one order, where they have one at all.
-
-    Raises:
-        UserError: two files of one split have different ones.
-    """
+    """Whether all parquet files have one class list, in one order, where they have one at all. Raises UserError: two files of
+    one split have different ones."""
     import pyarrow.parquet as parquet
 
     known: dict[str, str] = {}

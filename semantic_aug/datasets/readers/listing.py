@@ -53,7 +53,6 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
     in composed Unicode (NFC). An image listed twice in a split under one label is kept once.
 
     Args:
-        file: the list.
         root: folder that relative paths start from and that they may not leave (None: the list's own folder).
 
     Raises:
@@ -188,11 +187,8 @@ def _read_parquet(file: Path) -> tuple[pa.Table, Place]:
 
 
 def _as_texts(column: pa.ChunkedArray, name: str, file: Path) -> pa.ChunkedArray:
-    """A parquet column as strings: of a list of captions one a line, of a box its numbers with commas between them.
-
-    Raises:
-        UserError: lists in another column.
-    """
+    """A parquet column as strings: of a list of captions one a line, of a box its numbers with commas between them. Raises
+    UserError: lists in another column."""
     import pyarrow as pa
 
     kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
@@ -277,11 +273,8 @@ def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, place: Plac
 
 
 def _key(text: str, base: Path, where: Callable[[], str]) -> str:
-    """One path that needs a look: absolute, of Windows, with spaces around it, or not in ASCII.
-
-    Raises:
-        UserError: empty, of another computer, or a relative path that leads outside the root.
-    """
+    """One path that needs a look: absolute, of Windows, with spaces around it, or not in ASCII. Raises UserError: empty, of
+    another computer, or a relative path that leads outside the root."""
     if not text.strip():
         raise UserError(f"{where()}: the path is empty")
     for candidate in _spellings(text):
@@ -330,11 +323,8 @@ def _table(
 def _without_repeated(
     keys: list[str], codes: np.ndarray, words: list[str], place: Place, doubled: list[str]
 ) -> np.ndarray:
-    """Positions without those that name an image again; what is left out is added to ``doubled``.
-
-    Raises:
-        UserError: an image has two labels.
-    """
+    """Positions without those that name an image again; what is left out is added to ``doubled``. Raises UserError: an image
+    has two labels."""
     if len(set(keys)) == len(keys):
         return np.arange(len(keys))
     first: dict[str, int] = {}

@@ -32,11 +32,8 @@ def variables(dataset: str, hub: bool = True) -> tuple[str, ...]:
 
 
 def chosen_root(spec: DatasetSpec) -> Path | None:
-    """The folder of the official download, or None where no variable names it.
-
-    Raises:
-        UserError: it is not a folder, or a local copy in the hub's format is named as well.
-    """
+    """The folder of the official download, or None where no variable names it. Raises UserError: it is not a folder, or a
+    local copy in the hub's format is named as well."""
     variable, *others = spec.variables
     text = os.environ.get(variable)
     if not text:
@@ -51,11 +48,8 @@ def chosen_root(spec: DatasetSpec) -> Path | None:
 
 
 def required_root(spec: DatasetSpec) -> Path:
-    """The folder of the official download of a data set that the hub does not have.
-
-    Raises:
-        UserError: see :func:`chosen_root`; or the variable is not set.
-    """
+    """The folder of the official download of a data set that the hub does not have. Raises UserError: see :func:`chosen_root`;
+    or the variable is not set."""
     root = chosen_root(spec)
     if root is None:
         raise UserError(
@@ -95,11 +89,8 @@ def official_or_hub(
 
 
 def part(root: Path, *names: str) -> Path:
-    """The first of several places below the root at which a file or folder is found.
-
-    Raises:
-        UserError: it is at none of them.
-    """
+    """The first of several places below the root at which a file or folder is found. Raises UserError: it is at none of
+    them."""
     for name in names:
         if (root / name).exists():
             return root / name
@@ -115,11 +106,8 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def read_lines(file: Path, columns: int) -> list[list[str]]:
-    """A text list: the words of each line that is neither empty nor a comment, the last column taking the rest.
-
-    Raises:
-        UserError: not there, not text, empty, or a line with too few words.
-    """
+    """A text list: the words of each line that is neither empty nor a comment, the last column taking the rest. Raises
+    UserError: not there, not text, empty, or a line with too few words."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -140,11 +128,8 @@ def read_lines(file: Path, columns: int) -> list[list[str]]:
 
 
 def read_mat(file: Path) -> dict[str, Any]:
-    """A MATLAB file's variables, arrays of one element reduced to it.
-
-    Raises:
-        UserError: not there, damaged, or SciPy is not installed.
-    """
+    """A MATLAB file's variables, arrays of one element reduced to it. Raises UserError: not there, damaged, or SciPy is not
+    installed."""
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -160,11 +145,7 @@ def read_mat(file: Path) -> dict[str, Any]:
 
 
 def variable(content: Mapping[str, Any], name: str, file: Path) -> np.ndarray:
-    """One variable of a MATLAB file as a flat array.
-
-    Raises:
-        UserError: the file has no such variable.
-    """
+    """One variable of a MATLAB file as a flat array. Raises UserError: the file has no such variable."""
     if name not in content:
         found = ", ".join(key for key in content if not key.startswith("__"))
         raise UserError(f"{file} has no variable '{name}' (it has {found}): it is another file; download it again")
@@ -196,8 +177,6 @@ def labelled_files(
         labels: counted from 0.
         names: paths of the images, relative to ``images``.
         images: folder of the images.
-        where: the list, for errors.
-        extras: further columns.
 
     Raises:
         UserError: a label without a class name, a path that leads outside ``images``, or one that is listed twice.

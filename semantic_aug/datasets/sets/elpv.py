@@ -25,11 +25,8 @@ CLASS_NAMES = tuple(f"{kind} {level}" for kind in TYPES for level in LEVELS.valu
 
 
 def package_folder() -> Path:
-    """The folder of the installed ``elpv_dataset`` package (not imported: its code is not needed).
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """The folder of the installed ``elpv_dataset`` package (not imported: its code is not needed). Raises UserError: the
+    package is not installed."""
     package = importlib.util.find_spec("elpv_dataset")
     if package is None or not package.submodule_search_locations:
         raise UserError(

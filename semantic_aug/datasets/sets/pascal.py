@@ -52,11 +52,8 @@ def read_official(root: Path) -> Splits:
 
 
 def largest_object(file: Path) -> tuple[int, tuple[float, float, float, float]]:
-    """The class of the object with the largest box in an annotation, the first of equals, and the box.
-
-    Raises:
-        UserError: not there, not XML, no object, or a class that is not one of the 20.
-    """
+    """The class of the object with the largest box in an annotation, the first of equals, and the box. Raises UserError: not
+    there, not XML, no object, or a class that is not one of the 20."""
     try:
         objects = ElementTree.parse(file).getroot().findall("object")
         objects = [

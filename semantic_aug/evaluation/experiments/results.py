@@ -89,11 +89,8 @@ def pair_folder(folder: Path, setting: str, seed: int) -> Path:
 
 
 def claim_setting(folder: Path, name: str, record: Mapping) -> None:
-    """Fixes a setting's budget, or finds that it has this one.
-
-    Raises:
-        UserError: the folder's runs of this setting have another budget.
-    """
+    """Fixes a setting's budget, or finds that it has this one. Raises UserError: the folder's runs of this setting have
+    another budget."""
     runs.claim(registry.resolve_path(folder) / name, record, "--output_dir", file=RECIPE_FILE)
 
 
@@ -110,11 +107,7 @@ def save_request(
 
 
 def collect(folder: Path) -> Comparison:
-    """Reads a comparison's folder.
-
-    Raises:
-        UserError: it holds none.
-    """
+    """Reads a comparison's folder. Raises UserError: it holds none."""
     requests = sorted((folder / REQUESTS).glob("*.yaml"))
     if not requests:
         raise UserError(f"{folder} holds no comparison (no {REQUESTS}/*.yaml): expected the --output_dir of compare")
@@ -201,11 +194,7 @@ class Predictions:
 
 
 def read_predictions(folder: Path, split: str = "val") -> Predictions:
-    """The predictions of a finished run of ``train_cls.py``.
-
-    Raises:
-        UserError: the run's folder holds none.
-    """
+    """The predictions of a finished run of ``train_cls.py``. Raises UserError: the run's folder holds none."""
     path = folder / f"{split}_predictions.csv"
     try:
         with open(path, newline="", encoding="utf-8") as lines:

@@ -76,11 +76,8 @@ def _prepare_child() -> None:
 def run_command(
     arguments: Iterable[str], log_file: Path, environment: Mapping[str, str], held: int | None = None
 ) -> int:
-    """Runs ``python ARGUMENTS`` from the repository's root, its output appended to a file; returns its exit status.
-
-    Raises:
-        KeyboardInterrupt: this process was interrupted; the child was interrupted too, and has ended.
-    """
+    """Runs ``python ARGUMENTS`` from the repository's root, its output appended to a file; returns its exit status. Raises
+    KeyboardInterrupt: this process was interrupted; the child was interrupted too, and has ended."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "a", encoding="utf-8") as out:
         out.write(f"$ python {shlex.join(arguments)}\n")
@@ -188,7 +185,6 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
 
     Args:
         commands: of the pair.
-        config_dir: of the registry files.
         stages: that the pair runs.
 
     Returns:
@@ -234,11 +230,8 @@ def read_records(folder: Path) -> dict[str, dict]:
 
 
 def check_commands(steps: Iterable[Step], folder: Path) -> None:
-    """Runs commands as dry runs, before hours are spent on the steps before them.
-
-    Raises:
-        UserError: one is refused; says why.
-    """
+    """Runs commands as dry runs, before hours are spent on the steps before them. Raises UserError: one is refused; says
+    why."""
     for step in steps:
         log_file = folder / LOGS / f"stage{step.stage}.log"
         if run_command([*step.arguments, "--dry_run"], log_file, step.environment):

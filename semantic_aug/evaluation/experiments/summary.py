@@ -35,11 +35,8 @@ class Run:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """The finished runs at or below some folders, each once, in the order of their paths.
-
-    Raises:
-        UserError: a folder that is not there, or without a finished run.
-    """
+    """The finished runs at or below some folders, each once, in the order of their paths. Raises UserError: a folder that is
+    not there, or without a finished run."""
     finished: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():

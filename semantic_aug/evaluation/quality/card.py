@@ -40,11 +40,8 @@ OPENING = {
 
 
 def near_copies(folder: Path | None) -> dict[str, float]:
-    """The share of near-copies of each subset as ``measure`` found it; empty without its folder.
-
-    Raises:
-        UserError: the folder holds no results of ``measure``.
-    """
+    """The share of near-copies of each subset as ``measure`` found it; empty without its folder. Raises UserError: the folder
+    holds no results of ``measure``."""
     if folder is None:
         return {}
     try:
@@ -77,7 +74,6 @@ def describe(
     """Everything the card says, as plain values.
 
     Args:
-        dataset: of the real images.
         subsets: as they were read, before any image was left out.
         splits: what is exported.
         settings: an :class:`semantic_aug.evaluation.quality.export.ExportSettings`.
@@ -135,7 +131,6 @@ def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
 
     Args:
         facts: of :func:`describe`.
-        folder: of the export.
         shards: number of the training split's shards.
     """
     data = facts["dataset"]

@@ -69,7 +69,6 @@ def load_clip(name: str, device: str = "cpu") -> Clip:
 
     Args:
         name: a folder in transformers' layout, or a hub id.
-        device: where it runs.
 
     Raises:
         UserError: it cannot be had, or is no CLIP model.

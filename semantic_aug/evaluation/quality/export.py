@@ -69,11 +69,8 @@ def build_parser() -> cli.Parser:
 
 
 def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
-    """The images of every split that has any, the training split first.
-
-    Raises:
-        UserError: ``--min_target_weight`` leaves no synthetic image.
-    """
+    """The images of every split that has any, the training split first. Raises UserError: ``--min_target_weight`` leaves no
+    synthetic image."""
     from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate
     from semantic_aug.evaluation.quality.export_formats import SplitImages
 
@@ -147,11 +144,8 @@ def notes(splits: Sequence, settings: ExportSettings) -> list[str]:
 
 
 def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Sequence, folders: Sequence[str]) -> None:
-    """Claims the folder and writes the images, then the card and the facts.
-
-    Raises:
-        UserError: the folder holds anything else, another export among it, or the disk cannot hold the images.
-    """
+    """Claims the folder and writes the images, then the card and the facts. Raises UserError: the folder holds anything else,
+    another export among it, or the disk cannot hold the images."""
     from semantic_aug.datasets.origin import RunOrigin
     from semantic_aug.evaluation.quality import card, export_formats
 

@@ -168,11 +168,7 @@ class Target:
     seed: int
 
     def place(self, content: Path | bytes, path: str) -> None:
-        """Brings a file to its place, unless an earlier run has.
-
-        Raises:
-            UserError: a file of another size is in its place.
-        """
+        """Brings a file to its place, unless an earlier run has. Raises UserError: a file of another size is in its place."""
         target = self.folder / path
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         if target.exists():
@@ -210,11 +206,8 @@ def ordered_folders(folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def original_folders(names: Sequence[str]) -> tuple[str, ...]:
-    """Folder names of classes as the original makes them and reads the names from: underscores for spaces.
-
-    Raises:
-        UserError: two classes would share a folder.
-    """
+    """Folder names of classes as the original makes them and reads the names from: underscores for spaces. Raises UserError:
+    two classes would share a folder."""
     folders = tuple(name.replace(" ", "_").replace("/", "_") for name in names)
     if twice := next((name for row, name in enumerate(names) if folders[row] in folders[:row]), None):
         raise UserError(f"--format original: class '{twice}' shares the folder of another class: rename one of them")

@@ -161,11 +161,8 @@ def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImage
 
 
 def check(inputs: Inputs, settings: FilterSettings) -> None:
-    """Refuses what cannot work before anything is computed, and loads the models.
-
-    Raises:
-        UserError: a model or a super-class is missing, or the list already exists and was made otherwise.
-    """
+    """Refuses what cannot work before anything is computed, and loads the models. Raises UserError: a model or a super-class
+    is missing, or the list already exists and was made otherwise."""
     by, dataset = settings.by, inputs.dataset
     models = [model for model in ("clip", "classifier") if by in (model, "both")]
     for model in models:
@@ -249,11 +246,7 @@ def describe(
 
 
 def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages) -> None:
-    """Scores the images of one folder, writes its list and prints what was kept.
-
-    Raises:
-        UserError: no image would be kept.
-    """
+    """Scores the images of one folder, writes its list and prints what was kept. Raises UserError: no image would be kept."""
     root = locate(folder)[0]
     if settings.review:
         selected = kept_after_review(settings.review, folder, images, inputs.dataset.source_names)

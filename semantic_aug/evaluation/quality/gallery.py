@@ -111,11 +111,8 @@ class Picture:
 
 
 def write_picture(picture: Picture, folder: str, side: int, full_size: str) -> None:
-    """Writes an image's thumbnail, and its full-size file where wanted; existing ones stay.
-
-    Raises:
-        UserError: the image cannot be read.
-    """
+    """Writes an image's thumbnail, and its full-size file where wanted; existing ones stay. Raises UserError: the image cannot
+    be read."""
     thumbnail, whole = Path(folder, picture.thumbnail), Path(folder, picture.full_size)
     if not _exists(thumbnail):
         image = open_image(picture.source)
@@ -171,11 +168,7 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
 
 def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GallerySettings) -> None:
-    """Writes the files of all images, in several processes under one progress bar.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
+    """Writes the files of all images, in several processes under one progress bar."""
     pictures = list({picture.name: picture for picture in pictures}.values())
     count = min(settings.processes or os.cpu_count() or 1, math.ceil(len(pictures) / 64))
     options = {"desc": "thumbnails", "unit": "image", "total": len(pictures), "mininterval": 1.0, "dynamic_ncols": True}
@@ -217,11 +210,8 @@ def _encoded(train, row: int) -> str | bytes:
 
 
 def scores_of(settings: GallerySettings, inputs: Inputs) -> list[dict[str, np.ndarray]]:
-    """The values each subset's images have, by name: those of ``--measures``, of ``--classifier`` and of ``--clip``.
-
-    Raises:
-        UserError: ``--measures`` is not a run of `measure` on these images.
-    """
+    """The values each subset's images have, by name: those of ``--measures``, of ``--classifier`` and of ``--clip``. Raises
+    UserError: ``--measures`` is not a run of `measure` on these images."""
     dataset, classifier, clip = inputs.dataset, inputs.classifier, inputs.clip
     scores = [measured(settings.measures, subset, dataset.source_names) for subset in inputs.subsets]
     for subset, values in zip(inputs.subsets, scores, strict=True):
@@ -239,10 +229,7 @@ def scores_of(settings: GallerySettings, inputs: Inputs) -> list[dict[str, np.nd
 
 def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     """A subset's values of each image as `measure` wrote them, ``(M,)`` each, NaN where one has none; none without a folder.
-
-    Raises:
-        UserError: the folder is not a run of `measure` on these images.
-    """
+    Raises UserError: the folder is not a run of `measure` on these images."""
     if folder is None:
         return {}
     record = (runs.load_arguments(folder) or {}).get(runs.MADE_FROM) or {}
@@ -289,7 +276,6 @@ def records(inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings
     Args:
         inputs: data set and subsets.
         scores: of each subset, ``(M,)`` by name.
-        settings: of the gallery.
     """
     from semantic_aug.datasets.fingerprint import hash_files, hex_digits
     from semantic_aug.datasets.synthetic import read_subset

@@ -161,11 +161,7 @@ class Inputs:
 
     @cached_property
     def classifier(self) -> Classifier | None:
-        """The classifier of ``--classifier``.
-
-        Raises:
-            UserError: not a finished run, or one on other classes.
-        """
+        """The classifier of ``--classifier``. Raises UserError: not a finished run, or one on other classes."""
         if self.models.classifier is None:
             return None
         from semantic_aug.classify.inference import load_run
@@ -217,9 +213,6 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
     Args:
         args: parsed by the parser of :func:`make_parser`.
         classes: the command's own settings, which are recorded, too.
-
-    Raises:
-        UserError: any of them is not what it should be.
     """
     from semantic_aug.datasets import load_dataset
 
@@ -233,11 +226,7 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
 
 
 def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:
-    """Reads the folders of one name.
-
-    Raises:
-        UserError: see :func:`semantic_aug.datasets.synthetic.read_subset`.
-    """
+    """Reads the folders of one name."""
     from semantic_aug.datasets.synthetic import locate, read_subsets
 
     images = read_subsets(folders, dataset, allow_other_sources)
@@ -250,11 +239,8 @@ def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow
 
 
 def open_subsets(settings: SubsetSettings, dataset: LoadedDataset, config_dir: Path) -> list[Subset]:
-    """The subsets of the registry keys, then those of the folders, each under a name of its own.
-
-    Raises:
-        UserError: none at all, one given twice, an unknown key, or a subset that cannot be read.
-    """
+    """The subsets of the registry keys, then those of the folders, each under a name of its own. Raises UserError: none at
+    all, one given twice, an unknown key, or a subset that cannot be read."""
     named = {key: dataset.subsets(key, config_dir) for key in settings.syndata_key}
     short = [Path(folder).name for folder in settings.syndata_dir]
     for folder, name in zip(settings.syndata_dir, short, strict=True):

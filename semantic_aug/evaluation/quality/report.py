@@ -91,7 +91,6 @@ def write(
     """Writes CSV, JSON, report and picture, as far as the rows allow; columns that no row has are left out.
 
     Args:
-        folder: created if absent.
         rows: of :meth:`Measurer.rows`.
         columns: their names, in order.
         facts: what the JSON holds besides the rows; the report has its notes.
@@ -122,7 +121,6 @@ def subset_section(subsets: Sequence[Subset], folder: Path, args: argparse.Names
 
     Args:
         subsets: that were measured.
-        folder: of the report.
         args: of the command, which choose the data set and its setting.
     """
     roots = list(dict.fromkeys(locate(name)[0] for subset in subsets for name in subset.folders))

@@ -38,11 +38,7 @@ def list_identity(images: SyntheticImages, class_names: Sequence[str]) -> dict[s
 
 
 def read_review(file: Path) -> list[dict[str, Any]]:
-    """The lists of a review file.
-
-    Raises:
-        UserError: it is not there, or not a file that a gallery saved.
-    """
+    """The lists of a review file. Raises UserError: it is not there, or not a file that a gallery saved."""
     try:
         content = read_json_object(file)
     except FileNotFoundError:
@@ -68,7 +64,6 @@ def kept_after_review(file: Path, folder: str, images: SyntheticImages, class_na
     """Which images of a list a review keeps.
 
     Args:
-        file: of the review.
         folder: of the subset, ``#NAME`` included.
         images: of the list, ``M`` in all.
         class_names: of the data set, source spelling.
