@@ -28,7 +28,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
 from semantic_aug.sampling import files, masks, sources
 from semantic_aug.sampling.job import Task
-from semantic_aug.sampling.plan import make_plan
+from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.worker import BatchMaker
 from semantic_aug.seeding import task_rng
@@ -49,7 +49,8 @@ def test_the_row_takes_tokens_alone_and_spreads_its_own_strengths():
         strategies.weights_for(row, True, False, "ck")
     strengths, label = sampling.choose_strengths(row, 0.7, "fixed", 25)
     assert label == "Uniform"
-    plan = make_plan(np.arange(12) % 3, [str(i) for i in range(12)], 3, row, strengths, 4, 8, 0)
+    settings = PlanSettings(strategy=row, strengths=strengths, multiplier=4, batch_size=8, seed=0)
+    plan = make_plan(np.arange(12) % 3, [str(i) for i in range(12)], 3, settings)
     assert plan.strengths == (1.0, 0.75, 0.5, 0.25) and np.bincount(plan.strength_code).tolist() == [12] * 4
     assert (plan.source_class == plan.target).all() and (plan.source >= 0).all()
 
@@ -308,7 +309,8 @@ def test_one_prompt_and_several_are_not_given_together():
 
 
 def task_files(templates, seed=0):
-    plan = make_plan(np.arange(9) % 3, [str(i) for i in range(9)], 3, strategies.find("real-gen"), (1.0,), 100, 4, seed)
+    options = {"strategy": strategies.find("real-gen"), "strengths": (1.0,), "multiplier": 100, "batch_size": 4}
+    plan = make_plan(np.arange(9) % 3, [str(i) for i in range(9)], 3, PlanSettings(**options, seed=seed))
     return files.TaskPaths(plan, CLASSES, meta_csv.slugs(CLASSES), [str(i) for i in range(9)], seed, "png", templates)
 
 

@@ -32,7 +32,7 @@ from semantic_aug.prompts import ClassIndex, clean_class_name, original_name
 from semantic_aug.registry import checkpoint
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.identity import Weights
-from semantic_aug.sampling.plan import make_plan
+from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.seeding import task_rng
 from semantic_aug.tensors import save_tensors
 
@@ -164,7 +164,9 @@ def test_real_images_and_classes_of_one_folder_do_not_fit_that_layout(planes, tm
 
 
 def test_stage_2_spells_a_slash_as_the_original_does():
-    plan = make_plan(np.arange(6) % 3, [str(i) for i in range(6)], 3, strategies.find("diff-mix"), (0.7,), 1, 2, 0)
+    row = strategies.find("diff-mix")
+    settings = PlanSettings(strategy=row, strengths=(0.7,), multiplier=1, batch_size=2, seed=0)
+    plan = make_plan(np.arange(6) % 3, [str(i) for i in range(6)], 3, settings)
     paths = TaskPaths(plan, PLANES, meta_csv.slugs(PLANES), [str(i) for i in range(6)], 0)
     assert {row[0] for row in paths.meta_rows(np.arange(6))} == {"707-320", "F-16A B", "MD-11"}
     assert meta_csv.without_slashes(["a/b", "a b"]) == ["a/b", "a b"]

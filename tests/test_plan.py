@@ -9,7 +9,7 @@ from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.strategies import STRATEGIES, find, weights_for
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.config import choose_strengths
-from semantic_aug.sampling.plan import batches_of_shard, make_plan
+from semantic_aug.sampling.plan import PlanSettings, batches_of_shard, make_plan
 from semantic_aug.sampling.settings import ImageSettings
 
 LABELS = st.lists(st.integers(0, 4), min_size=5, max_size=60).map(
@@ -19,9 +19,8 @@ LABELS = st.lists(st.integers(0, 4), min_size=5, max_size=60).map(
 
 def plan_for(labels, strategy="diff-mix", strengths=(0.7,), multiplier=3, batch_size=4, seed=0, **options):
     keys = [f"{i:05d}" for i in range(len(labels))]
-    return make_plan(
-        labels, keys, int(labels.max()) + 1, find(strategy), strengths, multiplier, batch_size, seed, **options
-    )
+    common = {"strengths": strengths, "multiplier": multiplier, "batch_size": batch_size, "seed": seed}
+    return make_plan(labels, keys, int(labels.max()) + 1, PlanSettings(strategy=find(strategy), **common, **options))
 
 
 @given(LABELS, st.sampled_from(sorted(STRATEGIES)), st.sampled_from([0.5, 1, 3, 5]), st.integers(0, 3))

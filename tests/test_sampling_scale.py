@@ -32,7 +32,7 @@ from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import Dispatcher
 from semantic_aug.sampling.liveness import Liveness, processor_seconds
-from semantic_aug.sampling.plan import make_plan
+from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.sources import BLOCK, SourceImages, SourceMoments
 from semantic_aug.sampling.worker import BatchMaker
@@ -217,7 +217,8 @@ def small_subset(folder: Path, image_format="png"):
     """A plan of 20 tasks with every file in place."""
     labels = np.arange(10) % 2
     keys = [f"k{i}" for i in range(10)]
-    plan = make_plan(labels, keys, 2, find("diff-mix"), (0.5,), 2, 4, 0)
+    options = {"strengths": (0.5,), "multiplier": 2, "batch_size": 4, "seed": 0}
+    plan = make_plan(labels, keys, 2, PlanSettings(strategy=find("diff-mix"), **options))
     paths = files.TaskPaths(plan, ("a b", "c"), ("a-b", "c"), keys, 0, image_format)
     records = Records(folder)
     for number in range(len(plan)):
@@ -278,7 +279,8 @@ def test_planning_and_restarting_do_not_grow_faster_than_the_tasks(tmp_path):
     seconds = []
     for multiplier in (5, 50):
         began = time.perf_counter()
-        plan = make_plan(labels, keys, 100, find("diff-mix"), (0.3, 0.5, 0.7, 0.9), multiplier, 64, 0)
+        options = {"strengths": (0.3, 0.5, 0.7, 0.9), "multiplier": multiplier, "batch_size": 64, "seed": 0}
+        plan = make_plan(labels, keys, 100, PlanSettings(strategy=find("diff-mix"), **options))
         seconds.append(time.perf_counter() - began)
         assert len(plan) == 20_000 * multiplier and (plan.source_class != plan.target).all()
         assert sum(a.nbytes for a in (plan.source, plan.source_class, plan.target, plan.strength_code)) == 13 * len(

@@ -26,7 +26,7 @@ from semantic_aug.augmentations.strategies import find
 from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import RECORD, Records
-from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, make_plan
+from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, PlanSettings, make_plan
 
 CLASSES, MULTIPLIER, BATCH = 200, 5, 32
 LINKS_PER_FILE = 30_000
@@ -40,7 +40,8 @@ def plan_of_size(tasks: int) -> TaskPaths:
     """A Diff-Mix plan of so many tasks over 200 classes and the names of its files."""
     images = tasks // MULTIPLIER
     labels, keys = np.arange(images) % CLASSES, [f"class_{i % CLASSES}/{i:08d}.jpg" for i in range(images)]
-    plan = make_plan(labels, keys, CLASSES, find("diff-mix"), UNIFORM_STRENGTHS, MULTIPLIER, BATCH, 0)
+    options = {"strengths": UNIFORM_STRENGTHS, "multiplier": MULTIPLIER, "batch_size": BATCH, "seed": 0}
+    plan = make_plan(labels, keys, CLASSES, PlanSettings(strategy=find("diff-mix"), **options))
     names = [f"class {i}" for i in range(CLASSES)]
     return TaskPaths(plan, names, meta_csv.slugs(names), keys, 0)
 

@@ -25,7 +25,7 @@ from semantic_aug.meta_csv import strength_text
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
-from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, make_plan, table_of_counts
+from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, PlanSettings, make_plan, table_of_counts
 from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, read_solver
 
 log = logging.getLogger(__name__)
@@ -222,18 +222,16 @@ def choose_strengths(
 
 def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
     """The plan of a request."""
-    return make_plan(
-        dataset.train.labels,
-        dataset.train.keys,
-        len(dataset.class_names),
-        config.strategy,
-        config.strengths,
+    settings = PlanSettings(
+        strategy=config.strategy,
+        strengths=config.strengths,
         multiplier=config.images.syn_dataset_multiplier,
         batch_size=config.placement.batch_size,
         seed=config.run.seed,
         task=config.setting.task,
         pairing=config.images.pairing,
     )
+    return make_plan(dataset.train.labels, dataset.train.keys, len(dataset.class_names), settings)
 
 
 def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:

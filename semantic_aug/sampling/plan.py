@@ -21,7 +21,7 @@ UNIFORM_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 """What ``--strength_strategy uniform`` draws from."""
 
 PAIRINGS = ("balanced", "independent")
-"""How strategies with mixed pairing draw the target of each source: see :func:`make_plan`."""
+"""How strategies with mixed pairing draw the target of each source: see :func:`_draw_pairs`."""
 
 NO_SOURCE = -1
 _REPAIR_ROUNDS = 200
@@ -67,30 +67,11 @@ class Plan:
         return self.strengths[self.strength_code[number]]
 
 
-def make_plan(
-    labels: np.ndarray,
-    keys: Sequence[str],
-    num_classes: int,
-    strategy: Strategy,
-    strengths: Sequence[float],
-    multiplier: float,
-    batch_size: int,
-    seed: int,
-    task: str = "vanilla",
-    pairing: str = "balanced",
-) -> Plan:
-    """Draws the plan of ``round(multiplier * N)`` tasks.
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What decides a plan besides the training images.
 
-    Targets are as even over the classes as the count allows. Sources are too, and within a class every image is used
-    equally often; in the imbalanced task with mixed pairing, sources follow the long-tailed set instead (every image
-    equally often) and targets stay even. Mixed pairing never pairs a class with itself where that can be avoided; with
-    ``independent`` pairing, targets are drawn uniformly and independently, as the Diff-Mix authors' code draws them, so
-    that 1/K of the pairs stay within their class.
-
-    Args:
-        labels: ``(N,)`` class of each training image, rows sorted by key.
-        keys: ``N`` names of the images, for the digest.
-        num_classes: K.
+    Attributes:
         strategy: row of the strategy table.
         strengths: strengths to spread evenly over the tasks.
         multiplier: synthetic images per training image.
@@ -98,10 +79,49 @@ def make_plan(
         seed: the run's ``--seed``.
         task: ``vanilla`` or ``imbalanced``.
         pairing: one of :data:`PAIRINGS`; counts for mixed pairing only.
+    """
+
+    strategy: Strategy
+    strengths: Sequence[float]
+    multiplier: float
+    batch_size: int
+    seed: int
+    task: str = "vanilla"
+    pairing: str = "balanced"
+
+
+def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, settings: PlanSettings) -> Plan:
+    """Draws the plan of ``round(multiplier * N)`` tasks.
+
+    Args:
+        labels: ``(N,)`` class of each training image, rows sorted by key.
+        keys: ``N`` names of the images, for the digest.
+        num_classes: K.
+        settings: everything else.
 
     Raises:
         UserError: no task results, a class without images, or mixed pairing with a single class.
     """
+    count = _number_of_tasks(labels, num_classes, settings)
+    seed, batch_size = settings.seed, settings.batch_size
+    source, source_class, target = _draw_pairs(count, labels, num_classes, settings)
+    levels = tuple(sorted({float(s) for s in settings.strengths}, reverse=True))
+    code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
+    return Plan(
+        source,
+        source_class,
+        target,
+        strength_code=code,
+        strengths=levels,
+        batch_size=batch_size,
+        starts=_batch_starts(code, batch_size),
+        digest=_digest((source, source_class, target, code), levels, batch_size, seed, keys),
+    )
+
+
+def _number_of_tasks(labels: np.ndarray, num_classes: int, settings: PlanSettings) -> int:
+    """The number of tasks; refuses training images of which no plan can be drawn."""
+    multiplier, strategy = settings.multiplier, settings.strategy
     count = round(multiplier * len(labels))
     if count < 1:
         raise UserError(
@@ -117,38 +137,43 @@ def make_plan(
             f"class number {int(empty[0])} has no training image in this setting: raise --examples_per_class, or lower "
             "--corrupt_prob"
         )
+    return count
 
+
+def _draw_pairs(
+    count: int, labels: np.ndarray, num_classes: int, settings: PlanSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Source image, source class and target class of each task, int32 ``(count,)`` each.
+
+    Targets are as even over the classes as the count allows. Sources are too, and within a class every image is used
+    equally often; in the imbalanced task with mixed pairing, sources follow the long-tailed set instead (every image
+    equally often) and targets stay even. Mixed pairing never pairs a class with itself where that can be avoided; with
+    ``independent`` pairing, targets are drawn uniformly and independently, as the Diff-Mix authors' code draws them, so
+    that 1/K of the pairs stay within their class.
+    """
+    seed, strategy = settings.seed, settings.strategy
     if strategy.start == "noise":
         target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
-        source, source_class = np.full(count, NO_SOURCE, np.int32), target
-    elif strategy.pairing == "same":
-        source_class = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
-        source, target = _images_of(source_class, labels, num_classes, numpy_rng(seed, "plan", "sources")), source_class
+        return np.full(count, NO_SOURCE, np.int32), target, target
+    if strategy.pairing == "same":
+        target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
+        return _images_of(target, labels, num_classes, numpy_rng(seed, "plan", "sources")), target, target
+    rng = numpy_rng(seed, "plan", "sources")
+    if settings.task == "imbalanced":
+        source = _even(count, len(labels), rng)
     else:
-        rng = numpy_rng(seed, "plan", "sources")
-        if task == "imbalanced":
-            source = _even(count, len(labels), rng)
-        else:
-            source = _images_of(_even(count, num_classes, numpy_rng(seed, "plan", "classes")), labels, num_classes, rng)
-        source_class = labels[source].astype(np.int32)
-        if pairing == "independent":
-            target = numpy_rng(seed, "plan", "independent targets").integers(num_classes, size=count, dtype=np.int32)
-        else:
-            target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
-            target = _part_equal(source_class, target, num_classes, numpy_rng(seed, "plan", "repair"))
+        source = _images_of(_even(count, num_classes, numpy_rng(seed, "plan", "classes")), labels, num_classes, rng)
+    source_class = labels[source].astype(np.int32)
+    return source, source_class, _mixed_targets(source_class, num_classes, settings)
 
-    levels = tuple(sorted({float(s) for s in strengths}, reverse=True))
-    code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
-    return Plan(
-        source,
-        source_class,
-        target,
-        strength_code=code,
-        strengths=levels,
-        batch_size=batch_size,
-        starts=_batch_starts(code, batch_size),
-        digest=_digest((source, source_class, target, code), levels, batch_size, seed, keys),
-    )
+
+def _mixed_targets(source_class: np.ndarray, num_classes: int, settings: PlanSettings) -> np.ndarray:
+    """The target class of each source of mixed pairing."""
+    seed, count = settings.seed, len(source_class)
+    if settings.pairing == "independent":
+        return numpy_rng(seed, "plan", "independent targets").integers(num_classes, size=count, dtype=np.int32)
+    target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
+    return _part_equal(source_class, target, num_classes, numpy_rng(seed, "plan", "repair"))
 
 
 def _batch_starts(code: np.ndarray, batch_size: int) -> np.ndarray:
