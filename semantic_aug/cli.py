@@ -150,6 +150,19 @@ def number(low: float, high: float = float("inf"), open_low: bool = False) -> Ca
     return parse
 
 
+def schedule(low: float, high: float) -> Callable[[str], float | str]:
+    """An argument type: a number in [low, high], or FIRST:LAST, two such numbers, as text."""
+    end = number(low, high)
+
+    def parse(text: str) -> float | str:
+        ends = [end(part) for part in text.split(":")]
+        if len(ends) > 2:
+            raise argparse.ArgumentTypeError(f"'{text}': expected a number, or FIRST:LAST")
+        return ends[0] if len(ends) == 1 else ":".join(f"{value:.12g}" for value in ends)
+
+    return parse
+
+
 def setting(
     default: Any = MISSING, *, help: str, type: Callable[[str], Any] | None = None, choices: Sequence[str] | None = None,
     metavar: str | None = None, nargs: str | None = None, result: bool = True,

@@ -67,6 +67,8 @@ MODES = [
     {"synthetic_mode": "concat", "synthetic_balanced": True},
     {"synthetic_prob": 0.5, "syndata_max": 6, "target_class_num": 1},
     {"synthetic_prob": 0.0},
+    {"synthetic_prob": "0.2:0.9", "curriculum": "strength"},
+    {"synthetic_mode": "concat", "curriculum": "strength", "curriculum_order": "weak_first"},
 ]
 
 
@@ -76,8 +78,8 @@ def test_images_and_labels_are_those_of_stage_3(birds, mode):
     synthetic = read_subset(birds[1], data)
     if settings.target_class_num:
         synthetic = synthetic.with_targets(settings.target_class_num, data.source_names).at_most(settings.syndata_max)
-    stage3 = TrainBatches(data.train, synthetic, settings, 16, BATCH, SEED, cache="off")
-    dataset = SoftLabelDataset(**arguments(birds, **mode), transform=first_pixel)
+    stage3 = TrainBatches(data.train, synthetic, settings, 16, BATCH, SEED, cache="off", epochs=EPOCHS)
+    dataset = SoftLabelDataset(**arguments(birds, **mode, epochs=EPOCHS), transform=first_pixel)
     drawn = 0
     for epoch, (colours, labels) in enumerate(epochs_of(dataset)):
         pixels, targets = (torch.cat(parts) for parts in zip(*stage3.epoch(epoch), strict=True))
@@ -121,7 +123,7 @@ def test_other_splits_come_in_order_with_hard_labels(birds):
     [
         ({"synthetic_mode": "often"}, "item, ratio, concat"),
         ({"synthetic_prob": 1.5}, r"\[0, 1\]"),
-        ({"gamma": 0}, "above 0"),
+        ({"gamma": 0}, r"\(0, inf\)"),
         ({"split": "test"}, "no such images"),
         ({"syndata_dir": "nowhere"}, "not a folder"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from semantic_aug.classify import losses, mixing
 from semantic_aug.classify.config import CRITERIA, LossSettings, MixSettings, SyntheticSettings
 from semantic_aug.classify.data import TrainBatches, share_of
-from semantic_aug.classify.draws import EpochDraws, balanced_rows, minority_rows
+from semantic_aug.classify.draws import EpochDraws, balanced_rows, curriculum_weights, minority_rows
 from semantic_aug.classify.losses import expected, make_criterion, one_hot
 from semantic_aug.classify.metrics import Meter
 from semantic_aug.datasets import load_dataset
@@ -187,15 +187,15 @@ def drawn_by(mode: str = "item", probability: float = 0.0, balanced: bool = Fals
     return SyntheticSettings(synthetic_mode=mode, synthetic_prob=probability, synthetic_balanced=balanced)
 
 
-def counted(settings, targets=None, real=40, epochs=30, batch=7, counts=None):
+def counted(settings, targets=None, real=40, epochs=30, batch=7, **options):
     """How many items of each step of some epochs are synthetic, and which."""
     targets = np.arange(12) % 3 if targets is None else targets
-    draws = EpochDraws(real, targets, settings, batch, seed=1, counts=counts)
+    draws = EpochDraws(real, targets, settings, batch, seed=1, epochs=epochs, **options)
     steps = []
     for epoch in range(epochs):
         order = draws.order(epoch)
         for step in range(draws.steps_per_epoch):
-            items = draws.batch(step, order, np.random.default_rng([epoch, step]))
+            items = draws.batch(epoch, step, order, np.random.default_rng([epoch, step]))
             assert len(items) == draws.batch_size
             steps.append(items[items >= real] - real)
     return draws, steps
@@ -245,6 +245,47 @@ def test_target_classes_are_drawn_by_the_inverse_of_their_real_images(mode):
     assert np.abs(shares - wanted).max() < 0.05
     with pytest.raises(UserError, match="--synthetic_balanced and --synthetic_draw inverse_frequency exclude"):
         SyntheticSettings(synthetic_balanced=True, synthetic_draw="inverse_frequency")
+
+
+@given(st.lists(st.sampled_from((0.1, 0.3, 0.5, 0.7, 0.9, 1.0)), min_size=1, max_size=30), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_curriculum_prefers_strong_images_first_and_none_over_the_whole_run(strengths, progress):
+    strengths = np.array(strengths)
+    weights, reverse = (curriculum_weights(strengths, p, "strong_first") for p in (progress, 1 - progress))
+    np.testing.assert_allclose(weights + reverse, 1)  # what an epoch prefers, its mirror image makes up for
+    assert weights.mean() == pytest.approx(0.5) and weights.min() > 0
+    np.testing.assert_allclose(curriculum_weights(strengths, progress, "weak_first"), reverse)
+    rising = np.diff(weights[np.argsort(strengths, kind="stable")]) * (0.5 - progress)
+    assert (rising >= -1e-12).all()
+    assert all(np.ptp(weights[strengths == s]) == 0 for s in strengths)
+
+
+@pytest.mark.parametrize("mode", ["item", "ratio", "concat"])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_share_of_strong_images_falls_over_the_epochs(mode, balanced):
+    targets, strengths = np.repeat([0, 1], [30, 10]), np.tile([0.2, 0.9], 20)
+    settings = SyntheticSettings(
+        synthetic_mode=mode, synthetic_prob=0.5, synthetic_balanced=balanced, curriculum="strength"
+    )
+    draws, steps = counted(settings, targets, epochs=300, strengths=strengths)
+    third = len(steps) // 3
+    shares = [(strengths[np.concatenate(steps[i * third :][:third])] > 0.5).mean() for i in range(3)]
+    # rank 3/4 of the strong half: its share goes from 3/4 to 1/4, so its mean over the first third is 2/3
+    np.testing.assert_allclose(shares, [2 / 3, 1 / 2, 1 / 3], atol=0.04)
+    assert (targets[np.concatenate(steps)] == 0).mean() == pytest.approx(0.5 if balanced else 0.75, abs=0.03)
+    again = EpochDraws(40, targets, settings, 7, seed=1, strengths=strengths, epochs=300)  # as a resumed run draws
+    resumed = again.batch(200, 3, again.order(200), np.random.default_rng([200, 3]))
+    assert np.array_equal(resumed[resumed >= 40] - 40, steps[200 * draws.steps_per_epoch + 3])
+
+
+def test_the_probability_goes_along_a_line():
+    _, steps = counted(SyntheticSettings(synthetic_mode="ratio", synthetic_prob="0.9:0.1"), epochs=9, batch=40)
+    assert [len(s) / 40 for s in steps] == pytest.approx([0.9 - 0.1 * epoch for epoch in range(9)])
+    assert (
+        len(counted(SyntheticSettings(synthetic_mode="ratio", synthetic_prob="0.2:1"), epochs=1, batch=40)[1][0]) == 8
+    )
+    with pytest.raises(UserError, match="epochs=N"):
+        EpochDraws(40, np.zeros(4), SyntheticSettings(synthetic_prob="0.9:0.1"), 7, seed=1)
 
 
 def test_balanced_rows_reach_every_image():

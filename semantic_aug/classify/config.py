@@ -382,6 +382,7 @@ LATER = (
     *("synthetic_draw", "augmentation", "lr_schedule", "class_weight_mean", "unmixed_epochs"),
     *("test_dataset", "shot_thresholds"),
     *("momentum", "weight_decay_on", "cutmix_per"),
+    *("curriculum", "curriculum_order"),
 )
 """Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
 FORMER = {"shot_thresholds": SHOT_THRESHOLDS}

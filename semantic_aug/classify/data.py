@@ -149,6 +149,7 @@ class TrainBatches:
         cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
         augmentation: one of ``semantic_aug.classify.config.AUGMENTATIONS``; resized crops are cut from the whole images,
             which are decoded each time.
+        epochs: of the whole training, where the draws change over them.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class TrainBatches:
         budget: int | None = None,
         cache: str = "auto",
         augmentation: str = "crop",
+        epochs: int | None = None,
     ):
         side, budget = resized_side(resolution), budget if budget is not None else int(available_memory() * RAM_SHARE)
         self.whole = augmentation == "resized_crop"
@@ -182,8 +184,9 @@ class TrainBatches:
             )
             # soft labels y = (1 - s^gamma) onehot(source) + s^gamma onehot(target)
             self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(settings.gamma, k))])
-        targets = synthetic.target if self.synthetic else None
-        self.draws = EpochDraws(len(real), targets, settings, batch_size, seed, counts=real.counts())
+        targets, strengths = (synthetic.target, synthetic.strength) if self.synthetic else (None, None)
+        options = {"counts": real.counts(), "strengths": strengths, "epochs": epochs}
+        self.draws = EpochDraws(len(real), targets, settings, batch_size, seed, **options)
         self.resolution, self.seed = resolution, seed
         self.batch_size, self.steps_per_epoch = self.draws.batch_size, self.draws.steps_per_epoch
 
@@ -210,7 +213,7 @@ class TrainBatches:
 
     def _batch(self, epoch: int, step: int, order: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = numpy_rng(self.seed, "classify", "batch", epoch, step)
-        return self._load(self.draws.batch(step, order, rng), positions, rng)
+        return self._load(self.draws.batch(epoch, step, order, rng), positions, rng)
 
     def _foregrounds(self, epoch: int, step: int, order: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = numpy_rng(self.seed, "classify", "foregrounds", epoch, step)

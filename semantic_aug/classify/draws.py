@@ -1,7 +1,9 @@
 """Which items make up the batches of stage 3: real images, and synthetic ones under the settings declared here.
 
 Three ways of using synthetic images: ``item`` replaces each item with probability p (the paper's), ``ratio`` replaces a fixed
-share p of every batch, ``concat`` runs through real and synthetic images alike, once an epoch.
+share p of every batch, ``concat`` runs through real and synthetic images alike, once an epoch. A curriculum over the
+strengths (DisCL, Liang et al. 2025, arXiv:2410.13674: strong translations, easy and far from the real images, come first)
+changes from epoch to epoch which synthetic images are drawn, and p may run along a line.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from semantic_aug.seeding import numpy_rng
 
 SYNTHETIC_DRAWS = ("images", "inverse_frequency")
 SYNTHETIC_MODES = ("item", "ratio", "concat")
+CURRICULA = ("none", "strength")
+CURRICULUM_ORDERS = ("strong_first", "weak_first")
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ class SyntheticSettings:
         metavar="G",
         help="exponent of the soft labels (1 - s^G) source + s^G target; above 0",
     )
-    synthetic_prob: float = cli.setting(
+    synthetic_prob: float | str = cli.setting(
         0.1,
-        type=cli.number(0, 1),
-        metavar="P",
-        help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]",
+        type=cli.schedule(0, 1),
+        metavar="P|P:P",
+        help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]; "
+        "FIRST:LAST changes it linearly from the first to the last epoch",
     )
     synthetic_mode: str = cli.setting(
         "item",
@@ -65,6 +70,17 @@ class SyntheticSettings:
         choices=SYNTHETIC_DRAWS,
         help="images: all synthetic images alike; inverse_frequency: a target class first, with chances in proportion to "
         "1 / (n + 1) for n real training images, then one of its synthetic images",
+    )
+    curriculum: str = cli.setting(
+        "none",
+        choices=CURRICULA,
+        help="strength: the chance of each synthetic image changes over the epochs with the rank of its strength, "
+        "linearly; over the whole run all are drawn equally often",
+    )
+    curriculum_order: str = cli.setting(
+        "strong_first",
+        choices=CURRICULUM_ORDERS,
+        help="--curriculum strength begins with strong translations (as DisCL does) or with weak ones",
     )
     target_class_num: int = cli.setting(
         0,
@@ -95,9 +111,20 @@ class SyntheticSettings:
         return self.synthetic_draw == "inverse_frequency"
 
     @property
+    def probabilities(self) -> tuple[float, float]:
+        """The chance of a synthetic item in the first and in the last epoch."""
+        first, _, last = str(self.synthetic_prob).partition(":")
+        return float(first), float(last or first)
+
+    @property
     def active(self) -> bool:
         """Whether any synthetic image is ever drawn."""
-        return self.synthetic_mode == "concat" or self.synthetic_prob > 0
+        return self.synthetic_mode == "concat" or max(self.probabilities) > 0
+
+    @property
+    def changing(self) -> bool:
+        """Whether the draws depend on how far the training is."""
+        return self.curriculum != "none" or len(set(self.probabilities)) > 1
 
 
 def balanced_rows(
@@ -122,6 +149,23 @@ def minority_rows(labels: np.ndarray, count: int, rng: np.random.Generator) -> n
     return balanced_rows(labels, count, rng)
 
 
+def curriculum_weights(strengths: np.ndarray, progress: float, order: str) -> np.ndarray:
+    """Relative chances of synthetic images ``(M,)``, between 0 and 1 and with the mean 1/2.
+
+    With r in (0, 1) the rank of an image's strength, equal strengths sharing their mean rank, the chance goes linearly
+    from r to 1 - r (``strong_first``) or from 1 - r to r. Half-way all images are alike, and over a run none is preferred.
+
+    Args:
+        strengths: ``(M,)``.
+        progress: of the training, 0 in the first and 1 in the last epoch.
+        order: one of :data:`CURRICULUM_ORDERS`.
+    """
+    _, index, sizes = np.unique(strengths, return_inverse=True, return_counts=True)
+    rank = ((np.cumsum(sizes) - sizes / 2) / len(strengths))[index]
+    strong = 1 - progress if order == "strong_first" else progress
+    return strong * rank + (1 - strong) * (1 - rank)
+
+
 class EpochDraws:
     """The items of every batch.
 
@@ -132,6 +176,11 @@ class EpochDraws:
         batch_size: items per batch; an epoch's last, smaller part is dropped unless it is all there is.
         seed: of every choice.
         counts: ``(K,)`` real training images of each class, where target classes are drawn by them.
+        strengths: ``(M,)`` of the synthetic images, for a curriculum.
+        epochs: of the whole training, over which a curriculum and a changing probability extend.
+
+    Raises:
+        UserError: the draws change over the epochs, whose number is not given.
     """
 
     def __init__(
@@ -143,8 +192,12 @@ class EpochDraws:
         seed: int,
         *,
         counts: np.ndarray | None = None,
+        strengths: np.ndarray | None = None,
+        epochs: int | None = None,
     ):
-        self.real, self.settings, self.seed = real, settings, seed
+        if settings.changing and epochs is None:
+            raise UserError("synthetic_prob FIRST:LAST and a curriculum extend over the training: give epochs=N")
+        self.real, self.settings, self.seed, self.epochs = real, settings, seed, epochs
         self.by_class = settings.synthetic_balanced or settings.inverse_frequency
         # classes evenly, or in proportion to 1 / (n + 1)
         self.class_weights = 1 / (counts + 1) if settings.inverse_frequency else None
@@ -152,20 +205,27 @@ class EpochDraws:
         self.pool = real + (len(targets) if self.targets is not None and settings.synthetic_mode == "concat" else 0)
         self.batch_size = min(batch_size, self.pool)
         self.steps_per_epoch = max(1, self.pool // self.batch_size)
+        self.strengths = strengths if self.targets is not None and settings.curriculum != "none" else None
+        self._chances: tuple[int, np.ndarray] | None = None
+
+    def _progress(self, epoch: int) -> float:
+        """How far the training is: 0 in the first and 1 in the last epoch."""
+        return epoch / (self.epochs - 1) if self.epochs is not None and self.epochs > 1 else 0.0
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's items in order: an index below ``real`` is a real image, above it a synthetic one."""
         rng = numpy_rng(self.seed, "classify", "epoch", epoch)
         items = rng.permutation(self.pool)
-        if self.pool > self.real and self.by_class:
+        if self.pool > self.real and (self.by_class or self.strengths is not None):
             synthetic = items >= self.real
-            items[synthetic] = self.real + self._synthetic_rows(int(synthetic.sum()), rng)
+            items[synthetic] = self.real + self._synthetic_rows(epoch, int(synthetic.sum()), rng)
         return items
 
-    def batch(self, step: int, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def batch(self, epoch: int, step: int, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The items of one step, indices as in :meth:`order`.
 
         Args:
+            epoch: counted from 0.
             step: within the epoch.
             order: of the epoch.
             rng: of the step.
@@ -173,20 +233,34 @@ class EpochDraws:
         items = order[step * self.batch_size : (step + 1) * self.batch_size]
         if self.targets is None or self.settings.synthetic_mode == "concat":
             return items
-        swap = self._swapped(step, len(items), rng)
+        swap = self._swapped(epoch, step, len(items), rng)
         if swap.any():
             items = items.copy()
-            items[swap] = self.real + self._synthetic_rows(int(swap.sum()), rng)
+            items[swap] = self.real + self._synthetic_rows(epoch, int(swap.sum()), rng)
         return items
 
-    def _synthetic_rows(self, count: int, rng: np.random.Generator) -> np.ndarray:
+    def _synthetic_rows(self, epoch: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        if self.strengths is not None:
+            rows = np.searchsorted(self._cumulative_chances(epoch), rng.random(count), side="right")
+            return np.minimum(rows, len(self.targets) - 1)
         if self.by_class:
             return balanced_rows(self.targets, count, rng, self.class_weights)
         return rng.integers(len(self.targets), size=count)
 
-    def _swapped(self, step: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    def _cumulative_chances(self, epoch: int) -> np.ndarray:
+        """Chances of the synthetic images under the curriculum, added up ``(M,)``."""
+        if self._chances is None or self._chances[0] != epoch:
+            chances = curriculum_weights(self.strengths, self._progress(epoch), self.settings.curriculum_order)
+            if self.by_class:  # classes as without a curriculum, the images of each by their strengths
+                chances /= np.bincount(self.targets, chances)[self.targets]
+                chances *= 1 if self.class_weights is None else self.class_weights[self.targets]
+            self._chances = epoch, np.cumsum(chances / chances.sum())
+        return self._chances[1]
+
+    def _swapped(self, epoch: int, step: int, size: int, rng: np.random.Generator) -> np.ndarray:
         """Which items of a batch are synthetic, bool ``(size,)``."""
-        p = self.settings.synthetic_prob
+        first, last = self.settings.probabilities
+        p = first + (last - first) * self._progress(epoch)
         if self.settings.synthetic_mode == "item":  # the paper's way: each item by itself
             return rng.random(size) < p
         # ratio: the fraction that a batch cannot hold is carried to the next, so that the epoch's share is p

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semantic_aug import cli, registry
-from semantic_aug.classify.draws import SYNTHETIC_MODES, EpochDraws, SyntheticSettings
+from semantic_aug.classify.draws import EpochDraws, SyntheticSettings
 from semantic_aug.classify.run import load_synthetic
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.settings import dataset_name
@@ -36,6 +37,7 @@ class SoftLabelDataset(Dataset):
         setting: which part of the training split is used.
         batch_size: items per batch, on which the draws depend; the last, smaller part of an epoch is dropped.
         seed: of the draws.
+        epochs: of the whole training, over which a curriculum and a changing probability extend.
         **synthetic: the other settings of ``train_cls.py``'s synthetic data, by the flags' names: ``syndata_dir``,
             ``syndata_key``, ``gamma``, ``synthetic_prob``, ``synthetic_mode``, ``synthetic_balanced``, ...
 
@@ -56,11 +58,12 @@ class SoftLabelDataset(Dataset):
         setting: Setting | None = None,
         batch_size: int = 32,
         seed: int = 2020,
+        epochs: int | None = None,
         config_dir: Path = registry.CONFIG_DIR,
         **synthetic,
     ):
-        chosen = {"split": split, "setting": setting, "batch_size": batch_size, "seed": seed, "config_dir": config_dir}
-        self._arguments = {"dataset": dataset, "transform": transform, **chosen, **synthetic}
+        chosen = {"split": split, "setting": setting, "batch_size": batch_size, "seed": seed, "epochs": epochs}
+        self._arguments = {"dataset": dataset, "transform": transform, "config_dir": config_dir, **chosen, **synthetic}
         settings = _settings(synthetic)
         if isinstance(dataset, str):
             dataset = load_dataset(dataset_name(dataset), setting, config_dir)
@@ -75,9 +78,9 @@ class SoftLabelDataset(Dataset):
             return
         folders = [f for key in settings.syndata_key or () for f in dataset.subsets(key, config_dir)]
         self.synthetic = load_synthetic([*folders, *(settings.syndata_dir or ())], dataset, settings)
-        targets = self.synthetic.target if self.synthetic is not None else None
-        counts = self.real.counts()
-        self.draws = EpochDraws(len(self.real), targets, settings, batch_size, seed, counts=counts)
+        images, options = self.synthetic, {"counts": self.real.counts(), "epochs": epochs}
+        targets, strengths = (images.target, images.strength) if images is not None else (None, None)
+        self.draws = EpochDraws(len(self.real), targets, settings, batch_size, seed, strengths=strengths, **options)
         self.batch_size = self.draws.batch_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -96,7 +99,7 @@ class SoftLabelDataset(Dataset):
             return np.arange(len(self.real))
         order = self.draws.order(epoch)
         rngs = (numpy_rng(self.seed, "classify", "batch", epoch, step) for step in range(self.draws.steps_per_epoch))
-        return np.concatenate([self.draws.batch(step, order, rng) for step, rng in enumerate(rngs)])
+        return np.concatenate([self.draws.batch(epoch, step, order, rng) for step, rng in enumerate(rngs)])
 
     def __len__(self) -> int:
         return self.draws.steps_per_epoch * self.batch_size if self.draws is not None else len(self.real)
@@ -124,16 +127,17 @@ class SoftLabelDataset(Dataset):
 def _settings(given: dict) -> SyntheticSettings:
     """The settings of given names and values, checked as the parser checks flags. Raises UserError: a value that the flag of
     the name refuses."""
-    for name, kind in (("syndata_key", str), ("syndata_dir", cli.path_or())):
-        value = given.get(name)
-        if value is not None:
-            values = [value] if isinstance(value, (str, Path)) else value
-            given = {**given, name: tuple(kind(str(text)) for text in values)}
-    settings = SyntheticSettings(**given)
-    if settings.synthetic_mode not in SYNTHETIC_MODES:
-        raise UserError(f"synthetic_mode '{settings.synthetic_mode}': expected one of {', '.join(SYNTHETIC_MODES)}")
-    if not 0 <= settings.synthetic_prob <= 1 or not settings.gamma > 0:
-        raise UserError(
-            f"synthetic_prob {settings.synthetic_prob:g}, gamma {settings.gamma:g}: expected a number in [0, 1] and one above 0"
-        )
-    return settings
+    for name, f in cli.settings_of(SyntheticSettings).items():
+        value, flag = given.get(name), f.metadata["flag"]
+        if value is None:
+            continue
+        if value not in flag.get("choices", [value]):
+            raise UserError(f"{name} '{value}': expected one of {', '.join(flag['choices'])}")
+        if "type" in flag:
+            several = "nargs" in flag and not isinstance(value, (str, Path))
+            try:
+                values = tuple(flag["type"](str(item)) for item in (value if several else [value]))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{name} {error}") from None
+            given = {**given, name: values if "nargs" in flag else values[0]}
+    return SyntheticSettings(**given)

@@ -143,6 +143,11 @@ def load_synthetic(
         images = images.with_targets(settings.target_class_num, dataset.source_names, seed)
     if settings.syndata_max is not None:
         images = images.at_most(settings.syndata_max, seed)
+    if settings.curriculum != "none" and len(set(images.strength.tolist())) == 1:
+        raise UserError(
+            f"--curriculum {settings.curriculum}: all synthetic images have the strength {images.strength[0]:g}; expected "
+            "several (sample_mp.py --strength_strategy uniform, or several subsets)"
+        )
     return images
 
 
@@ -166,8 +171,8 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
     class_groups([], *config.evaluation.shot_thresholds)
-    for name in ("synthetic_balanced", "target_class_num", "syndata_max"):
-        if getattr(synthetic, name) and not config.syndata:
+    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum"):
+        if getattr(synthetic, name) not in (False, 0, None, "none") and not config.syndata:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
     if loss.drw_epoch >= 0 and loss.criterion == "cb":
         raise UserError(
@@ -192,7 +197,9 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
     if keys:
         parts += ["+".join(keys).replace("#", "."), f"g{synthetic.gamma:g}"]
         parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []
-        parts += [f"p{synthetic.synthetic_prob:g}"] if synthetic.synthetic_mode != "concat" else []
+        probability = "to".join(f"{p:g}" for p in dict.fromkeys(synthetic.probabilities))
+        parts += [f"p{probability}"] if synthetic.synthetic_mode != "concat" else []
+        parts += [synthetic.curriculum_order] if synthetic.curriculum != "none" else []
         parts += ["balanced"] if synthetic.synthetic_balanced else []
         parts += ["inverse"] if synthetic.inverse_frequency else []
         parts += [f"t{synthetic.target_class_num}"] if synthetic.target_class_num else []

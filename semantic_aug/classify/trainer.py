@@ -118,6 +118,7 @@ class Trainer:
             config.seed,
             cache=config.placement.cache,
             augmentation=training.augmentation,
+            epochs=training.nepoch,
         )
         self.parts = self.processes.count * training.gradient_accumulation_steps
         self.processes.check(self.train_batches.batch_size, self.parts)

@@ -190,7 +190,7 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
         if isinstance(values, (list, tuple)):
             if len(values) not in (1, count):
                 raise UserError(
-                    f"--{name} {' '.join(f'{v:g}' for v in values)}: expected one value, or one for each of the {count} of "
+                    f"--{name} {' '.join(map(str, values))}: expected one value, or one for each of the {count} of "
                     "--examples_per_class"
                 )
             return values[index if len(values) > 1 else 0]
