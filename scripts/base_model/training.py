@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from semantic_aug.files import atomic_path
@@ -60,10 +62,18 @@ class Machine:
     device: torch.device
     compile: bool = False
 
+    @contextlib.contextmanager
     def amp(self):
-        """Context of mixed precision: bfloat16 where it saves time, which is any GPU and a CPU with instructions for it."""
-        fast = self.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+        """Context of mixed precision: bfloat16 where it saves time, which is any GPU and a CPU with instructions for it.
+
+        On a CPU attention is computed by plain matrix products: at these sizes the backward pass of torch's fused kernel
+        takes a quarter of a step (35 against 53 images per processor second at 96 px).
+        """
+        cpu = self.device.type == "cpu"
+        fast = not cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        attention = sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast), attention:
+            yield
 
     def compiled(self, function: Callable) -> Callable:
         """The function, compiled where that was asked for."""
