@@ -165,7 +165,7 @@ def schedule(low: float, high: float) -> Callable[[str], float | str]:
 
 def setting(
     default: Any = MISSING, *, help: str, type: Callable[[str], Any] | None = None, choices: Sequence[str] | None = None,
-    metavar: str | None = None, nargs: str | None = None, result: bool = True,
+    metavar: str | None = None, nargs: str | None = None, result: bool = True, absent: Any = MISSING,
 ) -> Any:  # fmt: skip
     """A dataclass field that is a flag of the same name.
 
@@ -177,10 +177,11 @@ def setting(
         metavar: stands for the value in the help.
         nargs: ``+`` for several values, kept as a tuple.
         result: False for what changes no byte of the result (devices, where to write): no part of a run's identity.
+        absent: of a setting that earlier records lack, the value that they mean; records leave it out from then on.
     """
     flag = {"type": type, "choices": choices, "metavar": metavar, "nargs": nargs}
     metadata = {"help": help, "flag": {k: v for k, v in flag.items() if v is not None}, "result": result}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={**metadata, "absent": absent})
 
 
 def setting_of(cls: builtins.type, name: str, default: Any = MISSING) -> Any:
@@ -197,6 +198,18 @@ def settings_of(cls: builtins.type) -> dict[str, Field]:
 def result_settings(cls: builtins.type) -> tuple[str, ...]:
     """Names of the settings that change a byte of the result."""
     return tuple(name for name, f in settings_of(cls).items() if f.metadata["result"])
+
+
+def absent_values(*classes: builtins.type) -> dict[str, Any]:
+    """What a record without a setting means, by name: ``absent`` of those that declare it."""
+    declared = {name: f.metadata["absent"] for cls in classes for name, f in settings_of(cls).items()}
+    return {name: value for name, value in declared.items() if value is not MISSING}
+
+
+def recorded(values: Mapping[str, Any], *classes: builtins.type) -> dict[str, Any]:
+    """Settings of these dataclasses as records keep them: all but those whose absence means the very value."""
+    absent = absent_values(*classes)
+    return {name: value for name, value in values.items() if name not in absent or value != absent[name]}
 
 
 def add_settings(

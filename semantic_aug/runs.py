@@ -166,12 +166,33 @@ def refuse_other_run(
     changed = differences(kept, arguments, (*ignored, MADE_FROM))
     if changed:
         shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
-        raise UserError(f"{folder} holds a run with other arguments ({shown}): {remedy} {flag}")
+        cause = _changed_defaults(kept, arguments)
+        raise UserError(f"{folder} holds a run with other arguments ({shown}){cause}: {remedy} {flag}")
     difference = origin.compare(kept[MADE_FROM], plain(origin.describe())) if origin else ""
     if difference:
         raise UserError(
             f"{folder} holds a run made from other data ({difference}): {remedy} {flag}, or restore what changed"
         )
+
+
+def _changed_defaults(kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Settings that differ since a recipe gave one of the values, and the flag that gives the former value again."""
+    then, now, value = _recipe_of(kept), _recipe_of(present), plain(present)
+    parts = [
+        f"; {name} is {value[name]} by {now.get(name, 'flag or default')} and was {kept[name]} by "
+        f"{then.get(name, 'flag or default')}, --{name} {kept[name]} gives the former value"
+        for name in {**then, **now}
+        if kept.get(name) is not None and kept[name] != value.get(name)
+    ]
+    return "".join(parts)
+
+
+def _recipe_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The recipe that gave a recorded value, by setting; earlier versions had a table of learning rates."""
+    name, _, values = str(record.get("recipe") or "").partition(": ")
+    recipe = {value.split()[0]: f"recipe {name}" for value in values.split(", ") if value and value != "sets nothing"}
+    source = record.get("lr_source", "--lr")
+    return recipe if source == "--lr" else {**recipe, "lr": source}
 
 
 def spoil(folder: Path, reason: str, file: str = ARGS_FILE) -> None:

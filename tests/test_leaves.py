@@ -349,6 +349,37 @@ def test_a_folder_is_claimed_once(tmp_path):
         runs.claim(tmp_path / "other", {}, "--output_dir")
 
 
+@pytest.mark.parametrize(
+    ("kept", "present", "cause"),
+    [
+        (
+            {"lr": 0.05, "lr_source": "learning_rates.yaml: cub/resnet50"},
+            {"lr": 0.02, "recipe": "default: sets nothing"},
+            "; lr is 0.02 by flag or default and was 0.05 by learning_rates.yaml: cub/resnet50, --lr 0.05 gives the former "
+            "value",
+        ),
+        (
+            {"lr": 0.02, "lr_source": "--lr"},
+            {"lr": 0.001, "recipe": "default: lr 0.001"},
+            "; lr is 0.001 by recipe default and was 0.02 by flag or default, --lr 0.02 gives the former value",
+        ),
+        (
+            {"learning_rate": 5e-5, "rank": 4, "recipe": "paper: learning_rate 5e-5, rank 4"},
+            {"learning_rate": 1e-4, "rank": 4, "recipe": "default: sets nothing"},
+            "; learning_rate is 0.0001 by flag or default and was 5e-05 by recipe paper, --learning_rate 5e-05 gives the "
+            "former value",
+        ),
+        ({"lr": 0.1, "recipe": "default: sets nothing"}, {"lr": 0.2, "recipe": "default: sets nothing"}, ""),
+    ],
+)
+def test_a_refused_run_says_which_recipe_gave_it_other_values(tmp_path, kept, present, cause):
+    runs.claim(tmp_path / "run", kept, "--output_dir")
+    with pytest.raises(UserError) as error:
+        runs.claim(tmp_path / "run", present, "--output_dir", ("recipe", "lr_source"))
+    assert f"{cause}: nothing was touched; choose another --output_dir" in str(error.value)
+    assert bool(cause) == ("former" in str(error.value))
+
+
 def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):
     class Weights:
         def __init__(self, name):

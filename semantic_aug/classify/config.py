@@ -104,13 +104,17 @@ class TrainSettings:
     augmentation: str = cli.setting(
         "crop",
         choices=AUGMENTATIONS,
+        absent="crop",
         help="crop: random windows, 7/8 wide, of the image resized to a square; resized_crop: windows of 0.08 to 1 of the "
         "image's area, resized, and brightness, contrast and saturation changed by up to 0.4, evaluation then keeping the "
         "aspect ratio; both are mirrored at random",
     )
     optimizer: str = cli.setting("sgd", choices=tuple(DEFAULT_LR), help="optimiser: SGD with momentum 0.9, or AdamW")
     momentum: str = cli.setting(
-        "nesterov", choices=("nesterov", "plain"), help="SGD's momentum: Nesterov's, or plain (Polyak's)"
+        "nesterov",
+        choices=("nesterov", "plain"),
+        absent="nesterov",
+        help="SGD's momentum: Nesterov's, or plain (Polyak's)",
     )
     lr: float | None = cli.setting(
         None,
@@ -122,6 +126,7 @@ class TrainSettings:
     weight_decay_on: str = cli.setting(
         "weights",
         choices=("weights", "all"),
+        absent="weights",
         help="what decays: weights (not biases and normalisation), or all parameters",
     )
     warmup_epochs: float = cli.setting(
@@ -133,6 +138,7 @@ class TrainSettings:
     lr_schedule: str = cli.setting(
         "cosine",
         choices=LR_SCHEDULES,
+        absent="cosine",
         help="learning rate after the warm-up; cosine: down to 0; scaled_cosine: of the whole run, and the warm-up multiplies "
         "it; step: divided by 100 once 0.8 and by 10,000 once 0.9 of the "
         "epochs are done, as in LDAM-DRW's code",
@@ -211,6 +217,7 @@ class LossSettings:
     class_weight_mean: str = cli.setting(
         "images",
         choices=CLASS_WEIGHT_MEANS,
+        absent="images",
         help="divisor of a batch's class-weighted losses, --criterion cb or --drw_epoch; images: their number; weights: the "
         "sum of their class weights, as LDAM-DRW and PyTorch divide",
     )
@@ -230,6 +237,7 @@ class EvaluationSettings:
         None,
         type=dataset_name,
         metavar="NAME",
+        absent=None,
         help="test on the test images of another data set, its classes matched by name, and report its groups: waterbird for "
         "a model of cub (default: the data set's own test images)",
     )
@@ -238,6 +246,7 @@ class EvaluationSettings:
         nargs=2,
         type=cli.whole(0),
         metavar="N",
+        absent=SHOT_THRESHOLDS,
         help="results by class frequency: many-shot classes have more training images than the first number, few-shot "
         "classes fewer than the second (default: by data set, 20 5 for cub, 30 10 for flower, 100 20 for others)",
     )
@@ -352,7 +361,7 @@ class ClassifyConfig:
             "loss": _recorded(self.loss) | {"smoothing": self.loss.label_smoothing},
             "mixing": {f"{kind}_alpha": mixing.alphas.get(kind, 0.0) for kind in ("mixup", "cutmix", "cmo")}
             | {"probability": mixing.mix_prob}
-            | {name: value for name, value in _recorded(mixing).items() if name in LATER},
+            | _recorded(mixing),
             **_recorded(self.evaluation),
             **_recorded(self.placement),
             "device": self.device,
@@ -375,18 +384,9 @@ GROUPS = {
 NOT_RECORDED = (
     *("syndata_key", "syndata_dir", "gpu"),  # but the folders and the device that they name
     *("synthetic_mode", "synthetic_prob", "synthetic_balanced"),  # but what is in effect, as ``draws``
+    *("use_cutmix", "use_mixup", "use_cmo", "cutmix_alpha", "mixup_alpha", "mix_prob"),  # the same, as ``mixing``
     *("seeds", "allow_other_sources"),
 )
-
-LATER = (
-    *("synthetic_draw", "augmentation", "lr_schedule", "class_weight_mean", "unmixed_epochs"),
-    *("test_dataset", "shot_thresholds"),
-    *("momentum", "weight_decay_on", "cutmix_per"),
-    *("curriculum", "curriculum_order"),
-)
-"""Settings that earlier versions did not have: recorded where they differ from the default, which absence stands for."""
-FORMER = {"shot_thresholds": SHOT_THRESHOLDS}
-"""Values that earlier versions had where the default follows from other settings now."""
 
 BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")
 """Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
@@ -401,9 +401,8 @@ MAY_CHANGE = (
 
 def _recorded(settings: object) -> dict:
     """A group's settings under the names that records have for them."""
-    fields = {name: f.default for name, f in cli.settings_of(type(settings)).items() if name not in NOT_RECORDED}
-    values = {name: getattr(settings, name) for name in fields}
-    values = {n: v for n, v in values.items() if n not in LATER or v not in (fields[n], FORMER.get(n, fields[n]))}
+    names = [name for name in cli.settings_of(type(settings)) if name not in NOT_RECORDED]
+    values = cli.recorded({name: getattr(settings, name) for name in names}, type(settings))
     return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
 
 

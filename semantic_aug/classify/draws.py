@@ -68,18 +68,21 @@ class SyntheticSettings:
     synthetic_draw: str = cli.setting(
         "images",
         choices=SYNTHETIC_DRAWS,
+        absent="images",
         help="images: all synthetic images alike; inverse_frequency: a target class first, with chances in proportion to "
         "1 / (n + 1) for n real training images, then one of its synthetic images",
     )
     curriculum: str = cli.setting(
         "none",
         choices=CURRICULA,
+        absent="none",
         help="strength: the chance of each synthetic image changes over the epochs with the rank of its strength, "
         "linearly; over the whole run all are drawn equally often",
     )
     curriculum_order: str = cli.setting(
         "strong_first",
         choices=CURRICULUM_ORDERS,
+        absent="strong_first",
         help="--curriculum strength begins with strong translations (as DisCL does) or with weak ones",
     )
     target_class_num: int = cli.setting(

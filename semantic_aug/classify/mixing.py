@@ -43,6 +43,7 @@ class MixSettings:
     cutmix_per: str = cli.setting(
         "batch",
         choices=("batch", "item"),
+        absent="batch",
         help="batch: one box for the whole batch; item: each image with chance --mix_prob, in a box of its own",
     )
     unmixed_epochs: tuple[int, int] = cli.setting(
@@ -50,6 +51,7 @@ class MixSettings:
         nargs=2,
         type=cli.whole(0),
         metavar="N",
+        absent=(0, 0),
         help="epochs without mixing at the start and at the end of the run; CMO's authors: 4 3 (default: 0 0)",
     )
 

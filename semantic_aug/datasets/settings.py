@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from semantic_aug import cli
 from semantic_aug.datasets.readers.hub import parse_id
@@ -18,20 +16,6 @@ PROFILES = ("exponential", "original")
 """How the long tail falls off: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
 NOISE_CLASSES = ("others", "all")
 """Classes that a noisy label is drawn from: see :func:`semantic_aug.datasets.subsets.corrupt_labels`."""
-
-YOUNGER = {"split": "official", "corrupt_classes": "others"}
-"""Settings that earlier versions did not have, with the values that their records mean."""
-
-
-def without_younger(settings: Mapping[str, Any], **younger: Any) -> dict[str, Any]:
-    """Settings as records of earlier versions hold them: those of :data:`YOUNGER` only where they have another value.
-
-    Args:
-        settings: name -> value.
-        younger: further settings that the earlier records lack, with the values that these mean.
-    """
-    younger = {**YOUNGER, **younger}
-    return {name: value for name, value in settings.items() if name not in younger or value != younger[name]}
 
 
 def dataset_name(text: str) -> str:
@@ -107,12 +91,14 @@ class Setting:
     corrupt_classes: str = cli.setting(
         "others",
         choices=NOISE_CLASSES,
+        absent="others",
         help="label noise: classes that the new label is drawn from; others: all but the true one; all: the true one as "
         "well, so that (K - 1) / K of the replaced labels are wrong",
     )
     split: str = cli.setting(
         "official",
         choices=SOURCE_SPLITS,
+        absent="official",
         help="official: the data set's split; half: a random half of each class for training and the rest for testing, as the "
         "Diff-Mix authors split flower and caltech; keep it the same in all three stages",
     )
@@ -139,8 +125,8 @@ class Setting:
             raise UserError(f"--corrupt_prob {self.corrupt_prob}: expected a number in [0, 1]")
 
     def record(self) -> dict:
-        """Values by name; those that records of earlier versions lack only where they are not the default."""
-        return without_younger(asdict(self))
+        """Values by name, as :func:`semantic_aug.cli.recorded` keeps them."""
+        return cli.recorded(asdict(self), Setting)
 
     @property
     def suffix(self) -> str:

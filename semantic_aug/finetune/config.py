@@ -323,17 +323,13 @@ class FinetuneConfig:
 
     def record(self, processes: int = 1) -> dict:
         """What ``args.yaml`` keeps of a run on so many processes."""
-        settings = {
-            RECORDED_AS.get(name, name): getattr(getattr(self, group), name)
-            for group, cls in GROUPS.items()
-            for name in cli.settings_of(cls)
-            if name not in NOT_RECORDED
-        }
+        values = {n: getattr(getattr(self, group), n) for group, cls in GROUPS.items() for n in cli.settings_of(cls)}
+        settings = cli.recorded({n: v for n, v in values.items() if n not in NOT_RECORDED}, *GROUPS.values())
         return {
             "dataset": self.dataset,
             "setting": self.setting.record(),
             "recipe": self.run.recipe,
-            **settings,
+            **{RECORDED_AS.get(name, name): value for name, value in settings.items()},
             "random_flip": not self.images.no_flip,
             "class_balanced": self.class_balanced,
             "seed": self.seed,

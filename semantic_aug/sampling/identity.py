@@ -54,8 +54,6 @@ FOLLOWS = ("images", "plan_sha256")
 """Values that differ only where another one does; named where nothing else explains the difference."""
 RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 """Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
-YOUNGER = {"pairing": "balanced"}
-"""Settings that earlier versions did not have and record, with the values they have in what those made."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
 
 
@@ -326,10 +324,11 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The compared part of a record; a setting that is younger than the record has its default."""
+    """The compared part of a record, with what the absence of a setting means."""
     retired = (name for name, value in RETIRED.items() if record.get(name) == value)
     left_out = {ARGUMENTS, MADE_WITH, RUNS, LICENSE, *retired}
-    return {**YOUNGER, **{name: value for name, value in record.items() if name not in left_out}}
+    absent = cli.absent_values(ImageSettings, SolverSettings)
+    return {**absent, **{name: value for name, value in record.items() if name not in left_out}}
 
 
 def _warn_of_versions(folder: Path, record: Mapping[str, Any]) -> None:

@@ -89,6 +89,7 @@ class ImageSettings:
     pairing: str = cli.setting(
         "balanced",
         choices=PAIRINGS,
+        absent="balanced",
         help="targets of the *-mix strategies; balanced: every class equally often, and never the source's own where that "
         "can be avoided; independent: drawn uniformly for each image, own class included, as the Diff-Mix authors' code does",
     )

@@ -20,7 +20,7 @@ from semantic_aug.classify import config as classify
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.settings import DatasetName, without_younger
+from semantic_aug.datasets.settings import DatasetName
 from semantic_aug.datasets.subsets import few_shot
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
@@ -190,7 +190,8 @@ def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, P
     default = f"outputs/headroom/{dataset.name}{suffix}"
     folder = registry.resolve_path(settings.output_dir or default)
     record = {"dataset": dataset.name}
-    record |= without_younger({name: getattr(settings, name) for name in cli.result_settings(HeadroomSettings)})
+    results = {name: getattr(settings, name) for name in cli.result_settings(HeadroomSettings)}
+    record |= cli.recorded(results, HeadroomSettings)
     weights = lambda: {"weights": weights_identity(settings.model, settings.weights)}  # noqa: E731
     origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
     with files.no_trace(folder, (runs.ARGS_FILE,)):

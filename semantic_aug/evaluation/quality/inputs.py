@@ -13,7 +13,7 @@ import numpy as np
 
 from semantic_aug import cli, meta_csv, registry
 from semantic_aug.classify.config import SyntheticSettings
-from semantic_aug.datasets.settings import DatasetName, Setting, add_shared, without_younger
+from semantic_aug.datasets.settings import DatasetName, Setting, add_shared
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 
@@ -221,7 +221,9 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     subsets = open_subsets(cli.read_settings(SubsetSettings, args), dataset, args.config_dir)
     names = [name for cls in (*COMMON, *classes) for name in cli.result_settings(cls) if hasattr(args, name)]
-    record = without_younger({name: getattr(args, name) for name in names}, corrupt_prob=0.0)
+    record = cli.recorded({name: getattr(args, name) for name in names}, *COMMON, *classes)
+    if not args.corrupt_prob:
+        del record["corrupt_prob"]  # records of these commands, other than those of the stages, may lack it
     return Inputs(dataset, subsets, models, record)
 
 
