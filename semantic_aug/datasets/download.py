@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import shutil
 import socket
@@ -46,7 +45,7 @@ def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) ->
     if spec.torchvision is None:
         return catalog.load_dataset(word, config_dir=config_dir).describe(), ""
     folder = download_official(spec, registry.resolve_path(root or ROOT))
-    splits = importlib.import_module(f"semantic_aug.datasets.sets.{spec.name}").read_official(folder)
+    splits = spec.read_official(folder)
     counts = ", ".join(f"{split} {len(table)}" for split, table in splits.items())
     line = f"{spec.name}: {len(splits['train'].class_names)} classes, images: {counts}"
     return line, f"export {spec.variables[0]}={folder}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
@@ -31,6 +32,7 @@ class DatasetSpec:
     Attributes:
         name: the word given to ``--dataset``; it also names the registry section and the output folders.
         read: returns the splits the source has, a subset of :data:`SPLITS` that contains ``train``.
+        read_official: the same from the folder of an unpacked official download.
         read_half: the same under ``--split half``, for data sets that the Diff-Mix authors split so themselves.
         super_class: what every class is a kind of ("bird"); appended to the class in prompts. May be empty.
         class_name_rules: clean-up of the source's class names for prompts (:data:`semantic_aug.prompts.RULES`).
@@ -38,8 +40,8 @@ class DatasetSpec:
         license: of the images.
         citation: who to cite.
         homepage: where to get it.
-        hub: hub ids it is read from where no local copy is named.
-        variables: environment variables that name local copies.
+        hub: hub ids of the training and of the test split, or one id of both, read where no local copy is named.
+        hub_test_split: the hub's name of the test split.
         group_names: meaning of the values of the tables' ``group`` column, where they have one.
         torchvision: class of ``torchvision.datasets`` that downloads the official files, and the folder it makes of them.
         shot_thresholds: what :data:`SHOT_THRESHOLDS` are where results on the data set are published with others.
@@ -56,13 +58,21 @@ class DatasetSpec:
     citation: str = ""
     homepage: str = ""
     hub: tuple[str, ...] = ()
-    variables: tuple[str, ...] = ()
+    hub_test_split: str = "test"
     group_names: tuple[str, ...] = ()
     torchvision: tuple[str, str] | None = None
     shot_thresholds: tuple[int, int] = SHOT_THRESHOLDS
+    read_official: Callable[[Path], Splits] | None = None
     read_half: Callable[[], Splits] | None = None
     about: str = ""
     former_name: str = ""
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables that name copies: ``{NAME}_ROOT`` the unpacked official download and, of a data set of
+        the hub, ``{NAME}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR`` copies in the hub's format."""
+        names = ("ROOT", *(f"HUG_LOCAL_IMAGE_{split}_DIR" for split in ("TRAIN", "TEST") if self.hub))
+        return tuple(f"{self.name.upper()}_{name}" for name in names if self.read_official)
 
 
 def split_of(name: str) -> str | None:

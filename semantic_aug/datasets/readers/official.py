@@ -11,7 +11,7 @@ classes of Pet (``american_bulldog`` becomes ``American Bulldog``), and a damage
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ from semantic_aug.datasets.readers.hub import HubSplit, read_hub
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable, below, table_of_files
 from semantic_aug.errors import UserError
-
-
-def variables(dataset: str, hub: bool = True) -> tuple[str, ...]:
-    """The environment variables that name copies: ``{DATASET}_ROOT`` the unpacked official download, and, with ``hub``,
-    ``{DATASET}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR`` copies in the hub's format."""
-    copies = [f"{dataset.upper()}_HUG_LOCAL_IMAGE_{split}_DIR" for split in ("TRAIN", "TEST")] if hub else []
-    return (f"{dataset.upper()}_ROOT", *copies)
 
 
 def chosen_root(spec: DatasetSpec) -> Path | None:
@@ -59,31 +52,25 @@ def required_root(spec: DatasetSpec) -> Path:
     return root
 
 
-def official_or_hub(
-    spec: DatasetSpec,
-    read_official: Callable[[Path], Splits],
-    copies: Sequence[str | None],
-    test_split: str = "test",
-) -> Splits:
-    """The official download where its variable is set, else local copies in the hub's format, else the hub.
+def read(spec: DatasetSpec, *copies: str | None) -> Splits:
+    """The official download where its variable is set, else copies in the hub's format, else the hub.
 
     Args:
-        spec: ``hub`` holds the ids of the training and of the test split, or one id of both.
-        read_official: reads the official download.
-        copies: local copies of the training and the test split, or None; environment variables take precedence.
-        test_split: the hub's name of the test split.
+        spec: whose ``read_official`` reads the download.
+        copies: local copies of the hub's training and test split, or None; environment variables take precedence.
     """
-    root = chosen_root(spec)
+    root = chosen_root(spec) if spec.hub else required_root(spec)
     if root is not None:
-        return read_official(root)
+        return spec.read_official(root)
+    variable, *others = spec.variables
     remedy = (
-        f"set {spec.variables[0]} to the unpacked official download ({spec.homepage}), or {spec.variables[1]} and "
-        f"{spec.variables[2]} to local copies of {' and '.join(spec.hub)}"
+        f"set {variable} to the unpacked official download ({spec.homepage}), or {' and '.join(others)} to local copies of "
+        f"{' and '.join(spec.hub)}"
     )
-    local = [os.environ.get(name) or copy for name, copy in zip(spec.variables[1:], copies, strict=True)]
+    train, test = (os.environ.get(name) or copy for name, copy in zip(others, copies, strict=True))
     splits = {
-        "train": HubSplit(spec.hub[0], "train", local[0], remedy),
-        "test": HubSplit(spec.hub[-1], "test" if local[1] else test_split, local[1], remedy),
+        "train": HubSplit(spec.hub[0], "train", train, remedy),
+        "test": HubSplit(spec.hub[-1], "test" if test else spec.hub_test_split, test, remedy),
     }
     return read_hub(splits, image_column="image", label_column="label")
 

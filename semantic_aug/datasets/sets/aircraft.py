@@ -22,11 +22,6 @@ HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
 
-def read() -> Splits:
-    """The photographs labelled by variant."""
-    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
-
-
 def read_official(root: Path) -> Splits:
     """The official lists: ``data/variants.txt`` and ``data/images_variant_{train,val,test}.txt``."""
     data = official.part(root, "data/variants.txt", "variants.txt").parent
@@ -47,14 +42,14 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="aircraft",
-    read=read,
+    read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
+    read_official=read_official,
     super_class="aircraft",
     class_name_rules=("underscores", "slashes"),
     license="non-commercial research",
     citation="Maji et al., Fine-Grained Visual Classification of Aircraft, arXiv:1306.5151",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
     hub=("Multimodal-Fatima/FGVC_Aircraft_train", "Multimodal-Fatima/FGVC_Aircraft_test"),
-    variables=official.variables("aircraft"),
     torchvision=("FGVCAircraft", "fgvc-aircraft-2013b"),
     about=__doc__,
 )

@@ -26,11 +26,6 @@ TRAIN_PER_CLASS = 30
 SPLIT_SEED = 0
 
 
-def read() -> Splits:
-    """30 training images of each class, and the rest."""
-    return read_official(official.required_root(SPEC))
-
-
 def read_half() -> Splits:
     """The Diff-Mix authors' split."""
     return halves(read_classes(official.required_root(SPEC)), round_up=True)
@@ -60,13 +55,13 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="caltech",
-    read=read,
+    read=lambda: official.read(SPEC),
+    read_official=read_official,
     read_half=read_half,
     super_class="",
     class_name_rules=("underscores",),
     license="CC BY 4.0",
     citation="Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, CVPR Workshop 2004",
     homepage="https://data.caltech.edu/records/mzrjq-6wc02",
-    variables=official.variables("caltech", hub=False),
     about=__doc__,
 )

@@ -24,11 +24,6 @@ HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
 
-def read() -> Splits:
-    """The photographs labelled by make, model and year."""
-    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
-
-
 def read_official(root: Path) -> Splits:
     """The official annotations, in whichever of the two layouts is found."""
     if (root / "cars_annos.mat").exists():
@@ -78,13 +73,13 @@ def _table(names: list[str], rows: np.ndarray, files: list[str], images: Path, w
 
 SPEC = DatasetSpec(
     name="car",
-    read=read,
+    read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
+    read_official=read_official,
     super_class="car",
     class_name_rules=("underscores", "slashes"),
     license="non-commercial research",
     citation="Krause et al., 3D Object Representations for Fine-Grained Categorization, 3dRR 2013",
     homepage="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
     hub=("Multimodal-Fatima/StanfordCars_train", "Multimodal-Fatima/StanfordCars_test"),
-    variables=official.variables("car"),
     about=__doc__,
 )

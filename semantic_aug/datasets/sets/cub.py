@@ -23,11 +23,6 @@ HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
 
-def read() -> Splits:
-    """The 5,994 training and 5,794 test photographs."""
-    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
-
-
 def read_official(root: Path) -> Splits:
     """The official lists: ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt``, ``bounding_boxes.txt``."""
     root = official.part(root, "images.txt", "CUB_200_2011/images.txt").parent
@@ -62,14 +57,14 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="cub",
-    read=read,
+    read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
+    read_official=read_official,
     super_class="bird",
     class_name_rules=("strip_number", "underscores"),
     license="non-commercial research and education",
     citation="Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, CNS-TR-2011-001",
     homepage="https://www.vision.caltech.edu/datasets/cub_200_2011/",
     hub=("Multimodal-Fatima/CUB_train", "Multimodal-Fatima/CUB_test"),
-    variables=official.variables("cub"),
     shot_thresholds=(20, 5),
     about=__doc__,
 )

@@ -15,11 +15,6 @@ from semantic_aug.errors import UserError
 NUM_CLASSES = 120
 
 
-def read() -> Splits:
-    """The official split."""
-    return read_official(official.required_root(SPEC))
-
-
 def read_official(root: Path) -> Splits:
     """The official lists: ``train_list.mat`` and ``test_list.mat`` with ``file_list`` and ``labels``."""
     splits = {}
@@ -45,12 +40,12 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="dog",
-    read=read,
+    read=lambda: official.read(SPEC),
+    read_official=read_official,
     super_class="dog",
     class_name_rules=("strip_wordnet", "underscores"),
     license="non-commercial research (the photographs are ImageNet's)",
     citation="Khosla et al., Novel Dataset for Fine-Grained Image Categorization, FGVC 2011",
     homepage="http://vision.stanford.edu/aditya86/ImageNetDogs/",
-    variables=official.variables("dog", hub=False),
     about=__doc__,
 )

@@ -49,11 +49,6 @@ CLASS_NAMES = tuple(
 )
 
 
-def read() -> Splits:
-    """The official split, or the hub's."""
-    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
-
-
 def read_labels(root: Path) -> tuple[Path, np.ndarray]:
     """``imagelabels.mat``, and what it holds: the label of ``image_00001.jpg`` and on, counted from 0."""
     file = official.part(root, "imagelabels.mat")
@@ -93,7 +88,8 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="flower",
-    read=read,
+    read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
+    read_official=read_official,
     read_half=read_half,
     super_class="flower",
     class_name_rules=("underscores",),
@@ -101,7 +97,6 @@ SPEC = DatasetSpec(
     citation="Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
     hub=("nelorth/oxford-flowers",),
-    variables=official.variables("flower"),
     torchvision=("Flowers102", "flowers-102"),
     shot_thresholds=(30, 10),
     about=__doc__,

@@ -19,13 +19,6 @@ HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 
 
-def read() -> Splits:
-    """The official split."""
-    return official.official_or_hub(
-        SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR), "validation"
-    )
-
-
 def read_official(root: Path) -> Splits:
     """The official lists: ``meta/classes.txt``, ``meta/train.txt`` and ``meta/test.txt``, "class/image"."""
     root = official.part(root, "meta/classes.txt", "food-101/meta/classes.txt").parents[1]
@@ -49,14 +42,15 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="food",
-    read=read,
+    read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
+    read_official=read_official,
     super_class="food",
     class_name_rules=("underscores",),
     license="the photographs are Foodspotting's; research use",
     citation="Bossard et al., Food-101: Mining Discriminative Components with Random Forests, ECCV 2014",
     homepage="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
     hub=("ethz/food101",),
-    variables=official.variables("food"),
+    hub_test_split="validation",
     torchvision=("Food101", "food-101"),
     about=__doc__,
 )

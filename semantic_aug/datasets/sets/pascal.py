@@ -26,11 +26,6 @@ CLASS_NAMES = (
 ).split()
 
 
-def read() -> Splits:
-    """The images of the segmentation lists."""
-    return read_official(official.required_root(SPEC))
-
-
 def read_official(root: Path) -> Splits:
     """The lists ``ImageSets/Segmentation/{train,val}.txt`` (``Main`` where there is no such folder) and annotations."""
     lists = official.part(root, "ImageSets/Segmentation", "ImageSets/Main", "VOCdevkit/VOC2012/ImageSets/Segmentation")
@@ -76,14 +71,14 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 SPEC = DatasetSpec(
     name="pascal",
-    read=read,
+    read=lambda: official.read(SPEC),
+    read_official=read_official,
     super_class="",
     class_name_rules=(),
     class_name_overrides=ORIGINAL_NAMES["pascal"],
     license="the photographs are Flickr's, under its terms of use",
     citation="Everingham et al., The PASCAL Visual Object Classes (VOC) Challenge, IJCV 2010",
     homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-    variables=official.variables("pascal", hub=False),
     torchvision=("VOCSegmentation", "VOCdevkit/VOC2012"),
     about=__doc__,
 )

@@ -21,11 +21,6 @@ HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
 NUM_CLASSES = 37
 
 
-def read() -> Splits:
-    """The official split (``trainval`` is train)."""
-    return official.official_or_hub(SPEC, read_official, (HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR))
-
-
 def read_official(root: Path) -> Splits:
     """The official lists: ``annotations/trainval.txt`` and ``annotations/test.txt``, "image class species breed"."""
     lists = {"train": root / "annotations" / "trainval.txt", "test": root / "annotations" / "test.txt"}
@@ -53,14 +48,14 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="pet",
-    read=read,
+    read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
+    read_official=read_official,
     super_class="animal",
     class_name_rules=("underscores",),
     license="CC BY-SA 4.0",
     citation="Parkhi et al., Cats and Dogs, CVPR 2012",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/pets/",
     hub=("timm/oxford-iiit-pet",),
-    variables=official.variables("pet"),
     torchvision=("OxfordIIITPet", "oxford-iiit-pet"),
     about=__doc__,
 )

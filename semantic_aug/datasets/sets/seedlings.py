@@ -23,11 +23,6 @@ TRAIN, VAL = 70, 15
 """Shares of each species in per cent; the rest is test."""
 
 
-def read() -> Splits:
-    """The three splits."""
-    return read_official(official.required_root(SPEC))
-
-
 def read_official(root: Path) -> Splits:
     """One folder for each species, or folders of splits."""
     if (root / "train").is_dir() and (root / "test").is_dir() and any(p.is_dir() for p in (root / "test").iterdir()):
@@ -55,13 +50,13 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="seedlings",
-    read=read,
+    read=lambda: official.read(SPEC),
+    read_official=read_official,
     super_class="seedling",
     class_name_rules=("underscores",),
     license="CC BY-SA 4.0",
     citation="Giselsson et al., A Public Image Database for Benchmark of Plant Seedling Classification Algorithms, "
     "arXiv:1711.05458, 2017",
     homepage="https://vision.eng.au.dk/plant-seedlings-dataset/",
-    variables=official.variables("seedlings", hub=False),
     about=__doc__,
 )

@@ -23,11 +23,6 @@ FIRST_VAL, FIRST_TEST = 5136, 5469
 """Numbers of the first files of the validation and the test split."""
 
 
-def read() -> Splits:
-    """The three splits."""
-    return read_official(official.required_root(SPEC))
-
-
 def read_official(root: Path) -> Splits:
     """The official folders, or folders of splits."""
     if (root / "train").is_dir():
@@ -48,13 +43,13 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="signs",
-    read=read,
+    read=lambda: official.read(SPEC),
+    read_official=read_official,
     super_class="hand",
     class_name_rules=("underscores",),
     license="Apache-2.0",
     citation="Mavi, A New Dataset and Proposed Convolutional Neural Network Architecture for Classification of American "
     "Sign Language Digits, arXiv:2011.08927, 2020",
     homepage="https://github.com/ardamavi/Sign-Language-Digits-Dataset",
-    variables=official.variables("signs", hub=False),
     about=__doc__,
 )

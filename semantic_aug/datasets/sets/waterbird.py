@@ -22,11 +22,6 @@ GROUPS = ("land bird on land", "land bird on water", "water bird on land", "wate
 COLUMNS = ("img_filename", "y", "split", "place")
 
 
-def read() -> Splits:
-    """The official split, labelled by species."""
-    return read_official(official.required_root(SPEC))
-
-
 def read_official(root: Path) -> Splits:
     """``metadata.csv``: ``img_filename`` (species/file), ``y`` (1: water bird), ``split`` (0, 1, 2), ``place`` (1: water)."""
     file = official.part(root, "metadata.csv", "waterbird_complete95_forest2water2/metadata.csv")
@@ -58,13 +53,13 @@ def read_official(root: Path) -> Splits:
 
 SPEC = DatasetSpec(
     name="waterbird",
-    read=read,
+    read=lambda: official.read(SPEC),
+    read_official=read_official,
     super_class="bird",
     class_name_rules=("strip_number", "underscores"),
     license="non-commercial research (CUB's birds, Places' backgrounds)",
     citation="Sagawa et al., Distributionally Robust Neural Networks for Group Shifts, ICLR 2020",
     homepage="https://github.com/kohpangwei/group_DRO",
-    variables=official.variables("waterbird", hub=False),
     group_names=GROUPS,
     about=__doc__,
 )
