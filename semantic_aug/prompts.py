@@ -74,37 +74,13 @@ def class_token(index: int, vector: int = 0) -> str:
     return f"<class_{index}>" if vector == 0 else f"<class_{index}_{vector}>"
 
 
-def _strip_number(name: str) -> str:
-    return re.sub(r"^\d+[._\-\s]+", "", name)
-
-
-def _strip_wordnet(name: str) -> str:
-    return re.sub(r"^n\d{8}-", "", name)
-
-
-def _underscores(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _hyphens(name: str) -> str:
-    return name.replace("-", " ")
-
-
-def _slashes(name: str) -> str:
-    return re.sub(r"\s*/\s*", " or ", name)
-
-
-def _lower(name: str) -> str:
-    return name.lower()
-
-
-RULES = {
-    "strip_number": _strip_number,
-    "strip_wordnet": _strip_wordnet,
-    "underscores": _underscores,
-    "hyphens": _hyphens,
-    "slashes": _slashes,
-    "lower": _lower,
+RULES: dict[str, Callable[[str], str]] = {
+    "strip_number": lambda name: re.sub(r"^\d+[._\-\s]+", "", name),
+    "strip_wordnet": lambda name: re.sub(r"^n\d{8}-", "", name),
+    "underscores": lambda name: name.replace("_", " "),
+    "hyphens": lambda name: name.replace("-", " "),
+    "slashes": lambda name: re.sub(r"\s*/\s*", " or ", name),
+    "lower": str.lower,
 }
 """Clean-up rules by name, applied in the order a data set lists them."""
 

@@ -15,6 +15,8 @@ from typing import Any
 from semantic_aug import yaml_files
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.files import locked
+from semantic_aug.yaml_files import read as read_yaml
+from semantic_aug.yaml_files import to_text as to_yaml  # noqa: F401 (a block to print and paste)
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 CONFIG_DIR = REPO_ROOT / "config"
@@ -73,18 +75,6 @@ class CheckpointEntry:
     model_path: str
     lora_path: Path | None
     embed_path: Path | None
-
-
-def read_yaml(path: Path, typed: bool = False) -> dict[str, Any]:
-    """A YAML file's mapping; an absent or empty file is an empty one. Names are text as written, empty fields are None.
-
-    Args:
-        typed: numbers and truth values become such; otherwise every value is text, too.
-
-    Raises:
-        UserError: damaged, not UTF-8, not a mapping, or a name written twice; names the file and the line.
-    """
-    return yaml_files.read(path, typed)
 
 
 def config_folder(text: str) -> Path:
@@ -249,11 +239,6 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
             "expected a folder or a list of folders"
         )
     return [f"{item.partition('#')[0]}#{variant}" for item in listed] if variant else listed
-
-
-def to_yaml(block: Mapping) -> str:
-    """A block of YAML to print and paste."""
-    return yaml_files.to_text(block)
 
 
 def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> bool:

@@ -101,7 +101,9 @@ def claim(
     flag: str,
     ignored: Sequence[str] = (),
     file: str = ARGS_FILE,
+    *,
     origin: Origin | None = None,
+    dry_run: bool = False,
 ) -> bool:
     """Takes a folder for a run with these arguments, or finds that it belongs to one.
 
@@ -112,6 +114,7 @@ def claim(
         ignored: arguments that may differ between the first start and a restart.
         file: where in the folder the arguments are kept.
         origin: data and weights, kept as ``made_from`` beside the arguments.
+        dry_run: write nothing.
 
     Returns:
         True when the folder already holds a run with the same arguments and origin, False when it is new.
@@ -120,28 +123,14 @@ def claim(
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
             resumed, or other files.
     """
-    if belongs(folder, arguments, flag, ignored, file, origin=origin):
-        return True
-    made_from = {MADE_FROM: origin.describe()} if origin else {}
-    write_text(folder / file, arguments_text({**arguments, **made_from}))
-    return False
-
-
-def belongs(
-    folder: Path,
-    arguments: Mapping[str, Any],
-    flag: str,
-    ignored: Sequence[str] = (),
-    file: str = ARGS_FILE,
-    *,
-    origin: Origin | None = None,
-) -> bool:
-    """Whether a folder already holds the run that :func:`claim` would take it for; False where it is free. Writes nothing."""
     if load_arguments(folder, file) is not None:
         refuse_other_run(folder, arguments, flag, ignored, file, origin=origin)
         return True
-    if folder.exists() and any(not name.name.startswith(".") for name in folder.iterdir()):
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
+    if not dry_run:
+        made_from = {MADE_FROM: origin.describe()} if origin else {}
+        write_text(folder / file, arguments_text({**arguments, **made_from}))
     return False
 
 

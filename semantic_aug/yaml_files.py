@@ -21,12 +21,6 @@ from semantic_aug.files import atomic_path
 NULLS = ("", "~", "null", "Null", "NULL")
 _PLAIN = re.compile(r"([A-Za-z_./]|[0-9]+[g-np-wyzG-NP-WYZ])[\w./+-]*", re.ASCII)
 _WORDS = re.compile(r"y|n|yes|no|on|off|true|false|null|\.nan|\.inf|[._]*", re.IGNORECASE)
-_NUMBERS = (
-    (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
-    (re.compile(r"true|True|TRUE"), lambda _: True),
-    (re.compile(r"false|False|FALSE"), lambda _: False),
-)
 _MERGE = "<<"
 
 
@@ -45,7 +39,7 @@ def read_text(path: Path) -> str | None:
         raise UserError(f"{path} cannot be read ({error.strerror}): expected a YAML file") from None
 
 
-def parse(text: str, path: Path, typed: bool = False) -> dict[str, Any]:
+def parse(text: str, path: Path) -> dict[str, Any]:
     """The mapping that a YAML text holds; an empty text is an empty mapping.
 
     Args:
@@ -56,7 +50,7 @@ def parse(text: str, path: Path, typed: bool = False) -> dict[str, Any]:
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        content = None if node is None else _Values(path, typed).of(node)
+        content = None if node is None else _Values(path).of(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -75,10 +69,10 @@ def parse(text: str, path: Path, typed: bool = False) -> dict[str, Any]:
     return content
 
 
-def read(path: Path, typed: bool = False) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file; an absent or empty file is an empty one. See :func:`parse`."""
     text = read_text(path)
-    return parse(text, path, typed) if text else {}
+    return parse(text, path) if text else {}
 
 
 def kind_of(value: Any) -> str:
@@ -102,14 +96,15 @@ def as_read(value: Any) -> Any:
 class _Values:
     """Values of the nodes of one file; aliases share theirs."""
 
-    def __init__(self, path: Path, typed: bool):
-        self.path, self.typed = path, typed
+    def __init__(self, path: Path):
+        self.path = path
         self.made: dict[int, Any] = {}
         self.open: set[int] = set()
 
     def of(self, node: Any) -> Any:
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
+            quoted = node.style is not None  # or a block of text
+            return node.value if quoted or node.value not in NULLS else None
         if id(node) in self.open:
             raise UserError(
                 f"{self.path}, line {node.start_mark.line + 1}: an alias that contains itself: correct the file"
@@ -120,16 +115,6 @@ class _Values:
             self.made[id(node)] = self._mapping(node) if mapping else [self.of(item) for item in node.value]
             self.open.remove(id(node))
         return self.made[id(node)]
-
-    def _scalar(self, node: Any) -> Any:
-        if node.style is not None:  # quoted, or a block of text
-            return node.value
-        if node.value in NULLS:
-            return None
-        for pattern, convert in _NUMBERS if self.typed else ():
-            if pattern.fullmatch(node.value):
-                return convert(node.value)
-        return node.value
 
     def _mapping(self, node: Any) -> dict[str, Any]:
         out, lines, merged = {}, {}, {}

@@ -254,7 +254,7 @@ def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
 def check_folder(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
     """Refuses an output folder of another run."""
     origin = origin_of(config, dataset, synthetic)
-    runs.belongs(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+    runs.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin, dry_run=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- training

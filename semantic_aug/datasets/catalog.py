@@ -30,20 +30,7 @@ from semantic_aug.prompts import RULES, ClassIndex, clean_class_name
 log = logging.getLogger(__name__)
 
 _SCHEMES = ("folder", "csv", "hf")
-_TEXTS = (
-    "folder",
-    "csv",
-    "root",
-    "hub",
-    "local",
-    "config",
-    "image_column",
-    "label_column",
-    "super_class",
-    "license",
-    "citation",
-    "homepage",
-)
+_TEXTS = "folder csv root hub local config image_column label_column super_class license citation homepage".split()
 _ENTRY_FIELDS = {**dict.fromkeys(_TEXTS, "text"), "class_name_rules": "texts", "class_names": "names"}
 """Kinds of the fields, see :func:`semantic_aug.registry.fields`."""
 
@@ -245,29 +232,10 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
         train, val = hold_out(train, setting.val_fraction, setting.subset_seed)
     if val is not None:
         val = few_shot(val, setting.val_examples_per_class, setting.subset_seed, "few-shot validation")
-    empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if count == 0]
-    if empty:
-        log.warning(
-            "%s: %d of %d classes have no training image ('%s' the first): nothing will be learned of them",
-            spec.name,
-            len(empty),
-            len(train.class_names),
-            empty[0],
-        )
-    short = [
-        name
-        for name, count in zip(train.class_names, train.counts(), strict=True)
-        if 0 < count < setting.examples_per_class
-    ]
-    if short:
-        log.warning(
-            "%s: %d of %d classes have fewer than %d training images ('%s' the first): all of theirs are used",
-            spec.name,
-            len(short),
-            len(train.class_names),
-            setting.examples_per_class,
-            short[0],
-        )
+    counts = train.counts()
+    _warn_of(spec, train, counts == 0, "have no training image", "nothing will be learned of them")
+    few, wanted = (counts > 0) & (counts < setting.examples_per_class), setting.examples_per_class
+    _warn_of(spec, train, few, f"have fewer than {wanted} training images", "all of theirs are used")
     return LoadedDataset(
         spec=spec,
         setting=setting,
@@ -278,6 +246,14 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
         val=val,
         test=splits.get("test"),
     )
+
+
+def _warn_of(spec: DatasetSpec, train: ImageTable, concerned: np.ndarray, what: str, consequence: str) -> None:
+    """Warns of classes; ``concerned`` is bool ``(K,)``."""
+    if concerned.any():
+        first, classes = train.class_names[int(np.argmax(concerned))], len(concerned)
+        text = "%s: %d of %d classes %s ('%s' the first): %s"
+        log.warning(text, spec.name, concerned.sum(), classes, what, first, consequence)
 
 
 def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:

@@ -33,29 +33,17 @@ SUCCESSORS = {
 }
 """Hub ids that were removed, and where the same weights are now."""
 
-HUB_FILES = [
-    "model_index.json",
-    "*/config.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/*",
-    "tokenizer_2/*",
-    "*/*.safetensors",
-    "*/*.safetensors.index.json",
-    "README.md",
-]
 HUB_CONFIGS = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
 """What says whether a model of the hub is supported; read before its weights are downloaded."""
+HUB_FILES = [
+    *(*HUB_CONFIGS, "tokenizer/*", "tokenizer_2/*", "README.md"),
+    *("*/*.safetensors", "*/*.safetensors.index.json"),
+]
 
 HUB_VARIANTS = ["*.fp16.*"]
 HUB_IGNORED = [
-    *HUB_VARIANTS,
-    "*.non_ema.*",
-    "*.ema.*",
-    "safety_checker/*",
-    "feature_extractor/*",
+    *(*HUB_VARIANTS, "*.non_ema.*", "*.ema.*", "safety_checker/*", "feature_extractor/*", "*.msgpack", "*.onnx"),
     "vae_1_0/*",  # SDXL's repository has an older VAE beside the one it uses
-    "*.msgpack",
-    "*.onnx",
 ]
 
 

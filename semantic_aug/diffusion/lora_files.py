@@ -47,26 +47,12 @@ UNSUPPORTED = {
 }
 """Formats that are refused by name, and what marks their keys."""
 
-_OTHER_NETWORKS = (
-    "transformer.",
-    "lora_transformer_",
-    "diffusion_model.",
-    "model.diffusion_model.",
-    "lora_unet_double_blocks",
+_OTHER_NETWORKS = tuple(
+    "transformer. lora_transformer_ diffusion_model. model.diffusion_model. lora_unet_double_blocks".split()
 )
 _REFUSED_FIELDS = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+    *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
 """Settings of PEFT's that make an adapter more than W + scale * B A."""
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq")

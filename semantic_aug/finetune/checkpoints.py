@@ -151,8 +151,7 @@ def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_r
         if folder is not None and folder.resolve().parent != config.output_dir.resolve():
             flag = "--resume_from_checkpoint"
             runs.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin)
-    take = runs.belongs if dry_run else runs.claim
-    known = take(config.output_dir, arguments, "--output_dir", ignored, origin=origin)
+    known = runs.claim(config.output_dir, arguments, "--output_dir", ignored, origin=origin, dry_run=dry_run)
     done = finished(config.output_dir) if known else None
     if done and done["steps"] >= config.train.max_train_steps:
         log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])

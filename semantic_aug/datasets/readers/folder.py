@@ -58,22 +58,7 @@ RAW = (
 """Endings of cameras' raw files, which Pillow takes for TIFF files with a small picture."""
 THUMBNAILS = (".thm", ".ithmb", ".lrv")
 """Endings of small pictures that cameras put beside their films."""
-TEXTS = (
-    ".txt",
-    ".xml",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".md",
-    ".html",
-    ".yaml",
-    ".yml",
-    ".py",
-    ".npy",
-    ".npz",
-    ".mat",
-)
+TEXTS = tuple(".txt .xml .json .jsonl .csv .tsv .md .html .yaml .yml .py .npy .npz .mat".split())
 """Endings of companions of images that are not opened to see whether they are images."""
 
 NO_IMAGE = "files left out: no images"
