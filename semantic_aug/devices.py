@@ -81,9 +81,6 @@ def launched() -> int:
 def device_of(gpu: str | None) -> str:
     """The device that ``--gpu`` names: ``cpu`` or ``cuda:N``.
 
-    Args:
-        gpu: value of the flag; None: GPU 0 where there is one.
-
     Raises:
         UserError: not a number or ``cpu``, a GPU that is not there, or one GPU for several processes.
     """
@@ -107,9 +104,6 @@ def device_of(gpu: str | None) -> str:
 def check_ids(gpu_ids: Sequence[str], each: str = "") -> None:
     """Refuses entries of ``--gpu_ids`` that are neither a number nor ``cpu``.
 
-    Args:
-        each: what an entry stands for, as the error says it.
-
     Raises:
         UserError: names the entry.
     """
@@ -123,7 +117,6 @@ def processes_of(gpu_ids: Sequence[str] | None, cpu_threads: int) -> list[str]:
 
     Args:
         gpu_ids: entries of the flag; None: one process per GPU, or per CPU core.
-        cpu_threads: arithmetic threads of a CPU process.
 
     Raises:
         UserError: neither a number nor ``cpu``, both kinds at once, or a GPU that is not there.

@@ -18,7 +18,6 @@ class LossLog:
     """The losses of the last steps, kept on the device until they are read.
 
     Args:
-        device: where the losses are.
         capacity: most losses between two reads.
         combine: adds up or averages the losses ``(n,)`` of all processes; the same result on each of them.
     """

@@ -110,9 +110,6 @@ def tolerate_encodings() -> None:
 def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Runs an entry script's ``main`` and turns its outcome into an exit status.
 
-    Args:
-        main: takes the argument list (``None``: the process's own) and returns a status or ``None`` for success.
-
     Returns:
         0 on success, 2 after a :class:`UserError` or an operating-system error, 130 after an interruption.
     """

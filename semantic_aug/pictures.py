@@ -44,10 +44,7 @@ def grid(
 
     Args:
         rows: cells; None leaves a gap. Rows may differ in length.
-        row_titles: left of each row.
-        column_titles: above each column.
         size: side of a cell in pixels (None: the first image's width).
-        title: above everything.
     """
     first = next(cell for row in rows for cell in row if cell is not None)
     size = size or first.image.width

@@ -259,7 +259,6 @@ def caption_prompt(caption: str, phrase: str, name: str) -> str:
     Args:
         caption: with ``{}`` where the class belongs, or with the class's name, which the phrase replaces; a caption with
             neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch".
-        name: of the class as prompts speak it.
     """
     if "{}" in caption:
         return fill(caption, phrase)
@@ -271,7 +270,6 @@ def initializer_text(name: str, super_class: str, initializer: str) -> str:
     """The words whose mean embedding starts a class token.
 
     Args:
-        super_class: may be empty, in which case the class name serves.
         initializer: ``class_name``, ``super_class``, or any words of the user's own.
     """
     if initializer == "class_name":

@@ -67,7 +67,6 @@ class CheckpointEntry:
     """Where one fine-tuned model's parts are.
 
     Attributes:
-        model_path: hub id or folder of the base model.
         lora_path: file of the U-Net LoRA, or None.
         embed_path: file of the class tokens, or None.
     """
@@ -97,7 +96,6 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
 
     Args:
         kinds: of every known field: ``text``, ``texts`` (a list of texts) or ``names`` (a mapping of texts).
-        expected: what the entry should hold, for errors.
 
     Raises:
         UserError: not a mapping, an unknown field, or a value of another kind.
@@ -148,9 +146,6 @@ def keys(dataset: str, file: str, config_dir: Path = CONFIG_DIR) -> list[str]:
 
 def look_up(dataset: str, key: str, file: str, config_dir: Path, kind: str, made_by: str) -> Any:
     """The entry (dataset, key) of a registry file.
-
-    Args:
-        kind: what the entry is, for the error.
 
     Raises:
         UserError: no such section or key; lists the known keys, the nearest first, and says what to edit.

@@ -196,7 +196,6 @@ class MetricsCsv:
         """Opens ``path`` for appending.
 
         Args:
-            columns: header; the first column orders the rows.
             keep_below: keep existing rows whose first column is at most this, drop the rest (None: start afresh).
         """
         self.path, self.columns = path, list(columns)

@@ -35,10 +35,5 @@ def torch_rng(*keys: int | str) -> torch.Generator:
 
 
 def task_rng(seed: int, number: int) -> torch.Generator:
-    """The generator of one sampling task: first the VAE's posterior sample, then the noise, come from it.
-
-    Args:
-        seed: the run's ``--seed``.
-        number: the task's number in the plan.
-    """
+    """The generator of one sampling task: first the VAE's posterior sample, then the noise, come from it."""
     return torch_rng(seed, "sample", number)

@@ -40,8 +40,6 @@ class LoadedDataset:
     """A data set under one setting.
 
     Attributes:
-        spec: what it is.
-        setting: which part of it is used.
         source_names: class names as the source spells them; the ones ``meta.csv`` records.
         class_names: the same cleaned up, as prompts speak them; all different.
         folders: folder name of each class, safe and unique.
@@ -81,9 +79,6 @@ class LoadedDataset:
 
     def tested_on(self, word: str, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
         """The data set with the test images and groups of another one, whose classes are found here by name.
-
-        Args:
-            word: what ``--test_dataset`` was given.
 
         Raises:
             UserError: the other has no test split, or a class with test images that is not among these.
@@ -216,10 +211,6 @@ def read_splits(
 
 def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
     """A data set under a setting.
-
-    Args:
-        word: what ``--dataset`` was given.
-        setting: which part of the training split is used; all of it by default.
 
     Raises:
         UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.

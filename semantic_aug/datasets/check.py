@@ -71,11 +71,8 @@ class Report:
     """What :func:`check` found.
 
     Attributes:
-        name: of the data set.
-        class_names: source spelling.
         counts: split -> images of each class.
         sizes: smallest, median and largest width and height.
-        findings: problems first.
     """
 
     name: str

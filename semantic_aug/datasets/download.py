@@ -24,7 +24,6 @@ def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) ->
     """Downloads a data set, unless it can be read already.
 
     Args:
-        word: what ``--dataset`` takes.
         root: folder for official archives (None: :data:`ROOT`).
 
     Returns:

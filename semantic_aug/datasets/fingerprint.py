@@ -262,8 +262,6 @@ def split_identity(
     """What a split is: ``images``, their number, and SHA-256 digests over all rows in order.
 
     Args:
-        table: the split.
-        hashes: of its images.
         columns: further columns that count (captions, boxes, groups); None: all there are but a user's own boxes and masks.
 
     Returns:
@@ -305,9 +303,7 @@ def data_identity(
     """The record of a data set as plain values: neither paths nor the word given to ``--dataset`` are part of it.
 
     Args:
-        dataset: under a setting.
         splits: names of those that count, or their hashes where they have been computed.
-        columns: see :func:`split_identity`.
 
     Returns:
         Each split's :func:`split_identity` (None where the data set lacks it) under its name, and ``classes``,
@@ -333,7 +329,6 @@ def files_digest(paths: Sequence[Path], root: Path | None = None) -> str:
     """One digest of the weights of a model: of the files' content, and of their names where there are several.
 
     Args:
-        paths: of the files.
         root: the folder of all of them, from which names are taken; None for a single file, whatever it is called.
 
     Raises:

@@ -141,11 +141,7 @@ class Setting:
 
 
 def add_shared(parser: cli.Parser, seed: int = 0) -> None:
-    """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.StageSettings`.
-
-    Args:
-        seed: default of ``--seed``.
-    """
+    """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.StageSettings`."""
     cli.add_settings(parser, DatasetName)
     cli.add_settings(parser, Setting)
     cli.add_settings(parser, cli.StageSettings, seed=seed)

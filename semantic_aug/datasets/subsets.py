@@ -49,7 +49,6 @@ def halves(table: ImageTable, round_up: bool = False) -> Splits:
     One generator with the seed 0 permutes the images of each class, sorted by key, class after class.
 
     Args:
-        table: all images.
         round_up: the middle image of an odd class is for training.
     """
     rng, train = np.random.default_rng(0), np.zeros(len(table), bool)

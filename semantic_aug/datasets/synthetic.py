@@ -62,7 +62,6 @@ class SyntheticImages:
     """Images of one or several subsets, ``M`` in all.
 
     Attributes:
-        paths: of the files.
         source: int64 ``(M,)``, class index of the data set.
         target: int64 ``(M,)``.
         strength: float64 ``(M,)`` in (0, 1].

@@ -190,7 +190,6 @@ def below(root: Path, text: str, where: str, remedy: str = "") -> str:
 
     Args:
         root: the folder it is relative to; an absolute path is taken if it lies below it.
-        text: the path as the list gives it.
         where: file and line, for the error.
         remedy: what to do about a path that leads outside, for the error.
 

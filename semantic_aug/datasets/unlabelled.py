@@ -51,10 +51,6 @@ def read_unlabelled(path: Path) -> ImageTable:
 def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path) -> ImageTable:
     """The images that are not training images of the data set, by content.
 
-    Args:
-        images: of :func:`read_unlabelled`.
-        path: that was given, for errors.
-
     Raises:
         UserError: some are validation or test images, which would leak into what is trained on them; or none is left.
     """

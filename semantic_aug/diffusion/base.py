@@ -129,11 +129,8 @@ class BaseModel:
     Attributes:
         name: what was asked for (hub id or folder); recorded in checkpoints.
         folder: where its files are on this machine.
-        family: what sets 1.x/2.x and XL apart.
         tokenizers: one per text encoder; class tokens are added to each.
-        text_encoders: CLIP text models.
         vae: autoencoder, images ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, C, H/f, W/f)``.
-        unet: the denoiser.
         scheduler_config: of the base model; every scheduler is made from it.
         zero_null: whether guidance starts from zeros instead of the empty prompt's encoding (XL).
     """
@@ -282,10 +279,6 @@ def _hub_download(name: str) -> Path:
 
 def load_base(name: str, folder: Path | None = None) -> BaseModel:
     """Loads a base model in float32 on the CPU.
-
-    Args:
-        name: hub id or folder, recorded as given.
-        folder: where :func:`find_base` found it; looked up when absent.
 
     Raises:
         UserError: not there, not in diffusers layout, or of an unknown family.

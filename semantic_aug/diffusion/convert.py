@@ -97,9 +97,6 @@ def convert(
     """Writes a checkpoint in another layout.
 
     Args:
-        lora_path: any file or folder :func:`semantic_aug.diffusion.lora.read_lora` knows, or None.
-        embed_path: any file :func:`semantic_aug.diffusion.tokens.load_tokens` knows, or None.
-        layout: one of :data:`LAYOUTS`.
         step: also write the original's checkpoint of that step.
 
     Returns:

@@ -50,7 +50,6 @@ class Family:
     """What sets a family of base models apart.
 
     Attributes:
-        name: for messages.
         pipelines: class names in ``model_index.json``; diffusers' pipelines from noise and from an image, which load what
             stage 1 writes.
         encoders: text encoders, in the order in which their hidden states are laid side by side.
@@ -130,10 +129,6 @@ class Family:
 
     def check(self, unet: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> None:
         """Refuses relatives of a family that need more than it gives.
-
-        Args:
-            unet: configuration of the U-Net.
-            vae: configuration of the autoencoder.
 
         Raises:
             UserError: a U-Net with further inputs (inpainting, depth, unCLIP, upscaling, a refiner), or latents with
@@ -217,9 +212,6 @@ def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
 
 def family_of(folder: Path, name: str) -> Family:
     """The family of a base model, by the pipeline its ``model_index.json`` names.
-
-    Args:
-        folder: in diffusers layout.
 
     Raises:
         UserError: a pipeline of another kind, or one that lacks a text encoder (XL's refiner).

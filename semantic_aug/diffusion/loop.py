@@ -109,7 +109,6 @@ def translate(
     """Image to image: noises each source to its strength and denoises it under its own prompt.
 
     Args:
-        sampler: U-Net, solver, empty prompt.
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
         prompt_embeds: B rows.
         strengths: B numbers in (0, 1]; they may differ.

@@ -51,10 +51,7 @@ def add_lora(
     """Adds a trainable LoRA to the U-Net in place, in float32, B at zero so that the U-Net's output is unchanged.
 
     Args:
-        unet: frozen.
-        rank: r.
         alpha: scales the update by alpha / r; None for r, that is, a scale of one.
-        targets: names of the projections.
 
     Returns:
         The trainable parameters.
@@ -88,9 +85,6 @@ def add_text_lora(
     Everything else in the text encoder is frozen by it: add it before trainable class tokens.
 
     Args:
-        text_encoder: frozen.
-        rank: r.
-        alpha: None for r.
         layers: how many layers get one, from the first; None for all. One that no prediction depends on has no gradient.
 
     Returns:
@@ -190,10 +184,6 @@ def merge_lora(unet: UNet2DConditionModel, lora: dict[str, LoraPair], where: str
 def merge_into(networks: Mapping[str, nn.Module], lora: dict[str, LoraPair], where: str) -> int:
     """Adds a LoRA to the weights themselves, in float32 on the CPU; the networks have no adapter afterwards.
 
-    Args:
-        networks: in float32.
-        lora: from :func:`read_lora`.
-
     Returns:
         The number of projections changed.
 
@@ -245,9 +235,6 @@ def match_lora(
 
 def check_lora(path: Path, base_folder: Path) -> None:
     """Refuses a LoRA that cannot be merged into a base model; the base model's weights are not read.
-
-    Args:
-        path: file or folder of the LoRA.
 
     Raises:
         UserError: see :func:`read_lora` and :func:`match_lora`.

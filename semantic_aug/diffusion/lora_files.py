@@ -138,9 +138,6 @@ def network_of(module: str) -> str:
 def read_lora(path: Path) -> dict[str, LoraPair]:
     """A LoRA file as module path -> update.
 
-    Args:
-        path: file or folder; see the module's text for the formats and :func:`normal_name` for the module paths.
-
     Raises:
         UserError: not readable, no LoRA in it, another format (by name), half of a pair missing, values that are not finite,
             or settings under which its scale is not known.

@@ -73,9 +73,6 @@ def scheduler_class(name: str):
 def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
     """Refuses a base model whose noise is not that of a discrete variance-preserving diffusion (DDPM).
 
-    Args:
-        config: the base model's ``scheduler_config``.
-
     Raises:
         UserError: flow matching, EDM (Karras et al. 2022), another prediction type, a schedule without betas, or betas
             rescaled to a zero terminal signal-to-noise ratio under a U-Net that predicts the noise.
@@ -110,8 +107,6 @@ def make_scheduler(config: Mapping[str, Any], name: str = DEFAULT, final_sigmas_
     """A scheduler of the base model's noise schedule.
 
     Args:
-        config: the base model's ``scheduler_config``.
-        name: short name or class name.
         final_sigmas_type: where solvers that know the option end: ``zero`` (diffusers' default since 0.26) or
             ``sigma_min`` (what the original implementation ran with).
 

@@ -164,9 +164,7 @@ def class_prompt(
     Args:
         source_name: the class as the data set spells it; tokens are found by it.
         prompt_name: the class as prompts speak it.
-        super_class: of the data set; may be empty.
         tokens: class tokens of the checkpoint, or None.
-        template: with ``{}`` for the phrase.
     """
     return fill(template, class_words(source_name, prompt_name, super_class, tokens))
 

@@ -71,10 +71,6 @@ class ClassTokens:
     def for_classes(self, source_names: Sequence[str], prompt_names: Sequence[str], where: str) -> ClassTokens:
         """These tokens under a data set's own spelling of its classes; see :class:`semantic_aug.prompts.ClassIndex`.
 
-        Args:
-            source_names: class names as the data set spells them.
-            prompt_names: the same cleaned up.
-
         Raises:
             UserError: names the first class without a token, or two classes of one name.
         """
@@ -225,8 +221,6 @@ def initial_tokens(
     """Untrained class tokens: the mean embedding of the initialiser's words.
 
     Args:
-        class_names: as the source spells them.
-        prompt_names: the same cleaned up.
         initializer: ``class_name``, ``super_class``, or words of the user's own.
         vectors_per_class: vectors that stand for one class, all started alike.
     """

@@ -52,9 +52,6 @@ def _preference(variant: str | None) -> tuple[int, str]:
 def find_weights(folder: Path) -> WeightFiles | None:
     """The weight files of one network, the plain ones before a variant and safetensors before pickles.
 
-    Args:
-        folder: of the network, for example ``unet``.
-
     Raises:
         UserError: an index that cannot be read, or a shard that is missing.
     """
@@ -92,9 +89,6 @@ def check_weights(folder: Path, parts: Iterable[str], name: str) -> None:
     """Refuses a base model without the weights of all its networks, or with a file that was cut short.
 
     Only file headers are read.
-
-    Args:
-        parts: folders of its networks.
 
     Raises:
         UserError: names the part and what was expected, or the damaged file.

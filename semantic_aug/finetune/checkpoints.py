@@ -166,7 +166,6 @@ def check_disk(config: FinetuneConfig, images: int, geometry: Geometry, trained:
     """Refuses a run that writes more at once than the disk holds: encoded images, and checkpoints with optimiser states.
 
     Args:
-        images: of the training split.
         trained: number of trained values.
 
     Raises:

@@ -81,14 +81,11 @@ class LatentCache:
     """Posterior parameters of all views, ``(N, views, flips, 2C, h, w)`` float32, memory-mapped.
 
     Args:
-        table: training images.
-        folder: where the file goes.
         vae: the autoencoder; its precision is that of the encoding.
         vae_digest: identifies its weights.
         resolution: side of the images in pixels.
         views: crops per image.
         flip: whether mirror images are wanted.
-        seed: of the crops.
         share: of this process.
     """
 
@@ -195,8 +192,6 @@ class PixelCache:
     """Decoded images from which crops are cut and encoded; used as :class:`LatentCache` is.
 
     Args:
-        table: training images.
-        folder: where the files go.
         vae: the autoencoder; its device and precision are those of the encoding.
         resolution: side of the crops in pixels.
         share: of this process.
@@ -283,9 +278,6 @@ def _open(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def image_sizes(table: ImageTable, config: FinetuneConfig) -> Tensor:
     """Image sizes as Stable Diffusion XL is conditioned on them (Podell et al. 2023, arXiv:2307.01952, section 2.2).
-
-    Args:
-        table: training images.
 
     Returns:
         ``(N, views, 2, 6)``, the third index being mirrored or not: original size, crop's corner and target size, each

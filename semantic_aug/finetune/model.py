@@ -27,12 +27,7 @@ WARM_UP_CALLS = 2
 
 
 class TrainedModel(nn.Module):
-    """The networks of stage 1; one module, so that data parallel training synchronises tokens and LoRA alike.
-
-    Args:
-        model: the base model; changed in place.
-        dataset: whose classes are learned.
-    """
+    """The networks of stage 1; one module, so that data parallel training synchronises tokens and LoRA alike."""
 
     def __init__(self, model: BaseModel, config: FinetuneConfig, dataset: LoadedDataset):
         super().__init__()
@@ -210,9 +205,6 @@ def _initial_tokens(model: BaseModel, config: FinetuneConfig, dataset: LoadedDat
 
 def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW in one kernel where the device has it, or bitsandbytes' 8-bit one.
-
-    Args:
-        groups: parameters and learning rates.
 
     Raises:
         UserError: ``--use_8bit_adam`` without bitsandbytes.

@@ -204,9 +204,6 @@ def _plain(attn: Attention) -> bool:
 def join_projections(network: nn.Module) -> list[JoinedProjections]:
     """Changes how a network computes its attention and LoRA, in place; what it holds and computes stays.
 
-    Args:
-        network: a U-Net or text encoder, on its device and in its precision.
-
     Returns:
         The groups of projections with LoRA; they need a :class:`FlatLora`, refreshed for each step.
     """

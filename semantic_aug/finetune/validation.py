@@ -27,7 +27,6 @@ def validation_grid(
 
     Args:
         model: in training; called under its mixed precision.
-        base: the base model it changes.
         class_names: for the row titles.
         resolution: side in pixels.
         per_class: pictures per row; their noise depends on seed and column only.

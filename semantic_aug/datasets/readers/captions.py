@@ -56,9 +56,6 @@ def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
     """The columns of a folder's ``metadata.csv``: ``file_name``, as the hub's image folders have it, and a caption, a ``box``
     (x, y, width, height) or the path of a ``mask``.
 
-    Args:
-        files: its images, relative to it, with forward slashes.
-
     Returns:
         ``extras`` columns, empty for files that the list does not have; none without such a list.
 

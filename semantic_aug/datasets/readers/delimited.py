@@ -39,9 +39,7 @@ class TextTable:
     """A table as text, of which the header has been read.
 
     Attributes:
-        path: of the file.
         encoding: Python's name.
-        separator: between cells.
         columns: names in the header, without spaces around them.
         skipped: lines up to and with the header.
     """

@@ -302,7 +302,6 @@ class Walk:
         """Paths of all image files below a folder, sorted.
 
         Args:
-            folder: where to begin.
             split: that the images belong to.
             owner: whose images they are (the class); a real folder may belong to one only.
 

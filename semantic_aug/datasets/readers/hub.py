@@ -93,9 +93,6 @@ def read_hub_id(
 
     Args:
         repo: hub id or local folder; ``:CONFIGURATION`` may follow.
-        local: local copy of the hub id, or None.
-        image_column: see :func:`read_hub`.
-        label_column: see :func:`read_hub`.
         config: the configuration to read where there are several.
     """
     if config is None:

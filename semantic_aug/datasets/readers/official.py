@@ -163,7 +163,6 @@ def labelled_files(
         class_names: in label order.
         labels: counted from 0.
         names: paths of the images, relative to ``images``.
-        images: folder of the images.
 
     Raises:
         UserError: a label without a class name, a path that leads outside ``images``, or one that is listed twice.

@@ -75,7 +75,6 @@ def describe(
 
     Args:
         subsets: as they were read, before any image was left out.
-        splits: what is exported.
         settings: an :class:`semantic_aug.evaluation.quality.export.ExportSettings`.
         left_out: synthetic images with too small a target weight.
     """

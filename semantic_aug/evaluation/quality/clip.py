@@ -23,13 +23,7 @@ WITH, WITHOUT = "a photo with a {}", "a photo without a {}"
 
 @dataclass
 class Clip:
-    """A CLIP model, in evaluation mode.
-
-    Attributes:
-        model: transformers' ``CLIPModel``.
-        processor: its ``CLIPProcessor``.
-        device: where it runs.
-    """
+    """A CLIP model, in evaluation mode."""
 
     model: nn.Module
     processor: object
@@ -101,7 +95,6 @@ def presence(clip: Clip, images: np.ndarray, noun: str) -> np.ndarray:
     A softmax over the model's logits for "a photo with a {noun}" and "a photo without a {noun}".
 
     Args:
-        clip: the model the vectors come from.
         images: unit vectors ``(N, E)``.
         noun: for the object, such as the data set's super-class.
 

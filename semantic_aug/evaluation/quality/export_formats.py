@@ -52,8 +52,6 @@ class SplitImages:
         name: ``train``, ``val`` or ``test``.
         class_names: in label order.
         gamma: of the soft labels.
-        real: real images, or None.
-        synthetic: synthetic images, or None.
         subsets: name of each synthetic image's subset.
         origins: each synthetic image's path below the ``data/`` of its subset.
         sources: key of each synthetic image's source image, empty where it is not known.
@@ -154,7 +152,6 @@ class Target:
     """Where and how images are written.
 
     Attributes:
-        folder: of the export.
         class_folders: a folder name for each class, in label order.
         copy: files are copied, not hard-linked.
         shard_images: most images in a shard.

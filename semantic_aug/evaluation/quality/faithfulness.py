@@ -27,7 +27,6 @@ def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> 
 
     Args:
         probabilities: ``(M, K)``, rows summing to one.
-        images: with their source and target classes.
         gamma: of the soft labels y = (1 - s^gamma) source + s^gamma target.
 
     Returns:

@@ -259,12 +259,7 @@ def prompts_of(folder: str, table: meta_csv.MetaTable) -> list[str]:
 
 @dataclass
 class Records:
-    """Everything the page knows.
-
-    Attributes:
-        content: of ``data.js``.
-        pictures: whose files it names.
-    """
+    """Everything the page knows."""
 
     content: dict[str, Any]
     pictures: list[Picture]

@@ -143,9 +143,6 @@ class Inputs:
     """What a command examines.
 
     Attributes:
-        dataset: under its setting.
-        subsets: in the order given.
-        models: as named.
         record: every setting that changes a byte of the result, kept beside the results.
     """
 

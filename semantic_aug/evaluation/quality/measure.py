@@ -138,12 +138,10 @@ class Measurer:
 
     Attributes:
         dataset: whose training images are the real ones.
-        extractor: of features.
         classifier: None: no faithfulness by a classifier.
         clip: None: no CLIP score.
         settings: gamma of the soft labels, percentile of near-copies.
         seed: of the kernel distance's subsets.
-        batch_size: images at a time.
     """
 
     dataset: LoadedDataset

@@ -91,8 +91,6 @@ def write(
     """Writes CSV, JSON, report and picture, as far as the rows allow; columns that no row has are left out.
 
     Args:
-        rows: of :meth:`Measurer.rows`.
-        columns: their names, in order.
         facts: what the JSON holds besides the rows; the report has its notes.
         links: end of the report.
 
@@ -117,12 +115,7 @@ def write(
 
 
 def subset_section(subsets: Sequence[Subset], folder: Path, args: argparse.Namespace) -> list[document.Block]:
-    """Links to the subsets' folders and galleries, and the command that makes a gallery which is missing.
-
-    Args:
-        subsets: that were measured.
-        args: of the command, which choose the data set and its setting.
-    """
+    """Links to the subsets' folders and galleries, and the command that makes a gallery which is missing."""
     roots = list(dict.fromkeys(locate(name)[0] for subset in subsets for name in subset.folders))
     blocks: list[document.Block] = [document.Heading("Subsets"), document.Items(document.subset_links(roots, folder))]
     new = next((root for root in roots if not document.has_gallery(root)), None)

@@ -66,7 +66,6 @@ def kept_after_review(file: Path, folder: str, images: SyntheticImages, class_na
     Args:
         folder: of the subset, ``#NAME`` included.
         images: of the list, ``M`` in all.
-        class_names: of the data set, source spelling.
 
     Returns:
         bool ``(M,)``.
