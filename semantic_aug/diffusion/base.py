@@ -292,14 +292,11 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     folder = folder or find_base(name)
     transformers_logging.disable_progress_bar()
     family = check_base(folder, name)
-    scheduler_config = read_scheduler_config(folder, name)
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
     kinds |= {encoder.component: getattr(transformers, encoder.kind) for encoder in family.encoders}
     networks = {part: _load_network(kind, folder / part, name) for part, kind in kinds.items()}
     try:
-        tokenizers = tuple(
-            transformers.CLIPTokenizer.from_pretrained(folder / encoder.tokenizer) for encoder in family.encoders
-        )
+        tokenizers = _load_tokenizers(folder, family)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
@@ -311,19 +308,27 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
                 f"base model '{name}': {part} holds values that are not finite ('{tensor}' the first tensor): download "
                 f"{shown_path(folder / part)} again, or use another base model"
             )
+    return _assembled(name, folder, family, tokenizers, networks)
+
+
+def _load_tokenizers(folder: Path, family: Family) -> tuple[CLIPTokenizer, ...]:
+    from transformers import CLIPTokenizer
+
+    return tuple(CLIPTokenizer.from_pretrained(folder / encoder.tokenizer) for encoder in family.encoders)
+
+
+def _assembled(
+    name: str, folder: Path, family: Family, tokenizers: tuple, networks: dict[str, torch.nn.Module]
+) -> BaseModel:
+    for network in networks.values():
         network.requires_grad_(False).eval()
-    text_encoders = tuple(networks[encoder.component] for encoder in family.encoders)
-    zero_null = family.sizes and bool(read_index(folder, name).get("force_zeros_for_empty_prompt", True))
     return BaseModel(
-        name,
-        folder,
-        family,
-        tokenizers,
-        text_encoders,
-        networks["vae"],
+        *(name, folder, family, tokenizers),
+        text_encoders=tuple(networks[encoder.component] for encoder in family.encoders),
+        vae=networks["vae"],
         unet=networks["unet"],
-        scheduler_config=scheduler_config,
-        zero_null=zero_null,
+        scheduler_config=read_scheduler_config(folder, name),
+        zero_null=family.sizes and bool(read_index(folder, name).get("force_zeros_for_empty_prompt", True)),
     )
 
 
@@ -371,6 +376,36 @@ def networks_without_weights(folder: Path) -> dict[str, torch.nn.Module]:
     return networks
 
 
+def load_skeleton(name: str, folder: Path) -> BaseModel:
+    """A base model without its weights, for what can be checked in seconds: networks on the meta device, and tokenizers. The
+    text encoders' token tables exist, with ones for vectors.
+
+    The headers of its safetensors files are read, which a file that is cut off does not survive.
+
+    Raises:
+        UserError: a configuration, a vocabulary or a weight file is damaged or absent.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from safetensors import safe_open
+
+    family = check_base(folder, name)
+    try:
+        networks = networks_without_weights(folder)
+        with torch.device("meta"):
+            networks["vae"] = AutoencoderKL.from_config(read_configs(folder, name)[1])
+        tokenizers = _load_tokenizers(folder, family)
+        for path in (path for part in family.weight_folders for path in (folder / part).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                file.keys()
+    except Exception as error:  # the libraries raise many kinds for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"base model '{name}' cannot be loaded ({reason}): complete the folder") from None
+    for encoder in family.encoders:  # class tokens begin as copies of rows
+        torch.nn.init.ones_(networks[encoder.component].get_input_embeddings().to_empty(device="cpu").weight)
+    return _assembled(name, folder, family, tokenizers, networks)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that decide what a base model makes: weights, configurations and vocabulary, sorted."""
     family = family_of(folder, shown_path(folder))
@@ -381,11 +416,7 @@ def weight_files(folder: Path) -> list[Path]:
         for path in (folder / part).iterdir()
         if path.suffix in (".json", ".txt") and ".index." not in path.name
     }
-    weights = {path for part in family.weight_folders for path in _files(folder / part)}
+    found = filter(None, (find_weights(folder / part) for part in family.weight_folders))
+    weights = {path for weights in found for path in weights.files}
     index = {folder / "model_index.json"} if family.sizes else set()  # it says what guidance starts from
     return sorted(texts | weights | index)
-
-
-def _files(folder: Path) -> tuple[Path, ...]:
-    weights = find_weights(folder)
-    return weights.files if weights else ()

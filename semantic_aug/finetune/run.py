@@ -13,10 +13,9 @@ import torch
 from semantic_aug import files, registry, run_lock, runs
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.diffusion import lora, tokens
-from semantic_aug.diffusion.base import find_base, read_geometry
+from semantic_aug.diffusion.base import find_base, load_skeleton, read_geometry
 from semantic_aug.diffusion.families import family_of
 from semantic_aug.diffusion.license import license_of, warn_of_license
-from semantic_aug.diffusion.skeleton import load_skeleton
 from semantic_aug.errors import UserError, all_local, no_downloads
 from semantic_aug.finetune.batches import check_training_prompts
 from semantic_aug.finetune.checkpoints import check_disk, finished, origin_of, take_folder

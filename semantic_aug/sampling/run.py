@@ -175,8 +175,8 @@ def check(config: SampleConfig, dataset: LoadedDataset) -> None:
         UserError: tokens of another base model, a solver that the base model refuses, a folder of another subset.
     """
     from semantic_aug.diffusion import tokens
+    from semantic_aug.diffusion.base import load_skeleton
     from semantic_aug.diffusion.schedulers import make_scheduler
-    from semantic_aug.diffusion.skeleton import load_skeleton
 
     base = load_skeleton(config.model.name, config.model.folder)
     make_scheduler(base.scheduler_config, config.solver.scheduler, config.solver.final_sigmas_type)
