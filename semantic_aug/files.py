@@ -8,6 +8,7 @@ with a warning.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import fnmatch
@@ -54,6 +55,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def csv_writer(path: Path) -> Iterator[Any]:
+    """What writes the rows of a CSV that appears whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        yield csv.writer(out, lineterminator="\n")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,7 +8,6 @@ per class.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug.errors import UserError
+from semantic_aug.files import csv_writer
 
 FILE_NAME = "meta.csv"
 COLUMNS = ("First Directory", "Second Directory", "Number", "Strength", "Path")
@@ -119,20 +119,11 @@ def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER
     Returns:
         The number of rows.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as out:
-            writer = csv.writer(out, lineterminator="\n")
-            writer.writerow([*COLUMNS, *further])
-            written = itertools.count()
-            writer.writerows(row for row, _ in zip(rows, written, strict=False))
-            count = next(written)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with csv_writer(path) as writer:
+        writer.writerow([*COLUMNS, *further])
+        written = itertools.count()
+        writer.writerows(row for row, _ in zip(rows, written, strict=False))
+        return next(written)
 
 
 def read(path: Path) -> MetaTable:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import yaml
 
 from semantic_aug.errors import UserError
-from semantic_aug.files import atomic_path, write_text
+from semantic_aug.files import csv_writer, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
@@ -205,8 +205,7 @@ class MetricsCsv:
                 rows = list(csv.reader(lines))
             if rows and rows[0] == self.columns:
                 kept = [r for r in rows[1:] if len(r) == len(self.columns) and float(r[0]) <= keep_below]
-        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-            writer = csv.writer(out, lineterminator="\n")
+        with csv_writer(path) as writer:
             writer.writerow(self.columns)
             writer.writerows(kept)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,8 +235,7 @@ def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyC
 
     out, size = config.output_dir / PREDICTIONS_FILE, 2 * config.training.batch_size
     batches = classifier.batches(read, len(paths), size)
-    with files.atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as lines:
-        writer = csv.writer(lines, lineterminator="\n")
+    with files.csv_writer(out) as writer:
         writer.writerow(["file", "class", "probability", *classifier.class_names])
         for rows, probabilities in tqdm(
             batches, total=math.ceil(len(paths) / size), unit="batch", desc="predict", mininterval=1.0

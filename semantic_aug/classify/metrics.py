@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,8 +223,7 @@ def write_predictions(
     """
     groups = groups_of(table)
     path = folder / f"{prefix}_predictions.csv"
-    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(path) as writer:
         writer.writerow(["file", "class", "predicted", *([] if groups is None else ["group"])])
         for row, (key, label, prediction) in enumerate(zip(table.keys, table.labels, predicted, strict=True)):
             group = [] if groups is None else [int(groups[row])]
@@ -234,13 +232,11 @@ def write_predictions(
 
 def write_scores(scores: Scores, class_names: Sequence[str], folder: Path, prefix: str) -> None:
     """Writes ``{prefix}_per_class.csv``, ``{prefix}_confusion.csv`` and ``{prefix}_confusion.png``."""
-    with open(folder / f"{prefix}_per_class.csv", "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(folder / f"{prefix}_per_class.csv") as writer:
         writer.writerow(["class", "images", "accuracy"])
         for name, row, share in zip(class_names, scores.confusion, scores.per_class, strict=True):
             writer.writerow([name, int(row.sum()), "" if np.isnan(share) else f"{share:.4f}"])
-    with open(folder / f"{prefix}_confusion.csv", "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(folder / f"{prefix}_confusion.csv") as writer:
         writer.writerow(["true \\ predicted", *class_names])
         for name, row in zip(class_names, scores.confusion, strict=True):
             writer.writerow([name, *row.tolist()])
@@ -324,11 +320,7 @@ def write_statistics(statistics: Mapping, folder: Path) -> None:
     """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``."""
     files.write_json(folder / SEEDS_JSON, statistics)
     names = list(statistics["mean"])
-    with (
-        files.atomic_path(folder / SEEDS_CSV) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as out,
-    ):
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(folder / SEEDS_CSV) as writer:
         writer.writerow(["seed", *names])
         for title, row in (*statistics["seeds"].items(), ("mean", statistics["mean"]), ("std", statistics["std"])):
             writer.writerow([title, *("" if row[name] is None else f"{row[name]:.8g}" for name in names)])

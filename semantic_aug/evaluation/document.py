@@ -38,7 +38,6 @@ class Heading:
     text: str
 
     def markdown(self) -> str:
-        """As Markdown."""
         return f"## {self.text}"
 
 
@@ -49,7 +48,6 @@ class Paragraph:
     text: str
 
     def markdown(self) -> str:
-        """As Markdown."""
         return self.text
 
 
@@ -60,7 +58,6 @@ class Items:
     texts: Sequence[str]
 
     def markdown(self) -> str:
-        """As Markdown."""
         return "\n".join(f"- {text}" for text in self.texts)
 
 
@@ -72,7 +69,6 @@ class Picture:
     text: str
 
     def markdown(self) -> str:
-        """As Markdown."""
         return f"![{self.text}]({self.file})"
 
 
@@ -84,7 +80,6 @@ class Code:
     language: str = "bash"
 
     def markdown(self) -> str:
-        """As Markdown."""
         return f"```{self.language}\n{self.text.rstrip()}\n```"
 
 
@@ -131,18 +126,19 @@ class Report:
 
     def page(self) -> str:
         """The report as HTML."""
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        environment = Environment(
-            loader=FileSystemLoader(TEMPLATE.parent),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters["inline"] = inline
         blocks = [(type(block).__name__.lower(), block) for block in self.blocks]
-        return environment.get_template(TEMPLATE.name).render(title=self.title, blocks=blocks)
+        return render(TEMPLATE, title=self.title, blocks=blocks)
+
+
+def render(template: Path, **values: Any) -> str:
+    """A page from its Jinja template."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(template.parent)
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, **options)
+    environment.filters["inline"] = inline
+    return environment.get_template(template.name).render(**values)
 
 
 def inline(text: str):

@@ -7,7 +7,6 @@ Validation images (cross-validation where there are few) decide; test images are
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -231,8 +230,8 @@ def write(headroom: Headroom, folder: Path) -> None:
 
 
 def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
-    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    with files.csv_writer(path) as writer:
+        writer.writerows([header, *rows])
 
 
 def report_of(headroom: Headroom) -> Report:

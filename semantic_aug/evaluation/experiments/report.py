@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,8 +122,7 @@ def write_comparison(folder: Path) -> Comparison:
 
 def _write_csv(comparison: Comparison, path: Path) -> None:
     scores, stages = comparison.score_names, (1, 2, 3)
-    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(path) as writer:
         times = [f"seconds_stage{n}" for n in stages]
         writer.writerow(["setting", "method", "seed", *scores, *(f"val_{s}" for s in scores), "steps", *times])
         for row in comparison.rows:

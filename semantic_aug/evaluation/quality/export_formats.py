@@ -5,7 +5,6 @@ Every file appears whole or not at all, and one that exists is not written again
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import json
@@ -259,11 +258,7 @@ def _place_all(
 ) -> None:
     """Every image at its place, and the list of all (name of the file, name of its first column)."""
     name, first = listing
-    with (
-        files.atomic_path(target.folder / name) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as out,
-    ):
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(target.folder / name) as writer:
         for split in splits:
             for row in range(len(split)):
                 content, ending = split.content(row)

@@ -201,11 +201,7 @@ def write(
     if target.exists() and target.read_text(encoding="utf-8") != text:
         raise UserError(f"{target} already exists with other images: nothing was touched; choose another --name")
     files.write_text(out / runs.ARGS_FILE, runs.arguments_text(settings.record(inputs, source)))
-    with (
-        files.atomic_path(out / SCORES_FILE) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as lines,
-    ):
-        writer = csv.writer(lines, lineterminator="\n")
+    with files.csv_writer(out / SCORES_FILE) as writer:
         writer.writerow(["path", "source", "target", "strength", *scores, "kept"])
         names = inputs.dataset.source_names
         for i, path in enumerate(images.paths):

@@ -27,6 +27,7 @@ from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.synthetic import locate
 from semantic_aug.errors import UserError
+from semantic_aug.evaluation import document
 from semantic_aug.evaluation.quality.inputs import Inputs, OutputSettings, Subset, make_parser, read_inputs
 from semantic_aug.evaluation.quality.measure import IMAGES_FILE, Measurer, read_images
 from semantic_aug.evaluation.quality.review import FORMAT, list_identity, relative_paths
@@ -341,15 +342,10 @@ def _score_columns(subsets: Sequence[Subset], scores: Sequence[Mapping[str, np.n
 
 def write_page(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes the page; ``index.html`` comes last, when all that it needs exists."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     for name in STATIC:
         files.write_text(folder / name, (PAGE / name).read_text(encoding="utf-8"))
     data = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     files.write_text(folder / "data.js", f"window.GALLERY = {data};\n")
-    environment = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     images, classes = content["images"], content["classes"]
     by_name = sorted(range(len(classes)), key=classes.__getitem__)
     choices = {
@@ -357,7 +353,7 @@ def write_page(folder: Path, content: Mapping[str, Any]) -> None:
         **{side: [(label, classes[label]) for label in by_name if label in set(images[side])] for side in ("source", "target")},
         "strength": [(strength, f"{strength:g}") for strength in sorted(set(images["group"]))],
     }  # fmt: skip
-    text = environment.get_template("index.html.j2").render(gallery=content, choices=choices, count=len(images["path"]))
+    text = document.render(PAGE / "index.html.j2", gallery=content, choices=choices, count=len(images["path"]))
     files.write_text(folder / "index.html", text)
 
 

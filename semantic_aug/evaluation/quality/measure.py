@@ -296,8 +296,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
 def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """One row for each image: subset, file, and its values by subset and column; one that it does not have is empty."""
     columns = [name for name in IMAGE_COLUMNS if any(name in subset_values for subset_values in values.values())]
-    with files.atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(path) as writer:
         writer.writerow(["subset", "file", *columns])
         for subset in subsets:
             absent = np.full(len(subset), np.nan)

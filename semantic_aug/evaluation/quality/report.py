@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -98,8 +97,7 @@ def write(
         The files written.
     """
     columns = [name for name in columns if any(name in row for row in rows)]
-    with files.atomic_path(folder / CSV_FILE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
+    with files.csv_writer(folder / CSV_FILE) as writer:
         writer.writerow(columns)
         writer.writerows([value_text(row.get(name, ""), 6) for name in columns] for row in rows)
     files.write_json(folder / JSON_FILE, {**runs.plain(facts), "rows": [dict(row) for row in rows]})
