@@ -131,6 +131,7 @@ def whole(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value}: expected at least {minimum}")
         return value
 
+    parse.metavar = "N"
     return parse
 
 
@@ -174,11 +175,12 @@ def setting(
         help: a whole phrase with the unit; the default is added to it unless it states one.
         type: turns a word into a value, as argparse's ``type``.
         choices: accepted values.
-        metavar: stands for the value in the help.
+        metavar: stands for the value in the help; the type's where left out (``N`` of whole numbers, ``DIR`` of paths).
         nargs: ``+`` for several values, kept as a tuple.
         result: False for what changes no byte of the result (devices, where to write): no part of a run's identity.
         absent: of a setting that earlier records lack, the value that they mean; records leave it out from then on.
     """
+    metavar = metavar or getattr(type, "metavar", "N" if type is int else None)
     flag = {"type": type, "choices": choices, "metavar": metavar, "nargs": nargs}
     metadata = {"help": help, "flag": {k: v for k, v in flag.items() if v is not None}, "result": result}
     return field(default=default, metadata={**metadata, "absent": absent})
@@ -274,6 +276,9 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
     return registry.typed_path(text)
+
+
+path.metavar = "DIR"
 
 
 def path_or(*words: str) -> Callable[[str], str]:

@@ -50,7 +50,6 @@ class MixSettings:
         (0, 0),
         nargs=2,
         type=cli.whole(0),
-        metavar="N",
         absent=(0, 0),
         help="epochs without mixing at the start and at the end of the run; CMO's authors: 4 3 (default: 0 0)",
     )

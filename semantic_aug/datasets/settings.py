@@ -48,7 +48,7 @@ class Setting:
 
     TITLE = "data"
     examples_per_class: int = cli.setting(
-        -1, type=int, metavar="N", help="few-shot setting: training images per class, -1 for all (default: -1)"
+        -1, type=int, help="few-shot setting: training images per class, -1 for all (default: -1)"
     )
     task: str = cli.setting("vanilla", choices=TASKS, help="vanilla, or imbalanced for the long-tail setting")
     imbalance_factor: float = cli.setting(
@@ -65,7 +65,6 @@ class Setting:
     subset_seed: int = cli.setting(
         0,
         type=int,
-        metavar="N",
         help="seed of the few-shot or long-tail draw and of the held-out validation split; keep it the same in "
         "all three stages",
     )
@@ -78,7 +77,6 @@ class Setting:
     val_examples_per_class: int = cli.setting(
         -1,
         type=int,
-        metavar="N",
         help="validation images per class at most, drawn with --subset_seed; -1 for all (default: -1)",
     )
     corrupt_prob: float = cli.setting(

@@ -38,7 +38,6 @@ class SolverSettings:
     num_inference_steps: int = cli.setting(
         25,
         type=cli.whole(1),
-        metavar="N",
         help="steps of the whole schedule; strength s runs the last int(s * N) (default: 25; with --lcm_lora 8)",
     )
     guidance_scale: float = cli.setting(

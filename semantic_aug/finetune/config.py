@@ -60,7 +60,7 @@ class ModelSettings:
     initializer: str = cli.setting(
         "class_name", metavar="TEXT", help="initial class tokens: class_name, super_class, or words of your own"
     )
-    num_vectors: int = cli.setting(1, type=cli.whole(1), metavar="N", help="vectors per class token")
+    num_vectors: int = cli.setting(1, type=cli.whole(1), help="vectors per class token")
     gradient_checkpointing: bool = cli.setting(False, help="less memory, more time", result=False)
     mixed_precision: str | None = cli.setting(
         None,
@@ -98,19 +98,16 @@ class TrainSettings:
     """How it is trained: batches, rates, loss."""
 
     TITLE = "training"
-    max_train_steps: int = cli.setting(35000, type=cli.whole(1), metavar="N", help="optimiser steps")
+    max_train_steps: int = cli.setting(35000, type=cli.whole(1), help="optimiser steps")
     # A step draws for the whole effective batch, and each process and micro-batch takes its slice: how the batch is split
     # changes no result, and the effective batch is compared instead.
-    train_batch_size: int = cli.setting(
-        8, type=cli.whole(1), metavar="N", help="images per process and micro-batch", result=False
-    )
+    train_batch_size: int = cli.setting(8, type=cli.whole(1), help="images per process and micro-batch", result=False)
     gradient_accumulation_steps: int = cli.setting(
-        1, type=cli.whole(1), metavar="N", help="micro-batches per optimiser step", result=False
+        1, type=cli.whole(1), help="micro-batches per optimiser step", result=False
     )
     effective_batch: int | None = cli.setting(
         None,
         type=cli.whole(1),
-        metavar="N",
         help="images per optimiser step over all processes, in micro-batches of at most --train_batch_size (default: "
         "--train_batch_size x --gradient_accumulation_steps x processes)",
         result=False,  # what it comes to is compared
@@ -121,8 +118,8 @@ class TrainSettings:
     )
     scale_lr: bool = cli.setting(False, help="multiply both learning rates by batch size, micro-batches and processes")
     lr_scheduler: str = cli.setting("constant", choices=LR_SCHEDULERS, help="schedule of both learning rates")
-    lr_warmup_steps: int = cli.setting(0, type=cli.whole(0), metavar="N", help="warm-up of the rates, optimiser steps")
-    lr_num_cycles: int = cli.setting(1, type=cli.whole(1), metavar="N", help="restarts of cosine_with_restarts")
+    lr_warmup_steps: int = cli.setting(0, type=cli.whole(0), help="warm-up of the rates, optimiser steps")
+    lr_num_cycles: int = cli.setting(1, type=cli.whole(1), help="restarts of cosine_with_restarts")
     lr_power: float = cli.setting(1.0, type=cli.number(0), metavar="X", help="power of the polynomial schedule")
     lr_step_rules: str | None = cli.setting(
         None,
@@ -223,28 +220,21 @@ class OutputSettings:
     output_dir: Path | None = cli.setting(
         None,
         type=cli.path,
-        metavar="DIR",
         help="folder of the results (default: outputs/finetune_model/finetune_{strategy}{setting}/{dataset})",
         result=False,
     )
     checkpointing_steps: int = cli.setting(
-        1000, type=cli.whole(0), metavar="N", help="steps between checkpoints; 0: none", result=False
+        1000, type=cli.whole(0), help="steps between checkpoints; 0: none", result=False
     )
-    checkpoints_total_limit: int = cli.setting(
-        2, type=cli.whole(1), metavar="N", help="checkpoints that are kept", result=False
-    )
+    checkpoints_total_limit: int = cli.setting(2, type=cli.whole(1), help="checkpoints that are kept", result=False)
     resume_from_checkpoint: str | None = cli.setting(
         None, metavar="latest|PATH", help="continue from a checkpoint", result=False
     )
     validation_steps: int = cli.setting(
-        1000, type=cli.whole(0), metavar="N", help="steps between picture grids; 0: none", result=False
+        1000, type=cli.whole(0), help="steps between picture grids; 0: none", result=False
     )
-    num_validation_images: int = cli.setting(
-        4, type=cli.whole(0), metavar="N", help="pictures per class in a grid", result=False
-    )
-    logging_steps: int = cli.setting(
-        50, type=cli.whole(1), metavar="N", help="steps between rows of metrics.csv", result=False
-    )
+    num_validation_images: int = cli.setting(4, type=cli.whole(0), help="pictures per class in a grid", result=False)
+    logging_steps: int = cli.setting(50, type=cli.whole(1), help="steps between rows of metrics.csv", result=False)
     report_to: str = cli.setting(
         "tensorboard", choices=("none", *TRACKERS), help="where metrics and picture grids also go", result=False
     )

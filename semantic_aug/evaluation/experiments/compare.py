@@ -67,14 +67,12 @@ class ComparisonSettings:
         (2020, 2021, 2022),
         type=int,
         nargs="+",
-        metavar="N",
         help="each draws its own training images and has its own stages 1 and 2 (default: 2020 2021 2022)",
     )
     examples_per_class: tuple[int, ...] = cli.setting(
         (-1,),
         type=int,
         nargs="+",
-        metavar="N",
         help="few-shot settings: training images per class, -1 for all (default: -1)",
     )
     multiplier: tuple[float, ...] = cli.setting(
@@ -100,7 +98,7 @@ class SharingSettings:
 
     TITLE = "sharing and reporting"
     num_shards: int = cli.setting(
-        1, type=cli.whole(1), metavar="N", help="deal the pairs of setting and seed to N runs", result=False
+        1, type=cli.whole(1), help="deal the pairs of setting and seed to N runs", result=False
     )
     shard_index: int = cli.setting(
         0, type=cli.whole(0), metavar="I", help="which of them this is, from 0", result=False

@@ -49,20 +49,18 @@ class HeadroomSettings:
     examples_per_class: int = cli.setting(
         -1,
         type=int,
-        metavar="N",
         help="training images per class that there are or would be used; labelled images beyond them show what more would "
         "win (default: -1, all)",
     )
     pool_per_class: int = cli.setting(
         -1,
         type=int,
-        metavar="N",
         help="labelled training images of each class that are looked at, at most, which bounds the time (default: -1, all)",
     )
     val_examples_per_class: int = cli.setting_of(Setting, "val_examples_per_class")
     split: str = cli.setting_of(Setting, "split")
     seeds: tuple[int, ...] = cli.setting(
-        (0, 1, 2, 3, 4), type=int, nargs="+", metavar="N", help="draws of the training images (default: 0 1 2 3 4)"
+        (0, 1, 2, 3, 4), type=int, nargs="+", help="draws of the training images (default: 0 1 2 3 4)"
     )
     model: str = cli.setting(
         "tf_efficientnet_lite0", metavar="NAME", help="timm model, on whose frozen features the classifiers are trained"
@@ -73,7 +71,6 @@ class HeadroomSettings:
     output_dir: Path | None = cli.setting(
         None,
         type=cli.path,
-        metavar="DIR",
         help="folder of the report (default: outputs/headroom/{dataset}{setting})",
         result=False,
     )

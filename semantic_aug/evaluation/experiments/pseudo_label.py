@@ -55,11 +55,11 @@ class LabelSettings:
 
     TITLE = "labels"
     classifier: Path = cli.setting(
-        type=cli.path, metavar="DIR", help="output folder of a finished train_cls.py run on the labelled images"
+        type=cli.path, help="output folder of a finished train_cls.py run on the labelled images"
     )
     gpu: str | None = cli.setting_of(PlacementSettings, "gpu")
     output_dir: Path = cli.setting(
-        type=cli.path, metavar="DIR", help="folder of the subset, for train_cls.py --syndata_dir", result=False
+        type=cli.path, help="folder of the subset, for train_cls.py --syndata_dir", result=False
     )
 
 

@@ -95,7 +95,6 @@ class Placement:
     output_dir: Path | None = cli.setting(
         None,
         type=cli.path,
-        metavar="DIR",
         help="folder of the results (default: outputs/COMMAND/{dataset})",
         result=False,
     )

@@ -84,7 +84,6 @@ class BudgetSettings:
     trials: int | None = cli.setting(
         None,
         type=cli.whole(1),
-        metavar="N",
         help=f"most classifier runs (default: {DEFAULT_TRIALS}, or what --budget_hours allows)",
     )
     budget_hours: float | None = cli.setting(
@@ -97,7 +96,6 @@ class BudgetSettings:
         (2020, 2021, 2022),
         type=int,
         nargs="+",
-        metavar="N",
         help="seeds of the classifier runs, 2 or more; finalists run on all (default: 2020 2021 2022)",
     )
     register_key: str | None = cli.setting(

@@ -44,13 +44,10 @@ class ExportSettings(OutputSettings):
         metavar="W",
         help="leave out synthetic images whose target class weighs less than W in the soft label, in [0, 1]",
     )
-    shard_images: int = cli.setting(
-        1000, type=cli.whole(1), metavar="N", help="images in a shard at most, for hf and webdataset"
-    )
+    shard_images: int = cli.setting(1000, type=cli.whole(1), help="images in a shard at most, for hf and webdataset")
     measures: Path | None = cli.setting(
         None,
         type=cli.path,
-        metavar="DIR",
         help="output folder of measure on these subsets, whose share of near-copies the card states",
         result=False,
     )

@@ -59,7 +59,6 @@ class FilterSettings:
     min_per_class: int = cli.setting(
         1,
         type=cli.whole(0),
-        metavar="N",
         help="with --threshold: the best N of a target class are kept whatever their confidence; 0: a class may be emptied",
     )
     super_class: str | None = cli.setting(

@@ -57,7 +57,7 @@ class GallerySettings:
 
     TITLE = "gallery"
     measures: Path | None = cli.setting(
-        None, type=cli.path, metavar="DIR",
+        None, type=cli.path,
         help="output folder of a `measure` run on the same subsets: its values of each image are shown and sorted by",
     )  # fmt: skip
     gamma: float = cli.setting_of(SyntheticSettings, "gamma")
@@ -70,7 +70,7 @@ class GallerySettings:
         "to another machine; none: thumbnails only",
     )  # fmt: skip
     processes: int = cli.setting(
-        0, type=cli.whole(0), metavar="N", help="processes that make thumbnails; 0: one per CPU", result=False
+        0, type=cli.whole(0), help="processes that make thumbnails; 0: one per CPU", result=False
     )
 
 

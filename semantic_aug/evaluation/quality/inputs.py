@@ -59,7 +59,7 @@ class ModelSettings:
     clip: str | None = cli.setting(
         None, type=cli.model, metavar="DIR|ID", help="CLIP model: a folder in transformers' layout, or a hub id"
     )
-    batch_size: int = cli.setting(64, type=cli.whole(1), metavar="N", help="images at a time", result=False)
+    batch_size: int = cli.setting(64, type=cli.whole(1), help="images at a time", result=False)
     gpu: str | None = cli.setting(
         None, metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 where there is one)", result=False
     )
@@ -103,9 +103,7 @@ class OutputSettings:
     """Where results go."""
 
     TITLE = "output"
-    output_dir: Path = cli.setting(
-        type=cli.path, metavar="DIR", help="folder of the results, created if absent", result=False
-    )
+    output_dir: Path = cli.setting(type=cli.path, help="folder of the results, created if absent", result=False)
 
 
 COMMON = (DatasetName, Setting, cli.RunSettings, SubsetSettings, ModelSettings)

@@ -46,8 +46,8 @@ class PictureSettings:
         help="translations: a source image in each row; neighbours: synthetic images and the real ones nearest to them; "
         "failures: the lowest target probability under --classifier (default: all that the given flags allow)",
     )
-    rows: int = cli.setting(8, type=cli.whole(1), metavar="N", help="rows of each sheet")
-    neighbours: int = cli.setting(5, type=cli.whole(1), metavar="N", help="real images beside each synthetic one")
+    rows: int = cli.setting(8, type=cli.whole(1), help="rows of each sheet")
+    neighbours: int = cli.setting(5, type=cli.whole(1), help="real images beside each synthetic one")
     size: int = cli.setting(160, type=cli.whole(16), metavar="PIXELS", help="side of each image")
 
 
