@@ -133,13 +133,9 @@ def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
 
     bar = tqdm(total=len(pixels), desc="decoding", unit="image", leave=False, disable=None, dynamic_ncols=True)
     with bar, ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        try:
-            for start in range(0, len(pixels), BLOCK):
-                for _ in pool.map(one, range(start, min(len(pixels), start + BLOCK))):
-                    bar.update()
-        except BaseException:  # a broken image, an interruption: the rest of the block is not waited for
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for start in range(0, len(pixels), BLOCK):
+            for _ in pool.map(one, range(start, min(len(pixels), start + BLOCK))):  # which cancels the rest on an error
+                bar.update()
 
 
 def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: int | None) -> np.ndarray:

@@ -106,14 +106,9 @@ class Setting:
             value = getattr(self, name)
             if value == 0 or value < -1:
                 raise UserError(f"--{name} {value}: expected -1 (all) or a positive number")
-        choices = {
-            "task": TASKS,
-            "imbalance_profile": PROFILES,
-            "corrupt_classes": NOISE_CLASSES,
-            "split": SOURCE_SPLITS,
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
+        for name, field in cli.settings_of(Setting).items():
+            accepted = field.metadata["flag"].get("choices")
+            if accepted and getattr(self, name) not in accepted:
                 raise UserError(f"--{name} {getattr(self, name)}: expected one of {', '.join(accepted)}")
         if not 0 < self.imbalance_factor <= 1:
             raise UserError(f"--imbalance_factor {self.imbalance_factor}: expected a number in (0, 1]")

@@ -236,14 +236,15 @@ def _missing_in(folder: str, files: list[tuple[int, str]]) -> list[int]:
     if len(files) > FEW:
         try:
             with os.scandir(folder) as entries:
-                regular = {entry.name for entry in entries if _is_regular(entry)}
+                regular = {entry.name for entry in entries if is_regular(entry)}
         except OSError:
             regular = set()
         files = [(index, name) for index, name in files if name not in regular]
     return [index for index, name in files if not Path(folder, name).is_file()]
 
 
-def _is_regular(entry: os.DirEntry) -> bool:
+def is_regular(entry: os.DirEntry) -> bool:
+    """Whether a folder's entry is a file, or a link to one."""
     try:
         return entry.is_file()
     except OSError:

@@ -18,7 +18,7 @@ from semantic_aug.datasets.images import EXTENSIONS, HEIC_REMEDY, reads_heic
 from semantic_aug.datasets.readers import captions
 from semantic_aug.datasets.readers.notes import note
 from semantic_aug.datasets.spec import Splits, split_of, unify
-from semantic_aug.datasets.table import MASK_PATH, ImageTable, table_of_files
+from semantic_aug.datasets.table import MASK_PATH, ImageTable, is_regular, table_of_files
 from semantic_aug.errors import UserError
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
@@ -228,32 +228,17 @@ def is_litter(name: str) -> bool:
 def text_of(path: str | os.PathLike) -> str:
     """A path as text that can be written and compared: bytes that are not UTF-8 become ``\\xNN``."""
     text = os.fspath(path)
-    return text if text.isascii() or _is_text(text) else os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
-def _is_text(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    return text
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself, or into a folder that may not be entered
-        return False
-
-
-def _shown(entries: list[os.DirEntry]) -> list[os.DirEntry]:
-    return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _is_regular(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:
         return False
 
 
@@ -276,17 +261,15 @@ class Walk:
         try:
             with os.scandir(folder) as scan:
                 entries = sorted((entry for entry in scan if not is_litter(entry.name)), key=lambda entry: entry.name)
-            folders = [entry for entry in entries if _is_folder(entry)]
+            names = {entry.name for entry in entries if _is_folder(entry)}
         except OSError as error:
             raise UserError(
                 f"folder {text_of(folder)} cannot be listed ({error.strerror}): give yourself permission to, or remove it"
             ) from None
-        names = {entry.name for entry in folders}
-        others = [entry for entry in entries if entry.name not in names]
-        hidden = [entry for entry in entries if entry.name.startswith(".")]
-        if hidden:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        if hidden := [entry for entry in entries if entry.name.startswith(".")]:
             self.left_out["hidden files or folders left out"] += map(self.name_of, hidden)
-        return _shown(folders), _shown(others)
+        return [e for e in shown if e.name in names], [e for e in shown if e.name not in names]
 
     def folder_names(self, folder: str | os.PathLike) -> list[str]:
         """Names of the folders in a folder, without a note on anything left out."""
@@ -350,7 +333,7 @@ class Walk:
 
     def _reason(self, entry: os.DirEntry, name: str, ending: str) -> str | None:
         """Why a file is left out; None for an image. A broken link with an image's ending is one, to be missed later."""
-        if not _is_regular(entry):
+        if not is_regular(entry):
             if not entry.is_symlink() or Path(entry.path).exists():
                 return "pipes, sockets or devices left out"
             return None if name.endswith(EXTENSIONS) else "links that lead nowhere left out"

@@ -180,14 +180,9 @@ def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GalleryS
             pass
         return
     # started afresh: a process forked from one that holds torch's threads may hang
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-    try:
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         for _ in tqdm(pool.map(*work, chunksize=16), **options):
             pass
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
 
 
 # --------------------------------------------------------------------------------------------------------- records
