@@ -1,7 +1,5 @@
 """Settings of a computing process: freed memory is kept for the next step, and threads do not spin for long."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -10,8 +10,6 @@ cli.add_settings(parser, Solver)
 solver = cli.read_settings(Solver, parser.parse_args(["--steps", "8"]))
 """
 
-from __future__ import annotations
-
 import argparse
 import builtins
 import math

@@ -1,7 +1,5 @@
 """What the user sees besides results: plain log lines, and libraries kept quiet."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -4,8 +4,6 @@ Free memory is what is available, as ``psutil`` has it (page cache can be given 
 groups (containers, batch systems) this process is in, shared by the processes a launcher started on this machine.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,11 +77,8 @@ def launched() -> int:
 
 
 def device_of(gpu: str | None) -> str:
-    """The device that ``--gpu`` names: ``cpu`` or ``cuda:N``.
-
-    Raises:
-        UserError: not a number or ``cpu``, a GPU that is not there, or one GPU for several processes.
-    """
+    """The device that ``--gpu`` names: ``cpu`` or ``cuda:N``. Raises UserError: not a number or ``cpu``, a GPU that is not
+    there, or one GPU for several processes."""
     if gpu == CPU:
         return CPU
     if launched() > 1 and gpu is not None:
@@ -102,11 +97,7 @@ def device_of(gpu: str | None) -> str:
 
 
 def check_ids(gpu_ids: Sequence[str], each: str = "") -> None:
-    """Refuses entries of ``--gpu_ids`` that are neither a number nor ``cpu``.
-
-    Raises:
-        UserError: names the entry.
-    """
+    """Refuses entries of ``--gpu_ids`` that are neither a number nor ``cpu``. Raises UserError: names the entry."""
     for word in gpu_ids:
         if word != CPU and not word.isdecimal():
             raise UserError(f"--gpu_ids {word}: expected GPU numbers or the word cpu{each}")

@@ -1,7 +1,5 @@
 """Noticing a training that diverges: losses and weights that are not finite, without waiting for the device at every step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import numpy as np

@@ -5,8 +5,6 @@ wrap their ``main`` in :func:`run_main`, which prints that line on standard erro
 appears only with ``DIFFMIX_DEBUG=1``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import difflib
@@ -108,11 +106,8 @@ def tolerate_encodings() -> None:
 
 
 def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Runs an entry script's ``main`` and turns its outcome into an exit status.
-
-    Returns:
-        0 on success, 2 after a :class:`UserError` or an operating-system error, 130 after an interruption.
-    """
+    """Runs an entry script's ``main`` and turns its outcome into an exit status. Returns 0 on success, 2 after a
+    :class:`UserError` or an operating-system error, 130 after an interruption."""
     tolerate_encodings()
     try:
         return int(main(argv) or 0)

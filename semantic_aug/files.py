@@ -5,8 +5,6 @@ a child process may inherit one; lock packages offer neither. File systems witho
 with a warning.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import errno

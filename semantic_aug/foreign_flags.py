@@ -4,8 +4,6 @@ From https://github.com/Zhicaiwww/Diff-Mix, both layouts: ``train_lora.py``, ``t
 ``sample_mp.py``, ``generate_translations.py``; ``train_hub.py``, ``train_hub_waterbird.py``, ``train_hub_imb.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 AUTOMATIC = "leave it out: chosen by the program"

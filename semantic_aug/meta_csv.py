@@ -6,8 +6,6 @@ elsewhere with only the five columns are read as they are. Folder names are slug
 per class.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Pictures for people: titled grids of images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@
 subset (or several under one key) is. Relative paths are relative to the repository root.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,11 +143,8 @@ def keys(dataset: str, file: str, config_dir: Path = CONFIG_DIR) -> list[str]:
 
 
 def look_up(dataset: str, key: str, file: str, config_dir: Path, kind: str, made_by: str) -> Any:
-    """The entry (dataset, key) of a registry file.
-
-    Raises:
-        UserError: no such section or key; lists the known keys, the nearest first, and says what to edit.
-    """
+    """The entry (dataset, key) of a registry file. Raises UserError: no such section or key; lists the known keys, the nearest
+    first, and says what to edit."""
     entries = _section(dataset, file, config_dir)
     if key not in entries:
         where = f"add it to section '{dataset}' of {shown_path(config_dir / file)}, or let {made_by} --register_key write it"

@@ -1,7 +1,5 @@
 """Output folders: names, the arguments and the origin kept beside the results, and metrics row by row."""
 
-from __future__ import annotations
-
 import csv
 import importlib.metadata
 import os

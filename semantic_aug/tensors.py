@@ -1,7 +1,5 @@
 """Tensors and arrays in files: safetensors whose bytes follow from their content, saved states, arrays mapped into memory."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@ YAML takes ``yes``, ``on``, ``12:30``, ``2024``, ``007`` and ``1e3`` for truth v
 and classes they are text here, exactly as written. An empty value, ``~`` or ``null`` is "not set" (None); quoted, it is text.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import textwrap

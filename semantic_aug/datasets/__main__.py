@@ -3,8 +3,6 @@
 ``check`` exits with status 0 where nothing is wrong, 1 where something is, and 2 where the data set cannot be read at all.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -84,6 +82,9 @@ def show_info(word: str, config_dir: Path) -> int:
         "homepage": spec.homepage,
         "hub": ", ".join(spec.hub),
         "local copies": ", ".join(spec.variables),
+        "read from": "the official download, else copies of the hub's files, else the hub"
+        if spec.variables[1:]
+        else "",
         "groups": ", ".join(spec.group_names),
     }
     _say(*(f"{name:<13} {value}" for name, value in rows.items() if value))

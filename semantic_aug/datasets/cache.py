@@ -10,8 +10,6 @@ Features that the evaluation keeps there (``features-*.npy``) and hashes of imag
 by the same rule.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

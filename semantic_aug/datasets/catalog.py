@@ -78,11 +78,8 @@ class LoadedDataset:
         return registry.subsets(self.section(registry.SUBSETS, key, config_dir), key, config_dir)
 
     def tested_on(self, word: str, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
-        """The data set with the test images and groups of another one, whose classes are found here by name.
-
-        Raises:
-            UserError: the other has no test split, or a class with test images that is not among these.
-        """
+        """The data set with the test images and groups of another one, whose classes are found here by name. Raises UserError:
+        the other has no test split, or a class with test images that is not among these."""
         spec, splits = read_splits(word, config_dir)
         if "test" not in splits:
             raise UserError(f"--test_dataset {word}: it has no test split; expected a data set with one")
@@ -210,11 +207,7 @@ def read_splits(
 
 
 def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
-    """A data set under a setting.
-
-    Raises:
-        UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`.
-    """
+    """A data set under a setting. Raises UserError: see :func:`find_spec` and :mod:`semantic_aug.datasets.readers`."""
     setting = setting or Setting()
     spec, splits = read_splits(word, config_dir, setting.split)
     refuse_missing(splits, spec.name)

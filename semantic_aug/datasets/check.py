@@ -4,8 +4,6 @@ Every image is opened once, by several threads. Duplicates are found by the SHA-
 difference hash: 256 bits, each saying whether one of 16 x 17 grey values is darker than its right neighbour.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import defaultdict

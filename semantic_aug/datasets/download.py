@@ -1,7 +1,5 @@
 """Getting a registered data set: torchvision downloads official archives, the hub's library what the hub has."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -3,8 +3,6 @@
 EXIF blocks are TIFF files in small (CIPA DC-008, section 4.6): a header, then directories of twelve-byte entries.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator

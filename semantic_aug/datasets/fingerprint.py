@@ -7,8 +7,6 @@ path, size and times, and only what is new or was touched is read. A time that l
 :data:`SETTLED_SECONDS` back is not trusted (the next change might carry the same one): such a file is read again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -4,8 +4,6 @@ Images are PIL RGB with 8 bits a channel from here on. A file that cannot be rea
 Metadata never decides whether an image can be read: where Pillow fails on it, the image is decoded without it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import os

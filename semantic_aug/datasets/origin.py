@@ -1,7 +1,5 @@
 """What a run of stages 1 and 3 is made from: images, labels, names and weights, recorded beside its arguments."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

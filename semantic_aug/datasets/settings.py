@@ -1,7 +1,5 @@
 """Which data set, and which part of it: the settings that the three stages of one experiment share."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

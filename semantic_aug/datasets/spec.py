@@ -4,8 +4,6 @@ A module per data set declares one :class:`DatasetSpec`. Its ``read`` is a plain
 :mod:`semantic_aug.datasets.readers` with its arguments bound, that returns the splits it has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Each class is drawn with a generator of its own, keyed by the class *name*, from
 neither the listing order of files nor the other classes, and the 5-shot set contains the 1-shot set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -139,11 +137,8 @@ def corrupt_labels(table: ImageTable, probability: float, seed: int = 0, classes
 
 
 def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTable, ImageTable | None]:
-    """Splits a validation set off, ``fraction`` of each class (rounded; a class keeps at least one training image).
-
-    Returns:
-        The rest, and the held-out part or None where nothing is held out.
-    """
+    """Splits a validation set off, ``fraction`` of each class (rounded; a class keeps at least one training image). Returns
+    the rest, and the held-out part or None where nothing is held out."""
     counts = table.counts()
     held = np.minimum(np.maximum(np.round(counts * fraction).astype(np.int64), 1), np.maximum(counts - 1, 0))
     if fraction == 0 or held.sum() == 0:

@@ -1,7 +1,5 @@
 """Images without labels: all below a folder, or the column ``path`` of a list."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -49,11 +47,8 @@ def read_unlabelled(path: Path) -> ImageTable:
 
 
 def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path) -> ImageTable:
-    """The images that are not training images of the data set, by content.
-
-    Raises:
-        UserError: some are validation or test images, which would leak into what is trained on them; or none is left.
-    """
+    """The images that are not training images of the data set, by content. Raises UserError: some are validation or test
+    images, which would leak into what is trained on them; or none is left."""
     hashes = [value.tobytes() for value in hash_images(images).values]
     for split in ("test", "val"):
         table = getattr(dataset, split)

@@ -7,8 +7,6 @@ The original keeps the LoRA under the names of diffusers' former attention proce
 ``learned_embeds-steps-N.bin``, whose last is ``learned_embeds-steps-last.bin``.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections import Counter

@@ -128,12 +128,8 @@ class Family:
         return Conditions(conditions.hidden * 0, added)
 
     def check(self, unet: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> None:
-        """Refuses relatives of a family that need more than it gives.
-
-        Raises:
-            UserError: a U-Net with further inputs (inpainting, depth, unCLIP, upscaling, a refiner), or latents with
-                statistics of their own.
-        """
+        """Refuses relatives of a family that need more than it gives. Raises UserError: a U-Net with further inputs
+        (inpainting, depth, unCLIP, upscaling, a refiner), or latents with statistics of their own."""
         for part, config, expected in (("U-Net", unet, "UNet2DConditionModel"), ("VAE", vae, "AutoencoderKL")):
             if config.get("_class_name", expected) != expected:
                 raise UserError(
@@ -211,11 +207,8 @@ def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
 
 
 def family_of(folder: Path, name: str) -> Family:
-    """The family of a base model, by the pipeline its ``model_index.json`` names.
-
-    Raises:
-        UserError: a pipeline of another kind, or one that lacks a text encoder (XL's refiner).
-    """
+    """The family of a base model, by the pipeline its ``model_index.json`` names. Raises UserError: a pipeline of another
+    kind, or one that lacks a text encoder (XL's refiner)."""
     index = read_index(folder, name)
     pipeline = index["_class_name"]
     family = next((family for family in FAMILIES if pipeline in family.pipelines), None)

@@ -1,7 +1,5 @@
 """The licence of a base model: what its model card states, and whether it forbids what synthetic images are made for."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

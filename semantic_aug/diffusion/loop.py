@@ -4,8 +4,6 @@ Every sample of a batch has its own prompt, strength and random generator, and c
 make it alone from the same generator. Classifier-free guidance (Ho & Salimans 2022) runs as one doubled batch.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ reads them and those of others. A LoRA is merged as W + scale * B A in float32, 
 a key that matches nothing is an error.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
@@ -234,9 +232,6 @@ def match_lora(
 
 
 def check_lora(path: Path, base_folder: Path) -> None:
-    """Refuses a LoRA that cannot be merged into a base model; the base model's weights are not read.
-
-    Raises:
-        UserError: see :func:`read_lora` and :func:`match_lora`.
-    """
+    """Refuses a LoRA that cannot be merged into a base model; the base model's weights are not read. Raises UserError: see
+    :func:`read_lora` and :func:`match_lora`."""
     match_lora(networks_without_weights(base_folder), read_lora(path), str(path))

@@ -5,8 +5,6 @@ a text encoder's start with ``text_encoder.`` or ``text_encoder_2.``. kohya's na
 points are underscores, stay as they are until :func:`flat_names` knows the network's modules.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -136,12 +134,8 @@ def network_of(module: str) -> str:
 
 
 def read_lora(path: Path) -> dict[str, LoraPair]:
-    """A LoRA file as module path -> update.
-
-    Raises:
-        UserError: not readable, no LoRA in it, another format (by name), half of a pair missing, values that are not finite,
-            or settings under which its scale is not known.
-    """
+    """A LoRA file as module path -> update. Raises UserError: not readable, no LoRA in it, another format (by name), half of a
+    pair missing, values that are not finite, or settings under which its scale is not known."""
     path = find_lora(path)
     tensors, metadata = _tensors(path)
     _refuse_other_formats(path, tensors)

@@ -1,7 +1,5 @@
 """The denoising objective (Ho et al. 2020), in epsilon or v (Salimans & Ho 2022), with optional min-SNR weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Noise schedules and solvers: any diffusers scheduler, by a short name or its class name."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -69,11 +69,8 @@ class ClassTokens:
         return (self.vectors, *self.further)
 
     def for_classes(self, source_names: Sequence[str], prompt_names: Sequence[str], where: str) -> ClassTokens:
-        """These tokens under a data set's own spelling of its classes; see :class:`semantic_aug.prompts.ClassIndex`.
-
-        Raises:
-            UserError: names the first class without a token, or two classes of one name.
-        """
+        """These tokens under a data set's own spelling of its classes; see :class:`semantic_aug.prompts.ClassIndex`. Raises
+        UserError: names the first class without a token, or two classes of one name."""
         if not self.class_names:
             return self._in_order(source_names, where)
         positions = ClassIndex(self.class_names).match(source_names, prompt_names, where=where)

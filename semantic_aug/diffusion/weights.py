@@ -5,8 +5,6 @@ pickle, and each of these in variants (``.fp16``, ``.non_ema``), whose names pre
 where they exist, otherwise a variant.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
@@ -50,11 +48,8 @@ def _preference(variant: str | None) -> tuple[int, str]:
 
 
 def find_weights(folder: Path) -> WeightFiles | None:
-    """The weight files of one network, the plain ones before a variant and safetensors before pickles.
-
-    Raises:
-        UserError: an index that cannot be read, or a shard that is missing.
-    """
+    """The weight files of one network, the plain ones before a variant and safetensors before pickles. Raises UserError: an
+    index that cannot be read, or a shard that is missing."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     text = folder.name.startswith("text_encoder")
     for ending, stem in _STEMS["text_encoder" if text else "network"].items():

@@ -1,7 +1,5 @@
 """What synthetic images are worth: ``python -m semantic_aug.evaluation COMMAND ...``."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

@@ -5,8 +5,6 @@ keeps as its detail (an interval, the values it is the mean of), shown on hover 
 the charts beside it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -5,8 +5,6 @@
 {output_dir}/checkpoint-{step}/training_state.pt                   optimiser, schedule, scaler, step
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

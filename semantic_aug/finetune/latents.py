@@ -9,8 +9,6 @@ squares from the memory-mapped bytes and encodes them as one batch.
 Every process encodes or decodes its share of the images; all map all of them.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

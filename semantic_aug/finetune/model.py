@@ -1,8 +1,6 @@
 """What is trained: a frozen base model with trainable class vectors and a LoRA, as one module that predicts noise; its
 optimiser and learning-rate schedule."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -204,11 +202,8 @@ def _initial_tokens(model: BaseModel, config: FinetuneConfig, dataset: LoadedDat
 
 
 def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in one kernel where the device has it, or bitsandbytes' 8-bit one.
-
-    Raises:
-        UserError: ``--use_8bit_adam`` without bitsandbytes.
-    """
+    """AdamW in one kernel where the device has it, or bitsandbytes' 8-bit one. Raises UserError: ``--use_8bit_adam`` without
+    bitsandbytes."""
     if settings.use_8bit_adam:
         try:
             import bitsandbytes

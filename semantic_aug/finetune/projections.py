@@ -11,8 +11,6 @@ one product, and so are their A and their B; all A and B are one trained tensor,
 once per step, together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -202,11 +200,8 @@ def _plain(attn: Attention) -> bool:
 
 
 def join_projections(network: nn.Module) -> list[JoinedProjections]:
-    """Changes how a network computes its attention and LoRA, in place; what it holds and computes stays.
-
-    Returns:
-        The groups of projections with LoRA; they need a :class:`FlatLora`, refreshed for each step.
-    """
+    """Changes how a network computes its attention and LoRA, in place; what it holds and computes stays. Returns the groups of
+    projections with LoRA; they need a :class:`FlatLora`, refreshed for each step."""
     groups, members = [], set()
     for module in network.modules():
         if isinstance(module, Attention) and _plain(module):

@@ -1,7 +1,5 @@
 """Picture grids while training: one row per class, from the same noise every time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

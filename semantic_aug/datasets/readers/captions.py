@@ -3,8 +3,6 @@
 The column of captions is called ``caption``, ``text`` or ``description``; several captions of one image stand one a line.
 """
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ its line: guessed wrongly, it would give wrong class names. Commas, semicolons, 
 tells which.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """What a reader leaves out or sets right in a user's data: a line on the log, and every case for ``check``."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

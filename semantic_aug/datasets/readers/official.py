@@ -8,8 +8,6 @@ only its own folder names (no older Stanford Cars, no boxes), wants Flowers' lis
 classes of Pet (``american_bulldog`` becomes ``American Bulldog``), and a damaged list ends in a traceback.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

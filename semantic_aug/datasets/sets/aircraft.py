@@ -1,16 +1,8 @@
 """FGVC-Aircraft: 10,000 photographs of 100 aircraft variants.
 
-Three ways to have it, the first that is named being taken:
-
-* ``AIRCRAFT_ROOT``: the official download, ``fgvc-aircraft-2013b.tar.gz`` unpacked (the folder with ``data``); its train,
-  val and test lists of 3,334, 3,333 and 3,333 photographs are kept apart.
-* a local copy in the hub's format (a folder with its parquet files, or one written by ``save_to_disk``), named by the
-  environment variables ``AIRCRAFT_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``AIRCRAFT_HUG_LOCAL_IMAGE_TEST_DIR`` or by the constants
-  ``HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``HUG_LOCAL_IMAGE_TEST_DIR`` below.
-* the hub: ``Multimodal-Fatima/FGVC_Aircraft_train`` and ``Multimodal-Fatima/FGVC_Aircraft_test``.
+``AIRCRAFT_ROOT`` names the official download, ``fgvc-aircraft-2013b.tar.gz`` unpacked (the folder with ``data``); its train,
+val and test lists of 3,334, 3,333 and 3,333 photographs are kept apart.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Unpack ``101_ObjectCategories.tar.gz`` of ``caltech-101.zip`` and set ``CALTECH_
 or the one above it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,15 +1,9 @@
 """Stanford Cars: 16,185 photographs of 196 car models, 8,144 for training and 8,041 for testing.
 
-Three ways to have it, the first that is named being taken:
-
-* ``CAR_ROOT``: the official download, either layout. The newer one has ``cars_train``, ``cars_test`` and ``devkit`` (with
-  ``cars_test_annos_withlabels.mat``, a download of its own, beside it or in ``devkit``); the older one has ``car_ims`` and
-  ``cars_annos.mat``. The official host is often down; the files are mirrored on Kaggle and the Internet Archive.
-* ``CAR_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``CAR_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
-* the hub: ``Multimodal-Fatima/StanfordCars_train`` and ``Multimodal-Fatima/StanfordCars_test``.
+``CAR_ROOT`` names the official download, in either layout. The newer one has ``cars_train``, ``cars_test`` and ``devkit``
+(with ``cars_test_annos_withlabels.mat``, a download of its own, beside it or in ``devkit``); the older one has ``car_ims`` and
+``cars_annos.mat``. The official host is often down; the files are mirrored on Kaggle and the Internet Archive.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

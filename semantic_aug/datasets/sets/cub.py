@@ -1,15 +1,7 @@
 """CUB-200-2011: 11,788 photographs of 200 bird species.
 
-Three ways to have it, the first that is named being taken:
-
-* ``CUB_ROOT``: the official download, ``CUB_200_2011.tgz`` unpacked (the folder with ``images.txt``); it has the boxes too.
-* a local copy in the hub's format (a folder with its parquet files, or one written by ``save_to_disk``), named by the
-  environment variables ``CUB_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``CUB_HUG_LOCAL_IMAGE_TEST_DIR`` or by the constants
-  ``HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``HUG_LOCAL_IMAGE_TEST_DIR`` below.
-* the hub: ``Multimodal-Fatima/CUB_train`` and ``Multimodal-Fatima/CUB_test``.
+``CUB_ROOT`` names the official download, ``CUB_200_2011.tgz`` unpacked (the folder with ``images.txt``); it has the boxes too.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

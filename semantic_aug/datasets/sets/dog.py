@@ -4,8 +4,6 @@ Read from the official download: unpack ``images.tar`` (the folder ``Images``) a
 ``test_list.mat``) into one folder and set ``DOG_ROOT`` to it. Breeds are named by the folders, ``n02085620-Chihuahua``.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from semantic_aug.datasets.readers import official

@@ -6,8 +6,6 @@ The split is fixed, 60 % train, 15 % val, 25 % test of each class, and kept in `
 (:func:`stratified_split` made it).
 """
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 from pathlib import Path

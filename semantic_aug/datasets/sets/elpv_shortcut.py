@@ -6,8 +6,6 @@ the crystal instead of the defect fails in two of the four groups; the worst gro
 Sagawa et al. 2020). The split follows ELPV's, so that no base model trained on its train images has seen ``test``.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

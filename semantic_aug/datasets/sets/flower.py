@@ -1,19 +1,14 @@
 """Oxford Flowers 102: 8,189 photographs of 102 flowers, 10 of each for training, 10 for validation, the rest for testing.
 
-Three ways to have it, the first that is named being taken:
-
-* ``FLOWER_ROOT``: the official download, ``102flowers.tgz`` unpacked (the folder ``jpg``) with ``imagelabels.mat`` and
-  ``setid.mat`` beside it; the official lists of 1,020, 1,020 and 6,149 photographs are kept apart.
-* ``FLOWER_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``FLOWER_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
-* the hub: ``nelorth/oxford-flowers`` (another split: 7,169 for training, 1,020 for testing).
+``FLOWER_ROOT`` names the official download, ``102flowers.tgz`` unpacked (the folder ``jpg``) with ``imagelabels.mat`` and
+``setid.mat`` beside it; the official lists of 1,020, 1,020 and 6,149 photographs are kept apart. The hub's copy has another
+split: 7,169 for training, 1,020 for testing.
 
 ``--split half``, of the official download alone: the authors of Diff-Mix draw a random half of each flower's photographs for
 training and test on the rest; the draw is theirs, image for image.
 
 The download has no class names; those below are the ones its authors list, in the order of its labels.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

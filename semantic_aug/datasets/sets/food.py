@@ -1,13 +1,8 @@
 """Food-101: 101,000 photographs of 101 dishes, 750 of each for training and 250 for testing.
 
-Three ways to have it, the first that is named being taken:
-
-* ``FOOD_ROOT``: the official download, ``food-101.tar.gz`` unpacked (the folder with ``images`` and ``meta``).
-* ``FOOD_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``FOOD_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
-* the hub: ``ethz/food101``, whose split ``validation`` is the official test split.
+``FOOD_ROOT`` names the official download, ``food-101.tar.gz`` unpacked (the folder with ``images`` and ``meta``). The hub's
+split ``validation`` is the official test split.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

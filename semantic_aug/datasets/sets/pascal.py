@@ -8,8 +8,6 @@ The largest object is that of the largest bounding box in ``Annotations/*.xml``,
 label; Diff-Mix and DA-Fusion count mask pixels, which can choose another object where a thin one has a wide box.
 """
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 

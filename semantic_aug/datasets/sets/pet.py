@@ -1,13 +1,7 @@
 """Oxford-IIIT Pet: 7,349 photographs of 37 breeds of cats and dogs, 3,680 for training and 3,669 for testing.
 
-Three ways to have it, the first that is named being taken:
-
-* ``PET_ROOT``: the official download, ``images.tar.gz`` and ``annotations.tar.gz`` unpacked into one folder.
-* ``PET_HUG_LOCAL_IMAGE_TRAIN_DIR`` and ``PET_HUG_LOCAL_IMAGE_TEST_DIR``: local copies in the hub's format.
-* the hub: ``timm/oxford-iiit-pet``.
+``PET_ROOT`` names the official download, ``images.tar.gz`` and ``annotations.tar.gz`` unpacked into one folder.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

@@ -10,8 +10,6 @@
 The photographs are of about 960 plants, which the file names do not tell apart: a plant can be in two splits.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from semantic_aug.datasets.readers import official

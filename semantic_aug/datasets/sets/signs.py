@@ -8,8 +8,6 @@
 * a folder with ``train``, ``val`` and ``test``, each with one folder for each class.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

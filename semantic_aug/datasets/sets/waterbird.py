@@ -9,8 +9,6 @@ Read from the official download: unpack ``waterbird_complete95_forest2water2.tar
 folder with ``metadata.csv``.
 """
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

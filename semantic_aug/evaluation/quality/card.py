@@ -1,7 +1,5 @@
 """The card of an export: counts, how its images were made, and the licences that bear on them; the same facts as JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 CLIP: Radford et al. 2021. CLIP score: Hessel et al. 2021, scaled by 100 as is usual today.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Frechet distance of two Gaussians: Heusel et al. 2017, as FID. Unbiased squared 
 2018, as KID. Cosine distance is 1 - cos, in [0, 2].
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 KID_SUBSETS = 100

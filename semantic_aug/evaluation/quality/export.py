@@ -1,7 +1,5 @@
 """Hands synthetic images, and real ones, to other trainers: class folders, a Hugging Face data set, WebDataset, a list."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Every file appears whole or not at all, and one that exists is not written again, so that a stopped export resumes.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json

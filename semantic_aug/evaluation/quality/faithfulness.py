@@ -1,7 +1,5 @@
 """Faithfulness of synthetic images: predictions of an independent classifier against their labels."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from semantic_aug.classify.inference import Classifier

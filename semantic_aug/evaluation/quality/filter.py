@@ -1,7 +1,5 @@
 """Keeps the synthetic images that CLIP, a classifier, both or a review accept; writes a second list beside meta.csv."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -4,8 +4,6 @@ The output folder holds ``index.html`` with its style and script, ``data.js`` (e
 and ``images/`` (the images themselves, as links or copies). Files are named by content, so that a stopped run resumes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """The report of `measure`: the totals as a table, the chart of faithfulness against diversity, and links."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path

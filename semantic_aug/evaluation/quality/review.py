@@ -5,8 +5,6 @@ has ``folder`` and ``list`` (for people), its identity (``images``, ``labels``, 
 ``data/``. Rejections hold for the images that were looked at: a list is found by its identity, never by its name alone.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
