@@ -10,6 +10,7 @@ import contextvars
 import difflib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -65,6 +66,17 @@ def all_local(*steps: Callable[[], Any]) -> list[Any]:
 
 class Interrupted(Exception):
     """Work was stopped by a signal after everything finished so far was made safe; the text says how to resume."""
+
+
+@contextlib.contextmanager
+def signals_to(handler: Callable[..., Any], *kinds: int) -> Iterator[None]:
+    """A context in which a handler takes some signals (none named: those of an interruption)."""
+    former = {kind: signal.signal(kind, handler) for kind in kinds or (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, before in former.items():
+            signal.signal(kind, before)
 
 
 def nearest_first(value: str, known: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
 from semantic_aug.classify.config import WEIGHTS, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
-from semantic_aug.classify.models import class_order, make_model
+from semantic_aug.classify.models import class_order, make_model, normalisation_of
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE
 from semantic_aug.datasets import LoadedDataset
@@ -146,7 +146,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
 def _load(
     path: Path, flag: str, model_name: str, resolution: int, class_names: tuple[str, ...], device: torch.device
 ) -> Classifier:
-    model, normalisation = make_model(model_name, len(class_names), resolution, "none")
+    model, _ = make_model(model_name, len(class_names), resolution, "none")
     wanted = model.state_dict()
     state = read_state(path, wanted, flag)
     if reason := misfit(state, wanted):
@@ -154,9 +154,8 @@ def _load(
             f"{flag} {path} does not fit {model_name} ({reason}: give the --model and --res_mode it was trained with"
         )
     model.load_state_dict({key: state[key] for key in wanted})
-    metadata = metadata_of(path)
-    mean, std = metadata.get("mean", normalisation.mean), metadata.get("std", normalisation.std)
-    normalise, keep_aspect = Normaliser(mean, std, device), metadata.get("keep_aspect", False)
+    normalisation, keep_aspect = normalisation_of(model, path), metadata_of(path).get("keep_aspect", False)
+    normalise = Normaliser(normalisation.mean, normalisation.std, device)
     return Classifier(path, model.to(device).eval(), tuple(class_names), normalise, resolution, keep_aspect=keep_aspect)
 
 

@@ -84,9 +84,13 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
         model = timm.create_model(name, num_classes=num_classes, **options)
         if weights != "none":
             load_weights(model, resolve_path(weights), name)
-    # a file that train_cls.py wrote says how its images were normalised where that is not timm's way
-    config = {**model.pretrained_cfg, **({} if weights in WEIGHTS else metadata_of(weight_file(resolve_path(weights))))}
-    return model, Normalisation(tuple(config["mean"]), tuple(config["std"]))
+    return model, normalisation_of(model, None if weights in WEIGHTS else weight_file(resolve_path(weights)))
+
+
+def normalisation_of(model: nn.Module, file: Path | None) -> Normalisation:
+    """How a model's images are normalised: as its file says, where train_cls.py wrote one that does, else timm's way."""
+    config = {**model.pretrained_cfg, **(metadata_of(file) if file else {})}
+    return Normalisation(tuple(config["mean"]), tuple(config["std"]))
 
 
 def _is_swags(name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 
 import numpy as np
@@ -21,7 +20,7 @@ from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
 from semantic_aug.diffusion.loop import sample_posterior
 from semantic_aug.divergence import CHECK_STEPS, LossLog, check_losses, non_finite
-from semantic_aug.errors import Interrupted, UserError
+from semantic_aug.errors import Interrupted, UserError, signals_to
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource, Draw
 from semantic_aug.finetune.config import FinetuneConfig
@@ -151,7 +150,7 @@ class Trainer:
         began, first, last = time.monotonic(), self.step, config.train.max_train_steps
         loss_log = LossLog(accelerator.device, CHECK_STEPS, lambda part: accelerator.reduce(part, "mean"))
         total, logged_at, logged_step = 0.0, began, self.step
-        with self._signals(), self._progress_bar() as bar:
+        with signals_to(self._note_signal), self._progress_bar() as bar:
             while self.step < last:
                 loss, norm = self.optimizer_step()
                 loss_log.add(loss)
@@ -359,19 +358,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ signals and pictures
 
-    @contextlib.contextmanager
-    def _signals(self):
-        def note(number, _):
-            if self.stop_signal is not None:  # a second one: at once, without a checkpoint
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    def _note_signal(self, number: int, _) -> None:
+        if self.stop_signal is not None:  # a second one: at once, without a checkpoint
+            raise KeyboardInterrupt
+        self.stop_signal = number
 
     def _should_stop(self) -> bool:
         """Whether any process was asked to stop; all of them must agree on the step."""

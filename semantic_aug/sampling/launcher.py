@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from tqdm import tqdm
 
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, signals_to
 from semantic_aug.files import write_json
 from semantic_aug.sampling.job import Job, Row, Task
 from semantic_aug.sampling.liveness import (
@@ -105,7 +103,7 @@ class Dispatcher:
         if not self.queue:
             return self.outcome
         began = time.monotonic()
-        with self._signals():
+        with signals_to(self._count_request):
             try:
                 self._serve()
             finally:
@@ -199,17 +197,8 @@ class Dispatcher:
             return False
         return self._stop_requests > 1 or time.monotonic() - self._stopping_since > GRACE_SECONDS
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def ask(*_):
-            self._stop_requests += 1
-
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    def _count_request(self, *_) -> None:
+        self._stop_requests += 1
 
     def report_status(self, state: str, force: bool = False) -> None:
         """Writes ``status.json`` for other tools, every few seconds."""

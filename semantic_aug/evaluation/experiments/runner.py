@@ -20,7 +20,7 @@ from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.errors import EXIT_INTERRUPTED, UserError
+from semantic_aug.errors import EXIT_INTERRUPTED, UserError, signals_to
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,8 @@ def terminated_as_interrupted() -> Iterator[None]:
     # nohup ignores SIGHUP on purpose; that background jobs of a shell ignore SIGINT is inherited, and undone here
     kinds = [signal.SIGINT, signal.SIGTERM]
     kinds += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    old = {kind: signal.signal(kind, stop) for kind in kinds}
-    try:
+    with signals_to(stop, *kinds):
         yield
-    finally:
-        for kind, handler in old.items():
-            signal.signal(kind, handler)
 
 
 def _prepare_child() -> None:
