@@ -71,7 +71,7 @@ def test_joined_projections_are_pefts_own_in_another_order(bases, family, target
     flat = join(base.unet)
     ours, gradients = joined_call(base, flat, parameters)
     assert sum(p.numel() for p in parameters) == len(flat.values)
-    assert any(isinstance(m, projections.JoinedAttention) for m in base.unet.modules())
+    assert any(isinstance(p, projections.JoinedAttention) for p in base.unet.attn_processors.values())
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
     for one, other in zip(gradients, plain_gradients, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-4

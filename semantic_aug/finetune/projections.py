@@ -147,30 +147,31 @@ def _lay_out(group: JoinedProjections) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-class JoinedLora(LoraLinear):
-    """A projection with a LoRA that computes as its ``joined`` says."""
+class JoinedAttention:
+    """Processor of an attention layer whose projections of one input are joined.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.joined(x)
-
-
-class JoinedAttention(Attention):
-    """An attention layer whose projections of one input are joined.
-
-    Attributes:
-        joined: those of the image tokens, then (in cross-attention) those of the prompts; together query, key and value.
+    Args:
+        of_image: projections of the image tokens; with those of the prompts together query, key and value.
+        of_prompts: projections of the prompts, in cross-attention.
     """
 
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
+    def __init__(self, of_image: list[JoinedProjections], of_prompts: list[JoinedProjections]):
+        self.of_image, self.of_prompts = of_image, of_prompts
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
     ) -> Tensor:
         """Image tokens ``(B, N, C)``, and prompts ``(B, L, D)`` in cross-attention, to ``(B, N, C)``."""
-        of_image, of_prompts = self.joined
-        outputs = [group(hidden_states) for group in of_image] + [group(encoder_hidden_states) for group in of_prompts]
-        parts = [part for out in outputs for part in out.split(self.inner_dim, -1)]
-        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
+        outputs = [group(hidden_states) for group in self.of_image]
+        outputs += [group(encoder_hidden_states) for group in self.of_prompts]
+        parts = [part for out in outputs for part in out.split(attn.inner_dim, -1)]
+        heads = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts]
         mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return self.to_out[1](self.to_out[0](mixed))
+        return attn.to_out[1](attn.to_out[0](mixed))
 
 
 def _joint_rank(members: Sequence[nn.Linear | LoraLinear]) -> int:
@@ -206,13 +207,12 @@ def join_projections(network: nn.Module) -> list[JoinedProjections]:
     for module in network.modules():
         if isinstance(module, Attention) and _plain(module):
             query, *rest = projections = module.to_q, module.to_k, module.to_v
-            module.joined = (_join([query]), _join(rest)) if module.is_cross_attention else (_join(projections), [])
-            module.__class__ = JoinedAttention
-            groups += [*module.joined[0], *module.joined[1]]
+            joined = (_join([query]), _join(rest)) if module.is_cross_attention else (_join(projections), [])
+            module.set_processor(JoinedAttention(*joined))
+            groups += [*joined[0], *joined[1]]
             members |= set(projections)
     for module in network.modules():
         if type(module) is LoraLinear and module not in members:
-            module.joined = JoinedProjections([module])
-            module.__class__ = JoinedLora
-            groups.append(module.joined)
+            module.forward = JoinedProjections([module])
+            groups.append(module.forward)
     return [group for group in groups if _joint_rank(group.members)]
