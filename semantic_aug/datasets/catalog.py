@@ -235,9 +235,9 @@ def load_dataset(word: str, setting: Setting | None = None, config_dir: Path = r
 def _warn_of(spec: DatasetSpec, train: ImageTable, concerned: np.ndarray, what: str, consequence: str) -> None:
     """Warns of classes; ``concerned`` is bool ``(K,)``."""
     if concerned.any():
-        first, classes = train.class_names[int(np.argmax(concerned))], len(concerned)
-        text = "%s: %d of %d classes %s ('%s' the first): %s"
-        log.warning(text, spec.name, concerned.sum(), classes, what, first, consequence)
+        first = train.class_names[int(np.argmax(concerned))]
+        values = spec.name, concerned.sum(), len(concerned), what, first, consequence
+        log.warning("%s: %d of %d classes %s ('%s' the first): %s", *values)
 
 
 def prompt_names(names: tuple[str, ...], spec: DatasetSpec) -> tuple[str, ...]:
