@@ -7,7 +7,7 @@ tokens, by its cleaned-up name, followed by the data set's super-class: "a photo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from semantic_aug.errors import UserError, nearest_first
@@ -237,20 +237,22 @@ def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ..
     UserError: neither, a file without a caption, or a caption without exactly one ``{}``."""
     if word in TEMPLATE_SETS:
         return TEMPLATE_SETS[word]
-    try:
-        lines = [line.strip() for line in Path(word).expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError):
-        near = nearest_first(word, TEMPLATE_SETS)
-        raise UserError(
-            f"{flag} {word}: expected a text file with one caption a line, or one of {', '.join(near)}"
-        ) from None
-    templates = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    templates = _read_lines(word, flag, f"caption a line, or one of {', '.join(nearest_first(word, TEMPLATE_SETS))}")
     if not templates:
         raise UserError(f"{flag} {word}: the file holds no caption; expected one a line, with {{}} for the class")
     for line in templates:
         if line.count("{}") != 1:
             raise UserError(f"{flag} {word}: '{line}': expected exactly one {{}} where the class goes")
     return templates
+
+
+def _read_lines(word: str, flag: str, expected: str) -> tuple[str, ...]:
+    """The distinct lines of a text file, without blank ones and those starting with ``#``."""
+    try:
+        lines = [line.strip() for line in Path(word).expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{flag} {word}: expected a text file with one {expected}") from None
+    return tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
 def caption_prompt(caption: str, phrase: str, name: str) -> str:
@@ -264,6 +266,88 @@ def caption_prompt(caption: str, phrase: str, name: str) -> str:
         return fill(caption, phrase)
     named = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", caption, count=1, flags=re.IGNORECASE)
     return fill(named if "{}" in named else f"{SAMPLING_TEMPLATE}, {caption}", phrase)
+
+
+# --------------------------------------------------------------------------------------------------------- contexts
+# A context is what a picture shows besides its class: background, pose, light (BOB, Yang et al. 2026, arXiv:2510.24078).
+
+_LEAD = re.compile(
+    r"^(?:(?:an?|the|one)\s+)?(?:[\w-]+\s+){0,2}(?:photo|photograph|picture|image|view|shot|rendering|drawing)s?\s+of\s+$",
+    re.IGNORECASE,
+)
+"""What a caption may put before its class without saying anything of the picture: "a close-up photo of"."""
+_NO_ADJECTIVE = r"(?!(?:an?|the|of|in|on|at|by|with|and|or|to|from|near|under|over|behind|beside|is|are)\b)"
+
+
+CAPTIONS = "captions"
+"""The word that asks for the contexts in the captions of a data set."""
+
+
+def with_context(prompt: str, context: str) -> str:
+    """A prompt or template followed by a context, which may be empty."""
+    return f"{prompt}, {context}" if context else prompt
+
+
+def read_contexts(path: str, flag: str = "--contexts") -> tuple[str, ...]:
+    """The contexts of a text file, one a line (blank ones and those starting with ``#`` aside).
+
+    Raises:
+        UserError: no such file, or one without a context; a line with ``{}``, which is a template.
+    """
+    contexts = _read_lines(path, flag, "context a line, such as 'in the snow', or the word captions")
+    if not contexts:
+        raise UserError(f"{flag} {path}: the file holds no context; expected one a line, such as 'in the snow'")
+    for line in contexts:
+        if "{}" in line:
+            raise UserError(
+                f"{flag} {path}: '{line}': expected a context without a class; --prompt_templates takes {{}}"
+            )
+    return contexts
+
+
+def context_of(caption: str, names: Sequence[str], super_class: str = "") -> str:
+    """What a caption says besides its class; empty where it says nothing else.
+
+    The class is cut from the caption's start, with what leads to it ("a photo of a small red fox asleep" -> "asleep");
+    where it stands further back, "it" takes its place ("snow around a red fox" -> "snow around it").
+
+    Args:
+        caption: one line; ``{}`` may stand for the class.
+        names: spellings of the class.
+        super_class: of the data set, which may follow the name.
+    """
+    spelled = "|".join(re.escape(name) for name in sorted({"{}", *names}, key=len, reverse=True))
+    kind = rf"(?:\s+{re.escape(super_class)})?" if super_class else ""
+    adjectives = rf"(?:\b(?:an?|the|this|one|two|three|some|several|many)\s+(?:{_NO_ADJECTIVE}[\w-]+\s+){{0,3}})?"
+    mention = re.compile(rf"{adjectives}(?<!\w)(?:{spelled}){kind}(?:e?s)?(?!\w)", re.IGNORECASE)
+    text, first = caption.strip(), mention.search(caption.strip())
+    if first and (not text[: first.start()].strip() or _LEAD.match(text[: first.start()])):
+        text = re.sub(r"^(?:is|are)\s+", "", text[first.end() :].lstrip(" ,;:-"))
+    return re.sub(r"\s+", " ", mention.sub("it", text)).strip(" ,;:.")
+
+
+def contexts_of(
+    captions: Iterable[str], labels: Iterable[int], names: Sequence[Sequence[str]], super_class: str = ""
+) -> list[list[str]]:
+    """The contexts in the captions of N images.
+
+    Args:
+        captions: of each image, several one a line.
+        labels: class of each image.
+        names: spellings of each class.
+        super_class: of the data set.
+    """
+    return [
+        [context for line in caption.splitlines() if (context := context_of(line, names[label], super_class))]
+        for caption, label in zip(captions, labels, strict=True)
+    ]
+
+
+def without_classes(contexts: Iterable[str], names: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The distinct contexts that name no class: they may follow the prompt of any."""
+    spelled = "|".join(re.escape(name) for spellings in names for name in spellings)
+    named = re.compile(rf"(?<!\w)(?:{spelled})(?:e?s)?(?!\w)", re.IGNORECASE)
+    return tuple(context for context in dict.fromkeys(contexts) if not named.search(context))
 
 
 def initializer_text(name: str, super_class: str, initializer: str) -> str:

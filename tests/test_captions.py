@@ -9,7 +9,7 @@ from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import tokens
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.batches import Captions
-from semantic_aug.finetune.config import parse
+from semantic_aug.finetune.config import ImageSettings, parse
 from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import caption_prompt
 
@@ -103,11 +103,12 @@ def test_captions_of_the_hubs_format(tmp_path):
 def test_the_share_of_class_prompts_and_lines_drawn_evenly(captioned):
     dataset = load_dataset(f"folder:{captioned}")
     learned = tokens.ClassTokens(dataset.source_names, torch.zeros(3, 4))
-    captions = Captions(dataset, learned, 0.25)
+    captions = Captions(dataset, learned, ImageSettings(class_prompts_ratio=0.25))
     row = dataset.train.keys.index("train/red fox/train000.png")
     bare = dataset.train.keys.index("train/blue jay/train000.png")
     drawn = torch.rand(4000, generator=torch.Generator().manual_seed(0))
-    chosen = captions.choose(torch.full((4000,), row), drawn)
+    template = torch.zeros(4000, dtype=torch.int64)
+    chosen = captions.choose(torch.full((4000,), row), drawn, template)
     texts, counts = np.unique([captions.texts[i] if i >= 0 else "class" for i in chosen.tolist()], return_counts=True)
     shares = dict(zip(texts.tolist(), (counts / 4000).tolist(), strict=True))
     place = dataset.source_names.index("red fox")
@@ -119,8 +120,8 @@ def test_the_share_of_class_prompts_and_lines_drawn_evenly(captioned):
         },
         abs=0.03,
     )
-    assert (captions.choose(torch.full((4000,), bare), drawn) == -1).all()  # no caption of its own
-    assert Captions(dataset, learned, 1.0).choose(torch.tensor([row]), drawn[:1]) is None
+    assert (captions.choose(torch.full((4000,), bare), drawn, template) == -1).all()  # no caption of its own
+    assert Captions(dataset, learned, ImageSettings()).choose(torch.tensor([row]), drawn[:1], template[:1]) is None
 
 
 def test_captions_reach_the_text_encoder(captioned, tiny_base, tmp_path):

@@ -17,6 +17,7 @@ from semantic_aug.diffusion.base import BaseModel, load_base
 from semantic_aug.diffusion.loop import Sampler, decode_latents, encode_moments, generate, to_pixels, translate
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt
+from semantic_aug.prompts import with_context
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,29 @@ ENCODE_BATCH = DECODE_BATCH = 8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class PromptTable(Sequence[str]):
+    """Every plain prompt, then every one followed by each context, as :meth:`Prompts.number` counts them; each is spelled
+    when it is asked for, since classes x contexts may be millions."""
+
+    def __init__(self, plain: Sequence[str], contexts: Sequence[str]):
+        self.plain, self.contexts = plain, ("", *contexts)
+
+    def __len__(self) -> int:
+        return len(self.plain) * len(self.contexts)
+
+    def __getitem__(self, number: int) -> str:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        context, plain = divmod(number, len(self.plain))
+        return with_context(self.plain[plain], self.contexts[context])
+
+
 class EncodedPrompts:
     """The conditioning of numbered prompts, encoded in fixed chunks so that it depends on nothing but the list of prompts.
 
     Where all of it fits the bound it is encoded at once and the text encoders are let go. Otherwise they stay, chunks are
-    encoded when a prompt of theirs is needed, and the least recently used ones are forgotten.
+    encoded when a prompt of theirs is needed, and the least recently used ones are forgotten. Of a :class:`PromptTable`,
+    whose neighbours are hardly ever needed together, each batch's prompts are encoded when the batch is made.
 
     Args:
         encode: prompts to their conditioning.
@@ -48,7 +67,8 @@ class EncodedPrompts:
         self.prompts, self.cache = prompts, ConditionCache(bound)
         self.encode: Callable | None = encode
         self.whole: Conditions | None = None
-        if len(prompts) * row_bytes <= bound:
+        self.by_batch = isinstance(prompts, PromptTable)
+        if not self.by_batch and len(prompts) * row_bytes <= bound:
             chunks = range(-(-len(prompts) // PROMPT_BATCH))
             self.whole = Conditions.cat(self._encoded(chunk) for chunk in chunks)
             self.encode = None
@@ -62,6 +82,11 @@ class EncodedPrompts:
         """The conditioning of the prompts of these numbers, in their order."""
         if self.whole is not None:
             return self.whole[rows]
+        if self.by_batch:  # a batch's prompts in the order of their numbers, so that they depend on the batch alone
+            numbers = sorted(set(rows))
+            parts = (numbers[i : i + PROMPT_BATCH] for i in range(0, len(numbers), PROMPT_BATCH))
+            encoded = Conditions.cat(self.encode([self.prompts[number] for number in part]) for part in parts)
+            return encoded[[numbers.index(row) for row in rows]]
         picked: dict[int, Conditions] = {}
         for row in sorted(set(rows)):  # chunk by chunk, so that each is encoded once, however small the bound
             picked[row] = self._chunk(row // PROMPT_BATCH)[[row % PROMPT_BATCH]]
@@ -82,7 +107,7 @@ class Engine:
     """A base model with LoRA merged and class tokens installed, and every class's prompt encoded once.
 
     Args:
-        prompts: classes and templates; prompt ``t * K + k`` is template t of class k.
+        prompts: classes, templates and contexts; prompts are counted by :meth:`Prompts.number`.
         solver: steps, guidance, scheduler.
         resolution: side of the images in pixels.
         device: where to run.
@@ -110,11 +135,13 @@ class Engine:
         if tokens is not None:
             tokens = tokens.for_classes(prompts.source_names, prompts.prompt_names, str(files.tokens))
             token_io.install_all(tokens, model.tokenizers, model.text_encoders)
-        self.prompts = [
+        self.prompts: Sequence[str] = [
             class_prompt(source, name, prompts.super_class, tokens, template)
             for template in prompts.every_template
             for source, name in zip(prompts.source_names, prompts.prompt_names, strict=True)
         ]
+        if prompts.contexts:
+            self.prompts = PromptTable(self.prompts, prompts.contexts)
         model.to(device, dtype)
         null_embeds = model.encode_null(resolution)
         encode = functools.partial(model.family.encode_prompts, model.tokenizers, model.text_encoders)

@@ -37,6 +37,7 @@ class Prompts:
         super_class: may be empty.
         template: prompt with ``{}`` for the class.
         templates: several prompts instead of ``template``; empty: none.
+        contexts: what may follow a prompt, whatever its class; empty: nothing does.
     """
 
     source_names: tuple[str, ...]
@@ -44,11 +45,24 @@ class Prompts:
     super_class: str = ""
     template: str = SAMPLING_TEMPLATE
     templates: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
 
     @property
     def every_template(self) -> tuple[str, ...]:
         """The prompts in use; prompt ``t * K + k`` of an engine is template t of class k."""
         return tuple(self.templates) or (self.template,)
+
+    def number(self, target: int, template: int = 0, context: int | None = None) -> int:
+        """The number of a prompt in an engine.
+
+        Args:
+            target: class.
+            template: position in :attr:`every_template`.
+            context: position in :attr:`contexts`; None: the plain prompt.
+        """
+        classes = len(self.source_names)
+        following = 0 if context is None else (context + 1) * len(self.every_template) * classes
+        return following + template * classes + target
 
 
 def check_model(files: ModelFiles, prompts: Prompts) -> None:

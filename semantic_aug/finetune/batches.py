@@ -7,7 +7,6 @@ never stopped, without any saved random state, and two processes at half the bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from semantic_aug.diffusion.losses import draw_timesteps
 from semantic_aug.diffusion.text import check_prompts, class_prompts_of, class_words
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import caption_prompt, class_phrase
+from semantic_aug.finetune.config import ImageSettings
+from semantic_aug.prompts import caption_prompt, class_phrase, contexts_of, fill, with_context
 from semantic_aug.seeding import numpy_rng, torch_rng
 
 
@@ -135,44 +135,71 @@ class Captions:
     Args:
         dataset: its training split's column ``caption`` is read.
         tokens: class tokens, or None.
-        class_prompts_ratio: share of the draws that use the class prompt.
+        images: settings of the run. With ``contexts`` a caption is a class prompt followed by the context in the image's own
+            caption, as BOB fine-tunes (Yang et al. 2026): what varies besides the class is named, not learned as part of it.
 
     Raises:
         UserError: captions are asked for and the data set has none.
     """
 
-    def __init__(self, dataset: LoadedDataset, tokens: ClassTokens | None, class_prompts_ratio: float):
-        self.ratio, self.texts, self.labels = class_prompts_ratio, [], []
-        if class_prompts_ratio == 1:
+    def __init__(self, dataset: LoadedDataset, tokens: ClassTokens | None, images: ImageSettings):
+        self.ratio = 0.0 if images.contexts else images.class_prompts_ratio
+        self.templates = images.templates if images.contexts else ()
+        self.texts: list[str] = []
+        self.labels: list[int] = []
+        if not images.uses_captions:
             return
-        table = dataset.train
-        column = table.extras.get("caption")
-        if column is None or not any(text.strip() for text in column.tolist()):
+        table, super_class = dataset.train, dataset.spec.super_class
+        names = list(zip(dataset.source_names, dataset.class_names, strict=True))
+        self.phrases = [class_words(source, name, super_class, tokens) for source, name in names]
+        column, labels = table.extras.get("caption", np.full(len(table), "")).tolist(), table.labels.tolist()
+        if images.contexts:
+            texts = contexts_of(column, labels, names, super_class)
+        else:
+            texts = [
+                [
+                    caption_prompt(line.strip(), self.phrases[label], names[label][1])
+                    for line in text.splitlines()
+                    if line.strip()
+                ]
+                for label, text in zip(labels, column, strict=True)
+            ]
+        if not any(texts):
+            flag = f"--class_prompts_ratio {self.ratio:g}"
+            if images.contexts:
+                flag = f"--contexts {images.contexts} (what captions say besides the class)"
             raise UserError(
-                f"--class_prompts_ratio {class_prompts_ratio:g}: data set {dataset.name} has no captions; give it a column "
-                "'caption' (in its list, on the hub, or in a metadata.csv beside a folder's images), or leave the flag at 1"
+                f"{flag}: data set {dataset.name} has no captions; give it a column 'caption' (in its list, on the hub, or in "
+                "a metadata.csv beside a folder's images), or leave the flag out"
             )
-        phrases = [
-            class_words(source, name, dataset.spec.super_class, tokens)
-            for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
-        ]
-        counts = []
-        for label, text in zip(table.labels.tolist(), column.tolist(), strict=True):
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            self.texts += [caption_prompt(line, phrases[label], dataset.class_names[label]) for line in lines]
-            self.labels += [label] * len(lines)
-            counts.append(len(lines))
-        self.counts = torch.tensor(counts)
+        self.texts = [text for each in texts for text in each]
+        self.labels = [label for label, each in zip(labels, texts, strict=True) for _ in each]
+        self.counts = torch.tensor([len(each) for each in texts])
         self.first = self.counts.cumsum(0) - self.counts
 
-    def choose(self, index: Tensor, drawn: Tensor) -> Tensor | None:
-        """Rows of :attr:`texts` for images ``(B,)`` and uniform numbers ``(B,)``, -1 for the class prompt; None without any."""
+    def choose(self, index: Tensor, drawn: Tensor, template: Tensor) -> Tensor | None:
+        """Numbers of prompts for images ``(B,)``, -1 for the class prompt; None without any.
+
+        Args:
+            index: rows of the training split.
+            drawn: ``(B,)`` uniform in [0, 1).
+            template: ``(B,)`` class prompts that contexts follow.
+        """
         if not self.texts:
             return None
         counts = self.counts[index]
         share = (drawn - self.ratio) / (1 - self.ratio)  # of those below the ratio negative, else uniform in [0, 1)
         chosen = self.first[index] + (share * counts).long().clamp(min=0).minimum((counts - 1).clamp(min=0))
+        if self.templates:
+            chosen = chosen * len(self.templates) + template
         return torch.where((share >= 0) & (counts > 0), chosen, -1)
+
+    def prompt(self, number: int) -> str:
+        """The prompt of a number that :meth:`choose` gives."""
+        if not self.templates:
+            return self.texts[number]
+        row, template = divmod(number, len(self.templates))
+        return with_context(fill(self.templates[template], self.phrases[self.labels[row]]), self.texts[row])
 
 
 def check_training_prompts(
@@ -180,8 +207,7 @@ def check_training_prompts(
     folder: Path,
     base_name: str,
     num_vectors: int | None,
-    class_prompts_ratio: float,
-    templates: Sequence[str],
+    images: ImageSettings,
 ) -> None:
     """Refuses training prompts and captions whose class the base model would cut off.
 
@@ -190,8 +216,7 @@ def check_training_prompts(
         folder: of the base model.
         base_name: of the base model, for errors.
         num_vectors: vectors per class token, None without class tokens.
-        class_prompts_ratio: share of the draws that use the class prompt.
-        templates: class prompts.
+        images: class prompts and what is made of captions; contexts follow the class and cut nothing of it off.
 
     Raises:
         UserError: see :class:`Captions` and :func:`semantic_aug.diffusion.text.check_prompts`.
@@ -201,9 +226,9 @@ def check_training_prompts(
         vectors = torch.zeros(len(dataset.source_names) * num_vectors, 1)
         tokens = ClassTokens(dataset.source_names, vectors, num_vectors)
     classes, super_class = list(zip(dataset.source_names, dataset.class_names, strict=True)), dataset.spec.super_class
-    prompts = list(class_prompts_of(classes, super_class, tokens, templates))
-    captions = Captions(dataset, tokens, class_prompts_ratio)
-    for text, label in zip(captions.texts, captions.labels, strict=True):
+    prompts = list(class_prompts_of(classes, super_class, tokens, images.templates))
+    captions = Captions(dataset, tokens, images)
+    for text, label in () if images.contexts else zip(captions.texts, captions.labels, strict=True):
         source, name = classes[label]
         phrase = tokens.phrase(source) if tokens is not None else class_phrase(name, super_class)
         prompts.append((text, phrase, f"caption of an image of class '{source}'"))

@@ -136,9 +136,7 @@ def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
         base = files_digest(weight_files(config.base_folder), config.base_folder)
         return {"templates": names_identity(config.images.templates), "base_model": base}
 
-    return RunOrigin(
-        dataset, ("train",), () if config.images.class_prompts_ratio == 1 else ("caption",), further=further
-    )
+    return RunOrigin(dataset, ("train",), ("caption",) if config.images.uses_captions else (), further=further)
 
 
 def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_run: bool = False) -> None:

@@ -12,7 +12,7 @@ from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.diffusion.families import LORA_TARGETS
 from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import TEMPLATE_SETS, read_templates
+from semantic_aug.prompts import CAPTIONS, TEMPLATE_SETS, read_templates
 from semantic_aug.registry import resolve_path
 
 STRATEGIES = ("ti", "db", "ti_db")
@@ -199,11 +199,28 @@ class ImageSettings:
         "any",
     )
 
+    contexts: str | None = cli.setting(
+        None,
+        choices=(CAPTIONS,),
+        help="captions: each class prompt is followed by what the image's own caption says besides its class, so that "
+        "backgrounds are not learned as part of classes (default: class prompts alone)",
+    )
+
     def __post_init__(self):
+        if self.contexts and self.class_prompts_ratio != 1:
+            raise UserError(
+                f"--contexts {self.contexts} with --class_prompts_ratio {self.class_prompts_ratio:g}: captions either follow "
+                "the class prompts or stand instead of some; give one of them"
+            )
         if self.random_crops and self.crops != 1:
             raise UserError(
                 f"--random_crops with --crops {self.crops}: crops are either drawn each time or cached; give one"
             )
+
+    @property
+    def uses_captions(self) -> bool:
+        """Whether captions of single images are in any prompt."""
+        return self.contexts is not None or self.class_prompts_ratio < 1
 
     @property
     def templates(self) -> tuple[str, ...]:

@@ -47,9 +47,10 @@ class TrainedModel(nn.Module):
             for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
             for template in self.templates
         ]
-        self.captions = Captions(dataset, self.tokens, config.images.class_prompts_ratio)
+        self.captions = Captions(dataset, self.tokens, config.images)
         self.class_prompts = len(prompts)
-        self.prompt_ids = [tokenize(tokenizer, [*prompts, *self.captions.texts]) for tokenizer in model.tokenizers]
+        self.prompt_ids = [tokenize(tokenizer, prompts) for tokenizer in model.tokenizers]
+        self.tokenizers = model.tokenizers
         self._encoded = ConditionCache(PROMPT_BYTES)
         self._compiled, self._calls = False, 0
         self.flat_lora: FlatLora | None = None
@@ -109,7 +110,7 @@ class TrainedModel(nn.Module):
         Args:
             labels: ``(B,)`` classes.
             templates: ``(B,)`` templates.
-            captions: ``(B,)`` rows of the captions that stand instead, -1 for none.
+            captions: ``(B,)`` numbers of the captions that stand instead, -1 for none.
             time_ids: ``(B, 6)`` image sizes, for base models conditioned on them.
 
         Returns:
@@ -121,16 +122,28 @@ class TrainedModel(nn.Module):
             rows = torch.where(captions >= 0, self.class_prompts + captions, rows)
         sizes = {} if time_ids is None else {"time_ids": time_ids}
         if self.trains_text:
-            return {f"ids_{position}": ids[rows] for position, ids in enumerate(self.prompt_ids)} | sizes
+            return self._ids(rows.tolist()) | sizes
         encoded = self._encoded_once(rows.tolist(), time_ids)
         return {"hidden": encoded.hidden, **encoded.added, **sizes}
+
+    def _ids(self, rows: list[int]) -> dict[str, Tensor]:
+        """Token ids ``(B, L)`` of prompts for each text encoder; those of captions, one per image, are made as they come."""
+        if max(rows) < self.class_prompts:
+            return {f"ids_{position}": ids[rows] for position, ids in enumerate(self.prompt_ids)}
+        captions = [self.captions.prompt(row - self.class_prompts) for row in rows if row >= self.class_prompts]
+        apart = torch.tensor(rows) >= self.class_prompts
+        ids = {}
+        for position, (known, tokenizer) in enumerate(zip(self.prompt_ids, self.tokenizers, strict=True)):
+            ids[f"ids_{position}"] = known[[min(row, self.class_prompts - 1) for row in rows]]
+            ids[f"ids_{position}"][apart] = tokenize(tokenizer, captions)
+        return ids
 
     def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
         """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
         held = {row: self._encoded.get(row) for row in set(rows)}
         new, fresh = sorted(row for row, one in held.items() if one is None), {}
         if new:
-            ids = {f"ids_{position}": ids[new] for position, ids in enumerate(self.prompt_ids)}
+            ids = self._ids(new)
             sizes = {} if time_ids is None else {"time_ids": time_ids[:1].expand(len(new), -1)}
             with torch.no_grad():
                 encoded = self.conditioning(ids | sizes)

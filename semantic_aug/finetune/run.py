@@ -67,7 +67,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     resolution = images.resolution or geometry.native_resolution
     geometry.check(resolution)
     vectors = model.num_vectors if model.trains_tokens else None
-    check_training_prompts(dataset, folder, name, vectors, images.class_prompts_ratio, images.templates)
+    check_training_prompts(dataset, folder, name, vectors, images)
     if images.random_crops and family_of(folder, name).sizes:
         raise UserError(
             "--random_crops with a Stable Diffusion XL model, which is conditioned on where each image was cropped: give "

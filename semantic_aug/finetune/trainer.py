@@ -235,7 +235,7 @@ class Trainer:
         noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
         target = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
         # conditioning: prompts, and image sizes in XL
-        captions = self.model.captions.choose(draw.index, draw.caption)
+        captions = self.model.captions.choose(draw.index, draw.caption, draw.template)
         sizes = None if self.sizes is None else self.sizes[draw.index, draw.view, draw.flip.long()]
         conditions = self.model.conditions(self.labels[draw.index], draw.template, captions, sizes)
         conditions = {name: self._moved(value) for name, value in conditions.items()}

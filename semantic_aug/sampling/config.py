@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
 from semantic_aug.meta_csv import strength_text
+from semantic_aug.prompts import CAPTIONS, contexts_of, read_contexts, without_classes
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
@@ -126,7 +128,8 @@ def resolve(args: argparse.Namespace) -> tuple[SampleConfig, LoadedDataset]:
         check_regions(dataset.train)
     if placement.gpu_ids is None and placement.engine == "mp":
         placement = replace(placement, devices=tuple(fitting(placement.devices, model)))
-    prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **chosen.templates())
+    sentences = {**chosen.templates(), "contexts": choose_contexts(chosen.contexts, dataset)}
+    prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **sentences)
     check_model(model, prompts)
     geometry = read_geometry(model.folder)
     images = replace(images, resolution=images.resolution or geometry.native_resolution)
@@ -191,6 +194,29 @@ def choose_weights(
     return files, key if use.use_lora or use.use_tokens else None
 
 
+def choose_contexts(word: str | None, dataset: LoadedDataset) -> tuple[str, ...]:
+    """The contexts of ``--contexts``: a file's, or those in the captions of the training images, without any that names a
+    class; so every class meets every context equally often (BOB, Yang et al. 2026, marginalises them out likewise).
+
+    Raises:
+        UserError: a file that cannot be read, or captions that hold no context.
+    """
+    if word is None:
+        return ()
+    if word != CAPTIONS:
+        return read_contexts(str(registry.resolve_path(word)))
+    train, names = dataset.train, list(zip(dataset.class_names, dataset.source_names, strict=True))
+    captions = train.extras.get("caption", np.full(len(train), "")).tolist()
+    each = contexts_of(captions, train.labels.tolist(), names, dataset.spec.super_class)
+    contexts = without_classes(itertools.chain.from_iterable(each), names)
+    if not contexts:
+        raise UserError(
+            f"--contexts {CAPTIONS}: the captions of data set {dataset.name} say nothing besides its classes, or there are "
+            "none: give it a column 'caption' (docs/datasets.md), or a text file with one context a line"
+        )
+    return contexts
+
+
 def choose_strengths(
     strategy: Strategy, strength: float, how: str, num_inference_steps: int
 ) -> tuple[tuple[float, ...], str]:
@@ -230,6 +256,7 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
         seed=config.run.seed,
         task=config.setting.task,
         pairing=config.images.pairing,
+        contexts=len(config.prompts.contexts),
     )
     return make_plan(dataset.train.labels, dataset.train.keys, len(dataset.class_names), settings)
 
@@ -245,13 +272,17 @@ def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
     names, keys = dataset.source_names, dataset.train.keys
-    options = {"image_format": config.images.image_format, "templates": config.prompts.templates}
+    prompts = config.prompts
+    options = {"image_format": config.images.image_format, "templates": prompts.templates}
+    if prompts.contexts:
+        options |= {"templates": prompts.every_template, "contexts": prompts.contexts}
     return TaskPaths(plan, names, dataset.folders, keys, config.run.seed, **options)
 
 
 def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
     """The plan as text, for ``--dry_run``: counts per class, strengths, files, batches, disk."""
     plan, folder, images = plan_of(config, dataset), subset_folder(config, dataset), config.images
+    contexts = len(config.prompts.contexts)
     lines = [
         f"{len(plan)} images ({images.syn_dataset_multiplier:g} x {len(dataset.train)} training images) in "
         f"{plan.num_batches} batches of {plan.batch_size}, to {folder}",
@@ -259,6 +290,7 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         f"pairing {config.strategy.pairing}" + (f" ({images.pairing})" if config.strategy.pairing == "mixed" else ""),
         "strengths: "
         + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
+        *([f"contexts: {contexts}, each {len(plan) / contexts:.3g} times"] if contexts else []),
         f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]

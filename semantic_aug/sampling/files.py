@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from semantic_aug import meta_csv
+from semantic_aug.prompts import with_context
 from semantic_aug.sampling.plan import Plan
 from semantic_aug.seeding import derive_seed
 
@@ -41,6 +42,7 @@ class TaskPaths:
         seed: the run's ``--seed``.
         image_format: key of :data:`FORMATS`.
         templates: prompts of which each task draws one; empty: all have the same.
+        contexts: what follows the prompts, as the plan counts them; ``templates`` are then given.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class TaskPaths:
         seed: int,
         image_format: str = "png",
         templates: Sequence[str] = (),
+        contexts: Sequence[str] = (),
     ):
         self.plan, self.class_names, self.folders, self.keys, self.seed = plan, class_names, folders, keys, seed
-        self.image_format, self.templates = image_format, tuple(templates)
+        self.image_format, self.templates, self.contexts = image_format, tuple(templates), tuple(contexts)
 
     @property
     def further_columns(self) -> tuple[str, ...]:
@@ -66,6 +69,15 @@ class TaskPaths:
         if len(self.templates) < 2:
             return 0
         return derive_seed(self.seed, "template", number) % len(self.templates)
+
+    def context(self, number: int) -> int | None:
+        """The position of a task's context in ``contexts``; None without contexts."""
+        return None if self.plan.context is None else int(self.plan.context[number])
+
+    def prompt(self, number: int) -> str:
+        """A task's prompt, ``{}`` for the class."""
+        context = self.context(number)
+        return with_context(self.templates[self.template(number)], "" if context is None else self.contexts[context])
 
     def relative(self, number: int) -> str:
         """A task's path relative to ``data/``."""
@@ -86,7 +98,7 @@ class TaskPaths:
     def text(self, number: int) -> dict[str, str]:
         """What is written into the image besides its pixels."""
         plan = self.plan
-        prompt = {"prompt": self.templates[self.template(number)]} if self.templates else {}
+        prompt = {"prompt": self.prompt(number)} if self.templates else {}
         return {
             "source": self.class_names[plan.source_class[number]],
             "target": self.class_names[plan.target[number]],
@@ -122,7 +134,7 @@ class TaskPaths:
         for (number, a, b, code, row), file in zip(columns, self.file_names(numbers), strict=True):
             key = keys[row] if row >= 0 else ""
             row = (names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed)
-            yield (*row, self.templates[self.template(number)]) if self.templates else row
+            yield (*row, self.prompt(number)) if self.templates else row
 
     @staticmethod
     def _columns(numbers: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[int, ...]]:

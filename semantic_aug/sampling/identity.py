@@ -155,6 +155,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     """
     columns = columns_of(config.images.object_mask)
     weights, several = Weights.of(config.model), list(config.prompts.templates)
+    contexts = config.prompts.contexts
     device = "cpu" if config.placement.devices[0] == "cpu" else "cuda"
     settings = {
         RECORDED_AS.get(name, name): getattr(config.images, name) for name in cli.result_settings(ImageSettings)
@@ -173,6 +174,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "device": device,
         "template": config.prompts.template,
         "templates": several or None,
+        **({"contexts_sha256": sha256_text("\n".join(contexts))} if contexts else {}),
         **{name: getattr(config.solver, name) for name in cli.result_settings(SolverSettings)},
         "images": len(plan),
         "plan_sha256": plan.digest,

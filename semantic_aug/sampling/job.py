@@ -47,6 +47,7 @@ class Task:
         path: relative to ``data/``; None when the file exists and only the batch's shape needs the task.
         text: written into the image.
         template: position of its prompt in the templates.
+        context: position of what follows its prompt in the contexts; None: nothing.
     """
 
     number: int
@@ -56,3 +57,4 @@ class Task:
     path: str | None
     text: dict[str, str]
     template: int = 0
+    context: int | None = None

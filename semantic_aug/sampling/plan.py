@@ -39,7 +39,8 @@ class Plan:
         strengths: the strengths that occur.
         batch_size: most tasks per batch; the last batch of each strength may be smaller.
         starts: int64 ``(batches + 1,)``, first number of each batch, and ``T``. A batch has one strength.
-        digest: SHA-256 of everything above and of the keys of the images; two plans are equal when their digests are.
+        digest: SHA-256 of everything else here and of the keys of the images; two plans are equal when their digests are.
+        context: int32 ``(T,)``, what follows the prompt; None without contexts.
     """
 
     source: np.ndarray
@@ -50,6 +51,7 @@ class Plan:
     batch_size: int
     starts: np.ndarray
     digest: str
+    context: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -79,6 +81,7 @@ class PlanSettings:
         seed: the run's ``--seed``.
         task: ``vanilla`` or ``imbalanced``.
         pairing: one of :data:`PAIRINGS`; counts for mixed pairing only.
+        contexts: number of contexts, of which each task draws one, all equally often and independently of everything else.
     """
 
     strategy: Strategy
@@ -88,6 +91,7 @@ class PlanSettings:
     seed: int
     task: str = "vanilla"
     pairing: str = "balanced"
+    contexts: int = 0
 
 
 def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, settings: PlanSettings) -> Plan:
@@ -107,6 +111,7 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
     source, source_class, target = _draw_pairs(count, labels, num_classes, settings)
     levels = tuple(sorted({float(s) for s in settings.strengths}, reverse=True))
     code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
+    drawn = [_even(count, settings.contexts, numpy_rng(seed, "plan", "contexts"))] if settings.contexts else []
     return Plan(
         source,
         source_class,
@@ -115,7 +120,8 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
         strengths=levels,
         batch_size=batch_size,
         starts=_batch_starts(code, batch_size),
-        digest=_digest((source, source_class, target, code), levels, batch_size, seed, keys),
+        digest=_digest((source, source_class, target, code, *drawn), levels, batch_size, seed, keys),
+        context=drawn[0] if drawn else None,
     )
 
 

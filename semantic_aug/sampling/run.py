@@ -335,6 +335,7 @@ def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list
             path=paths.relative(n) if missing[n] else None,
             text=paths.text(n) if missing[n] else {},
             template=paths.template(n),
+            context=paths.context(n),
         )
         for n in batch_numbers
     ]

@@ -11,7 +11,7 @@ from semantic_aug.augmentations import strategies
 from semantic_aug.datasets.settings import add_shared
 from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import SAMPLING_TEMPLATE, read_templates
+from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_templates
 from semantic_aug.sampling.plan import PAIRINGS
 
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
@@ -45,6 +45,14 @@ class ModelSettings:
         None,
         metavar="FILE|NAME",
         help="several prompts, of which each image draws one: a text file with one a line, or training or views",
+    )
+
+    contexts: str | None = cli.setting(
+        None,
+        type=cli.path_or(CAPTIONS),
+        metavar="FILE|captions",
+        help="contexts, of which each image's prompt gets one whatever its class: a text file with one a line, such as 'in "
+        "the snow', or captions, which takes what the training images' captions say besides their classes",
     )
 
     def __post_init__(self):

@@ -127,8 +127,8 @@ class BatchMaker:
 
     def _part(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
         generators = [task_rng(self.config.run.seed, task.number) for task in tasks]
-        classes = len(self.config.prompts.source_names)
-        targets = [task.template * classes + task.target for task in tasks]  # numbers of prompts
+        number = self.config.prompts.number
+        targets = [number(task.target, task.template, task.context) for task in tasks]  # numbers of prompts
         if self.sources is None:
             return self.engine.generate(targets, generators), {}
         rows, strengths = [task.source for task in tasks], [task.strength for task in tasks]
