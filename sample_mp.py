@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from semantic_aug import allocator, console
 from semantic_aug.errors import no_downloads, run_main
@@ -15,7 +16,14 @@ def resolve(args: argparse.Namespace):
     """The request of parsed arguments, with everything unset derived, and the loaded data set."""
     from semantic_aug.sampling import config  # it imports torch, for which --help does not wait
 
-    return config.resolve(args)
+    return config.resolve(args, load_classifier)
+
+
+def load_classifier(folder: Path, device: str):
+    """The classifier of a finished run of stage 3, which stage 2 itself does not know."""
+    from semantic_aug.classify.inference import load_run
+
+    return load_run(folder, device)
 
 
 def main(argv: list[str] | None = None) -> int:

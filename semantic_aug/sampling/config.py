@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from semantic_aug.meta_csv import strength_text
 from semantic_aug.prompts import CAPTIONS, contexts_of, read_contexts, without_classes
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
+from semantic_aug.sampling.guide import LoadClassifier, make_guide
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
-from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Plan, PlanSettings, make_plan, table_of_counts
+from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide, Plan, PlanSettings, make_plan, table_of_counts
 from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, read_solver
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class SampleConfig:
         solver: steps, guidance, scheduler.
         placement: devices, batch size, precision.
         output: root folder and shard.
+        guide: what a classifier says of the images.
     """
 
     dataset: str
@@ -74,6 +76,7 @@ class SampleConfig:
     solver: SolverSettings
     placement: Placement
     output: OutputSettings
+    guide: Guide = field(default_factory=Guide, compare=False)
 
     @property
     def strategy(self) -> Strategy:
@@ -104,8 +107,13 @@ class SampleConfig:
         return devices[0] != "cpu" and images >= COMPILE_IMAGES * len(devices)
 
 
-def resolve(args: argparse.Namespace) -> tuple[SampleConfig, LoadedDataset]:
+def resolve(
+    args: argparse.Namespace, load_classifier: LoadClassifier | None = None
+) -> tuple[SampleConfig, LoadedDataset]:
     """Checks the arguments and derives what was left unset; returns the request and the loaded data set.
+
+    Args:
+        load_classifier: reads ``--classifier``, which is another stage's.
 
     Raises:
         UserError: names the argument.
@@ -147,6 +155,8 @@ def resolve(args: argparse.Namespace) -> tuple[SampleConfig, LoadedDataset]:
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
+    guide = make_guide(images, dataset, placement.devices[0], load_classifier, subset_folder(config, dataset))
+    config = replace(config, guide=guide)
     if output.register_key:
         entry = registry.shown_path(subset_folder(config, dataset))
         registry.check_key(registry.SUBSETS, dataset.name, output.register_key, entry, run.config_dir)
@@ -257,6 +267,8 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
         task=config.setting.task,
         pairing=config.images.pairing,
         contexts=len(config.prompts.contexts),
+        sources=config.images.sources,
+        guide=config.guide,
     )
     return make_plan(dataset.train.labels, dataset.train.keys, len(dataset.class_names), settings)
 

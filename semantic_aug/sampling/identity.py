@@ -41,7 +41,7 @@ from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
 from semantic_aug.sampling.folder import DATA as IMAGES
 from semantic_aug.sampling.masks import columns_of
-from semantic_aug.sampling.plan import Plan
+from semantic_aug.sampling.plan import EVEN_SHARE, Guide, Plan
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.sources import PlannedSources
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 ARGUMENTS, MADE_WITH, RUNS, DATA, LICENSE = "arguments", "made_with", "runs", "data", "base_license"
 RECORDED_AS = {"sample_strategy": "strategy", "syn_dataset_multiplier": "multiplier"}
 """Settings that have another name in the record."""
-FOLLOWS = ("images", "plan_sha256")
+FOLLOWS = ("images", "plan_sha256", "guide_sha256")
 """Values that differ only where another one does; named where nothing else explains the difference."""
 RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 """Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
@@ -182,6 +182,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "lora_sha256": weights.lora,
         "tokens_sha256": weights.tokens,
         "extra_lora_sha256": weights.extra_lora,
+        **_guide_identity(config.guide),
     }
     arguments = {
         "dataset": config.dataset,
@@ -195,6 +196,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "corrupt_prob": config.setting.corrupt_prob or None,
         "corrupt_classes": config.setting.corrupt_classes if config.setting.corrupt_prob else None,
     }
+    if config.images.classifier is not None:
+        arguments["classifier"] = registry.shown_path(config.images.classifier)
     for name in ("split", "imbalance_profile"):
         if getattr(config.setting, name) != getattr(Setting, name):
             arguments[name] = getattr(config.setting, name)
@@ -205,6 +208,14 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     origin = Origin(sources, weights, encoder)
     license = license_of(config.model.name, config.model.folder)
     return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, origin=origin, license=license)
+
+
+def _guide_identity(guide: Guide) -> dict[str, Any]:
+    """What a subset's record says of a classifier's part in its plan; nothing where it has none."""
+    if not guide.digest:
+        return {}
+    record = {"classifier_sha256": guide.origin["classifier"], "guide_sha256": guide.digest}
+    return record | ({"hard_even_share": EVEN_SHARE} if guide.losses is not None else {})
 
 
 def warn(config: SampleConfig, identity: Identity) -> None:

@@ -8,8 +8,8 @@ arrays, so that ten million tasks take some hundred megabytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,8 +20,15 @@ from semantic_aug.seeding import numpy_rng
 UNIFORM_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 """What ``--strength_strategy uniform`` draws from."""
 
-PAIRINGS = ("balanced", "independent")
+PAIRINGS = ("balanced", "independent", "confusion")
 """How strategies with mixed pairing draw the target of each source: see :func:`_draw_pairs`."""
+
+SOURCES = ("even", "hard")
+"""How sources are drawn: see :func:`_draw_sources`."""
+
+EVEN_SHARE = 0.2
+"""Share of the tasks whose sources are even over the images where the others follow the loss: at the default of five tasks per
+image, every image is the source of one."""
 
 NO_SOURCE = -1
 _REPAIR_ROUNDS = 200
@@ -69,6 +76,33 @@ class Plan:
         return self.strengths[self.strength_code[number]]
 
 
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """What a classifier says of the images, by which sources and targets are drawn; None for what is not asked of it.
+
+    Attributes:
+        confusions: int64 ``(K, K)``, number of validation images by true class (rows) and predicted class.
+        losses: float32 ``(N,)``, cross-entropy of each training image in nats.
+        origin: digests of what the others were computed from, by name; no part of the plan's digest.
+    """
+
+    confusions: np.ndarray | None = None
+    losses: np.ndarray | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is asked of the classifier, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the arrays; empty where nothing is asked of a classifier."""
+        arrays, digest = self.arrays(), hashlib.sha256()
+        for name, array in arrays.items():
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest() if arrays else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
     """What decides a plan besides the training images.
@@ -82,6 +116,8 @@ class PlanSettings:
         task: ``vanilla`` or ``imbalanced``.
         pairing: one of :data:`PAIRINGS`; counts for mixed pairing only.
         contexts: number of contexts, of which each task draws one, all equally often and independently of everything else.
+        sources: one of :data:`SOURCES`; counts where sources are images.
+        guide: what ``pairing`` and ``sources`` follow, where they follow a classifier.
     """
 
     strategy: Strategy
@@ -92,6 +128,8 @@ class PlanSettings:
     task: str = "vanilla"
     pairing: str = "balanced"
     contexts: int = 0
+    sources: str = "even"
+    guide: Guide = field(default_factory=Guide)
 
 
 def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, settings: PlanSettings) -> Plan:
@@ -120,7 +158,9 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
         strengths=levels,
         batch_size=batch_size,
         starts=_batch_starts(code, batch_size),
-        digest=_digest((source, source_class, target, code, *drawn), levels, batch_size, seed, keys),
+        digest=_digest(
+            (source, source_class, target, code, *drawn), levels, batch_size, seed, keys, guide=settings.guide
+        ),
         context=drawn[0] if drawn else None,
     )
 
@@ -151,26 +191,45 @@ def _draw_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Source image, source class and target class of each task, int32 ``(count,)`` each.
 
-    Targets are as even over the classes as the count allows. Sources are too, and within a class every image is used
-    equally often; in the imbalanced task with mixed pairing, sources follow the long-tailed set instead (every image
-    equally often) and targets stay even. Mixed pairing never pairs a class with itself where that can be avoided; with
-    ``independent`` pairing, targets are drawn uniformly and independently, as the Diff-Mix authors' code draws them, so
-    that 1/K of the pairs stay within their class.
+    Targets are as even over the classes as the count allows, and mixed pairing never pairs a class with itself where that
+    can be avoided. With ``independent`` pairing, targets are drawn uniformly and independently, as the Diff-Mix authors'
+    code draws them, so that 1/K of the pairs stay within their class. With ``confusion`` pairing, those of each source
+    class follow the classifier's confusions of it. Same pairing has the sources' classes as targets.
     """
     seed, strategy = settings.seed, settings.strategy
     if strategy.start == "noise":
         target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
         return np.full(count, NO_SOURCE, np.int32), target, target
-    if strategy.pairing == "same":
-        target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
-        return _images_of(target, labels, num_classes, numpy_rng(seed, "plan", "sources")), target, target
-    rng = numpy_rng(seed, "plan", "sources")
-    if settings.task == "imbalanced":
-        source = _even(count, len(labels), rng)
-    else:
-        source = _images_of(_even(count, num_classes, numpy_rng(seed, "plan", "classes")), labels, num_classes, rng)
+    source = _draw_sources(count, labels, num_classes, settings)
     source_class = labels[source].astype(np.int32)
-    return source, source_class, _mixed_targets(source_class, num_classes, settings)
+    mixed = strategy.pairing == "mixed"
+    return source, source_class, _mixed_targets(source_class, num_classes, settings) if mixed else source_class
+
+
+def _draw_sources(count: int, labels: np.ndarray, num_classes: int, settings: PlanSettings) -> np.ndarray:
+    """Source image of each task, int32 ``(count,)``.
+
+    Even sources are as even over the classes as the count allows, and within a class every image is used equally often; in
+    the imbalanced task with mixed pairing they follow the long-tailed set instead (every image equally often). Hard ones
+    are drawn in proportion to the loss of each image, but for :data:`EVEN_SHARE` of them.
+    """
+    seed, mixed = settings.seed, settings.strategy.pairing == "mixed"
+    rng = numpy_rng(seed, "plan", "sources")
+    if settings.sources == "hard":
+        return _hard_sources(count, settings.guide.losses, rng)
+    if mixed and settings.task == "imbalanced":
+        return _even(count, len(labels), rng)
+    classes = _even(count, num_classes, numpy_rng(seed, "plan", "classes" if mixed else "targets"))
+    return _images_of(classes, labels, num_classes, rng)
+
+
+def _hard_sources(count: int, losses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Images in proportion to their loss, mixed with the even distribution."""
+    losses = np.asarray(losses, np.float64)
+    even = np.full(len(losses), 1 / len(losses))
+    shares = (1 - EVEN_SHARE) * losses / losses.sum() + EVEN_SHARE * even if losses.sum() > 0 else even
+    order = rng.permutation(len(losses))
+    return rng.permutation(order[_systematic(shares[order], count, rng)]).astype(np.int32)
 
 
 def _mixed_targets(source_class: np.ndarray, num_classes: int, settings: PlanSettings) -> np.ndarray:
@@ -178,8 +237,40 @@ def _mixed_targets(source_class: np.ndarray, num_classes: int, settings: PlanSet
     seed, count = settings.seed, len(source_class)
     if settings.pairing == "independent":
         return numpy_rng(seed, "plan", "independent targets").integers(num_classes, size=count, dtype=np.int32)
+    if settings.pairing == "confusion":
+        return _confused_targets(source_class, settings.guide.confusions, numpy_rng(seed, "plan", "confused targets"))
     target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
     return _part_equal(source_class, target, num_classes, numpy_rng(seed, "plan", "repair"))
+
+
+def _confused_targets(source_class: np.ndarray, confusions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each source a class that its own is taken for, as often as it is; any other class where that never happens."""
+    target, shares = np.empty_like(source_class), confusion_shares(confusions)
+    by_class = np.argsort(source_class, kind="stable")
+    bounds = np.searchsorted(source_class[by_class], np.arange(len(shares) + 1))
+    for k, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        target[by_class[begin:end]] = rng.permutation(_systematic(shares[k], end - begin, rng))
+    return target
+
+
+def confusion_shares(confusions: np.ndarray) -> np.ndarray:
+    """P(target | source class), ``(K, K)``: the rows of a confusion matrix without its diagonal, normalised; even over the
+    other classes for a class that is confused with none."""
+    errors = confusions * (1.0 - np.eye(len(confusions)))
+    errors[errors.sum(1) == 0] = 1
+    np.fill_diagonal(errors, 0)
+    return errors / errors.sum(1, keepdims=True)
+
+
+def _systematic(shares: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` draws of 0..len(shares)-1 in ascending order, each as often as its share of them, give or take one.
+
+    Systematic sampling: the draws lie a fixed step apart on the cumulated shares, from a random offset on; the expected
+    numbers are exact.
+    """
+    cumulated = np.cumsum(shares)
+    edges = np.floor(cumulated / cumulated[-1] * count + rng.random()).astype(np.int64)
+    return np.repeat(np.arange(len(shares), dtype=np.int32), np.diff(np.minimum(edges, count), prepend=0))
 
 
 def _batch_starts(code: np.ndarray, batch_size: int) -> np.ndarray:
@@ -246,13 +337,19 @@ def _part_equal(source_class: np.ndarray, target: np.ndarray, num_classes: int, 
 
 
 def _digest(
-    arrays: Sequence[np.ndarray], levels: tuple[float, ...], batch_size: int, seed: int, keys: Sequence[str]
+    arrays: Sequence[np.ndarray],
+    levels: tuple[float, ...],
+    batch_size: int,
+    seed: int,
+    keys: Sequence[str],
+    guide: Guide,
 ) -> str:
     digest = hashlib.sha256(f"{levels} {batch_size} {seed}".encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     for key in keys:
         digest.update(key.encode() + b"\0")
+    digest.update(guide.digest.encode())
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +41,15 @@ from semantic_aug.sampling.folder import (
     remove_stale_moments,
     write_meta,
 )
+from semantic_aug.sampling.guide import GUIDE_FILE, read_guide, write_guide
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
-from semantic_aug.sampling.plan import Plan, batches_of_shard
+from semantic_aug.sampling.plan import Guide, Plan, batches_of_shard
 from semantic_aug.sampling.sources import block_files
 
 log = logging.getLogger(__name__)
 
-BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, ".sources.npz")
+BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, ".sources.npz", GUIDE_FILE)
 """What a run writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 CLAIM_LOCK = ".lock-claim"
@@ -86,7 +87,8 @@ class Subset:
 
     def job(self) -> Job:
         """What goes to the processes."""
-        return Job(self.config, self.folder, self.identity.origin, self.config.compiled(len(self.plan)))
+        config = replace(self.config, guide=Guide())  # the plan has been drawn
+        return Job(config, self.folder, self.identity.origin, config.compiled(len(self.plan)))
 
     def close(self) -> None:
         """Writes ``meta.csv``, and removes what only an unfinished subset needs."""
@@ -109,12 +111,15 @@ def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
     folder, shard = subset_folder(config, dataset), (config.output.num_shards, config.output.shard_index)
     identity, plan = _identified(config, dataset)
     with RunLock(folder, "--output_root", *shard):
-        with locked(folder / CLAIM_LOCK):  # two shards that begin together settle on one batch size
-            begun = with_batch_size(config, dataset)
-            if begun != config:
+        with locked(folder / CLAIM_LOCK):  # two shards that begin together settle on one batch size and one guide
+            begun, kept = with_batch_size(config, dataset), read_guide(folder)
+            if kept.origin == config.guide.origin and kept.arrays().keys() == config.guide.arrays().keys():
+                begun = replace(begun, guide=kept)
+            if begun != config or begun.guide.digest != config.guide.digest:
                 config, (identity, plan) = begun, _identified(begun, dataset)
             paths = task_paths(config, dataset, plan)
             identities.claim(folder, identity, paths, alone=shard[0] == 1)
+            write_guide(folder, config.guide)
         identities.warn(config, identity)
         make_folders(folder, dataset.folders)
         batches = batches_of_shard(plan, *shard, config.run.seed)

@@ -12,7 +12,7 @@ from semantic_aug.datasets.settings import add_shared
 from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_templates
-from semantic_aug.sampling.plan import PAIRINGS
+from semantic_aug.sampling.plan import PAIRINGS, SOURCES
 
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
 """Settings of the solver that a latent consistency model takes where the user gives none."""
@@ -99,7 +99,22 @@ class ImageSettings:
         choices=PAIRINGS,
         absent="balanced",
         help="targets of the *-mix strategies; balanced: every class equally often, and never the source's own where that "
-        "can be avoided; independent: drawn uniformly for each image, own class included, as the Diff-Mix authors' code does",
+        "can be avoided; independent: drawn uniformly for each image, own class included, as the Diff-Mix authors' code does; "
+        "confusion: as often as --classifier takes validation images of the source's class for the target",
+    )
+    sources: str = cli.setting(
+        "even",
+        choices=SOURCES,
+        absent="even",
+        help="source images; even: every class and image equally often; hard: in proportion to --classifier's loss on each "
+        "training image, one in five evenly",
+    )
+    classifier: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="RUN",
+        help="output folder of a finished train_cls.py run on the same images, for --pairing confusion and --sources hard",
+        result=False,
     )
     resolution: int | None = cli.setting(
         None, type=cli.whole(8), metavar="PIXELS", help="side of the images (default: the base model's own)"
@@ -118,6 +133,25 @@ class ImageSettings:
             raise UserError(
                 f"--pairing {self.pairing} with --sample_strategy {self.sample_strategy}, which keeps every image in its "
                 "class: leave it out, or choose a *-mix strategy"
+            )
+        if self.sources != "even" and strategies.find(self.sample_strategy).start == "noise":
+            raise UserError(
+                f"--sources {self.sources} with --sample_strategy {self.sample_strategy}, which starts from noise: leave it "
+                "out, or choose a strategy that starts from images"
+            )
+        users = [
+            f"--{name} {value}"
+            for name, value in (("pairing", "confusion"), ("sources", "hard"))
+            if getattr(self, name) == value
+        ]
+        if users and self.classifier is None:
+            raise UserError(
+                f"{users[0]} follows a classifier: give --classifier RUN, the folder of a finished train_cls.py run"
+            )
+        if self.classifier is not None and not users:
+            raise UserError(
+                f"--classifier {self.classifier}: nothing follows it; give --pairing confusion or --sources hard, or leave it "
+                "out"
             )
 
 

@@ -1,0 +1,167 @@
+"""The guide of a plan: what a trained classifier says of validation and training images, kept in the subset's folder.
+
+Confusions are those of the run's own validation scores. Losses are computed once, on images as they are evaluated, and
+kept, since a GPU need not give the same digits again and a plan that has begun must stay what it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from semantic_aug import registry, runs
+from semantic_aug.datasets import ImageTable, LoadedDataset
+from semantic_aug.datasets.fingerprint import data_difference, data_identity, files_digest, hash_splits
+from semantic_aug.errors import UserError
+from semantic_aug.files import atomic_path
+from semantic_aug.prompts import ClassIndex
+from semantic_aug.sampling.plan import Guide
+from semantic_aug.sampling.settings import ImageSettings
+
+log = logging.getLogger(__name__)
+
+GUIDE_FILE = ".guide.npz"
+CONFUSIONS = "val_confusion.csv"
+"""The table of a finished run of stage 3: a row per true class, a column per predicted one."""
+LEAST_PROBABILITY = 1e-8
+"""Bounds the loss of an image that the classifier is sure to be another class: at most 18.4 nats."""
+
+
+class Classifier(Protocol):
+    """What is asked of a trained classifier; see :class:`semantic_aug.classify.inference.Classifier`."""
+
+    path: Path
+    class_names: tuple[str, ...]
+
+    def probabilities(self, read: Callable[[int], Image.Image], count: int) -> np.ndarray:
+        """Class probabilities ``(count, K)``."""
+
+
+LoadClassifier = Callable[[Path, str], Classifier]
+"""From the folder of a finished run and a device to its classifier."""
+
+
+def make_guide(
+    settings: ImageSettings, dataset: LoadedDataset, device: str, load_classifier: LoadClassifier, folder: Path
+) -> Guide:
+    """The guide of a subset: what its folder has kept, else what the classifier says.
+
+    Args:
+        dataset: loaded under the setting.
+        device: of the classifier.
+        folder: of the subset, which need not exist.
+
+    Raises:
+        UserError: the classifier is none, has other classes, or was trained or validated on other images.
+    """
+    if settings.classifier is None:
+        return Guide()
+    run = registry.resolve_path(settings.classifier)
+    classifier = load_classifier(run, device)
+    order = _class_order(classifier.class_names, dataset, run)
+    origin = _check_split(run, dataset) | {"classifier": files_digest([classifier.path])}
+    guide = Guide(origin=origin)
+    if settings.pairing == "confusion":
+        guide = replace(guide, confusions=read_confusions(run, dataset))
+    if settings.sources != "hard":
+        return guide
+    kept = read_guide(folder)
+    if kept.losses is not None and kept.origin == origin:
+        return replace(guide, losses=kept.losses)
+    log.info("classifier %s: losses of %d training images", registry.shown_path(run), len(dataset.train))
+    return replace(guide, losses=losses_of(classifier, order, dataset.train))
+
+
+def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> np.ndarray:
+    """Cross-entropy of each image in nats, float32 ``(N,)``, of images without augmentation.
+
+    Args:
+        order: position of each class of ``images`` among the classifier's.
+    """
+    probabilities = classifier.probabilities(images.image, len(images))[:, order]
+    of_class = probabilities[np.arange(len(images)), images.labels]
+    return -np.log(np.maximum(of_class, LEAST_PROBABILITY)).astype(np.float32)
+
+
+def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:
+    """The confusions of a run on its validation images, int64 ``(K, K)`` in the data set's class order, rows true classes.
+
+    Raises:
+        UserError: the run has none, or it is damaged or of other classes.
+    """
+    path = run / CONFUSIONS
+    try:
+        with open(path, newline="", encoding="utf-8") as lines:
+            (_, *names), *rows = csv.reader(lines)
+        table = np.array([[int(cell) for cell in row[1:]] for row in rows])
+    except FileNotFoundError:
+        raise UserError(
+            f"--classifier {run} has no {CONFUSIONS}, the confusions on validation images: expected a finished train_cls.py "
+            "run on a data set with validation images (--val_fraction)"
+        ) from None
+    except (ValueError, UnicodeDecodeError):
+        table, names = np.empty(0), []
+    if not names or table.shape != (len(names), len(names)):
+        raise UserError(f"{path} is damaged: run train_cls.py again")
+    order = _class_order(names, dataset, run)
+    return table[np.ix_(order, order)].astype(np.int64)
+
+
+def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run: Path) -> list[int]:
+    """Position of each class of the data set among a classifier's."""
+    order = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=f"--classifier {run}")
+    missing = [name for name, position in zip(dataset.source_names, order, strict=True) if position is None]
+    if missing or len(names) != len(order):
+        other = missing or [name for row, name in enumerate(names) if row not in order]
+        raise UserError(
+            f"--classifier {run} has other classes than {dataset.name} ('{other[0]}' is one that only one of them has): give a "
+            "run of train_cls.py on this data set"
+        )
+    return order
+
+
+def _check_split(run: Path, dataset: LoadedDataset) -> dict[str, str]:
+    """Refuses a run that was trained or validated on other images than these, as far as its record tells; returns the content
+    of both splits."""
+    now = data_identity(dataset, hash_splits(dataset, ("train", "val")), ("group",))
+    splits = {split: now.get(split) for split in ("train", "val")}
+    kept = ((runs.load_arguments(run) or {}).get(runs.MADE_FROM) or {}).get("data")
+    if not kept:
+        log.warning("%s does not say which images it was trained on: are they those of this setting?", run)
+    elif difference := data_difference(kept, splits):
+        raise UserError(
+            f"--classifier {run} was trained on other images than those of {dataset.name}{dataset.setting.suffix} "
+            f"({difference}): give the stages the same --examples_per_class, --val_fraction and --subset_seed"
+        )
+    return {split: str((value or {}).get("digest", "")) for split, value in splits.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- its file
+
+
+def read_guide(folder: Path) -> Guide:
+    """What a subset's folder has kept; empty where there is nothing, or nothing whole."""
+    try:
+        with np.load(folder / GUIDE_FILE) as content:
+            arrays = {name: content[name] for name in content.files}
+            origin = json.loads(str(arrays.pop("origin")))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return Guide()
+    return Guide(**arrays, origin=origin)
+
+
+def write_guide(folder: Path, guide: Guide) -> None:
+    """Keeps a guide in the subset's folder, where it is not kept already."""
+    kept = read_guide(folder)
+    if guide.digest and (kept.digest, kept.origin) != (guide.digest, guide.origin):
+        with atomic_path(folder / GUIDE_FILE) as temporary, open(temporary, "wb") as out:
+            np.savez_compressed(out, **guide.arrays(), origin=np.array(json.dumps(guide.origin)))
