@@ -95,11 +95,6 @@ def unknown(kind: str, value: str, known: Iterable[str], where: str, limit: int 
     return UserError(f"unknown {kind} '{value}': did you mean '{ranked[0]}'? known: {shown}; {where}")
 
 
-def debugging() -> bool:
-    """Whether tracebacks were asked for with ``DIFFMIX_DEBUG=1``."""
-    return os.environ.get("DIFFMIX_DEBUG", "") not in ("", "0")
-
-
 def os_error_line(error: OSError) -> str:
     """An operating-system error as one line that names the file; after one of the disk the same command can resume."""
     reason = " ".join(str(error.strerror or error).split())[:300] or type(error).__name__
@@ -131,7 +126,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
         return EXIT_BROKEN_PIPE
     except (UserError, OSError, Interrupted, KeyboardInterrupt) as error:
         line, status = _outcome(error)
-        if debugging():
+        if os.environ.get("DIFFMIX_DEBUG", "") not in ("", "0"):
             traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.write(line + "\n")

@@ -26,6 +26,11 @@ DEFAULT_RECIPE = "default"
 FORMER_RATES = "learning_rates.yaml"
 FILES = (CHECKPOINTS, SUBSETS, DATASETS, RECIPES)
 CHECKPOINT_FIELDS = {"model_path": "text", "lora_path": "text", "embed_path": "text"}
+KINDS = {
+    "text": (str, "one text"),
+    "texts": (list, "a list of texts"),
+    "names": (dict, "a mapping of a text to a text each"),
+}
 LORA_FILES = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
@@ -106,20 +111,14 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
             raise unknown(f"field in {where}", name, kinds, "correct the entry")
         if value is None or value == "":
             continue
-        kind = kinds[name]
-        if kind == "texts" and isinstance(value, list):
+        kind, words = KINDS[kinds[name]]
+        if isinstance(value, list):
             value = [item for item in value if item not in (None, "")]
-        elif kind == "names" and isinstance(value, dict):
+        elif isinstance(value, dict):
             value = {key: item for key, item in value.items() if item not in (None, "")}
-        parts = {"text": [value], "texts": value, "names": value}[kind]
-        right = {"text": str, "texts": list, "names": dict}[kind]
-        if isinstance(parts, dict):
-            parts = parts.values()
-        if not isinstance(value, right) or not all(isinstance(part, str) for part in parts):
-            words = {"text": "one text", "texts": "a list of texts", "names": "a mapping of a text to a text each"}
-            raise UserError(
-                f"{where}: {name} is {yaml_files.kind_of(value)}, expected {words[kind]}: correct the entry"
-            )
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{where}: {name} is {yaml_files.kind_of(value)}, expected {words}: correct the entry")
         out[name] = value
     return out
 

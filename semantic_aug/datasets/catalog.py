@@ -118,7 +118,8 @@ def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
             raise unknown("data set scheme", scheme, _SCHEMES, "expected folder:PATH, csv:PATH or hf:ID")
         field = "hub" if scheme == "hf" else scheme
         entry = {field: rest if scheme == "hf" else str(Path(rest).expanduser().absolute())}
-        return replace(spec_of_entry(default_name(scheme, rest), entry), former_name=_former_name(scheme, rest))
+        former = slug(rest.replace("/", "-") if scheme == "hf" else Path(rest).expanduser().absolute().stem)
+        return replace(spec_of_entry(default_name(scheme, rest), entry), former_name=former)
     entries = registry.read_yaml(config_dir / registry.DATASETS)
     if word in entries:
         return spec_of_entry(word, entries[word])
@@ -150,10 +151,6 @@ def default_name(scheme: str, rest: str) -> str:
     if config:
         return hashed_slug(f"{readable}-{config}", f"{path}:{config}", empty="data")
     return hashed_slug(readable, str(path), empty="data")
-
-
-def _former_name(scheme: str, rest: str) -> str:
-    return slug(Path(rest).expanduser().absolute().stem if scheme != "hf" else rest.replace("/", "-"))
 
 
 def spec_of_entry(name: str, entry: Any) -> DatasetSpec:

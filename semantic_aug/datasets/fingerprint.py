@@ -199,7 +199,12 @@ def hex_digits(values: np.ndarray) -> list[str]:
 def hash_files(paths: Sequence[str | os.PathLike], what: str = "files") -> ContentHashes:
     """Content hashes of files (synthetic images, weights), kept in the cache like those of a table's images."""
     names = [os.path.abspath(path) for path in paths]
-    return ContentHashes(names, names.__getitem__, lambda i: _file_stamp(names[i]), _common(names), what)
+
+    def stamp(i: int) -> str:
+        held = file_stamp(names[i])
+        return held and f"{names[i]} {held}"
+
+    return ContentHashes(names, names.__getitem__, stamp, _common(names), what)
 
 
 def hash_images(table: ImageTable) -> ContentHashes:
@@ -231,11 +236,6 @@ def _encoded_file(table: ImageTable, row: int) -> str | None:
     except (OSError, UserError):
         return None
     return None if isinstance(source, bytes) else os.path.abspath(source)
-
-
-def _file_stamp(path: str) -> str:
-    stamp = file_stamp(path)
-    return stamp and f"{path} {stamp}"
 
 
 def pixel_bytes(image: Image.Image) -> bytes:
@@ -352,18 +352,17 @@ def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, An
         if not isinstance(kind, Mapping):
             differences.append(f"{name}: {now!r} now, {then!r} when the run began")
         elif "count" in kind:
-            differences.append(_names_difference(name.replace("classes", "class names").replace("_", " "), then, now))
+            counts = (
+                ""
+                if not then or then["count"] == now["count"]
+                else f": {now['count']} now, {then['count']} when the run began"
+            )
+            differences.append(f"{name.replace('classes', 'class names').replace('_', ' ')} differ{counts}")
         elif "images" in kind:
             differences.append(_split_difference(name, then or {}, now or {}))
         else:
             differences.append(data_difference(then, now))
     return "; ".join(differences)
-
-
-def _names_difference(what: str, then: Mapping | None, now: Mapping) -> str:
-    if not then or then["count"] == now["count"]:
-        return f"{what} differ"
-    return f"{what} differ: {now['count']} now, {then['count']} when the run began"
 
 
 def _split_difference(name: str, then: Mapping, now: Mapping) -> str:

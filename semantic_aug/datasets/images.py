@@ -135,7 +135,8 @@ def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False)
                 f"image {name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} "
                 "allowed: it is taken for a decompression bomb; shrink it or remove it"
             )
-        kind, animated, colour16 = image.format or "", _animated(image), _holds_16_bit_colour(image)
+        kind, animated = image.format or "", _animated(image)
+        colour16 = image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)
         stored_orientation = orientation_of(image, exif) if kind == "TIFF" else 1
         image.load()
         orientation = orientation_of(image, exif)  # 1 if Pillow has applied it; PNG may have it behind the pixels
@@ -222,10 +223,6 @@ def _animated(image: Image.Image) -> bool:
         return bool(getattr(image, "is_animated", False))
     except Exception:  # of whatever kind a damaged index of frames provokes; the first frame is what counts
         return False
-
-
-def _holds_16_bit_colour(image: Image.Image) -> bool:
-    return image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 # ---------------------------------------------------------------------------------------------------- modes, sizes

@@ -91,6 +91,8 @@ class Family:
             ids: ``(B, L)`` for each of them.
             time_ids: ``(B, 6)``, of families with sizes.
         """
+        import torch
+
         from semantic_aug.diffusion.text import Conditions, encode_ids
 
         if not self.sizes:
@@ -99,7 +101,7 @@ class Family:
             encoder(each.to(encoder.device), output_hidden_states=True)
             for encoder, each in zip(text_encoders, ids, strict=True)
         ]
-        hidden = _beside([output.hidden_states[-2] for output in outputs])
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[-1].text_embeds
         return Conditions(hidden, {"text_embeds": pooled, "time_ids": time_ids.to(hidden)})
 
@@ -153,12 +155,6 @@ class Family:
         for field in ("latents_mean", "shift_factor"):
             if vae.get(field) is not None:
                 raise UserError(f"base model '{name}': its VAE gives {field}, which a plain {self.name} has not")
-
-
-def _beside(hidden: Sequence[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(list(hidden), dim=-1)
 
 
 FAMILIES = (

@@ -224,7 +224,7 @@ def _denoise(
         stepped = []
         for group, x, prediction in zip(active, parts, predicted.split(sizes), strict=True):
             # one step of the solver
-            options = _step_options(group.scheduler, [generators[i] for i in group.samples])
+            options = {"generator": [generators[i] for i in group.samples]} if _draws(group.scheduler) else {}
             x = group.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
             if kept is not None:  # latent blending
                 following = timesteps[position + 1 : position + 2] if position + 1 < len(timesteps) else None
@@ -234,6 +234,6 @@ def _denoise(
     return latents
 
 
-def _step_options(scheduler, generators: list[torch.Generator]) -> dict:
-    """Stochastic solvers draw from the samples' own generators."""
-    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+def _draws(scheduler: Any) -> bool:
+    """Whether a solver is stochastic; such ones draw from the samples' own generators."""
+    return "generator" in inspect.signature(scheduler.step).parameters

@@ -214,16 +214,13 @@ class PixelCache:
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and is_full(error):
+                width, height = scaled(self.table.image(0), self.resolution).size  # as all were, for an estimate
+                size = size_text(len(self.table) * width * height * 3)
                 raise UserError(
-                    f"--output_dir {shown_path(path.parent)}: the decoded images (about {size_text(self._estimate())}) do "
+                    f"--output_dir {shown_path(path.parent)}: the decoded images (about {size}) do "
                     f"not fit ({error.strerror}); free some, or give a folder on another disk or no --random_crops"
                 ) from error
             raise
-
-    def _estimate(self) -> int:
-        """Bytes of all decoded images, were all shaped like the first."""
-        width, height = scaled(self.table.image(0), self.resolution).size
-        return len(self.table) * width * height * 3
 
     def _write(self, partial: Path, rows: range, quiet: bool) -> np.ndarray:
         sizes = np.zeros((len(rows), 2), np.int64)

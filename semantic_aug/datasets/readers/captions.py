@@ -20,12 +20,6 @@ REGIONS = ("box", "mask")
 METADATA = "metadata.csv"
 
 
-def column_in(names: Iterable[str]) -> str | None:
-    """The column that holds captions, or None."""
-    names = list(names)
-    return next((name for name in COLUMNS if name in names), None)
-
-
 def as_column(captions: Iterable[str | Sequence[str] | None]) -> np.ndarray:
     """Captions as an ``extras`` column, ``(N,)`` str; several of one image are joined by line breaks, none is empty."""
     texts = ["" if c is None else "\n".join(map(str, c)) if isinstance(c, (list, tuple)) else str(c) for c in captions]

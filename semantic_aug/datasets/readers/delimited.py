@@ -48,11 +48,6 @@ class TextTable:
     columns: tuple[str, ...]
     skipped: int
 
-    @property
-    def is_utf8(self) -> bool:
-        """Whether the file's bytes are UTF-8 as they are."""
-        return self.encoding.startswith("utf-8")
-
     def column(self, *names: str) -> int | None:
         """The first column of one of these names, in any letter case; None without one. Raises UserError: two columns have the
         name."""

@@ -220,11 +220,6 @@ def _class_images(walk: Walk, folder: os.DirEntry, split: str, name: str) -> lis
     return walk.images(folder, split, name)
 
 
-def is_litter(name: str) -> bool:
-    """Whether files and folders of this name are passed over."""
-    return name.casefold() in LITTER or name.startswith(LITTER_STARTS)
-
-
 def text_of(path: str | os.PathLike) -> str:
     """A path as text that can be written and compared: bytes that are not UTF-8 become ``\\xNN``."""
     text = os.fspath(path)
@@ -260,7 +255,8 @@ class Walk:
         it cannot be listed."""
         try:
             with os.scandir(folder) as scan:
-                entries = sorted((entry for entry in scan if not is_litter(entry.name)), key=lambda entry: entry.name)
+                kept = (e for e in scan if e.name.casefold() not in LITTER and not e.name.startswith(LITTER_STARTS))
+                entries = sorted(kept, key=lambda entry: entry.name)
             names = {entry.name for entry in entries if _is_folder(entry)}
         except OSError as error:
             raise UserError(

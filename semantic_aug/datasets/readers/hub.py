@@ -246,7 +246,7 @@ def _hub_table(
         return fingerprint if isinstance(source, bytes) else f"{fingerprint} {source} {file_stamp(source)}"
 
     keys = [f"{ours}/{row:08d}" for row in range(len(labels))]
-    column = captions.column_in(rows.column_names)
+    column = next((name for name in captions.COLUMNS if name in rows.column_names), None)
     extras = {"caption": captions.as_column(rows.select_columns([column])[:][column])} if column else None
     return ImageTable.of(class_names, labels, keys, read, stamp, extras, encoded=stored)
 

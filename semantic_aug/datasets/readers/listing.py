@@ -139,7 +139,7 @@ def _parsed(table: TextTable, names: list[str], kinds: dict[str, pa.DataType]) -
     while True:
         try:
             return csv.read_csv(
-                table.path if table.is_utf8 else as_utf8(table),
+                table.path if table.encoding.startswith("utf-8") else as_utf8(table),
                 read_options=csv.ReadOptions(column_names=names, skip_rows=table.skipped, block_size=block),
                 parse_options=parse,
                 convert_options=convert,
