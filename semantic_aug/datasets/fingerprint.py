@@ -352,11 +352,8 @@ def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, An
         if not isinstance(kind, Mapping):
             differences.append(f"{name}: {now!r} now, {then!r} when the run began")
         elif "count" in kind:
-            counts = (
-                ""
-                if not then or then["count"] == now["count"]
-                else f": {now['count']} now, {then['count']} when the run began"
-            )
+            more = then and then["count"] != now["count"]
+            counts = f": {now['count']} now, {then['count']} when the run began" if more else ""
             differences.append(f"{name.replace('classes', 'class names').replace('_', ' ')} differ{counts}")
         elif "images" in kind:
             differences.append(_split_difference(name, then or {}, now or {}))
