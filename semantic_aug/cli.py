@@ -27,8 +27,15 @@ from semantic_aug.foreign_flags import instead_of
 T = TypeVar("T")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises :class:`UserError` instead of printing its usage, and knows the nearest flag.
+class PlainParser(argparse.ArgumentParser):
+    """An argument parser that raises :class:`UserError` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists all flags")
+
+
+class Parser(PlainParser):
+    """A parser that knows the nearest flag, and the recipes.
 
     Args:
         recipes: section of the recipes that holds this command's rows, whose values come before the flags of the command
@@ -42,9 +49,6 @@ class Parser(argparse.ArgumentParser):
     ):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
         self.recipes, self.spellings = recipes, spellings or {}
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists all flags")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)

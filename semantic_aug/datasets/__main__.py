@@ -7,9 +7,8 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from semantic_aug import console, files, registry
+from semantic_aug import cli, console, files, registry
 from semantic_aug.datasets import catalog, download
 from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError, run_main
@@ -20,21 +19,16 @@ SHOWN = 5
 WORD = "a registered name, a name of datasets.yaml, or folder:PATH, csv:PATH, hf:ID"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists what there is")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The three commands and their flags."""
-    parser = _Parser(prog="python -m semantic_aug.datasets", description=__doc__.split("\n")[0])
+    parser = cli.PlainParser(prog="python -m semantic_aug.datasets", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--config_dir",
         type=registry.config_folder,
         default=str(registry.CONFIG_DIR),
         help="folder of the registry files",
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.PlainParser)
     commands.add_parser("list", help="the data sets there are")
     info = commands.add_parser("info", help="what one is, its license, and how to get it")
     info.add_argument("name", metavar="NAME", help=WORD)

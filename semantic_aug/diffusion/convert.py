@@ -12,12 +12,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from semantic_aug import files, registry, tensors
+from semantic_aug import cli, files, registry, tensors
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError, run_main
@@ -136,14 +135,9 @@ def _pickle(content: dict, path: Path) -> None:
         torch.save(content, temporary)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists what there is")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = _Parser(prog="python -m semantic_aug.diffusion.convert", description=__doc__.split("\n")[0])
+    parser = cli.PlainParser(prog="python -m semantic_aug.diffusion.convert", description=__doc__.split("\n")[0])
     parser.add_argument("--lora_path", type=registry.typed_path, metavar="PATH", help="LoRA file or folder")
     parser.add_argument(
         "--embed_path",

@@ -251,16 +251,10 @@ def prompts_of(folder: str, table: meta_csv.MetaTable) -> list[str]:
     ]
 
 
-@dataclass
-class Records:
-    """Everything the page knows."""
-
-    content: dict[str, Any]
-    pictures: list[Picture]
-
-
-def records(inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings: GallerySettings) -> Records:
-    """The records of all images, by column, and the images themselves.
+def records(
+    inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings: GallerySettings
+) -> tuple[dict[str, Any], list[Picture]]:
+    """What the page's ``data.js`` holds, the records of all images by column, and the images themselves.
 
     Args:
         inputs: data set and subsets.
@@ -316,7 +310,7 @@ def records(inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings
         },
         "scores": _score_columns(inputs.subsets, scores),
     }
-    return Records(content, pictures + real)
+    return content, pictures + real
 
 
 def _score_columns(subsets: Sequence[Subset], scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict]:
@@ -366,11 +360,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     scores = scores_of(settings, inputs)
     runs.claim(folder, inputs.record, "--output_dir", origin=inputs.origin())
-    gallery = records(inputs, scores, settings)
-    write_pictures(gallery.pictures, folder, settings)
-    write_page(folder, gallery.content)
-    print(
-        f"{len(gallery.content['images']['path'])} images: open {registry.shown_path(folder / 'index.html')} in a browser"
-    )
+    content, pictures = records(inputs, scores, settings)
+    write_pictures(pictures, folder, settings)
+    write_page(folder, content)
+    print(f"{len(content['images']['path'])} images: open {registry.shown_path(folder / 'index.html')} in a browser")
     print("to drop what you reject: python -m semantic_aug.evaluation filter --by review --review review.json ...")
     return 0
