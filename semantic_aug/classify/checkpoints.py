@@ -52,7 +52,6 @@ def read_state(path: Path, wanted: Mapping[str, Tensor], flag: str = "--weights"
     Args:
         path: ``.safetensors``, or a pickle, which is read without running code.
         wanted: the model's state dict; tells which prefix the names in the file have.
-        flag: that named the file, for errors.
 
     Raises:
         UserError: damaged, not a checkpoint of a model, ambiguous, or holding values that are not finite.

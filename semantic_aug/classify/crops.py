@@ -42,11 +42,7 @@ def window(
 
 
 class ResizedCrops:
-    """The draws of a batch: a window, whether it is mirrored, and the colours of each image.
-
-    Args:
-        count: images of the batch.
-    """
+    """The draws of a batch: a window, whether it is mirrored, and the colours of each image."""
 
     def __init__(self, count: int, rng: np.random.Generator):
         self.areas = rng.uniform(*AREA, (count, ATTEMPTS))

@@ -139,12 +139,9 @@ class TrainBatches:
     """The batches of every epoch, real and synthetic.
 
     Args:
-        real: training images.
-        synthetic: synthetic images, or None.
         settings: the exponent of the soft labels, and how synthetic images enter the batches.
         resolution: side of the crops in pixels.
         batch_size: items per batch; the last, smaller part of an epoch is dropped unless it is all there is.
-        seed: of every choice.
         budget: bytes for decoded images in memory.
         cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
         augmentation: one of ``semantic_aug.classify.config.AUGMENTATIONS``; resized crops are cut from the whole images,
@@ -254,7 +251,6 @@ class EvalBatches:
     """A split's images in order, their middle.
 
     Args:
-        table: the split.
         resolution: side in pixels.
         batch_size: images per batch.
         budget: bytes for decoded images in memory.
@@ -302,7 +298,6 @@ class Normaliser:
     Args:
         mean: per channel, for pixels in [0, 1].
         std: likewise.
-        device: where the batches go.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):

@@ -50,7 +50,6 @@ class Extractor:
     """A model without its head, in evaluation mode.
 
     Attributes:
-        network: name of the model as given.
         identity: the model, its weights and the resolution.
         model: from normalised images to ``(B, D)``.
         normalise: uint8 batches to the model's input.
@@ -107,7 +106,6 @@ def load_extractor(
     """A feature extractor.
 
     Args:
-        name: timm's or torchvision's name of the model.
         weights: ``auto`` (a package where there is one, else the hub), ``none``, or a file or folder.
         resolution: side of its images in pixels.
         keep: see :class:`Extractor`.

@@ -39,7 +39,6 @@ class Classifier:
     """A trained classifier, ready to look at images.
 
     Attributes:
-        path: of its weights.
         model: in evaluation mode, on ``device``.
         class_names: K, source spelling.
         normalise: uint8 batches to the model's input.
@@ -125,9 +124,6 @@ class Reordered(nn.Module):
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
     """The classifier of a finished ``train_cls.py`` run.
 
-    Args:
-        folder: its output folder.
-
     Raises:
         UserError: not the folder of a finished run.
     """
@@ -160,11 +156,8 @@ def _load(
 
 
 def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> dict:
-    """Scores on validation and test; files go to ``{output_dir}/evaluation``.
-
-    Returns:
-        ``val`` and ``test``, None where there is no such split, and what images these are.
-    """
+    """Scores on validation and test; files go to ``{output_dir}/evaluation``. Returns ``val`` and ``test``, None where there
+    is no such split, and what images these are."""
     folder = config.output_dir / EVAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     results = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}

@@ -111,7 +111,6 @@ class Criterion:
     """From logits ``(B, K)``, targets ``(B, K)`` and the epoch (from 0) to each item's loss ``(B,)``.
 
     Attributes:
-        settings: criterion and its parameters.
         terms: from logits ``(B, K)`` to the loss of each class as the hard label ``(B, K)``.
         weights: ``(K,)``, of the classes by their effective number.
     """
@@ -137,9 +136,7 @@ def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.
     """The loss that settings describe.
 
     Args:
-        settings: criterion and its parameters.
         counts: ``(K,)`` real training images of each class; those without any count as one.
-        device: of the logits.
     """
 
     def tensor(values) -> Tensor:

@@ -37,8 +37,6 @@ class Meter:
     """Counts on the device, read out once.
 
     Args:
-        num_classes: K.
-        device: where the logits are.
         size: images of the split, where the prediction for each is wanted.
     """
 
@@ -186,9 +184,7 @@ def evaluate(
 
     Args:
         model: put in evaluation mode.
-        batches: the split.
         normalise: uint8 batches to the model's input.
-        classes: K.
         processes: what every one of them counted is added up.
         amp: ``no``, ``fp16`` or ``bf16``.
 
@@ -218,8 +214,6 @@ def write_predictions(
     Args:
         table: the split, N images.
         predicted: ``(N,)`` class of each, in the table's order.
-        class_names: as the data set shows them.
-        prefix: the split's name.
     """
     groups = groups_of(table)
     path = folder / f"{prefix}_predictions.csv"

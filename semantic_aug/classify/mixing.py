@@ -111,11 +111,8 @@ def cutmix(images: Tensor, targets: Tensor, box: tuple[int, int, int, int]) -> t
 
 
 def item_boxes(count: int, height: int, width: int, settings: MixSettings, rng: np.random.Generator) -> np.ndarray:
-    """A box of its own for each image, as :func:`cut_box` draws one; empty where the image is not mixed.
-
-    Returns:
-        int64 ``(count, 4)``: top, bottom, left, right.
-    """
+    """A box of its own for each image, as :func:`cut_box` draws one; empty where the image is not mixed. Returns int64
+    ``(count, 4)``: top, bottom, left, right."""
     mixed = rng.random(count) < settings.mix_prob
     side = (1 - rng.beta(settings.cutmix_alpha, settings.cutmix_alpha, size=count)) ** 0.5 * mixed
     edges = []

@@ -57,8 +57,6 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     """A classifier with a fresh head.
 
     Args:
-        name: timm's or torchvision's name.
-        num_classes: K.
         resolution: side of the images in pixels; models of a fixed size are made for it.
         weights: ``auto`` (a package where there is one, else the hub), ``none``, ``torchvision``, or a file or folder.
 
@@ -131,9 +129,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     """Puts pre-trained weights into a model, its head excepted where the number of classes differs.
 
     Args:
-        model: freshly made.
         path: ``.safetensors`` or a pickle (see :mod:`semantic_aug.classify.checkpoints`), or a folder with one.
-        name: for errors.
 
     Raises:
         UserError: missing, unreadable, of another architecture, or with values that are not finite.
@@ -188,12 +184,7 @@ def initial_model(settings: ModelSettings, dataset: LoadedDataset) -> tuple[nn.M
 
 
 def weights_identity(name: str, weights: str) -> str:
-    """What pre-trained weights are, wherever they lie: the hub's name of them, the package's file by content, or a file's.
-
-    Args:
-        name: timm's or torchvision's name of the model.
-        weights: see :func:`make_model`.
-    """
+    """What pre-trained weights are, wherever they lie: the hub's name of them, the package's file by content, or a file's."""
     import timm
 
     if weights == "none":
@@ -377,7 +368,6 @@ def check_batch_norm(model: nn.Module, resolution: int, smallest: int, advice: s
         model: in training mode, layers that do not train in evaluation mode.
         resolution: side of its images in pixels.
         smallest: images of the smallest part of a batch.
-        advice: what to change.
 
     Raises:
         UserError: it would.

@@ -63,11 +63,7 @@ def results_of(folder: Path) -> dict | None:
 
 
 def check_disk(config: ClassifyConfig, model: torch.nn.Module) -> None:
-    """Refuses a run whose state and results the disk cannot hold.
-
-    Raises:
-        UserError: too little is free.
-    """
+    """Refuses a run whose state and results the disk cannot hold. Raises UserError: too little is free."""
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = 6 if config.training.ema_decay else 5  # weights, their best, the optimiser's two, and the finished file
     files.check_space(config.output_dir, copies * size, "--output_dir")
@@ -77,9 +73,6 @@ class Trainer:
     """One training run of a classifier.
 
     Args:
-        config: resolved request.
-        dataset: loaded under ``config.setting``.
-        synthetic: images of the synthetic subsets, or None.
         origin: data and weights of the run, whose images are compared once more at its end; None: they are not.
     """
 

@@ -278,11 +278,8 @@ def _hub_download(name: str) -> Path:
 
 
 def load_base(name: str, folder: Path | None = None) -> BaseModel:
-    """Loads a base model in float32 on the CPU.
-
-    Raises:
-        UserError: not there, not in diffusers layout, or of an unknown family.
-    """
+    """Loads a base model in float32 on the CPU. Raises UserError: not there, not in diffusers layout, or of an unknown
+    family."""
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers.utils import logging as transformers_logging

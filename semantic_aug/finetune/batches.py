@@ -68,7 +68,6 @@ class BatchSource:
         num_train_timesteps: length of the noise schedule.
         noise_offset: scale of the per-channel offset.
         class_balanced: draw classes evenly instead of images.
-        seed: of the run.
     """
 
     def __init__(
@@ -213,8 +212,6 @@ def check_training_prompts(
 
     Args:
         dataset: whose classes are learned.
-        folder: of the base model.
-        base_name: of the base model, for errors.
         num_vectors: vectors per class token, None without class tokens.
         images: class prompts and what is made of captions; contexts follow the class and cut nothing of it off.
 

@@ -146,11 +146,8 @@ class TrainSettings:
     )
 
     def split(self, processes: int) -> TrainSettings:
-        """The settings with ``effective_batch`` split over processes and micro-batches.
-
-        Raises:
-            UserError: it cannot be split evenly, or only into more than ``train_batch_size`` images at once.
-        """
+        """The settings with ``effective_batch`` split over processes and micro-batches. Raises UserError: it cannot be split
+        evenly, or only into more than ``train_batch_size`` images at once."""
         if self.effective_batch is None:
             return self
         share, steps = self.effective_batch // processes, self.gradient_accumulation_steps
@@ -367,11 +364,8 @@ def build_parser() -> cli.Parser:
 
 
 def parse(argv: Sequence[str] | None = None) -> FinetuneConfig:
-    """The request that a command line makes.
-
-    Raises:
-        UserError: flags that do not exist, cannot be read, or exclude each other.
-    """
+    """The request that a command line makes. Raises UserError: flags that do not exist, cannot be read, or exclude each
+    other."""
     args = build_parser().parse_args(argv)
     groups = {"setting": Setting, "run": cli.StageSettings, **GROUPS}
     settings = {name: cli.read_settings(cls, args) for name, cls in groups.items()}

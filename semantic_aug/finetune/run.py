@@ -30,11 +30,8 @@ BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
 
 
 def run(config: FinetuneConfig) -> None:
-    """Checks and resolves a request, prints it, trains, and prints the entry of the registry; a dry run only checks.
-
-    Raises:
-        UserError: see :func:`resolve` and :func:`train`.
-    """
+    """Checks and resolves a request, prints it, trains, and prints the entry of the registry; a dry run only checks. Raises
+    UserError: see :func:`resolve` and :func:`train`."""
     main_process, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
     with no_downloads(config.run.dry_run):
         config, dataset = resolve(config)
@@ -53,11 +50,8 @@ def run(config: FinetuneConfig) -> None:
 
 
 def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
-    """Checks a request against its data set and its base model, and fills in what the flags leave open.
-
-    Raises:
-        UserError: the request cannot be run.
-    """
+    """Checks a request against its data set and its base model, and fills in what the flags leave open. Raises UserError: the
+    request cannot be run."""
     config = replace(config, train=config.train.split(int(os.environ.get("WORLD_SIZE", 1))))
     model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
     dataset, folder = all_local(
@@ -98,11 +92,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
 
 
 def check_tracker(name: str) -> None:
-    """Refuses a tracker whose package is not installed, or cannot be imported.
-
-    Raises:
-        UserError: names the package.
-    """
+    """Refuses a tracker whose package is not installed, or cannot be imported. Raises UserError: names the package."""
     try:
         if name != "none":
             importlib.import_module(name)
@@ -114,11 +104,8 @@ def check_tracker(name: str) -> None:
 
 
 def check(config: FinetuneConfig, dataset: LoadedDataset) -> None:
-    """What only a start finds out, without the base model's weights: trained model, optimiser, schedule, disk space.
-
-    Raises:
-        UserError: a LoRA target, a prompt, an initialiser or a schedule that does not fit, or too little space.
-    """
+    """What only a start finds out, without the base model's weights: trained model, optimiser, schedule, disk space. Raises
+    UserError: a LoRA target, a prompt, an initialiser or a schedule that does not fit, or too little space."""
     base = load_skeleton(config.model.pretrained_model_name_or_path, config.base_folder)
     model = TrainedModel(base, config, dataset)
     rates = (config.train.learning_rate, config.train.ti_learning_rate)

@@ -42,7 +42,6 @@ class Trainer:
     """One fine-tuning run.
 
     Args:
-        config: the request.
         dataset: loaded under ``config.setting``.
         accelerator: decides device, precision and processes.
         origin: of the run, on the main process; its images are looked at again when they have been encoded and at the end.
@@ -301,11 +300,8 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- divergence
 
     def _sum_of_losses(self, log: LossLog) -> float:
-        """The sum of the losses since the last read.
-
-        Raises:
-            UserError: a loss is not finite, or the fp16 gradients are not at any scale of it.
-        """
+        """The sum of the losses since the last read. Raises UserError: a loss is not finite, or the fp16 gradients are not at
+        any scale of it."""
         recent, scaler = log.read(), self.accelerator.scaler
         check_losses(recent, self.step, self._advice())
         if scaler is not None and scaler.get_scale() < MIN_LOSS_SCALE:
@@ -315,11 +311,7 @@ class Trainer:
         return float(recent.sum())
 
     def _check_weights(self) -> None:
-        """Refuses trained weights that are not finite, before they are written.
-
-        Raises:
-            UserError: names the first of them.
-        """
+        """Refuses trained weights that are not finite, before they are written. Raises UserError: names the first of them."""
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         if self.model.flat_lora is not None:
             trained.append(("LoRA", self.model.flat_lora.values))

@@ -116,7 +116,6 @@ def finished_tasks(
     recorded but gone is struck out.
 
     Args:
-        paths: names of the plan's tasks.
         records: of this run; gets what changed.
         mine: bool ``(T,)``, this run's tasks; files of others are only looked at.
         content: compare checksums too (reads every file), not only sizes.
@@ -243,7 +242,6 @@ def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
     """Writes ``meta.csv`` with a row for every finished task, by number; returns the number of rows.
 
     Args:
-        paths: names of the plan's tasks.
         done: bool ``(T,)``; tasks that other shards have recorded meanwhile are added to it.
     """
     with locked(folder / ".lock-meta"):  # of two shards that end together, the later one lists the rows of both

@@ -66,7 +66,6 @@ class Dispatcher:
     A subclass writes :meth:`_serve` and :meth:`_end`.
 
     Args:
-        job: what to make, and on which devices.
         tasks_of: a batch's number to its tasks.
         on_rows: takes (number, size, crc) rows of files that are in place.
         total: images of the whole subset (of this shard).

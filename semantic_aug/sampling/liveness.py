@@ -26,11 +26,7 @@ STANDSTILL_SECONDS = 10.0
 
 
 def processor_seconds(pid: int | None = None) -> float | None:
-    """Processor time of a process and its descendants (compilers among them), or None where it has ended.
-
-    Args:
-        pid: of the process; None: this one.
-    """
+    """Processor time of a process and its descendants (compilers among them), or None where it has ended."""
     import psutil
 
     try:
@@ -47,11 +43,7 @@ def processor_seconds(pid: int | None = None) -> float | None:
 
 
 class Liveness:
-    """The signs of life of one process.
-
-    Args:
-        gpu: whether it computes on a GPU.
-    """
+    """The signs of life of one process."""
 
     def __init__(self, gpu: bool):
         self.gpu, self.steps = gpu, 0
@@ -102,11 +94,7 @@ class Liveness:
 
 
 class Heartbeat:
-    """Announces denoising steps, at most one a second.
-
-    Args:
-        send: tells whoever watches.
-    """
+    """Announces denoising steps, at most one a second."""
 
     def __init__(self, send: Callable[[], None]):
         self.send, self.sent = send, time.monotonic()

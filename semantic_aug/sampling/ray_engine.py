@@ -31,7 +31,6 @@ class ImageActor:
     """One sampling process under Ray: a batch maker, and writing in the same call.
 
     Args:
-        job: what to make.
         device: "cpu" or "cuda:0" (Ray shows an actor only its own GPU).
     """
 

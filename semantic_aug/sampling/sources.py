@@ -73,11 +73,8 @@ class PlannedSources:
         return cls(_row_hashes(images, columns), hashes.values)
 
     def check(self, images: ImageTable, columns: Sequence[str] = ()) -> None:
-        """Compares another listing of the same data set.
-
-        Raises:
-            DataChanged: another number of images, or other names or labels; names one of them.
-        """
+        """Compares another listing of the same data set. Raises DataChanged: another number of images, or other names or
+        labels; names one of them."""
         rows = _row_hashes(images, columns)
         if np.array_equal(rows, self.rows):
             return
@@ -91,12 +88,7 @@ class PlannedSources:
 
 
 def block_files(planned: PlannedSources, encoder: str) -> list[str]:
-    """The file of each block of :data:`BLOCK` rows: named after the images' content and what encodes them.
-
-    Args:
-        planned: the images.
-        encoder: says how images are encoded.
-    """
+    """The file of each block of :data:`BLOCK` rows: named after the images' content and what encodes them."""
     blocks = (planned.content[i : i + BLOCK].tobytes() for i in range(0, len(planned.content), BLOCK))
     return [f"{hashlib.sha256(encoder.encode() + block).hexdigest()[:32]}.safetensors" for block in blocks]
 
@@ -178,7 +170,6 @@ class SourceMoments:
 
     Args:
         images: training split, as the plan has it.
-        engine: encodes.
         encoder: says how images are encoded; part of the blocks' names.
         folder: of the subset; blocks are shared through ``.moments`` in it. None keeps to memory.
         memory: bytes of the blocks kept in memory.
@@ -268,11 +259,8 @@ class SourceMasks:
         self.known: dict[int, Tensor] = {}
 
     def batch(self, rows: Sequence[int]) -> Tensor:
-        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read.
-
-        Raises:
-            DataChanged: a mask's file is not the one that was listed.
-        """
+        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read. Raises DataChanged: a mask's
+        file is not the one that was listed."""
         return torch.stack([self._mask(row) for row in rows])
 
     def _mask(self, row: int) -> Tensor:

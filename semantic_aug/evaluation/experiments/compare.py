@@ -149,11 +149,8 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
-    """All pairs, seed by seed, so that a comparison stopped half-way has every setting.
-
-    Raises:
-        UserError: the arguments do not fit together.
-    """
+    """All pairs, seed by seed, so that a comparison stopped half-way has every setting. Raises UserError: the arguments do not
+    fit together."""
     settings, devices = cli.read_settings(ComparisonSettings, args), cli.read_settings(Placement, args).devices
     pseudo = [name for name in settings.methods if METHODS[name].pseudo]
     if pseudo and args.unlabelled is None:
@@ -232,11 +229,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
 
 
 def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
-    """Lets every stage check its flags before the first of them runs, once, for a setting that is new.
-
-    Raises:
-        UserError: a stage refuses.
-    """
+    """Lets every stage check its flags before the first of them runs, once, for a setting that is new. Raises UserError: a
+    stage refuses."""
     new = [job for job in jobs if not (folder / job.setting / results.RECIPE_FILE).is_file()]
     for job in new[:1]:
         commands = StageCommands(
@@ -286,11 +280,8 @@ def print_headroom(args: argparse.Namespace, folder: Path) -> None:
 
 
 def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path) -> None:
-    """Ties the settings of all jobs to their budgets, and the selected jobs to their images and base model.
-
-    Raises:
-        UserError: a stage refuses, or the folder holds runs with another budget or of other data.
-    """
+    """Ties the settings of all jobs to their budgets, and the selected jobs to their images and base model. Raises UserError:
+    a stage refuses, or the folder holds runs with another budget or of other data."""
     check_stages(selected, folder, config_dir)
     for recipe in {job.setting: job.commands.recipe for job in jobs}.values():
         results.claim_setting(folder, recipe.name, recipe.record())
@@ -301,11 +292,8 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
 
 
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset) -> None:
-    """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels.
-
-    Raises:
-        UserError: some are evaluated, or the setting has pseudo-labels of other images or with another threshold.
-    """
+    """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels. Raises
+    UserError: some are evaluated, or the setting has pseudo-labels of other images or with another threshold."""
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
     read_pool(settings, dataset)
     pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes

@@ -86,8 +86,6 @@ class Headroom:
     """The outcome of a measurement; every report is made from it.
 
     Attributes:
-        dataset: name of the data set.
-        settings: of the measurement.
         held_out: whether validation images decided; else cross-validation.
         curve: predictions by number of images.
         present: position of the present number of images on the curve.
@@ -127,11 +125,8 @@ class Headroom:
 
 
 def load_pool(settings: HeadroomSettings, dataset: LoadedDataset) -> Pool:
-    """The features of the labelled images, training and validation; kept in the cache for the next command.
-
-    Raises:
-        UserError: the model's weights cannot be had, or there are too few images.
-    """
+    """The features of the labelled images, training and validation; kept in the cache for the next command. Raises UserError:
+    the model's weights cannot be had, or there are too few images."""
     from semantic_aug.classify.features import load_extractor
 
     tables = [table for table in (dataset.train, dataset.val) if table is not None and len(table)]
@@ -167,11 +162,6 @@ def measure(settings: HeadroomSettings, dataset: LoadedDataset) -> Headroom:
 
 def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, Path]:
     """Measures and writes the report, or finds it written.
-
-    Args:
-        settings: of the measurement.
-        word: ``--dataset``.
-        config_dir: of the registry files.
 
     Returns:
         The sentence, and the folder of the report.

@@ -48,8 +48,6 @@ class Pool:
         features: float32 ``(N, D)``.
         labels: int64 ``(N,)``.
         held_out: bool ``(N,)``, the validation images; none: cross-validation.
-        class_names: K names.
-        keys: name of each image.
     """
 
     features: np.ndarray
@@ -96,8 +94,6 @@ class Curve:
         images: ``(S,)`` images per class that there are of them, on average.
         predicted: int64 ``(S, R, N)``, class of each evaluated image under each of R draws.
         labels: int64 ``(N,)`` true classes.
-        keys: names of the evaluated images.
-        class_names: K names.
         available: ``(K,)`` training images of each class.
     """
 

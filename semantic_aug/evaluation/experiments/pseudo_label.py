@@ -64,11 +64,7 @@ class LabelSettings:
 
 
 def read_pool(settings: UnlabelledSettings, dataset: LoadedDataset) -> ImageTable:
-    """The unlabelled images without the labelled training images.
-
-    Raises:
-        UserError: see :mod:`semantic_aug.datasets.unlabelled`.
-    """
+    """The unlabelled images without the labelled training images."""
     if settings.unlabelled is None:
         raise UserError("pseudo-labels need --unlabelled PATH: a folder of images, or a list with the column path")
     return without_labelled(read_unlabelled(settings.unlabelled), dataset, settings.unlabelled)
@@ -81,7 +77,6 @@ def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: t
         pool: unlabelled images, decoded as they come.
         classifier: a :class:`semantic_aug.classify.inference.Classifier`.
         threshold: least probability.
-        folder: of the subset.
         names: K class names, in the classifier's order.
 
     Returns:

@@ -133,12 +133,7 @@ def _write_csv(comparison: Comparison, path: Path) -> None:
 
 
 def comparison_report(comparison: Comparison, folder: Path) -> Report:
-    """The report: scores, paired differences, times, budgets, commands and the folders of all runs.
-
-    Args:
-        comparison: the content of the folder.
-        folder: of the comparison.
-    """
+    """The report: scores, paired differences, times, budgets, commands and the folders of all runs."""
     dataset = next((recipe["shared.dataset"] for recipe in comparison.recipes.values() if recipe), "?")
     finished, missing = len(comparison.rows), comparison.missing
     blocks: list[Block] = [Paragraph(f"{finished} of {finished + len(missing)} classifiers are finished.")]
@@ -258,7 +253,6 @@ def run_section(
     Args:
         columns: headings of what names a pair.
         pairs: names of a pair -> its folder, and the flags that choose its training images.
-        folder: of the report.
     """
     rows, hint = [], []
     for names, (pair, flags) in pairs.items():
@@ -286,8 +280,6 @@ class SearchResult:
     """The outcome of a search for settings.
 
     Attributes:
-        dataset: name of the data set.
-        setting: of the few-shot or long-tail setting.
         score: of validation, by which was chosen.
         chosen: ``best`` where its lead is clear, else ``default``.
         best: on validation.
@@ -313,14 +305,7 @@ class SearchResult:
 
 
 def write_search(result: SearchResult, folder: Path, command: str, entry: Mapping[str, Mapping]) -> None:
-    """Writes ``report.md``, ``report.html`` and ``report.png`` into the search's folder.
-
-    Args:
-        result: of the search.
-        folder: of the search.
-        command: of stage 3 with the chosen settings.
-        entry: for ``synthetic_datasets.yaml``.
-    """
+    """Writes ``report.md``, ``report.html`` and ``report.png`` into the search's folder."""
     bars = {candidate.name: result.scores[candidate] for candidate in _ranked(result.scores)}
     draw_bars({result.setting: {f"validation {result.score}": bars}}, folder / CHART)
     blocks = [*_candidate_section(result), *_test_section(result), Heading("To use it")]

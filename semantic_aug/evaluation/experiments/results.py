@@ -31,7 +31,6 @@ class Row:
     """One finished classifier.
 
     Attributes:
-        setting: its name.
         method: row of the comparison.
         seed: of draw and training.
         scores: on test, or on validation where the data set has no test split.

@@ -113,7 +113,6 @@ class Pair:
     """The steps of one pair, what is done of them, and how long they took.
 
     Args:
-        folder: of the pair.
         steps: name -> step, each after what it needs.
     """
 
@@ -178,10 +177,6 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
     """Ties a pair to the images it draws and to the base model, or finds that its steps were made from these.
 
     Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
-
-    Args:
-        commands: of the pair.
-        stages: that the pair runs.
 
     Returns:
         The data set under the pair's setting.

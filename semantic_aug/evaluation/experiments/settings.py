@@ -152,7 +152,6 @@ def add_shared(parser: cli.Parser, several: bool) -> None:
     """The flags of both commands.
 
     Args:
-        parser: gets the flags.
         several: many few-shot settings at once, which the command itself declares, and each seed with a draw of its own.
     """
     cli.add_settings(parser, DatasetName)
@@ -175,7 +174,6 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
     """The budget of one setting; flags of stages that were not given are left to the stages.
 
     Args:
-        args: of a parser with :func:`add_shared`.
         index: of the setting in ``--examples_per_class``.
 
     Raises:

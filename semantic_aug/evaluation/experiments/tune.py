@@ -187,11 +187,8 @@ class Tuning:
         return json.loads((self.run_folder(candidate, seed) / "results.json").read_text(encoding="utf-8"))
 
     def trial(self, candidate: Candidate, seed: int, held: int | None) -> float:
-        """Runs a candidate under a seed, unless done; returns its validation score.
-
-        Raises:
-            UserError: the data set has no validation images, or not this score.
-        """
+        """Runs a candidate under a seed, unless done; returns its validation score. Raises UserError: the data set has no
+        validation images, or not this score."""
         flags = self.classify_flags(candidate)
         step = self.commands.classify(f"{candidate.name}-seed{seed}", seed, f"s{candidate.strength:g}", **flags)
         self.pair.steps[step.name] = step
@@ -297,11 +294,7 @@ def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Cand
 
 
 def prepare(tuning: Tuning, config_dir: Path) -> None:
-    """Ties the folder to the search, its images and its base model.
-
-    Raises:
-        UserError: the folder holds another search.
-    """
+    """Ties the folder to the search, its images and its base model. Raises UserError: the folder holds another search."""
     record = {
         **tuning.recipe.record(),
         "strategy": tuning.strategy,
@@ -348,11 +341,8 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
 
 
 def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, config_dir: Path) -> None:
-    """Searches, writes the report and prints how to use what was chosen.
-
-    Raises:
-        UserError: see :func:`search`; or another process has the folder.
-    """
+    """Searches, writes the report and prints how to use what was chosen. Raises UserError: see :func:`search`; or another
+    process has the folder."""
     with pair_lock(tuning.folder) as held:
         if held is None:
             raise UserError(
