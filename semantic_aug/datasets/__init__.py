@@ -1,4 +1,4 @@
-"""Data sets: what they are (``spec``), where they come from (``sources``), which part is used (``subsets``)."""
+"""Data sets: what they are (``spec``), how they are read (``readers``), which part is used (``subsets``)."""
 
 from semantic_aug.datasets.catalog import LoadedDataset, find_spec, known_names, load_dataset
 from semantic_aug.datasets.settings import Setting
