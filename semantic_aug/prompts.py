@@ -4,8 +4,6 @@ A class is spoken of by its token ``<class_i>`` (textual inversion, Gal et al. 2
 tokens, by its cleaned-up name, followed by the data set's super-class: "a photo of a <class_3> bird".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

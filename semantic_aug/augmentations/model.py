@@ -1,7 +1,5 @@
 """A fine-tuned model as plain data, cheap to import and to send to another process: its files and its prompts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

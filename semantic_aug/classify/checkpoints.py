@@ -4,8 +4,6 @@ Accepted are plain state dicts, timm's ``train.py`` and its EMA copies, wrappers
 modules that hold the classifier as a part (Lightning's ``model.``, a backbone, MoCo's ``encoder_q``).
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Random resized crops, mirroring and colour jitter: torchvision's, drawn for a whole batch from a generator of one's own."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

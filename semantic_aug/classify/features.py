@@ -1,7 +1,5 @@
 """Features of images from any timm model, one vector per image: its output without the head, or the means of all its levels."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The one trained classifier: evaluated on a data set's splits, or asked for the classes of other images."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -9,8 +9,6 @@ With a one-hot label this is the papers' formula, and whatever mixed the labels 
 smoothing), every class counts by its share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

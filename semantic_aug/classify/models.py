@@ -1,7 +1,5 @@
 """Classifiers: any timm model by its name or torchvision's, with weights from the hub, a package or a file; frozen in part."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib.util

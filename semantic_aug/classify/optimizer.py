@@ -1,7 +1,5 @@
 """The optimiser of stage 3 and its learning rate."""
 
-from __future__ import annotations
-
 import math
 
 import torch

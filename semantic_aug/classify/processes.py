@@ -1,7 +1,5 @@
 """Data-parallel training: one process, or several started by accelerate, each with a share of every batch."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 

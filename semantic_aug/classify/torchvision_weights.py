@@ -1,7 +1,5 @@
 """torchvision's ImageNet weights in timm's models: those of its first release, and SWAG's (Singh et al. 2022) of ViT-B/16."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop of stage 1: textual inversion and DreamBooth-style LoRA (arXiv:2208.01618, 2208.12242, 2106.09685)."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

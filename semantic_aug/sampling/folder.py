@@ -13,8 +13,6 @@ A restart does what is in the plan and not in a record whose file is there with 
 record (the run was killed between the two) is taken over if its content proves right.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import logging

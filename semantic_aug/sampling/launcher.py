@@ -5,8 +5,6 @@ is a process per entry of ``--gpu_ids``, each on a pipe of its own: one killed i
 else's. What dies, breaks or hangs is replaced. :mod:`semantic_aug.sampling.ray_engine` is the engine for many machines.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

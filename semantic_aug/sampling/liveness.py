@@ -4,8 +4,6 @@ A batch may take hours (a large model on a CPU, networks being compiled) and is 
 is stopped, blocked or locked up sends nothing and uses no processor time, and is found after a limit of silence.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ The subset's folder, the base model, the checkpoint and the images must be reach
 done again.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from dataclasses import dataclass, field

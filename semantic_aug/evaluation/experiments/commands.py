@@ -3,8 +3,6 @@
 From a recipe, a seed and a folder follow the commands; nothing is run here.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Iterable, Mapping

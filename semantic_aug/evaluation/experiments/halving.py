@@ -5,8 +5,6 @@ does. So the resource is the number of seeds: all candidates run on the first se
 so on. The default candidate is never dropped, so the winner was compared with it over the same seeds.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

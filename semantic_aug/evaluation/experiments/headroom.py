@@ -4,8 +4,6 @@ A linear classifier on the frozen features of a pre-trained network is trained o
 Validation images (cross-validation where there are few) decide; test images are never read.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Reports of experiments: tables as Markdown, page and CSV, charts, and the commands to repeat every run."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ requests/*.yaml                 what was asked for, one file per distinct comman
 {setting}/seed{seed}/           ti_db, ti, aug_samples, classify, config (a registry), logs, steps.json
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import shlex

@@ -1,7 +1,5 @@
 """Runs the steps of one pair (setting, seed): each a subprocess, skipped when done, its command and time recorded."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

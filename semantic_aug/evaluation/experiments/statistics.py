@@ -1,7 +1,5 @@
 """Statistics over seeds and images: paired differences with confidence intervals."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """One Markdown table of any number of classification runs, the seeds of one request together in a row."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
