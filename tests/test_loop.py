@@ -21,7 +21,8 @@ class Case:
 
     def __init__(self, folder, settings: SolverSettings):
         self.model, self.settings = load_base(str(folder)), settings
-        scheduler = make_scheduler(self.model.scheduler_config, settings.scheduler, settings.final_sigmas_type)
+        options = (settings.scheduler, settings.final_sigmas_type, settings.timestep_spacing)
+        scheduler = make_scheduler(self.model.scheduler_config, *options)
         self.images = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(len(PROMPTS))]
         self.embeds = self.model.encode(PROMPTS, tiny.RESOLUTION)
         self.sampler = loop.Sampler(self.model.unet, scheduler, self.model.encode_null(tiny.RESOLUTION), settings)

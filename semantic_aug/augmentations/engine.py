@@ -151,7 +151,9 @@ class Engine:
         self.latent_shape = model.geometry.latent_shape(resolution)
         self.denoiser, self.decode = self._networks()
         self.on_step: Callable[[], None] = lambda: None
-        scheduler = make_scheduler(model.scheduler_config, solver.scheduler, solver.final_sigmas_type)
+        scheduler = make_scheduler(
+            model.scheduler_config, solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing
+        )
         self.sampler = Sampler(self._predict, scheduler, null_embeds, solver)
 
     def _networks(self):

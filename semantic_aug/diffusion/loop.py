@@ -224,7 +224,7 @@ def _denoise(
         stepped = []
         for group, x, prediction in zip(active, parts, predicted.split(sizes), strict=True):
             # one step of the solver
-            options = {"generator": [generators[i] for i in group.samples]} if _draws(group.scheduler) else {}
+            options = _step_options(group.scheduler, [generators[i] for i in group.samples], sampler.settings.eta)
             x = group.scheduler.step(prediction, t, x, return_dict=False, **options)[0]
             if kept is not None:  # latent blending
                 following = timesteps[position + 1 : position + 2] if position + 1 < len(timesteps) else None
@@ -234,6 +234,7 @@ def _denoise(
     return latents
 
 
-def _draws(scheduler: Any) -> bool:
-    """Whether a solver is stochastic; such ones draw from the samples' own generators."""
-    return "generator" in inspect.signature(scheduler.step).parameters
+def _step_options(scheduler, generators: list[torch.Generator], eta: float | None) -> dict:
+    """Stochastic solvers draw from the samples' own generators; ``eta`` goes to those that know it."""
+    options = {"generator": generators, **({} if eta is None else {"eta": eta})}
+    return {name: options[name] for name in options if name in inspect.signature(scheduler.step).parameters}

@@ -20,6 +20,7 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
     "lms": "LMSDiscreteScheduler",
     "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
 DEFAULT = "dpmsolver++"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -42,18 +43,32 @@ class SolverSettings:
         7.5,
         type=cli.number(0, 100),
         metavar="W",
-        help="scale of classifier-free guidance; 1 or less: none (default: 7.5; with --lcm_lora 1)",
+        help="scale of classifier-free guidance; 1 or less: none (default: 7.5; with --lcm_lora 1; with --few_steps the "
+        "distilled model's)",
     )
     scheduler: str = cli.setting(
         DEFAULT,
         metavar="NAME",
         help="dpmsolver++, unipc, ddim, euler, ... or a diffusers scheduler's class name (default: dpmsolver++; with "
-        "--lcm_lora lcm)",
+        "--lcm_lora lcm, with --few_steps the distilled model's)",
     )
     final_sigmas_type: str = cli.setting(
         "zero",
         choices=FINAL_SIGMAS,
         help="noise level at which the solver ends; sigma_min: as the original implementation",
+    )
+    eta: float | None = cli.setting(
+        None,
+        type=cli.number(0, 1),
+        metavar="X",
+        help="share of fresh noise in each step of ddim and tcd (default: the solver's, 0 and 0.3)",
+        absent=None,
+    )
+    timestep_spacing: str | None = cli.setting(
+        None,
+        choices=("leading", "trailing", "linspace"),
+        help="how the steps are spread over the noise schedule (default: the base model's)",
+        absent=None,
     )
 
 
@@ -100,12 +115,18 @@ def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def make_scheduler(config: Mapping[str, Any], name: str = DEFAULT, final_sigmas_type: str = "zero"):
+def make_scheduler(
+    config: Mapping[str, Any],
+    name: str = DEFAULT,
+    final_sigmas_type: str = "zero",
+    timestep_spacing: str | None = None,
+):
     """A scheduler of the base model's noise schedule.
 
     Args:
         final_sigmas_type: where solvers that know the option end: ``zero`` (diffusers' default since 0.26) or
             ``sigma_min`` (what the original implementation ran with).
+        timestep_spacing: how the steps are spread, for solvers that know the option; None: as the base model's.
 
     Raises:
         UserError: an unknown name, or a solver that does not know an option of the base model's noise schedule.
@@ -113,6 +134,8 @@ def make_scheduler(config: Mapping[str, Any], name: str = DEFAULT, final_sigmas_
     kind = scheduler_class(name)
     # latents are not confined to [-1, 1], and Stable Diffusion's last step is at t = 1: diffusers' pipelines see to both
     options = {"final_sigmas_type": final_sigmas_type, "clip_sample": False, "steps_offset": 1}
+    if timestep_spacing is not None:
+        options["timestep_spacing"] = timestep_spacing
     known = inspect.signature(kind.__init__).parameters
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
         raise UserError(

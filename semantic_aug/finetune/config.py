@@ -201,6 +201,7 @@ class ImageSettings:
         choices=(CAPTIONS,),
         help="captions: each class prompt is followed by what the image's own caption says besides its class, so that "
         "backgrounds are not learned as part of classes (default: class prompts alone)",
+        absent=None,
     )
 
     def __post_init__(self):

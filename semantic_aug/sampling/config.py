@@ -18,7 +18,8 @@ from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.devices import actors_of, available_memory, processes_of
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, weight_files
+from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config, weight_files
+from semantic_aug.diffusion.distilled import effective_strength
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
@@ -29,7 +30,14 @@ from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.guide import LoadClassifier, make_guide
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide, Plan, PlanSettings, make_plan, table_of_counts
-from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, read_solver
+from semantic_aug.sampling.settings import (
+    ImageSettings,
+    ModelSettings,
+    OutputSettings,
+    Placement,
+    read_few_steps,
+    read_solver,
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +72,7 @@ class SampleConfig:
         placement: devices, batch size, precision.
         output: root folder and shard.
         guide: what a classifier says of the images.
+        few_steps: strengths are whole numbers of the solver's steps.
     """
 
     dataset: str
@@ -77,6 +86,7 @@ class SampleConfig:
     placement: Placement
     output: OutputSettings
     guide: Guide = field(default_factory=Guide, compare=False)
+    few_steps: bool = False
 
     @property
     def strategy(self) -> Strategy:
@@ -96,7 +106,11 @@ class SampleConfig:
     def _strengths(self) -> tuple[tuple[float, ...], str]:
         images = self.images
         return choose_strengths(
-            self.strategy, images.aug_strength, images.strength_strategy, self.solver.num_inference_steps
+            self.strategy,
+            images.aug_strength,
+            images.strength_strategy,
+            self.solver.num_inference_steps,
+            self.few_steps,
         )
 
     def compiled(self, images: int) -> bool:
@@ -122,14 +136,17 @@ def resolve(
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
     if output.calibrate and not run.dry_run:
         raise UserError("--calibrate goes with --dry_run")
-    strategy, solver = strategies.find(images.sample_strategy), read_solver(args)
-    choose_strengths(strategy, images.aug_strength, images.strength_strategy, solver.num_inference_steps)
+    strategy, few = strategies.find(images.sample_strategy), chosen.few_steps is not None
+    steps = chosen.few_steps if few else read_solver(args).num_inference_steps
+    choose_strengths(strategy, images.aug_strength, images.strength_strategy, steps, few)
     placement = resolve_placement(placement)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), run.config_dir)
     section = dataset.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", run.config_dir)
     model, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, run.config_dir)
-    if chosen.lcm_lora:
-        model = replace(model, extra_lora=registry.find_lora(chosen.lcm_lora))
+    if further := chosen.lcm_lora or chosen.distilled_lora:
+        model = replace(model, extra_lora=registry.find_lora(further))
+    noise_schedule = read_scheduler_config(model.folder, model.name)
+    solver = read_few_steps(args, model.name, noise_schedule) if few else read_solver(args)
     if images.object_mask:
         check_mask(images.object_mask, dataset.train, dataset.name, strategy.start)
         dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
@@ -152,6 +169,7 @@ def resolve(
         model=model,
         prompts=prompts,
         solver=solver,
+        few_steps=few,
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
@@ -228,7 +246,7 @@ def choose_contexts(word: str | None, dataset: LoadedDataset) -> tuple[str, ...]
 
 
 def choose_strengths(
-    strategy: Strategy, strength: float, how: str, num_inference_steps: int
+    strategy: Strategy, strength: float, how: str, num_inference_steps: int, few_steps: bool = False
 ) -> tuple[tuple[float, ...], str]:
     """The strengths of a subset and how its name says them.
 
@@ -237,6 +255,7 @@ def choose_strengths(
         strength: of ``--aug_strength``.
         how: ``fixed`` or ``uniform``.
         num_inference_steps: to check that every strength leaves a step.
+        few_steps: the strengths become those that are run, multiples of a step.
 
     Raises:
         UserError: a strength outside (0, 1], or too small for the number of steps.
@@ -251,6 +270,9 @@ def choose_strengths(
         strengths, label = UNIFORM_STRENGTHS, "Uniform"
     else:
         strengths, label = (float(strength),), strength_text(strength)
+    if few_steps:
+        strengths = [effective_strength(num_inference_steps, each) for each in strengths]
+        label = label if len(strengths) > 1 else strength_text(strengths[0])
     for each in strengths:
         first_step(num_inference_steps, each)
     return tuple(strengths), label

@@ -151,6 +151,12 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
     print(dataset.describe())
     print(f"recipe {config.run.recipe}")
     print(f"base model {model.name}, LoRA {model.lora}, tokens {model.tokens}")
+    if config.few_steps:
+        solver, strengths = config.solver, ", ".join(f"{strength:.3g}" for strength in config.strengths)
+        print(
+            f"few steps: {solver.scheduler}, {solver.num_inference_steps} steps, guidance {solver.guidance_scale:g}; strengths "
+            f"{strengths}"
+        )
     print(
         f"{len(placement.devices)} process(es): {' '.join(placement.devices)}; {placement.dtype}, batches of "
         f"{placement.batch_size}"
@@ -184,7 +190,8 @@ def check(config: SampleConfig, dataset: LoadedDataset) -> None:
     from semantic_aug.diffusion.schedulers import make_scheduler
 
     base = load_skeleton(config.model.name, config.model.folder)
-    make_scheduler(base.scheduler_config, config.solver.scheduler, config.solver.final_sigmas_type)
+    solver = config.solver
+    make_scheduler(base.scheduler_config, solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing)
     if config.model.tokens is not None:
         tokens.install_all(tokens.load_tokens(config.model.tokens), base.tokenizers, base.text_encoders)
     check_folder(config, dataset)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from semantic_aug import cli
 from semantic_aug.augmentations import strategies
 from semantic_aug.datasets.settings import add_shared
+from semantic_aug.diffusion.distilled import KINDS, kind_of, solver_defaults
 from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_templates
+from semantic_aug.registry import find_lora
 from semantic_aug.sampling.plan import PAIRINGS, SOURCES
 
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
@@ -38,6 +42,22 @@ class ModelSettings:
     lcm_lora: Path | None = cli.setting(
         None, type=cli.path, metavar="FILE", help="LCM-LoRA to merge as well, with which a few steps are enough"
     )
+    distilled_lora: Path | None = cli.setting(
+        None, type=cli.path, metavar="FILE", help="LoRA of a distilled model (LCM, TCD, Hyper-SD) to merge as well"
+    )
+    few_steps: int | None = cli.setting(
+        None,
+        type=cli.whole(1),
+        metavar="N",
+        help="steps of a distilled LoRA or of a distilled base model (SD-Turbo, SDXL-Turbo) under its own solver; strength s "
+        "becomes int(s * N) / N",
+    )
+    distilled: str | None = cli.setting(
+        None,
+        choices=tuple(KINDS),
+        help="what the distilled model of --few_steps is (default: what its name, its metadata or the base model's "
+        "scheduler says)",
+    )
     prompt: str | None = cli.setting(
         None, metavar="TEMPLATE", help=f"prompt with {{}} for the class (default: '{SAMPLING_TEMPLATE}')"
     )
@@ -60,6 +80,12 @@ class ModelSettings:
             raise UserError(f"--prompt '{self.prompt}': expected exactly one {{}} where the class goes")
         if self.prompt is not None and self.prompt_templates is not None:
             raise UserError("--prompt is one prompt for all images, --prompt_templates several: give one of them")
+
+        given = [f"--{name}" for name in ("distilled_lora", "distilled") if getattr(self, name) is not None]
+        if given and self.few_steps is None:
+            raise UserError(f"{given[0]} goes with --few_steps N, the number of steps of the distilled model")
+        if self.lcm_lora and self.distilled_lora:
+            raise UserError("--lcm_lora and --distilled_lora both name a distilled LoRA: give one of them")
 
     def templates(self) -> dict[str, str | tuple[str, ...]]:
         """The prompts, as :class:`semantic_aug.augmentations.model.Prompts` takes them."""
@@ -272,14 +298,43 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def read_solver(args: argparse.Namespace) -> SolverSettings:
+def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> SolverSettings:
     """The settings of the solver: the user's, else those that go with the model.
+
+    Args:
+        args: parsed.
+        defaults: those of a distilled model; None: the flags', or LCM's with ``--lcm_lora``.
 
     Raises:
         UserError: an unknown scheduler.
     """
-    defaults = LCM_SOLVER if args.lcm_lora else {name: getattr(SolverSettings, name) for name in LCM_SOLVER}
+    if defaults is None:
+        defaults = LCM_SOLVER if args.lcm_lora else {name: getattr(SolverSettings, name) for name in LCM_SOLVER}
     chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
     if chosen["scheduler"] not in SCHEDULERS:
         scheduler_class(chosen["scheduler"])
     return cli.read_settings(SolverSettings, args, **chosen)
+
+
+def read_few_steps(args: argparse.Namespace, base: str, scheduler_config: Mapping[str, Any]) -> SolverSettings:
+    """The settings of the solver under ``--few_steps``: the user's, else those of the distilled model.
+
+    Args:
+        args: parsed.
+        base: the base model, as the user named it.
+        scheduler_config: of the base model.
+
+    Raises:
+        UserError: a model that is not known to be distilled, or is asked for what it cannot do.
+    """
+    if args.num_inference_steps is not None:
+        raise UserError("--few_steps and --num_inference_steps both say how many steps: give one of them")
+    given = args.lcm_lora or args.distilled_lora
+    lora = find_lora(given) if given else None
+    kind = args.distilled or ("lcm" if args.lcm_lora else kind_of(lora, base, scheduler_config))
+    if kind is None:
+        reason = f"base model '{base}' is no Turbo model; give --distilled_lora FILE, or --distilled KIND"
+        if lora:
+            reason = f"the name of {lora} says neither LCM, TCD nor Hyper-SD; give --distilled KIND"
+        raise UserError(f"--few_steps {args.few_steps}: {reason} ({', '.join(KINDS)})")
+    return read_solver(args, solver_defaults(kind, args.few_steps, args.guidance_scale, lora, scheduler_config))
