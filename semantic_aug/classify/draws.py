@@ -19,6 +19,8 @@ from semantic_aug.seeding import numpy_rng
 
 SYNTHETIC_DRAWS = ("images", "inverse_frequency")
 SYNTHETIC_MODES = ("item", "ratio", "concat")
+SOFT_LABELS = ("strength", "teacher", "mixed")
+TEACHER_CLASSES = ("all", "pair")
 CURRICULA = ("none", "strength")
 CURRICULUM_ORDERS = ("strong_first", "weak_first")
 
@@ -48,6 +50,41 @@ class SyntheticSettings:
         type=cli.number(0, open_low=True),
         metavar="G",
         help="exponent of the soft labels (1 - s^G) source + s^G target; above 0",
+    )
+    soft_labels: str = cli.setting(
+        "strength",
+        choices=SOFT_LABELS,
+        absent="strength",
+        help="strength: by --gamma; teacher: from classifiers of the real training images that have not seen the image's "
+        "sources, which are trained first, as this run is, and kept; mixed: a mean of both",
+    )
+    teacher_weight: float = cli.setting(
+        0.5,
+        type=cli.number(0, 1),
+        metavar="W",
+        absent=0.5,
+        help="the teacher's share of the labels of --soft_labels mixed",
+    )
+    teacher_temperature: float = cli.setting(
+        1.0,
+        type=cli.number(0, open_low=True),
+        metavar="T",
+        absent=1.0,
+        help="temperature of the teacher's probabilities q, whose labels are q^(1/T), normalised; above 1 flatter",
+    )
+    teacher_classes: str = cli.setting(
+        "all",
+        choices=TEACHER_CLASSES,
+        absent="all",
+        help="classes with a share of a teacher's label: all, or source and target (pair)",
+    )
+    teacher_folds: int = cli.setting(
+        5,
+        type=cli.whole(2),
+        metavar="N",
+        absent=5,
+        help="folds into which the training images are dealt; each teacher leaves out one, or two where images have two "
+        "sources",
     )
     synthetic_prob: float | str = cli.setting(
         0.1,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from semantic_aug import cli, registry
+from semantic_aug.classify.config import build_parser, read_config
 from semantic_aug.classify.draws import EpochDraws, SyntheticSettings
-from semantic_aug.classify.run import load_synthetic
+from semantic_aug.classify.run import load_synthetic, train, with_derived
+from semantic_aug.classify.teacher import subset_labels, with_teacher_labels
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.settings import dataset_name
 from semantic_aug.datasets.spec import SPLITS
@@ -38,6 +42,8 @@ class SoftLabelDataset(Dataset):
         batch_size: items per batch, on which the draws depend; the last, smaller part of an epoch is dropped.
         seed: of the draws.
         epochs: of the whole training, over which a curriculum and a changing probability extend.
+        teacher: flags of ``train_cls.py`` for the classifiers that ``soft_labels="teacher"`` trains first, as one would
+            type them: ``--model resnet50 --nepoch 40``.
         **synthetic: the other settings of ``train_cls.py``'s synthetic data, by the flags' names: ``syndata_dir``,
             ``syndata_key``, ``gamma``, ``synthetic_prob``, ``synthetic_mode``, ``synthetic_balanced``, ...
 
@@ -59,11 +65,13 @@ class SoftLabelDataset(Dataset):
         batch_size: int = 32,
         seed: int = 2020,
         epochs: int | None = None,
+        teacher: str = "",
         config_dir: Path = registry.CONFIG_DIR,
         **synthetic,
     ):
         chosen = {"split": split, "setting": setting, "batch_size": batch_size, "seed": seed, "epochs": epochs}
-        self._arguments = {"dataset": dataset, "transform": transform, "config_dir": config_dir, **chosen, **synthetic}
+        chosen |= {"teacher": teacher, "config_dir": config_dir}
+        self._arguments = {"dataset": dataset, "transform": transform, **chosen, **synthetic}
         settings = _settings(synthetic)
         if isinstance(dataset, str):
             dataset = load_dataset(dataset_name(dataset), setting, config_dir)
@@ -77,7 +85,13 @@ class SoftLabelDataset(Dataset):
             self.batch_size = batch_size
             return
         folders = [f for key in settings.syndata_key or () for f in dataset.subsets(key, config_dir)]
-        self.synthetic = load_synthetic([*folders, *(settings.syndata_dir or ())], dataset, settings)
+        folders += settings.syndata_dir or ()
+        self.synthetic = load_synthetic(folders, dataset, settings)
+        if settings.soft_labels != "strength" and self.synthetic is not None:
+            request = read_config(build_parser("").parse_args(["--dataset", dataset.name, *shlex.split(teacher)]))
+            request = replace(request, synthetic=settings, syndata=tuple(map(str, folders)))
+            labels = subset_labels(with_derived(request, dataset), dataset)
+            self.synthetic = with_teacher_labels(self.synthetic, labels, settings, train)
         images, options = self.synthetic, {"counts": self.real.counts(), "epochs": epochs}
         targets, strengths = (images.target, images.strength) if images is not None else (None, None)
         self.draws = EpochDraws(len(self.real), targets, settings, batch_size, seed, strengths=strengths, **options)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from semantic_aug import console, files, registry, run_lock, runs
-from semantic_aug.classify import inference, metrics
+from semantic_aug.classify import inference, metrics, teacher
 from semantic_aug.classify.checkpoints import metadata_of
-from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings, TrainSettings
+from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
@@ -53,9 +53,15 @@ def run(config: ClassifyConfig) -> int:
     seeds = list(dict.fromkeys(config.training.seeds or ()))
     if config.run.dry_run:
         check_start(config, dataset)
-        if not seeds:
-            check_folder(config, dataset, synthetic)
+    labels = teacher.subset_labels(config, dataset)
+    if config.run.dry_run or labels:  # before the teachers are trained
+        for request in [seeded(config, seed) for seed in seeds] or [config]:
+            check_folder(request, dataset, synthetic, labels)
+    if config.run.dry_run:
+        for subset in labels:
+            say(subset.describe())
         return 0
+    synthetic = teacher.with_teacher_labels(synthetic, labels, config.synthetic, train)
     if seeds:
         say(metrics.statistics_table(train_seeds(config, seeds, dataset, synthetic)))
     else:
@@ -96,23 +102,15 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     """
     synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
     timm_name(classifier.model)
-    device = device_of(placement.gpu)
+    device_of(placement.gpu)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
     if config.evaluation.test_dataset:
         dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
-    thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds
     keys = [key for key in synthetic.syndata_key or () if key]
     folders = [folder for key in keys for folder in dataset.subsets(key, config.run.config_dir)]
     folders += synthetic.syndata_dir or ()
     images = load_synthetic(folders, dataset, synthetic)
-    resolved = replace(
-        config,
-        setting=dataset.setting,
-        training=_resolved_training(config.training, device),
-        evaluation=replace(config.evaluation, shot_thresholds=thresholds),
-        syndata=tuple(map(str, folders)),
-        device=device,
-    )
+    resolved = replace(with_derived(config, dataset), syndata=tuple(map(str, folders)))
     check(resolved, dataset)
     folder = placement.output_dir
     if folder is None:
@@ -121,6 +119,17 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
         if config.training.seeds is None:
             folder = folder.with_name(f"{folder.name}-seed{config.seed}")
     return resolved.with_seed(config.seed, registry.resolve_path(folder)), dataset, images
+
+
+def with_derived(config: ClassifyConfig, dataset: LoadedDataset) -> ClassifyConfig:
+    """The request with what follows from its data set and this machine: learning rate, warm-up, precision, device."""
+    training, device = config.training, device_of(config.placement.gpu)
+    lr = DEFAULT_LR[training.optimizer] if training.lr is None else training.lr
+    amp = training.amp if training.amp != "auto" else ("no" if device == "cpu" else "bf16")
+    training = replace(training, lr=lr, warmup_epochs=min(training.warmup_epochs, training.nepoch / 10), amp=amp)
+    thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds
+    evaluation = replace(config.evaluation, shot_thresholds=thresholds)
+    return replace(config, setting=dataset.setting, training=training, evaluation=evaluation, device=device)
 
 
 def load_synthetic(
@@ -151,12 +160,6 @@ def load_synthetic(
     return images
 
 
-def _resolved_training(training: TrainSettings, device: str) -> TrainSettings:
-    lr = DEFAULT_LR[training.optimizer] if training.lr is None else training.lr
-    amp = training.amp if training.amp != "auto" else ("no" if device == "cpu" else "bf16")
-    return replace(training, lr=lr, warmup_epochs=min(training.warmup_epochs, training.nepoch / 10), amp=amp)
-
-
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
     """Refuses combinations that cannot work.
 
@@ -171,8 +174,8 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
     class_groups([], *config.evaluation.shot_thresholds)
-    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum"):
-        if getattr(synthetic, name) not in (False, 0, None, "none") and not config.syndata:
+    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels"):
+        if getattr(synthetic, name) != getattr(SyntheticSettings, name) and not config.syndata:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
     if loss.drw_epoch >= 0 and loss.criterion == "cb":
         raise UserError(
@@ -197,6 +200,8 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
     if keys:
         parts += ["+".join(keys).replace("#", "."), f"g{synthetic.gamma:g}"]
         parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []
+        weight = f"{synthetic.teacher_weight:g}" if synthetic.soft_labels == "mixed" else ""
+        parts += [f"{synthetic.soft_labels}{weight}"] if synthetic.soft_labels != "strength" else []
         probability = "to".join(f"{p:g}" for p in dict.fromkeys(synthetic.probabilities))
         parts += [f"p{probability}"] if synthetic.synthetic_mode != "concat" else []
         parts += [synthetic.curriculum_order] if synthetic.curriculum != "none" else []
@@ -251,9 +256,15 @@ def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         raise absent
 
 
-def check_folder(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
-    """Refuses an output folder of another run."""
-    origin = origin_of(config, dataset, synthetic)
+def check_folder(
+    config: ClassifyConfig,
+    dataset: LoadedDataset,
+    synthetic: SyntheticImages | None,
+    labels: Sequence[teacher.SubsetLabels] = (),
+) -> None:
+    """Refuses an output folder of another run; ``labels`` that are not made yet cannot be compared, nor the origin then."""
+    synthetic = teacher.with_teacher_labels(synthetic, labels, config.synthetic, None)
+    origin = None if labels and synthetic is None else origin_of(config, dataset, synthetic)
     runs.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin, dry_run=True)
 
 
@@ -301,6 +312,11 @@ def train(
         return Trainer(config, dataset, synthetic, origin).run()
 
 
+def seeded(config: ClassifyConfig, seed: int) -> ClassifyConfig:
+    """The request under one of its ``--seeds``, in a folder below its own."""
+    return config.with_seed(seed, config.output_dir / f"seed{seed}")
+
+
 def train_seeds(
     config: ClassifyConfig, seeds: Sequence[int], dataset: LoadedDataset, synthetic: SyntheticImages | None
 ) -> dict:
@@ -313,8 +329,7 @@ def train_seeds(
     """
     rows, origin = {}, origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
     for seed in seeds:
-        seeded = config.with_seed(seed, config.output_dir / f"seed{seed}")
-        rows[seed] = metrics.scores_of(train(seeded, dataset, synthetic, origin))
+        rows[seed] = metrics.scores_of(train(seeded(config, seed), dataset, synthetic, origin))
     statistics = metrics.statistics_of(rows)
     if Processes(config.device).main:
         metrics.write_statistics(statistics, config.output_dir)

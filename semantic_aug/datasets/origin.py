@@ -61,9 +61,12 @@ class RunOrigin:
 
 
 def synthetic_identity(images: SyntheticImages, hashes: ContentHashes, class_names: Sequence[str]) -> dict[str, Any]:
-    """What synthetic images are: their number, and digests of labels (source, target, strength) and content, in order."""
+    """What synthetic images are: their number, and digests of labels (source, target, strength, and what a teacher made of
+    them) and content, in order."""
     labels, content = hashlib.sha256(), hashlib.sha256(hashes.values.tobytes())
     columns = (images.source.tolist(), images.target.tolist(), images.strength.tolist())
     for source, target, strength in zip(*columns, strict=True):
         labels.update(f"{class_names[source]}\0{class_names[target]}\0{strength!r}\0".encode())
+    if images.soft is not None:
+        labels.update(images.soft.tobytes())
     return {"images": len(images), "labels": labels.hexdigest()[:32], "content": content.hexdigest()[:32]}

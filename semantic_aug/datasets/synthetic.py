@@ -31,6 +31,8 @@ from semantic_aug.seeding import numpy_rng
 DATA = "data"
 SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
+SOURCE_COLUMNS = ("Source Image", "Partner Image")
+"""Columns of ``meta.csv`` that name training images from which an image was made."""
 NOISE_FLAGS = "--corrupt_prob, --corrupt_classes and --subset_seed"
 
 
@@ -65,12 +67,16 @@ class SyntheticImages:
         source: int64 ``(M,)``, class index of the data set.
         target: int64 ``(M,)``.
         strength: float64 ``(M,)`` in (0, 1].
+        sources: object ``(M, S)``, key of each source image, empty where none is recorded; None where nobody asked.
+        soft: float32 ``(M, K)``, labels that stand instead of those by strength; None: these.
     """
 
     paths: list[Path]
     source: np.ndarray
     target: np.ndarray
     strength: np.ndarray
+    sources: np.ndarray | None = None
+    soft: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -87,13 +93,16 @@ class SyntheticImages:
         return digest.hexdigest()
 
     def labels(self, gamma: float, num_classes: int) -> np.ndarray:
-        """Soft labels ``(M, K)``."""
+        """Soft labels float32 ``(M, K)``, rows summing to one."""
+        if self.soft is not None:
+            return self.soft
         return soft_labels(self.source, self.target, self.strength, gamma, num_classes)
 
     def take(self, rows: np.ndarray) -> SyntheticImages:
         """The images at some rows."""
         paths = [self.paths[i] for i in np.asarray(rows).tolist()]
-        return SyntheticImages(paths, self.source[rows], self.target[rows], self.strength[rows])
+        columns = (self.source, self.target, self.strength, self.sources, self.soft)
+        return SyntheticImages(paths, *(None if column is None else column[rows] for column in columns))
 
     def with_targets(self, number: int, class_names: Sequence[str], seed: int = 0) -> SyntheticImages:
         """The images of only some target classes of each source class.
@@ -157,7 +166,11 @@ def read_subset(
         _check_labels(table, position, dataset, file)
         _check_noise(root, table, dataset, file)
         _check_content(root, table, dataset, file)
-    return SyntheticImages(paths, position[table.source], position[table.target], table.strength)
+    sources = np.full((len(table), len(SOURCE_COLUMNS)), "", object)
+    for column, name in enumerate(SOURCE_COLUMNS):
+        if name in table.further:
+            sources[:, column] = [str(key) for key in table.further[name]]
+    return SyntheticImages(paths, position[table.source], position[table.target], table.strength, sources)
 
 
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
@@ -184,9 +197,10 @@ def read_subsets(
 ) -> SyntheticImages:
     """Reads several subsets as one; see :func:`read_subset`."""
     parts = [read_subset(folder, dataset, allow_other_sources) for folder in folders]
+    columns = ("source", "target", "strength", "sources")
     return SyntheticImages(
         [path for part in parts for path in part.paths],
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "target", "strength")),
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in columns),
     )
 
 
