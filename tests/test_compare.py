@@ -22,6 +22,7 @@ from helpers import ROOT, exchange
 import sample_mp
 import train_cls
 import train_lora
+from semantic_aug.augmentations.strategies import STRATEGIES
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
 from semantic_aug.evaluation.experiments import compare, report, results, runner
@@ -78,6 +79,11 @@ def test_every_command_is_one_its_entry_script_takes(image_folder, tmp_path):
         assert taken["classify cutmix"].syndata_key is None and not taken["classify real-only"].use_cutmix
         assert {taken[name].syn_dataset_multiplier for name in taken if name.startswith("sample")} == {1}
         assert taken["sample diff-mix"].cpu_threads == 2 and taken["classify mixup"].weights == "none"
+        teacher, curriculum = taken["classify diff-mix+teacher"], taken["classify diff-mix+curriculum"]
+        assert (teacher.soft_labels, teacher.syndata_key) == ("teacher", ["diff-mix"])
+        assert (curriculum.curriculum, curriculum.syndata_key) == ("strength", ["diff-mix+curriculum"])
+        assert taken["sample diff-mix+curriculum"].strength_strategy == "uniform"
+        assert {f"sample {name}" for name in STRATEGIES} <= set(taken)  # every strategy is a method
 
 
 def test_stage_one_runs_only_for_methods_that_need_it(image_folder, tmp_path):
@@ -85,6 +91,20 @@ def test_stage_one_runs_only_for_methods_that_need_it(image_folder, tmp_path):
     assert {step.stage for step in compare.jobs_of(parsed(words), tmp_path)[0].pair.steps.values()} == {2, 3}
     words = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "diff-mix", "diff-aug")
     assert [s for s in compare.jobs_of(parsed(words), tmp_path)[0].pair.steps if s in ("ti", "ti_db")] == ["ti_db"]
+
+
+def test_images_that_follow_the_real_only_classifier_come_after_it(tmp_path):
+    method = METHODS["diff-mix+hard"]
+    steps = StageCommands(recipe(), 3, tmp_path, Devices()).method_steps(["diff-mix", method.name])
+    names = ["ti_db", "sample diff-mix", "classify diff-mix", "classify real-only", "sample diff-mix+hard"]
+    assert list(steps) == [*names, "classify diff-mix+hard"]
+    sample, classify = steps["sample diff-mix+hard"], steps["classify diff-mix+hard"]
+    assert set(sample.needs) == {"classify real-only", "ti_db"} and classify.needs == ("sample diff-mix+hard",)
+    assert f"--sources hard --classifier {tmp_path}/classify/real-only " in shlex.join(sample.arguments)
+    assert "--syndata_key diff-mix+hard " in shlex.join(classify.arguments)
+    assert method.step_names == {1: "ti_db", 2: sample.name, 3: classify.name}
+    alone = StageCommands(recipe(), 3, tmp_path, Devices()).method_steps([method.name])
+    assert runner.Pair(tmp_path, alone).missing() == ["classify real-only", "ti_db", sample.name, classify.name]
 
 
 def test_values_may_be_given_for_each_setting(tmp_path):

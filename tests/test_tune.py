@@ -1,5 +1,6 @@
 """The search for settings: halving, budgets, parts of a pool, and what it chooses where the answer is known."""
 
+import itertools
 import json
 import shlex
 import statistics
@@ -11,7 +12,10 @@ import pytest
 import yaml
 from helpers import ROOT, ROWS, classify_arguments, write_subset
 
+import sample_mp
 import train_cls
+from semantic_aug import cli
+from semantic_aug.augmentations.strategies import STRATEGIES
 from semantic_aug.classify import run
 from semantic_aug.classify.config import read_config
 from semantic_aug.datasets.synthetic import SyntheticImages
@@ -24,13 +28,52 @@ DEFAULT = Candidate(0.7, 0.5, 0.3, 5.0)
 
 
 def grid():
-    return halving.candidates([0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.3, 0.5], [2.0, 5.0], DEFAULT, 0)
+    values = itertools.product([0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.3, 0.5], [2.0, 5.0])
+    return halving.candidates([Candidate(*candidate) for candidate in values], DEFAULT, 0)
+
+
+def settings_of(*words):
+    """What a search chooses among."""
+    args = tune.build_parser().parse_args(["--dataset", "elpv", *words])
+    return cli.read_settings(tune.GridSettings, args)
 
 
 def test_candidates_are_the_grid_the_default_first():
     found = grid()
     assert found[0] == DEFAULT and len(found) == 54 == len(set(found)) and found == grid()
-    assert len(halving.candidates([0.5], [0.3], [0.1], [5.0], DEFAULT, 0)) == 2  # the default outside the grid
+    assert len(halving.candidates([Candidate(0.5, 0.3, 0.1, 5.0)], DEFAULT, 0)) == 2  # the default outside the grid
+
+
+def test_the_default_search_has_high_probabilities_and_teacher_labels():
+    found = settings_of().candidates(0)
+    assert found[0] == DEFAULT and {c.probability for c in found} == {0.1, 0.3, 0.5, 0.7}
+    by_labels = {labels: [c for c in found if c.labels == labels] for labels in ("strength", "teacher")}
+    assert len(by_labels["strength"]) == 72 and len(by_labels["teacher"]) == 24 == len(found) - 72
+    assert {c.gamma for c in by_labels["teacher"]} == {0.5}  # which has no part in them
+    assert len({c.name for c in found}) == len(found) and DEFAULT.name == "s0.7-g0.5-p0.3-m5"
+    former = [c.name for c in settings_of("--labels", "strength", "--probs", "0.1", "0.3", "0.5").candidates(0)]
+    assert former == [c.name for c in grid()]
+
+
+def test_every_strategy_that_starts_from_images_can_be_searched(tmp_path):
+    names = ["diff-mix", "da-fusion", "diff-aug", *(n for n, s in STRATEGIES.items() if s.start == "inversion")]
+    words = ["--strategy", *names, "--strengths", "0.7", "--probs", "0.3", "--multipliers", "5"]
+    found = settings_of(*words).candidates(0)
+    of = {name: [c for c in found if c.strategy == name] for name in names[1:]}
+    # da-fusion draws its own strengths, and a label of one class does not depend on gamma
+    assert sorted(c.name for c in of["da-fusion"]) == ["da-fusion-g0.5-p0.3-m5", "da-fusion-g0.5-p0.3-m5-teacher"]
+    assert sorted(c.name for c in of["diff-aug"]) == [
+        "diff-aug-s0.7-g0.5-p0.3-m5",
+        "diff-aug-s0.7-g0.5-p0.3-m5-teacher",
+    ]
+    tuning, _ = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv", *words]), tmp_path)
+    for name, step in tuning.pair.steps.items():
+        if step.stage == 2:
+            args = sample_mp.build_parser().parse_args(list(step.arguments[1:]))
+            assert name == f"sample {args.register_key}" and args.register_key in {c.subset for c in found}
+            assert args.register_key.startswith(args.sample_strategy) or args.register_key == "s0.7"
+            assert ("--aug_strength" in step.arguments) == (not STRATEGIES[args.sample_strategy].strengths)
+    assert len({s.name for s in tuning.pair.steps.values() if s.stage == 2}) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +130,7 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
         (["--seeds", "1"], "--seeds 1: expected two or more"),
         (["--trials", "5"], "--trials 5: the smallest search has 6 runs"),
         (["--strategy", "diff-gen"], "argument --strategy: invalid choice: 'diff-gen'"),
+        (["--strategy", "da-fusion"], "--strategy da-fusion: it draws its own strengths; name one first"),
         (["--strengths", "1.5"], "1.5: expected a number in (0, 1]"),
         (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for each run already"),
     ],
@@ -189,6 +233,7 @@ def test_the_whole_search_reports_registers_and_goes_on(search, tmp_path, capsys
     assert args.gamma == 0.8 and args.syndata_key == ["best"] and args.subset_seed == 0 and args.syndata_max is None
     report = (tmp_path / "5shot" / "report.md").read_text()
     assert registered["elpv"]["best"].endswith("elpv/subset") and registered["elpv"]["best"] in report
+    assert any("-teacher-seed" in name for name in began) and "| labels | strength | gamma |" in report
     assert "(chosen)" in report and command in report and "s0.7-g0.5-p0.3-m5 (default)" in report
     assert (tmp_path / "5shot" / "report.png").exists() and "which is the default" not in report
     assert search(*words) == (0, [])  # all is done
@@ -233,17 +278,21 @@ def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):
 
 
 def test_a_budget_in_hours_bounds_the_runs_and_is_fixed_at_the_start(search, tmp_path, capsys):
-    status, began = search("--budget_hours", "0.2")  # 720 s: the pool takes 4 x 36 s, 16 classifiers are left
+    # 900 s: the pool takes 4 x 36 s, the teachers 5 x 36 s, 16 classifiers are left
+    status, began = search("--budget_hours", "0.25")
     assert status == 0
     count = sum(name.startswith("classify") for name in began)
     assert 12 <= count <= 16 and json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 16
-    assert search("--budget_hours", "0.2") == (0, [])
+    assert search("--budget_hours", "0.25") == (0, [])
 
 
 def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
-    assert search("--budget_hours", "0.05")[0] == 2
+    words = ["--labels", "strength", "--budget_hours"]
+    assert search(*words, "0.05")[0] == 2
     assert "--budget_hours 0.05: 3 min are spent, and the smallest search has 4 runs of 36 s" in capsys.readouterr().err
-    assert search("--budget_hours", "0.1")[0] == 0
+    assert search("--budget_hours", "0.1")[0] == 2
+    assert "--budget_hours 0.1: 6 min are spent or needed by teachers, and the smallest" in capsys.readouterr().err
+    assert search(*words, "0.1")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------- from end to end
@@ -255,7 +304,8 @@ def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
         "--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", tiny_base, "--examples_per_class", 2,
         "--max_train_steps", 2, "--train_batch_size", 2, "--multipliers", 1, 2, "--num_inference_steps", 4, "--model",
         "test_vit", "--res_mode", 32, "--nepoch", 2, "--batch_size", 3, "--gpu_ids", "cpu", "--stage3_args",
-        "--weights none", "--strengths", 0.7, "--gammas", 0.5, "--probs", 0.3, "--seeds", 1, 2, "--trials", 4,
+        "--weights none", "--labels", "strength", "--strengths", 0.7, "--gammas", 0.5, "--probs", 0.3, "--seeds", 1, 2,
+        "--trials", 4,
         "--output_dir", tmp_path / "out", "--config_dir", tmp_path / "config", "--register_key", "best",
     ]  # fmt: skip
     command = [sys.executable, "-m", "semantic_aug.evaluation", "tune", *map(str, words)]

@@ -30,14 +30,22 @@ class Method:
     Attributes:
         name: the word given to ``--methods``.
         strategy: of its synthetic images, or None for real images only.
-        mixing: flags of stage 3 that mix images.
+        sample: flags of stage 2 besides the budget's; the value :data:`REAL_ONLY` stands for the folder of the real-only
+            classifier of the same seed, which is trained before.
+        classify: flags of stage 3 besides the budget's.
         pseudo: whether it trains on unlabelled images, labelled by the real-only classifier of its seed.
     """
 
     name: str
     strategy: str | None = None
-    mixing: tuple[str, ...] = ()
+    sample: Mapping[str, Any] = field(default_factory=dict)
+    classify: Mapping[str, Any] = field(default_factory=dict)
     pseudo: bool = False
+
+    @property
+    def subset(self) -> str | None:
+        """The key of its synthetic images: of the strategy, or its own where their flags are."""
+        return self.name if self.sample else self.strategy
 
     @property
     def finetuning(self) -> str | None:
@@ -47,21 +55,27 @@ class Method:
     @property
     def step_names(self) -> dict[int, str]:
         """Stage -> name of the step that the method needs."""
-        names = {1: self.finetuning, 2: self.strategy and f"sample {self.strategy}", 3: f"classify {self.name}"}
+        names = {1: self.finetuning, 2: self.subset and f"sample {self.subset}", 3: f"classify {self.name}"}
         return {stage: name for stage, name in names.items() if name}
 
 
-_STRATEGIES = "real-guidance real-mix real-gen diff-aug diff-gen da-fusion ti-mix ti-aug diff-mix".split()
+REAL_ONLY = "folder of the real-only classifier"
 METHODS = {
     method.name: method
     for method in (
         Method("real-only"),
-        Method("mixup", mixing=("use_mixup",)),
-        Method("cutmix", mixing=("use_cutmix",)),
+        Method("mixup", classify={"use_mixup": True}),
+        Method("cutmix", classify={"use_cutmix": True}),
         Method("pseudo-label", pseudo=True),
-        *(Method(name, name) for name in _STRATEGIES),
-        Method("diff-mix+cutmix", "diff-mix", ("use_cutmix",)),
-        Method("diff-mix+mixup", "diff-mix", ("use_mixup",)),
+        *(Method(name, name) for name in strategies.STRATEGIES),
+        Method("diff-mix+cutmix", "diff-mix", classify={"use_cutmix": True}),
+        Method("diff-mix+mixup", "diff-mix", classify={"use_mixup": True}),
+        Method("diff-mix+teacher", "diff-mix", classify={"soft_labels": "teacher"}),
+        Method("diff-mix+mixed-labels", "diff-mix", classify={"soft_labels": "mixed"}),
+        Method("diff-mix+curriculum", "diff-mix", {"strength_strategy": "uniform"}, {"curriculum": "strength"}),
+        Method("diff-mix+confusion", "diff-mix", {"pairing": "confusion", "classifier": REAL_ONLY}),
+        Method("diff-mix+hard", "diff-mix", {"sources": "hard", "classifier": REAL_ONLY}),
+        Method("diff-mix+contexts", "diff-mix", {"contexts": "captions"}),
     )
 }
 DEFAULT_METHODS = (
@@ -231,14 +245,11 @@ class StageCommands:
         arguments = self._command(2, self.recipe.sample, changes, flags)
         return Step(f"sample {key}", 2, arguments, (kind,) if kind else (), f"aug_samples/{key}/*/*/meta.csv", {})
 
-    def classify(
-        self, name: str, seed: int, key: str | None = None, mixing: Iterable[str] = (), **changes: Any
-    ) -> Step:
+    def classify(self, name: str, seed: int, key: str | None = None, **changes: Any) -> Step:
         """Stage 3; ``key`` is that of its synthetic subset, ``changes`` are flags that differ from the recipe's."""
         flags = {
             "syndata_key": key,
             **(self.recipe.synthetic if key else {}),
-            **dict.fromkeys(mixing, True),
             "gpu": self.devices.ids[0] if self.devices.ids else None,
             "output_dir": registry.shown_path(self.folder / "classify" / name),
             "seed": seed,
@@ -278,11 +289,23 @@ class StageCommands:
                 steps |= self.pseudo_label_steps(name)
                 continue
             if method.strategy:
-                for step in self.synthetic_steps(self.sample(method.strategy)).values():
+                for step in self.method_subset(method).values():
                     steps.setdefault(step.name, step)
-            classify = self.classify(name, self.subset_seed, method.strategy, method.mixing)
-            steps[classify.name] = classify
+            classify = self.classify(name, self.subset_seed, method.subset, **method.classify)
+            steps.setdefault(classify.name, classify)
         return steps
+
+    def method_subset(self, method: Method) -> dict[str, Step]:
+        """The steps that make the synthetic images of a method, by name."""
+        real_only = self.classify("real-only", self.subset_seed)
+        folder = registry.shown_path(self.folder / "classify" / "real-only")
+        flags = {name: folder if value == REAL_ONLY else value for name, value in method.sample.items()}
+        steps = self.synthetic_steps(self.sample(method.strategy, method.subset, **flags))
+        if flags == method.sample:
+            return steps
+        *before, sample = steps.values()
+        needed = {step.name: step for step in (real_only, *before)}
+        return {**needed, sample.name: replace(sample, needs=tuple(needed))}
 
 
 def setting_name(examples_per_class: int, task: str, imbalance_factor: float) -> str:

@@ -21,6 +21,7 @@ from semantic_aug.evaluation.experiments.commands import (
     DEFAULT_METHODS,
     LABEL_STEP,
     METHODS,
+    REAL_ONLY,
     StageCommands,
     setting_name,
 )
@@ -240,6 +241,13 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
         steps = [commands.classify("real-only", commands.subset_seed)]
         if 2 in job.stages:
             steps.append(commands.sample("real-guidance"))
+            flags = {name: METHODS[name].sample for name in job.methods if METHODS[name].sample}
+            # the flags of single methods, without the checkpoint and the classifier that are still to be trained
+            steps += [
+                commands.sample("real-mix", name, **sample)
+                for name, sample in flags.items()
+                if REAL_ONLY not in sample.values()
+            ]
         if 1 in job.stages:
             steps.append(commands.finetune("ti_db"))
         check_commands(steps, commands.folder)

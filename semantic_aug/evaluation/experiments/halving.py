@@ -5,7 +5,6 @@ does. So the resource is the number of seeds: all candidates run on the first se
 so on. The default candidate is never dropped, so the winner was compared with it over the same seeds.
 """
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -29,29 +28,33 @@ class Candidate:
         gamma: of the soft labels.
         probability: p, chance that an item is synthetic.
         multiplier: synthetic images per training image.
+        labels: one of ``train_cls.py --soft_labels``.
+        strategy: of the synthetic images; empty for the first strategy of the search.
     """
 
-    strength: float
+    strength: float | None
     gamma: float
     probability: float
     multiplier: float
+    labels: str = "strength"
+    strategy: str = ""
+
+    @property
+    def subset(self) -> str:
+        """Key of its synthetic images."""
+        return "-".join(
+            [*([self.strategy] if self.strategy else []), *([f"s{self.strength:g}"] if self.strength else [])]
+        )
 
     @property
     def name(self) -> str:
         """Name in folders and tables."""
-        return f"s{self.strength:g}-g{self.gamma:g}-p{self.probability:g}-m{self.multiplier:g}"
+        labels = f"-{self.labels}" if self.labels != "strength" else ""
+        return f"{self.subset}-g{self.gamma:g}-p{self.probability:g}-m{self.multiplier:g}{labels}"
 
 
-def candidates(
-    strengths: Sequence[float],
-    gammas: Sequence[float],
-    probabilities: Sequence[float],
-    multipliers: Sequence[float],
-    default: Candidate,
-    seed: int,
-) -> list[Candidate]:
-    """The grid of all values, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
-    grid = [Candidate(*values) for values in itertools.product(strengths, gammas, probabilities, multipliers)]
+def candidates(grid: Sequence[Candidate], default: Candidate, seed: int) -> list[Candidate]:
+    """The candidates, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
     order = numpy_rng(seed, "tune", "order").permutation(len(grid))
     return list(dict.fromkeys([default, *(grid[i] for i in order)]))
 

@@ -287,11 +287,13 @@ class SearchResult:
         test: candidate -> test scores of its runs, of the default and the chosen one; empty without a test split.
         cost: time and number of runs, as text.
         flags: that choose the training images.
+        strategy: first of the search.
     """
 
     dataset: str
     setting: str
     score: str
+    strategy: str
     chosen: Candidate
     best: Candidate
     default: Candidate
@@ -321,25 +323,34 @@ def _ranked(scores: Scores) -> list[Candidate]:
     return sorted(best_first(list(scores), scores), key=lambda candidate: -len(scores[candidate]))
 
 
+def _kinds(candidate: Candidate, result: SearchResult) -> dict[str, str]:
+    """Strategy and labels of a candidate."""
+    return {"strategy": candidate.strategy or result.strategy, "labels": candidate.labels}
+
+
 def _candidate_section(result: SearchResult) -> list[Block]:
     chosen, default, scores = result.chosen, result.default, result.scores
+    kinds_of = [_kinds(candidate, result) for candidate in scores]
+    varying = [kind for kind in kinds_of[0] if len({kinds[kind] for kinds in kinds_of}) > 1]
     how = f"by the mean validation {result.score} over {len(scores[default])} seeds"
     if chosen != result.best:
         how = f"which is the default: {result.best.name} is ahead {how}, but not clearly so"
     rows = []
     for candidate in _ranked(scores):
-        numbers = (candidate.strength, candidate.gamma, candidate.probability, candidate.multiplier)
+        strength = "its own" if candidate.strength is None else f"{candidate.strength:g}"
+        numbers = (candidate.gamma, candidate.probability, candidate.multiplier)
+        kinds = [text for kind, text in _kinds(candidate, result).items() if kind in varying]
         score = spread_cell(scores[candidate])
         score = replace(score, text=score.text + (" (chosen)" if candidate == chosen else ""))
         difference = Cell("")
         if candidate != default:
             difference = difference_cell(result.differences[candidate], scores[candidate], scores[default])
-        rows.append([*(f"{number:g}" for number in numbers), str(len(scores[candidate])), score, difference])
-    columns = ["strength", "gamma", "p", "multiplier", "seeds", f"validation {result.score}", "- default"]
+        cells = [*kinds, strength, *(f"{number:g}" for number in numbers), str(len(scores[candidate]))]
+        rows.append([*cells, score, difference])
+    columns = [*varying, "strength", "gamma", "p", "multiplier", "seeds", f"validation {result.score}", "- default"]
     return [
         Paragraph(
-            f"Chosen: strength {chosen.strength:g}, gamma {chosen.gamma:g}, probability {chosen.probability:g}, multiplier "
-            f"{chosen.multiplier:g}, {how}."
+            f"Chosen: {chosen.name} ({', '.join(f'{kind} {text}' for kind, text in _kinds(chosen, result).items())}), {how}."
         ),
         Picture(CHART, "validation scores"),
         Paragraph(
@@ -349,7 +360,7 @@ def _candidate_section(result: SearchResult) -> list[Block]:
             "the default: all seeds share the validation images, so a lead on them by chance persists under every seed. The "
             "best of many is also overestimated: expect less on new images."
         ),
-        Table(columns, rows, texts=0),
+        Table(columns, rows, texts=len(varying)),
     ]
 
 

@@ -29,7 +29,10 @@ _ALL_STAGES = (
 RESERVED = {
     1: f"{_ALL_STAGES} output_dir finetune_strategy pretrained_model_name_or_path".split(),
     2: f"{_ALL_STAGES} output_root sample_strategy finetune_model_key model_path aug_strength syn_dataset_multiplier".split(),
-    3: f"{_ALL_STAGES} output_dir seeds syndata_key syndata_dir syndata_max gamma synthetic_prob use_cutmix use_mixup".split(),
+    3: (
+        f"{_ALL_STAGES} output_dir seeds syndata_key syndata_dir syndata_max gamma synthetic_prob use_cutmix use_mixup "
+        "soft_labels curriculum"
+    ).split(),
 }
 """Flags that ``--stageN_args`` may not hold: they are what runs differ in, or must agree in."""
 

@@ -1,18 +1,21 @@
-"""Which strength, gamma, probability and multiplier? Chosen on validation images, within a budget, from one sampled pool."""
+"""Which strength, gamma, probability, multiplier, labels and strategy? Chosen on validation images, within a budget, from one
+sampled pool."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.augmentations import strategies
+from semantic_aug.classify.draws import SOFT_LABELS
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.evaluation.experiments import halving, report
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
@@ -26,7 +29,7 @@ from semantic_aug.evaluation.experiments.runner import (
     prepare_config,
     terminated_as_interrupted,
 )
-from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, recipe_of
+from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, default_of, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class GridSettings:
     TITLE = "what to choose among"
     strengths: tuple[float, ...] = _values("strength", (0.5, 0.7, 0.9), 1, "S")
     gammas: tuple[float, ...] = _values("gamma", (0.3, 0.5, 0.8), math.inf, "G")
-    probs: tuple[float, ...] = _values("probability", (0.1, 0.3, 0.5), 1, "P")
+    probs: tuple[float, ...] = _values("probability", (0.1, 0.3, 0.5, 0.7), 1, "P")
     multipliers: tuple[float, ...] = cli.setting(
         (2.0, 5.0),
         type=cli.number(0, 1e6, open_low=True),
@@ -57,12 +60,28 @@ class GridSettings:
         metavar="M",
         help="synthetic images per training image; the pool has the largest, smaller ones are parts of it (default: 2 5)",
     )
-    strategy: str = cli.setting(
-        "diff-mix",
-        choices=[row.name for row in strategies.STRATEGIES.values() if row.start == "image" and not row.strengths],
-        metavar="STRATEGY",
-        help="strategy of the synthetic images",
+    labels: tuple[str, ...] = cli.setting(
+        ("strength", "teacher"),
+        choices=SOFT_LABELS,
+        nargs="+",
+        metavar="LABELS",
+        help="labels of the synthetic images, see train_cls.py --soft_labels; strength is always among them (default: strength "
+        "teacher)",
     )
+    strategy: tuple[str, ...] = cli.setting(
+        ("diff-mix",),
+        choices=[row.name for row in strategies.STRATEGIES.values() if row.start != "noise"],
+        nargs="+",
+        metavar="STRATEGY",
+        help="strategies of the synthetic images, each with subsets of its own; the default candidate has the first, which "
+        "takes a strength (default: diff-mix)",
+    )
+
+    def __post_init__(self):
+        if strategies.find(self.strategy[0]).strengths:
+            raise UserError(
+                f"--strategy {self.strategy[0]}: it draws its own strengths; name one first that takes --strengths, as diff-mix"
+            )
 
     def candidates(self, seed: int) -> list[Candidate]:
         """The candidates, the default first; see :func:`semantic_aug.evaluation.experiments.halving.candidates`."""
@@ -71,9 +90,25 @@ class GridSettings:
             (*self.gammas, DEFAULT["gamma"]),
             (*self.probs, DEFAULT["probability"]),
             self.multipliers,
+            ("strength", *self.labels),
+            self.strategy,
         ]
         default = Candidate(**DEFAULT, multiplier=max(self.multipliers))
-        return halving.candidates(*(list(dict.fromkeys(axis)) for axis in axes), default, seed)
+        values = itertools.product(*(list(dict.fromkeys(axis)) for axis in axes))
+        grid = dict.fromkeys(self._candidate(Candidate(*of_axes)) for of_axes in values)
+        return halving.candidates(list(grid), default, seed)
+
+    def _candidate(self, values: Candidate) -> Candidate:
+        """A candidate whose values without effect are all the same: a strength where the strategy draws its own, gamma where
+        labels do not depend on it."""
+        row = strategies.find(values.strategy)
+        without_gamma = values.labels == "teacher" or (row.pairing == "same" and values.labels == "strength")
+        return replace(
+            values,
+            strength=None if row.strengths else values.strength,
+            gamma=DEFAULT["gamma"] if without_gamma else values.gamma,
+            strategy="" if values.strategy == self.strategy[0] else values.strategy,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,28 +183,33 @@ class Tuning:
         self.folder, self.recipe = self.commands.folder, self.commands.recipe
         self.pair = Pair(self.folder, {})
 
-    def add_pool(self, strengths: Collection[float]) -> None:
-        """Plans stage 1 and one subset per strength."""
-        for strength in strengths:
-            flags = {"aug_strength": strength, "syn_dataset_multiplier": self.multiplier}
-            sample = self.commands.sample(self.strategy, f"s{strength:g}", **flags)
+    def add_pool(self, candidates: Collection[Candidate]) -> None:
+        """Plans stage 1 and one subset per strategy and strength."""
+        order = lambda candidate: (candidate.strategy != "", candidate.strategy, candidate.strength or 0)  # noqa: E731
+        for candidate in sorted({candidate.subset: candidate for candidate in candidates}.values(), key=order):
+            flags = {"aug_strength": candidate.strength, "syn_dataset_multiplier": self.multiplier}
+            sample = self.commands.sample(candidate.strategy or self.strategy, candidate.subset, **flags)
             self.pair.steps |= self.commands.synthetic_steps(sample)
 
-    def subset_folder(self, strength: float) -> Path:
-        """The folder of the finished subset of a strength."""
-        return next((self.folder / "aug_samples" / f"s{strength:g}").glob("*/*/meta.csv")).parent
+    def subset_folder(self, candidate: Candidate) -> Path:
+        """The folder of the finished subset of a candidate."""
+        return next((self.folder / "aug_samples" / candidate.subset).glob("*/*/meta.csv")).parent
 
     def images(self, candidate: Candidate) -> int | None:
         """How many images of its subset a candidate uses, None for all: the multiplier's share."""
         if candidate.multiplier == self.multiplier:
             return None
-        count = runs.load_arguments(self.subset_folder(candidate.strength), "config.yaml")["images"]
+        count = runs.load_arguments(self.subset_folder(candidate), "config.yaml")["images"]
         return max(1, round(count * candidate.multiplier / self.multiplier))
 
     def classify_flags(self, candidate: Candidate) -> dict:
         """Flags of stage 3 in which candidates differ."""
-        probability, images = candidate.probability, self.images(candidate)
-        return {"gamma": candidate.gamma, "synthetic_prob": probability, "syndata_max": images}
+        flags = {
+            "gamma": candidate.gamma,
+            "synthetic_prob": candidate.probability,
+            "syndata_max": self.images(candidate),
+        }
+        return flags | ({"soft_labels": candidate.labels} if candidate.labels != "strength" else {})
 
     def ensure(self, name: str, held: int | None) -> None:
         """Runs a step, and before it what it needs, unless done."""
@@ -190,7 +230,7 @@ class Tuning:
         """Runs a candidate under a seed, unless done; returns its validation score. Raises UserError: the data set has no
         validation images, or not this score."""
         flags = self.classify_flags(candidate)
-        step = self.commands.classify(f"{candidate.name}-seed{seed}", seed, f"s{candidate.strength:g}", **flags)
+        step = self.commands.classify(f"{candidate.name}-seed{seed}", seed, candidate.subset, **flags)
         self.pair.steps[step.name] = step
         self.ensure(step.name, held)
         val = self.results(candidate, seed)["val"] or {}
@@ -253,13 +293,14 @@ class Tuning:
         return str(Step("use", 3, command(3, flags, self.recipe.extra.get(3, ())), (), "", {}))
 
 
-def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float) -> int:
+def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teachers: int = 0) -> int:
     """The number of classifier runs, fixed at the first start (so that a restart resumes the same search).
 
     Args:
         tuning: its pool and its first trial are done.
         budget: as asked for.
         seconds: of one classifier run.
+        teachers: classifiers that are trained once for the labels.
 
     Raises:
         UserError: the time does not even allow the smallest search.
@@ -270,13 +311,14 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float) -> int
         return plan["trials"]
     trials = budget.trials or (DEFAULT_TRIALS if budget.budget_hours is None else sys.maxsize)
     if budget.budget_hours is not None:
-        spent, needed = tuning.spent(), budget.smallest
+        spent, needed = tuning.spent() + teachers * seconds, budget.smallest
         done = sum(entry["done"] for entry in tuning.pair.records.values() if entry["stage"] == 3)
         trials = min(trials, done + max(0, int((budget.budget_hours * 3600 - spent) / seconds)))
         if trials < needed:
+            spent_text = f"{duration(spent)} are spent{' or needed by teachers' if teachers else ''}"
             enough = math.ceil((spent + (needed - done) * seconds) / 36) / 100  # hours, rounded up
             raise UserError(
-                f"--budget_hours {budget.budget_hours:g}: {duration(spent)} are spent, and the smallest search has {needed} "
+                f"--budget_hours {budget.budget_hours:g}: {spent_text}, and the smallest search has {needed} "
                 f"runs of {duration(seconds)}: give at least {enough:g}; what is done is kept"
             )
     files.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials})
@@ -287,9 +329,9 @@ def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Cand
     """The search of parsed arguments, and its candidates, the default first."""
     grid, devices = cli.read_settings(GridSettings, args), cli.read_settings(Placement, args).devices
     commands = StageCommands(recipe_of(args), args.subset_seed, folder, devices)
-    tuning = Tuning(commands, grid.strategy, max(grid.multipliers), args.select_by or "top1")
+    tuning = Tuning(commands, grid.strategy[0], max(grid.multipliers), args.select_by or "top1")
     candidates = grid.candidates(args.subset_seed)
-    tuning.add_pool(sorted({candidate.strength for candidate in candidates}))
+    tuning.add_pool(candidates)
     return tuning, candidates
 
 
@@ -318,7 +360,8 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
         tuning.ensure(name, held)
     tuning.trial(default, seeds[0], held)
     seconds = tuning.seconds(default, seeds[0])
-    trials = trials_within(tuning, budget, seconds)
+    labels = {candidate.labels for candidate in candidates}
+    trials = trials_within(tuning, budget, seconds, default_of(3, "teacher_folds") if len(labels) > 1 else 0)
     first = halving.affordable(trials, len(candidates), len(seeds))
     planned = sum(halving.rungs(first, len(seeds)))
     log.info("%d of %d candidates, %d classifier runs of about %s", first, len(candidates), planned, duration(seconds))
@@ -329,6 +372,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
         dataset=tuning.recipe.shared["dataset"],
         setting=tuning.recipe.name,
         score=tuning.score,
+        strategy=tuning.strategy,
         chosen=chosen,
         best=best,
         default=default,
@@ -351,7 +395,7 @@ def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, con
         prepare(tuning, config_dir)
         result = search(tuning, candidates, budget, held)
         chosen, best = result.chosen, result.best
-        subset = tuning.subset_folder(chosen.strength)
+        subset = tuning.subset_folder(chosen)
         section, path = subset.parent.name, registry.shown_path(subset)
         key = budget.register_key or f"{tuning.recipe.name}_tuned"
         command = tuning.use_command(chosen, key, config_dir)
