@@ -230,6 +230,16 @@ def fill(template: str, phrase: str) -> str:
     return f"{before}{phrase}{after}"
 
 
+def caption_without_class(template: str, super_class: str) -> str:
+    """A template of class prompts about an image of unknown class: of the super-class, else without what it is of.
+
+    "a photo of a {}" gives "a photo of a bird", and "a photo" where the data set has no super-class.
+    """
+    if super_class:
+        return fill(template, super_class)
+    return template.partition("{}")[0].rpartition(" of ")[0] or "a photo"
+
+
 def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ...]:
     """Captions to draw from: a named set, or the lines of a file (blank ones and those starting with ``#`` aside). Raises
     UserError: neither, a file without a caption, or a caption without exactly one ``{}``."""

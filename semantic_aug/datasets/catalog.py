@@ -46,6 +46,8 @@ class LoadedDataset:
         train: training images of the setting.
         val: validation images, from the source or held out of train; None with ``val_fraction`` 0.
         test: test images, or None where the source has none.
+        unlabelled: further images without labels, where a command was given some; see
+            :mod:`semantic_aug.datasets.unlabelled`.
     """
 
     spec: DatasetSpec
@@ -56,6 +58,7 @@ class LoadedDataset:
     train: ImageTable
     val: ImageTable | None
     test: ImageTable | None
+    unlabelled: ImageTable | None = None
 
     @property
     def name(self) -> str:

@@ -37,12 +37,16 @@ class RunOrigin:
         self._record: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The record: the data set's under ``data``, that of synthetic images under ``synthetic``, and what was added."""
+        """The record: the data set's under ``data``, ``unlabelled`` and ``synthetic`` images, and what was added."""
         if self._record is None:
             hashes = fingerprint.hash_splits(self.dataset, self.splits)
             data = dict.fromkeys(self.splits) | fingerprint.data_identity(self.dataset, hashes, self.columns)
             self._record = {"data": {name: value for name, value in data.items() if name not in self.without}}
             self._hashes = list(hashes.values())
+            if (pool := self.dataset.unlabelled) is not None:
+                hashes = fingerprint.hash_images(pool)
+                self._record["unlabelled"] = fingerprint.split_identity(pool, hashes.hex())
+                self._hashes.append(hashes)
             if self.synthetic is not None:
                 hashes = fingerprint.hash_files(self.synthetic.paths, "synthetic images")
                 self._record["synthetic"] = synthetic_identity(self.synthetic, hashes, self.dataset.source_names)

@@ -37,6 +37,21 @@ class DatasetName:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Images without labels, which a command may use beside the data set."""
+
+    TITLE = "unlabelled images"
+    unlabelled: Path | None = cli.setting(
+        None,
+        type=cli.path,
+        metavar="PATH",
+        absent=None,
+        help="unlabelled images: a folder, or a CSV file with the column path; none of them may be a validation or test "
+        "image (default: none)",
+    )
+
+
 @dataclass(frozen=True)
 class Setting:
     """Which part of the training split is used.

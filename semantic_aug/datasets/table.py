@@ -134,6 +134,22 @@ class ImageTable:
         names = self.class_names[:label] + self.class_names[label + 1 :]
         return replace(self, class_names=names, labels=self.labels - (self.labels > label))
 
+    def with_class(self, other: ImageTable) -> ImageTable:
+        """These images and then those of another table, whose classes count as one further class; without extras."""
+
+        def of_source(name: str) -> Callable:  # rows of the other table count down from -1
+            return lambda row: getattr(self, name)(row) if row >= 0 else getattr(other, name)(-1 - row)
+
+        return ImageTable(
+            (*self.class_names, other.class_names[0]),
+            np.concatenate([self.labels, np.full(len(other), len(self.class_names))]),
+            [*self.keys, *(f"{other.class_names[0]}/{key}" for key in other.keys)],
+            np.concatenate([self.rows, -1 - other.rows]),
+            of_source("read"),
+            of_source("stamp"),
+            encoded=of_source("encoded") if self.encoded and other.encoded else None,
+        )
+
     def signature(self) -> str:
         """SHA-256 of names and stamps of all rows: equal signatures mean the same images."""
         digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 """Images without labels: all below a folder, or the column ``path`` of a list."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from semantic_aug.datasets.catalog import LoadedDataset
@@ -44,6 +45,15 @@ def read_unlabelled(path: Path) -> ImageTable:
             f"--unlabelled {path}: {len(missing)} listed images are not there ('{images.keys[missing[0]]}')"
         )
     return images
+
+
+def with_unlabelled(dataset: LoadedDataset, path: Path) -> LoadedDataset:
+    """The data set with the images of :func:`read_unlabelled` that it does not have among its labelled training images.
+
+    Raises:
+        UserError: see :func:`read_unlabelled` and :func:`without_labelled`.
+    """
+    return replace(dataset, unlabelled=without_labelled(read_unlabelled(path), dataset, path))
 
 
 def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path) -> ImageTable:

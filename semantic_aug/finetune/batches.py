@@ -30,7 +30,7 @@ class Draw:
     """The random numbers of one step, each with the effective batch size ``E`` as its first dimension.
 
     Attributes:
-        index: int64 ``(E,)``, rows of the training split.
+        index: int64 ``(E,)``, rows of the training images, labelled ones first.
         view: int64 ``(E,)``, which cached crop; or float ``(E, 2)`` in [0, 1), where to crop.
         flip: bool ``(E,)``.
         template: int64 ``(E,)``, which caption template.
@@ -68,6 +68,8 @@ class BatchSource:
         num_train_timesteps: length of the noise schedule.
         noise_offset: scale of the per-channel offset.
         class_balanced: draw classes evenly instead of images.
+        unlabelled: number of unlabelled images, whose rows follow the labelled ones'.
+        unlabelled_share: of each batch; a fraction of an image is carried to the next step.
     """
 
     def __init__(
@@ -83,27 +85,43 @@ class BatchSource:
         noise_offset: float,
         class_balanced: bool,
         seed: int,
+        unlabelled: int = 0,
+        unlabelled_share: float | None = None,
     ):
         self.labels, self.batch_size, self.latent_shape = labels, batch_size, latent_shape
         self.views, self.flip, self.templates = views, flip, templates
         self.num_train_timesteps, self.noise_offset = num_train_timesteps, noise_offset
         self.class_balanced, self.seed = class_balanced, seed
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.unlabelled, self.share = unlabelled, (unlabelled_share or 0.0) if unlabelled else 0.0
+        self._epochs: dict[str, tuple[int, np.ndarray]] = {}
         self._by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
 
     def indices(self, step: int) -> np.ndarray:
-        """The rows of a step: the next ones of an endless sequence of shuffled epochs, or evenly drawn classes."""
-        if self.class_balanced:
-            rng = numpy_rng(self.seed, "train", "balanced", step)
-            classes = rng.integers(len(self._by_class), size=self.batch_size)
-            return np.array([rng.choice(self._by_class[k]) for k in classes])
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        return np.array([self._order(int(p) // len(self.labels))[int(p) % len(self.labels)] for p in positions])
+        """The rows of a step, labelled ones and the share of unlabelled ones in one random order."""
+        before, after = (round(n * self.batch_size * self.share) for n in (step, step + 1))
+        labelled = self._labelled(step, step * self.batch_size - before, (step + 1) * self.batch_size - after)
+        if not self.unlabelled:
+            return labelled
+        unlabelled = len(self.labels) + self._next("unlabelled", self.unlabelled, before, after)
+        rng = numpy_rng(self.seed, "train", "unlabelled order", step)
+        return rng.permutation(np.concatenate([labelled, unlabelled]))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            self._epoch = epoch, numpy_rng(self.seed, "train", "epoch", epoch).permutation(len(self.labels))
-        return self._epoch[1]
+    def _labelled(self, step: int, begin: int, end: int) -> np.ndarray:
+        """The next rows of an endless sequence of shuffled epochs, or evenly drawn classes."""
+        if not self.class_balanced:
+            return self._next("epoch", len(self.labels), begin, end)
+        rng = numpy_rng(self.seed, "train", "balanced", step)
+        classes = rng.integers(len(self._by_class), size=end - begin)
+        return np.array([rng.choice(self._by_class[k]) for k in classes], np.int64)
+
+    def _next(self, kind: str, count: int, begin: int, end: int) -> np.ndarray:
+        """A part of an endless sequence of shuffled epochs over ``count`` images."""
+        return np.array([self._order(kind, count, n // count)[n % count] for n in range(begin, end)], np.int64)
+
+    def _order(self, kind: str, count: int, epoch: int) -> np.ndarray:
+        if self._epochs.get(kind, (-1,))[0] != epoch:
+            self._epochs[kind] = epoch, numpy_rng(self.seed, "train", kind, epoch).permutation(count)
+        return self._epochs[kind][1]
 
     def draw(self, step: int) -> Draw:
         """All random numbers of a step."""
@@ -173,6 +191,7 @@ class Captions:
             )
         self.texts = [text for each in texts for text in each]
         self.labels = [label for label, each in zip(labels, texts, strict=True) for _ in each]
+        texts += [[]] * len(dataset.unlabelled or ())
         self.counts = torch.tensor([len(each) for each in texts])
         self.first = self.counts.cumsum(0) - self.counts
 

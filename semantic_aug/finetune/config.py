@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semantic_aug import cli
-from semantic_aug.datasets.settings import DatasetName, Setting, add_shared
+from semantic_aug.datasets.settings import DatasetName, Pool, Setting, add_shared
 from semantic_aug.diffusion.base import DEFAULT_MODEL
 from semantic_aug.diffusion.families import LORA_TARGETS
 from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
@@ -28,6 +28,8 @@ LR_SCHEDULERS = (
 """Of diffusers'."""
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvclive", "swanlab", "trackio")
 """Of accelerate's; each is also the name of the package it needs."""
+UNLABELLED_SHARE = 0.25
+"""Share of each batch that is drawn from a pool of unlabelled images where none is given."""
 COMPILE_STEPS = 5000
 """Optimiser steps from which compiling (a minute or two) is worth it on a GPU."""
 
@@ -203,6 +205,15 @@ class ImageSettings:
         "backgrounds are not learned as part of classes (default: class prompts alone)",
         absent=None,
     )
+    unlabelled: Path | None = cli.setting_of(Pool, "unlabelled")
+    unlabelled_share: float | None = cli.setting(
+        None,
+        type=cli.number(0, 1),
+        metavar="R",
+        absent=None,
+        help="share of each batch that is drawn from --unlabelled, in (0, 1), under captions that name the super-class or "
+        f"nothing: the LoRA learns from it, class tokens do not (default: {UNLABELLED_SHARE} with --unlabelled)",
+    )
 
     def __post_init__(self):
         if self.contexts and self.class_prompts_ratio != 1:
@@ -210,6 +221,10 @@ class ImageSettings:
                 f"--contexts {self.contexts} with --class_prompts_ratio {self.class_prompts_ratio:g}: captions either follow "
                 "the class prompts or stand instead of some; give one of them"
             )
+        if self.unlabelled_share is not None and not 0 < self.unlabelled_share < 1:
+            raise UserError(f"--unlabelled_share {self.unlabelled_share:g}: expected a number in (0, 1)")
+        if self.unlabelled_share is not None and self.unlabelled is None:
+            raise UserError(f"--unlabelled_share {self.unlabelled_share:g} goes with --unlabelled PATH")
         if self.random_crops and self.crops != 1:
             raise UserError(
                 f"--random_crops with --crops {self.crops}: crops are either drawn each time or cached; give one"
@@ -301,6 +316,13 @@ class FinetuneConfig:
     output: OutputSettings
     base_folder: Path | None = None
 
+    def __post_init__(self):
+        if self.images.unlabelled is not None and not self.model.trains_lora:
+            raise UserError(
+                f"--unlabelled with --finetune_strategy {self.model.finetune_strategy}, which trains no LoRA: nothing would "
+                "learn from images without a class; give ti_db or db"
+            )
+
     @property
     def seed(self) -> int:
         """Seed of everything drawn."""
@@ -347,7 +369,7 @@ class FinetuneConfig:
         free = {RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]}
         free -= {"effective_batch"}  # recorded is what it comes to
         unused = [name for name, decides_nothing in UNUSED.items() if decides_nothing(self)]
-        return ("dataset", "recipe", *free, *unused)  # the data set is compared by content
+        return ("dataset", "unlabelled", "recipe", *free, *unused)  # images are compared by content
 
 
 def build_parser() -> cli.Parser:

@@ -19,6 +19,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.finetune.batches import Captions
 from semantic_aug.finetune.config import FinetuneConfig, TrainSettings
 from semantic_aug.finetune.projections import FlatLora, join_projections
+from semantic_aug.prompts import caption_without_class
 
 WARM_UP_CALLS = 2
 """So many calls of a compiled run are checked for whether what was compiled fits."""
@@ -47,6 +48,8 @@ class TrainedModel(nn.Module):
             for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
             for template in self.templates
         ]
+        if dataset.unlabelled is not None:  # a further class, whose prompts do not name any
+            prompts += [caption_without_class(template, dataset.spec.super_class) for template in self.templates]
         self.captions = Captions(dataset, self.tokens, config.images)
         self.class_prompts = len(prompts)
         self.prompt_ids = [tokenize(tokenizer, prompts) for tokenizer in model.tokenizers]

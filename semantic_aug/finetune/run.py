@@ -12,6 +12,7 @@ import torch
 
 from semantic_aug import files, registry, run_lock, runs
 from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.diffusion import lora, tokens
 from semantic_aug.diffusion.base import find_base, load_skeleton, read_geometry
 from semantic_aug.diffusion.families import family_of
@@ -19,8 +20,9 @@ from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import UserError, all_local, no_downloads
 from semantic_aug.finetune.batches import check_training_prompts
 from semantic_aug.finetune.checkpoints import check_disk, finished, origin_of, take_folder
-from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.config import UNLABELLED_SHARE, FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
+from semantic_aug.prompts import caption_without_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +39,8 @@ def run(config: FinetuneConfig) -> None:
         config, dataset = resolve(config)
     if main_process:
         print(dataset.describe())
+        if dataset.unlabelled is not None:
+            print(describe_unlabelled(config, dataset, processes))
         print(runs.arguments_text(config.record(processes)), end="")
         base = config.model.pretrained_model_name_or_path
         warn_of_license(base, license_of(base, config.base_folder))
@@ -57,6 +61,9 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     dataset, folder = all_local(
         lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
     )
+    if images.unlabelled is not None:
+        dataset = with_unlabelled(dataset, images.unlabelled)
+        images = replace(images, unlabelled_share=images.unlabelled_share or UNLABELLED_SHARE)
     geometry = read_geometry(folder)
     resolution = images.resolution or geometry.native_resolution
     geometry.check(resolution)
@@ -91,6 +98,16 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     return config, dataset
 
 
+def describe_unlabelled(config: FinetuneConfig, dataset: LoadedDataset, processes: int) -> str:
+    """One line: how many unlabelled images there are, their share, and what they are captioned."""
+    batch, share = config.effective_batch(processes), config.images.unlabelled_share
+    caption = caption_without_class(config.images.templates[0], dataset.spec.super_class)
+    return (
+        f"unlabelled: {len(dataset.unlabelled)} images, on average {batch * share:.3g} of the {batch} images of a step "
+        f"({share:.3g}), under captions like '{caption}'"
+    )
+
+
 def check_tracker(name: str) -> None:
     """Refuses a tracker whose package is not installed, or cannot be imported. Raises UserError: names the package."""
     try:
@@ -112,7 +129,7 @@ def check(config: FinetuneConfig, dataset: LoadedDataset) -> None:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
     make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
     trained = sum(parameter.numel() for group in model.parameter_groups(config.train) for parameter in group["params"])
-    check_disk(config, len(dataset.train), base.geometry, trained)
+    check_disk(config, len(dataset.train) + len(dataset.unlabelled or ()), base.geometry, trained)
 
 
 def make_accelerator(config: FinetuneConfig) -> Accelerator:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semantic_aug import files, runs
-from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
@@ -36,6 +36,11 @@ MIN_LOSS_SCALE = 2.0**-14
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def training_images(dataset: LoadedDataset) -> ImageTable:
+    """All images of a run: the labelled ones, then the unlabelled ones as a further class."""
+    return dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
+
+
 class Trainer:
     """One fine-tuning run.
 
@@ -53,6 +58,7 @@ class Trainer:
         origin: RunOrigin | None = None,
     ):
         self.config, self.dataset, self.accelerator, self.origin = config, dataset, accelerator, origin
+        self.images = training_images(dataset)
         self.base: BaseModel = load_base(config.model.pretrained_model_name_or_path, config.base_folder)
         self.base.geometry.check(config.images.resolution)
         self.dtype = DTYPES[config.model.mixed_precision]
@@ -65,11 +71,11 @@ class Trainer:
         self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
         if not config.output.resume_from_checkpoint:  # else much of it is written already
             trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-            checkpoints.check_disk(config, len(dataset.train), self.base.geometry, trained)
+            checkpoints.check_disk(config, len(self.images), self.base.geometry, trained)
         self.latents = self._encode_images()
         if not config.images.random_crops:  # the images are encoded: until pictures are drawn, no GPU need hold the VAE
             self.base.vae.to("cpu")
-        self.sizes = image_sizes(dataset.train, config) if self.base.family.sizes else None
+        self.sizes = image_sizes(self.images, config) if self.base.family.sizes else None
         self.effective_batch = config.effective_batch(accelerator.num_processes)
         self.source = BatchSource(
             dataset.train.labels,
@@ -82,8 +88,10 @@ class Trainer:
             noise_offset=config.train.noise_offset,
             class_balanced=config.class_balanced,
             seed=config.seed,
+            unlabelled=len(dataset.unlabelled or ()),
+            unlabelled_share=config.images.unlabelled_share,
         )
-        self.labels = torch.from_numpy(dataset.train.labels)
+        self.labels = torch.from_numpy(self.images.labels)
         self.step = 0
         self.stop_signal: int | None = None
         self._scaler_state: dict | None = None
@@ -108,7 +116,7 @@ class Trainer:
     def _encode_images(self) -> LatentCache | PixelCache:
         accelerator, images = self.accelerator, self.config.images
         share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        table, output_dir, vae = self.dataset.train, self.config.output_dir, self.base.vae
+        table, output_dir, vae = self.images, self.config.output_dir, self.base.vae
         if images.random_crops:
             return PixelCache(table, output_dir, vae, images.resolution, share)
         weights = [path for path in weight_files(self.base.folder) if path.parent.name == "vae"]
@@ -387,6 +395,7 @@ class Trainer:
         summary = {
             "steps": self.step,
             "images": len(self.dataset.train),
+            **({"unlabelled": len(self.dataset.unlabelled)} if self.dataset.unlabelled else {}),
             "seconds": round(seconds, 1),
             "steps_per_second": round(steps / seconds, 3) if seconds and steps else None,
             "processes": self.accelerator.num_processes,

@@ -18,7 +18,7 @@ from semantic_aug.classify.config import PlacementSettings
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.settings import DatasetName
+from semantic_aug.datasets.settings import DatasetName, Pool
 from semantic_aug.datasets.synthetic import DATA
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.devices import device_of
@@ -35,12 +35,7 @@ class UnlabelledSettings:
     """The unlabelled images, and which of them count."""
 
     TITLE = "unlabelled images"
-    unlabelled: Path | None = cli.setting(
-        None,
-        type=cli.path,
-        metavar="PATH",
-        help="unlabelled images, for pseudo-labels: a folder, or a CSV file with the column path (default: none)",
-    )
+    unlabelled: Path | None = cli.setting_of(Pool, "unlabelled")
     pseudo_threshold: float = cli.setting(
         0.95,
         type=cli.number(0, 1),
