@@ -197,13 +197,15 @@ def planned(table, columns=()):
     return PlannedSources.of(table, hash_images(table), columns)
 
 
-def run_example(page: str, number: int, small: dict[str, str]) -> dict:
-    """Runs a Python example of a page of docs/ with some of its words replaced by small ones; returns its names."""
+def run_example(page: str, number: int, small: dict[str, str], **names) -> dict:
+    """Runs a Python example of a page of docs/ with some of its words replaced by small ones; returns its names.
+
+    ``names`` are those that the page's text gives a meaning to.
+    """
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[number]
     for word, other in small.items():
         assert word in code, word
         code = code.replace(word, other)
-    names: dict = {}
     exec(code, names)
     return names

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
@@ -82,6 +83,11 @@ def test_finished_model_loads_and_states_what_was_measured(built):
     keys = load_file(built / "text_encoder" / "model.safetensors")
     assert encoder["dtype"] == "float32" and all(key.startswith("text_model.") for key in keys)
     card = (built / "README.md").read_text()
+    assert "`StableDiffusionPipeline.from_pretrained` loads it" in card
+    pipeline = StableDiffusionPipeline.from_pretrained(built)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.text_encoder.dtype == pipeline.unet.dtype == pipeline.vae.dtype
+    assert pipeline("cell", num_inference_steps=1, guidance_scale=1.0).images[0].size == (16, 16)
     assert f"PSNR {record['reconstruction_psnr_db']} dB" in card and "Licence of the images: not stated" in card
     assert {"samples.png", "nearest.png"} <= {path.name for path in built.iterdir()}
     with open(built.with_name("model-training") / "denoiser.csv", newline="") as lines:

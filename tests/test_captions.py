@@ -1,5 +1,7 @@
 """Captions of single images: where they are read from, how the class gets in, and how often they are used."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from semantic_aug.finetune.batches import Captions
 from semantic_aug.finetune.config import ImageSettings, parse
 from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import caption_prompt
+from semantic_aug.sampling.masks import parse_box
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,41 @@ def test_a_metadata_file_about_something_else_is_passed_over(tmp_path):
     folder = tiny.write_image_folder(tmp_path / "animals", train=2)
     metadata(folder, ["a.png,3"], header="file_name,width")
     assert "caption" not in load_dataset(f"folder:{folder}").train.extras
+
+
+def test_json_lines_give_captions_boxes_and_masks(tmp_path):
+    folder = tiny.write_image_folder(tmp_path / "animals", train=2)
+    lines = [
+        {"file_name": "toad/train000.png", "text": ["wet", "green"], "box": [1, 2, 30, 20]},
+        {"file_name": "toad/train001.png", "objects": {"bbox": [[1, 2, 3, 4], [5, 6, 20, 10.5]], "categories": [0, 1]}},
+        {"file_name": "red fox/train000.png", "mask": "m.png", "width": 40},
+    ]
+    (folder / "train/metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    train = load_dataset(f"folder:{folder}").train
+    columns = [train.extras[name].tolist() for name in ("caption", "box_text", "mask_path")]
+    found = dict(zip(train.keys, map(list, zip(*columns, strict=True)), strict=True))
+    assert found["train/toad/train000.png"] == ["wet\ngreen", "[1, 2, 30, 20]", ""]
+    assert found["train/toad/train001.png"] == ["", "[5, 6, 20, 10.5]", ""]  # the largest of several
+    assert found["train/red fox/train000.png"] == ["", "", str(folder / "train/m.png")]
+    assert parse_box(found["train/toad/train001.png"][1], "") == (5, 6, 25, 16.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"file_name": "toad/train000.png", "text": "x"}\n[1]', "metadata.jsonl line 2: expected a JSON object"),
+        ('{"file_name": "toad/train000.png"', "metadata.jsonl line 1: expected a JSON object"),
+        ('{"file_name": "toad/none.png", "text": "x"}', "line 1: 'toad/none.png' is no image of"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path, text, message):
+    folder = tiny.write_image_folder(tmp_path / "animals", train=1)
+    (folder / "train/metadata.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_dataset(f"folder:{folder}")
+    metadata(folder, ["toad/train000.png,x"])
+    with pytest.raises(UserError, match="holds metadata.csv and metadata.jsonl: remove one"):
+        load_dataset(f"folder:{folder}")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

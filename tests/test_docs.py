@@ -69,12 +69,35 @@ def test_printed_commands_are_accepted(page, tmp_path, monkeypatch):
             parser.parse_args(rest)  # raises with the flag that is wrong
 
 
+def python_blocks(page) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def test_python_snippets_compile_and_import_what_exists():
     for page in PAGES:
-        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for code in python_blocks(page):
             tree = ast.parse(code)
             imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+
+
+def test_small_python_snippets_run(image_folder, monkeypatch):
+    """Those that the tests of their own topic do not run."""
+    import torch
+
+    from semantic_aug.augmentations.strategies import Strategy
+
+    strategy = eval(python_blocks(ROOT / "README.md")[0], {"Strategy": Strategy})
+    assert (strategy.name, strategy.start) == ("ti-gen", "noise")
+    names: dict = {"Tensor": torch.Tensor, "F": torch.nn.functional}
+    exec(python_blocks(ROOT / "docs/losses.md")[0], names)
+    logits = torch.tensor([[2.0, 0.5, -1.0]])
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([1])) + 1 - logits.softmax(1)[0, 1]
+    assert torch.allclose(names["poly1_terms"](logits)[0, 1], wanted)
+    names = {}
+    exec(python_blocks(ROOT / "docs/datasets.md")[0], names)
+    monkeypatch.setenv("LEAVES_ROOT", str(image_folder))
+    assert len(names["SPEC"].read()["train"]) == 18
 
 
 def test_the_line_of_the_model_card_makes_an_image(monkeypatch):

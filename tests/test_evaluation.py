@@ -125,6 +125,27 @@ def test_neighbours_and_spread_equal_looking_at_every_pair():
     assert np.isnan(distances.mean_pairwise(a[:1]))
 
 
+def test_intervals_of_distances_hold_for_other_images():
+    """Of 100 draws of 60 images, about 95 intervals hold what very many images give."""
+    rng = np.random.default_rng(4)
+
+    def draw(n, shift=0.0):
+        return (rng.normal(size=(n, 3)) * (1, 0.5, 0.2) + (1 + shift, 0, shift)).astype(np.float32)
+
+    spread = distances.mean_pairwise(draw(200_000))
+    kernel = distances.kernel_distance(draw(4000), draw(4000, 0.3), rng, subsets=1, size=4000)[0]
+    held = np.zeros(2)
+    for _ in range(100):
+        a, b = draw(60), draw(60, 0.3)
+        values = distances.resampled_pairwise(a, rng), distances.resampled_kernel(a, b, rng)
+        for i, truth in enumerate((spread, kernel)):
+            low, high = measure.percentile_interval(values[i])
+            held[i] += low < truth < high
+    assert (held >= 88).all(), held
+    assert measure.percentile_interval(distances.resampled_pairwise(a[:2], rng)) is None
+    assert measure.percentile_interval(distances.resampled_kernel(a[:2], b, rng)) is None
+
+
 def test_halves_of_real_photographs_are_near_and_noise_is_far():
     """The known answers on real data, with real ImageNet features."""
     train = elpv.read()["train"]
@@ -209,6 +230,10 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     assert total["intervals"]["source_distance"] == pytest.approx(interval, rel=1e-4)
     text = f"95 % interval: {interval[0]:.3g} to {interval[1]:.3g}"
     page, table = (out / "report.html").read_text(), (out / "measures.md").read_text()
+    for name in ("class_distance", FRECHET.replace("frechet", "kernel")):
+        low_end, high_end = total["intervals"][name]
+        assert low_end < total[name] < high_end and f"95 % interval: {low_end:.3g} to {high_end:.3g}" in page
+    assert FRECHET not in total["intervals"] and "no interval: resampled images repeat" in page
     assert (
         text in page and f'<a href="{os.path.relpath(subset, out)}/">' in page and "faithfulness_diversity.png" in page
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -269,7 +270,22 @@ def test_folders_of_classes_sort_in_the_order_of_the_labels():
         assert sorted(ordered) == sorted(ordered, key=natural_key) == ordered
 
 
-# ---------------------------------------------------------------------------------------------- examples of the page
+# ---------------------------------------------------------------------------------------------- examples of card and page
+
+
+@pytest.mark.parametrize("name", export.FORMATS)
+def test_the_lines_of_every_card_open_its_export(name, exports, image_folder, subset, tmp_path, monkeypatch):
+    folder = exports.get(name, tmp_path / "original")
+    if name == "original":
+        export.main(words(image_folder, subset, folder, format=name))
+    (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    opened: dict = {}
+    exec(code, opened)
+    assert len(list(opened["train"].index if name in ("csv", "original") else opened["train"])) == (
+        12 if name == "original" else 30
+    )
 
 
 def test_the_trainer_of_the_page_runs(exports, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from helpers import CLASSES, name_of, run
+from helpers import CLASSES, name_of, run, run_example
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -92,20 +92,13 @@ def test_stage_1_files_cover_every_encoder(trained):
 
 
 def plain_pipeline(family: str, base, folder):
-    """Stage 1's files in plain diffusers, as the README says."""
-    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-    pipe = kind.from_pretrained(base, **({} if family == "sdxl" else {"safety_checker": None}))
-    pipe.load_lora_weights(folder)
-    learned = load_file(folder / FILES[1])
+    """Stage 1's files in plain diffusers; of XL by the lines of the page about base models."""
     if family == "sdxl":
-        with safe_open(folder / FILES[1], "pt") as content:
-            names = json.loads(content.metadata()["diffmix"])["placeholders"]
-        pipe.load_textual_inversion(learned["clip_l"], names, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-        pipe.load_textual_inversion(
-            learned["clip_g"], names, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
-        )
+        pipe = run_example("base-models", 0, {}, base=base, folder=folder)["pipe"]
     else:
-        pipe.load_textual_inversion([{name: vector} for name, vector in learned.items()])
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+        pipe.load_lora_weights(folder)
+        pipe.load_textual_inversion([{name: vector} for name, vector in load_file(folder / FILES[1]).items()])
     pipe.scheduler = make_scheduler(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -147,6 +147,49 @@ def test_a_subset_goes_there_and_back(planes, tmp_path):
     assert all(np.array_equal(row[3], np.asarray(first.image(i))) for i, row in enumerate(rows))
 
 
+def write_own(folder: Path, planes) -> Path:
+    """The same subset as stage 2 writes it."""
+    folders, spelled, rows = meta_csv.slugs(PLANES), meta_csv.without_slashes(PLANES), []
+    for number in range(12):
+        source, target, strength = number % 3, number // 3 % 3, (0.3, 0.7, 1.0)[number % 3]
+        path = meta_csv.relative_path(folders[source], folders[target], number, strength)
+        (folder / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * number, 20 * source, 20 * target)).save(folder / "data" / path)
+        key = planes.train.keys[int(np.flatnonzero(planes.train.labels == source)[0])]
+        rows.append((spelled[source], spelled[target], number, strength, path, key, 0))
+    meta_csv.write(folder / "meta.csv", rows)
+    return folder
+
+
+def compose(folder: Path, kept: int) -> None:
+    """As its scripts/compose_syn_data.py does: some images of a folder alone, and a list made of their names."""
+    for path in sorted((folder / "data").rglob("*.png"))[kept:]:
+        path.unlink()
+    columns = ["First Directory", "Second Directory", "Number", "Strength", "Path"]
+    pandas.DataFrame(sorted(listed_as_the_original(folder)), columns=columns).to_csv(folder / "meta.csv", index=False)
+
+
+def test_its_classes_read_our_folder_and_its_script_composes_the_export(planes, tmp_path):
+    own = write_own(tmp_path / "own", planes)
+    subset, label_of = read_subset(own, planes), {name.replace("/", " "): label for label, name in enumerate(PLANES)}
+    table = pandas.read_csv(own / "meta.csv")
+    assert [label_of[name] for name in table["First Directory"]] == subset.source.tolist()
+    assert [label_of[name] for name in table["Second Directory"]] == subset.target.tolist()
+    table[np.arange(12) > 1].to_csv(own / "meta_10-100per.csv", index=False)  # as its filter writes what it keeps
+    assert np.array_equal(read_subset(f"{own}#10-100per", planes).labels(0.5, 3), subset.labels(0.5, 3)[2:])
+    words = ["--dataset", "aircraft", "--syndata_dir", str(own), "--format", "original"]
+    assert export.main([*words, "--output_dir", str(tmp_path / "export")]) == 0
+    compose(tmp_path / "export", 7)
+    composed = read_subset(tmp_path / "export", planes)
+    rows = read_as_the_original(tmp_path / "export", label_of)  # every class name is one that it knows
+    assert [row[:3] for row in rows] == [*zip(composed.source, composed.target, composed.strength, strict=True)]
+    colours = [tuple(row[3][0, 0] // 20) for row in rows]
+    assert len(rows) == 7 and all(colour[1:] == row[:2] for colour, row in zip(colours, rows, strict=True))
+    compose(own, 7)  # its script names classes by our folders then; we find them, its classes do not
+    assert np.array_equal(read_subset(own, planes).labels(0.5, 3), composed.labels(0.5, 3))
+    assert "F-16A-B" in set(pandas.read_csv(own / "meta.csv")["First Directory"])
+
+
 def test_the_originals_names_of_the_classes():
     for dataset, source, theirs in SPELLED:
         assert original_name(source, dataset) == theirs.replace("Anna_Humm", "Anna Humm")

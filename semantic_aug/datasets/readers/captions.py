@@ -1,12 +1,14 @@
-"""What stands beside the images of a list, of the hub's rows or in a folder's ``metadata.csv``: captions, boxes, masks.
+"""What stands beside the images of a list, of the hub's rows or in a folder's metadata: captions, boxes, masks.
 
 The column of captions is called ``caption``, ``text`` or ``description``; several captions of one image stand one a line.
 """
 
+import json
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,8 @@ from semantic_aug.errors import UserError
 
 COLUMNS = ("caption", "text", "description")
 REGIONS = ("box", "mask")
-METADATA = "metadata.csv"
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Lists that may stand beside a folder's class folders, as the ``datasets`` library has them."""
 
 
 def as_column(captions: Iterable[str | Sequence[str] | None]) -> np.ndarray:
@@ -45,29 +48,33 @@ def as_regions(
 
 
 def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
-    """The columns of a folder's ``metadata.csv``: ``file_name``, as the hub's image folders have it, and a caption, a ``box``
-    (x, y, width, height) or the path of a ``mask``.
+    """The columns of a folder's ``metadata.csv`` or ``metadata.jsonl``: ``file_name``, as the hub's image folders have it, and
+    a caption, a ``box`` (x, y, width, height) or the path of a ``mask``; JSON lines may have ``objects.bbox`` instead of a box.
+
+    Args:
+        folder: of the split.
+        files: its images, relative to it, with forward slashes.
 
     Returns:
         ``extras`` columns, empty for files that the list does not have; none without such a list.
 
     Raises:
-        UserError: a row that names no image of the folder, or one that has a row already.
+        UserError: both lists, a line that is no record, a row that names no image of the folder, or one that has a row already.
     """
-    path = folder / METADATA
-    if not path.is_file():
+    lists = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(lists) > 1:
+        raise UserError(f"{folder} holds {METADATA[0]} and {METADATA[1]}: remove one")
+    if not lists:
         return {}
-    table = read_header(path, ("file_name", *COLUMNS, *REGIONS))
-    name_at = table.column("file_name")
-    places = {"caption": table.column(*COLUMNS), **{name: table.column(name) for name in REGIONS}}
-    places = {name: place for name, place in places.items() if place is not None}
-    if name_at is None or not places:  # a list about something else
-        note("metadata.csv without the columns file_name and caption, box or mask left out", [str(path)])
+    path = lists[0]
+    columns, records = _table_records(path) if path.suffix == ".csv" else _json_records(path)
+    if columns is None:  # a list about something else
+        note(f"{path.name} without the columns file_name and caption, box or mask left out", [str(path)])
         return {}
     position = {unicodedata.normalize("NFC", name): i for i, name in enumerate(files)}
-    rows: list[list[str] | None] = [None] * len(files)
-    for line, cells in table.records():
-        where, name = f"{path} line {line}", cells[name_at].strip()
+    rows: list[dict[str, str] | None] = [None] * len(files)
+    for line, row in records:
+        where, name = f"{path} line {line}", row["file_name"].strip()
         if unicodedata.normalize("NFC", name) not in position:
             name = name.replace("\\", "/")
         index = position.get(unicodedata.normalize("NFC", below(folder, name, where)))
@@ -75,7 +82,58 @@ def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
             raise UserError(f"{where}: '{name}' is no image of {folder}: correct or remove the row")
         if rows[index] is not None:
             raise UserError(f"{where}: '{name}' is listed twice: put its captions into one cell")
-        rows[index] = cells
-    columns = {name: [row and row[place] for row in rows] for name, place in places.items()}
-    captions = {"caption": as_column(columns["caption"])} if "caption" in columns else {}
-    return captions | as_regions(columns.get("box"), columns.get("mask"), folder)
+        rows[index] = row
+    texts = {name: [row and row.get(name) for row in rows] for name in columns}
+    captions = {"caption": as_column(texts["caption"])} if "caption" in texts else {}
+    return captions | as_regions(texts.get("box"), texts.get("mask"), folder)
+
+
+Records = Iterator[tuple[int, dict[str, str]]]
+"""The line each record ends on, and its texts by column."""
+
+
+def _table_records(path: Path) -> tuple[Sequence[str] | None, Records]:
+    table = read_header(path, ("file_name", *COLUMNS, *REGIONS))
+    places = {"caption": table.column(*COLUMNS), **{name: table.column(name) for name in ("file_name", *REGIONS)}}
+    places = {name: place for name, place in places.items() if place is not None}
+    columns = [name for name in places if name != "file_name"] if "file_name" in places else []
+    records = ((line, {name: cells[place] for name, place in places.items()}) for line, cells in table.records())
+    return columns or None, records
+
+
+def _json_records(path: Path) -> tuple[Sequence[str] | None, Records]:
+    """As :func:`_table_records`, of a file with a JSON object a line."""
+    rows = []
+    for line, text in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(text) if text.strip() else None
+        except ValueError:
+            record = text
+        if record is not None and not isinstance(record, dict):
+            raise UserError(f'{path} line {line}: expected a JSON object such as {{"file_name": "toad/1.png"}}')
+        if record is not None:
+            rows.append((line, {name: str(value) for name, value in _values(record).items() if value is not None}))
+    columns = [name for name in ("caption", *REGIONS) if any(name in row for _, row in rows)]
+    return columns if columns and all("file_name" in row for _, row in rows) else None, iter(rows)
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a JSON record; of several captions one a line, of several boxes of ``objects`` the largest."""
+    caption = record.get(column_in(record) or "")
+    objects = record.get("objects")
+    boxes = objects.get("bbox") if isinstance(objects, dict) else None
+    largest = max(boxes, key=lambda box: box[2] * box[3], default=None) if _are_boxes(boxes) else boxes
+    return {
+        "file_name": record.get("file_name"),
+        "caption": "\n".join(map(str, caption)) if isinstance(caption, list) else caption,
+        "box": record.get("box", largest),
+        "mask": record.get("mask"),
+    }
+
+
+def _are_boxes(boxes: Any) -> bool:
+    """Whether a value is a list of boxes of four numbers; any other is refused as a box where it is used."""
+    numbers = (int, float)
+    return isinstance(boxes, list) and all(
+        isinstance(box, list) and len(box) == 4 and all(isinstance(value, numbers) for value in box) for box in boxes
+    )

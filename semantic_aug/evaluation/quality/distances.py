@@ -12,6 +12,8 @@ KID_SIZE = 1000
 KID_POOL = 4000
 """Most images of each set that KID looks at in all: their kernel is held in memory."""
 BLOCK = 1024
+RESAMPLES = 200
+"""Bootstrap resamples of an interval."""
 
 
 def _root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,3 +124,38 @@ def mean_pairwise(features: np.ndarray) -> float:
         return float("nan")
     total = unit(features).sum(0, dtype=np.float64)
     return float(1 - (total @ total - n) / (n * (n - 1)))
+
+
+def resampled_pairwise(features: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
+    """:func:`mean_pairwise` of bootstrap resamples of a set ``(N, D)``, over the pairs of different images; ``(R,)``.
+
+    NaN with fewer than three images, of which no resample says anything.
+    """
+    n = len(features)
+    if n < 3:
+        return np.full(resamples, np.nan)
+    weights = _weights(n, rng, resamples)
+    sums, squares = weights @ unit(features), (weights**2).sum(1)
+    with np.errstate(invalid="ignore"):  # a resample of one image alone has no pair
+        return 1 - ((sums**2).sum(1) - squares) / (n**2 - squares)
+
+
+def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
+    """:func:`kernel_distance` of bootstrap resamples of both sets, over the pairs of different images; ``(R,)``."""
+    if min(len(a), len(b)) < 3:
+        return np.full(resamples, np.nan)
+    a, b = (x if len(x) <= KID_POOL else x[rng.choice(len(x), KID_POOL, replace=False)] for x in (a, b))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    of_a, of_b = (_weights(len(x), rng, resamples) for x in (a, b))
+    distance = -2 * np.einsum("rn,rn->r", of_a @ (a @ b.T / a.shape[1] + 1) ** 3, of_b) / (len(a) * len(b))
+    for x, weights in ((a, of_a), (b, of_b)):
+        kernel, squares = (x @ x.T / x.shape[1] + 1) ** 3, weights**2
+        within = np.einsum("rn,rn->r", weights @ kernel, weights) - squares @ kernel.diagonal()
+        with np.errstate(invalid="ignore"):
+            distance = distance + within / (len(x) ** 2 - squares.sum(1))
+    return distance
+
+
+def _weights(n: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """How often each of N images is drawn in each resample, ``(R, N)``."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

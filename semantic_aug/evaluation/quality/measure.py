@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,11 +125,21 @@ class ImageSet:
 
     def class_distance(self, rows: np.ndarray) -> float:
         """Mean cosine distance of two images of one class, classes weighted by their images."""
-        classes = self.classes[rows]
+        return float(self._over_classes(rows, distances.mean_pairwise))
+
+    def class_distance_interval(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[float, float] | None:
+        """95 % interval of the class distance over the images, resampled within each class."""
+        return percentile_interval(self._over_classes(rows, lambda part: distances.resampled_pairwise(part, rng)))
+
+    def _over_classes(self, rows: np.ndarray, spread: Callable[[np.ndarray], float | np.ndarray]) -> np.ndarray:
+        """The mean of what ``spread`` gives for the features of each class, weighted by images; NaN where none has a value."""
+        classes, features = self.classes[rows], self.features[rows]
         labels, counts = np.unique(classes, return_counts=True)
-        spread = np.array([distances.mean_pairwise(self.features[rows][classes == label]) for label in labels])
-        known = ~np.isnan(spread)
-        return float(np.average(spread[known], weights=counts[known])) if known.any() else float("nan")
+        values = np.array([spread(features[classes == label]) for label in labels])
+        known = ~np.isnan(values)
+        weights = known * counts.reshape(-1, *[1] * (values.ndim - 1))
+        with np.errstate(invalid="ignore"):  # no class has a value
+            return (np.where(known, values, 0) * weights).sum(0) / weights.sum(0)
 
 
 @dataclass
@@ -221,20 +231,28 @@ class Measurer:
             with warnings.catch_warnings():  # a row without any known source: its mean is NaN, and left out
                 warnings.simplefilter("ignore", RuntimeWarning)
                 row |= {name: float(np.nanmean(values[chosen])) for name, values in images.values.items()}
-            intervals = {name: mean_interval(values[chosen]) for name, values in images.values.items()}
-            row[report.INTERVALS] = {name: interval for name, interval in intervals.items() if interval}
+            row[report.INTERVALS] = {name: mean_interval(values[chosen]) for name, values in images.values.items()}
             row["class_distance"] = images.class_distance(chosen)
-            if images is not real:
-                row |= self._set_distances(images.features[chosen], real, label, None, "")
-            if reference is not None:
-                row |= self._set_distances(images.features[chosen], reference, label, strength, "reference_")
+            if label is None:  # the report's rows; a resample of few images of a class says little
+                rng = numpy_rng(self.seed, "bootstrap", str(strength))
+                row[report.INTERVALS]["class_distance"] = images.class_distance_interval(chosen, rng)
+            for other, of_strength, prefix in ((real, None, ""), (reference, strength, "reference_")):
+                if other is not None and not (images is real and other is real):
+                    values, intervals = self._set_distances(images.features[chosen], other, label, of_strength, prefix)
+                    row |= values
+                    row[report.INTERVALS] |= intervals
+            row[report.INTERVALS] = {name: interval for name, interval in row[report.INTERVALS].items() if interval}
             out.append({name: value for name, value in row.items() if value == value})
         return out
 
     def _set_distances(
         self, features: np.ndarray, other: ImageSet, label: int | None, strength: float | str | None, prefix: str
-    ) -> dict[str, float]:
-        """Frechet (totals over classes only) and kernel distance to another set's images of the same class and strength."""
+    ) -> tuple[dict[str, float], dict[str, tuple[float, float] | None]]:
+        """Frechet (totals over classes only) and kernel distance to another set's images of the same class and strength.
+
+        Returns:
+            The distances by column, and the intervals of those that have one.
+        """
         chosen = np.ones(len(other.classes), bool) if label is None else other.classes == label
         if other.strengths is not None and strength != report.ALL and (other.strengths == strength).any():
             chosen = chosen & (other.strengths == strength)
@@ -248,7 +266,9 @@ class Measurer:
         if label is None:
             distance = distances.frechet_distance(features, other.features[chosen])
             values[f"{prefix}frechet_{self.extractor.network}"] = distance
-        return values
+            resamples = distances.resampled_kernel(features, other.features[chosen], rng)
+            return values, {kernel: percentile_interval(resamples)}
+        return values, {}
 
     def notes(self, subsets: Sequence[Subset], real: ImageSet) -> list[str]:
         """What is left out or to be read with care, and what it would need; one line each."""
@@ -291,6 +311,12 @@ def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
         return float(interval.low), float(interval.high)
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of the values ``(R,)`` of bootstrap resamples; None where they have none."""
+    values = values[~np.isnan(values)]
+    return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else None
 
 
 def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -16,7 +16,12 @@ REAL = "real"
 """Name of the rows that give the real training images' own values, to compare with."""
 CSV_FILE, JSON_FILE, REPORT_FILE = "measures.csv", "measures.json", "measures.md"
 INTERVALS = "intervals"
-"""Entry of a row: column -> 95 % confidence interval of its mean."""
+"""Entry of a row: column -> 95 % confidence interval of its mean, or of its distance."""
+NO_INTERVAL = {
+    "frechet": "no interval: resampled images repeat, which biases this distance upwards",
+    "std": "spread of the kernel distance over random subsets",
+}
+"""First or last word of a column without intervals -> the detail that its figures show instead."""
 PICTURE_FILE = "faithfulness_diversity.png"
 AXES = {
     "source_distance": "diversity: feature distance to the source image",
@@ -32,13 +37,18 @@ def totals(rows: Sequence[Mapping]) -> list[Mapping]:
 
 
 def table(rows: Sequence[Mapping], columns: Sequence[str]) -> document.Table:
-    """The totals as a table; the details of means are their intervals over the images."""
+    """The totals as a table; the details of figures are their intervals over the images, or why there is none."""
     rows = totals(rows)
     columns = [name for name in columns if name != "target_class" and any(name in row for row in rows)]
     cells = []
     for row in rows:
         texts = {name: value_text(row.get(name, ""), 3) for name in columns}
         intervals = {name: f"95 % interval: {low:.3g} to {high:.3g}" for name, (low, high) in row[INTERVALS].items()}
+        for name in texts:
+            words = name.removeprefix("reference_").split("_")
+            reason = NO_INTERVAL.get(words[0]) or NO_INTERVAL.get(words[-1])
+            if reason and texts[name]:
+                intervals[name] = reason
         cells.append([document.Cell(text, intervals.get(name, "")) for name, text in texts.items()])
     return document.Table(columns, cells)
 
