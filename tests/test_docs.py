@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -67,6 +68,37 @@ def test_printed_commands_are_accepted(page, tmp_path, monkeypatch):
         if found is not None:
             parser, rest = found
             parser.parse_args(rest)  # raises with the flag that is wrong
+
+
+SPECIFICATION = """
+source scripts/finetune.sh
+bash finetune 'cub' 'ti_db' -1 35000
+source scripts/finetune.sh
+bash finetune 'cub' 'ti_db' 5 35000
+source scripts/sample.sh
+export GPU_IDS=(0 0 0 1 1 1)
+bash sample 'cub' 'ti_db_latest' 'diff-mix' 0.7
+bash sample 'cub' 'ti_db_latest' 'diff-aug' 0.7
+bash sample 'cub' 'ti_db_latest' 'real-mix' 0.7
+bash sample 'cub' 'ti_db_latest' 'real-guidance' 0.7
+source scripts/sample.sh
+export GPU_IDS=(0 0 0 1 1 1)
+bash sample_fewshot 5 'cub' '5shot_ti_db_latest' 'diff-mix' 0.7
+source scripts/classification.sh
+main_cls 'cub' '0' 2020 'resnet50' '224' 120 'diffmix_0.7' 0.5 0.1
+"""
+"""Every command that the specification prints, as it prints it, and the strategies that it names instead of diff-mix."""
+
+
+def test_the_commands_of_the_specification_are_accepted(tmp_path):
+    stages = []
+    for words in commands(SPECIFICATION, tmp_path):
+        parser, rest = parser_of(words)
+        args = parser.parse_args(rest)
+        stages.append((Path(words[0]).name, args.examples_per_class))
+        assert args.dataset == "cub" and args.recipe.startswith("paper: ")
+    scripts = ["train_lora.py"] * 2 + ["sample_mp.py"] * 5 + ["train_cls.py"]
+    assert stages == [*zip(scripts, (-1, 5, -1, -1, -1, -1, 5, -1), strict=True)]
 
 
 def python_blocks(page) -> list[str]:

@@ -415,10 +415,12 @@ def test_in_a_browser_three_are_rejected_saved_and_dropped(gallery, browser, pho
     assert {path.name for path in full.paths} - {path.name for path in kept.paths} == {
         Path(name).name for name in names
     }
-    words = classify_arguments(photographs, tmp_path / "run", syndata_dir=f"{ours}#reviewed")
+    changes = {"syndata_dir": f"{ours}#reviewed", "model": "test_vit", "nepoch": 1}
+    words = classify_arguments(photographs, tmp_path / "run", **changes)
     capsys.readouterr()
-    assert train_cls.main([*map(str, words), "--dry_run"]) == 0
+    assert train_cls.main(list(map(str, words))) == 0
     assert f"synthetic: {IMAGES - 3} images of" in capsys.readouterr().out
+    assert (tmp_path / "run/results.json").is_file()
 
 
 @pytest.mark.slow
