@@ -126,22 +126,22 @@ def test_neighbours_and_spread_equal_looking_at_every_pair():
 
 
 def test_intervals_of_distances_hold_for_other_images():
-    """Of 100 draws of 60 images, about 95 intervals hold what very many images give."""
+    """Of 60 draws of 50 images, about 57 intervals hold what very many images give."""
     rng = np.random.default_rng(4)
 
     def draw(n, shift=0.0):
         return (rng.normal(size=(n, 3)) * (1, 0.5, 0.2) + (1 + shift, 0, shift)).astype(np.float32)
 
-    spread = distances.mean_pairwise(draw(200_000))
-    kernel = distances.kernel_distance(draw(4000), draw(4000, 0.3), rng, subsets=1, size=4000)[0]
+    spread = distances.mean_pairwise(draw(50_000))
+    kernel = distances.kernel_distance(draw(1500), draw(1500, 0.3), rng, subsets=1, size=1500)[0]
     held = np.zeros(2)
-    for _ in range(100):
-        a, b = draw(60), draw(60, 0.3)
+    for _ in range(60):
+        a, b = draw(50), draw(50, 0.3)
         values = distances.resampled_pairwise(a, rng), distances.resampled_kernel(a, b, rng)
         for i, truth in enumerate((spread, kernel)):
             low, high = measure.percentile_interval(values[i])
             held[i] += low < truth < high
-    assert (held >= 88).all(), held
+    assert (held >= 51).all(), held
     assert measure.percentile_interval(distances.resampled_pairwise(a[:2], rng)) is None
     assert measure.percentile_interval(distances.resampled_kernel(a[:2], b, rng)) is None
 

@@ -135,9 +135,8 @@ def resampled_pairwise(features: np.ndarray, rng: np.random.Generator, resamples
     if n < 3:
         return np.full(resamples, np.nan)
     weights = _weights(n, rng, resamples)
-    sums, squares = weights @ unit(features), (weights**2).sum(1)
-    with np.errstate(invalid="ignore"):  # a resample of one image alone has no pair
-        return 1 - ((sums**2).sum(1) - squares) / (n**2 - squares)
+    sums = weights @ unit(features)
+    return 1 - ((sums**2).sum(1) - (weights**2).sum(1)) / _pairs(weights)
 
 
 def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
@@ -149,13 +148,18 @@ def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, res
     of_a, of_b = (_weights(len(x), rng, resamples) for x in (a, b))
     distance = -2 * np.einsum("rn,rn->r", of_a @ (a @ b.T / a.shape[1] + 1) ** 3, of_b) / (len(a) * len(b))
     for x, weights in ((a, of_a), (b, of_b)):
-        kernel, squares = (x @ x.T / x.shape[1] + 1) ** 3, weights**2
-        within = np.einsum("rn,rn->r", weights @ kernel, weights) - squares @ kernel.diagonal()
-        with np.errstate(invalid="ignore"):
-            distance = distance + within / (len(x) ** 2 - squares.sum(1))
+        kernel = (x @ x.T / x.shape[1] + 1) ** 3
+        within = np.einsum("rn,rn->r", weights @ kernel, weights) - weights**2 @ kernel.diagonal()
+        distance += within / _pairs(weights)
     return distance
 
 
 def _weights(n: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
     """How often each of N images is drawn in each resample, ``(R, N)``."""
     return rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+
+
+def _pairs(weights: np.ndarray) -> np.ndarray:
+    """Ordered pairs of different images in each resample, ``(R,)``; NaN for one image drawn again and again."""
+    pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
+    return np.where(pairs > 0, pairs, np.nan)
