@@ -119,7 +119,7 @@ def _json_records(path: Path) -> tuple[Sequence[str] | None, Records]:
 
 def _values(record: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a JSON record; of several captions one a line, of several boxes of ``objects`` the largest."""
-    caption = record.get(column_in(record) or "")
+    caption = next((record[name] for name in COLUMNS if name in record), None)
     objects = record.get("objects")
     boxes = objects.get("bbox") if isinstance(objects, dict) else None
     largest = max(boxes, key=lambda box: box[2] * box[3], default=None) if _are_boxes(boxes) else boxes
