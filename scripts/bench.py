@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Benchmarks: each stage against a faithful port of the original's way of doing it, side by side in one run.
 
-    python scripts/bench.py sampling | plans | finetune | data | classify | busy [--help]
+    python scripts/bench.py sampling | plans | finetune | data | classify | busy | inversion [--help]
 
 A table goes to the terminal, the same with every measured figure to ``outputs/bench/{name}.json``.
 """

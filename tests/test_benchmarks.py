@@ -37,3 +37,21 @@ def test_sampling(tiny_base, image_folder, tmp_path, monkeypatch):
     words += ["--ours_factor", 4, "--processes", 1, "--batch_size", 2, "--compile", "off"]
     figures = run("sampling", monkeypatch, tmp_path, *words)
     assert figures["ours"]["batch_size"] == 2 and min(figures["ratio_to_best"], *figures["original"].values()) > 0
+
+
+def test_inversion(tiny_base, image_folder, tmp_path, monkeypatch):
+    words = [
+        "--base",
+        tiny_base,
+        "--dataset",
+        f"folder:{image_folder}",
+        "--images",
+        2,
+        "--steps",
+        2,
+        "--guidance",
+        1,
+        3,
+    ]
+    figures = run("inversion", monkeypatch, tmp_path, *words)
+    assert len(figures["rows"]) == 3 and figures["psnr"]["autoencoder"] > 0 and (tmp_path / "inversion.png").exists()

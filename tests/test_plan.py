@@ -158,6 +158,8 @@ def test_the_strategy_table_is_the_contract():
         "ti-mix": ("tokens", "image", "mixed"),
         "ti-aug": ("tokens", "image", "same"),
         "da-fusion": ("tokens", "image", "same"),
+        "diff-ii": ("tokens+lora", "inversion", "same"),
+        "inversion-mix": ("tokens+lora", "inversion", "mixed"),
     }
     assert find("real-aug") is find("real-guidance") and "real-aug" in strategies.names()
 

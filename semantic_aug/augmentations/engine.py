@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -14,7 +15,17 @@ from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel, load_base
-from semantic_aug.diffusion.loop import Sampler, decode_latents, encode_moments, generate, to_pixels, translate
+from semantic_aug.diffusion.inversion import invert, make_inversion_scheduler, on_circle
+from semantic_aug.diffusion.loop import (
+    Opening,
+    Sampler,
+    decode_latents,
+    denoise,
+    encode_moments,
+    generate,
+    to_pixels,
+    translate,
+)
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt
 from semantic_aug.prompts import with_context
@@ -155,6 +166,7 @@ class Engine:
             model.scheduler_config, solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing
         )
         self.sampler = Sampler(self._predict, scheduler, null_embeds, solver)
+        self.inverter = replace(self.sampler, scheduler=make_inversion_scheduler(model.scheduler_config))
 
     def _networks(self):
         """The denoiser and the decoder, compiled (channels last, static shapes) where a batch size was given."""
@@ -175,16 +187,34 @@ class Engine:
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Sources, PIL RGB of ``resolution`` pixels, to posterior parameters ``(B, 2C, h, w)`` on the CPU."""
+        return self._in_parts(
+            len(images), lambda i: encode_moments(self.vae, to_pixels(images[i], self.device, self.vae.dtype))
+        )
+
+    def invert(self, moments: Tensor, prompts: Sequence[int]) -> Tensor:
+        """Means of encoded sources to inverted latents ``(B, C, h, w)`` under their prompts; float32, on the CPU."""
+        means = moments.chunk(2, dim=1)[0] * self.vae.config.scaling_factor
+
+        def inverted(part: slice) -> Tensor:
+            rows = range(*part.indices(len(prompts)))
+            # compiled networks keep one shape: the last image is repeated
+            rows = [*rows, *[rows[-1]] * (self.encode_batch - len(rows) if self.batch else 0)]
+            embeds = self.prompt_embeds[[prompts[i] for i in rows]]
+            return invert(self.inverter, means[rows].to(self.device), embeds)[: part.stop - part.start]
+
+        return self._in_parts(len(prompts), inverted)
+
+    def _in_parts(self, count: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """What ``compute`` makes of source images 0 to ``count``, some at once, fewer where memory runs out; on the CPU."""
         while True:
+            size = min(self.encode_batch, count)
             try:
-                parts = [images[i : i + self.encode_batch] for i in range(0, len(images), self.encode_batch)]
-                return torch.cat(
-                    [encode_moments(self.vae, to_pixels(part, self.device, self.vae.dtype)).cpu() for part in parts]
-                )
+                parts = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+                return torch.cat([compute(part).cpu() for part in parts])
             except torch.OutOfMemoryError:
-                if min(self.encode_batch, len(images)) == 1:
+                if size == 1:
                     raise
-            self.encode_batch = -(-min(self.encode_batch, len(images)) // 2)
+            self.encode_batch = -(-size // 2)
             torch.cuda.empty_cache()
             log.warning("out of memory: from now on %d source images are encoded at once", self.encode_batch)
 
@@ -211,6 +241,36 @@ class Engine:
             masks=None if masks is None else masks[padded],
         )
         return self._decoded(latents[: len(targets)])
+
+    def interpolate(
+        self,
+        inversions: tuple[Tensor, Tensor],
+        prompts: tuple[Sequence[int], Sequence[int]],
+        positions: Sequence[float],
+        *,
+        whole: bool,
+        opening: tuple[tuple[Sequence[int], Sequence[int]], int] | None = None,
+    ) -> Tensor:
+        """Images between two inverted ones, on the circle through both; uint8 ``(B, H, W, 3)`` on the CPU.
+
+        Args:
+            inversions: of the sources and of their partners.
+            prompts: of the sources and of their partners; the conditioning lies between them as the image does.
+            positions: B numbers in [0, 1]; see :func:`semantic_aug.diffusion.inversion.on_circle`.
+            whole: positions are shares of the whole circle.
+            opening: other prompts for the first steps, and how many these are.
+        """
+        padded = self._padding(len(positions))
+        padded_positions = [positions[i] for i in padded]
+        weights = torch.tensor(padded_positions)
+
+        def between(pair: tuple[Sequence[int], Sequence[int]]) -> Conditions:
+            source, partner = (self.prompt_embeds[[numbers[i] for i in padded]] for numbers in pair)
+            return source.lerp(partner, weights)
+
+        latents = on_circle(*(part[padded].to(self.device) for part in inversions), padded_positions, whole)
+        first = None if opening is None else Opening(between(opening[0]), opening[1])
+        return self._decoded(denoise(self.inverter, latents, between(prompts), first)[: len(positions)])
 
     def generate(self, targets: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """Images of the targets' prompts from noise; uint8 ``(B, H, W, 3)`` on the CPU."""

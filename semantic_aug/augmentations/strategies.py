@@ -1,7 +1,8 @@
 """The strategy table: which weights, where denoising starts, and how sources and targets pair.
 
 The strategies are those compared by Wang et al. 2024 (Diff-Mix, arXiv:2403.19600); ``real-guidance`` is He et al. 2023's
-(arXiv:2210.07574), ``da-fusion`` Trabucco et al. 2023's (arXiv:2302.07944).
+(arXiv:2210.07574), ``da-fusion`` Trabucco et al. 2023's (arXiv:2302.07944), ``diff-ii`` Wang & Chen 2025's
+(arXiv:2408.16266); ``inversion-mix`` is ours.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ class Strategy:
     Attributes:
         name: the word given to ``--sample_strategy``.
         weights: ``base`` (the pre-trained model), ``tokens``, or ``tokens+lora``.
-        start: ``image`` (img2img) or ``noise``.
+        start: ``image`` (img2img), ``noise``, or ``inversion`` (between the DDIM inversions of two images).
         pairing: ``mixed`` (the target is another class than the source's) or ``same``.
-        strengths: strengths the strategy itself draws from, or None for ``--aug_strength``.
+        strengths: strengths the strategy itself draws from, or None for ``--aug_strength``. Of a start from inversions they
+            are positions between source (0) and partner (1), with ``same`` pairing shares of the circle through both.
     """
 
     name: str
@@ -42,6 +44,9 @@ STRATEGIES = {
         Strategy("ti-mix", "tokens", "image", "mixed"),
         Strategy("ti-aug", "tokens", "image", "same"),
         Strategy("da-fusion", "tokens", "image", "same", (0.25, 0.5, 0.75, 1.0)),
+        # the middles of eight equal arcs, away from the source at 0 and 1 and from a partner a quarter of the circle away
+        Strategy("diff-ii", "tokens+lora", "inversion", "same", tuple((2 * i + 1) / 16 for i in range(8))),
+        Strategy("inversion-mix", "tokens+lora", "inversion", "mixed"),
     )
 }
 ALIASES = {"real-aug": "real-guidance"}

@@ -94,6 +94,19 @@ class Sampler:
     settings: SolverSettings
 
 
+@dataclass(frozen=True)
+class Opening:
+    """The prompts of the first phase of denoising, where there are two (Diff-II: with a context, then without).
+
+    Attributes:
+        prompt_embeds: conditioning of the first ``steps`` steps, one row per image.
+        steps: of the first phase.
+    """
+
+    prompt_embeds: Conditions
+    steps: int
+
+
 @torch.no_grad()
 def translate(
     sampler: Sampler,
@@ -158,6 +171,23 @@ def generate(
     return _denoise(sampler, groups, latents, prompt_embeds, generators)
 
 
+@torch.no_grad()
+def denoise(sampler: Sampler, latents: Tensor, prompt_embeds: Conditions, opening: Opening | None = None) -> Tensor:
+    """Latents at the first step's noise level to images, by a solver that draws nothing.
+
+    Args:
+        sampler: U-Net, solver, empty prompt.
+        latents: ``(B, C, h, w)``.
+        prompt_embeds: B rows.
+        opening: other prompts for the first steps, or None.
+
+    Returns:
+        Scaled latents ``(B, C, h, w)``.
+    """
+    groups = _groups(sampler.scheduler, [0] * len(latents), sampler.settings.num_inference_steps, latents.device)
+    return _denoise(sampler, groups, latents, prompt_embeds, [None] * len(latents), opening=opening)
+
+
 @dataclass
 class _Group:
     """The samples of a batch that start at the same step, with a scheduler of their own (multistep solvers remember)."""
@@ -201,8 +231,9 @@ def _denoise(
     groups: list[_Group],
     latents: Tensor,
     prompt_embeds: Conditions,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator | None],
     kept: _Kept | None = None,
+    opening: Opening | None = None,
 ) -> Tensor:
     """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
     timesteps, guidance = groups[0].scheduler.timesteps, sampler.settings.guidance_scale
@@ -213,11 +244,11 @@ def _denoise(
         parts = latents[index].split(sizes)
         scaled = torch.cat([g.scheduler.scale_model_input(x, t) for g, x in zip(active, parts, strict=True)])
         # predict the noise (or v), under the empty prompt too where guidance needs it
-        embeds = prompt_embeds[index]
+        embeds = (opening.prompt_embeds if opening and position < opening.steps else prompt_embeds)[index]
         if guidance > 1:
             scaled = torch.cat([scaled, scaled])
             embeds = Conditions.cat([sampler.null_embeds.expand(len(embeds)), embeds])
-        predicted = sampler.unet(scaled, t, **embeds.unet_arguments(), return_dict=False)[0]
+        predicted = sampler.unet(scaled.to(embeds.dtype), t, **embeds.unet_arguments(), return_dict=False)[0]
         if guidance > 1:  # classifier-free guidance
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + guidance * (conditional - unconditional)

@@ -43,14 +43,14 @@ class SolverSettings:
         7.5,
         type=cli.number(0, 100),
         metavar="W",
-        help="scale of classifier-free guidance; 1 or less: none (default: 7.5; with --lcm_lora 1; with --few_steps the "
-        "distilled model's)",
+        help="scale of classifier-free guidance; 1 or less: none (default: 7.5; with --lcm_lora, diff-ii and inversion-mix 1; "
+        "with --few_steps the distilled model's)",
     )
     scheduler: str = cli.setting(
         DEFAULT,
         metavar="NAME",
         help="dpmsolver++, unipc, ddim, euler, ... or a diffusers scheduler's class name (default: dpmsolver++; with "
-        "--lcm_lora lcm, with --few_steps the distilled model's)",
+        "--lcm_lora lcm, with --few_steps the distilled model's; diff-ii and inversion-mix: ddim)",
     )
     final_sigmas_type: str = cli.setting(
         "zero",

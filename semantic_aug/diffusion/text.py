@@ -62,6 +62,16 @@ class Conditions:
             self.hidden.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()}
         )
 
+    def lerp(self, other: Conditions, weights: Tensor) -> Conditions:
+        """Between this (weight 0) and another batch (1), linearly; ``weights`` ``(B,)``."""
+
+        def between(a: Tensor, b: Tensor) -> Tensor:
+            return torch.lerp(a, b, weights.to(a).view(-1, *[1] * (a.dim() - 1)))
+
+        return Conditions(
+            between(self.hidden, other.hidden), {name: between(a, other.added[name]) for name, a in self.added.items()}
+        )
+
     @staticmethod
     def cat(parts: Iterable[Conditions]) -> Conditions:
         """Several batches as one."""

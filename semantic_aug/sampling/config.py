@@ -270,6 +270,8 @@ def choose_strengths(
         strengths, label = UNIFORM_STRENGTHS, "Uniform"
     else:
         strengths, label = (float(strength),), strength_text(strength)
+    if strategy.start == "inversion":  # positions between two images
+        return tuple(strengths), label
     if few_steps:
         strengths = [effective_strength(num_inference_steps, each) for each in strengths]
         label = label if len(strengths) > 1 else strength_text(strengths[0])
@@ -325,11 +327,27 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         "strengths: "
         + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
         *([f"contexts: {contexts}, each {len(plan) / contexts:.3g} times"] if contexts else []),
+        describe_cost(config, plan),
         f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
     lines += [f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in table_of_counts(plan, dataset.source_names)]
     return "\n".join(lines)
+
+
+def describe_cost(config: SampleConfig, plan: Plan) -> str:
+    """The evaluations of the U-Net that a plan takes, one image each; guidance takes two a step."""
+    steps, each = config.solver.num_inference_steps, 2 if config.solver.guidance_scale > 1 else 1
+    images = np.bincount(plan.strength_code, minlength=len(plan.strengths)).tolist()
+    if config.strategy.start == "image":
+        run = sum(n * (steps - first_step(steps, s)) for n, s in zip(images, plan.strengths, strict=True))
+    else:
+        run = len(plan) * steps
+    text = f"U-Net evaluations: {each * run:,} to denoise"
+    if plan.partner is not None:
+        inverted = len(np.union1d(plan.source, plan.partner))
+        text += f", {inverted * steps:,} to invert {inverted} training images once"
+    return text
 
 
 def default_key(config: SampleConfig) -> str:

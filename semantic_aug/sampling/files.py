@@ -62,7 +62,8 @@ class TaskPaths:
     @property
     def further_columns(self) -> tuple[str, ...]:
         """The columns of ``meta.csv`` after the first five."""
-        return (*meta_csv.FURTHER_COLUMNS, "Prompt") if self.templates else meta_csv.FURTHER_COLUMNS
+        partner = ("Partner Image",) if self.plan.partner is not None else ()
+        return (*meta_csv.FURTHER_COLUMNS, *(("Prompt",) if self.templates else ()), *partner)
 
     def template(self, number: int) -> int:
         """The position of a task's prompt in ``templates``: a pure function of (seed, number)."""
@@ -99,6 +100,7 @@ class TaskPaths:
         """What is written into the image besides its pixels."""
         plan = self.plan
         prompt = {"prompt": self.prompt(number)} if self.templates else {}
+        partner = {"partner_image": self.keys[plan.partner[number]]} if plan.partner is not None else {}
         return {
             "source": self.class_names[plan.source_class[number]],
             "target": self.class_names[plan.target[number]],
@@ -108,6 +110,7 @@ class TaskPaths:
             "number": str(number),
             "plan": plan.digest,
             **prompt,
+            **partner,
         }
 
     def folders_with_tasks(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -133,8 +136,9 @@ class TaskPaths:
         columns = self._columns(numbers, plan.source_class, plan.target, plan.strength_code, plan.source)
         for (number, a, b, code, row), file in zip(columns, self.file_names(numbers), strict=True):
             key = keys[row] if row >= 0 else ""
-            row = (names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed)
-            yield (*row, self.prompt(number)) if self.templates else row
+            prompt = (self.prompt(number),) if self.templates else ()
+            partner = (keys[plan.partner[number]],) if plan.partner is not None else ()
+            yield (names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed, *prompt, *partner)
 
     @staticmethod
     def _columns(numbers: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[int, ...]]:

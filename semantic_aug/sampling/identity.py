@@ -205,6 +205,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
     network = "compiled" if compiled else "plain"
     encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
+    if config.strategy.start == "inversion":
+        encoder += f" inverted {weights} {config.prompts} {config.solver.num_inference_steps}"
     origin = Origin(sources, weights, encoder)
     license = license_of(config.model.name, config.model.folder)
     return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, origin=origin, license=license)
@@ -377,8 +379,12 @@ def _replaced(old: Mapping[str, Any], identity: Identity, folder: Path) -> np.nd
 
 def _unused(folder: Path, paths: TaskPaths, rows: np.ndarray) -> bool:
     """Whether no image of the subset has been made from these training images."""
-    tasks = np.flatnonzero(np.isin(paths.plan.source, rows))
-    recorded = Records.latest(folder, len(paths.plan))[0]
+    plan = paths.plan
+    used = np.isin(plan.source, rows)
+    if plan.partner is not None:
+        used |= np.isin(plan.partner, rows)
+    tasks = np.flatnonzero(used)
+    recorded = Records.latest(folder, len(plan))[0]
     return not recorded[tasks].any() and not any((folder / IMAGES / paths.relative(n)).exists() for n in tasks)
 
 

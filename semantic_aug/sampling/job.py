@@ -48,6 +48,7 @@ class Task:
         text: written into the image.
         template: position of its prompt in the templates.
         context: position of what follows its prompt in the contexts; None: nothing.
+        partner: row of the second image, -1 without one.
     """
 
     number: int
@@ -58,3 +59,4 @@ class Task:
     text: dict[str, str]
     template: int = 0
     context: int | None = None
+    partner: int = -1

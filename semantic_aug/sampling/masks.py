@@ -38,8 +38,11 @@ def columns_of(object_mask: str | None) -> tuple[str, ...]:
 def check_mask(part: str, images: ImageTable, dataset: str, start: str) -> None:
     """Refuses a mask where there is nothing to mask. Raises UserError: images without boxes and masks, or a strategy that has
     no source image."""
-    if start == "noise":
-        raise UserError(f"--object_mask {part}: the strategy starts from noise and has no source image; leave it out")
+    if start != "image":
+        why = {"noise": "noise and has no source image", "inversion": "two inverted images and changes everything"}[
+            start
+        ]
+        raise UserError(f"--object_mask {part}: the strategy starts from {why}; leave it out")
     if not {BOX, BOX_TEXT, MASK_PATH} & set(images.extras):
         raise UserError(
             f"--object_mask {part}: {dataset} has no boxes of its objects and no masks; the official downloads of cub, car "

@@ -48,6 +48,7 @@ class Plan:
         starts: int64 ``(batches + 1,)``, first number of each batch, and ``T``. A batch has one strength.
         digest: SHA-256 of everything else here and of the keys of the images; two plans are equal when their digests are.
         context: int32 ``(T,)``, what follows the prompt; None without contexts.
+        partner: int32 ``(T,)``, row of a second image, of the target class; None where a task has one image or none.
     """
 
     source: np.ndarray
@@ -59,6 +60,7 @@ class Plan:
     starts: np.ndarray
     digest: str
     context: np.ndarray | None = None
+    partner: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -149,7 +151,9 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
     source, source_class, target = _draw_pairs(count, labels, num_classes, settings)
     levels = tuple(sorted({float(s) for s in settings.strengths}, reverse=True))
     code = np.sort(_even(count, len(levels), numpy_rng(seed, "plan", "strengths")), kind="stable").astype(np.uint8)
-    drawn = [_even(count, settings.contexts, numpy_rng(seed, "plan", "contexts"))] if settings.contexts else []
+    context = _even(count, settings.contexts, numpy_rng(seed, "plan", "contexts")) if settings.contexts else None
+    partner = _draw_partners(source, target, labels, settings) if settings.strategy.start == "inversion" else None
+    drawn = [array for array in (context, partner) if array is not None]
     return Plan(
         source,
         source_class,
@@ -161,7 +165,8 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
         digest=_digest(
             (source, source_class, target, code, *drawn), levels, batch_size, seed, keys, guide=settings.guide
         ),
-        context=drawn[0] if drawn else None,
+        context=context,
+        partner=partner,
     )
 
 
@@ -301,6 +306,32 @@ def _images_of(classes: np.ndarray, labels: np.ndarray, num_classes: int, rng: n
         rounds = -(-len(positions) // len(candidates))
         out[positions] = rng.permuted(np.tile(candidates, (rounds, 1)), axis=1).reshape(-1)[: len(positions)]
     return out
+
+
+def _draw_partners(source: np.ndarray, target: np.ndarray, labels: np.ndarray, settings: PlanSettings) -> np.ndarray:
+    """A second image for each task, of its target class and another one than its source wherever the class has two.
+
+    Of mixed pairing the images of a class take turns. Of same pairing an image meets all others of its class before it meets
+    one again: with the images in a random ring, the r-th task of each gets the one ``shift_r`` further on, so that every
+    image is a partner once in each round too.
+    """
+    rng, size = numpy_rng(settings.seed, "plan", "partners"), np.bincount(labels)
+    if settings.strategy.pairing == "mixed":
+        partner = _images_of(target, labels, len(size), rng)
+        for task in np.flatnonzero(partner == source):  # the next image of the class
+            images = np.flatnonzero(labels == target[task])
+            partner[task] = images[(np.searchsorted(images, source[task]) + 1) % len(images)]
+        return partner
+    by_source = np.argsort(source, kind="stable")
+    ordered, turn = source[by_source], np.empty(len(source), np.int64)
+    turn[by_source] = np.arange(len(source)) - np.searchsorted(ordered, ordered)
+    begin, ring, position = np.cumsum(size) - size, rng.permutation(len(labels)), np.empty(len(labels), np.int64)
+    ring = ring[np.argsort(labels[ring], kind="stable")].astype(np.int32)
+    position[ring] = np.arange(len(labels)) - begin[labels[ring]]
+    shifts = np.concatenate([rng.permutation(n - 1) + 1 if n > 1 else [0] for n in size])
+    others = np.maximum(size - 1, 1)
+    shift = shifts[(np.cumsum(others) - others)[target] + turn % others[target]]
+    return ring[begin[target] + (position[source] + shift) % size[target]]
 
 
 def _part_equal(source_class: np.ndarray, target: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:

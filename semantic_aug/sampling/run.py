@@ -348,6 +348,7 @@ def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list
             text=paths.text(n) if missing[n] else {},
             template=paths.template(n),
             context=paths.context(n),
+            partner=-1 if plan.partner is None else int(plan.partner[n]),
         )
         for n in batch_numbers
     ]

@@ -21,6 +21,15 @@ from semantic_aug.sampling.plan import PAIRINGS, SOURCES
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
 """Settings of the solver that a latent consistency model takes where the user gives none."""
 
+CONTEXT_STEPS = 0.3
+"""Diff-II's share of the steps under a prompt with a context; its authors also take 0.1 and 1, by data set."""
+
+UNINVERTED = ("few_steps", "distilled_lora", "lcm_lora", "eta", "timestep_spacing")
+"""Flags that say how else to denoise than by the DDIM that takes an inversion back."""
+
+INVERSION_SOLVER = {"num_inference_steps": 25, "guidance_scale": 1.0, "scheduler": "ddim"}
+"""Settings of strategies that start from inversions: with guidance, denoising no longer takes back what inversion did."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -108,7 +117,8 @@ class ImageSettings:
         0.7,
         type=cli.number(0, 1, open_low=True),
         metavar="S",
-        help="share of the noise schedule that an image is noised by, in (0, 1]; from-noise strategies use 1",
+        help="share of the noise schedule that an image is noised by, in (0, 1]; from-noise strategies use 1; inversion-mix: "
+        "position between the source (0) and the image of the target class (1)",
         result=False,
     )
     strength_strategy: str = cli.setting(
@@ -142,6 +152,13 @@ class ImageSettings:
         help="output folder of a finished train_cls.py run on the same images, for --pairing confusion and --sources hard",
         result=False,
     )
+    context_steps: float = cli.setting(
+        CONTEXT_STEPS,
+        type=cli.number(0, 1),
+        metavar="SHARE",
+        help="diff-ii and inversion-mix: share of the denoising steps, the first ones, in which the prompt has its context",
+        absent=CONTEXT_STEPS,
+    )
     resolution: int | None = cli.setting(
         None, type=cli.whole(8), metavar="PIXELS", help="side of the images (default: the base model's own)"
     )
@@ -164,6 +181,11 @@ class ImageSettings:
             raise UserError(
                 f"--sources {self.sources} with --sample_strategy {self.sample_strategy}, which starts from noise: leave it "
                 "out, or choose a strategy that starts from images"
+            )
+        if self.context_steps != CONTEXT_STEPS and strategies.find(self.sample_strategy).start != "inversion":
+            raise UserError(
+                f"--context_steps {self.context_steps:g} with --sample_strategy {self.sample_strategy}, which has its context "
+                "in every step: leave it out, or choose diff-ii or inversion-mix"
             )
         users = [
             f"--{name} {value}"
@@ -306,13 +328,26 @@ def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
         defaults: those of a distilled model; None: the flags', or LCM's with ``--lcm_lora``.
 
     Raises:
-        UserError: an unknown scheduler.
+        UserError: an unknown scheduler, or another one than DDIM where images are inverted.
     """
-    if defaults is None:
+    inverted = strategies.find(args.sample_strategy).start == "inversion"
+    if inverted:
+        defaults = INVERSION_SOLVER
+    elif defaults is None:
         defaults = LCM_SOLVER if args.lcm_lora else {name: getattr(SolverSettings, name) for name in LCM_SOLVER}
     chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
     if chosen["scheduler"] not in SCHEDULERS:
         scheduler_class(chosen["scheduler"])
+    if inverted:
+        given = {name: getattr(args, name) for name in UNINVERTED if getattr(args, name)}
+        if SCHEDULERS.get(chosen["scheduler"], chosen["scheduler"]) != SCHEDULERS["ddim"]:
+            given["scheduler"] = chosen["scheduler"]
+        if given:
+            name, value = next(iter(given.items()))
+            raise UserError(
+                f"--{name} {value} with --sample_strategy {args.sample_strategy}, which inverts images and denoises them by "
+                "plain DDIM: leave it out"
+            )
     return cli.read_settings(SolverSettings, args, **chosen)
 
 

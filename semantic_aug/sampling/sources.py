@@ -88,8 +88,9 @@ class PlannedSources:
 
 
 def block_files(planned: PlannedSources, encoder: str) -> list[str]:
-    """The file of each block of :data:`BLOCK` rows: named after the images' content and what encodes them."""
-    blocks = (planned.content[i : i + BLOCK].tobytes() for i in range(0, len(planned.content), BLOCK))
+    """The file of each block of :data:`BLOCK` rows, named after its images' names, classes and content and the encoder."""
+    rows, content = planned.rows, planned.content
+    blocks = (rows[i : i + BLOCK].tobytes() + content[i : i + BLOCK].tobytes() for i in range(0, len(rows), BLOCK))
     return [f"{hashlib.sha256(encoder.encode() + block).hexdigest()[:32]}.safetensors" for block in blocks]
 
 
@@ -216,12 +217,31 @@ class SourceMoments:
                 raise
             except UserError as error:
                 self.broken[row] = str(error)
-        channels, height, width = self.engine.latent_shape
-        block = torch.zeros(len(rows), 2 * channels, height, width, dtype=self.engine.vae.dtype)
+        block = self._empty(len(rows))
         if pictures:
-            block[[row - rows.start for row in good]] = self.engine.encode(pictures)
+            block[[row - rows.start for row in good]] = self._computed(pictures, good)
             self.encoded += len(pictures)
         return block, len(good) == len(rows)
+
+    def _empty(self, count: int) -> Tensor:
+        channels, height, width = self.engine.latent_shape
+        return torch.zeros(count, 2 * channels, height, width, dtype=self.engine.vae.dtype)
+
+    def _computed(self, pictures: Sequence[Image.Image], rows: Sequence[int]) -> Tensor:
+        return self.engine.encode(pictures)
+
+
+class SourceInversions(SourceMoments):
+    """Inverted latents of source images by row, ``(B, C, h, w)`` in float32, each under the prompt of its own class.
+
+    Each is computed once, in the first template's prompt where there are several, and kept as moments are.
+    """
+
+    def _empty(self, count: int) -> Tensor:
+        return torch.zeros(count, *self.engine.latent_shape)
+
+    def _computed(self, pictures: Sequence[Image.Image], rows: Sequence[int]) -> Tensor:
+        return self.engine.invert(self.engine.encode(pictures), self.images.images.labels[rows].tolist())
 
 
 def _read_block(path: Path) -> Tensor | None:

@@ -32,7 +32,7 @@ from semantic_aug.sampling.folder import DATA
 from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
 from semantic_aug.sampling.liveness import Heartbeat
 from semantic_aug.sampling.masks import columns_of, with_regions
-from semantic_aug.sampling.sources import SourceImages, SourceMasks, SourceMoments
+from semantic_aug.sampling.sources import SourceImages, SourceInversions, SourceMasks, SourceMoments
 from semantic_aug.seeding import task_rng
 
 WRITERS = 4
@@ -72,7 +72,8 @@ class BatchMaker:
         self.sources: SourceMoments | None = None
         self.masks: SourceMasks | None = None
         if images is not None:
-            self.sources = SourceMoments(images, self.engine, origin.encoder, job.folder)
+            kind = SourceInversions if config.strategy.start == "inversion" else SourceMoments
+            self.sources = kind(images, self.engine, origin.encoder, job.folder)
             if config.images.object_mask:
                 self.masks = SourceMasks(images, self.engine.latent_shape[1:], config.images.object_mask)
         self.at_once: int | None = None
@@ -131,11 +132,37 @@ class BatchMaker:
         targets = [number(task.target, task.template, task.context) for task in tasks]  # numbers of prompts
         if self.sources is None:
             return self.engine.generate(targets, generators), {}
+        if self.config.strategy.start == "inversion":
+            return self._between(tasks)
         rows, strengths = [task.source for task in tasks], [task.strength for task in tasks]
         moments, broken = self.sources.batch(rows)
         failures = {task.number: broken[task.source] for task in tasks if task.source in broken}
         masks = self.masks.batch(rows) if self.masks is not None else None
         return self.engine.translate(moments, targets, strengths, generators, masks), failures
+
+    def _between(self, tasks: Sequence[Task]) -> tuple[Tensor, dict[int, str]]:
+        """The images of tasks that start from two inverted images; a context is part of the prompt in the first steps."""
+        rows = [(task, row) for task in tasks for row in (task.source, task.partner)]
+        latents, broken = self.sources.batch([row for _, row in rows])
+        labels, config = self.sources.images.images.labels, self.config
+
+        def prompts(contexts: bool) -> tuple[list[int], list[int]]:
+            numbers = [
+                config.prompts.number(int(labels[row]), task.template, task.context if contexts else None)
+                for task, row in rows
+            ]
+            return numbers[::2], numbers[1::2]
+
+        steps = round(config.images.context_steps * config.solver.num_inference_steps)
+        pixels = self.engine.interpolate(
+            (latents[::2], latents[1::2]),
+            prompts(contexts=False),
+            [task.strength for task in tasks],
+            whole=config.strategy.pairing == "same",
+            opening=(prompts(contexts=True), steps) if config.prompts.contexts else None,
+        )
+        causes = {task.number: broken.get(task.source) or broken.get(task.partner) for task in tasks}
+        return pixels, {number: cause for number, cause in causes.items() if cause}
 
     def write(self, task: Task, pixels: Tensor) -> Row:
         """Encodes and writes one image; returns its record row."""
