@@ -297,11 +297,8 @@ def with_context(prompt: str, context: str) -> str:
 
 
 def read_contexts(path: str, flag: str = "--contexts") -> tuple[str, ...]:
-    """The contexts of a text file, one a line (blank ones and those starting with ``#`` aside).
-
-    Raises:
-        UserError: no such file, or one without a context; a line with ``{}``, which is a template.
-    """
+    """The contexts of a text file, one a line (blank ones and those starting with ``#`` aside). Raises UserError: no such
+    file, or one without a context; a line with ``{}``, which is a template."""
     contexts = _read_lines(path, flag, "context a line, such as 'in the snow', or the word captions")
     if not contexts:
         raise UserError(f"{flag} {path}: the file holds no context; expected one a line, such as 'in the snow'")
@@ -343,7 +340,6 @@ def contexts_of(
         captions: of each image, several one a line.
         labels: class of each image.
         names: spellings of each class.
-        super_class: of the data set.
     """
     return [
         [context for line in caption.splitlines() if (context := context_of(line, names[label], super_class))]

@@ -307,10 +307,6 @@ class ClassifyConfig:
 
     :func:`semantic_aug.classify.run.resolve` fills in the learning rate, warm-up, precision and output folder that were not
     given, and the attributes below.
-
-    Attributes:
-        syndata: folders of the synthetic subsets; empty for the real-only baseline.
-        device: ``cpu`` or ``cuda:N``.
     """
 
     dataset: str

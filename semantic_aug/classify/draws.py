@@ -268,7 +268,6 @@ class EpochDraws:
             epoch: counted from 0.
             step: within the epoch.
             order: of the epoch.
-            rng: of the step.
         """
         items = order[step * self.batch_size : (step + 1) * self.batch_size]
         if self.targets is None or self.settings.synthetic_mode == "concat":

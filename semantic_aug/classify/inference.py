@@ -120,11 +120,7 @@ class Reordered(nn.Module):
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
-    """The classifier of a finished ``train_cls.py`` run.
-
-    Raises:
-        UserError: not the folder of a finished run.
-    """
+    """The classifier of a finished ``train_cls.py`` run. Raises UserError: not the folder of a finished run."""
     folder = Path(folder)
     arguments, path = runs.load_arguments(folder), folder / MODEL_FILE
     if arguments is None or not path.is_file():

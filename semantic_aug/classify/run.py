@@ -95,11 +95,8 @@ def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
 
 
 def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, SyntheticImages | None]:
-    """Loads the data set and the synthetic images, and derives what was not given.
-
-    Raises:
-        UserError: a value that does not exist here, or a combination that cannot work.
-    """
+    """Loads the data set and the synthetic images, and derives what was not given. Raises UserError: a value that does not
+    exist here, or a combination that cannot work."""
     synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
     timm_name(classifier.model)
     device_of(placement.gpu)
@@ -135,16 +132,7 @@ def with_derived(config: ClassifyConfig, dataset: LoadedDataset) -> ClassifyConf
 def load_synthetic(
     folders: Sequence[str], dataset: LoadedDataset, settings: SyntheticSettings
 ) -> SyntheticImages | None:
-    """The images of the synthetic subsets, or None without any.
-
-    Args:
-        folders: of the subsets.
-        dataset: whose classes they have.
-        settings: which of their images are used.
-
-    Raises:
-        UserError: see :func:`semantic_aug.datasets.synthetic.read_subset`.
-    """
+    """The images of the synthetic subsets, or None without any."""
     if not folders:
         return None
     images, seed = read_subsets(folders, dataset, settings.allow_other_sources), dataset.setting.subset_seed
@@ -161,11 +149,7 @@ def load_synthetic(
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Refuses combinations that cannot work.
-
-    Raises:
-        UserError: one of them.
-    """
+    """Refuses combinations that cannot work."""
     synthetic, training, loss = config.synthetic, config.training, config.loss
     if dataset.val is None and training.patience:
         raise UserError(f"--patience {training.patience}: {dataset.name} has no validation images; give --val_fraction")
@@ -287,9 +271,6 @@ def train(
     """Trains in the output folder, resumes an interrupted run, or finds it finished; returns its results.
 
     Args:
-        config: resolved request.
-        dataset: loaded under ``config.setting``.
-        synthetic: images of the synthetic subsets, or None.
         origin: see :func:`origin_of`; the same for the several runs of one command.
 
     Raises:

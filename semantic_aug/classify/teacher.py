@@ -58,7 +58,6 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int, content: np.ndarray 
     Args:
         labels: ``(N,)`` classes.
         folds: their number.
-        seed: of the draw.
         content: ``(N, B)`` hash of each image; equal images are of one fold.
     """
     shuffled = numpy_rng(seed, "teacher folds").permutation(len(labels))
@@ -83,11 +82,8 @@ def source_folds(sources: np.ndarray, fold_of: dict[str, int]) -> np.ndarray:
 
 
 def left_out(of_sources: np.ndarray, folds: int) -> list[tuple[int, ...]]:
-    """The folds that each teacher leaves out: one, or every two of them where an image has sources in two folds.
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
+    """The folds that each teacher leaves out: one, or every two of them where an image has sources in two folds. Raises
+    UserError: nothing would be left to train on."""
     ordered = np.sort(of_sources, axis=1)
     distinct = (ordered >= 0) & np.diff(ordered, axis=1, prepend=-1).astype(bool)
     size = max(1, int(distinct.sum(axis=1).max(initial=1)))
