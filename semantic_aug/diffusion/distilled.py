@@ -96,7 +96,6 @@ def solver_defaults(
         steps: of ``--few_steps``.
         guidance: of ``--guidance_scale``; None: not given.
         lora: the distilled LoRA, whose name may say for how many steps it was made.
-        scheduler_config: of the base model.
 
     Raises:
         UserError: more steps or a higher guidance scale than the model knows.
@@ -122,10 +121,7 @@ def solver_defaults(
 
 def effective_strength(steps: int, strength: float) -> float:
     """The share of so few steps that img2img runs at a strength, ``int(steps * strength) / steps``, as diffusers counts.
-
-    Raises:
-        UserError: no step remains.
-    """
+    Raises UserError: no step remains."""
     remaining = min(int(steps * strength), steps)
     if remaining < 1:
         raise UserError(

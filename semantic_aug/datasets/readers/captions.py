@@ -52,7 +52,6 @@ def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
     a caption, a ``box`` (x, y, width, height) or the path of a ``mask``; JSON lines may have ``objects.bbox`` instead of a box.
 
     Args:
-        folder: of the split.
         files: its images, relative to it, with forward slashes.
 
     Returns:

@@ -249,10 +249,7 @@ class Measurer:
         self, features: np.ndarray, other: ImageSet, label: int | None, strength: float | str | None, prefix: str
     ) -> tuple[dict[str, float], dict[str, tuple[float, float] | None]]:
         """Frechet (totals over classes only) and kernel distance to another set's images of the same class and strength.
-
-        Returns:
-            The distances by column, and the intervals of those that have one.
-        """
+        Returns the distances by column, and the intervals of those that have one."""
         chosen = np.ones(len(other.classes), bool) if label is None else other.classes == label
         if other.strengths is not None and strength != report.ALL and (other.strengths == strength).any():
             chosen = chosen & (other.strengths == strength)
