@@ -234,16 +234,18 @@ class SubsetLabels:
     def __init__(self, teachers: Teachers, folder: str):
         dataset, config = teachers.dataset, teachers.config
         root, table = locate(folder)
-        self.all, self.shown, self._reported = teachers, registry.shown_path(root), False
+        self.ensemble, self.shown, self._reported = teachers, registry.shown_path(root), False
         self.images = read_subset(folder, dataset, config.synthetic.allow_other_sources)
         self.path = root / f"teacher-{table.stem}-{teachers.settings}.safetensors"
         fold_of = dict(zip(dataset.train.keys, teachers.fold.tolist(), strict=True))
         sources = self.images.sources
         of_sources = source_folds(sources, fold_of)
-        self.teachers = left_out(of_sources, teachers.folds)
-        known = teachers.known_classes(self.teachers)
-        self.labelling = clean_teachers(of_sources, self.teachers)
-        self.labelling &= known[:, self.images.source].T & known[:, self.images.target].T
+        candidates = left_out(of_sources, teachers.folds)
+        known = teachers.known_classes(candidates)
+        labelling = clean_teachers(of_sources, candidates)
+        labelling &= known[:, self.images.source].T & known[:, self.images.target].T
+        used = labelling.any(axis=0)
+        self.teachers, self.labelling = list(itertools.compress(candidates, used)), labelling[:, used]
         self.origin = {
             **teachers.origin,
             "synthetic": synthetic_identity(
@@ -262,16 +264,16 @@ class SubsetLabels:
         """What is there, and what would be made."""
         if self.kept() is not None:
             return f"teacher labels of {self.shown}: {self.path.name}"
-        return self._plan()
+        return self._description()
 
-    def _plan(self) -> str:
-        missing = [teacher for teacher in self.teachers if results_of(self.all.run_folder(teacher)) is None]
+    def _description(self) -> str:
+        missing = [teacher for teacher in self.teachers if results_of(self.ensemble.run_folder(teacher)) is None]
         images, rest = len(self.images), int((~self.labelling.any(axis=1)).sum())
-        seen = [len(self.all.rows(teacher)) for teacher in self.teachers]
+        seen = [len(self.ensemble.rows(teacher)) for teacher in self.teachers]
         return (
             f"teacher labels of {self.shown}: {images - rest} images by {len(self.teachers)} classifiers of {min(seen)} to "
-            f"{max(seen)} of the {len(self.all.fold)} training images ({self.all.folds} folds), {len(missing)} of them to "
-            f"train in {registry.shown_path(self.all.folder)}"
+            f"{max(seen)} of the {len(self.ensemble.fold)} training images ({self.ensemble.folds} folds), {len(missing)} of "
+            f"them to train in {registry.shown_path(self.ensemble.folder)}"
             + (f"; {rest} images keep their labels by strength: no such classifier knows their classes" if rest else "")
         )
 
@@ -300,7 +302,7 @@ class SubsetLabels:
         Raises:
             UserError: of a training.
         """
-        processes, folder = Processes(self.all.config.device), self.all.folder
+        processes, folder = Processes(self.ensemble.config.device), self.ensemble.folder
         with ExitStack() as held:
             if processes.main:
                 waiting = "another run that makes the same teacher labels"
@@ -311,9 +313,9 @@ class SubsetLabels:
             if probabilities is not None:
                 return probabilities
             if processes.main:
-                log.info("%s", self._plan())
+                log.info("%s", self._description())
             for teacher in self.teachers:
-                self.all.train(teacher, train)
+                self.ensemble.train(teacher, train)
             if processes.main:
                 made = {"probabilities": torch.from_numpy(self._probabilities(processes.device))}
                 tensors.save_tensors(self.path, made, self.origin)
@@ -322,19 +324,19 @@ class SubsetLabels:
 
     def _probabilities(self, device: torch.device) -> np.ndarray:
         """The mean of each image's teachers, float32 ``(M, K)``; zeros where it has none."""
-        total = np.zeros((len(self.images), len(self.all.dataset.class_names)), np.float32)
+        total = np.zeros((len(self.images), len(self.ensemble.dataset.class_names)), np.float32)
         right, tested = 0.0, 0
         with tqdm(
             total=int(self.labelling.sum()), desc="teacher labels", unit="image", mininterval=1.0, dynamic_ncols=True
         ) as bar:
             for teacher, labelled in zip(self.teachers, self.labelling.T, strict=True):
-                folder, rows = self.all.run_folder(teacher), np.flatnonzero(labelled)
+                folder, rows = self.ensemble.run_folder(teacher), np.flatnonzero(labelled)
                 classifier = inference.load_run(folder, str(device))
-                subset, size = self.images.take(rows), 2 * self.all.config.training.batch_size
+                subset, size = self.images.take(rows), 2 * self.ensemble.config.training.batch_size
                 for batch, probabilities in classifier.batches(subset.image, len(rows), size):
                     total[rows[batch]] += probabilities.numpy()
                     bar.update(len(batch))
-                left = len(self.all.fold) - len(self.all.rows(teacher))
+                left = len(self.ensemble.fold) - len(self.ensemble.rows(teacher))
                 right += left * results_of(folder)["test"]["top1"] if left else 0.0
                 tested += left
         log.info("teachers: %.1f %% right on training images that they had not seen", 100 * right / max(tested, 1))
