@@ -8,6 +8,8 @@ per class.
 
 import hashlib
 import itertools
+import json
+import math
 import os
 import re
 import unicodedata
@@ -23,6 +25,10 @@ from semantic_aug.files import csv_writer
 FILE_NAME = "meta.csv"
 COLUMNS = ("First Directory", "Second Directory", "Number", "Strength", "Path")
 FURTHER_COLUMNS = ("Source Image", "Seed")
+UNLABELLED_COLUMNS = ("Unlabelled Image", "Source Label")
+"""Of images made from unlabelled ones: the source's name in its pool, and what is known of its class, as JSON
+``{"class name": weight, ...}``, or :data:`EVEN` for all classes alike. Empty of all other images."""
+EVEN = "even"
 _SLUG_LENGTH = 60
 _RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 
@@ -33,7 +39,7 @@ class MetaTable:
 
     Attributes:
         class_names: every class name that occurs, sorted.
-        source: int32, index of the source class in ``class_names``.
+        source: int32, index of the source class in ``class_names``; the target's where the source may be of any class.
         target: int32, likewise.
         number: int64.
         strength: float64 in (0, 1].
@@ -133,7 +139,7 @@ def read(path: Path) -> MetaTable:
         raise UserError(
             f"{path} is not there: expected a synthetic subset's meta.csv with the columns {', '.join(COLUMNS)}"
         )
-    text = {"First Directory": str, "Second Directory": str, "Path": str, "Source Image": str}
+    text = dict.fromkeys(("First Directory", "Second Directory", "Path", "Source Image", *UNLABELLED_COLUMNS), str)
     try:
         frame = pd.read_csv(path, dtype=text, keep_default_na=False, encoding="utf-8")
     except (ValueError, UnicodeDecodeError) as error:
@@ -151,6 +157,8 @@ def read(path: Path) -> MetaTable:
         row = int(np.flatnonzero(bad)[0])
         raise UserError(f"{path} row {row + 2}: strength {strength[row]} is outside (0, 1]")
     source, target = frame["First Directory"].to_numpy(str), frame["Second Directory"].to_numpy(str)
+    if UNLABELLED_COLUMNS[1] in frame.columns:
+        source = np.where(frame[UNLABELLED_COLUMNS[1]] == EVEN, target, source)
     names, codes = np.unique(np.concatenate([source, target]), return_inverse=True)
     codes = codes.astype(np.int32)
     return MetaTable(
@@ -162,3 +170,34 @@ def read(path: Path) -> MetaTable:
         path=frame["Path"].to_numpy(object),
         further={c: frame[c].to_numpy(object) for c in frame.columns if c not in COLUMNS},
     )
+
+
+def source_labels(table: MetaTable, file: Path) -> tuple[np.ndarray, list[dict[str, float]]]:
+    """What is known of the classes of unlabelled sources.
+
+    Args:
+        file: of the table, for errors.
+
+    Returns:
+        int64 ``(N,)``, position of each row's label in the list, -1 of a labelled source; and the labels, class names with
+        weights above 0, empty where all classes are alike.
+
+    Raises:
+        UserError: a cell is neither a label nor empty.
+    """
+    cells, position = table.further.get(UNLABELLED_COLUMNS[1], np.full(len(table), "", object)), {"": -1}
+    labels: list[dict[str, float]] = []
+    for row, cell in enumerate(cells):
+        if cell in position:
+            continue
+        try:
+            label = {} if cell == EVEN else {str(name): float(weight) for name, weight in json.loads(cell).items()}
+            if cell != EVEN and not (label and all(0 < weight < math.inf for weight in label.values())):
+                raise ValueError
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{file} row {row + 2}: {UNLABELLED_COLUMNS[1]} '{cell}': expected {{\"class name\": weight, ...}} or {EVEN}"
+            ) from None
+        position[cell] = len(labels)
+        labels.append(label)
+    return np.array([position[cell] for cell in cells], np.int64), labels

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from semantic_aug.datasets import fingerprint
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.fingerprint import ContentHashes
@@ -73,4 +75,6 @@ def synthetic_identity(images: SyntheticImages, hashes: ContentHashes, class_nam
         labels.update(f"{class_names[source]}\0{class_names[target]}\0{strength!r}\0".encode())
     if images.soft is not None:
         labels.update(images.soft.tobytes())
+    if images.source_labels is not None:
+        labels.update(np.round(images.source_labels, 9).tobytes())
     return {"images": len(images), "labels": labels.hexdigest()[:32], "content": content.hexdigest()[:32]}

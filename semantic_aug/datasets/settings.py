@@ -25,6 +25,14 @@ def dataset_name(text: str) -> str:
     return f"{scheme}:{cli.path(rest)}{end}" if colon and rest and local else text
 
 
+HUB = "hf:"
+
+
+def unlabelled_images(text: str) -> Path | str:
+    """An argument type: a path, or ``hf:ID`` with a hub id or a local copy of a hub's data set."""
+    return dataset_name(text) if text.startswith(HUB) else cli.path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetName:
     """The data set."""
@@ -42,13 +50,13 @@ class Pool:
     """Images without labels, which a command may use beside the data set."""
 
     TITLE = "unlabelled images"
-    unlabelled: Path | None = cli.setting(
+    unlabelled: Path | str | None = cli.setting(
         None,
-        type=cli.path,
+        type=unlabelled_images,
         metavar="PATH",
         absent=None,
-        help="unlabelled images: a folder, or a CSV file with the column path; none of them may be a validation or test "
-        "image (default: none)",
+        help="unlabelled images: a folder, a CSV file with the column path, or hf:ID, whose labels are not used; none of them "
+        "may be a validation or test image (default: none)",
     )
 
 

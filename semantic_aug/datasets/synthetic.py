@@ -33,6 +33,8 @@ SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
 SOURCE_COLUMNS = ("Source Image", "Partner Image")
 """Columns of ``meta.csv`` that name training images from which an image was made."""
+UNLABELLED_FILE = ".unlabelled.npz"
+"""The same of the unlabelled images."""
 NOISE_FLAGS = "--corrupt_prob, --corrupt_classes and --subset_seed"
 
 
@@ -42,7 +44,7 @@ def soft_labels(
     """y = (1 - s^gamma) onehot(source) + s^gamma onehot(target) (Diff-Mix, Wang et al. 2024, eq. 4).
 
     Args:
-        source: int ``(N,)`` source classes.
+        source: int ``(N,)`` source classes, or what is known of them, ``(N, K)`` with rows summing to one.
         target: int ``(N,)`` target classes.
         strength: ``(N,)`` in (0, 1].
         gamma: above 0; small values trust the target more.
@@ -51,10 +53,13 @@ def soft_labels(
     Returns:
         float32 ``(N, K)``, rows summing to one.
     """
-    weight = np.asarray(strength, np.float64) ** gamma
+    weight, source = np.asarray(strength, np.float64) ** gamma, np.asarray(source)
     labels = np.zeros((len(weight), num_classes))
     rows = np.arange(len(weight))
-    np.add.at(labels, (rows, source), 1 - weight)
+    if source.ndim == 2:
+        labels += (1 - weight)[:, None] * source
+    else:
+        np.add.at(labels, (rows, source), 1 - weight)
     np.add.at(labels, (rows, target), weight)
     return labels.astype(np.float32)
 
@@ -64,11 +69,13 @@ class SyntheticImages:
     """Images of one or several subsets, ``M`` in all.
 
     Attributes:
-        source: int64 ``(M,)``, class index of the data set.
+        source: int64 ``(M,)``, class index of the data set; of an unlabelled source the most probable class, or the target
+            where it may be any.
         target: int64 ``(M,)``.
         strength: float64 ``(M,)`` in (0, 1].
         sources: object ``(M, S)``, key of each source image, empty where none is recorded; None where nobody asked.
         soft: float32 ``(M, K)``, labels that stand instead of those by strength; None: these.
+        source_labels: float64 ``(M, K)``, what is known of the sources' classes, rows summing to one; None where all are known.
     """
 
     paths: list[Path]
@@ -77,6 +84,18 @@ class SyntheticImages:
     strength: np.ndarray
     sources: np.ndarray | None = None
     soft: np.ndarray | None = None
+    source_labels: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[SyntheticImages]) -> SyntheticImages:
+        """The images of several subsets as one."""
+        known = [part.source_labels for part in parts if part.source_labels is not None]
+        names = ("source", "target", "strength", "sources")
+        columns = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names if getattr(parts[0], n) is not None}
+        if known:
+            rows = [np.eye(known[0].shape[1])[p.source] if p.source_labels is None else p.source_labels for p in parts]
+            columns["source_labels"] = np.concatenate(rows)
+        return cls([path for part in parts for path in part.paths], **columns)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,12 +115,13 @@ class SyntheticImages:
         """Soft labels float32 ``(M, K)``, rows summing to one."""
         if self.soft is not None:
             return self.soft
-        return soft_labels(self.source, self.target, self.strength, gamma, num_classes)
+        source = self.source if self.source_labels is None else self.source_labels
+        return soft_labels(source, self.target, self.strength, gamma, num_classes)
 
     def take(self, rows: np.ndarray) -> SyntheticImages:
         """The images at some rows."""
         paths = [self.paths[i] for i in np.asarray(rows).tolist()]
-        columns = (self.source, self.target, self.strength, self.sources, self.soft)
+        columns = (self.source, self.target, self.strength, self.sources, self.soft, self.source_labels)
         return SyntheticImages(paths, *(None if column is None else column[rows] for column in columns))
 
     def with_targets(self, number: int, class_names: Sequence[str], seed: int = 0) -> SyntheticImages:
@@ -166,11 +186,13 @@ def read_subset(
         _check_labels(table, position, dataset, file)
         _check_noise(root, table, dataset, file)
         _check_content(root, table, dataset, file)
+        _check_unlabelled(root, table, dataset, file)
     sources = np.full((len(table), len(SOURCE_COLUMNS)), "", object)
     for column, name in enumerate(SOURCE_COLUMNS):
         if name in table.further:
             sources[:, column] = [str(key) for key in table.further[name]]
-    return SyntheticImages(paths, position[table.source], position[table.target], table.strength, sources)
+    classes, known = (position[table.source], position[table.target]), _source_labels(table, dataset, file)
+    return SyntheticImages(paths, *classes, table.strength, sources, source_labels=known)
 
 
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
@@ -196,12 +218,7 @@ def read_subsets(
     folders: Sequence[str | os.PathLike], dataset: LoadedDataset, allow_other_sources: bool = False
 ) -> SyntheticImages:
     """Reads several subsets as one; see :func:`read_subset`."""
-    parts = [read_subset(folder, dataset, allow_other_sources) for folder in folders]
-    columns = ("source", "target", "strength", "sources")
-    return SyntheticImages(
-        [path for part in parts for path in part.paths],
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in columns),
-    )
+    return SyntheticImages.joined([read_subset(folder, dataset, allow_other_sources) for folder in folders])
 
 
 def _table_file(root: Path, variant: str) -> Path:
@@ -230,6 +247,20 @@ def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.n
                 f"'{nearest_first(name, dataset.source_names)[0]}'): it belongs to another data set"
             )
     return np.asarray(positions, dtype=np.int64)
+
+
+def _source_labels(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> np.ndarray | None:
+    """What is known of the sources' classes, ``(M, K)``; None where all of them are labelled."""
+    row, labels = meta_csv.source_labels(table, file)
+    if not labels:
+        return None
+    count = len(dataset.source_names)
+    known = np.zeros((len(labels), count))
+    for values, label in zip(known, labels, strict=True):
+        values[_positions(list(label), dataset, file) if label else slice(None)] = list(label.values()) or 1 / count
+    known /= known.sum(1, keepdims=True)
+    of_class = _positions(table.class_names, dataset, file)[table.source]
+    return np.where((row >= 0)[:, None], known[row], np.eye(count)[of_class])
 
 
 def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
@@ -335,7 +366,27 @@ def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset
         )
 
 
-def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray) -> None:
+def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
+    """Compares the unlabelled sources with the images that evaluate, which another setting may have chosen."""
+    from semantic_aug.datasets.fingerprint import hash_images
+
+    used = {str(key) for key in table.further.get(meta_csv.UNLABELLED_COLUMNS[0], ())} - {""}
+    recorded = read_sources(root, UNLABELLED_FILE) if used else None
+    if recorded is None:
+        return
+    sources = {value.tobytes(): key for key, value in zip(*recorded, strict=True) if key in used}
+    for split, held in (("validation", dataset.val), ("test", dataset.test)):
+        hashes = hash_images(held).values if held is not None else ()
+        shared = [sources[value.tobytes()] for value in hashes if value.tobytes() in sources]
+        if shared:
+            raise UserError(
+                f"{file}: {len(shared)} unlabelled sources are {split} images of {dataset.name}{dataset.setting.suffix} "
+                f"('{shared[0]}'): give the stages the same --val_fraction and --subset_seed, or accept it with "
+                "--allow_other_sources"
+            )
+
+
+def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray, file: str = SOURCES_FILE) -> None:
     """Keeps the training images of a subset beside it.
 
     Args:
@@ -343,14 +394,14 @@ def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray) -> None
         values: content hash of each, uint8 ``(N, 16)``.
     """
     joined = np.frombuffer("\0".join(keys).encode("utf-8", "surrogateescape"), np.uint8)
-    with atomic_path(folder / SOURCES_FILE) as temporary, open(temporary, "wb") as out:
+    with atomic_path(folder / file) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, keys=joined, values=values)
 
 
-def read_sources(folder: Path) -> tuple[list[str], np.ndarray] | None:
+def read_sources(folder: Path, file: str = SOURCES_FILE) -> tuple[list[str], np.ndarray] | None:
     """What :func:`write_sources` kept; None for a subset made elsewhere."""
     try:
-        with np.load(folder / SOURCES_FILE) as content:
+        with np.load(folder / file) as content:
             keys = content["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0")
             return (keys, content["values"]) if len(keys) == len(content["values"]) else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):

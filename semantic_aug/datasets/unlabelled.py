@@ -8,21 +8,30 @@ from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images
 from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
+from semantic_aug.datasets.readers.hub import read_hub_images
+from semantic_aug.datasets.settings import HUB
 from semantic_aug.datasets.table import ImageTable, missing_files, table_of_files
 from semantic_aug.errors import UserError
 
 CLASS = "unlabelled"
+"""Class name of images that have none."""
 
 
-def read_unlabelled(path: Path) -> ImageTable:
+def read_unlabelled(path: Path | str) -> ImageTable:
     """The images as a table of one class; keys are paths relative to the folder, or as the list gives them.
 
     Args:
-        path: a folder, or a CSV file with the column ``path``, relative to the file's folder or absolute.
+        path: a folder, a CSV file with the column ``path``, relative to the file's folder or absolute, or ``hf:ID``, a data set
+            of the hub or a local copy of one, whose labels are not looked at.
 
     Raises:
         UserError: not there, without an image, or a listed file is missing.
     """
+    if str(path).startswith(HUB):
+        images = read_hub_images(str(path).removeprefix(HUB), CLASS)
+        if not len(images):
+            raise UserError(f"--unlabelled {path}: no image there; expected a data set with images")
+        return images
     if path.is_dir():
         walk = Walk(Path(os.path.abspath(path)))
         files = {walk.name_of(file): file for file in walk.images(walk.root)}
@@ -47,7 +56,7 @@ def read_unlabelled(path: Path) -> ImageTable:
     return images
 
 
-def with_unlabelled(dataset: LoadedDataset, path: Path) -> LoadedDataset:
+def with_unlabelled(dataset: LoadedDataset, path: Path | str) -> LoadedDataset:
     """The data set with the images of :func:`read_unlabelled` that it does not have among its labelled training images.
 
     Raises:
@@ -56,7 +65,7 @@ def with_unlabelled(dataset: LoadedDataset, path: Path) -> LoadedDataset:
     return replace(dataset, unlabelled=without_labelled(read_unlabelled(path), dataset, path))
 
 
-def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path) -> ImageTable:
+def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | str) -> ImageTable:
     """The images that are not training images of the data set, by content. Raises UserError: some are validation or test
     images, which would leak into what is trained on them; or none is left."""
     hashes = [value.tobytes() for value in hash_images(images).values]

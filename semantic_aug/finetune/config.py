@@ -205,7 +205,7 @@ class ImageSettings:
         "backgrounds are not learned as part of classes (default: class prompts alone)",
         absent=None,
     )
-    unlabelled: Path | None = cli.setting_of(Pool, "unlabelled")
+    unlabelled: Path | str | None = cli.setting_of(Pool, "unlabelled")
     unlabelled_share: float | None = cli.setting(
         None,
         type=cli.number(0, 1),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
+from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import actors_of, available_memory, processes_of
 from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config, weight_files
 from semantic_aug.diffusion.distilled import effective_strength
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
-from semantic_aug.meta_csv import strength_text
+from semantic_aug.meta_csv import EVEN, strength_text, without_slashes
 from semantic_aug.prompts import CAPTIONS, contexts_of, read_contexts, without_classes
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
@@ -38,6 +41,7 @@ from semantic_aug.sampling.settings import (
     read_few_steps,
     read_solver,
 )
+from semantic_aug.sampling.sources import source_table
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +145,12 @@ def resolve(
     choose_strengths(strategy, images.aug_strength, images.strength_strategy, steps, few)
     placement = resolve_placement(placement)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), run.config_dir)
+    if images.unlabelled is not None:
+        dataset = with_unlabelled(dataset, images.unlabelled)
+        if clash := [name for name in dataset.folders if name.casefold() == UNLABELLED]:
+            raise UserError(
+                f"--unlabelled: {dataset.name} has a class '{clash[0]}' of its own: rename its folder or label"
+            )
     section = dataset.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", run.config_dir)
     model, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, run.config_dir)
     if further := chosen.lcm_lora or chosen.distilled_lora:
@@ -293,6 +303,7 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
         contexts=len(config.prompts.contexts),
         sources=config.images.sources,
         guide=config.guide,
+        pool=() if dataset.unlabelled is None else dataset.unlabelled.keys,
     )
     return make_plan(dataset.train.labels, dataset.train.keys, len(dataset.class_names), settings)
 
@@ -307,12 +318,32 @@ def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
 
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
-    names, keys = dataset.source_names, dataset.train.keys
+    names, keys, folders = dataset.source_names, dataset.train.keys, dataset.folders
     prompts = config.prompts
     options = {"image_format": config.images.image_format, "templates": prompts.templates}
     if prompts.contexts:
         options |= {"templates": prompts.every_template, "contexts": prompts.contexts}
-    return TaskPaths(plan, names, dataset.folders, keys, config.run.seed, **options)
+    if dataset.unlabelled is not None:
+        table = source_table(dataset)
+        names, keys, folders = table.class_names, table.keys, (*folders, UNLABELLED)
+        options["source_label"] = source_label_of(config.guide, dataset)
+    return TaskPaths(plan, names, folders, keys, config.run.seed, **options)
+
+
+def source_label_of(guide: Guide, dataset: LoadedDataset) -> Callable[[int], str]:
+    """From a row of the sources to what ``meta.csv`` says of the classes of an unlabelled one; empty of a labelled one."""
+    first, names = len(dataset.train), without_slashes(dataset.source_names)
+
+    def label(row: int) -> str:
+        if row < first:
+            return ""
+        if guide.pool_classes is None:
+            return EVEN
+        columns = (guide.pool_classes[row - first].tolist(), guide.pool_weights[row - first].tolist())
+        weights = {names[k]: weight / 10_000 for k, weight in zip(*columns, strict=True) if weight}
+        return json.dumps(weights, ensure_ascii=False)
+
+    return label
 
 
 def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
@@ -331,7 +362,9 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
-    lines += [f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in table_of_counts(plan, dataset.source_names)]
+    lines += [
+        f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in table_of_counts(plan, source_table(dataset).class_names)
+    ]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,8 @@ class TaskPaths:
         image_format: key of :data:`FORMATS`.
         templates: prompts of which each task draws one; empty: all have the same.
         contexts: what follows the prompts, as the plan counts them; ``templates`` are then given.
+        source_label: from the row of an unlabelled source to what ``meta.csv`` says of its classes, empty of a labelled one;
+            None where all sources are labelled.
     """
 
     def __init__(
@@ -55,15 +57,20 @@ class TaskPaths:
         image_format: str = "png",
         templates: Sequence[str] = (),
         contexts: Sequence[str] = (),
+        source_label: Callable[[int], str] | None = None,
     ):
         self.plan, self.class_names, self.folders, self.keys, self.seed = plan, class_names, folders, keys, seed
         self.image_format, self.templates, self.contexts = image_format, tuple(templates), tuple(contexts)
+        self.source_label = source_label
 
     @property
     def further_columns(self) -> tuple[str, ...]:
         """The columns of ``meta.csv`` after the first five."""
         partner = ("Partner Image",) if self.plan.partner is not None else ()
-        return (*meta_csv.FURTHER_COLUMNS, *(("Prompt",) if self.templates else ()), *partner)
+        prompt, unlabelled = ("Prompt",) if self.templates else (), ()
+        if self.source_label is not None:
+            unlabelled = meta_csv.UNLABELLED_COLUMNS
+        return (*meta_csv.FURTHER_COLUMNS, *prompt, *partner, *unlabelled)
 
     def template(self, number: int) -> int:
         """The position of a task's prompt in ``templates``: a pure function of (seed, number)."""
@@ -136,9 +143,13 @@ class TaskPaths:
         columns = self._columns(numbers, plan.source_class, plan.target, plan.strength_code, plan.source)
         for (number, a, b, code, row), file in zip(columns, self.file_names(numbers), strict=True):
             key = keys[row] if row >= 0 else ""
-            prompt = (self.prompt(number),) if self.templates else ()
+            prompt, unlabelled = (self.prompt(number),) if self.templates else (), ()
             partner = (keys[plan.partner[number]],) if plan.partner is not None else ()
-            yield (names[a], names[b], number, strengths[code], f"{folders[a]}/{file}", key, seed, *prompt, *partner)
+            if self.source_label is not None:
+                label = self.source_label(row)
+                key, unlabelled = ("", (key.partition("/")[2], label)) if label else (key, ("", ""))
+            file, further = f"{folders[a]}/{file}", (*prompt, *partner, *unlabelled)
+            yield (names[a], names[b], number, strengths[code], file, key, seed, *further)
 
     @staticmethod
     def _columns(numbers: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[int, ...]]:

@@ -10,17 +10,25 @@ import csv
 import json
 import logging
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from semantic_aug import registry, runs
 from semantic_aug.datasets import ImageTable, LoadedDataset
-from semantic_aug.datasets.fingerprint import data_difference, data_identity, files_digest, hash_splits
+from semantic_aug.datasets.fingerprint import (
+    data_difference,
+    data_identity,
+    files_digest,
+    hash_images,
+    hash_splits,
+    split_identity,
+)
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
@@ -32,6 +40,10 @@ log = logging.getLogger(__name__)
 GUIDE_FILE = ".guide.npz"
 CONFUSIONS = "val_confusion.csv"
 """The table of a finished run of stage 3: a row per true class, a column per predicted one."""
+AT_ONCE = 256
+"""Images of which predictions are in memory."""
+MOST_CLASSES, LEAST_SHARE = 10, 0.01
+"""What counts of the prediction for an unlabelled image: so many classes, of at least this probability."""
 LEAST_PROBABILITY = 1e-8
 """Bounds the loss of an image that the classifier is sure to be another class: at most 18.4 nats."""
 
@@ -69,16 +81,22 @@ def make_guide(
     classifier = load_classifier(run, device)
     order = _class_order(classifier.class_names, dataset, run)
     origin = _check_split(run, dataset) | {"classifier": files_digest([classifier.path])}
+    if dataset.unlabelled is not None:
+        origin["unlabelled"] = pool_identity(dataset.unlabelled)
     guide = Guide(origin=origin)
     if settings.pairing == "confusion":
         guide = replace(guide, confusions=read_confusions(run, dataset))
-    if settings.sources != "hard":
-        return guide
     kept = read_guide(folder)
-    if kept.losses is not None and kept.origin == origin:
-        return replace(guide, losses=kept.losses)
-    log.info("classifier %s: losses of %d training images", registry.shown_path(run), len(dataset.train))
-    return replace(guide, losses=losses_of(classifier, order, dataset.train))
+    if kept.origin != origin:
+        kept = Guide()
+    if settings.sources == "hard":
+        losses = kept.losses if kept.losses is not None else losses_of(classifier, order, dataset.train)
+        guide = replace(guide, losses=losses)
+    if (pool := dataset.unlabelled) is not None:
+        known = kept.pool_classes is not None
+        pair = (kept.pool_classes, kept.pool_weights) if known else pool_classes(classifier, order, pool)
+        guide = replace(guide, pool_classes=pair[0], pool_weights=pair[1])
+    return guide
 
 
 def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> np.ndarray:
@@ -87,9 +105,38 @@ def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> n
     Args:
         order: position of each class of ``images`` among the classifier's.
     """
-    probabilities = classifier.probabilities(images.image, len(images))[:, order]
-    of_class = probabilities[np.arange(len(images)), images.labels]
+    parts = _predicted(classifier, order, images, "losses of training images")
+    of_class = np.concatenate([part[np.arange(len(rows)), images.labels[rows]] for rows, part in parts])
     return -np.log(np.maximum(of_class, LEAST_PROBABILITY)).astype(np.float32)
+
+
+def pool_classes(classifier: Classifier, order: list[int], images: ImageTable) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable classes of unlabelled images and their probabilities, as :class:`Guide` has them.
+
+    Up to :data:`MOST_CLASSES` classes of at least :data:`LEAST_SHARE` count, the best always; their weights sum to one.
+    """
+    best, weights = [], []
+    for _, part in _predicted(classifier, order, images, "classes of unlabelled images"):
+        classes = np.argsort(-part, axis=1, kind="stable")[:, :MOST_CLASSES]
+        shares = np.take_along_axis(part, classes, 1).astype(np.float64)
+        shares[:, 1:][shares[:, 1:] < LEAST_SHARE] = 0
+        best.append(classes)
+        weights.append(np.round(10_000 * shares / shares.sum(1, keepdims=True)))
+    return np.concatenate(best).astype(np.int32), np.concatenate(weights).astype(np.uint16)
+
+
+def _predicted(
+    classifier: Classifier, order: list[int], images: ImageTable, title: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of the images and their class probabilities ``(B, K)``, a part at a time, so that no more is in memory."""
+    for start in tqdm(range(0, len(images), AT_ONCE), unit_scale=AT_ONCE, unit="image", desc=title, mininterval=1.0):
+        rows = np.arange(start, min(len(images), start + AT_ONCE))
+        yield rows, classifier.probabilities(lambda i, rows=rows: images.image(int(rows[i])), len(rows))[:, order]
+
+
+def pool_identity(images: ImageTable) -> str:
+    """Digest of the names and contents of unlabelled images."""
+    return str(split_identity(images, hash_images(images).hex())["digest"])
 
 
 def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from semantic_aug.datasets.fingerprint import (
     hex_digits,
     split_identity,
 )
-from semantic_aug.datasets.synthetic import read_sources, write_sources
+from semantic_aug.datasets.synthetic import UNLABELLED_FILE, read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.diffusion.license import license_of
 from semantic_aug.diffusion.schedulers import SolverSettings
@@ -40,10 +40,11 @@ from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
 from semantic_aug.sampling.folder import DATA as IMAGES
+from semantic_aug.sampling.guide import pool_identity
 from semantic_aug.sampling.masks import columns_of
 from semantic_aug.sampling.plan import EVEN_SHARE, Guide, Plan
 from semantic_aug.sampling.settings import ImageSettings
-from semantic_aug.sampling.sources import PlannedSources
+from semantic_aug.sampling.sources import PlannedSources, planned_sources
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class Identity:
         images: their content hashes.
         origin: training images and weights, for the processes.
         license: of the base model.
+        unlabelled: names of the unlabelled images among the sources.
     """
 
     compared: dict[str, Any]
@@ -135,6 +137,7 @@ class Identity:
     images: ContentHashes
     origin: Origin
     license: str
+    unlabelled: Sequence[str] = ()
 
 
 def _hash_of(path: Path) -> str:
@@ -153,7 +156,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         plan: of the request.
         images: content hashes of the training images.
     """
-    columns = columns_of(config.images.object_mask)
+    columns, pool = columns_of(config.images.object_mask), dataset.unlabelled
     weights, several = Weights.of(config.model), list(config.prompts.templates)
     contexts = config.prompts.contexts
     device = "cpu" if config.placement.devices[0] == "cpu" else "cuda"
@@ -183,7 +186,29 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "tokens_sha256": weights.tokens,
         "extra_lora_sha256": weights.extra_lora,
         **_guide_identity(config.guide),
+        "unlabelled": None if pool is None else pool_identity(pool),
     }
+    sources = None if config.strategy.start == "noise" else planned_sources(dataset, images, columns)
+    compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
+    network = "compiled" if compiled else "plain"
+    encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
+    if config.strategy.start == "inversion":
+        encoder += f" inverted {weights} {config.prompts} {config.solver.num_inference_steps}"
+    origin = Origin(sources, weights, encoder)
+    license = license_of(config.model.name, config.model.folder)
+    return Identity(
+        runs.plain(compared),
+        runs.plain(_arguments(config)),
+        dataset.train,
+        images,
+        origin=origin,
+        license=license,
+        unlabelled=() if pool is None else pool.keys,
+    )
+
+
+def _arguments(config: SampleConfig) -> dict[str, Any]:
+    """What the identity follows from, and what may change."""
     arguments = {
         "dataset": config.dataset,
         "recipe": config.run.recipe,
@@ -196,20 +221,13 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "corrupt_prob": config.setting.corrupt_prob or None,
         "corrupt_classes": config.setting.corrupt_classes if config.setting.corrupt_prob else None,
     }
-    if config.images.classifier is not None:
-        arguments["classifier"] = registry.shown_path(config.images.classifier)
+    for name in ("classifier", "unlabelled"):
+        if getattr(config.images, name) is not None:
+            arguments[name] = str(getattr(config.images, name))
     for name in ("split", "imbalance_profile"):
         if getattr(config.setting, name) != getattr(Setting, name):
             arguments[name] = getattr(config.setting, name)
-    sources = None if config.strategy.start == "noise" else PlannedSources.of(dataset.train, images, columns)
-    compiled = config.compiled(len(plan))  # compiled networks are laid out channels last, the encoder too
-    network = "compiled" if compiled else "plain"
-    encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
-    if config.strategy.start == "inversion":
-        encoder += f" inverted {weights} {config.prompts} {config.solver.num_inference_steps}"
-    origin = Origin(sources, weights, encoder)
-    license = license_of(config.model.name, config.model.folder)
-    return Identity(runs.plain(compared), runs.plain(arguments), dataset.train, images, origin=origin, license=license)
+    return arguments
 
 
 def _guide_identity(guide: Guide) -> dict[str, Any]:
@@ -271,6 +289,8 @@ def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> No
     record = {ARGUMENTS: identity.arguments, LICENSE: identity.license, MADE_WITH: made_with}
     _write(folder, {**identity.compared, **record, **kept})
     write_sources(folder, identity.table.keys, identity.images.values)
+    if (planned := identity.origin.sources) is not None and identity.unlabelled:
+        write_sources(folder, identity.unlabelled, planned.content[len(identity.table) :], UNLABELLED_FILE)
 
 
 def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = True) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,7 +23,7 @@ UNIFORM_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 PAIRINGS = ("balanced", "independent", "confusion")
 """How strategies with mixed pairing draw the target of each source: see :func:`_draw_pairs`."""
 
-SOURCES = ("even", "hard")
+SOURCES = ("even", "hard", "unlabelled", "both")
 """How sources are drawn: see :func:`_draw_sources`."""
 
 EVEN_SHARE = 0.2
@@ -39,8 +39,10 @@ class Plan:
     """All tasks of one subset, ``T`` of them; a task's number is its position.
 
     Attributes:
-        source: int32 ``(T,)``, row of the source image in the training split, or -1 when starting from noise.
-        source_class: int32 ``(T,)``; equal to ``target`` when starting from noise.
+        source: int32 ``(T,)``, row of the source image in the training split, or -1 when starting from noise; unlabelled
+            images have the rows from N on.
+        source_class: int32 ``(T,)``; equal to ``target`` when starting from noise. Of an unlabelled image the most probable
+            class, or K where no classifier was asked.
         target: int32 ``(T,)``, target class.
         strength_code: uint8 ``(T,)``, index into ``strengths``.
         strengths: the strengths that occur.
@@ -85,11 +87,15 @@ class Guide:
     Attributes:
         confusions: int64 ``(K, K)``, number of validation images by true class (rows) and predicted class.
         losses: float32 ``(N,)``, cross-entropy of each training image in nats.
+        pool_classes: int32 ``(P, M)``, the most probable classes of each unlabelled image, the best first.
+        pool_weights: uint16 ``(P, M)``, their probabilities in ten thousandths; 0 beyond those that count.
         origin: digests of what the others were computed from, by name; no part of the plan's digest.
     """
 
     confusions: np.ndarray | None = None
     losses: np.ndarray | None = None
+    pool_classes: np.ndarray | None = None
+    pool_weights: np.ndarray | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -120,6 +126,7 @@ class PlanSettings:
         contexts: number of contexts, of which each task draws one, all equally often and independently of everything else.
         sources: one of :data:`SOURCES`; counts where sources are images.
         guide: what ``pairing`` and ``sources`` follow, where they follow a classifier.
+        pool: names of the P unlabelled images among the sources.
     """
 
     strategy: Strategy
@@ -132,6 +139,7 @@ class PlanSettings:
     contexts: int = 0
     sources: str = "even"
     guide: Guide = field(default_factory=Guide)
+    pool: Sequence[str] = ()
 
 
 def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, settings: PlanSettings) -> Plan:
@@ -162,9 +170,7 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
         strengths=levels,
         batch_size=batch_size,
         starts=_batch_starts(code, batch_size),
-        digest=_digest(
-            (source, source_class, target, code, *drawn), levels, batch_size, seed, keys, guide=settings.guide
-        ),
+        digest=_digest((source, source_class, target, code, *drawn), levels, keys, settings),
         context=context,
         partner=partner,
     )
@@ -205,8 +211,9 @@ def _draw_pairs(
     if strategy.start == "noise":
         target = _even(count, num_classes, numpy_rng(seed, "plan", "targets"))
         return np.full(count, NO_SOURCE, np.int32), target, target
-    source = _draw_sources(count, labels, num_classes, settings)
-    source_class = labels[source].astype(np.int32)
+    source, classes = _draw_sources(count, labels, num_classes, settings), settings.guide.pool_classes
+    of_pool = np.full(len(settings.pool), num_classes) if classes is None else classes[:, 0]
+    source_class = np.concatenate([labels, of_pool])[source].astype(np.int32)
     mixed = strategy.pairing == "mixed"
     return source, source_class, _mixed_targets(source_class, num_classes, settings) if mixed else source_class
 
@@ -214,6 +221,7 @@ def _draw_pairs(
 def _draw_sources(count: int, labels: np.ndarray, num_classes: int, settings: PlanSettings) -> np.ndarray:
     """Source image of each task, int32 ``(count,)``.
 
+    Sources are training images, or unlabelled ones, each equally often, or half of them one and half the other.
     Even sources are as even over the classes as the count allows, and within a class every image is used equally often; in
     the imbalanced task with mixed pairing they follow the long-tailed set instead (every image equally often). Hard ones
     are drawn in proportion to the loss of each image, but for :data:`EVEN_SHARE` of them.
@@ -222,6 +230,11 @@ def _draw_sources(count: int, labels: np.ndarray, num_classes: int, settings: Pl
     rng = numpy_rng(seed, "plan", "sources")
     if settings.sources == "hard":
         return _hard_sources(count, settings.guide.losses, rng)
+    if settings.sources in ("unlabelled", "both"):
+        labelled = count - count // 2 if settings.sources == "both" else 0
+        drawn = _draw_sources(labelled, labels, num_classes, replace(settings, sources="even"))
+        rng = numpy_rng(seed, "plan", "unlabelled sources")
+        return rng.permutation(np.concatenate([drawn, len(labels) + _even(count - labelled, len(settings.pool), rng)]))
     if mixed and settings.task == "imbalanced":
         return _even(count, len(labels), rng)
     classes = _even(count, num_classes, numpy_rng(seed, "plan", "classes" if mixed else "targets"))
@@ -368,19 +381,14 @@ def _part_equal(source_class: np.ndarray, target: np.ndarray, num_classes: int, 
 
 
 def _digest(
-    arrays: Sequence[np.ndarray],
-    levels: tuple[float, ...],
-    batch_size: int,
-    seed: int,
-    keys: Sequence[str],
-    guide: Guide,
+    arrays: Sequence[np.ndarray], levels: tuple[float, ...], keys: Sequence[str], settings: PlanSettings
 ) -> str:
-    digest = hashlib.sha256(f"{levels} {batch_size} {seed}".encode())
+    digest = hashlib.sha256(f"{levels} {settings.batch_size} {settings.seed}".encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
-    for key in keys:
+    for key in (*keys, *settings.pool):
         digest.update(key.encode() + b"\0")
-    digest.update(guide.digest.encode())
+    digest.update(settings.guide.digest.encode())
     return digest.hexdigest()
 
 

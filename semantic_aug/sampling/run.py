@@ -15,6 +15,7 @@ import numpy as np
 from semantic_aug import files, registry
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
@@ -49,7 +50,7 @@ from semantic_aug.sampling.sources import block_files
 
 log = logging.getLogger(__name__)
 
-BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, ".sources.npz", GUIDE_FILE)
+BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, SOURCES_FILE, UNLABELLED_FILE, GUIDE_FILE)
 """What a run writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 CLAIM_LOCK = ".lock-claim"
@@ -121,7 +122,7 @@ def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
             identities.claim(folder, identity, paths, alone=shard[0] == 1)
             write_guide(folder, config.guide)
         identities.warn(config, identity)
-        make_folders(folder, dataset.folders)
+        make_folders(folder, paths.folders)
         batches = batches_of_shard(plan, *shard, config.run.seed)
         mine = np.zeros(len(plan), bool)
         for batch in batches:
@@ -304,7 +305,7 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 
     paths, everything = task_paths(config, dataset, plan), np.ones(len(plan), bool)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as temporary:
         folder = Path(temporary) / "calibration"
-        make_folders(folder, dataset.folders)
+        make_folders(folder, paths.folders)
         launcher = make_launcher(
             Job(config, folder, identity.origin, config.compiled(len(plan))),
             lambda batch: image_tasks(plan.numbers(batch), paths, everything),

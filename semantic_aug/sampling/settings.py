@@ -10,7 +10,7 @@ from typing import Any
 
 from semantic_aug import cli
 from semantic_aug.augmentations import strategies
-from semantic_aug.datasets.settings import add_shared
+from semantic_aug.datasets.settings import Pool, add_shared
 from semantic_aug.diffusion.distilled import KINDS, kind_of, solver_defaults
 from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
 from semantic_aug.errors import UserError
@@ -143,13 +143,16 @@ class ImageSettings:
         choices=SOURCES,
         absent="even",
         help="source images; even: every class and image equally often; hard: in proportion to --classifier's loss on each "
-        "training image, one in five evenly",
+        "training image, one in five evenly; unlabelled: those of --unlabelled, each equally often; both: half even, half "
+        "unlabelled",
     )
+    unlabelled: Path | str | None = cli.setting_of(Pool, "unlabelled")
     classifier: Path | None = cli.setting(
         None,
         type=cli.path,
         metavar="RUN",
-        help="output folder of a finished train_cls.py run on the same images, for --pairing confusion and --sources hard",
+        help="output folder of a finished train_cls.py run on the same images, for --pairing confusion, --sources hard, and "
+        "the part of unlabelled sources in their labels (default: none; that part is even over all classes)",
         result=False,
     )
     context_steps: float = cli.setting(
@@ -182,6 +185,7 @@ class ImageSettings:
                 f"--sources {self.sources} with --sample_strategy {self.sample_strategy}, which starts from noise: leave it "
                 "out, or choose a strategy that starts from images"
             )
+        self._check_pool()
         if self.context_steps != CONTEXT_STEPS and strategies.find(self.sample_strategy).start != "inversion":
             raise UserError(
                 f"--context_steps {self.context_steps:g} with --sample_strategy {self.sample_strategy}, which has its context "
@@ -196,11 +200,30 @@ class ImageSettings:
             raise UserError(
                 f"{users[0]} follows a classifier: give --classifier RUN, the folder of a finished train_cls.py run"
             )
-        if self.classifier is not None and not users:
+        if self.classifier is not None and not (users or self.unlabelled):
             raise UserError(
                 f"--classifier {self.classifier}: nothing follows it; give --pairing confusion or --sources hard, or leave it "
                 "out"
             )
+
+    def _check_pool(self) -> None:
+        if self.sources not in ("unlabelled", "both"):
+            if self.unlabelled is not None:
+                raise UserError(
+                    f"--unlabelled {self.unlabelled}: --sources {self.sources} does not use it; give --sources unlabelled or "
+                    "both"
+                )
+            return
+        strategy = strategies.find(self.sample_strategy)
+        if (strategy.start, strategy.pairing) != ("image", "mixed"):
+            raise UserError(
+                f"--sources {self.sources} with --sample_strategy {self.sample_strategy}: an image without a class is "
+                "translated to one by a *-mix strategy that starts from images; choose one of these"
+            )
+        if self.unlabelled is None:
+            raise UserError(f"--sources {self.sources} needs --unlabelled PATH: a folder of images, a list, or hf:ID")
+        if self.object_mask is not None:
+            raise UserError(f"--object_mask {self.object_mask}: unlabelled images have no masks; leave out one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

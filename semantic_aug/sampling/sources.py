@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semantic_aug.augmentations.engine import Engine
-from semantic_aug.datasets import ImageTable
-from semantic_aug.datasets.fingerprint import UNREADABLE, ContentHashes, cell_text, hash_bytes, pixel_bytes
+from semantic_aug.datasets import ImageTable, LoadedDataset
+from semantic_aug.datasets.fingerprint import UNREADABLE, ContentHashes, cell_text, hash_bytes, hash_images, pixel_bytes
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.folder import MOMENTS
@@ -85,6 +85,30 @@ class PlannedSources:
             f"the data set changed while images were made from it: {len(images)} training images now, {len(self.rows)} in "
             f"the plan ({len(new)} new, {gone} gone{named}): {REMEDY}"
         )
+
+
+def source_table(dataset: LoadedDataset) -> ImageTable:
+    """The images that a plan's rows count: the training images, then the unlabelled ones."""
+    return dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
+
+
+def planned_sources(dataset: LoadedDataset, hashes: ContentHashes, columns: Sequence[str] = ()) -> PlannedSources:
+    """The sources of a plan; arguments as of :meth:`PlannedSources.of`, ``hashes`` of the training images."""
+    if dataset.unlabelled is None:
+        return PlannedSources.of(dataset.train, hashes, columns)
+    table = source_table(dataset)
+    if table.encoded is None:  # images are compared by their pixels then, see SourceImages
+        return PlannedSources.of(table, hash_images(table))
+    values = np.concatenate([hashes.values, hash_images(dataset.unlabelled).values])
+    return PlannedSources(_row_hashes(table, ()), values)
+
+
+def with_pool(train: ImageTable, pool: ImageTable, planned: PlannedSources) -> ImageTable:
+    """The sources of a plan from a new listing of the unlabelled images, of which the plan may have left out some."""
+    images = train.with_class(pool)
+    known = np.isin(_row_hashes(images, ()), planned.rows)
+    known[: len(train)] = True
+    return images.take(np.flatnonzero(known))
 
 
 def block_files(planned: PlannedSources, encoder: str) -> list[str]:

@@ -26,13 +26,14 @@ from semantic_aug.allocator import keep_freed_memory
 from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.unlabelled import read_unlabelled
 from semantic_aug.errors import UserError, os_error_line
 from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.folder import DATA
 from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
 from semantic_aug.sampling.liveness import Heartbeat
 from semantic_aug.sampling.masks import columns_of, with_regions
-from semantic_aug.sampling.sources import SourceImages, SourceInversions, SourceMasks, SourceMoments
+from semantic_aug.sampling.sources import SourceImages, SourceInversions, SourceMasks, SourceMoments, with_pool
 from semantic_aug.seeding import task_rng
 
 WRITERS = 4
@@ -174,6 +175,8 @@ def _listed(job: Job) -> SourceImages:
     """This process's own listing of the training images, which must be the plan's."""
     config = job.config
     images = load_dataset(config.dataset, config.setting, config.run.config_dir).train
+    if config.images.unlabelled is not None:
+        images = with_pool(images, read_unlabelled(config.images.unlabelled), job.origin.sources)
     images = with_regions(images, config.images.object_mask)
     return SourceImages(images, job.origin.sources, columns_of(config.images.object_mask))
 

@@ -10,7 +10,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +99,7 @@ def read_hub_id(
         repo, config = parse_id(repo)
     if local is None and Path(repo).expanduser().exists():
         local = repo
-    where = HubSplit(repo, "train", local)
-    splits = load_local(Path(local).expanduser(), config) if local else _from_hub(where, None, config)
-    if not isinstance(splits, dict):
-        splits = {"train": splits}
+    where, splits = HubSplit(repo, "train", local), _all_splits(repo, local, config)
     tables, left_out = {}, []
     for name, rows in splits.items():
         ours = split_of(str(name))
@@ -116,6 +113,38 @@ def read_hub_id(
     if left_out:
         log.warning("%s: the splits %s are left out (train, validation and test are read)", repo, ", ".join(left_out))
     return _labelled(tables, where)
+
+
+def read_hub_images(word: str, class_name: str) -> ImageTable:
+    """The images of a hub id or a local folder as a table of one class, whatever labels they have.
+
+    Splits named as validation or test ones are left out.
+
+    Args:
+        word: hub id or local folder; ``:CONFIGURATION`` may follow.
+
+    Raises:
+        UserError: not to be had, no other split, or splits without images.
+    """
+    import datasets as hub
+
+    repo, config = parse_id(word)
+    local = repo if Path(repo).expanduser().exists() else None
+    splits = _all_splits(repo, local, config)
+    kept = {str(name): rows for name, rows in splits.items() if split_of(str(name)) in (None, "train")}
+    if not kept:
+        raise UserError(f"data set {word} has only the splits {', '.join(map(str, splits))}: expected one named train")
+    rows, *others = kept.values()
+    if others:
+        column = [_known_image_column(rows, word, None)]
+        rows = hub.concatenate_datasets([part.select_columns(column) for part in (rows, *others)])
+    name = "+".join(kept)
+    return _table_of_rows(rows, HubSplit(repo, name, local), name, None, ((class_name,), [0] * len(rows)))
+
+
+def _all_splits(repo: str, local: str | None, config: str | None) -> Mapping[str, hub.Dataset]:
+    splits = load_local(Path(local).expanduser(), config) if local else _from_hub(HubSplit(repo), None, config)
+    return splits if isinstance(splits, dict) else {"train": splits}
 
 
 def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Splits:
@@ -206,15 +235,8 @@ def _hub_table(
     rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None
 ) -> ImageTable | None:
     """The table of one split; None where none of its rows has a label."""
-    import datasets as hub
-
     name = str(where.local or where.repo)
-    image_column = image_column or _image_column(rows)
-    if image_column is None or image_column not in rows.features:
-        raise UserError(
-            f"data set {name} has no image column '{image_column or 'image'}': its columns are "
-            f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml"
-        )
+    image_column = _known_image_column(rows, name, image_column)
     label_column = label_column or _label_column(rows, name, image_column)
     if label_column is None or label_column not in rows.features:
         raise UserError(
@@ -222,9 +244,31 @@ def _hub_table(
             f"{', '.join(rows.column_names)}; name one with label_column in config/datasets.yaml"
         )
     labelled = _labels(rows, label_column, f"data set {name}, split {where.split}")
-    if labelled is None:
-        return None
-    class_names, labels = labelled
+    return _table_of_rows(rows, where, ours, image_column, labelled) if labelled is not None else None
+
+
+def _known_image_column(rows: hub.Dataset, name: str, given: str | None) -> str:
+    column = given or _image_column(rows)
+    if column is None or column not in rows.features:
+        raise UserError(
+            f"data set {name} has no image column '{column or 'image'}': its columns are "
+            f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml"
+        )
+    return column
+
+
+def _table_of_rows(
+    rows: hub.Dataset,
+    where: HubSplit,
+    ours: str,
+    image_column: str | None,
+    labelled: tuple[Sequence[str], Sequence[int]],
+) -> ImageTable:
+    """The table of rows with these class names and labels."""
+    import datasets as hub
+
+    name, (class_names, labels) = str(where.local or where.repo), labelled
+    image_column = _known_image_column(rows, name, image_column)
     encoded = rows.select_columns([image_column]).cast_column(image_column, hub.Image(decode=False))
 
     def stored(row: int) -> str | bytes:

@@ -35,7 +35,7 @@ class UnlabelledSettings:
     """The unlabelled images, and which of them count."""
 
     TITLE = "unlabelled images"
-    unlabelled: Path | None = cli.setting_of(Pool, "unlabelled")
+    unlabelled: Path | str | None = cli.setting_of(Pool, "unlabelled")
     pseudo_threshold: float = cli.setting(
         0.95,
         type=cli.number(0, 1),
@@ -90,10 +90,14 @@ def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: t
         )
     shutil.rmtree(folder / DATA, ignore_errors=True)  # of an interrupted run
     for number, row in enumerate(rows):
-        name, image = names[classes[row]], Path(pool.encoded(int(pool.rows[row])))
-        relative = f"{slugs[classes[row]]}/{number:06d}{image.suffix}"
+        name, image = names[classes[row]], pool.encoded(int(pool.rows[row]))
+        held = isinstance(image, bytes)  # in the pool's own file; its format is told by its content
+        relative = f"{slugs[classes[row]]}/{number:06d}{'.png' if held else Path(image).suffix}"
         (folder / DATA / relative).parent.mkdir(parents=True, exist_ok=True)
-        (folder / DATA / relative).symlink_to(image)
+        if held:
+            (folder / DATA / relative).write_bytes(image)
+        else:
+            (folder / DATA / relative).symlink_to(image)
         lines.append([name, name, number, 1.0, relative, f"{confidence[row]:.4f}", pool.keys[row]])
     meta_csv.write(folder / meta_csv.FILE_NAME, lines, COLUMNS)
     return np.bincount(classes[rows], minlength=len(names))

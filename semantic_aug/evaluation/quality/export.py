@@ -76,10 +76,14 @@ def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
         origins += [next(path[len(root) :] for root in roots if path.startswith(root)) for path in paths]
         names += [subset.name] * len(subset)
         sources += [dataset.train.keys[row] if row >= 0 else "" for row in subset.sources.tolist()]
-    parts = [subset.images for subset in subsets]
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "target", "strength"))
-    images = SyntheticImages([path for part in parts for path in part.paths], *columns)
+    images = SyntheticImages.joined([subset.images for subset in subsets])
     weights = np.where(images.source == images.target, 1.0, images.strength**settings.gamma)
+    if images.source_labels is not None:
+        if settings.format == "original":
+            raise UserError(
+                "--format original: its five columns cannot say what is known of unlabelled sources; expected another format"
+            )
+        weights = images.labels(settings.gamma, len(dataset.source_names))[np.arange(len(images)), images.target]
     kept = np.flatnonzero(weights >= settings.min_target_weight)
     if not len(kept):
         raise UserError(

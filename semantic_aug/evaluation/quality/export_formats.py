@@ -97,7 +97,12 @@ class SplitImages:
     def soft_labels(self, rows: np.ndarray) -> np.ndarray:
         """``(B, K)`` float32, rows summing to one."""
         strengths = np.nan_to_num(self.strengths[rows], nan=1.0)
-        return soft_labels(*self.classes[:, rows], strengths, self.gamma, len(self.class_names))
+        source, target = self.classes[:, rows]
+        if self.synthetic is not None and self.synthetic.source_labels is not None:
+            source = np.eye(len(self.class_names))[source]
+            synthetic = rows >= self.reals
+            source[synthetic] = self.synthetic.source_labels[rows[synthetic] - self.reals]
+        return soft_labels(source, target, strengths, self.gamma, len(self.class_names))
 
     def file_name(self, row: int) -> str:
         """The name of an image without its ending, unique in its split."""

@@ -1,0 +1,193 @@
+"""Unlabelled images as sources: the draws, the labels, one subset from the command to stage 3, and what is refused."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from helpers import contents, run, sampling_arguments, write_subset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_guide import plan_for
+
+import tiny
+from semantic_aug import meta_csv
+from semantic_aug.classify.inference import load_run
+from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.synthetic import SyntheticImages, read_subset, soft_labels
+from semantic_aug.datasets.unlabelled import read_unlabelled, with_unlabelled
+from semantic_aug.errors import UserError
+from semantic_aug.sampling.guide import make_guide, pool_classes, write_guide
+from semantic_aug.sampling.plan import Guide
+from semantic_aug.sampling.settings import ImageSettings
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Five images whose folders say nothing of their class."""
+    for index in range(5):
+        path = tmp_path / "pool" / f"batch{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.picture(index % 3, 2000 + index).save(path)
+    return tmp_path / "pool"
+
+
+@given(st.sampled_from(["unlabelled", "both"]), st.integers(1, 40), st.booleans(), st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_pool_images_take_turns_and_targets_stay_even(sources, size, known, seed):
+    labels, keys = np.repeat(np.arange(4), 5), [f"p{i}" for i in range(size)]
+    classes = np.random.default_rng(seed).integers(4, size=(size, 2)).astype(np.int32) if known else None
+    guide = Guide(pool_classes=classes, pool_weights=None if classes is None else np.full((size, 2), 5000, np.uint16))
+    plan = plan_for(labels, guide, sources=sources, pool=keys, seed=seed)
+    of_pool = plan.source >= 20
+    assert of_pool.sum() == (100 if sources == "unlabelled" else 50)
+    for part in (plan.source[of_pool] - 20, plan.source[~of_pool]):
+        uses = np.bincount(part, minlength=size if part is not plan.source[~of_pool] else 20)
+        assert not len(part) or uses.max() - uses[uses > 0].min() <= 1
+    assert (np.bincount(plan.target, minlength=4) == 25).all()
+    expected = classes[plan.source[of_pool] - 20, 0] if known else 4
+    assert (plan.source_class[of_pool] == expected).all()
+    assert (plan.source_class[~of_pool] == labels[plan.source[~of_pool]]).all()
+    collisions = np.count_nonzero(plan.source_class == plan.target)
+    least = np.maximum(np.bincount(plan.source_class, minlength=5)[:4] + 25 - 100, 0).sum()
+    assert collisions == least  # none, unless nearly all of a small pool is of one class
+    assert plan.digest != plan_for(labels, guide, sources=sources, pool=[*keys[:-1], "other"], seed=seed).digest
+
+
+def test_a_label_is_the_sources_distribution_and_the_target():
+    known = np.array([[0.7, 0.3, 0], [1 / 3] * 3, [0, 0, 1]])
+    images = SyntheticImages(
+        [None] * 3, np.array([0, 1, 2]), np.array([2, 1, 0]), np.array([0.25, 1.0, 0.49]), source_labels=known
+    )
+    labels, weight = images.labels(0.5, 3), np.array([0.5, 1.0, 0.7])[:, None]
+    assert np.allclose(labels, (1 - weight) * known + weight * np.eye(3)[[2, 1, 0]], atol=1e-7)
+    assert np.allclose(labels.sum(1), 1) and np.allclose(images.take(np.array([1])).labels(0.5, 3), [[0, 1, 0]])
+    plain = SyntheticImages([None], np.array([0]), np.array([1]), np.array([0.25]))
+    both = SyntheticImages.joined([plain, images])
+    assert np.allclose(both.labels(0.5, 3), np.concatenate([plain.labels(0.5, 3), labels]))
+    assert np.allclose(soft_labels(np.eye(3)[[0]], [1], [0.25], 0.5, 3), soft_labels([0], [1], [0.25], 0.5, 3))
+
+
+COLUMNS = "First Directory,Second Directory,Number,Strength,Path,Unlabelled Image,Source Label"
+
+
+def test_what_meta_csv_says_of_a_source(animals, tmp_path):
+    folder = write_subset(tmp_path / "s", [("toad", "red fox", 0.49)] * 2 + [("unlabelled", "toad", 0.49)])
+    path = folder / meta_csv.FILE_NAME
+    rows = [row.split(",") for row in path.read_text().splitlines()[1:]]
+    cells = ["", json.dumps({"toad": 0.5, "blue jay": 0.3}), meta_csv.EVEN]
+    with open(path, "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(COLUMNS.split(","))
+        writer.writerows([*row, cell and "p.png", cell] for row, cell in zip(rows, cells, strict=True))
+    images = read_subset(folder, animals)
+    assert np.allclose(
+        images.labels(0.5, 3), [[0, 0.7, 0.3], [0.3 * 0.375, 0.7, 0.3 * 0.625], [0.1, 0.1, 0.8]], atol=1e-6
+    )
+    assert images.source.tolist() == [2, 2, 2]
+    for bad in ("toad", '{"toad": 0}', "[1]", "{}"):
+        path.write_text(f'{COLUMNS}\ntoad,toad,0,0.5,{rows[0][4]},p,"{bad.replace(chr(34), chr(34) * 2)}"\n')
+        with pytest.raises(UserError, match=r"row 2: Source Label .*: expected \{\"class name\": weight"):
+            read_subset(folder, animals)
+    path.write_text(f'{COLUMNS}\ntoad,toad,0,0.5,{rows[0][4]},p,"{{""newt"": 1}}"\n')
+    with pytest.raises(UserError, match="has the class 'newt', which data set animals"):
+        read_subset(folder, animals)
+
+
+def test_predictions_keep_the_best_classes_and_sum_to_one(pool, animals, judge_folder, tmp_path):
+    dataset, judge = with_unlabelled(animals, pool), load_run(judge_folder)
+    classes, weights = pool_classes(judge, [2, 0, 1], dataset.unlabelled)  # as if its classes came in another order
+    probabilities = judge.probabilities(dataset.unlabelled.image, 5)[:, [2, 0, 1]]
+    assert (classes[:, 0] == probabilities.argmax(1)).all() and (abs(weights.sum(1).astype(int) - 10_000) <= 1).all()
+    spread = np.zeros((5, 3))
+    np.put_along_axis(spread, classes, weights / 10_000, 1)
+    assert np.abs(spread - probabilities).max() < 0.02
+    request = ImageSettings(sources="both", unlabelled=pool, classifier=judge_folder)
+    guide = make_guide(request, dataset, "cpu", load_run, tmp_path / "subset")
+    write_guide(tmp_path / "subset", replace(guide, pool_weights=guide.pool_weights - (guide.pool_weights > 0)))
+    again = make_guide(request, dataset, "cpu", load_run, tmp_path / "subset")
+    assert (again.pool_weights <= guide.pool_weights).all() and again.digest != guide.digest
+    (pool / "new.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
+    grown = make_guide(request, with_unlabelled(animals, pool), "cpu", load_run, tmp_path / "subset")
+    assert len(grown.pool_classes) == 6  # of another pool nothing is taken over
+
+
+def test_a_pool_of_the_hubs_format_is_read_without_its_labels(pool, animals, tmp_path):
+    import datasets as hub
+
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(pool.rglob("*.png"))]
+    features = hub.Features({"image": hub.Image(), "label": hub.Value("int64")})
+    embedded = hub.Dataset.from_dict({"image": cells, "label": [-1, 7, 0, 0, 1]}, features=features)
+    parts = {"train": embedded.select([0, 1]), "unsupervised": embedded.select([2, 3]), "test": embedded.select([4])}
+    hub.DatasetDict(parts).save_to_disk(str(tmp_path / "copy"))
+    images = read_unlabelled(f"hf:{tmp_path / 'copy'}")
+    assert len(images) == 4 and images.class_names == ("unlabelled",)
+    assert [images.image(i).tobytes() for i in range(4)] == [
+        read_unlabelled(pool).image(i).tobytes() for i in (0, 1, 2, 3)
+    ]
+    assert len(with_unlabelled(animals, f"hf:{tmp_path / 'copy'}").unlabelled) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": "both"}, "--sources both needs --unlabelled PATH"),
+        ({"unlabelled": "pool"}, "--unlabelled pool: --sources even does not use it"),
+        (
+            {"sources": "unlabelled", "unlabelled": "pool", "sample_strategy": "diff-gen"},
+            "diff-gen, which starts from noise",
+        ),
+        ({"sources": "unlabelled", "unlabelled": "pool", "sample_strategy": "real-aug"}, "by a \\*-mix strategy"),
+        ({"sources": "both", "unlabelled": "pool", "object_mask": "object"}, "unlabelled images have no masks"),
+    ],
+)
+def test_settings_that_do_not_go_together(options, message):
+    with pytest.raises(UserError, match=message):
+        ImageSettings(**options)
+
+
+@pytest.mark.slow
+def test_a_subset_of_both_kinds_of_sources_reaches_stage_3(
+    pool, workshop, image_folder, judge_folder, animals, tmp_path
+):
+    options = {"sources": "both", "unlabelled": pool, "syn_dataset_multiplier": 1, "gpu_ids": ["cpu", "cpu"]}
+    command = sampling_arguments(workshop, image_folder, tmp_path / "a", **options, classifier=judge_folder)
+    run("sample_mp.py", *command)
+    (folder,) = (tmp_path / "a" / "animals").iterdir()
+    before, record = contents(folder, "*.png", "*.csv"), yaml.safe_load((folder / "config.yaml").read_text())
+    assert record["sources"] == "both" and len(record["unlabelled"]) == 32 and "guide_sha256" in record
+    with open(folder / "meta.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    of_pool = [row for row in rows if row["Unlabelled Image"]]
+    assert (
+        len(rows) == 18
+        and len(of_pool) == 9
+        and {r["Unlabelled Image"] for r in of_pool} <= {*read_unlabelled(pool).keys}
+    )
+    assert all(bool(r["Source Image"]) != bool(r["Unlabelled Image"]) == bool(r["Source Label"]) for r in rows)
+    assert all(max(d := json.loads(r["Source Label"]), key=d.get) == r["First Directory"] for r in of_pool)
+    images = read_subset(folder, animals)
+    assert np.allclose(images.labels(0.5, 3).sum(1), 1) and images.source_labels.max(1).min() < 1
+    # what was made is made again from what the folder keeps: some files, and the list
+    (folder / "data" / of_pool[0]["Path"]).unlink()
+    (folder / "meta.csv").unlink()
+    run("sample_mp.py", *command)
+    assert contents(folder, "*.png", "*.csv") == before
+
+
+def test_stage_3_refuses_sources_that_another_setting_evaluates_on(pool, image_folder, animals, tmp_path):
+    from semantic_aug.datasets.fingerprint import hash_images
+    from semantic_aug.datasets.synthetic import UNLABELLED_FILE, write_sources
+
+    shutil.copy(animals.val.encoded(int(animals.val.rows[0])), pool / "kept.png")
+    images, rest = read_unlabelled(pool), load_dataset(f"folder:{image_folder}")
+    folder = write_subset(tmp_path / "s", [("toad", "red fox", 0.5)])
+    lines = (folder / "meta.csv").read_text().splitlines()
+    (folder / "meta.csv").write_text(f"{lines[0]},Unlabelled Image,Source Label\n{lines[1]},kept.png,even\n")
+    write_sources(folder, images.keys, hash_images(images).values, UNLABELLED_FILE)
+    with pytest.raises(UserError, match="1 unlabelled sources are validation images of animals.*'kept.png'"):
+        read_subset(folder, rest)
+    assert len(read_subset(folder, replace(rest, val=None))) == 1
