@@ -22,6 +22,8 @@ import train_cls
 import train_lora
 from semantic_aug.datasets.__main__ import main as datasets_main
 from semantic_aug.errors import run_main
+from semantic_aug.finetune.config import parse
+from semantic_aug.finetune.run import resolve
 
 pytestmark = pytest.mark.slow
 
@@ -344,6 +346,29 @@ def rows_of(path: Path) -> int:
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     return len([row for row in csv.reader(io.StringIO(text, newline=""), strict=False) if any(map(str.strip, row))]) - 1
+
+
+def test_damaged_lists_of_unlabelled_images(house, tiny_base, tmp_path):
+    for index in range(6):
+        tiny.picture(5, index, (24, 20)).save(tmp_path / f"{index}.png")
+    content, path = (
+        "path,taken\n" + "".join(f"{index}.png,2026-11-{index}\n" for index in range(6)),
+        tmp_path / "pool.csv",
+    )
+    words = ("--dataset", "mine", "--config_dir", house / "config", "--pretrained_model_name_or_path", tiny_base)
+
+    def resolved(arguments):
+        print(f"images: train {len(resolve(parse(arguments))[1].unlabelled)}")
+        return 0
+
+    def attempt(rng, number):
+        path.write_bytes(damaged_text(content, rng))
+        outcome = Outcome(resolved, *words, "--val_fraction", 0, "--report_to", "none", "--unlabelled", path)
+        if complaint := outcome.complaint():
+            return complaint
+        return None if outcome.status or outcome.images() <= 6 else f"{outcome.images()} of 6 images"
+
+    trials("pool", 100, attempt)
 
 
 def test_damaged_registry_files(house, tmp_path, tiny_base):

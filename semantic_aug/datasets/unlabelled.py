@@ -41,8 +41,9 @@ def read_unlabelled(path: Path | str) -> ImageTable:
         column = table.column("path")
         if column is None:
             raise UserError(f"--unlabelled {path}: expected a list with the column path, or a folder of images")
-        names = dict.fromkeys(cells[column].strip() for _, cells in table.records())
-        files = {name: os.path.abspath(path.parent / name) for name in names if name}
+        names = (cells[column].strip() for _, cells in table.records())
+        names = dict.fromkeys(os.path.normpath(name) for name in names if name)  # an image counts once
+        files = {name: os.path.abspath(path.parent / name) for name in names}
     else:
         raise UserError(f"--unlabelled {path}: not there; expected a folder of images, or a list with the column path")
     if not files:
