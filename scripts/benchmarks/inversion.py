@@ -58,7 +58,7 @@ def picture(engine: Engine, photographs: Tensor, inverted: Tensor, labels: list[
             latents = tuple(inverted[[i] * count] for i in pair)
             classes = tuple([labels[a if whole_circle else i]] * count for i in pair)
             images = engine.interpolate(latents, classes, positions, whole=whole_circle)
-            rows.append(torch.cat([*photographs[pair], *images, *photographs[[a]] * (8 - count)], dim=1))
+            rows.append(torch.cat([*photographs[pair], *images], dim=1))
     width = max(row.shape[1] for row in rows)
     padded = [torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows]
     return Image.fromarray(torch.cat(padded).numpy())
