@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_aug.diffusion.families import Family, family_of, read_configs, read_index
+from semantic_aug.diffusion.families import Family, family_of, read_config, read_configs
 from semantic_aug.diffusion.schedulers import check_noise_schedule
 from semantic_aug.diffusion.weights import check_weights, find_weights
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed
-from semantic_aug.files import read_json_object
 from semantic_aug.registry import resolve_path, shown_path
 
 if TYPE_CHECKING:
@@ -112,14 +111,8 @@ def check_base(folder: Path, name: str) -> Family:
 
 
 def read_scheduler_config(folder: Path, name: str) -> dict[str, Any]:
-    """A base model's ``scheduler_config.json``. Raises UserError: absent or not a JSON object."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        return read_json_object(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"base model '{name}': {path} cannot be read ({error}): expected the noise schedule of a Stable Diffusion"
-        ) from None
+    """A base model's noise schedule, ``scheduler_config.json``."""
+    return read_config(folder / "scheduler" / "scheduler_config.json", name)
 
 
 @dataclass
@@ -319,13 +312,14 @@ def _assembled(
 ) -> BaseModel:
     for network in networks.values():
         network.requires_grad_(False).eval()
+    index = read_config(folder / "model_index.json", name)
     return BaseModel(
         *(name, folder, family, tokenizers),
         text_encoders=tuple(networks[encoder.component] for encoder in family.encoders),
         vae=networks["vae"],
         unet=networks["unet"],
         scheduler_config=read_scheduler_config(folder, name),
-        zero_null=family.sizes and bool(read_index(folder, name).get("force_zeros_for_empty_prompt", True)),
+        zero_null=family.sizes and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 

@@ -8,7 +8,6 @@ the image's sizes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,38 +174,25 @@ FAMILIES = (
 )
 
 
-def read_index(folder: Path, name: str) -> Mapping[str, Any]:
-    """A base model's ``model_index.json``. Raises UserError: not there, or not JSON with a pipeline's class."""
-    file = folder / "model_index.json"
+def read_config(file: Path, name: str) -> dict[str, Any]:
+    """A JSON object that a base model's folder holds. Raises UserError: absent, or no JSON object."""
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        return {**index, "_class_name": str(index["_class_name"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"base model '{name}': {file} cannot be read ({type(error).__name__}: {error}): expected a folder in "
-            "diffusers layout"
-        ) from None
+        return read_json_object(file)
+    except (OSError, ValueError) as error:
+        expected = "expected a Stable Diffusion in diffusers layout"
+        raise UserError(f"base model '{name}': {file} cannot be read ({error}): {expected}") from None
 
 
-def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configurations of a base model's U-Net and VAE. Raises UserError: absent or not JSON objects."""
-    configs = []
-    for part in ("unet", "vae"):
-        path = folder / part / "config.json"
-        try:
-            configs.append(read_json_object(path))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"base model '{name}' is not a Stable Diffusion in diffusers layout: {path} cannot be read ({error})"
-            ) from None
-    return configs[0], configs[1]
+def read_configs(folder: Path, name: str) -> tuple[dict[str, Any], ...]:
+    """The configurations of a base model's U-Net and VAE."""
+    return tuple(read_config(folder / part / "config.json", name) for part in ("unet", "vae"))
 
 
 def family_of(folder: Path, name: str) -> Family:
     """The family of a base model, by the pipeline its ``model_index.json`` names. Raises UserError: a pipeline of another
     kind, or one that lacks a text encoder (XL's refiner)."""
-    index = read_index(folder, name)
-    pipeline = index["_class_name"]
+    index = read_config(folder / "model_index.json", name)
+    pipeline = index.get("_class_name")
     family = next((family for family in FAMILIES if pipeline in family.pipelines), None)
     if family is None:
         known = " and ".join(f"{family.name} ({', '.join(family.pipelines)})" for family in FAMILIES)
