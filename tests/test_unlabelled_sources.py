@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
-from helpers import contents, run, sampling_arguments, write_subset
+from helpers import CLASSES, contents, run, sampling_arguments, write_subset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_guide import plan_for
 
+import sample_mp
 import tiny
 from semantic_aug import meta_csv
 from semantic_aug.classify.inference import load_run
@@ -20,9 +21,10 @@ from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.synthetic import SyntheticImages, read_subset, soft_labels
 from semantic_aug.datasets.unlabelled import read_unlabelled, with_unlabelled
 from semantic_aug.errors import UserError
+from semantic_aug.sampling.config import describe_plan, plan_of, task_paths
 from semantic_aug.sampling.guide import make_guide, pool_classes, write_guide
 from semantic_aug.sampling.plan import Guide
-from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.sampling.settings import ImageSettings, build_parser
 
 
 @pytest.fixture
@@ -176,6 +178,22 @@ def test_a_subset_of_both_kinds_of_sources_reaches_stage_3(
     (folder / "meta.csv").unlink()
     run("sample_mp.py", *command)
     assert contents(folder, "*.png", "*.csv") == before
+
+
+def test_without_a_classifier_a_source_is_of_no_class_of_the_data_set(pool, workshop, image_folder, tmp_path):
+    words = sampling_arguments(workshop, image_folder, tmp_path, sources="unlabelled", unlabelled=pool)
+    config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, words))))
+    paths = task_paths(config, dataset, plan_of(config, dataset))
+    assert paths.folders[-1] == "unlabelled" and "unlabelled" in describe_plan(config, dataset)
+    meta_csv.write(tmp_path / "meta.csv", paths.meta_rows(np.arange(54)), paths.further_columns)
+    with open(tmp_path / "meta.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["First Directory"] for row in rows} == {"unlabelled"} and {row["Source Label"] for row in rows} == {
+        "even"
+    }
+    assert {row["Unlabelled Image"] for row in rows} == set(read_unlabelled(pool).keys)
+    assert all(row["Path"].startswith("unlabelled/") and row["Source Image"] == "" for row in rows)
+    assert sorted(meta_csv.read(tmp_path / "meta.csv").class_names) == sorted(CLASSES)
 
 
 def test_stage_3_refuses_sources_that_another_setting_evaluates_on(pool, image_folder, animals, tmp_path):
