@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug import files, runs
+from semantic_aug.classify.activation import activation_maps
 from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
 from semantic_aug.classify.config import WEIGHTS, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
@@ -75,6 +76,10 @@ class Classifier:
                 probabilities = self.model(self.normalise(pixels)).float().softmax(-1).cpu()
             check_outputs(float(probabilities.sum()), self.amp)
             yield rows, probabilities
+
+    def activation_maps(self, read: Callable[[int], Image.Image], classes: Sequence[int]) -> Iterator[np.ndarray]:
+        """Where images show a class; see :func:`semantic_aug.classify.activation.activation_maps`."""
+        return activation_maps(self.model, self.normalise, self.resolution, read, classes)
 
     def probabilities(self, read: Callable[[int], Image.Image], count: int, size: int = 64) -> np.ndarray:
         """Class probabilities ``(count, K)``, arguments as of :meth:`batches`."""

@@ -158,7 +158,7 @@ def resolve(
     noise_schedule = read_scheduler_config(model.folder, model.name)
     solver = read_few_steps(args, model.name, noise_schedule) if few else read_solver(args)
     if images.object_mask:
-        check_mask(images.object_mask, dataset.train, dataset.name, strategy.start)
+        check_mask(images.object_mask, dataset.train, dataset.name, strategy.start, images.classifier)
         dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
         check_regions(dataset.train)
     if placement.gpu_ids is None and placement.engine == "mp":
@@ -183,7 +183,9 @@ def resolve(
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
-    guide = make_guide(images, dataset, placement.devices[0], load_classifier, subset_folder(config, dataset))
+    grid = geometry.latent_shape(images.resolution)[1:]
+    folder = subset_folder(config, dataset)
+    guide = make_guide(images, dataset, placement.devices[0], load_classifier, folder, grid)
     config = replace(config, guide=guide)
     if output.register_key:
         entry = registry.shown_path(subset_folder(config, dataset))

@@ -10,12 +10,13 @@ import csv
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ from semantic_aug.datasets.fingerprint import (
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
+from semantic_aug.sampling.masks import has_regions
 from semantic_aug.sampling.plan import Guide
 from semantic_aug.sampling.settings import ImageSettings
 
@@ -57,13 +59,21 @@ class Classifier(Protocol):
     def probabilities(self, read: Callable[[int], Image.Image], count: int) -> np.ndarray:
         """Class probabilities ``(count, K)``."""
 
+    def activation_maps(self, read: Callable[[int], Image.Image], classes: Sequence[int]) -> Iterator[np.ndarray]:
+        """Where each image shows a class, batch by batch: ``(B, side, side)`` in [0, 1]."""
+
 
 LoadClassifier = Callable[[Path, str], Classifier]
 """From the folder of a finished run and a device to its classifier."""
 
 
 def make_guide(
-    settings: ImageSettings, dataset: LoadedDataset, device: str, load_classifier: LoadClassifier, folder: Path
+    settings: ImageSettings,
+    dataset: LoadedDataset,
+    device: str,
+    load_classifier: LoadClassifier,
+    folder: Path,
+    grid: tuple[int, int] = (0, 0),
 ) -> Guide:
     """The guide of a subset: what its folder has kept, else what the classifier says.
 
@@ -71,11 +81,14 @@ def make_guide(
         dataset: loaded under the setting.
         device: of the classifier.
         folder: of the subset, which need not exist.
+        grid: (h, w) of the latents, for masks.
 
     Raises:
         UserError: the classifier is none, has other classes, or was trained or validated on other images.
     """
-    if settings.classifier is None:
+    masked = settings.object_mask is not None and not has_regions(dataset.train)
+    asked = masked or settings.pairing == "confusion" or settings.sources == "hard" or dataset.unlabelled is not None
+    if settings.classifier is None or not asked:
         return Guide()
     run = registry.resolve_path(settings.classifier)
     classifier = load_classifier(run, device)
@@ -83,6 +96,8 @@ def make_guide(
     origin = _check_split(run, dataset) | {"classifier": files_digest([classifier.path])}
     if dataset.unlabelled is not None:
         origin["unlabelled"] = pool_identity(dataset.unlabelled)
+    if masked:
+        origin["objects"] = f"{grid[0]} x {grid[1]}, {settings.mask_threshold:g}"
     guide = Guide(origin=origin)
     if settings.pairing == "confusion":
         guide = replace(guide, confusions=read_confusions(run, dataset))
@@ -96,6 +111,12 @@ def make_guide(
         known = kept.pool_classes is not None
         pair = (kept.pool_classes, kept.pool_weights) if known else pool_classes(classifier, order, pool)
         guide = replace(guide, pool_classes=pair[0], pool_weights=pair[1])
+    if masked:
+        objects = kept.objects
+        if objects is None:
+            log.info("classifier %s: activation maps of %d images", registry.shown_path(run), len(dataset.train))
+            objects = objects_of(classifier, order, dataset.train, grid, settings.mask_threshold)
+        guide = replace(guide, objects=objects)
     return guide
 
 
@@ -137,6 +158,35 @@ def _predicted(
 def pool_identity(images: ImageTable) -> str:
     """Digest of the names and contents of unlabelled images."""
     return str(split_identity(images, hash_images(images).hex())["digest"])
+
+
+def objects_of(
+    classifier: Classifier, order: list[int], images: ImageTable, grid: tuple[int, int], threshold: float
+) -> np.ndarray:
+    """The object of each image by the activation map of its own class: the cells whose mean is at least ``threshold`` of the
+    map's maximum (Zhou et al. 2016, arXiv:1512.04150, take a fifth), packed as :class:`Guide` has them.
+
+    An image has none where nothing in it speaks for its class, and where it cannot be read.
+
+    Args:
+        order: position of each class of ``images`` among the classifier's.
+        grid: (h, w) of the latents.
+    """
+
+    def read(row: int) -> Image.Image:
+        try:
+            return images.image(row)
+        except UserError:  # nothing is made from it, which a run says
+            return Image.new("RGB", (1, 1))
+
+    packed = []
+    for maps in classifier.activation_maps(read, [order[label] for label in images.labels.tolist()]):
+        cells = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps), grid) >= threshold
+        packed.append(np.packbits(cells.flatten(1).numpy(), axis=1))
+    objects = np.concatenate(packed)
+    if empty := int((~objects.any(axis=1)).sum()):
+        log.warning("%d training images show nothing of their class to the classifier: all of them may change", empty)
+    return objects
 
 
 def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:

@@ -35,18 +35,24 @@ def columns_of(object_mask: str | None) -> tuple[str, ...]:
     return () if object_mask is None else (BOX, MASK)
 
 
-def check_mask(part: str, images: ImageTable, dataset: str, start: str) -> None:
-    """Refuses a mask where there is nothing to mask. Raises UserError: images without boxes and masks, or a strategy that has
-    no source image."""
+def has_regions(images: ImageTable) -> bool:
+    """Whether the images have boxes or masks, which win over a classifier's activation maps."""
+    return bool({BOX, BOX_TEXT, MASK_PATH} & set(images.extras))
+
+
+def check_mask(part: str, images: ImageTable, dataset: str, start: str, classifier: Path | None = None) -> None:
+    """Refuses a mask where there is nothing to mask. Raises UserError: images without boxes and masks and no classifier that
+    finds their objects, or a strategy that has no source image."""
     if start != "image":
         why = {"noise": "noise and has no source image", "inversion": "two inverted images and changes everything"}[
             start
         ]
         raise UserError(f"--object_mask {part}: the strategy starts from {why}; leave it out")
-    if not {BOX, BOX_TEXT, MASK_PATH} & set(images.extras):
+    if classifier is None and not has_regions(images):
         raise UserError(
             f"--object_mask {part}: {dataset} has no boxes of its objects and no masks; the official downloads of cub, car "
-            "and pascal have boxes; for your own images give a column box or mask, or a folder masks (docs/datasets.md)"
+            "and pascal have boxes; for your own images give a column box or mask, a folder masks (docs/datasets.md), or "
+            "--classifier RUN, which finds objects by class activation maps"
         )
 
 

@@ -89,6 +89,7 @@ class Guide:
         losses: float32 ``(N,)``, cross-entropy of each training image in nats.
         pool_classes: int32 ``(P, M)``, the most probable classes of each unlabelled image, the best first.
         pool_weights: uint16 ``(P, M)``, their probabilities in ten thousandths; 0 beyond those that count.
+        objects: uint8 ``(N, ceil(h * w / 8))``, the cells of the latents that show each training image's class, as packed bits.
         origin: digests of what the others were computed from, by name; no part of the plan's digest.
     """
 
@@ -96,6 +97,7 @@ class Guide:
     losses: np.ndarray | None = None
     pool_classes: np.ndarray | None = None
     pool_weights: np.ndarray | None = None
+    objects: np.ndarray | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -88,7 +88,8 @@ class Subset:
 
     def job(self) -> Job:
         """What goes to the processes."""
-        config = replace(self.config, guide=Guide())  # the plan has been drawn
+        # the plan has been drawn; masks are still needed
+        config = replace(self.config, guide=Guide(objects=self.config.guide.objects))
         return Job(config, self.folder, self.identity.origin, config.compiled(len(self.plan)))
 
     def close(self) -> None:

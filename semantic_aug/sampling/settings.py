@@ -151,8 +151,9 @@ class ImageSettings:
         None,
         type=cli.path,
         metavar="RUN",
-        help="output folder of a finished train_cls.py run on the same images, for --pairing confusion, --sources hard, and "
-        "the part of unlabelled sources in their labels (default: none; that part is even over all classes)",
+        help="output folder of a finished train_cls.py run on the same images, for --pairing confusion, --sources hard, "
+        "--object_mask without boxes or masks, and the part of unlabelled sources in their labels (default: none; that part "
+        "is even over all classes)",
         result=False,
     )
     context_steps: float = cli.setting(
@@ -168,7 +169,15 @@ class ImageSettings:
     object_mask: str | None = cli.setting(
         None,
         choices=("object", "background"),
-        help="change only this part of a source image, by its box or mask, and keep the rest (default: change all)",
+        help="change only this part of a source image, by its box or mask, else by --classifier's class activation map, "
+        "and keep the rest (default: change all)",
+    )
+    mask_threshold: float = cli.setting(
+        0.2,
+        type=cli.number(0, 1, open_low=True),
+        metavar="X",
+        help="share of the class activation map's maximum from which a cell is the object's",
+        absent=0.2,
     )
     image_format: str = cli.setting(
         "png", choices=("png", "webp", "jpg"), help="png and webp are lossless; jpg (quality 95) is smaller and lossy"
@@ -200,10 +209,10 @@ class ImageSettings:
             raise UserError(
                 f"{users[0]} follows a classifier: give --classifier RUN, the folder of a finished train_cls.py run"
             )
-        if self.classifier is not None and not (users or self.unlabelled):
+        if self.classifier is not None and not (users or self.unlabelled or self.object_mask):
             raise UserError(
-                f"--classifier {self.classifier}: nothing follows it; give --pairing confusion or --sources hard, or leave it "
-                "out"
+                f"--classifier {self.classifier}: nothing follows it; give --pairing confusion, --sources hard or "
+                "--object_mask, or leave it out"
             )
 
     def _check_pool(self) -> None:

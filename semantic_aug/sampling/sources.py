@@ -12,6 +12,7 @@ removed when the subset is complete.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -296,10 +297,12 @@ class SourceMasks:
         images: training split, with boxes or masks; as the plan has it.
         latent: (h, w) of the latents.
         part: one of ``--object_mask``'s values.
+        objects: the cells of each image's object as packed bits, where there are neither boxes nor masks; see
+            :class:`semantic_aug.sampling.plan.Guide`.
     """
 
-    def __init__(self, images: SourceImages, latent: tuple[int, int], part: str):
-        self.images, self.latent, self.part = images, latent, part
+    def __init__(self, images: SourceImages, latent: tuple[int, int], part: str, objects: np.ndarray | None = None):
+        self.images, self.latent, self.part, self.objects = images, latent, part, objects
         self.known: dict[int, Tensor] = {}
 
     def batch(self, rows: Sequence[int]) -> Tensor:
@@ -308,6 +311,12 @@ class SourceMasks:
         return torch.stack([self._mask(row) for row in rows])
 
     def _mask(self, row: int) -> Tensor:
+        if self.objects is not None:
+            cells = np.unpackbits(self.objects[row], count=math.prod(self.latent)).astype(bool)
+            changes = (
+                cells if self.part == "object" and cells.any() else ~cells
+            )  # without an object everything may change
+            return torch.from_numpy(changes).reshape(1, *self.latent)
         if row not in self.known:
             try:
                 size = self.images.size(row)

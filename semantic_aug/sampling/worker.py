@@ -76,7 +76,9 @@ class BatchMaker:
             kind = SourceInversions if config.strategy.start == "inversion" else SourceMoments
             self.sources = kind(images, self.engine, origin.encoder, job.folder)
             if config.images.object_mask:
-                self.masks = SourceMasks(images, self.engine.latent_shape[1:], config.images.object_mask)
+                self.masks = SourceMasks(
+                    images, self.engine.latent_shape[1:], config.images.object_mask, config.guide.objects
+                )
         self.at_once: int | None = None
         self.only_black: int | None = 0  # images since the start, as long as all of them are black
 

@@ -1,0 +1,72 @@
+"""Class activation maps: where a classifier sees the class of an image (Grad-CAM, Selvaraju et al. 2017, arXiv:1610.02391)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from semantic_aug.classify.data import Normaliser
+from semantic_aug.datasets.images import fit
+from semantic_aug.errors import UserError
+
+BATCH = 16
+
+
+def activation_maps(
+    model: nn.Module, normalise: Normaliser, resolution: int, read: Callable[[int], Image.Image], classes: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """Grad-CAM of whole images, squashed to a square, batch by batch: float32 ``(B, resolution, resolution)`` in [0, 1], 1
+    where an image shows most of its class, and 0 everywhere where nothing in it speaks for the class.
+
+    Args:
+        model: timm's, in evaluation mode.
+        read: from an index to a PIL RGB image.
+        classes: output of each image whose map is wanted.
+
+    Raises:
+        UserError: pytorch-grad-cam is not installed, or a model without a grid of features.
+    """
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError:
+        raise UserError(
+            "--object_mask without boxes or masks takes class activation maps of the package grad-cam: pip install grad-cam"
+        ) from None
+    layer, as_grid = target_layer(model)
+    with GradCAM(model=model.requires_grad_(False), target_layers=[layer], reshape_transform=as_grid) as cam:
+        for start in range(0, len(classes), BATCH):
+            rows = range(start, min(len(classes), start + BATCH))
+            pixels = np.stack([np.asarray(fit(read(row), resolution)) for row in rows])
+            inputs = normalise(torch.from_numpy(pixels)).requires_grad_()  # through which gradients reach the layer
+            yield cam(inputs, targets=[ClassifierOutputTarget(classes[row]) for row in rows]).astype(np.float32)
+
+
+def target_layer(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The layer whose features make the map, and what turns its output into ``(B, C, h, w)``.
+
+    Of a network in stages it is the last one that timm lists. Of a vision transformer it is the norm before the last
+    attention: of what comes later, only the class token reaches the output.
+
+    Raises:
+        UserError: a model that has neither.
+    """
+    stages = getattr(model, "feature_info", None)
+    if hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size"):
+        prefix, (height, width) = model.num_prefix_tokens, model.patch_embed.grid_size
+        return model.blocks[-1].norm1, lambda x: x[:, prefix:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    name = type(model).__name__
+    if not stages or "module" not in stages[-1]:
+        raise UserError(f"--classifier: {name} has no stages of which timm knows, and so no class activation map")
+    channels = stages[-1]["num_chs"]
+
+    def as_grid(x: Tensor) -> Tensor:
+        if x.ndim == 4 and channels in (x.shape[1], x.shape[3]):
+            return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)  # channels last, as Swin has them
+        raise UserError(f"--classifier: the features of {name} are no grid {tuple(x.shape)}: no class activation map")
+
+    return model.get_submodule(stages[-1]["module"]), as_grid
