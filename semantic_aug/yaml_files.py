@@ -40,9 +40,6 @@ def read_text(path: Path) -> str | None:
 def parse(text: str, path: Path) -> dict[str, Any]:
     """The mapping that a YAML text holds; an empty text is an empty mapping.
 
-    Args:
-        typed: plain scalars that are numbers or ``true`` and ``false`` become such values; names stay text.
-
     Raises:
         UserError: damaged, not a mapping, or a name written twice in one mapping; names the file and the line.
     """

@@ -8,6 +8,7 @@ import torch
 
 import tiny
 from semantic_aug.datasets import load_dataset
+from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.diffusion import tokens
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.batches import Captions
@@ -77,12 +78,14 @@ def test_a_metadata_file_about_something_else_is_passed_over(tmp_path):
 def test_json_lines_give_captions_boxes_and_masks(tmp_path):
     folder = tiny.write_image_folder(tmp_path / "animals", train=2)
     lines = [
-        {"file_name": "toad/train000.png", "text": ["wet", "green"], "box": [1, 2, 30, 20]},
+        {"file_name": "toad/train000.png", "text": ["wet", None, "green"], "box": [1, 2, 30, 20]},
         {"file_name": "toad/train001.png", "objects": {"bbox": [[1, 2, 3, 4], [5, 6, 20, 10.5]], "categories": [0, 1]}},
         {"file_name": "red fox/train000.png", "mask": "m.png", "width": 40},
     ]
     (folder / "train/metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    train = load_dataset(f"folder:{folder}").train
+    with collected() as notes:
+        train = load_dataset(f"folder:{folder}").train
+    assert not notes  # the list is read, and so not left out
     columns = [train.extras[name].tolist() for name in ("caption", "box_text", "mask_path")]
     found = dict(zip(train.keys, map(list, zip(*columns, strict=True)), strict=True))
     assert found["train/toad/train000.png"] == ["wet\ngreen", "[1, 2, 30, 20]", ""]
@@ -97,6 +100,8 @@ def test_json_lines_give_captions_boxes_and_masks(tmp_path):
         ('{"file_name": "toad/train000.png", "text": "x"}\n[1]', "metadata.jsonl line 2: expected a JSON object"),
         ('{"file_name": "toad/train000.png"', "metadata.jsonl line 1: expected a JSON object"),
         ('{"file_name": "toad/none.png", "text": "x"}', "line 1: 'toad/none.png' is no image of"),
+        ('{"file_name": "toad/train000.png", "text": "x"}\n{"text": "y"}', "line 2: no file_name"),
+        ('{"file_name": "toad/train000.png", "text": "\\ud83d"}', "line 1: expected a JSON object"),
     ],
 )
 def test_bad_json_lines_are_named(tmp_path, text, message):

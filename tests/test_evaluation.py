@@ -143,6 +143,8 @@ def test_intervals_of_distances_hold_for_other_images():
             held[i] += low < truth < high
     assert (held >= 51).all(), held
     assert measure.percentile_interval(distances.resampled_pairwise(a[:2], rng)) is None
+    images = measure.ImageSet("", np.array([0, 0, 0, 0, 0, 1, 1]), None, a[:7], {})
+    assert images.class_distance_interval(np.arange(5), rng) and not images.class_distance_interval(np.arange(7), rng)
     assert measure.percentile_interval(distances.resampled_kernel(a[:2], b, rng)) is None
 
 

@@ -41,6 +41,9 @@ def test_a_folder_and_a_list_give_the_same_images(pool, tmp_path):
     assert len(images) == 9 and images.keys[0] == "batch0/0.png" and images.image(0).size == (50, 30)
     (pool / "list.csv").write_text("id;path\n" + "".join(f"{n};{key}\n" for n, key in enumerate(images.keys)))
     assert read_unlabelled(pool / "list.csv").keys == images.keys
+    again = [f"./{images.keys[0]}", str(pool / images.keys[1])]  # two images under other names
+    (pool / "list.csv").write_text("path\n" + "\n".join([*images.keys, *again]))
+    assert read_unlabelled(pool / "list.csv").keys == images.keys
 
 
 @pytest.mark.parametrize("split", ["test", "val"])

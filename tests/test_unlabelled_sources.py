@@ -131,6 +131,15 @@ def test_a_pool_of_the_hubs_format_is_read_without_its_labels(pool, animals, tmp
         read_unlabelled(pool).image(i).tobytes() for i in (0, 1, 2, 3)
     ]
     assert len(with_unlabelled(animals, f"hf:{tmp_path / 'copy'}").unlabelled) == 4
+    parts["unsupervised"] = hub.Dataset.from_dict(
+        {"image": [cell["bytes"] for cell in cells[2:4]]}
+    )  # as pandas writes them
+    hub.DatasetDict(parts).save_to_disk(str(tmp_path / "mixed"))
+    assert len(read_unlabelled(f"hf:{tmp_path / 'mixed'}")) == 4
+    parts["unsupervised"] = hub.Dataset.from_dict({"text": ["no image"]})
+    hub.DatasetDict(parts).save_to_disk(str(tmp_path / "texts"))
+    with pytest.raises(UserError, match="no image column 'image': its columns are text"):
+        read_unlabelled(f"hf:{tmp_path / 'texts'}")
 
 
 @pytest.mark.parametrize(

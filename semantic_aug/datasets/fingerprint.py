@@ -118,10 +118,14 @@ class ContentHashes:
         bar = tqdm(total=len(missing), desc=f"hashing {self.what}", unit="file", **options)
         settled = []
         with bar, ThreadPoolExecutor(_threads()) as pool:
-            for index, (value, keep) in zip(missing, pool.map(self._hash, missing), strict=True):
-                self.values[index] = np.frombuffer(value, np.uint8)
-                settled += [index] if keep else []
-                bar.update()
+            try:
+                for index, (value, keep) in zip(missing, pool.map(self._hash, missing), strict=True):
+                    self.values[index] = np.frombuffer(value, np.uint8)
+                    settled += [index] if keep else []
+                    bar.update()
+            except BaseException:  # an interruption: what has not begun is not waited for
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
         return settled
 
     def _hash(self, index: int) -> tuple[bytes, bool]:

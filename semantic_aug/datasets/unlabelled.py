@@ -42,8 +42,9 @@ def read_unlabelled(path: Path | str) -> ImageTable:
         if column is None:
             raise UserError(f"--unlabelled {path}: expected a list with the column path, or a folder of images")
         names = (cells[column].strip() for _, cells in table.records())
-        names = dict.fromkeys(os.path.normpath(name) for name in names if name)  # an image counts once
-        files = {name: os.path.abspath(path.parent / name) for name in names}
+        names = dict.fromkeys(os.path.normpath(name) for name in names if name)
+        first = {os.path.abspath(path.parent / name): name for name in reversed(names)}  # an image counts once
+        files = {name: file for file, name in reversed(first.items())}
     else:
         raise UserError(f"--unlabelled {path}: not there; expected a folder of images, or a list with the column path")
     if not files:

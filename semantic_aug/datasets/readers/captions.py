@@ -104,16 +104,21 @@ def _json_records(path: Path) -> tuple[Sequence[str] | None, Records]:
     """As :func:`_table_records`, of a file with a JSON object a line."""
     rows = []
     for line, text in enumerate(path.read_bytes().splitlines(), 1):
+        if not text.strip():
+            continue
         try:
-            record = json.loads(text) if text.strip() else None
+            record = json.loads(text)
+            json.dumps(record, ensure_ascii=False).encode()  # half a character, which JSON can escape, is no text
         except ValueError:
-            record = text
-        if record is not None and not isinstance(record, dict):
+            record = None
+        if not isinstance(record, dict):
             raise UserError(f'{path} line {line}: expected a JSON object such as {{"file_name": "toad/1.png"}}')
-        if record is not None:
-            rows.append((line, {name: str(value) for name, value in _values(record).items() if value is not None}))
+        rows.append((line, {name: str(value) for name, value in _values(record).items() if value is not None}))
+    nameless = [line for line, row in rows if "file_name" not in row]
+    if nameless and len(nameless) < len(rows):
+        raise UserError(f"{path} line {nameless[0]}: no file_name: add it or remove the line")
     columns = [name for name in ("caption", *REGIONS) if any(name in row for _, row in rows)]
-    return columns if columns and all("file_name" in row for _, row in rows) else None, iter(rows)
+    return columns if columns and not nameless else None, iter(rows)
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _values(record: Mapping[str, Any]) -> dict[str, Any]:
     largest = max(boxes, key=lambda box: box[2] * box[3], default=None) if _are_boxes(boxes) else boxes
     return {
         "file_name": record.get("file_name"),
-        "caption": "\n".join(map(str, caption)) if isinstance(caption, list) else caption,
+        "caption": "\n".join(str(c) for c in caption if c is not None) if isinstance(caption, list) else caption,
         "box": record.get("box", largest),
         "mask": record.get("mask"),
     }

@@ -94,7 +94,8 @@ def read_folder(folder: str | os.PathLike) -> Splits:
     if "train" in splits:
         _note_outside_splits(walk, children, files, [where.name for where in splits.values()])
         tables = {split: _folder_table(walk, Path(where.path), split) for split, where in splits.items()}
-        walk.note_left_out(captions.METADATA, *(f"{where.name}/{captions.METADATA}" for where in splits.values()))
+        of_splits = (f"{where.name}/{name}" for where in splits.values() for name in captions.METADATA)
+        walk.note_left_out(*captions.METADATA, *of_splits)
         note(
             "splits without an image left out",
             [where.name for split, where in splits.items() if not len(tables[split])],
@@ -109,7 +110,7 @@ def read_folder(folder: str | os.PathLike) -> Splits:
         names = " and ".join(child.name for child in children)
         raise UserError(f"{root} holds {names} without class folders: expected one folder per class in each of them")
     table = _folder_table(walk, root, "train")
-    walk.note_left_out(captions.METADATA)
+    walk.note_left_out(*captions.METADATA)
     return {"train": table}
 
 

@@ -136,8 +136,10 @@ def read_hub_images(word: str, class_name: str) -> ImageTable:
         raise UserError(f"data set {word} has only the splits {', '.join(map(str, splits))}: expected one named train")
     rows, *others = kept.values()
     if others:
-        column = [_known_image_column(rows, word, None)]
-        rows = hub.concatenate_datasets([part.select_columns(column) for part in (rows, *others)])
+        column = _known_image_column(rows, word, None)
+        images = hub.Image(decode=False)
+        parts = [part.select_columns([_known_image_column(part, word, column)]) for part in (rows, *others)]
+        rows = hub.concatenate_datasets([part.cast_column(column, images) for part in parts])
     name = "+".join(kept)
     return _table_of_rows(rows, HubSplit(repo, name, local), name, None, ((class_name,), [0] * len(rows)))
 

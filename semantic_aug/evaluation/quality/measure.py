@@ -128,7 +128,10 @@ class ImageSet:
         return float(self._over_classes(rows, distances.mean_pairwise))
 
     def class_distance_interval(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[float, float] | None:
-        """95 % interval of the class distance over the images, resampled within each class."""
+        """95 % interval of the class distance over the images, resampled within each class; None where a class has two images,
+        which count for the distance and cannot be resampled."""
+        if (np.unique(self.classes[rows], return_counts=True)[1] == 2).any():
+            return None
         return percentile_interval(self._over_classes(rows, lambda part: distances.resampled_pairwise(part, rng)))
 
     def _over_classes(self, rows: np.ndarray, spread: Callable[[np.ndarray], float | np.ndarray]) -> np.ndarray:
