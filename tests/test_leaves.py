@@ -370,6 +370,11 @@ def test_a_folder_is_claimed_once(tmp_path):
             "former value",
         ),
         ({"lr": 0.1, "recipe": "default: sets nothing"}, {"lr": 0.2, "recipe": "default: sets nothing"}, ""),
+        (  # records leave out a setting at the value that its absence means
+            {"momentum": "plain", "recipe": "paper: momentum plain"},
+            {"recipe": "default: sets nothing"},
+            "; momentum is at its default and was plain by recipe paper, --momentum plain gives the former value",
+        ),
     ],
 )
 def test_a_refused_run_says_which_recipe_gave_it_other_values(tmp_path, kept, present, cause):
