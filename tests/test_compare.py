@@ -137,6 +137,14 @@ def test_devices_reach_every_stage(tmp_path):
     assert str(made["ti_db"]).startswith("CUDA_VISIBLE_DEVICES=")
 
 
+def test_extra_arguments_may_set_what_the_methods_do_not(tmp_path):
+    words = ["--dataset", "elpv", "--seeds", "1", "--methods", "diff-mix", "--stage2_args", "--contexts x"]
+    assert compare.jobs_of(parsed(words), tmp_path)[0].pair.steps["sample diff-mix"].arguments[-2:] == (
+        "--contexts",
+        "x",
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -146,6 +154,10 @@ def test_devices_reach_every_stage(tmp_path):
         (["--examples_per_class", "0"], "--examples_per_class 0: expected a number of images, or -1"),
         (["--gpu_ids", "gpu0"], "--gpu_ids gpu0: expected GPU numbers or the word cpu"),
         (["--stage3_args", "--seed 3"], "--stage3_args: --seed is set for each run already"),
+        (
+            ["--methods", "diff-mix+contexts", "--stage2_args", "--contexts x"],
+            "--stage2_args: --contexts is what the method diff-mix+contexts sets",
+        ),
         (["--metods", "mixup"], "unknown argument --metods: did you mean --methods?"),
         (["--report_only", "--output_dir", "outputs/no_such_comparison"], "holds no comparison"),
     ],

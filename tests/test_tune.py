@@ -1,5 +1,6 @@
 """The search for settings: halving, budgets, parts of a pool, and what it chooses where the answer is known."""
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -53,6 +54,25 @@ def test_the_default_search_has_high_probabilities_and_teacher_labels():
     assert len({c.name for c in found}) == len(found) and DEFAULT.name == "s0.7-g0.5-p0.3-m5"
     former = [c.name for c in settings_of("--labels", "strength", "--probs", "0.1", "0.3", "0.5").candidates(0)]
     assert former == [c.name for c in grid()]
+
+
+def test_labels_of_one_class_do_not_depend_on_gamma_whoever_gives_them():
+    words = ["--strategy", "diff-mix", "diff-aug", "--labels", "mixed", "--gammas", "0.3", "0.5", "0.8"]
+    found = [c for c in settings_of(*words).candidates(0) if c.labels == "mixed"]
+    assert {c.gamma for c in found if c.strategy == "diff-aug"} == {0.5}
+    assert {c.gamma for c in found if not c.strategy} == {0.3, 0.5, 0.8}
+
+
+def test_a_search_keeps_its_grid(tmp_path):
+    grid, plan = settings_of(), tmp_path / tune.PLAN_FILE
+    assert grid.resumed(tmp_path) == grid
+    plan.write_text(json.dumps({"asked": {}, "trials": 9, "grid": dataclasses.asdict(grid)}))
+    assert settings_of("--labels", "strength", "teacher").resumed(tmp_path) == grid
+    with pytest.raises(UserError, match="other values: give --probs 0.1 0.3 0.5 0.7 --labels strength teacher, or"):
+        settings_of("--probs", "0.3", "--labels", "mixed").resumed(tmp_path)
+    plan.write_text(json.dumps({"asked": {}, "trials": 9}))  # begun when there were fewer candidates by default
+    former = settings_of("--gammas", "0.3", "0.8").resumed(tmp_path)
+    assert former == settings_of("--gammas", "0.3", "0.8", "--probs", "0.1", "0.3", "0.5", "--labels", "strength")
 
 
 def test_every_strategy_that_starts_from_images_can_be_searched(tmp_path):

@@ -22,6 +22,7 @@ from semantic_aug.evaluation.experiments.commands import (
     LABEL_STEP,
     METHODS,
     REAL_ONLY,
+    Method,
     StageCommands,
     setting_name,
 )
@@ -37,6 +38,7 @@ from semantic_aug.evaluation.experiments.runner import (
     terminated_as_interrupted,
 )
 from semantic_aug.evaluation.experiments.settings import (
+    ExtraArguments,
     Parser,
     Placement,
     add_shared,
@@ -149,6 +151,15 @@ class Job:
         return {step.stage for step in self.pair.steps.values()}
 
 
+def refuse_flags_of_methods(extra: ExtraArguments, methods: Sequence[Method]) -> None:
+    """Refuses extra arguments of stage 2 that a method sets itself, since they would win over its own."""
+    for method in methods:
+        if flags := extra.flags(2) & method.sample.keys():
+            raise UserError(
+                f"--stage2_args: --{min(flags)} is what the method {method.name} sets; leave out one of the two"
+            )
+
+
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
     """All pairs, seed by seed, so that a comparison stopped half-way has every setting. Raises UserError: the arguments do not
     fit together."""
@@ -158,6 +169,7 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
         raise UserError(f"--methods {pseudo[0]} trains on unlabelled images: give --unlabelled PATH")
     if args.unlabelled is not None and not pseudo:
         raise UserError(f"--unlabelled {args.unlabelled}: no method uses it; add pseudo-label to --methods")
+    refuse_flags_of_methods(cli.read_settings(ExtraArguments, args), [METHODS[name] for name in settings.methods])
     recipes = [recipe_of(args, index) for index in range(len(settings.examples_per_class))]
     methods, jobs = list(dict.fromkeys(settings.methods)), []
     for seed in dict.fromkeys(settings.seeds):

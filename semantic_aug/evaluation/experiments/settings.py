@@ -34,7 +34,8 @@ RESERVED = {
         "soft_labels curriculum"
     ).split(),
 }
-"""Flags that ``--stageN_args`` may not hold: they are what runs differ in, or must agree in."""
+"""Flags that ``--stageN_args`` may not hold: they are what runs differ in, or must agree in. ``compare`` refuses those that its
+methods set besides."""
 
 _ARGS = re.compile(r"--stage[123]_args")
 
@@ -72,10 +73,13 @@ class ExtraArguments:
     stage3_args: tuple[str, ...] = _extra(3)
 
     def __post_init__(self):
-        for stage, extra in self.by_stage().items():
-            for word in extra:
-                if word.startswith("--") and word[2:].split("=")[0] in RESERVED[stage]:
-                    raise UserError(f"--stage{stage}_args: {word} is set for each run already; leave it out")
+        for stage, reserved in RESERVED.items():
+            if flags := self.flags(stage) & set(reserved):
+                raise UserError(f"--stage{stage}_args: --{min(flags)} is set for each run already; leave it out")
+
+    def flags(self, stage: int) -> set[str]:
+        """Names of the flags among a stage's extra arguments."""
+        return {word[2:].partition("=")[0] for word in self.by_stage()[stage] if word.startswith("--")}
 
     def by_stage(self) -> dict[int, tuple[str, ...]]:
         """Stage -> its extra arguments."""

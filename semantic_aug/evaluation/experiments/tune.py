@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from semantic_aug import cli, console, files, registry, runs
@@ -18,7 +18,7 @@ from semantic_aug.augmentations import strategies
 from semantic_aug.classify.draws import SOFT_LABELS
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.evaluation.experiments import halving, report
-from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step, arguments_of, command
 from semantic_aug.evaluation.experiments.halving import Candidate
 from semantic_aug.evaluation.experiments.results import read_json, read_predictions
 from semantic_aug.evaluation.experiments.runner import (
@@ -38,6 +38,8 @@ DEFAULT = {"strength": 0.7, "gamma": 0.5, "probability": 0.3}
 """The authors' recommendation for few shots; always a candidate, at the largest multiplier."""
 DEFAULT_TRIALS = 40
 PLAN_FILE = "plan.json"
+FORMER_GRID = {"probs": (0.1, 0.3, 0.5), "labels": ("strength",)}
+"""Defaults, where they differ, of the searches whose plan does not hold their grid."""
 
 
 def _values(name: str, default: tuple[float, ...], high: float, metavar: str):
@@ -83,6 +85,22 @@ class GridSettings:
                 f"--strategy {self.strategy[0]}: it draws its own strengths; name one first that takes --strengths, as diff-mix"
             )
 
+    def resumed(self, folder: Path) -> GridSettings:
+        """The grid of the search begun in a folder; this one where there is none. Raises UserError: it has other values."""
+        plan, record = read_json(folder / PLAN_FILE), runs.plain(asdict(self))
+        if plan is None:
+            return self
+        if "grid" not in plan:  # of an earlier version
+            defaults = cli.settings_of(type(self))
+            former = {name: v for name, v in FORMER_GRID.items() if getattr(self, name) == defaults[name].default}
+            return replace(self, **former)
+        other = {name: value for name, value in plan["grid"].items() if record.get(name) != value}
+        if other:
+            raise UserError(
+                f"{folder} holds a search among other values: give {' '.join(arguments_of(other))}, or another --output_dir"
+            )
+        return self
+
     def candidates(self, seed: int) -> list[Candidate]:
         """The candidates, the default first; see :func:`semantic_aug.evaluation.experiments.halving.candidates`."""
         axes = [
@@ -102,7 +120,7 @@ class GridSettings:
         """A candidate whose values without effect are all the same: a strength where the strategy draws its own, gamma where
         labels do not depend on it."""
         row = strategies.find(values.strategy)
-        without_gamma = values.labels == "teacher" or (row.pairing == "same" and values.labels == "strength")
+        without_gamma = values.labels == "teacher" or row.pairing == "same"
         return replace(
             values,
             strength=None if row.strengths else values.strength,
@@ -169,19 +187,18 @@ class Tuning:
 
     Attributes:
         commands: of the setting under its draw.
-        strategy: of the synthetic images.
-        multiplier: of the pool.
+        grid: of the candidates.
         score: of validation, by which is chosen.
     """
 
     commands: StageCommands
-    strategy: str
-    multiplier: float
+    grid: GridSettings
     score: str
 
     def __post_init__(self) -> None:
         self.folder, self.recipe = self.commands.folder, self.commands.recipe
         self.pair = Pair(self.folder, {})
+        self.strategy, self.multiplier = self.grid.strategy[0], max(self.grid.multipliers)
 
     def add_pool(self, candidates: Collection[Candidate]) -> None:
         """Plans stage 1 and one subset per strategy and strength."""
@@ -321,15 +338,17 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
                 f"--budget_hours {budget.budget_hours:g}: {spent_text}, and the smallest search has {needed} "
                 f"runs of {duration(seconds)}: give at least {enough:g}; what is done is kept"
             )
-    files.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials})
+    grid = runs.plain(asdict(tuning.grid))
+    files.write_json(tuning.folder / PLAN_FILE, {"asked": asked, "trials": trials, "grid": grid})
     return trials
 
 
 def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Candidate]]:
-    """The search of parsed arguments, and its candidates, the default first."""
-    grid, devices = cli.read_settings(GridSettings, args), cli.read_settings(Placement, args).devices
+    """The search of parsed arguments, and its candidates, the default first. Raises UserError: the folder holds a search among
+    other values."""
+    grid, devices = cli.read_settings(GridSettings, args).resumed(folder), cli.read_settings(Placement, args).devices
     commands = StageCommands(recipe_of(args), args.subset_seed, folder, devices)
-    tuning = Tuning(commands, grid.strategy[0], max(grid.multipliers), args.select_by or "top1")
+    tuning = Tuning(commands, grid, args.select_by or "top1")
     candidates = grid.candidates(args.subset_seed)
     tuning.add_pool(candidates)
     return tuning, candidates
