@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tiny
 import train_cls
-from semantic_aug import SoftLabelDataset
+from semantic_aug import SoftLabelDataset, runs
 from semantic_aug.classify import inference, run, teacher, trainer
 from semantic_aug.classify.config import read_config
 from semantic_aug.classify.draws import SyntheticSettings
@@ -99,7 +99,7 @@ def test_labels_sum_to_one(rows, temperature, classes, kind, weight):
 
 
 def test_labels_are_tempered_limited_mixed_and_where_nobody_judges_by_strength():
-    q, pair = np.array([[0.1, 0.4, 0.5]]), (np.array([0]), np.array([1]))
+    q, pair = np.array([[0.1, 0.4, 0.5]]), np.array([[True, True, False]])
     np.testing.assert_allclose(teacher.tempered(q, 1.0), q)
     roots = np.sqrt(q)
     np.testing.assert_allclose(teacher.tempered(q, 2.0), roots / roots.sum())
@@ -110,6 +110,14 @@ def test_labels_are_tempered_limited_mixed_and_where_nobody_judges_by_strength()
     labels = teacher.label(images, np.concatenate([q, np.zeros((1, 3))]), mixed).soft
     np.testing.assert_allclose(labels, [[0.8 * 0.1 + 0.1, 0.8 * 0.4 + 0.1, 0.8 * 0.5], [0.5, 0.5, 0]], atol=1e-6)
     assert np.array_equal(images.take(np.array([1])).labels(0.5, 3), [[0.5, 0.5, 0]])
+
+
+def test_an_unlabelled_source_may_have_any_of_its_classes():
+    q = np.array([[0.1, 0.4, 0.5]] * 3)
+    known = np.array([[1 / 3, 1 / 3, 1 / 3], [0, 0.25, 0.75], [0, 1, 0]])
+    images = SyntheticImages([None] * 3, np.array([0, 2, 1]), np.array([0, 1, 0]), np.full(3, 0.5), source_labels=known)
+    labels = teacher.label(images, q, SyntheticSettings(soft_labels="teacher", teacher_classes="pair")).soft
+    np.testing.assert_allclose(labels, [[0.1, 0.4, 0.5], [0, 4 / 9, 5 / 9], [0.2, 0.8, 0]], atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- real training
@@ -246,6 +254,42 @@ def test_classes_that_a_classifier_has_not_seen_keep_their_labels_by_strength(tm
     anywhere = replace(config, synthetic=replace(config.synthetic, allow_other_sources=True))
     with pytest.raises(UserError, match="expected two training images per class at least"):
         teacher.subset_labels(anywhere, only)
+
+
+def test_each_kind_of_classifier_has_its_own_folder_and_labels(animals_folder, subset, tmp_path):
+    config, dataset, _ = resolved(animals_folder, subset, tmp_path)
+    teachers = teacher.Teachers.of(config, dataset)
+    pretrained = replace(teachers, origin={**teachers.origin, "weights": {"files": "0"}})
+    prompted = replace(teachers, dataset=replace(dataset, class_names=("a", "b", "c")))
+    kinds = (teachers, pretrained, prompted)
+    assert len({kind.folder for kind in kinds}) == len({teacher.SubsetLabels(kind, subset).path for kind in kinds}) == 3
+    spoiled, whole = (teachers.run_folder((fold,)) for fold in range(2))
+    for folder in (spoiled, whole):
+        runs.claim(folder, {}, "--output_dir")
+    runs.spoil(spoiled, "its images changed during the run")
+    teachers.remove_spoiled()
+    assert not spoiled.exists() and whole.exists()
+
+
+def test_images_whose_sources_are_not_recorded_are_counted(animals_folder, tmp_path, caplog):
+    rows = [(tiny.picture(0, n), "toad", "red fox", strength, "") for n, strength in enumerate((0.5, 0.7, 1.0))]
+    made = evaluating.write_subset(
+        tmp_path / "made", [*rows, (tiny.picture(0, 9), "toad", "toad", 0.5, "train/toad/train000.png")]
+    )
+    config, dataset, _ = resolved(animals_folder, made, tmp_path)
+    teacher.subset_labels(config, dataset)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "the sources of 2 images are not recorded" in warnings[0]
+
+
+def test_a_run_of_other_images_is_refused_before_its_labels_are_made():
+    record = {"data": {"test": None}, "synthetic": {"images": 3, "labels": "by teachers", "content": "a"}}
+    before = {"data": {"test": None}, "synthetic": {"images": 3, "labels": "by strength", "content": "a"}}
+    assert run.BeforeLabels.compare(record, before) == "" != run.RunOrigin.compare(record, before)
+    assert "synthetic: 3 images" in run.BeforeLabels.compare(
+        record, {**before, "synthetic": {"images": 3, "content": "b"}}
+    )
+    assert "synthetic: 3 images now, 0" in run.BeforeLabels.compare({"data": {"test": None}}, before)
 
 
 def test_the_command_says_what_it_would_train_and_refuses_early(animals_folder, subset, tmp_path, cache, capsys):

@@ -56,7 +56,7 @@ class SyntheticSettings:
         choices=SOFT_LABELS,
         absent="strength",
         help="strength: by --gamma; teacher: from classifiers of the real training images that have not seen the image's "
-        "sources, which are trained first, as this run is, and kept; mixed: a mean of both",
+        "recorded sources, which are trained first, as this run is, and kept; mixed: a mean of both",
     )
     teacher_weight: float = cli.setting(
         0.5,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -246,20 +247,36 @@ def check_folder(
     synthetic: SyntheticImages | None,
     labels: Sequence[teacher.SubsetLabels] = (),
 ) -> None:
-    """Refuses an output folder of another run; ``labels`` that are not made yet cannot be compared, nor the origin then."""
-    synthetic = teacher.with_teacher_labels(synthetic, labels, config.synthetic, None)
-    origin = None if labels and synthetic is None else origin_of(config, dataset, synthetic)
+    """Refuses an output folder of another run; where ``labels`` are not made yet, all but these are compared."""
+    labelled = teacher.with_teacher_labels(synthetic, labels, config.synthetic, None)
+    kind = BeforeLabels if labels and labelled is None else RunOrigin
+    origin = origin_of(config, dataset, labelled or synthetic, kind)
     runs.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin, dry_run=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def origin_of(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> RunOrigin:
+class BeforeLabels(RunOrigin):
+    """What a run is made from whose synthetic images have no labels yet: these are not compared."""
+
+    @staticmethod
+    def compare(kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+        """See :meth:`semantic_aug.datasets.origin.RunOrigin.compare`."""
+        records = []
+        for record in (kept, present):
+            synthetic = record.get("synthetic") or {}
+            records.append({**record, "synthetic": {n: value for n, value in synthetic.items() if n != "labels"}})
+        return RunOrigin.compare(*records)
+
+
+def origin_of(
+    config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None, kind: type[RunOrigin] = RunOrigin
+) -> RunOrigin:
     """Data and weights that results are made from; captions and the super-class have no part in a classifier."""
     classifier = config.classifier
     weights = lambda: {"weights": weights_identity(classifier.model, classifier.weights)}  # noqa: E731
-    return RunOrigin(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
+    return kind(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
 
 
 def train(

@@ -6,7 +6,7 @@ the training images are dealt into folds, and each teacher, an ordinary run of s
 fold, or two where images have two sources.
 
     {cache}/teachers/{images and settings}/without-{folds}/    the runs, shared by all subsets of the same training images
-    {subset}/teacher-{meta}-{settings}.safetensors             class probabilities, and what they were made from
+    {subset}/teacher-{meta}-{digits of the second folder}.safetensors    class probabilities, and what they were made from
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import hashlib
 import itertools
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -106,33 +108,34 @@ def clean_teachers(of_sources: np.ndarray, teachers: Sequence[tuple[int, ...]]) 
     return np.stack(unseen, axis=1)
 
 
-def tempered(
-    probabilities: np.ndarray, temperature: float, pairs: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:
+def tempered(probabilities: np.ndarray, temperature: float, allowed: np.ndarray | None = None) -> np.ndarray:
     """q^(1/T), normalised; float64 ``(M, K)``, rows summing to one.
 
     Args:
         probabilities: q, ``(M, K)``.
         temperature: T; above 1 flatter.
-        pairs: source and target classes ``(M,)``, the only ones with a share; None: all classes.
+        allowed: the classes with a share, bool ``(M, K)``; None: all.
     """
     logits = np.log(np.maximum(probabilities.astype(np.float64), SMALLEST)) / temperature
-    if pairs is not None:
-        outside, rows = np.ones(logits.shape, bool), np.arange(len(logits))
-        for classes in pairs:
-            outside[rows, classes] = False
-        logits[outside] = -np.inf
+    if allowed is not None:
+        logits[~allowed] = -np.inf
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     return shares / shares.sum(axis=1, keepdims=True)
+
+
+def pairs(images: SyntheticImages, classes: int) -> np.ndarray:
+    """Target and source of each image, bool ``(M, K)``; of an unlabelled source every class that it may have."""
+    one_hot, known = np.eye(classes, dtype=bool), images.source_labels
+    return one_hot[images.target] | (one_hot[images.source] if known is None else known > 0)
 
 
 def label(images: SyntheticImages, probabilities: np.ndarray, settings: SyntheticSettings) -> SyntheticImages:
     """The images under labels from probabilities ``(M, K)``; a row of zeros is of an image that no teacher labels, which keeps
     its label by strength."""
-    by_strength = images.labels(settings.gamma, probabilities.shape[1])
-    pairs = (images.source, images.target) if settings.teacher_classes == "pair" else None
+    by_strength, classes = images.labels(settings.gamma, probabilities.shape[1]), probabilities.shape[1]
+    allowed = pairs(images, classes) if settings.teacher_classes == "pair" else None
     weight = settings.teacher_weight if settings.soft_labels == "mixed" else 1.0
-    labels = weight * tempered(probabilities, settings.teacher_temperature, pairs) + (1 - weight) * by_strength
+    labels = weight * tempered(probabilities, settings.teacher_temperature, allowed) + (1 - weight) * by_strength
     labelled = probabilities.any(axis=1, keepdims=True)
     return replace(images, soft=np.where(labelled, labels, by_strength).astype(np.float32))
 
@@ -180,9 +183,9 @@ class Teachers:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Of the runs."""
-        name = files.sha256_text(json.dumps([self.settings, self.origin], sort_keys=True))[:16]
-        return cache_folder() / FOLDER / name
+        """Of the runs, whose records have the names of the prompts besides."""
+        parts = [self.settings, self.origin, fingerprint.names_identity(self.dataset.class_names)]
+        return cache_folder() / FOLDER / files.sha256_text(json.dumps(parts, sort_keys=True))[:16]
 
     def request(self, folder: Path) -> ClassifyConfig:
         """A teacher's run: this request's network and training, on real images alone, to the last epoch."""
@@ -214,6 +217,12 @@ class Teachers:
         dataset = replace(self.dataset, train=table.take(seen), val=None, test=table.take(rest) if len(rest) else None)
         train(self.request(self.run_folder(teacher)), dataset, None)
 
+    def remove_spoiled(self) -> None:
+        """Removes the runs that cannot be resumed, whose images changed meanwhile: they are trained anew."""
+        for record in self.folder.glob(f"*/{runs.ARGS_FILE}"):
+            if (runs.load_arguments(record.parent) or {}).get(runs.SPOILED):
+                shutil.rmtree(record.parent)
+
     def known_classes(self, teachers: Sequence[tuple[int, ...]]) -> np.ndarray:
         """Which classes each teacher has images of, bool ``(T, K)``."""
         table = self.dataset.train
@@ -228,7 +237,7 @@ class SubsetLabels:
         folder: of the subset; ``#NAME`` at its end chooses ``meta-NAME.csv``.
 
     Raises:
-        UserError: no teacher can label any image, or too few folds.
+        UserError: no teacher can label any image, too few folds, or labels are to be made where they cannot be kept.
     """
 
     def __init__(self, teachers: Teachers, folder: str):
@@ -236,7 +245,7 @@ class SubsetLabels:
         root, table = locate(folder)
         self.ensemble, self.shown, self._reported = teachers, registry.shown_path(root), False
         self.images = read_subset(folder, dataset, config.synthetic.allow_other_sources)
-        self.path = root / f"teacher-{table.stem}-{teachers.settings}.safetensors"
+        self.path = root / f"teacher-{table.stem}-{teachers.folder.name[:8]}.safetensors"
         fold_of = dict(zip(dataset.train.keys, teachers.fold.tolist(), strict=True))
         sources = self.images.sources
         of_sources = source_folds(sources, fold_of)
@@ -259,6 +268,18 @@ class SubsetLabels:
                 f"knows their classes ({len(dataset.train)} training images of {len(dataset.class_names)} classes); expected "
                 "two training images per class at least"
             )
+        if not os.access(root, os.W_OK) and self.kept() is None:
+            raise UserError(
+                f"--soft_labels {config.synthetic.soft_labels}: {self.shown} cannot be written, and the labels are kept there; "
+                "make it writable, or give a copy"
+            )
+        self._report_unknown_sources()
+
+    def _report_unknown_sources(self) -> None:
+        unknown = int(((self.images.sources == "").all(axis=1) & (self.images.strength < 1)).sum())
+        if unknown:
+            text = "%s: the sources of %d images are not recorded: classifiers that saw them may label them"
+            log.warning(text, self.shown, unknown)
 
     def describe(self) -> str:
         """What is there, and what would be made."""
@@ -294,44 +315,65 @@ class SubsetLabels:
         return None if difference else probabilities
 
     def make(self, train: Train) -> np.ndarray:
-        """The probabilities ``(M, K)``, kept or made; of several processes at once one makes them.
+        """The probabilities ``(M, K)``, kept or made. The processes of one training share the work, and all have those of the
+        main one; of several runs at once one makes them.
 
         Args:
             train: trains a teacher.
 
         Raises:
-            UserError: of a training.
+            UserError: of a training; or another run makes the same labels, and several processes would have to wait for it.
         """
         processes, folder = Processes(self.ensemble.config.device), self.ensemble.folder
         with ExitStack() as held:
+            probabilities = None
             if processes.main:
-                waiting = "another run that makes the same teacher labels"
-                held.enter_context(files.locked(folder / files.LOCK_FILE, waiting_for=waiting))
-            processes.wait()
-            probabilities = self.kept()
-            processes.wait()  # nobody writes before everyone has looked
-            if probabilities is not None:
-                return probabilities
+                try:
+                    waiting = "another run that makes the same teacher labels"
+                    lock = files.locked(folder / files.LOCK_FILE, wait=processes.count == 1, waiting_for=waiting)
+                    held.enter_context(lock)
+                except files.LockHeld as other:
+                    raise UserError(
+                        f"{folder}: another run ({other.holder()}) makes the same teacher labels; start this one again once it "
+                        "has them"
+                    ) from None
+                probabilities = self.kept()
+            if processes.add_up(torch.tensor(int(probabilities is not None), device=processes.device)):
+                return self._sum(probabilities, processes)
             if processes.main:
                 log.info("%s", self._description())
+                self.ensemble.remove_spoiled()
+            processes.wait()
             for teacher in self.teachers:
                 self.ensemble.train(teacher, train)
+            probabilities = self._probabilities(processes)
             if processes.main:
-                made = {"probabilities": torch.from_numpy(self._probabilities(processes.device))}
-                tensors.save_tensors(self.path, made, self.origin)
-            processes.wait()
-            return self.kept()
+                tensors.save_tensors(self.path, {"probabilities": torch.from_numpy(probabilities)}, self.origin)
+            return probabilities
 
-    def _probabilities(self, device: torch.device) -> np.ndarray:
-        """The mean of each image's teachers, float32 ``(M, K)``; zeros where it has none."""
+    def _sum(self, probabilities: np.ndarray | None, processes: Processes) -> np.ndarray:
+        """The sum over the processes of their ``(M, K)`` float32, None standing for zeros."""
+        if processes.count == 1:
+            return probabilities
+        shape = len(self.images), len(self.ensemble.dataset.class_names)
+        values = torch.zeros(shape) if probabilities is None else torch.from_numpy(probabilities)
+        return processes.add_up(values.to(processes.device)).cpu().numpy()
+
+    def _probabilities(self, processes: Processes) -> np.ndarray:
+        """The mean of each image's teachers, float32 ``(M, K)``; zeros where it has none. Each process labels a share."""
         total = np.zeros((len(self.images), len(self.ensemble.dataset.class_names)), np.float32)
-        right, tested = 0.0, 0
+        right, tested, share = 0.0, 0, slice(processes.rank, None, processes.count)
         with tqdm(
-            total=int(self.labelling.sum()), desc="teacher labels", unit="image", mininterval=1.0, dynamic_ncols=True
+            total=int(self.labelling[share].sum()),
+            desc="teacher labels",
+            unit="image",
+            mininterval=1.0,
+            dynamic_ncols=True,
+            disable=not processes.main,
         ) as bar:
             for teacher, labelled in zip(self.teachers, self.labelling.T, strict=True):
-                folder, rows = self.ensemble.run_folder(teacher), np.flatnonzero(labelled)
-                classifier = inference.load_run(folder, str(device))
+                folder, rows = self.ensemble.run_folder(teacher), np.arange(len(labelled))[share][labelled[share]]
+                classifier = inference.load_run(folder, str(processes.device))
                 subset, size = self.images.take(rows), 2 * self.ensemble.config.training.batch_size
                 for batch, probabilities in classifier.batches(subset.image, len(rows), size):
                     total[rows[batch]] += probabilities.numpy()
@@ -339,8 +381,9 @@ class SubsetLabels:
                 left = len(self.ensemble.fold) - len(self.ensemble.rows(teacher))
                 right += left * results_of(folder)["test"]["top1"] if left else 0.0
                 tested += left
-        log.info("teachers: %.1f %% right on training images that they had not seen", 100 * right / max(tested, 1))
-        return total / np.maximum(self.labelling.sum(axis=1, keepdims=True), 1).astype(np.float32)
+        if processes.main:
+            log.info("teachers: %.1f %% right on training images that they had not seen", 100 * right / max(tested, 1))
+        return self._sum(total, processes) / np.maximum(self.labelling.sum(axis=1, keepdims=True), 1).astype(np.float32)
 
 
 def subset_labels(config: ClassifyConfig, dataset: LoadedDataset) -> list[SubsetLabels]:
@@ -365,7 +408,7 @@ def with_teacher_labels(
         images: of all subsets, or a part of them.
         subsets: see :func:`subset_labels`.
         settings: how labels are made of the teachers' probabilities.
-        train: trains a teacher; None: what is not made yet is not made, and the result is None.
+        train: trains a teacher; None: nothing is made, and the result is None where labels are missing.
     """
     if not subsets:
         return images

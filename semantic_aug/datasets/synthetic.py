@@ -73,7 +73,8 @@ class SyntheticImages:
             where it may be any.
         target: int64 ``(M,)``.
         strength: float64 ``(M,)`` in (0, 1].
-        sources: object ``(M, S)``, key of each source image, empty where none is recorded; None where nobody asked.
+        sources: object ``(M, S)``, key of each source image (after ``unlabelled:`` of an unlabelled one), empty where none is
+            recorded; None where nobody asked.
         soft: float32 ``(M, K)``, labels that stand instead of those by strength; None: these.
         source_labels: float64 ``(M, K)``, what is known of the sources' classes, rows summing to one; None where all are known.
     """
@@ -191,6 +192,9 @@ def read_subset(
     for column, name in enumerate(SOURCE_COLUMNS):
         if name in table.further:
             sources[:, column] = [str(key) for key in table.further[name]]
+    for row, key in enumerate(table.further.get(meta_csv.UNLABELLED_COLUMNS[0], ())):
+        if key:
+            sources[row, 0] = f"unlabelled:{key}"
     classes, known = (position[table.source], position[table.target]), _source_labels(table, dataset, file)
     return SyntheticImages(paths, *classes, table.strength, sources, source_labels=known)
 
