@@ -15,7 +15,7 @@ from PIL import Image
 import sample_mp
 import tiny
 from semantic_aug.augmentations.model import ModelFiles, Prompts
-from semantic_aug.classify.activation import activation_maps, target_layer
+from semantic_aug.classify.activation import activation_maps, shares, target_layer
 from semantic_aug.classify.data import Normaliser
 from semantic_aug.classify.inference import load_run
 from semantic_aug.diffusion.schedulers import SolverSettings
@@ -47,9 +47,15 @@ def test_a_map_is_grad_cam_of_the_last_stage():
     (gradient,) = torch.autograd.grad(logits[range(3), range(3)].sum(), features)
     cam = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu()
     wanted = torch.nn.functional.interpolate(cam.detach(), (64, 64), mode="bilinear").squeeze(1)
-    wanted = wanted - wanted.amin((1, 2), keepdim=True)
-    wanted = wanted / (wanted.amax((1, 2), keepdim=True) + 1e-7)
+    wanted = wanted / wanted.amax((1, 2), keepdim=True).clamp(min=1e-30)  # a map may show nothing
     assert got.dtype == np.float32 and np.abs(got - wanted.numpy()).max() < 1e-3
+
+
+def test_a_map_is_a_share_of_its_maximum_whatever_its_minimum():
+    maps = np.stack([np.full((2, 2), 3.0), -np.ones((2, 2)), [[2.0, 4.0], [4.0, 4.0]]])
+    got = shares(maps, 4)
+    assert (got[0] == 1).all() and not got[1].any()  # what speaks for a class everywhere shows it everywhere
+    assert got[2].max() == 1 and got[2].min() == 0.5 and got.dtype == np.float32
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def test_confident_images_become_a_subset_with_hard_labels(pool, animals, tmp_pa
     labels = subset.labels(gamma=0.5, num_classes=3)
     assert len(subset) == 6 and (labels == np.eye(3)[np.arange(6) % 3]).all()
     assert np.array_equal(np.asarray(subset.image(4)), np.asarray(images.image(4)))
+    with pytest.raises(UserError, match="1 unlabelled sources are validation images of animals.*'batch0/2.png'"):
+        read_subset(tmp_path / "subset", replace(animals, val=images.take([images.keys.index("batch0/2.png")])))
     assert pseudo_label.label(images, Judge(), 0.5, tmp_path / "more", NAMES).sum() == 9
     with pytest.raises(UserError, match=r"--pseudo_threshold 0.995: none of 9 .* reaches it \(the best has 0.990\)"):
         pseudo_label.label(images, Judge(), 0.995, tmp_path / "none", NAMES)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -18,12 +20,23 @@ import tiny
 from semantic_aug import meta_csv
 from semantic_aug.classify.inference import load_run
 from semantic_aug.datasets import load_dataset
-from semantic_aug.datasets.synthetic import SyntheticImages, read_subset, soft_labels
+from semantic_aug.datasets.synthetic import (
+    UNLABELLED_FILE,
+    SyntheticImages,
+    _source_labels,
+    read_sources,
+    read_subset,
+    soft_labels,
+)
 from semantic_aug.datasets.unlabelled import read_unlabelled, with_unlabelled
 from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality import faithfulness
+from semantic_aug.evaluation.quality.export_formats import SplitImages
+from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.config import describe_plan, plan_of, task_paths
-from semantic_aug.sampling.guide import make_guide, pool_classes, write_guide
+from semantic_aug.sampling.guide import make_guide, pool_classes, read_guide, write_guide
 from semantic_aug.sampling.plan import Guide
+from semantic_aug.sampling.run import check_folder, opened
 from semantic_aug.sampling.settings import ImageSettings, build_parser
 
 
@@ -71,6 +84,59 @@ def test_a_label_is_the_sources_distribution_and_the_target():
     both = SyntheticImages.joined([plain, images])
     assert np.allclose(both.labels(0.5, 3), np.concatenate([plain.labels(0.5, 3), labels]))
     assert np.allclose(soft_labels(np.eye(3)[[0]], [1], [0.25], 0.5, 3), soft_labels([0], [1], [0.25], 0.5, 3))
+
+
+def test_what_is_known_of_a_source_decides_hard_labels_and_weights():
+    known = np.array([[0.4, 0.35, 0.25], [1 / 3] * 3, [0, 1, 0], [0.5, 0.2, 0.3]], np.float32)
+    classes, strengths = (np.array([0, 2, 1, 0]), np.array([2, 2, 0, 0])), np.array([0.4, 0.3, 0.3, 0.5]) ** 2
+    images = SyntheticImages([None] * 4, *classes, strengths, source_labels=known)
+    split = SplitImages(
+        "train", ("a", "b", "c"), 0.5, synthetic=images, subsets=["s"] * 4, origins=[""] * 4, sources=[""] * 4
+    )
+    assert split.labels.tolist() == [2, 2, 1, 0] == images.labels(0.5, 3).argmax(1).tolist()
+    records = [split.metadata(row) for row in range(4)]
+    assert [record["source"] for record in records] == ["a", None, "b", "a"]
+    weights = [[record["source_weight"], record["target_weight"]] for record in records]
+    assert np.allclose(weights, [[0.24, 0.55], [0, 0.3 + 0.7 / 3], [0.7, 0.3], [0, 0.75]], atol=1e-6)
+
+
+def test_faithfulness_counts_every_class_that_a_source_may_be_of():
+    known = np.array([[0.6, 0.4, 0, 0], [0.25] * 4, [0, 0, 0, 1]], np.float32)
+    classes = np.array([0, 2, 3]), np.array([2, 2, 3])
+    images = SyntheticImages([None] * 3, *classes, np.full(3, 0.5), source_labels=known)
+    p = np.array([[0.1, 0.2, 0.3, 0.4]] * 3)
+    assert np.allclose(faithfulness.label_mass(p, images), [0.6, 1, 0.4])
+    values = faithfulness.scores(p, images, 0.5)
+    assert np.allclose(values["source_probability"], [0.1, np.nan, 0.4], equal_nan=True)
+    assert np.allclose(values["source_top1"], [0, np.nan, 1], equal_nan=True)
+    assert np.allclose(values["label_agreement"], (images.labels(0.5, 4) * p).sum(1))
+
+
+def test_sources_of_any_class_draw_their_targets_as_one_more_class():
+    known = np.concatenate([np.full((12, 3), 1 / 3), np.eye(3)[[0, 0]]]).astype(np.float32)
+    target = np.r_[np.arange(12) % 3, 1, 2]
+    images = SyntheticImages([*range(14)], np.r_[target[:12], 0, 0], target, np.full(14, 0.5), source_labels=known)
+    for number, kept in ((1, 5), (2, 10), (3, 14)):
+        chosen = images.with_targets(number, ("a", "b", "c"))
+        assert len(chosen) == kept and len(np.unique(chosen.target[chosen.of_any_class])) == number
+
+
+def test_labels_of_many_sources_are_read_in_moments(animals):
+    names = tuple(f"class {k}" for k in range(200))
+    dataset = replace(animals, source_names=names, class_names=names)
+    weights = np.random.default_rng(0).integers(1, 5000, (3000, 3)).tolist()
+    cells = [json.dumps({names[(row + k) % 200]: w[k] for k in range(3)}) for row, w in enumerate(weights)] + [""]
+    zeros, rows = np.zeros(3001, np.int32), np.arange(3000)
+    table = meta_csv.MetaTable(
+        names[:1], zeros, zeros, zeros, zeros + 0.5, zeros, {"Source Label": np.array(cells, object)}
+    )
+    start = time.process_time()
+    known = _source_labels(table, dataset, None)
+    assert time.process_time() - start < 1.5  # an index of the classes for each label takes several times as long
+    expected = np.array(weights) / np.sum(weights, 1, keepdims=True)
+    assert known.dtype == np.float32 and np.allclose(known.sum(1), 1)
+    assert np.allclose(known[rows[:, None], (rows[:, None] + np.arange(3)) % 200], expected)
+    assert known[3000].argmax() == 0 and known[3000].max() == 1
 
 
 COLUMNS = "First Directory,Second Directory,Number,Strength,Path,Unlabelled Image,Source Label"
@@ -207,7 +273,7 @@ def test_without_a_classifier_a_source_is_of_no_class_of_the_data_set(pool, work
 
 def test_stage_3_refuses_sources_that_another_setting_evaluates_on(pool, image_folder, animals, tmp_path):
     from semantic_aug.datasets.fingerprint import hash_images
-    from semantic_aug.datasets.synthetic import UNLABELLED_FILE, write_sources
+    from semantic_aug.datasets.synthetic import write_sources
 
     shutil.copy(animals.val.encoded(int(animals.val.rows[0])), pool / "kept.png")
     images, rest = read_unlabelled(pool), load_dataset(f"folder:{image_folder}")
@@ -218,3 +284,39 @@ def test_stage_3_refuses_sources_that_another_setting_evaluates_on(pool, image_f
     with pytest.raises(UserError, match="1 unlabelled sources are validation images of animals.*'kept.png'"):
         read_subset(folder, rest)
     assert len(read_subset(folder, replace(rest, val=None))) == 1
+    (folder / UNLABELLED_FILE).unlink()
+    assert len(read_subset(folder, rest)) == 1  # as of another tool
+    (folder / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="the list of the unlabelled sources, is missing or damaged"):
+        read_subset(folder, rest)
+    assert len(read_subset(folder, rest, allow_other_sources=True)) == 1
+
+
+def test_a_killed_run_leaves_no_record_without_its_lists(
+    pool, workshop, image_folder, judge_folder, tmp_path, monkeypatch, caplog
+):
+    (pool / "broken.png").write_bytes(b"no image")
+    options = {"sources": "both", "unlabelled": pool, "classifier": judge_folder}
+    words = sampling_arguments(workshop, image_folder, tmp_path, **options)
+    config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, words))))
+    assert len(config.guide.pool_classes) == 6  # an image that cannot be read refuses no other
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(identities, "_write", killed)
+        opened(config, dataset).__enter__()
+    (folder,) = (tmp_path / "animals").iterdir()
+    recorded = [read_sources(folder, UNLABELLED_FILE), read_sources(folder)]
+    assert recorded[0][0] == list(dataset.unlabelled.keys) and recorded[1][0] == list(dataset.train.keys)
+    assert read_guide(folder).digest == config.guide.digest and not (folder / "config.yaml").exists()
+    with opened(config, dataset):
+        assert (folder / "config.yaml").exists() and "cannot be read" not in caplog.text
+    (folder / UNLABELLED_FILE).unlink()
+    with opened(config, dataset):  # of a run that an earlier version began
+        assert read_sources(folder, UNLABELLED_FILE)[0] == recorded[0][0]
+    (pool / "broken.png").unlink()
+    os.mkfifo(pool / "broken.png")
+    check_folder(replace(config, output=replace(config.output, output_root=tmp_path / "other")), dataset)
+    assert "1 unlabelled images cannot be read ('broken.png' the first): nothing will be made" in caplog.text

@@ -19,8 +19,8 @@ BATCH = 16
 def activation_maps(
     model: nn.Module, normalise: Normaliser, resolution: int, read: Callable[[int], Image.Image], classes: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """Grad-CAM of whole images, squashed to a square, batch by batch: float32 ``(B, resolution, resolution)`` in [0, 1], 1
-    where an image shows most of its class, and 0 everywhere where nothing in it speaks for the class.
+    """Grad-CAM of whole images, squashed to a square, batch by batch: float32 ``(B, resolution, resolution)`` in [0, 1],
+    shares of each map's maximum; 0 everywhere where nothing in an image speaks for its class.
 
     Args:
         model: timm's, in evaluation mode.
@@ -43,7 +43,21 @@ def activation_maps(
             rows = range(start, min(len(classes), start + BATCH))
             pixels = np.stack([np.asarray(fit(read(row), resolution)) for row in rows])
             inputs = normalise(torch.from_numpy(pixels)).requires_grad_()  # through which gradients reach the layer
-            yield cam(inputs, targets=[ClassifierOutputTarget(classes[row]) for row in rows]).astype(np.float32)
+            targets = [ClassifierOutputTarget(classes[row]) for row in rows]
+            cam(
+                inputs, targets=targets
+            )  # it returns shares of the map's range: with its minimum, their meaning changes
+            hooked = cam.activations_and_grads
+            features, gradients = (grid.detach().cpu().numpy() for grid in (hooked.activations[0], hooked.gradients[0]))
+            yield shares(cam.get_cam_image(inputs, layer, targets, features, gradients), resolution)
+
+
+def shares(maps: np.ndarray, side: int) -> np.ndarray:
+    """Maps ``(B, h, w)`` as float32 ``(B, side, side)`` in [0, 1]: positive values as shares of each map's maximum."""
+    positive = torch.from_numpy(np.asarray(maps, np.float32)).relu()[:, None]
+    whole = nn.functional.interpolate(positive, (side, side), mode="bilinear")[:, 0]
+    most = whole.amax((1, 2), keepdim=True)
+    return torch.where(most > 0, whole / most, 0).numpy()
 
 
 def target_layer(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:

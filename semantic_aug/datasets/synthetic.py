@@ -76,7 +76,7 @@ class SyntheticImages:
         sources: object ``(M, S)``, key of each source image (after ``unlabelled:`` of an unlabelled one), empty where none is
             recorded; None where nobody asked.
         soft: float32 ``(M, K)``, labels that stand instead of those by strength; None: these.
-        source_labels: float64 ``(M, K)``, what is known of the sources' classes, rows summing to one; None where all are known.
+        source_labels: float32 ``(M, K)``, what is known of the sources' classes, rows summing to one; None where all are known.
     """
 
     paths: list[Path]
@@ -94,7 +94,8 @@ class SyntheticImages:
         names = ("source", "target", "strength", "sources")
         columns = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names if getattr(parts[0], n) is not None}
         if known:
-            rows = [np.eye(known[0].shape[1])[p.source] if p.source_labels is None else p.source_labels for p in parts]
+            one_hot = np.eye(known[0].shape[1], dtype=np.float32)
+            rows = [one_hot[part.source] if part.source_labels is None else part.source_labels for part in parts]
             columns["source_labels"] = np.concatenate(rows)
         return cls([path for part in parts for path in part.paths], **columns)
 
@@ -104,6 +105,13 @@ class SyntheticImages:
     def image(self, index: int) -> Image.Image:
         """The decoded image, PIL RGB."""
         return open_image(self.paths[index])
+
+    @property
+    def of_any_class(self) -> np.ndarray:
+        """bool ``(M,)``, images whose source may be of any class; their ``source`` is the target."""
+        if self.source_labels is None:
+            return np.zeros(len(self), bool)
+        return self.source_labels.max(1) == self.source_labels.min(1)
 
     def signature(self) -> str:
         """SHA-256 of paths and stamps of all files: equal signatures mean the same images."""
@@ -126,7 +134,7 @@ class SyntheticImages:
         return SyntheticImages(paths, *(None if column is None else column[rows] for column in columns))
 
     def with_targets(self, number: int, class_names: Sequence[str], seed: int = 0) -> SyntheticImages:
-        """The images of only some target classes of each source class.
+        """The images of only some target classes of each source class; sources that may be of any class count as one more.
 
         Each source class draws among the target classes it was translated to with a generator of its own, keyed by its
         name; a larger number contains a smaller one's classes.
@@ -135,11 +143,12 @@ class SyntheticImages:
             number: target classes kept of each source class, 1 or more; all where there are not that many.
             class_names: of the data set, in label order.
         """
-        keep = np.zeros(len(self), bool)
-        for source in np.unique(self.source):
-            rows = self.source == source
+        keep, names = np.zeros(len(self), bool), [*class_names, meta_csv.EVEN]
+        sources = np.where(self.of_any_class, len(class_names), self.source)
+        for source in np.unique(sources):
+            rows = sources == source
             candidates = sorted(np.unique(self.target[rows]).tolist(), key=lambda label: class_names[label])
-            drawn = numpy_rng(seed, "target classes", class_names[source]).permutation(len(candidates))[:number]
+            drawn = numpy_rng(seed, "target classes", names[source]).permutation(len(candidates))[:number]
             keep |= rows & np.isin(self.target, np.asarray(candidates)[drawn])
         return self.take(np.flatnonzero(keep))
 
@@ -258,13 +267,23 @@ def _source_labels(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
     row, labels = meta_csv.source_labels(table, file)
     if not labels:
         return None
-    count = len(dataset.source_names)
-    known = np.zeros((len(labels), count))
+    names = sorted({*table.class_names, *(name for label in labels for name in label)})
+    position, count = (
+        dict(zip(names, _positions(names, dataset, file).tolist(), strict=True)),
+        len(dataset.source_names),
+    )
+    known = np.zeros((len(labels), count), np.float32)
     for values, label in zip(known, labels, strict=True):
-        values[_positions(list(label), dataset, file) if label else slice(None)] = list(label.values()) or 1 / count
-    known /= known.sum(1, keepdims=True)
-    of_class = _positions(table.class_names, dataset, file)[table.source]
-    return np.where((row >= 0)[:, None], known[row], np.eye(count)[of_class])
+        total = sum(label.values())
+        for name, weight in label.items():
+            values[position[name]] += weight / total
+        if not label:
+            values[:] = 1 / count
+    of_class = np.array([position[name] for name in table.class_names])[table.source]
+    labelled, images = row < 0, np.empty((len(row), count), np.float32)
+    images[~labelled] = known[row[~labelled]]
+    images[labelled] = np.eye(count, dtype=np.float32)[of_class[labelled]]
+    return images
 
 
 def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
@@ -375,9 +394,17 @@ def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedData
     from semantic_aug.datasets.fingerprint import hash_images
 
     used = {str(key) for key in table.further.get(meta_csv.UNLABELLED_COLUMNS[0], ())} - {""}
-    recorded = read_sources(root, UNLABELLED_FILE) if used else None
-    if recorded is None:
+    if not used:
         return
+    recorded = read_sources(root, UNLABELLED_FILE)
+    if recorded is None:
+        if not (root / "config.yaml").is_file():  # a subset made elsewhere
+            return
+        raise UserError(
+            f"{file}: {root / UNLABELLED_FILE}, the list of the unlabelled sources, is missing or damaged, so that nothing "
+            "shows that none of them is a validation or test image: run the subset's sample_mp.py command again, or accept it "
+            "with --allow_other_sources"
+        )
     sources = {value.tobytes(): key for key, value in zip(*recorded, strict=True) if key in used}
     for split, held in (("validation", dataset.val), ("test", dataset.test)):
         hashes = hash_images(held).values if held is not None else ()

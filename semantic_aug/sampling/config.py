@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from semantic_aug import cli, registry, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.datasets.unlabelled import with_unlabelled
-from semantic_aug.devices import actors_of, available_memory, processes_of
+from semantic_aug.devices import CPU, actors_of, available_memory, processes_of
 from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config, weight_files
 from semantic_aug.diffusion.distilled import effective_strength
 from semantic_aug.diffusion.schedulers import SolverSettings, first_step
@@ -185,11 +186,13 @@ def resolve(
     )
     grid = geometry.latent_shape(images.resolution)[1:]
     folder = subset_folder(config, dataset)
-    guide = make_guide(images, dataset, placement.devices[0], load_classifier, folder, grid)
-    config = replace(config, guide=guide)
     if output.register_key:
-        entry = registry.shown_path(subset_folder(config, dataset))
+        entry = registry.shown_path(folder)
         registry.check_key(registry.SUBSETS, dataset.name, output.register_key, entry, run.config_dir)
+    check_disk(config, dataset)
+    # the head of a Ray cluster, which has the images, need not have the GPUs of its actors
+    device = placement.devices[0] if torch.cuda.is_available() else CPU
+    config = replace(config, guide=make_guide(images, dataset, device, load_classifier, folder, grid))
     return with_batch_size(config, dataset), dataset
 
 
@@ -318,6 +321,19 @@ def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
     return config.output.output_root / dataset.name / name
 
 
+def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
+    """Refuses a subset that the disk cannot hold.
+
+    Raises:
+        UserError: less is free than a quarter of the estimate, which is what photographs of little detail take.
+    """
+    folder, kind = subset_folder(config, dataset), config.images.image_format
+    existing = sum(path.stat().st_size for path in folder.rglob(f"*.{kind}")) if folder.exists() else 0
+    images = config.images.syn_dataset_multiplier * len(dataset.train) / config.output.num_shards
+    needed = images * config.images.resolution**2 * BYTES_PER_PIXEL[kind]
+    files.check_space(folder, int(needed) // 4 - existing, "--output_root")
+
+
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
     names, keys, folders = dataset.source_names, dataset.train.keys, dataset.folders
@@ -422,8 +438,6 @@ def automatic_batch_size(devices: Sequence[str], resolution: int) -> int:
     """A batch that fits: 16 on the CPU; on a GPU a power of two up to 64 from its free memory, shared by its processes."""
     if devices[0] == "cpu":
         return CPU_BATCH
-    import torch
-
     free = min(torch.cuda.mem_get_info(device)[0] / devices.count(device) for device in set(devices))
     fitting = (free - MODEL_BYTES) * 0.8 / (BYTES_PER_IMAGE_512 * (resolution / 512) ** 2)
     return max(1, min(64, 2 ** int(math.log2(max(1.0, fitting)))))

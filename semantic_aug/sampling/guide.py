@@ -12,6 +12,7 @@ import logging
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -152,7 +153,15 @@ def _predicted(
     """Rows of the images and their class probabilities ``(B, K)``, a part at a time, so that no more is in memory."""
     for start in tqdm(range(0, len(images), AT_ONCE), unit_scale=AT_ONCE, unit="image", desc=title, mininterval=1.0):
         rows = np.arange(start, min(len(images), start + AT_ONCE))
-        yield rows, classifier.probabilities(lambda i, rows=rows: images.image(int(rows[i])), len(rows))[:, order]
+        yield rows, classifier.probabilities(lambda i, rows=rows: _image(images, int(rows[i])), len(rows))[:, order]
+
+
+def _image(images: ImageTable, row: int) -> Image.Image:
+    """The decoded image, or a black one in place of an image that cannot be read."""
+    try:
+        return images.image(row)
+    except UserError:  # nothing is made from it, which a run says
+        return Image.new("RGB", (1, 1))
 
 
 def pool_identity(images: ImageTable) -> str:
@@ -173,14 +182,8 @@ def objects_of(
         grid: (h, w) of the latents.
     """
 
-    def read(row: int) -> Image.Image:
-        try:
-            return images.image(row)
-        except UserError:  # nothing is made from it, which a run says
-            return Image.new("RGB", (1, 1))
-
-    packed = []
-    for maps in classifier.activation_maps(read, [order[label] for label in images.labels.tolist()]):
+    packed, classes = [], [order[label] for label in images.labels.tolist()]
+    for maps in classifier.activation_maps(partial(_image, images), classes):
         cells = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps), grid) >= threshold
         packed.append(np.packbits(cells.flatten(1).numpy(), axis=1))
     objects = np.concatenate(packed)

@@ -30,7 +30,7 @@ from semantic_aug.datasets.fingerprint import (
     hex_digits,
     split_identity,
 )
-from semantic_aug.datasets.synthetic import UNLABELLED_FILE, read_sources, write_sources
+from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE, read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.diffusion.license import license_of
 from semantic_aug.diffusion.schedulers import SolverSettings
@@ -40,7 +40,7 @@ from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
 from semantic_aug.sampling.folder import DATA as IMAGES
-from semantic_aug.sampling.guide import pool_identity
+from semantic_aug.sampling.guide import pool_identity, write_guide
 from semantic_aug.sampling.masks import columns_of
 from semantic_aug.sampling.plan import EVEN_SHARE, Guide, Plan
 from semantic_aug.sampling.settings import ImageSettings
@@ -240,13 +240,13 @@ def _guide_identity(guide: Guide) -> dict[str, Any]:
 
 def warn(config: SampleConfig, identity: Identity) -> None:
     """Tells what does not stop a run: images that cannot be read, a checkpoint that was trained on other images."""
-    unreadable = np.flatnonzero(~identity.images.values.any(axis=1))
-    if len(unreadable) and identity.origin.sources is not None:
-        log.warning(
-            "%d training images cannot be read ('%s' the first): nothing will be made from them",
-            len(unreadable),
-            identity.table.keys[unreadable[0]],
-        )
+    planned, labelled = identity.origin.sources, len(identity.table)
+    content = np.empty((0, 1)) if planned is None else planned.content
+    train, pool = (content[:labelled], identity.table.keys), (content[labelled:], identity.unlabelled)
+    for kind, (values, keys) in (("training", train), ("unlabelled", pool)):
+        if len(bad := np.flatnonzero(~values.any(axis=1))):
+            text = "%d %s images cannot be read ('%s' the first): nothing will be made from them"
+            log.warning(text, len(bad), kind, keys[bad[0]])
     path = config.model.lora or config.model.tokens
     then, now = _trained_on(path) if path else {}, identity.compared[DATA]["train"]
     if any(then.get(name) != now[name] for name in ("labels", "content") if then):
@@ -269,28 +269,34 @@ def _trained_on(path: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- claiming a folder
 
 
-def claim(folder: Path, identity: Identity, paths: TaskPaths, alone: bool) -> None:
+def claim(folder: Path, identity: Identity, paths: TaskPaths, guide: Guide, alone: bool) -> None:
     """Takes the folder for this subset, or finds that it already is this subset; see :func:`belongs`.
 
     Args:
         folder: of the subset; the caller keeps other processes from claiming it meanwhile.
         identity: of the subset.
         paths: names of its files.
+        guide: of its plan, which the folder keeps.
         alone: no shard of this subset can be at work.
 
     Raises:
         UserError: the folder holds a subset made otherwise, or other files.
     """
-    if belongs(folder, identity, paths, alone):
+    known = belongs(folder, identity, paths, alone)
+    lists = {SOURCES_FILE: (identity.table.keys, identity.images.values)}
+    if (planned := identity.origin.sources) is not None and identity.unlabelled:
+        lists[UNLABELLED_FILE] = identity.unlabelled, planned.content[len(identity.table) :]
+    for file, (keys, values) in lists.items():  # before the record, without which stage 3 does not ask for them
+        if not known or read_sources(folder, file) is None:
+            write_sources(folder, keys, values, file)
+    write_guide(folder, guide)
+    if known:
         return
     old = recorded_identity(folder) or {}
     made_with = {"versions": runs.versions(), "git_revision": runs.git_revision(registry.REPO_ROOT)}
     kept = {name: old[name] for name in (MADE_WITH, RUNS) if name in old and has_images(folder)}
     record = {ARGUMENTS: identity.arguments, LICENSE: identity.license, MADE_WITH: made_with}
     _write(folder, {**identity.compared, **record, **kept})
-    write_sources(folder, identity.table.keys, identity.images.values)
-    if (planned := identity.origin.sources) is not None and identity.unlabelled:
-        write_sources(folder, identity.unlabelled, planned.content[len(identity.table) :], UNLABELLED_FILE)
 
 
 def belongs(folder: Path, identity: Identity, paths: TaskPaths, alone: bool = True) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import files, registry
+from semantic_aug import registry
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE
@@ -22,7 +22,6 @@ from semantic_aug.files import locked, no_trace
 from semantic_aug.run_lock import RunLock
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.config import (
-    BYTES_PER_PIXEL,
     SampleConfig,
     default_key,
     describe_plan,
@@ -42,7 +41,7 @@ from semantic_aug.sampling.folder import (
     remove_stale_moments,
     write_meta,
 )
-from semantic_aug.sampling.guide import GUIDE_FILE, read_guide, write_guide
+from semantic_aug.sampling.guide import GUIDE_FILE, read_guide
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
 from semantic_aug.sampling.plan import Guide, Plan, batches_of_shard
@@ -120,8 +119,7 @@ def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
             if begun != config or begun.guide.digest != config.guide.digest:
                 config, (identity, plan) = begun, _identified(begun, dataset)
             paths = task_paths(config, dataset, plan)
-            identities.claim(folder, identity, paths, alone=shard[0] == 1)
-            write_guide(folder, config.guide)
+            identities.claim(folder, identity, paths, config.guide, alone=shard[0] == 1)
         identities.warn(config, identity)
         make_folders(folder, paths.folders)
         batches = batches_of_shard(plan, *shard, config.run.seed)
@@ -164,7 +162,6 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
         f"{placement.batch_size}"
     )
     warn_of_license(model.name, license_of(model.name, model.folder))
-    check_disk(config, dataset)
     if config.run.dry_run:
         check(config, dataset)
         print(describe_plan(config, dataset))
@@ -197,19 +194,6 @@ def check(config: SampleConfig, dataset: LoadedDataset) -> None:
     if config.model.tokens is not None:
         tokens.install_all(tokens.load_tokens(config.model.tokens), base.tokenizers, base.text_encoders)
     check_folder(config, dataset)
-
-
-def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Refuses a subset that the disk cannot hold.
-
-    Raises:
-        UserError: less is free than a quarter of the estimate, which is what photographs of little detail take.
-    """
-    folder, kind = subset_folder(config, dataset), config.images.image_format
-    existing = sum(path.stat().st_size for path in folder.rglob(f"*.{kind}")) if folder.exists() else 0
-    images = config.images.syn_dataset_multiplier * len(dataset.train) / config.output.num_shards
-    needed = images * config.images.resolution**2 * BYTES_PER_PIXEL[kind]
-    files.check_space(folder, int(needed) // 4 - existing, "--output_root")
 
 
 def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:

@@ -19,7 +19,7 @@ from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_datas
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import DatasetName, Pool
-from semantic_aug.datasets.synthetic import DATA
+from semantic_aug.datasets.synthetic import DATA, UNLABELLED_FILE, write_sources
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
@@ -99,6 +99,7 @@ def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: t
         else:
             (folder / DATA / relative).symlink_to(image)
         lines.append([name, name, number, 1.0, relative, f"{confidence[row]:.4f}", pool.keys[row]])
+    write_sources(folder, pool.keys, hash_images(pool).values, UNLABELLED_FILE)  # of which stage 3 asks what evaluates
     meta_csv.write(folder / meta_csv.FILE_NAME, lines, COLUMNS)
     return np.bincount(classes[rows], minlength=len(names))
 

@@ -85,14 +85,40 @@ class SplitImages:
         return np.concatenate([np.full(self.reals, np.nan), self.synthetic.strength if self.synthetic else []])
 
     @cached_property
-    def target_weights(self) -> np.ndarray:
-        """``(N,)`` weight of the target class in the soft label, s^gamma; 1 for real images."""
-        return np.nan_to_num(self.strengths**self.gamma, nan=1.0)
+    def uncertain(self) -> np.ndarray:
+        """Rows of the images whose source is of no known class; their soft labels may name more than two classes."""
+        if self.synthetic is None or self.synthetic.source_labels is None:
+            return np.empty(0, np.int64)
+        return self.reals + np.flatnonzero(self.synthetic.source_labels.max(1) < 1)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """``(2, N)`` weights of source and target class in the soft label: 1 - s^gamma and s^gamma; 0 and 1 for real images.
+
+        Of a source of no known class they are the soft label's entries, which need not sum to one; where its most probable
+        class is the target, or it may be of any class, the source's weight is 0.
+        """
+        target = np.nan_to_num(self.strengths**self.gamma, nan=1.0)
+        weights, rows = np.stack([1 - target, target]), self.uncertain
+        if len(rows):
+            source, target = self.classes[:, rows]
+            soft, each = self.soft_labels(rows), np.arange(len(rows))
+            weights[:, rows] = np.where(source == target, 0, soft[each, source]), soft[each, target]
+        return weights
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """``(N,)`` hard labels: the class of the larger weight, the target of equal ones."""
-        return np.where(self.target_weights >= 0.5, self.classes[1], self.classes[0])
+        """``(N,)`` hard labels: the class of the largest weight in the soft label, the target of equal ones."""
+        labels, rows = np.where(self.weights[1] >= 0.5, self.classes[1], self.classes[0]), self.uncertain
+        if len(rows):
+            soft = self.soft_labels(rows)
+            labels[rows] = np.where(self.weights[1, rows] >= soft.max(1), self.classes[1, rows], soft.argmax(1))
+        return labels
+
+    @cached_property
+    def of_any_class(self) -> np.ndarray:
+        """bool ``(M,)``, synthetic images whose source may be of any class."""
+        return self.synthetic.of_any_class if self.synthetic is not None else np.empty(0, bool)
 
     def soft_labels(self, rows: np.ndarray) -> np.ndarray:
         """``(B, K)`` float32, rows summing to one."""
@@ -125,16 +151,17 @@ class SplitImages:
         return self.real.encoded(int(self.real.rows[row])) if self.real.encoded is not None else None
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """Hard label, both classes with their weights, and where the image comes from."""
+        """Hard label, both classes with their weights, and where the image comes from; no source class where it may be any."""
         label, (source, target) = int(self.labels[row]), self.classes[:, row].tolist()
-        weight, made = float(self.target_weights[row]), row - self.reals
+        (source_weight, target_weight), made = self.weights[:, row].tolist(), row - self.reals
+        unknown = made >= 0 and self.of_any_class[made]
         return {
             "label": self.class_names[label],
             "label_index": label,
-            "source": self.class_names[source],
+            "source": None if unknown else self.class_names[source],
             "target": self.class_names[target],
-            "source_weight": 1 - weight,
-            "target_weight": weight,
+            "source_weight": source_weight,
+            "target_weight": target_weight,
             "strength": None if made < 0 else float(self.strengths[row]),
             "synthetic": made >= 0,
             "subset": None if made < 0 else self.subsets[made],
@@ -304,7 +331,7 @@ def write_hf(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> None:
                 records = [split.metadata(row) for row in rows.tolist()]
                 columns = {name: [record[name] for record in records] for name in schema.names if name in records[0]}
                 for name in ("label", "source", "target"):
-                    columns[name] = [position[value] for value in columns[name]]
+                    columns[name] = [position.get(value) for value in columns[name]]
                 columns["soft_label"] = split.soft_labels(rows).tolist()
                 stored = ((split.file_name(row), *split.content(row)) for row in rows.tolist())
                 columns["image"] = [{"bytes": _bytes(content), "path": name + end} for name, content, end in stored]

@@ -29,14 +29,15 @@ def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> 
 
     Returns:
         Each ``(M,)`` in [0, 1]: ``source_probability``, ``target_probability``; ``source_top1`` and ``target_top1``, whether
-        the most likely class is the source's or the target's; ``label_agreement``, sum_k y_k p_k.
+        the most likely class is the source's or the target's; ``label_agreement``, sum_k y_k p_k. Values of the source are
+        those of its most probable class, and NaN where it may be of any class.
     """
     rows, best = np.arange(len(images)), probabilities.argmax(1)
-    labels = images.labels(gamma, probabilities.shape[1])
+    labels, unknown = images.labels(gamma, probabilities.shape[1]), images.of_any_class
     return {
-        "source_probability": probabilities[rows, images.source],
+        "source_probability": np.where(unknown, np.nan, probabilities[rows, images.source]),
         "target_probability": target_mass(probabilities, images),
-        "source_top1": (best == images.source).astype(float),
+        "source_top1": np.where(unknown, np.nan, best == images.source),
         "target_top1": (best == images.target).astype(float),
         "label_agreement": (labels * probabilities).sum(1),
     }
@@ -48,11 +49,15 @@ def target_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarra
 
 
 def label_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarray:
-    """Probability ``(M,)`` of the one or two classes that the soft label names.
+    """Probability ``(M,)`` of the classes that the soft label names: the target, and those that the source may be of.
 
     A translation on its way from source to target loses nothing here, whatever its strength; an image that is something
     else does.
     """
     rows = np.arange(len(images))
+    if images.source_labels is not None:
+        named = images.source_labels > 0
+        named[rows, images.target] = True
+        return (probabilities * named).sum(1)
     target = probabilities[rows, images.target]
     return np.where(images.source == images.target, target, target + probabilities[rows, images.source])
