@@ -318,3 +318,9 @@ def test_exported_folders_train_in_timm(exports):
         batches = list(create_loader(images, (3, 32, 32), 10, **training))
         assert sum(len(labels) for _, labels in batches) == count
         assert all(torch.nn.functional.cross_entropy(model(x), y).isfinite() for x, y in batches)
+
+
+def test_a_card_says_what_stands_for_sources_without_a_label(exports):
+    facts, text = json.loads((exports["csv"] / "export.json").read_text()), "images the source has no label"
+    assert facts["unlabelled_sources"] == 0 and text not in (exports["csv"] / "README.md").read_text()
+    assert f"Of 3 {text}" in card.write_card(facts | {"unlabelled_sources": 3}, exports["csv"], 1)

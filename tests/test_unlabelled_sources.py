@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers import CLASSES, contents, run, sampling_arguments, write_subset
 from hypothesis import given, settings
@@ -137,6 +138,38 @@ def test_labels_of_many_sources_are_read_in_moments(animals):
     assert known.dtype == np.float32 and np.allclose(known.sum(1), 1)
     assert np.allclose(known[rows[:, None], (rows[:, None] + np.arange(3)) % 200], expected)
     assert known[3000].argmax() == 0 and known[3000].max() == 1
+
+
+def test_a_folder_of_another_pool_is_refused_before_the_classifier_is_asked(pool, animals, judge_folder, tmp_path):
+    request = ImageSettings(sources="both", unlabelled=pool, classifier=judge_folder)
+    dataset, folder = with_unlabelled(animals, pool), tmp_path / "subset"
+    origin = make_guide(request, dataset, "cpu", load_run, folder).origin
+    (folder / "data" / "toad").mkdir(parents=True)
+    (folder / "data" / "toad" / "0.png").write_bytes(b"made")
+    record = {"data": {}, "classifier_sha256": origin["classifier"], "unlabelled": origin["unlabelled"]}
+
+    class Unasked:
+        path, class_names = load_run(judge_folder).path, load_run(judge_folder).class_names
+
+    for name in ("classifier_sha256", "unlabelled"):
+        (folder / "config.yaml").write_text(yaml.safe_dump(record | {name: "other"}))
+        with pytest.raises(UserError, match=rf"holds a subset made otherwise \({name}: 'other' -> "):
+            make_guide(request, dataset, "cpu", lambda *_: Unasked, folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+    assert make_guide(request, dataset, "cpu", load_run, folder).pool_classes is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="as on the head of a cluster, which has no GPU")
+def test_a_head_without_a_gpu_asks_the_classifier_on_its_cpu(pool, workshop, image_folder, judge_folder, tmp_path):
+    options = {"sources": "both", "unlabelled": pool, "classifier": judge_folder, "engine": "ray", "gpu_ids": [0]}
+
+    def resolved(batch_size):
+        words = sampling_arguments(workshop, image_folder, tmp_path, **options, batch_size=batch_size)
+        return sample_mp.resolve(build_parser().parse_args(list(map(str, words))))[0]
+
+    assert resolved(4).guide.pool_classes.shape == (5, 3)
+    with pytest.raises(UserError, match="--batch_size: this machine has no GPU"):
+        resolved(None)
 
 
 COLUMNS = "First Directory,Second Directory,Number,Strength,Path,Unlabelled Image,Source Label"

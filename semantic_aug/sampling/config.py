@@ -190,10 +190,10 @@ def resolve(
         entry = registry.shown_path(folder)
         registry.check_key(registry.SUBSETS, dataset.name, output.register_key, entry, run.config_dir)
     check_disk(config, dataset)
+    config = with_batch_size(config, dataset)
     # the head of a Ray cluster, which has the images, need not have the GPUs of its actors
     device = placement.devices[0] if torch.cuda.is_available() else CPU
-    config = replace(config, guide=make_guide(images, dataset, device, load_classifier, folder, grid))
-    return with_batch_size(config, dataset), dataset
+    return replace(config, guide=make_guide(images, dataset, device, load_classifier, folder, grid)), dataset
 
 
 def resolve_placement(placement: Placement) -> Placement:
@@ -438,6 +438,8 @@ def automatic_batch_size(devices: Sequence[str], resolution: int) -> int:
     """A batch that fits: 16 on the CPU; on a GPU a power of two up to 64 from its free memory, shared by its processes."""
     if devices[0] == "cpu":
         return CPU_BATCH
+    if not torch.cuda.is_available():  # the head of a Ray cluster
+        raise UserError("--batch_size: this machine has no GPU whose memory says how many images fit; give a number")
     free = min(torch.cuda.mem_get_info(device)[0] / devices.count(device) for device in set(devices))
     fitting = (free - MODEL_BYTES) * 0.8 / (BYTES_PER_IMAGE_512 * (resolution / 512) ** 2)
     return max(1, min(64, 2 ** int(math.log2(max(1.0, fitting)))))

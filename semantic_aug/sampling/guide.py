@@ -34,6 +34,7 @@ from semantic_aug.datasets.fingerprint import (
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
+from semantic_aug.sampling.folder import has_images, recorded_identity
 from semantic_aug.sampling.masks import has_regions
 from semantic_aug.sampling.plan import Guide
 from semantic_aug.sampling.settings import ImageSettings
@@ -104,6 +105,7 @@ def make_guide(
         guide = replace(guide, confusions=read_confusions(run, dataset))
     kept = read_guide(folder)
     if kept.origin != origin:
+        _check_begun(folder, origin)
         kept = Guide()
     if settings.sources == "hard":
         losses = kept.losses if kept.losses is not None else losses_of(classifier, order, dataset.train)
@@ -119,6 +121,20 @@ def make_guide(
             objects = objects_of(classifier, order, dataset.train, grid, settings.mask_threshold)
         guide = replace(guide, objects=objects)
     return guide
+
+
+def _check_begun(folder: Path, origin: dict[str, str]) -> None:
+    """Refuses, before the classifier is asked, a folder with images that followed another classifier or another pool."""
+    names = {"classifier_sha256": "classifier", "unlabelled": "unlabelled"}
+    record = recorded_identity(folder) or {}
+    if "data" not in record or not has_images(folder):
+        return
+    then = {name: str(record.get(name))[:12] for name in names}
+    if changed := runs.differences(then, {name: str(origin.get(key))[:12] for name, key in names.items()}):
+        raise UserError(
+            f"{folder} holds a subset made otherwise ({changed[0]}): nothing was touched; choose another --output_root, or "
+            "remove the folder"
+        )
 
 
 def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> np.ndarray:

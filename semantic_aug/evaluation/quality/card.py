@@ -86,6 +86,7 @@ def describe(
             "gamma": settings.gamma,
             "min_target_weight": settings.min_target_weight,
             "left_out": left_out,
+            "unlabelled_sources": sum(len(split.uncertain) for split in splits),
             "disclosure": DISCLOSURE,
             "dataset": {
                 "name": dataset.name,
@@ -149,6 +150,15 @@ def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
         f"(1 - s^g) onehot(a) + s^g onehot(b) with g = {facts['gamma']:g}: `source_weight` and `target_weight`. `label` is the "
         f"class of the larger weight. Images with a target weight below {facts['min_target_weight']:g} are left out "
         f"({facts['left_out']} of them).",
+        *(
+            [
+                f"Of {unlabelled} images the source has no label: what a classifier says of it, or an even share of every "
+                "class, stands instead of onehot(a); `source` is its most probable class, empty where all are alike, both "
+                "weights are entries of the soft label, and `label` is its largest."
+            ]
+            if (unlabelled := facts["unlabelled_sources"])
+            else []
+        ),
         "",
         "| label | class | training images |",
         "|---:|---|---:|",
