@@ -25,6 +25,8 @@ from semantic_aug.files import csv_writer
 FILE_NAME = "meta.csv"
 COLUMNS = ("First Directory", "Second Directory", "Number", "Strength", "Path")
 FURTHER_COLUMNS = ("Source Image", "Seed")
+SOURCE_COLUMNS = ("Source Image", "Partner Image")
+"""Columns that name training images from which an image was made; a partner is of the target class."""
 UNLABELLED_COLUMNS = ("Unlabelled Image", "Source Label")
 """Of images made from unlabelled ones: the source's name in its pool, and what is known of its class, as JSON
 ``{"class name": weight, ...}``, or :data:`EVEN` for all classes alike. Empty of all other images."""
@@ -139,7 +141,7 @@ def read(path: Path) -> MetaTable:
         raise UserError(
             f"{path} is not there: expected a synthetic subset's meta.csv with the columns {', '.join(COLUMNS)}"
         )
-    text = dict.fromkeys(("First Directory", "Second Directory", "Path", "Source Image", *UNLABELLED_COLUMNS), str)
+    text = dict.fromkeys(("First Directory", "Second Directory", "Path", *SOURCE_COLUMNS, *UNLABELLED_COLUMNS), str)
     try:
         frame = pd.read_csv(path, dtype=text, keep_default_na=False, encoding="utf-8")
     except (ValueError, UnicodeDecodeError) as error:

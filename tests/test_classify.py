@@ -22,7 +22,8 @@ from semantic_aug.classify.losses import make_criterion, one_hot, smooth
 from semantic_aug.classify.metrics import Meter
 from semantic_aug.classify.optimizer import learning_rate, learning_rate_at
 from semantic_aug.datasets import Setting, load_dataset
-from semantic_aug.datasets.synthetic import read_subset, read_subsets, soft_labels
+from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.datasets.synthetic import read_subset, read_subsets, soft_labels, write_sources
 from semantic_aug.errors import UserError
 
 # ------------------------------------------------------------------------------------------------------ soft labels
@@ -208,6 +209,23 @@ def test_sources_from_validation_or_test_are_refused(tmp_path, animals, image_fo
     meta_csv.write(tmp_path / "leak" / "meta.csv", [(*rows[0][:5], other, 0)])
     with pytest.raises(UserError, match="not training images of animals-\\w+_1shot"):
         read_subset(tmp_path / "leak", few)
+
+
+def test_partners_are_checked_as_sources_are(tmp_path, animals):
+    folder, train = write_subset(tmp_path / "s", ROWS[:1]), animals.train
+    jay, toad = (train.keys[int(np.flatnonzero(train.labels == k)[0])] for k in (0, 2))
+    row = ("blue jay", "toad", 0, 0.7, "blue_jay/toad-000000-0.7.png", jay, 0)
+
+    def refused_partner(partner, message):
+        meta_csv.write(folder / "meta.csv", [(*row, partner)], (*meta_csv.FURTHER_COLUMNS, "Partner Image"))
+        with pytest.raises(UserError, match=message):
+            read_subset(folder, animals)
+        assert len(read_subset(folder, animals, allow_other_sources=True)) == 1
+
+    refused_partner(animals.test.keys[0], "1 of 2 source images are not training images.*a test image")
+    refused_partner(jay, f"1 of 1 source images have another label .*'{jay}': toad -> blue jay")
+    write_sources(folder, [jay, toad], hash_images(train.take(np.array([0, 0]))).values)
+    refused_partner(toad, f"1 of 2 source images have another content .*'{toad}' the first")
 
 
 def test_a_subset_without_sources_is_refused_under_other_label_noise(tmp_path, animals, image_folder):

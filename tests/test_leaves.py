@@ -175,6 +175,15 @@ def test_meta_csv_round_trip_with_hostile_class_names(tmp_path):
     assert header.startswith("First Directory,Second Directory,Number,Strength,Path")
 
 
+def test_names_of_images_that_look_like_numbers_stay_text(tmp_path):
+    row = ("owl", "toad", 0, 0.7, "owl/toad.png", "0001", 7, "0002", "0003", "")
+    columns = (*meta_csv.FURTHER_COLUMNS, "Partner Image", *meta_csv.UNLABELLED_COLUMNS)
+    meta_csv.write(tmp_path / "meta.csv", [row], columns)
+    further = meta_csv.read(tmp_path / "meta.csv").further
+    names = [further[name].tolist() for name in ("Source Image", "Partner Image", "Unlabelled Image")]
+    assert names == [["0001"], ["0002"], ["0003"]]
+
+
 def test_five_columns_of_another_tool_are_enough(tmp_path):
     (tmp_path / "meta.csv").write_text(
         "First Directory,Second Directory,Number,Strength,Path\nowl,toad,3,0.7,owl/toad-3.png\n"

@@ -31,8 +31,6 @@ from semantic_aug.seeding import numpy_rng
 DATA = "data"
 SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
-SOURCE_COLUMNS = ("Source Image", "Partner Image")
-"""Columns of ``meta.csv`` that name training images from which an image was made."""
 UNLABELLED_FILE = ".unlabelled.npz"
 """The same of the unlabelled images."""
 NOISE_FLAGS = "--corrupt_prob, --corrupt_classes and --subset_seed"
@@ -197,8 +195,8 @@ def read_subset(
         _check_noise(root, table, dataset, file)
         _check_content(root, table, dataset, file)
         _check_unlabelled(root, table, dataset, file)
-    sources = np.full((len(table), len(SOURCE_COLUMNS)), "", object)
-    for column, name in enumerate(SOURCE_COLUMNS):
+    sources = np.full((len(table), len(meta_csv.SOURCE_COLUMNS)), "", object)
+    for column, name in enumerate(meta_csv.SOURCE_COLUMNS):
         if name in table.further:
             sources[:, column] = [str(key) for key in table.further[name]]
     for row, key in enumerate(table.further.get(meta_csv.UNLABELLED_COLUMNS[0], ())):
@@ -305,11 +303,16 @@ def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
     return paths
 
 
+def _sources(table: meta_csv.MetaTable) -> list[tuple[str, int]]:
+    """Each training image from which an image was made, with its class as a position among the table's names: of a source
+    that of the source, of its partner the target's."""
+    columns = zip(meta_csv.SOURCE_COLUMNS, (table.source, table.target), strict=True)
+    cells = ((table.further[name], classes.tolist()) for name, classes in columns if name in table.further)
+    return list(dict.fromkeys((str(key), label) for pair in cells for key, label in zip(*pair, strict=True) if key))
+
+
 def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
-    sources = table.further.get("Source Image")
-    if sources is None:
-        return
-    used = {str(key) for key in sources if key}
+    used = {key for key, _ in _sources(table)}
     unexpected = used - set(dataset.train.keys)
     if unexpected:
         held = {"validation": dataset.val, "test": dataset.test}
@@ -325,18 +328,14 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
 
 
 def _check_labels(table: meta_csv.MetaTable, position: np.ndarray, dataset: LoadedDataset, file: Path) -> None:
-    sources = table.further.get("Source Image")
-    if sources is None:
-        return
     label_of = dict(zip(dataset.train.keys, dataset.train.labels.tolist(), strict=True))
-    labels = position[table.source].tolist()
-    recorded = {str(key): label for key, label in zip(sources, labels, strict=True) if key}
-    other = [key for key, label in recorded.items() if label_of.get(key, label) != label]
+    recorded = [(key, int(position[label])) for key, label in _sources(table)]
+    other = {key: label for key, label in recorded if label_of.get(key, label) != label}
     if other:
-        names = dataset.source_names
+        names, (key, label) = dataset.source_names, next(iter(other.items()))
         raise UserError(
-            f"{file}: {len(other)} of {len(recorded)} source images have another label in {dataset.name}"
-            f"{dataset.setting.suffix} ('{other[0]}': {names[recorded[other[0]]]} -> {names[label_of[other[0]]]}): give the "
+            f"{file}: {len(other)} of {len(dict(recorded))} source images have another label in {dataset.name}"
+            f"{dataset.setting.suffix} ('{key}': {names[label]} -> {names[label_of[key]]}): give the "
             f"stages the same {NOISE_FLAGS}, or accept it with --allow_other_sources"
         )
 
@@ -370,11 +369,11 @@ def _noise_of(setting: Mapping[str, Any]) -> dict[str, Any]:
 def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
     from semantic_aug.datasets.fingerprint import hash_images  # it knows synthetic images itself
 
-    recorded, sources = read_sources(root), table.further.get("Source Image")
-    if recorded is None or sources is None:
+    recorded, used = read_sources(root), {key for key, _ in _sources(table)}
+    if recorded is None or not used:
         return
     keys, values = recorded
-    row_of, used = {key: row for row, key in enumerate(keys)}, {str(key) for key in sources}
+    row_of = {key: row for row, key in enumerate(keys)}
     rows = [row for row, key in enumerate(dataset.train.keys) if key in used and key in row_of]
     images = dataset.train.take(rows)
     now = hash_images(images).values

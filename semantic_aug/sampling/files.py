@@ -66,7 +66,7 @@ class TaskPaths:
     @property
     def further_columns(self) -> tuple[str, ...]:
         """The columns of ``meta.csv`` after the first five."""
-        partner = ("Partner Image",) if self.plan.partner is not None else ()
+        partner = meta_csv.SOURCE_COLUMNS[1:] if self.plan.partner is not None else ()
         prompt, unlabelled = ("Prompt",) if self.templates else (), ()
         if self.source_label is not None:
             unlabelled = meta_csv.UNLABELLED_COLUMNS
