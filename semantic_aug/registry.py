@@ -174,15 +174,17 @@ def checkpoint(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> Checkpo
     return CheckpointEntry(entry["model_path"], **paths)
 
 
-def find_lora(path: Path) -> Path:
-    """The file of a ``lora_path``: itself, or the known file inside a folder. Raises UserError: none there."""
+def find_lora(path: Path, flag: str | None = None) -> Path:
+    """The file of a LoRA: itself, or the known file inside a folder. Raises UserError: no such file; names ``flag``, or the
+    ``lora_path`` of a checkpoint."""
+    what, remedy = (flag, "correct the path") if flag else ("lora_path", "correct the checkpoint's entry")
     if path.is_dir():
         for name in LORA_FILES:
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"lora_path {path} holds no {LORA_FILES[0]} or {LORA_FILES[2]}: correct the checkpoint's entry")
+        raise UserError(f"{what} {path} holds no {LORA_FILES[0]} or {LORA_FILES[2]}: {remedy}")
     if not path.is_file():
-        raise UserError(f"lora_path {path} is not there: correct the checkpoint's entry")
+        raise UserError(f"{what} {path} is not there: {remedy}")
     return path
 
 

@@ -22,6 +22,7 @@ from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import context_of, read_contexts, without_classes
 from semantic_aug.sampling import config as sampling
+from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.identity import Origin, identity_of
 from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.run import image_tasks
@@ -155,6 +156,7 @@ def test_contexts_are_part_of_what_a_subset_is_made_from(workshop, captioned, tm
     assert "contexts_sha256" not in plain
     config, own = identified(contexts="captions")
     assert config.prompts.contexts == ("in snow", "asleep", "at night", "in the snow")
+    assert identities._arguments(config)["contexts"] == "captions"
     assert own["contexts_sha256"] and own["plan_sha256"] != plain["plan_sha256"]
     file.write_text("in the snow\nat night\n")
     config, one = identified(contexts=file)
@@ -162,6 +164,7 @@ def test_contexts_are_part_of_what_a_subset_is_made_from(workshop, captioned, tm
     file.write_text("in the snow\nby day\n")
     other = identified(contexts=file)[1]
     assert {name for name in one if one[name] != other[name]} == {"contexts_sha256"}
+    assert identities._arguments(config)["contexts"] == str(file)  # recorded, and not compared
 
 
 def finetuning(captioned, base, output, **flags):

@@ -1,5 +1,7 @@
 """Distilled models in a few steps: which a model is, what its solver takes, and what strengths become."""
 
+import re
+
 import diffusers
 import pytest
 import torch
@@ -8,11 +10,13 @@ from test_loop import PROMPTS, TOLERANCE, Case
 
 import sample_mp
 import tiny
+from semantic_aug.augmentations import strategies
 from semantic_aug.diffusion.distilled import KINDS, effective_strength, kind_of, solver_defaults
-from semantic_aug.diffusion.schedulers import SolverSettings
+from semantic_aug.diffusion.schedulers import SolverSettings, check_strength
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
 from semantic_aug.sampling.identity import Weights
+from semantic_aug.sampling.settings import read_solver
 from semantic_aug.seeding import task_rng
 
 PLAIN = {"_class_name": "PNDMScheduler", "timestep_spacing": "leading"}
@@ -77,6 +81,8 @@ def test_what_a_distilled_model_cannot_do_is_refused(tmp_path):
         solver_defaults("turbo", 5, None, None, TURBO)
     with pytest.raises(UserError, match="--guidance_scale 2: a model of kind turbo takes at most 1"):
         solver_defaults("turbo", 2, 2.0, None, TURBO)
+    with pytest.raises(UserError, match="--few_steps 60: a model of kind lcm was distilled for at most 50"):
+        solver_defaults("lcm", 60, None, tmp_path / "my-lcm-500-steps.safetensors", PLAIN)
     assert solver_defaults("hyper-cfg", 8, 6.0, None, PLAIN)["guidance_scale"] == KINDS["hyper-cfg"].guidance
 
 
@@ -86,9 +92,38 @@ def test_strengths_are_the_share_of_the_steps_that_run():
         for remaining in range(1, steps + 1):
             assert int(steps * effective_strength(steps, (remaining + 0.5) / steps)) == min(remaining, steps)
     with pytest.raises(
-        UserError, match="--aug_strength 0.7 of --few_steps 1 leaves no step: .* at least 1, or .* 2 st"
+        UserError, match="--aug_strength 0.7 of --few_steps 1 leaves no step: .* 2 steps, or .* least 1$"
     ):
         effective_strength(1, 0.7)
+
+
+def test_the_strength_and_the_steps_that_a_refusal_names_are_accepted():
+    for steps in range(1, 1001):
+        with pytest.raises(UserError) as refusal:
+            check_strength(steps, 1e-6)
+        assert int(steps * float(str(refusal.value).rpartition(" ")[2])) >= 1
+    for strength in (k / 100 for k in range(1, 100)):
+        with pytest.raises(UserError) as refusal:
+            check_strength(1, strength)
+        check_strength(int(re.search(r"at least (\d+) steps", str(refusal.value))[1]), strength)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how", "few", "message"),
+    [
+        ("diff-mix", "fixed", True, "--aug_strength 0.2 of --few_steps 3 .* 5 steps, or an --aug_strength .* 0.334$"),
+        ("diff-mix", "uniform", True, "--strength_strategy uniform: strength 0.3 of .* --strength_strategy fixed with"),
+        (
+            "da-fusion",
+            "fixed",
+            False,
+            "--sample_strategy da-fusion: strength 0.25 of --num_inference_.* least 4 steps$",
+        ),
+    ],
+)
+def test_a_refused_strength_names_what_gave_it(strategy, how, few, message):
+    with pytest.raises(UserError, match=message):
+        sampling.choose_strengths(strategies.find(strategy), 0.2, how, 3, few)
 
 
 def resolved(workshop, image_folder, tmp_path, **flags):
@@ -108,6 +143,56 @@ def test_the_flags_make_the_solver_and_what_is_recorded(workshop, image_folder, 
     config, _ = resolved(workshop, image_folder, tmp_path, few_steps=2, lcm_lora=lora, scheduler="ddim")
     assert config.solver == SolverSettings(2, 1.0, "ddim")  # a flag of the user's wins
     assert resolved(workshop, image_folder, tmp_path, lcm_lora=lora)[0].solver == SolverSettings(8, 1.0, "lcm")
+
+
+def words(**flags):
+    return sample_mp.build_parser().parse_args(
+        ["--dataset", "x", *(w for k, v in flags.items() for w in (f"--{k}", v))]
+    )
+
+
+def test_flags_that_conflict_whatever_the_data_set_are_refused_before_it(tmp_path):
+    for flags, message in (
+        ({"few_steps": "4", "num_inference_steps": "4"}, "--few_steps and --num_inference_steps both say"),
+        ({"few_steps": "4", "sample_strategy": "diff-ii"}, "--few_steps 4 with --sample_strategy diff-ii"),
+        ({"few_steps": "4", "scheduler": "dpm"}, "unknown --scheduler 'dpm'"),
+        ({"few_steps": "4", "distilled_lora": "/nope/x.safetensors"}, "^--distilled_lora /nope/x.safetensors is not"),
+        ({"lcm_lora": str(tmp_path)}, f"^--lcm_lora {tmp_path} holds no"),
+        ({"sample_strategy": "diff-ii", "context_steps": "0.1"}, "--context_steps 0.1 goes with --contexts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampling.resolve(words(**flags))
+    args = words(sample_strategy="diff-ii")
+    args.calibrate = args.dry_run = True
+    with pytest.raises(UserError, match="--calibrate with --sample_strategy diff-ii"):
+        sampling.resolve(args)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "ignored"),
+    [
+        ("ddim", {"final_sigmas_type"}), ("tcd", {"timestep_spacing", "final_sigmas_type"}),
+        ("lcm", {"eta", "timestep_spacing", "final_sigmas_type"}), ("dpmsolver++", {"eta"}),
+        ("dpmsolver++_single", {"eta", "timestep_spacing"}), ("euler_a", {"eta", "final_sigmas_type"}),
+    ],
+)  # fmt: skip
+def test_settings_that_a_scheduler_ignores_are_refused(scheduler, ignored):
+    for option, value in (("eta", "0.5"), ("timestep_spacing", "trailing"), ("final_sigmas_type", "sigma_min")):
+        args = words(scheduler=scheduler, **{option: value})
+        if option not in ignored:
+            assert getattr(read_solver(args), option) == getattr(args, option)
+            continue
+        with pytest.raises(
+            UserError, match=re.escape(f"--{option} {value} with --scheduler {scheduler}, which ignores")
+        ):
+            read_solver(args)
+
+
+def test_a_distilled_models_settings_go_where_another_scheduler_ignores_them():
+    defaults = solver_defaults("tcd", 4, None, None, PLAIN)
+    assert read_solver(words(few_steps="4", scheduler="euler"), defaults) == SolverSettings(4, 1.0, "euler")
+    with pytest.raises(UserError, match="--timestep_spacing trailing with --scheduler tcd, which ignores it"):
+        read_solver(words(few_steps="4", timestep_spacing="trailing"), defaults)
 
 
 def test_few_steps_are_refused_before_the_work(workshop, image_folder, tiny_base, tmp_path):

@@ -27,10 +27,12 @@ from semantic_aug.diffusion import inversion, loop
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.config import describe_cost, plan_of
+from semantic_aug.sampling.config import describe_cost, plan_of, task_paths
 from semantic_aug.sampling.identity import Origin
 from semantic_aug.sampling.job import Task
 from semantic_aug.sampling.masks import check_mask
+from semantic_aug.sampling.plan import repeated_tasks
+from semantic_aug.sampling.run import warn_of_repeats
 from semantic_aug.sampling.settings import ImageSettings, build_parser, read_solver
 from semantic_aug.sampling.sources import BLOCK, PlannedSources, SourceImages, SourceInversions, block_files
 from semantic_aug.sampling.worker import BatchMaker
@@ -288,7 +290,10 @@ def test_the_same_files_from_three_processes_and_after_a_kill(workshop, image_fo
 
 
 def test_what_cannot_be_inverted_is_refused(animals):
-    for flag, value in ("--scheduler", "unipc"), ("--lcm_lora", "x"), ("--few_steps", "4"), ("--eta", "0.5"):
+    for flag, value in (
+        ("--scheduler", "unipc"), ("--lcm_lora", "x"), ("--few_steps", "4"), ("--eta", "0.5"), ("--eta", "0"),
+        ("--final_sigmas_type", "sigma_min"),
+    ):  # fmt: skip
         args = build_parser().parse_args(["--dataset", "x", "--sample_strategy", "diff-ii", flag, value])
         with pytest.raises(UserError, match=f"{flag} .*{value} with --sample_strategy diff-ii, which inverts images"):
             read_solver(args)
@@ -307,4 +312,30 @@ def test_a_dry_run_counts_the_inversions(animals, tmp_path):
     names = Prompts(CLASSES, CLASSES)
     config = job_of(animals, tmp_path, model=None, prompts=names, solver=read_solver(args), images=images).config
     wanted = "U-Net evaluations: 2,700 to denoise, 450 to invert 18 training images once"
-    assert describe_cost(config, plan_of(config, animals)) == wanted
+    plan = plan_of(config, animals)
+    assert describe_cost(config, plan, 18) == wanted
+    few = replace(plan, source=plan.source[:2] * 0, partner=plan.partner[:2] * 0 + 17)  # rows 0 and 17 of 18
+    assert describe_cost(config, few, 18).endswith("250 to invert 10 training images once")
+
+
+def test_images_that_repeat_another_are_counted():
+    plan = plan_for(np.arange(8), "diff-ii", strengths=find("diff-ii").strengths, multiplier=5)
+    assert len(plan) == 40 and repeated_tasks(plan, []) == 32  # each class's image is its own partner
+    contexts = np.arange(40) % 2
+    distinct = len(set(zip(plan.source.tolist(), contexts.tolist(), strict=True)))
+    assert repeated_tasks(plan, [contexts]) == 40 - distinct
+    plan = plan_for(np.arange(8) // 2, "diff-ii", strengths=(0.25, 0.75), multiplier=5)
+    tasks = set(zip(plan.source.tolist(), plan.partner.tolist(), plan.strength_code.tolist(), strict=True))
+    assert 0 < repeated_tasks(plan, []) == 40 - len(tasks)
+
+
+def test_a_dry_run_warns_of_repeated_images_and_of_classes_with_one(animals, tmp_path, caplog):
+    one = replace(animals, train=animals.train.take(np.array([0, 6, 7, 12, 13])))
+    images = ImageSettings(sample_strategy="diff-ii", resolution=32, syn_dataset_multiplier=3, context_steps=0.0)
+    names, solver = Prompts(CLASSES, CLASSES, contexts=("in snow", "at night")), SolverSettings(25, 1.0, "ddim")
+    config = job_of(one, tmp_path, model=None, prompts=names, solver=solver, images=images).config
+    plan = plan_of(config, one)
+    warn_of_repeats(config, one, task_paths(config, one, plan))
+    repeated = repeated_tasks(plan, [])
+    assert repeated >= 4 and f"{repeated} of 15 images repeat another one" in caplog.text  # no step has a context
+    assert "1 classes have one training image each ('blue jay'), between which and itself diff-ii" in caplog.text

@@ -139,5 +139,5 @@ def test_first_step_follows_diffusers_rule(strength, steps, start):
 
 
 def test_a_strength_without_a_step_is_refused():
-    with pytest.raises(UserError, match="strength 0.03 of 25 steps leaves no step"):
+    with pytest.raises(UserError, match="--aug_strength 0.03 of --num_inference_steps 25 leaves no step"):
         first_step(25, 0.03)

@@ -166,7 +166,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(workshop, image_folder, tm
         ({"finetune_model_key": None}, "strategy diff-mix needs a fine-tuned checkpoint: give --finetune_model_key"),
         ({"finetune_model_key": "bare"}, "checkpoint animals/bare has neither a LoRA"),
         ({"aug_strength": 1.5}, "--aug_strength: 1.5: expected a number in (0, 1]"),
-        ({"aug_strength": 0.05}, "strength 0.05 of 6 steps leaves no step"),
+        ({"aug_strength": 0.05}, "--aug_strength 0.05 of --num_inference_steps 6 leaves no step"),
         ({"gpu_ids": ["7"]}, "--gpu_ids 7: this machine has"),
         ({"gpu_ids": ["gpu0"]}, "--gpu_ids gpu0: expected GPU numbers or the word cpu"),
         ({"sample_strategy": "diffmix"}, "invalid choice: 'diffmix'"),

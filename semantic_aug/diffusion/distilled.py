@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from semantic_aug.diffusion.schedulers import check_strength
 from semantic_aug.errors import UserError
 from semantic_aug.registry import LORA_FILES
 
@@ -102,7 +103,7 @@ def solver_defaults(
     """
     row = KINDS[kind]
     named = _STEPS.search(_name_of(lora)) if lora is not None and kind != "hyper-unified" else None
-    most = int(named[1]) if named else row.most_steps
+    most = min(int(named[1]), row.most_steps) if named else row.most_steps  # a name may count steps of training
     if steps > most:
         raise UserError(f"--few_steps {steps}: a model of kind {kind} was distilled for at most {most}; lower it")
     if guidance is not None and row.most_guidance is not None and guidance > row.most_guidance:
@@ -122,12 +123,8 @@ def solver_defaults(
 def effective_strength(steps: int, strength: float) -> float:
     """The share of so few steps that img2img runs at a strength, ``int(steps * strength) / steps``, as diffusers counts.
     Raises UserError: no step remains."""
+    check_strength(steps, strength, steps_flag="--few_steps")
     remaining = min(int(steps * strength), steps)
-    if remaining < 1:
-        raise UserError(
-            f"--aug_strength {strength:g} of --few_steps {steps} leaves no step: expected a strength of at least "
-            f"{1 / steps:.3g}, or at least {math.ceil(1 / strength)} steps where the model knows so many"
-        )
     share = remaining / steps
     while int(steps * share) < remaining:  # 49 * (1 / 49) is below 1
         share = math.nextafter(share, 2)

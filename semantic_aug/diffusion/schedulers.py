@@ -1,6 +1,7 @@
 """Noise schedules and solvers: any diffusers scheduler, by a short name or its class name."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ DEFAULT = "dpmsolver++"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 OTHER_PROCESSES = ("ScoreSde", "KarrasVe", "UnCLIP", "CMStochastic", "VQDiffusion", "DDPMWuerstchen", "Amused", "IPNDM")
 """Starts of the names of diffusers' schedulers whose noise is not that of a DDPM."""
+OWN_SPACING = ("LCMScheduler", "TCDScheduler")
+"""diffusers' schedulers that take a timestep spacing and do not use it."""
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
@@ -80,6 +83,15 @@ def scheduler_class(name: str):
     if not (inspect.isclass(scheduler) and hasattr(scheduler, "add_noise") and hasattr(scheduler, "set_timesteps")):
         raise unknown("--scheduler", name, SCHEDULERS, "expected one of these or a diffusers scheduler's class name")
     return scheduler
+
+
+def ignored_options(name: str) -> set[str]:
+    """Those of a solver's further settings that a scheduler has no use for. Raises UserError: an unknown scheduler."""
+    kind = scheduler_class(name)
+    known = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.step).parameters}
+    if kind.__name__ in OWN_SPACING:
+        known.discard("timestep_spacing")
+    return {"eta", "timestep_spacing", "final_sigmas_type"} - known
 
 
 def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
@@ -153,10 +165,30 @@ def first_step(num_inference_steps: int, strength: float) -> int:
     Raises:
         UserError: no step remains.
     """
-    remaining = min(int(num_inference_steps * strength), num_inference_steps)
-    if remaining < 1:
+    check_strength(num_inference_steps, strength)
+    return num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
+
+
+def check_strength(
+    steps: int,
+    strength: float,
+    cause: str = "--aug_strength",
+    steps_flag: str = "--num_inference_steps",
+    remedy: str = "an --aug_strength",
+) -> None:
+    """Refuses a strength of which so few steps leave none.
+
+    Args:
+        cause: what gave the strength.
+        steps_flag: what gave the steps.
+        remedy: where another strength is given; empty: nowhere.
+
+    Raises:
+        UserError: names cause and flag.
+    """
+    if int(steps * strength) < 1:
+        lowest = f", or {remedy} of at least {math.ceil(1000 / steps) / 1000:g}" if remedy else ""
         raise UserError(
-            f"strength {strength} of {num_inference_steps} steps leaves no step: raise --aug_strength to at "
-            f"least {1 / num_inference_steps:.3g} or --num_inference_steps to at least {int(1 / strength) + 1}"
+            f"{cause} {strength:g} of {steps_flag} {steps} leaves no step: expected at least {math.ceil(1 / strength)} "
+            f"steps{lowest}"
         )
-    return num_inference_steps - remaining

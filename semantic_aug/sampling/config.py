@@ -24,7 +24,7 @@ from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import CPU, actors_of, available_memory, processes_of
 from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config, weight_files
 from semantic_aug.diffusion.distilled import effective_strength
-from semantic_aug.diffusion.schedulers import SolverSettings, first_step
+from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
 from semantic_aug.meta_csv import EVEN, strength_text, without_slashes
@@ -39,10 +39,11 @@ from semantic_aug.sampling.settings import (
     ModelSettings,
     OutputSettings,
     Placement,
+    check_flags,
     read_few_steps,
     read_solver,
 )
-from semantic_aug.sampling.sources import source_table
+from semantic_aug.sampling.sources import BLOCK, source_table
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class SampleConfig:
         output: root folder and shard.
         guide: what a classifier says of the images.
         few_steps: strengths are whole numbers of the solver's steps.
+        contexts: what ``--contexts`` was given.
     """
 
     dataset: str
@@ -92,6 +94,7 @@ class SampleConfig:
     output: OutputSettings
     guide: Guide = field(default_factory=Guide, compare=False)
     few_steps: bool = False
+    contexts: str | None = None
 
     @property
     def strategy(self) -> Strategy:
@@ -139,10 +142,9 @@ def resolve(
     """
     settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
-    if output.calibrate and not run.dry_run:
-        raise UserError("--calibrate goes with --dry_run")
-    strategy, few = strategies.find(images.sample_strategy), chosen.few_steps is not None
-    steps = chosen.few_steps if few else read_solver(args).num_inference_steps
+    check_flags(args)
+    strategy, few, solver = strategies.find(images.sample_strategy), chosen.few_steps is not None, read_solver(args)
+    steps, lora = chosen.few_steps if few else solver.num_inference_steps, chosen.extra_lora()
     choose_strengths(strategy, images.aug_strength, images.strength_strategy, steps, few)
     placement = resolve_placement(placement)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), run.config_dir)
@@ -154,10 +156,10 @@ def resolve(
             )
     section = dataset.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", run.config_dir)
     model, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, run.config_dir)
-    if further := chosen.lcm_lora or chosen.distilled_lora:
-        model = replace(model, extra_lora=registry.find_lora(further))
+    model = replace(model, extra_lora=lora)
     noise_schedule = read_scheduler_config(model.folder, model.name)
-    solver = read_few_steps(args, model.name, noise_schedule) if few else read_solver(args)
+    if few:
+        solver = read_few_steps(args, model.name, noise_schedule)
     if images.object_mask:
         check_mask(images.object_mask, dataset.train, dataset.name, strategy.start, images.classifier)
         dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
@@ -181,6 +183,7 @@ def resolve(
         prompts=prompts,
         solver=solver,
         few_steps=few,
+        contexts=chosen.contexts,
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
@@ -279,19 +282,22 @@ def choose_strengths(
         raise UserError(f"--aug_strength {strength:g}: expected a number in (0, 1]")
     if strategy.start == "noise":
         return (1.0,), strength_text(1.0)
+    cause, remedy = "--aug_strength", "an --aug_strength"
     if strategy.strengths:
         strengths, label = strategy.strengths, "Uniform"
+        cause, remedy = f"--sample_strategy {strategy.name}: strength", ""
     elif how == "uniform":
         strengths, label = UNIFORM_STRENGTHS, "Uniform"
+        cause, remedy = f"--strength_strategy {how}: strength", "--strength_strategy fixed with an --aug_strength"
     else:
         strengths, label = (float(strength),), strength_text(strength)
     if strategy.start == "inversion":  # positions between two images
         return tuple(strengths), label
+    flag = "--few_steps" if few_steps else "--num_inference_steps"
+    check_strength(num_inference_steps, min(strengths), cause, steps_flag=flag, remedy=remedy)
     if few_steps:
         strengths = [effective_strength(num_inference_steps, each) for each in strengths]
         label = label if len(strengths) > 1 else strength_text(strengths[0])
-    for each in strengths:
-        first_step(num_inference_steps, each)
     return tuple(strengths), label
 
 
@@ -376,7 +382,7 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         "strengths: "
         + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
         *([f"contexts: {contexts}, each {len(plan) / contexts:.3g} times"] if contexts else []),
-        describe_cost(config, plan),
+        describe_cost(config, plan, len(dataset.train)),
         f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
@@ -386,8 +392,9 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
     return "\n".join(lines)
 
 
-def describe_cost(config: SampleConfig, plan: Plan) -> str:
-    """The evaluations of the U-Net that a plan takes, one image each; guidance takes two a step."""
+def describe_cost(config: SampleConfig, plan: Plan, count: int) -> str:
+    """The evaluations of the U-Net that a plan of ``count`` training images takes, one image each; guidance takes two a
+    step. Sources are inverted in whole blocks."""
     steps, each = config.solver.num_inference_steps, 2 if config.solver.guidance_scale > 1 else 1
     images = np.bincount(plan.strength_code, minlength=len(plan.strengths)).tolist()
     if config.strategy.start == "image":
@@ -396,7 +403,8 @@ def describe_cost(config: SampleConfig, plan: Plan) -> str:
         run = len(plan) * steps
     text = f"U-Net evaluations: {each * run:,} to denoise"
     if plan.partner is not None:
-        inverted = len(np.union1d(plan.source, plan.partner))
+        blocks = np.union1d(plan.source, plan.partner) // BLOCK
+        inverted = int(np.isin(np.arange(count) // BLOCK, blocks).sum())
         text += f", {inverted * steps:,} to invert {inverted} training images once"
     return text
 

@@ -193,7 +193,8 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     network = "compiled" if compiled else "plain"
     encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
     if config.strategy.start == "inversion":
-        encoder += f" inverted {weights} {config.prompts} {config.solver.num_inference_steps}"
+        prompts = sha256_text(f"{config.prompts}")  # contexts may be many
+        encoder += f" inverted {weights} {prompts} {config.solver.num_inference_steps}"
     origin = Origin(sources, weights, encoder)
     license = license_of(config.model.name, config.model.folder)
     return Identity(
@@ -224,6 +225,8 @@ def _arguments(config: SampleConfig) -> dict[str, Any]:
     for name in ("classifier", "unlabelled"):
         if getattr(config.images, name) is not None:
             arguments[name] = str(getattr(config.images, name))
+    if config.contexts is not None:
+        arguments["contexts"] = config.contexts
     for name in ("split", "imbalance_profile"):
         if getattr(config.setting, name) != getattr(Setting, name):
             arguments[name] = getattr(config.setting, name)

@@ -394,6 +394,18 @@ def _digest(
     return digest.hexdigest()
 
 
+def repeated_tasks(plan: Plan, prompts: Sequence[np.ndarray]) -> int:
+    """The number of tasks between two images that equal an earlier task in all that decides their image.
+
+    Args:
+        plan: with partners. Where source and partner are one image, so are all positions between them.
+        prompts: what decides the prompts besides the classes, ``(T,)`` each.
+    """
+    position = np.where(plan.source == plan.partner, -1, plan.strength_code.astype(np.int32))
+    tasks = np.stack([plan.source, plan.partner, position, *prompts])
+    return len(plan) - np.unique(tasks, axis=1).shape[1]
+
+
 def batches_of_shard(plan: Plan, num_shards: int, shard_index: int, seed: int) -> np.ndarray:
     """The batches one shard makes, in the order it makes them.
 

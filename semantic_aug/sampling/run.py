@@ -44,7 +44,7 @@ from semantic_aug.sampling.folder import (
 from semantic_aug.sampling.guide import GUIDE_FILE, read_guide
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
-from semantic_aug.sampling.plan import Guide, Plan, batches_of_shard
+from semantic_aug.sampling.plan import Guide, Plan, batches_of_shard, repeated_tasks
 from semantic_aug.sampling.sources import block_files
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
             paths = task_paths(config, dataset, plan)
             identities.claim(folder, identity, paths, config.guide, alone=shard[0] == 1)
         identities.warn(config, identity)
+        warn_of_repeats(config, dataset, paths)
         make_folders(folder, paths.folders)
         batches = batches_of_shard(plan, *shard, config.run.seed)
         mine = np.zeros(len(plan), bool)
@@ -203,8 +204,33 @@ def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
         UserError: the folder holds another subset (says what differs).
     """
     identity, plan = _identified(config, dataset)
-    identities.belongs(subset_folder(config, dataset), identity, task_paths(config, dataset, plan))
+    paths = task_paths(config, dataset, plan)
+    identities.belongs(subset_folder(config, dataset), identity, paths)
     identities.warn(config, identity)
+    warn_of_repeats(config, dataset, paths)
+
+
+def warn_of_repeats(config: SampleConfig, dataset: LoadedDataset, paths: TaskPaths) -> None:
+    """Tells of images that come out identical, since a strategy that starts from two inverted images draws nothing more."""
+    plan, prompts = paths.plan, []
+    if plan.partner is None:
+        return
+    if len(paths.templates) > 1:
+        prompts.append(np.array([paths.template(n) for n in range(len(plan))]))
+    if plan.context is not None and round(config.images.context_steps * config.solver.num_inference_steps):
+        prompts.append(plan.context)
+    if repeated := repeated_tasks(plan, prompts):
+        log.warning(
+            "%d of %d images repeat another one, with the same two photographs, position and prompt: lower "
+            "--syn_dataset_multiplier, or give --contexts or --prompt_templates", repeated, len(plan),
+        )  # fmt: skip
+    single = np.flatnonzero(np.bincount(dataset.train.labels) == 1)
+    if config.strategy.pairing == "same" and len(single):
+        names = ", ".join(f"'{dataset.source_names[label]}'" for label in single[:5]) + ", ..." * (len(single) > 5)
+        log.warning(
+            "%d classes have one training image each (%s), between which and itself %s makes nothing new: raise "
+            "--examples_per_class", len(single), names, config.strategy.name,
+        )  # fmt: skip
 
 
 def make(config: SampleConfig, dataset: LoadedDataset) -> Path:

@@ -12,7 +12,7 @@ from semantic_aug import cli
 from semantic_aug.augmentations import strategies
 from semantic_aug.datasets.settings import Pool, add_shared
 from semantic_aug.diffusion.distilled import KINDS, kind_of, solver_defaults
-from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, scheduler_class
+from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, ignored_options, scheduler_class
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_templates
 from semantic_aug.registry import find_lora
@@ -24,7 +24,7 @@ LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm
 CONTEXT_STEPS = 0.3
 """Diff-II's share of the steps under a prompt with a context; its authors also take 0.1 and 1, by data set."""
 
-UNINVERTED = ("few_steps", "distilled_lora", "lcm_lora", "eta", "timestep_spacing")
+UNINVERTED = ("few_steps", "distilled_lora", "lcm_lora", "eta", "timestep_spacing", "final_sigmas_type")
 """Flags that say how else to denoise than by the DDIM that takes an inversion back."""
 
 INVERSION_SOLVER = {"num_inference_steps": 25, "guidance_scale": 1.0, "scheduler": "ddim"}
@@ -95,6 +95,11 @@ class ModelSettings:
             raise UserError(f"{given[0]} goes with --few_steps N, the number of steps of the distilled model")
         if self.lcm_lora and self.distilled_lora:
             raise UserError("--lcm_lora and --distilled_lora both name a distilled LoRA: give one of them")
+
+    def extra_lora(self) -> Path | None:
+        """The file of the LoRA to merge as well. Raises UserError: no such file."""
+        given = [(path, f"--{name}") for name in ("lcm_lora", "distilled_lora") if (path := getattr(self, name))]
+        return find_lora(*given[0]) if given else None
 
     def templates(self) -> dict[str, str | tuple[str, ...]]:
         """The prompts, as :class:`semantic_aug.augmentations.model.Prompts` takes them."""
@@ -352,6 +357,25 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags of several groups that do not go together, whatever the data set and the model are.
+
+    Raises:
+        UserError: names two of them.
+    """
+    if args.calibrate and not args.dry_run:
+        raise UserError("--calibrate goes with --dry_run")
+    if args.calibrate and strategies.find(args.sample_strategy).start == "inversion":
+        raise UserError(
+            f"--calibrate with --sample_strategy {args.sample_strategy}, which inverts most images in its first batches, so "
+            "that these say nothing of the others: leave it out (--dry_run gives the U-Net evaluations)"
+        )
+    if args.context_steps != CONTEXT_STEPS and args.contexts is None:
+        raise UserError(f"--context_steps {args.context_steps:g} goes with --contexts, from which the contexts come")
+    if args.few_steps is not None and args.num_inference_steps is not None:
+        raise UserError("--few_steps and --num_inference_steps both say how many steps: give one of them")
+
+
 def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> SolverSettings:
     """The settings of the solver: the user's, else those that go with the model.
 
@@ -360,7 +384,8 @@ def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
         defaults: those of a distilled model; None: the flags', or LCM's with ``--lcm_lora``.
 
     Raises:
-        UserError: an unknown scheduler, or another one than DDIM where images are inverted.
+        UserError: an unknown scheduler, another one than DDIM where images are inverted, or a setting that the scheduler
+            ignores.
     """
     inverted = strategies.find(args.sample_strategy).start == "inversion"
     if inverted:
@@ -371,7 +396,8 @@ def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
     if chosen["scheduler"] not in SCHEDULERS:
         scheduler_class(chosen["scheduler"])
     if inverted:
-        given = {name: getattr(args, name) for name in UNINVERTED if getattr(args, name)}
+        neutral = (None, SolverSettings.final_sigmas_type)
+        given = {name: value for name in UNINVERTED if (value := getattr(args, name)) not in neutral}
         if SCHEDULERS.get(chosen["scheduler"], chosen["scheduler"]) != SCHEDULERS["ddim"]:
             given["scheduler"] = chosen["scheduler"]
         if given:
@@ -380,7 +406,24 @@ def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
                 f"--{name} {value} with --sample_strategy {args.sample_strategy}, which inverts images and denoises them by "
                 "plain DDIM: leave it out"
             )
+    if args.few_steps is None or args.scheduler or "eta" in chosen:  # the scheduler is known
+        _drop_ignored(args, chosen)
     return cli.read_settings(SolverSettings, args, **chosen)
+
+
+def _drop_ignored(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
+    """Leaves out what a distilled model asks of its own scheduler where another one ignores it; refuses what the user asks."""
+    name = chosen["scheduler"]
+    optional = ("eta", "timestep_spacing", "final_sigmas_type")
+    given = {
+        option: value for option in optional if (value := getattr(args, option)) != getattr(SolverSettings, option)
+    }
+    if not given and not any(chosen.get(option) for option in optional):
+        return
+    ignored = ignored_options(name)
+    if unused := next((option for option in given if option in ignored), None):
+        raise UserError(f"--{unused} {given[unused]} with --scheduler {name}, which ignores it: leave it out")
+    chosen.update(dict.fromkeys(ignored & chosen.keys()))
 
 
 def read_few_steps(args: argparse.Namespace, base: str, scheduler_config: Mapping[str, Any]) -> SolverSettings:
@@ -394,10 +437,7 @@ def read_few_steps(args: argparse.Namespace, base: str, scheduler_config: Mappin
     Raises:
         UserError: a model that is not known to be distilled, or is asked for what it cannot do.
     """
-    if args.num_inference_steps is not None:
-        raise UserError("--few_steps and --num_inference_steps both say how many steps: give one of them")
-    given = args.lcm_lora or args.distilled_lora
-    lora = find_lora(given) if given else None
+    lora = cli.read_settings(ModelSettings, args).extra_lora()
     kind = args.distilled or ("lcm" if args.lcm_lora else kind_of(lora, base, scheduler_config))
     if kind is None:
         reason = f"base model '{base}' is no Turbo model; give --distilled_lora FILE, or --distilled KIND"

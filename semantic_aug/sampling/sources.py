@@ -116,7 +116,12 @@ def block_files(planned: PlannedSources, encoder: str) -> list[str]:
     """The file of each block of :data:`BLOCK` rows, named after its images' names, classes and content and the encoder."""
     rows, content = planned.rows, planned.content
     blocks = (rows[i : i + BLOCK].tobytes() + content[i : i + BLOCK].tobytes() for i in range(0, len(rows), BLOCK))
-    return [f"{hashlib.sha256(encoder.encode() + block).hexdigest()[:32]}.safetensors" for block in blocks]
+    begun, names = hashlib.sha256(encoder.encode()), []
+    for block in blocks:
+        digest = begun.copy()
+        digest.update(block)
+        names.append(f"{digest.hexdigest()[:32]}.safetensors")
+    return names
 
 
 def _row_hashes(images: ImageTable, columns: Sequence[str]) -> np.ndarray:
