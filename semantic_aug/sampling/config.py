@@ -409,12 +409,6 @@ def describe_cost(config: SampleConfig, plan: Plan, count: int) -> str:
     return text
 
 
-def default_key(config: SampleConfig) -> str:
-    """The registry key offered for a subset, e.g. ``5shot_diffmix_0.7``."""
-    parts = [config.setting.suffix.lstrip("_"), config.strategy.name.replace("-", ""), config.strength_label]
-    return "_".join(part for part in parts if part)
-
-
 def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfig:
     """The request with ``batch_size`` 0 (auto) resolved: what an existing folder was begun with, else from memory.
 

@@ -222,11 +222,12 @@ def _arguments(config: SampleConfig) -> dict[str, Any]:
         "corrupt_prob": config.setting.corrupt_prob or None,
         "corrupt_classes": config.setting.corrupt_classes if config.setting.corrupt_prob else None,
     }
-    for name in ("classifier", "unlabelled"):
-        if getattr(config.images, name) is not None:
-            arguments[name] = str(getattr(config.images, name))
-    if config.contexts is not None:
-        arguments["contexts"] = config.contexts
+    files = {
+        "classifier": config.images.classifier,
+        "unlabelled": config.images.unlabelled,
+        "contexts": config.contexts,
+    }
+    arguments |= {name: str(file) for name, file in files.items() if file is not None}
     for name in ("split", "imbalance_profile"):
         if getattr(config.setting, name) != getattr(Setting, name):
             arguments[name] = getattr(config.setting, name)

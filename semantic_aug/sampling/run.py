@@ -23,7 +23,6 @@ from semantic_aug.run_lock import RunLock
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.config import (
     SampleConfig,
-    default_key,
     describe_plan,
     plan_of,
     subset_folder,
@@ -176,6 +175,12 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
     print(registry.to_yaml({dataset.name: {key or default_key(config): entry}}), end="")
     if key and registry.register(registry.SUBSETS, dataset.name, key, entry, config_dir):
         print(f"registered as {dataset.name}/{key}")
+
+
+def default_key(config: SampleConfig) -> str:
+    """The registry key offered for a subset, e.g. ``5shot_diffmix_0.7``."""
+    parts = [config.setting.suffix.lstrip("_"), config.strategy.name.replace("-", ""), config.strength_label]
+    return "_".join(part for part in parts if part)
 
 
 def check(config: SampleConfig, dataset: LoadedDataset) -> None:
