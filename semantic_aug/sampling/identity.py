@@ -193,8 +193,7 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     network = "compiled" if compiled else "plain"
     encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
     if config.strategy.start == "inversion":
-        prompts = sha256_text(f"{config.prompts}")  # contexts may be many
-        encoder += f" inverted {weights} {prompts} {config.solver.num_inference_steps}"
+        encoder += f" inverted {weights} {sha256_text(str(config.prompts))} {config.solver.num_inference_steps}"
     origin = Origin(sources, weights, encoder)
     license = license_of(config.model.name, config.model.folder)
     return Identity(
@@ -222,11 +221,8 @@ def _arguments(config: SampleConfig) -> dict[str, Any]:
         "corrupt_prob": config.setting.corrupt_prob or None,
         "corrupt_classes": config.setting.corrupt_classes if config.setting.corrupt_prob else None,
     }
-    files = {
-        "classifier": config.images.classifier,
-        "unlabelled": config.images.unlabelled,
-        "contexts": config.contexts,
-    }
+    images = config.images
+    files = {"classifier": images.classifier, "unlabelled": images.unlabelled, "contexts": config.contexts}
     arguments |= {name: str(file) for name, file in files.items() if file is not None}
     for name in ("split", "imbalance_profile"):
         if getattr(config.setting, name) != getattr(Setting, name):
