@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     with files.no_trace(folder, (runs.ARGS_FILE,)):
         known = runs.claim(folder, record, "--output_dir", origin=origin)
         if known and (folder / meta_csv.FILE_NAME).is_file():
+            if not (folder / UNLABELLED_FILE).is_file():  # of an earlier version
+                write_sources(folder, pool.keys, hash_images(pool).values, UNLABELLED_FILE)
             log.info("%s is finished already", folder)
             return 0
         counts = label(pool, classifier, settings.pseudo_threshold, folder, dataset.source_names)

@@ -200,11 +200,11 @@ def write(
     files.write_text(out / runs.ARGS_FILE, runs.arguments_text(settings.record(inputs, source)))
     with files.csv_writer(out / SCORES_FILE) as writer:
         writer.writerow(["path", "source", "target", "strength", *scores, "kept"])
-        names = inputs.dataset.source_names
+        names, unknown = inputs.dataset.source_names, images.of_any_class
         for i, path in enumerate(images.paths):
             relative = path.relative_to(os.path.abspath(root / DATA)).as_posix()
             cells = [f"{values[i]:.6f}" for values in scores.values()]
-            classes = [names[images.source[i]], names[images.target[i]]]
+            classes = ["" if unknown[i] else names[images.source[i]], names[images.target[i]]]
             writer.writerow([relative, *classes, images.strength[i], *cells, int(selected[i])])
     dropped = np.flatnonzero(~selected)
     if len(dropped):
