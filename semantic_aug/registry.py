@@ -111,14 +111,16 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
             raise unknown(f"field in {where}", name, kinds, "correct the entry")
         if value is None or value == "":
             continue
-        kind, words = KINDS[kinds[name]]
+        kind, description = KINDS[kinds[name]]
         if isinstance(value, list):
             value = [item for item in value if item not in (None, "")]
         elif isinstance(value, dict):
             value = {key: item for key, item in value.items() if item not in (None, "")}
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{where}: {name} is {yaml_files.kind_of(value)}, expected {words}: correct the entry")
+            raise UserError(
+                f"{where}: {name} is {yaml_files.kind_of(value)}, expected {description}: correct the entry"
+            )
         out[name] = value
     return out
 

@@ -165,13 +165,15 @@ def refuse_other_run(
 def _changed_defaults(kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """Settings that differ since a recipe gave one of the values, and the flag that gives the former value again."""
     then, now, value = _recipe_of(kept), _recipe_of(present), plain(present)
-    is_now = lambda name: f"{value[name]} by {now.get(name, 'flag or default')}" if name in value else "at its default"  # noqa: E731
-    parts = [
-        f"; {name} is {is_now(name)} and was {kept[name]} by {then.get(name, 'flag or default')}, --{name} {kept[name]} gives "
-        "the former value"
-        for name in {**then, **now}
-        if kept.get(name) is not None and kept[name] != value.get(name)
-    ]
+    parts = []
+    for name in {**then, **now}:
+        if kept.get(name) is None or kept[name] == value.get(name):
+            continue
+        present_value = f"{value[name]} by {now.get(name, 'flag or default')}" if name in value else "at its default"
+        former_value = f"{kept[name]} by {then.get(name, 'flag or default')}"
+        parts.append(
+            f"; {name} is {present_value} and was {former_value}, --{name} {kept[name]} gives the former value"
+        )
     return "".join(parts)
 
 

@@ -6,7 +6,7 @@ the training images are dealt into folds, and each teacher, an ordinary run of s
 fold, or two where images have two sources.
 
     {cache}/teachers/{images and settings}/without-{folds}/    the runs, shared by all subsets of the same training images
-    {subset}/teacher-{meta}-{digits of the second folder}.safetensors    class probabilities, and what they were made from
+    {subset}/teacher-{meta}-{digits of that folder}.safetensors    class probabilities, and what they were made from
 """
 
 from __future__ import annotations

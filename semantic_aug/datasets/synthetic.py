@@ -190,10 +190,11 @@ def read_subset(
     position = _positions(table.class_names, dataset, file)
     paths = _paths(root / DATA, table.path, file)
     if not allow_other_sources:
-        _check_sources(table, dataset, file)
-        _check_labels(table, position, dataset, file)
+        recorded_sources = _sources(table)
+        _check_sources(recorded_sources, dataset, file)
+        _check_labels(recorded_sources, position, dataset, file)
         _check_noise(root, table, dataset, file)
-        _check_content(root, table, dataset, file)
+        _check_content(root, recorded_sources, dataset, file)
         _check_unlabelled(root, table, dataset, file)
     sources = np.full((len(table), len(meta_csv.SOURCE_COLUMNS)), "", object)
     for column, name in enumerate(meta_csv.SOURCE_COLUMNS):
@@ -266,10 +267,8 @@ def _source_labels(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
     if not labels:
         return None
     names = sorted({*table.class_names, *(name for label in labels for name in label)})
-    position, count = (
-        dict(zip(names, _positions(names, dataset, file).tolist(), strict=True)),
-        len(dataset.source_names),
-    )
+    position = dict(zip(names, _positions(names, dataset, file).tolist(), strict=True))
+    count = len(dataset.source_names)
     known = np.zeros((len(labels), count), np.float32)
     for values, label in zip(known, labels, strict=True):
         total = sum(label.values())
@@ -311,8 +310,8 @@ def _sources(table: meta_csv.MetaTable) -> list[tuple[str, int]]:
     return list(dict.fromkeys((str(key), label) for pair in cells for key, label in zip(*pair, strict=True) if key))
 
 
-def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
-    used = {key for key, _ in _sources(table)}
+def _check_sources(sources: Sequence[tuple[str, int]], dataset: LoadedDataset, file: Path) -> None:
+    used = {key for key, _ in sources}
     unexpected = used - set(dataset.train.keys)
     if unexpected:
         held = {"validation": dataset.val, "test": dataset.test}
@@ -327,9 +326,9 @@ def _check_sources(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
         )
 
 
-def _check_labels(table: meta_csv.MetaTable, position: np.ndarray, dataset: LoadedDataset, file: Path) -> None:
+def _check_labels(sources: Sequence[tuple[str, int]], position: np.ndarray, dataset: LoadedDataset, file: Path) -> None:
     label_of = dict(zip(dataset.train.keys, dataset.train.labels.tolist(), strict=True))
-    recorded = [(key, int(position[label])) for key, label in _sources(table)]
+    recorded = [(key, int(position[label])) for key, label in sources]
     other = {key: label for key, label in recorded if label_of.get(key, label) != label}
     if other:
         names, (key, label) = dataset.source_names, next(iter(other.items()))
@@ -366,10 +365,10 @@ def _noise_of(setting: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_content(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
+def _check_content(root: Path, sources: Sequence[tuple[str, int]], dataset: LoadedDataset, file: Path) -> None:
     from semantic_aug.datasets.fingerprint import hash_images  # it knows synthetic images itself
 
-    recorded, used = read_sources(root), {key for key, _ in _sources(table)}
+    recorded, used = read_sources(root), {key for key, _ in sources}
     if recorded is None or not used:
         return
     keys, values = recorded

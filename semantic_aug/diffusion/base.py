@@ -407,7 +407,7 @@ def weight_files(folder: Path) -> list[Path]:
         for path in (folder / part).iterdir()
         if path.suffix in (".json", ".txt") and ".index." not in path.name
     }
-    found = filter(None, (find_weights(folder / part) for part in family.weight_folders))
-    weights = {path for weights in found for path in weights.files}
+    present = filter(None, (find_weights(folder / part) for part in family.weight_folders))
+    weights = {path for part in present for path in part.files}
     index = {folder / "model_index.json"} if family.sizes else set()  # it says what guidance starts from
     return sorted(texts | weights | index)

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from semantic_aug import meta_csv
 from semantic_aug.prompts import with_context
-from semantic_aug.sampling.plan import Plan
+from semantic_aug.sampling.plan import Plan, rows_by_class
 from semantic_aug.seeding import derive_seed
 
 TEMPORARY_SUFFIX = ".part"
@@ -122,10 +122,7 @@ class TaskPaths:
 
     def folders_with_tasks(self) -> Iterator[tuple[str, np.ndarray]]:
         """Each source class's folder and the numbers of its tasks."""
-        by_class = np.argsort(self.plan.source_class, kind="stable").astype(np.int32)
-        bounds = np.searchsorted(self.plan.source_class[by_class], np.arange(len(self.folders) + 1))
-        for folder, begin, end in zip(self.folders, bounds[:-1], bounds[1:], strict=True):
-            yield folder, by_class[begin:end]
+        yield from zip(self.folders, rows_by_class(self.plan.source_class, len(self.folders)), strict=True)
 
     def file_names(self, numbers: np.ndarray) -> Iterator[str]:
         """Names of some tasks' files within the folders of their source classes."""

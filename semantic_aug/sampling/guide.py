@@ -197,7 +197,6 @@ def objects_of(
         order: position of each class of ``images`` among the classifier's.
         grid: (h, w) of the latents.
     """
-
     packed, classes = [], [order[label] for label in images.labels.tolist()]
     for maps in classifier.activation_maps(partial(_image, images), classes):
         cells = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps), grid) >= threshold

@@ -266,10 +266,8 @@ def _mixed_targets(source_class: np.ndarray, num_classes: int, settings: PlanSet
 def _confused_targets(source_class: np.ndarray, confusions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """For each source a class that its own is taken for, as often as it is; any other class where that never happens."""
     target, shares = np.empty_like(source_class), confusion_shares(confusions)
-    by_class = np.argsort(source_class, kind="stable")
-    bounds = np.searchsorted(source_class[by_class], np.arange(len(shares) + 1))
-    for k, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        target[by_class[begin:end]] = rng.permutation(_systematic(shares[k], end - begin, rng))
+    for rows, of_class in zip(rows_by_class(source_class, len(shares)), shares, strict=True):
+        target[rows] = rng.permutation(_systematic(of_class, len(rows), rng))
     return target
 
 
@@ -308,16 +306,17 @@ def _even(count: int, kinds: int, rng: np.random.Generator) -> np.ndarray:
     return drawn
 
 
+def rows_by_class(classes: np.ndarray, count: int) -> list[np.ndarray]:
+    """The rows of each class 0 to ``count - 1``, int32, ascending."""
+    order = np.argsort(classes, kind="stable").astype(np.int32)
+    return np.split(order, np.searchsorted(classes[order], np.arange(1, count + 1)))[:count]
+
+
 def _images_of(classes: np.ndarray, labels: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:
     """For each wanted class an image of it; within a class, images take turns in freshly shuffled rounds."""
     out = np.empty(len(classes), np.int32)
-    by_class = np.argsort(classes, kind="stable")
-    bounds = np.searchsorted(classes[by_class], np.arange(num_classes + 1))
-    images = np.argsort(labels, kind="stable").astype(np.int32)
-    image_bounds = np.searchsorted(labels[images], np.arange(num_classes + 1))
-    for k in range(num_classes):
-        positions = by_class[bounds[k] : bounds[k + 1]]
-        candidates = images[image_bounds[k] : image_bounds[k + 1]]
+    of_class = zip(rows_by_class(classes, num_classes), rows_by_class(labels, num_classes), strict=True)
+    for positions, candidates in of_class:
         rounds = -(-len(positions) // len(candidates))
         out[positions] = rng.permuted(np.tile(candidates, (rounds, 1)), axis=1).reshape(-1)[: len(positions)]
     return out

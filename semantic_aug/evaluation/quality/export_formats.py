@@ -153,8 +153,8 @@ class SplitImages:
     def metadata(self, row: int) -> dict[str, Any]:
         """Hard label, both classes with their weights, and where the image comes from; no source class where it may be any."""
         label, (source, target) = int(self.labels[row]), self.classes[:, row].tolist()
-        (source_weight, target_weight), made = self.weights[:, row].tolist(), row - self.reals
-        unknown = made >= 0 and self.of_any_class[made]
+        (source_weight, target_weight), number = self.weights[:, row].tolist(), row - self.reals
+        unknown = number >= 0 and self.of_any_class[number]
         return {
             "label": self.class_names[label],
             "label_index": label,
@@ -162,11 +162,11 @@ class SplitImages:
             "target": self.class_names[target],
             "source_weight": source_weight,
             "target_weight": target_weight,
-            "strength": None if made < 0 else float(self.strengths[row]),
-            "synthetic": made >= 0,
-            "subset": None if made < 0 else self.subsets[made],
-            "origin": self.real.keys[row] if made < 0 else self.origins[made],
-            "source_image": None if made < 0 else self.sources[made] or None,
+            "strength": None if number < 0 else float(self.strengths[row]),
+            "synthetic": number >= 0,
+            "subset": None if number < 0 else self.subsets[number],
+            "origin": self.real.keys[row] if number < 0 else self.origins[number],
+            "source_image": None if number < 0 else self.sources[number] or None,
         }
 
 

@@ -45,8 +45,8 @@ def table(rows: Sequence[Mapping], columns: Sequence[str]) -> document.Table:
         texts = {name: value_text(row.get(name, ""), 3) for name in columns}
         intervals = {name: f"95 % interval: {low:.3g} to {high:.3g}" for name, (low, high) in row[INTERVALS].items()}
         for name in texts:
-            words = name.removeprefix("reference_").split("_")
-            reason = NO_INTERVAL.get(words[0]) or NO_INTERVAL.get(words[-1])
+            parts = name.removeprefix("reference_").split("_")
+            reason = NO_INTERVAL.get(parts[0]) or NO_INTERVAL.get(parts[-1])
             if reason and texts[name]:
                 intervals[name] = reason
         cells.append([document.Cell(text, intervals.get(name, "")) for name, text in texts.items()])
