@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole job on the embedded default, on a machine with neither a GPU nor a model hub: teaches a tiny Stable Diffusion
-# ELPV's classes from 10 photographs each, makes a Diff-Mix subset, and compares three classifiers.
-#   scripts/quickstart.sh              about 12 minutes on 2 CPU cores after the installation
-#   scripts/quickstart.sh --smoke      the same with tiny counts, to see that everything works
+# The whole job on an embedded base model, on a machine with neither a GPU nor a model hub: teaches a tiny Stable Diffusion
+# the classes from a few photographs each, makes synthetic images, and compares classifiers with and without them.
+#   scripts/quickstart.sh                 solar cells (ELPV), about 12 minutes on 2 CPU cores after the installation
+#   scripts/quickstart.sh --task signs    hands that show digits; downloads 16 MB unless SIGNS_ROOT names a copy
+#   scripts/quickstart.sh --smoke         either with tiny counts, to see that everything works
 # It may be interrupted; run again, it resumes from what is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

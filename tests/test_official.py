@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 import threading
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ import official_layouts
 from official_layouts import WRITERS
 from semantic_aug.datasets import Setting, catalog, load_dataset, sets
 from semantic_aug.datasets.__main__ import main
-from semantic_aug.datasets.sets import food
+from semantic_aug.datasets.sets import food, signs
 from semantic_aug.errors import UserError, run_main
 
 
@@ -314,8 +315,21 @@ def test_nothing_is_written_into_the_download(use, downloads):
 
 
 @pytest.fixture
-def food_server(tmp_path, monkeypatch, use):
-    """A server of this machine that has Food-101 in small, as the official one packs it."""
+def served(tmp_path, monkeypatch):
+    """A folder, and the address at which a server of this machine has it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def food_archive(tmp_path, monkeypatch, use, served):
+    """Food-101 in small, served as the official one is packed."""
     import torchvision.datasets
 
     (tmp_path / "food-101").mkdir()
@@ -324,38 +338,57 @@ def food_server(tmp_path, monkeypatch, use):
         names = (tmp_path / "food-101" / "meta" / f"{split}.txt").read_text().split()
         listed = {name: [item for item in names if item.startswith(name)] for name in ("apple_pie", "waffles")}
         (tmp_path / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(listed))
-    (tmp_path / "served").mkdir()
-    archive = tmp_path / "served" / "food-101.tar.gz"
+    folder, address = served
+    archive = folder / "food-101.tar.gz"
     with tarfile.open(archive, "w:gz") as out:
         out.add(tmp_path / "food-101", "food-101")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(food, "SPEC", replace(food.SPEC, homepage=address))
-        monkeypatch.setattr(torchvision.datasets.Food101, "_URL", f"{address}food-101.tar.gz")
-        monkeypatch.setattr(torchvision.datasets.Food101, "_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-        yield archive
-        server.shutdown()
+    monkeypatch.setattr(food, "SPEC", replace(food.SPEC, homepage=address))
+    monkeypatch.setattr(torchvision.datasets.Food101, "_URL", f"{address}food-101.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.Food101, "_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
 
 
-def test_get_downloads_what_torchvision_can_and_says_what_to_set(tmp_path, monkeypatch, capsys, food_server):
+@pytest.fixture
+def signs_archive(downloads, monkeypatch, use, served):
+    """Sign Language Digits in small, served as its repository's archive."""
+    folder, address = served
+    name = signs.SPEC.archive[1]
+    monkeypatch.setattr(signs, "SPEC", replace(signs.SPEC, archive=(f"{address}master.zip", name)))
+    with zipfile.ZipFile(folder / "master.zip", "w") as out:
+        for path in sorted(downloads["signs"][0].rglob("*")):
+            out.write(path, f"{name}/{path.relative_to(downloads['signs'][0])}")
+    return folder / "master.zip"
+
+
+def test_get_downloads_what_torchvision_can_and_says_what_to_set(tmp_path, monkeypatch, capsys, food_archive):
     root = tmp_path / "new" / "data"
     assert main(["get", "food", "--root", str(root)]) == 0
     out = capsys.readouterr().out
     assert "food: 3 classes, images: train 12, test 6" in out and f"to read it: export FOOD_ROOT={root}/food-101" in out
     assert [path.name for path in root.iterdir()] == ["food-101"]
-    food_server.unlink()
+    food_archive.unlink()
     assert main(["get", "food", "--root", str(root)]) == 0  # nothing is downloaded twice
     monkeypatch.setenv("FOOD_ROOT", f"{root}/food-101")
     assert len(load_dataset("food").test) == 6
 
 
-def test_a_download_that_ends_early_leaves_no_trace(tmp_path, capsys, food_server):
-    food_server.write_bytes(food_server.read_bytes()[:-9])
-    assert run_main(main, ["get", "food", "--root", str(tmp_path / "new" / "data")]) == 2
-    assert "error: the download of data set 'food' failed (" in capsys.readouterr().err
+def test_get_unpacks_an_archive_and_reads_it(tmp_path, monkeypatch, capsys, signs_archive):
+    root = tmp_path / "data"
+    assert main(["get", "signs", "--root", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "signs: 10 classes, images: train 12, val 6, test 9" in out
+    assert f"to read it: export SIGNS_ROOT={root}/{signs.SPEC.archive[1]}" in out
+    assert [path.name for path in root.iterdir()] == [signs.SPEC.archive[1]]
+    monkeypatch.setenv("SIGNS_ROOT", str(root / signs.SPEC.archive[1]))
+    assert len(load_dataset("signs").test) == 9
+
+
+@pytest.mark.parametrize("name", ["food", "signs"])
+def test_a_download_that_ends_early_leaves_no_trace(name, tmp_path, capsys, request):
+    archive = request.getfixturevalue(f"{name}_archive")
+    archive.write_bytes(archive.read_bytes()[:-9])
+    assert run_main(main, ["get", name, "--root", str(tmp_path / "new" / "data")]) == 2
+    assert f"error: the download of data set '{name}' failed (" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -363,6 +396,7 @@ def test_a_download_that_ends_early_leaves_no_trace(tmp_path, capsys, food_serve
     ("name", "message"),
     [
         ("food", "food-101/ does not answer; .* set FOOD_ROOT"),
+        ("signs", "Sign-Language-Digits-Dataset/archive/.*zip does not answer; .* set SIGNS_ROOT"),
         ("cub", "CUB_train could not be loaded .* set CUB_ROOT to the unpacked official download .https://www.vision"),
         (
             "dog",
@@ -373,7 +407,7 @@ def test_a_download_that_ends_early_leaves_no_trace(tmp_path, capsys, food_serve
 def test_get_without_network_is_one_line_at_once(name, message, tmp_path, monkeypatch, capsys, use):
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # refuses connections
-    root = ["--root", str(tmp_path / "new")] if name == "food" else []
+    root = ["--root", str(tmp_path / "new")] if name in ("food", "signs") else []
     assert run_main(main, ["get", name, *root]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(message, err), err

@@ -229,7 +229,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--skip_training", action="store_true", help="only the autoencoder and the pictures")
     args = parser.parse_args()
-    from run import CHECKPOINT, FULL, Quickstart
+    from run import CHECKPOINT, Quickstart
+    from tasks import ELPV
 
     figures_file = ROOT / BASE / "figures.json"
     figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
@@ -243,9 +244,9 @@ def main() -> int:
             subset = generate(f"steps{steps}", finetune(f"steps{steps}", steps))
             figures["steps"][steps] = agreement(subset, judges) | distance_to_real(subset)
         figures["all_images"] = figures["steps"][STEPS[0]]
-        quickstart = Quickstart(FULL)  # its stage 1 is taken as it is, and run now where it has not been
+        quickstart = Quickstart(ELPV)  # its stage 1 is taken as it is, and run now where it has not been
         python(*quickstart.commands()["finetune"])
-        ten_shot = generate(CHECKPOINT, quickstart.out / "config", FULL.shots)
+        ten_shot = generate(CHECKPOINT, quickstart.out / "config", ELPV.size.shots)
         figures["ten_shot"] = agreement(ten_shot, judges)
     figures_file.write_text(json.dumps(figures, indent=2) + "\n")
     (ROOT / BASE / "README.md").write_text(model_card(figures), encoding="utf-8")

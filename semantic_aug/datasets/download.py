@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,15 +32,16 @@ def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) ->
         UserError: no network, or a data set that has to be fetched by hand: names the page and the variable to set.
     """
     spec = catalog.find_spec(word, config_dir)
-    if root is not None and spec.torchvision is None:
+    official = spec.torchvision or spec.archive
+    if root is not None and official is None:
         raise UserError(
             f"--root: nothing is unpacked for data set '{spec.name}' (copies from the hub lie in the hub library's cache, "
             "HF_HOME): leave the flag out"
         )
     with contextlib.suppress(WouldDownload), no_downloads(True):
-        if spec.torchvision is None or any(map(os.environ.get, spec.variables)):
+        if official is None or any(map(os.environ.get, spec.variables)):
             return catalog.load_dataset(word, config_dir=config_dir).describe(), ""
-    if spec.torchvision is None:
+    if official is None:
         return catalog.load_dataset(word, config_dir=config_dir).describe(), ""
     folder = download_official(spec, registry.resolve_path(root or ROOT))
     splits = spec.read_official(folder)
@@ -57,23 +59,27 @@ def download_official(spec: DatasetSpec, root: Path) -> Path:
     Raises:
         UserError: no answer from the host, a download that ended early, or a disk that is full.
     """
-    name, folder = spec.torchvision
+    name, folder = spec.torchvision or spec.archive
     if (root / folder).is_dir():
         return root / folder
-    if not answers(spec.homepage):
+    address = name if spec.archive else spec.homepage
+    if not answers(address):
         raise UserError(
-            f"data set '{spec.name}' cannot be downloaded: {spec.homepage} does not answer; check the network, or unpack "
+            f"data set '{spec.name}' cannot be downloaded: {address} does not answer; check the network, or unpack "
             f"the official download elsewhere and set {spec.variables[0]} to its folder"
         )
     import torchvision.datasets  # takes seconds, so after everything that can refuse
 
     with _temporary_folder(root / f".{spec.name}-{os.getpid()}.part") as temporary, _silence_limit():
         try:
-            getattr(torchvision.datasets, name)(temporary, download=True)
-        except (OSError, RuntimeError) as error:
+            if spec.archive:
+                torchvision.datasets.utils.download_and_extract_archive(name, temporary)
+            else:
+                getattr(torchvision.datasets, name)(temporary, download=True)
+            (temporary / Path(folder).parts[0]).rename(root / Path(folder).parts[0])
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"the download of data set '{spec.name}' failed ({reason}): try again") from None
-        (temporary / Path(folder).parts[0]).rename(root / Path(folder).parts[0])
     return root / folder
 
 

@@ -42,6 +42,7 @@ class DatasetSpec:
         hub_test_split: the hub's name of the test split.
         group_names: meaning of the values of the tables' ``group`` column, where they have one.
         torchvision: class of ``torchvision.datasets`` that downloads the official files, and the folder it makes of them.
+        archive: address of the archive that holds the official files, and the folder that unpacking it makes.
         shot_thresholds: what :data:`SHOT_THRESHOLDS` are where results on the data set are published with others.
         about: what it is and how to get it, the module's own docstring.
         former_name: the name that earlier versions made from the path, whose registry sections are still read.
@@ -59,6 +60,7 @@ class DatasetSpec:
     hub_test_split: str = "test"
     group_names: tuple[str, ...] = ()
     torchvision: tuple[str, str] | None = None
+    archive: tuple[str, str] | None = None
     shot_thresholds: tuple[int, int] = SHOT_THRESHOLDS
     read_official: Callable[[Path], Splits] | None = None
     read_half: Callable[[], Splits] | None = None

@@ -43,9 +43,10 @@ def required_root(spec: DatasetSpec) -> Path:
     or the variable is not set."""
     root = chosen_root(spec)
     if root is None:
+        hint = f"get {spec.name} downloads it" if spec.torchvision or spec.archive else f"info {spec.name} says how"
         raise UserError(
             f"data set '{spec.name}' is read from its official download: get it at {spec.homepage}, unpack it and set "
-            f"{spec.variables[0]} to the folder (python -m semantic_aug.datasets info {spec.name} says how)"
+            f"{spec.variables[0]} to the folder (python -m semantic_aug.datasets {hint})"
         )
     return root
 

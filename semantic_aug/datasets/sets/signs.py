@@ -2,9 +2,10 @@
 
 ``SIGNS_ROOT`` names either of two folders:
 
-* the official download, the folder that holds ``Dataset/0`` to ``Dataset/9`` with files such as ``IMG_1118.JPG``. It comes
-  without a split. Files are numbered person by person, so the split here is by number, 60 % train, 15 % val, 25 % test:
-  but for the two people at the cuts, nobody is in two of the parts.
+* the official download (16 MB, fetched by ``python -m semantic_aug.datasets get signs``), the folder that holds
+  ``Dataset/0`` to ``Dataset/9`` with files such as ``IMG_1118.JPG``. It comes without a split. Files are numbered person
+  by person, so the split here is by number, 60 % train, 15 % val, 25 % test: but for the two people at the cuts, nobody
+  is in two of the parts.
 * a folder with ``train``, ``val`` and ``test``, each with one folder for each class.
 """
 
@@ -49,5 +50,9 @@ SPEC = DatasetSpec(
     citation="Mavi, A New Dataset and Proposed Convolutional Neural Network Architecture for Classification of American "
     "Sign Language Digits, arXiv:2011.08927, 2020",
     homepage="https://github.com/ardamavi/Sign-Language-Digits-Dataset",
+    archive=(
+        "https://github.com/ardamavi/Sign-Language-Digits-Dataset/archive/refs/heads/master.zip",
+        "Sign-Language-Digits-Dataset-master",
+    ),
     about=__doc__,
 )
