@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from base_model.recipe import AUTOENCODER_SHARE, PRESETS, STAGES, Config, Recipe  # noqa: E402
+from base_model.recipe import AUTOENCODER_SHARE, NOT_STATED, PRESETS, STAGES, Config, Recipe  # noqa: E402
 
 from semantic_aug import cli, console  # noqa: E402
 from semantic_aug.errors import run_main  # noqa: E402
@@ -61,8 +61,8 @@ def build_parser() -> cli.Parser:
     )
     run.add_argument("--compile", action="store_true", help="compile the networks: minutes to begin with, faster steps")
     run.add_argument("--device", choices=("cuda", "cpu"), help="where to train (default: cuda where there is a GPU)")
-    run.add_argument("--data_source", default="not stated", metavar="TEXT", help="origin of the images, for the card")
-    run.add_argument("--data_license", default="not stated", metavar="TEXT", help="licence of the images, for the card")
+    run.add_argument("--data_source", default=NOT_STATED, metavar="TEXT", help="origin of the images, for the card")
+    run.add_argument("--data_license", default=NOT_STATED, metavar="TEXT", help="licence of the images, for the card")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=sorted(PRESETS), default="general", help="values of the flags below")
     for f in fields(Recipe):

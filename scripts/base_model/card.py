@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from base_model.autoencoder import psnr, reconstruct
 from base_model.captions import Describer
-from base_model.recipe import PRESETS, Config, Recipe
+from base_model.recipe import NOT_STATED, PRESETS, Config, Recipe
 from base_model.training import Machine
 from semantic_aug.diffusion.base import BaseModel, load_base
 from semantic_aug.diffusion.loop import Sampler, decode_latents, generate
@@ -181,7 +182,15 @@ def card(record: dict, config: Config, material: Material) -> str:
     """The model card, every figure as measured."""
     recipe = config.recipe
     side = recipe.size // recipe.factor
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if config.data_license != NOT_STATED:
+        front = {
+            "license": config.data_license.lower(),
+            **front,
+        }  # as the hub spells licences, and license_of reads them
+    lowest = record.get("lowest_kept_out_loss_at")
     return TEMPLATE.read_text(encoding="utf-8").format(
+        front=yaml.safe_dump(front, sort_keys=False),
         command=command(config, record),
         source=config.data_source,
         license=config.data_license,
@@ -192,7 +201,12 @@ def card(record: dict, config: Config, material: Material) -> str:
         words=", ".join(material.describer.words[0]),
         share=f"{100 * record['near_copies']:.1f} %",
         losses=f"{record.get('kept_out_loss', float('nan')):.4f} on images kept out and "
-        f"{record.get('seen_loss', float('nan')):.4f} on as many training images",
+        f"{record.get('seen_loss', float('nan')):.4f} on as many training images"
+        + (
+            f"; lowest on images kept out {record['lowest_kept_out_loss']:.4f}, after {lowest:,} images"
+            if lowest
+            else ""
+        ),
         compared=COMPARED,
         percentile=COPY_PERCENTILE,
         record=record,

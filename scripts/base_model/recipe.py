@@ -13,6 +13,8 @@ CAPTIONS = ("general", "solar-cell")
 PREDICTIONS = ("v_prediction", "epsilon")
 SCHEDULES = ("constant", "cosine")
 STAGES = ("autoencoder", "denoiser", "export")
+NOT_STATED = "not stated"
+"""Origin and licence of images of which the command says nothing."""
 AUTOENCODER_SHARE = 0.35
 """Share of ``--budget`` that the autoencoder may spend."""
 
