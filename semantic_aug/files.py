@@ -90,11 +90,11 @@ def check_space(folder: Path, needed: int, flag: str) -> None:
     Raises:
         UserError: less is free.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{folder} would need {needed / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free: give another {flag}"
+            f"{folder} would need {size_text(needed)} of disk, {size_text(free)} are free: give another {flag}"
         )
 
 
@@ -202,12 +202,12 @@ def no_trace(folder: Path, disposable: Sequence[str]) -> Iterator[None]:
 def _restore(folder: Path, before: set[str], disposable: Sequence[str]) -> None:
     fresh = all(name.startswith(".") for name in before)
     with locked(folder / LOCK_FILE, wait=False):  # another run that holds it works in the folder: everything stays
-        made = [folder / name for name in os.listdir(folder) if name not in before]
-        if fresh and all(_is_disposable(path, folder, disposable) for path in made):
-            for path in made:
+        new = [folder / name for name in os.listdir(folder) if name not in before]
+        if fresh and all(_is_disposable(path, folder, disposable) for path in new):
+            for path in new:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         elif not fresh:
-            for path in made:
+            for path in new:
                 if path.name.startswith(LOCK_FILE):
                     path.unlink()
 

@@ -19,10 +19,6 @@ class Cell:
     frame: tuple[int, int, int] | None = None
 
 
-def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
     if draw.textlength(text, font) <= width:
         return text
@@ -46,11 +42,9 @@ def grid(
     """
     first = next(cell for row in rows for cell in row if cell is not None)
     size = size or first.image.width
-    font = _font(12)
+    font, title_font = ImageFont.load_default(12), ImageFont.load_default(14)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = (
-        min(260, int(max((probe.textlength(t, font) for t in row_titles), default=0)) + 2 * GAP) if row_titles else GAP
-    )
+    left = min(260, int(max(probe.textlength(t, font) for t in row_titles)) + 2 * GAP) if row_titles else GAP
     captions = any(cell is not None and cell.caption for row in rows for cell in row)
     height = size + (TITLE_HEIGHT if captions else 0) + GAP
     top = GAP + (TITLE_HEIGHT + GAP if title else 0) + (TITLE_HEIGHT if column_titles else 0)
@@ -58,7 +52,7 @@ def grid(
     sheet = Image.new("RGB", (left + columns * (size + GAP), top + len(rows) * height), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((GAP, GAP), _fitted(draw, title, _font(14), sheet.width - 2 * GAP), INK, _font(14))
+        draw.text((GAP, GAP), _fitted(draw, title, title_font, sheet.width - 2 * GAP), INK, title_font)
     for x, text in enumerate(column_titles):
         draw.text((left + x * (size + GAP), top - TITLE_HEIGHT), _fitted(draw, text, font, size), INK, font)
     for y, row in enumerate(rows):

@@ -58,7 +58,6 @@ TEMPLATE_SETS = {
 }
 """Named sets of captions for ``--training_templates`` and ``--prompt_templates``."""
 
-_VOWELS = "aeiou"
 _SAID_WITH_CONSONANT = re.compile(r"(eu|ewe|uni([^nm]|$)|use|usu|uta|uk|ura|uv|one\b|once)", re.IGNORECASE)
 """Starts that are spelled with a vowel and spoken with a consonant: European, unicorn, one."""
 _SAID_WITH_VOWEL = re.compile(r"(hour|hono|heir|8|11\b|18\b)", re.IGNORECASE)
@@ -219,7 +218,7 @@ def article(phrase: str) -> str:
         return "an" if start[0] in _LETTERS_WITH_VOWEL else "a"
     if _SAID_WITH_VOWEL.match(start):
         return "an"
-    return "an" if start[:1].casefold() in tuple(_VOWELS) and not _SAID_WITH_CONSONANT.match(start) else "a"
+    return "an" if start[:1].casefold() in tuple("aeiou") and not _SAID_WITH_CONSONANT.match(start) else "a"
 
 
 def fill(template: str, phrase: str) -> str:
@@ -352,16 +351,3 @@ def without_classes(contexts: Iterable[str], names: Sequence[Sequence[str]]) -> 
     spelled = "|".join(re.escape(name) for spellings in names for name in spellings)
     named = re.compile(rf"(?<!\w)(?:{spelled})(?:e?s)?(?!\w)", re.IGNORECASE)
     return tuple(context for context in dict.fromkeys(contexts) if not named.search(context))
-
-
-def initializer_text(name: str, super_class: str, initializer: str) -> str:
-    """The words whose mean embedding starts a class token.
-
-    Args:
-        initializer: ``class_name``, ``super_class``, or any words of the user's own.
-    """
-    if initializer == "class_name":
-        return name
-    if initializer == "super_class":
-        return super_class or name
-    return initializer

@@ -13,6 +13,7 @@ from typing import Any
 from semantic_aug import yaml_files
 from semantic_aug.errors import UserError, unknown
 from semantic_aug.files import locked
+from semantic_aug.yaml_files import as_list, kind_of
 from semantic_aug.yaml_files import read as read_yaml
 from semantic_aug.yaml_files import to_text as to_yaml  # noqa: F401 (a block to print and paste)
 
@@ -104,7 +105,7 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
         UserError: not a mapping, an unknown field, or a value of another kind.
     """
     if not isinstance(entry, dict):
-        raise UserError(f"{where} holds {yaml_files.kind_of(entry)}: expected {expected}")
+        raise UserError(f"{where} holds {kind_of(entry)}: expected {expected}")
     out = {}
     for name, value in entry.items():
         if name not in kinds:
@@ -118,9 +119,7 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
             value = {key: item for key, item in value.items() if item not in (None, "")}
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
-            raise UserError(
-                f"{where}: {name} is {yaml_files.kind_of(value)}, expected {description}: correct the entry"
-            )
+            raise UserError(f"{where}: {name} is {kind_of(value)}, expected {description}: correct the entry")
         out[name] = value
     return out
 
@@ -132,7 +131,7 @@ def _section(section: str, file: str, config_dir: Path) -> dict[str, Any]:
         return {}
     if not isinstance(entries, dict):
         raise UserError(
-            f"section '{section}' of {shown_path(config_dir / file)} holds {yaml_files.kind_of(entries)}, "
+            f"section '{section}' of {shown_path(config_dir / file)} holds {kind_of(entries)}, "
             "expected keys with entries: correct the file"
         )
     return entries
@@ -324,26 +323,22 @@ def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeR
     stages = recipes[name] or {}
     if not isinstance(stages, dict):
         raise UserError(
-            f"recipe '{name}' of {shown_path(path)} holds {yaml_files.kind_of(stages)}: expected stages with their rows; "
+            f"recipe '{name}' of {shown_path(path)} holds {kind_of(stages)}: expected stages with their rows; "
             "correct the file"
         )
     rows = stages.get(stage) or []
-    return [_recipe_row(row, f"recipe '{name}' of {shown_path(path)}: {stage}") for row in _as_list(rows)]
+    return [_recipe_row(row, f"recipe '{name}' of {shown_path(path)}: {stage}") for row in as_list(rows)]
 
 
 def _recipe_row(row: Any, where: str) -> RecipeRow:
     parts = {"when": {}, **row} if isinstance(row, dict) else {}
     whole = set(parts) == {"when", "set"} and all(isinstance(part, dict) for part in parts.values()) and parts["set"]
     if whole:
-        when = {flag: _as_list(value) for flag, value in parts["when"].items()}
-        values = {flag: None if value is None else _as_list(value) for flag, value in parts["set"].items()}
+        when = {flag: as_list(value) for flag, value in parts["when"].items()}
+        values = {flag: None if value is None else as_list(value) for flag, value in parts["set"].items()}
         texts = [text for part in (when, values) for value in part.values() for text in value or ()]
     if not whole or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{where} holds {row}, expected rows '- {{when: {{flag: value}}, set: {{flag: value}}}}'; correct the file"
         )
     return RecipeRow(when, values)
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]

@@ -1,18 +1,19 @@
-"""Output folders: names, the arguments and the origin kept beside the results, and metrics row by row."""
+"""Output folders: names, locks, the arguments and the origin kept beside the results, and metrics row by row."""
 
+import contextlib
 import csv
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
 from semantic_aug.errors import UserError
-from semantic_aug.files import csv_writer, write_text
+from semantic_aug.files import LOCK_FILE, LockHeld, csv_writer, locked, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
@@ -81,6 +82,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequenc
     old, new = plain(old), plain(new)
     names = [name for name in {**old, **new} if name not in ignored]
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, flag: str, num_shards: int = 1, shard_index: int = 0) -> Iterator[None]:
+    """Keeps a second run out of a folder: a whole run holds ``.lock`` alone, shards share it and each holds a lock of its own.
+    Raises UserError: another run holds it."""
+    sharded = num_shards > 1
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / LOCK_FILE, shared=sharded, wait=False))
+            if sharded:
+                held.enter_context(locked(folder / f"{LOCK_FILE}-{shard_index}of{num_shards}", wait=False))
+        except LockHeld as other:
+            raise UserError(
+                f"{folder} is being written by another run ({other.holder()}): wait for it, stop it, or choose another {flag}"
+            ) from None
+        yield
 
 
 class Origin(Protocol):
@@ -211,15 +229,10 @@ class MetricsCsv:
             writer.writerows(kept)
 
     def add(self, **values: Any) -> None:
-        """Appends one row; columns not given are left empty."""
-        unknown_columns = set(values) - set(self.columns)
-        if unknown_columns:
-            raise KeyError(f"{self.path.name} has no column {sorted(unknown_columns)}")
-        cells = [values.get(column, "") for column in self.columns]
+        """Appends one row; columns not given are left empty. Raises ValueError: a column that the file lacks."""
+        row = {column: f"{cell:.8g}" if isinstance(cell, float) else cell for column, cell in values.items()}
         with open(self.path, "a", newline="", encoding="utf-8") as out:
-            csv.writer(out, lineterminator="\n").writerow(
-                [f"{cell:.8g}" if isinstance(cell, float) else cell for cell in cells]
-            )
+            csv.DictWriter(out, self.columns, lineterminator="\n").writerow(row)
 
 
 def versions() -> dict[str, str]:

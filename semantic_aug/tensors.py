@@ -115,9 +115,8 @@ def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is not there: {expected}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(
-            r"GLOBAL ([\w.]+)", str(error)
-        )  # torch's message continues with advice to run the file's code
+        # torch's message continues with advice to run the file's code
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
             f"holds an object of {refused[1]}, not tensors alone" if refused else "damaged or not written by torch.save"
         )

@@ -79,6 +79,11 @@ def kind_of(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"'{value}'"
 
 
+def as_list(value: Any) -> list:
+    """A list as it is, anything else as the only entry of one."""
+    return value if isinstance(value, list) else [value]
+
+
 def as_read(value: Any) -> Any:
     """A value to be written as it will be read: all text, or None."""
     if isinstance(value, Mapping):
@@ -120,7 +125,7 @@ class _Values:
                     f"{self.path}, line {line}: a list or mapping as a name, expected text: correct the file"
                 )
             if key.style is None and key.value == _MERGE:
-                for part in _as_list(self.of(value)):
+                for part in as_list(self.of(value)):
                     merged = {**(part if isinstance(part, dict) else {}), **merged}
                 continue
             if key.value in lines:
@@ -130,10 +135,6 @@ class _Values:
             lines[key.value] = line
             out[key.value] = self.of(value)
         return {**merged, **out}
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

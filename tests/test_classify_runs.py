@@ -32,7 +32,7 @@ from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import summary
 from semantic_aug.evaluation.experiments.results import read_predictions
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import lock_folder
 
 SMALL = {"model": "test_vit", "nepoch": 2}
 """A transformer of some hundred thousand parameters, without batch statistics."""
@@ -424,7 +424,7 @@ def test_predictions_are_those_of_the_best_epoch(image_folder, tmp_path, monkeyp
 
 def test_a_folder_in_use_is_left_alone(image_folder, tmp_path, capsys):
     folder = tmp_path / "run"
-    with RunLock(folder, "--output_dir"):
+    with lock_folder(folder, "--output_dir"):
         words = [str(word) for word in classify_arguments(image_folder, folder, **SMALL)]
         assert run_main(train_cls.main, words) == 2
     err = capsys.readouterr().err

@@ -16,7 +16,7 @@ import train_lora
 from semantic_aug import files
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.foreign_flags import INSTEAD
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import lock_folder
 
 
 def everything(folder):
@@ -73,7 +73,7 @@ def test_a_run_that_is_refused_leaves_the_run_that_holds_the_folder_alone(tmp_pa
         with pytest.raises(UserError), files.no_trace(tmp_path, ("args.yaml", "data/*")):
             (tmp_path / "args.yaml").touch()  # the holder writes
             (tmp_path / "data" / "fox").mkdir(parents=True)
-            with RunLock(tmp_path, "--output_dir"):
+            with lock_folder(tmp_path, "--output_dir"):
                 pass
         assert sorted(os.listdir(tmp_path)) == [".lock", "args.yaml", "data"]
 

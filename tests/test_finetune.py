@@ -22,7 +22,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.latents import LatentCache, crop_box, view_of
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import lock_folder
 
 
 def arguments(tiny_base, image_folder, output_dir, **changes):
@@ -95,7 +95,7 @@ def test_a_finished_run_is_not_run_again(uninterrupted, tiny_base, image_folder)
     assert "is finished already (8 steps)" in out and contents(folder, "*") == before
     line = refused("train_lora.py", *arguments(tiny_base, image_folder, folder, rank=3))
     assert "other arguments (rank: 2 -> 3)" in line and contents(folder, "*") == before
-    with RunLock(folder, "--output_dir"):
+    with lock_folder(folder, "--output_dir"):
         line = refused("train_lora.py", *arguments(tiny_base, image_folder, folder))
     assert f"is being written by another run (process {os.getpid()} on" in line and "another --output_dir" in line
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from semantic_aug import allocator, files, meta_csv, prompts, registry, runs, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import lock_folder
 from semantic_aug.tensors import read_metadata
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -433,7 +433,7 @@ def test_metrics_survive_and_are_cut_back_to_the_resume_point(tmp_path):
     again = runs.MetricsCsv(tmp_path / "m.csv", ("step", "loss"), keep_below=20)
     again.add(step=30, loss=0.5)
     assert (tmp_path / "m.csv").read_text() == "step,loss\n10,0.1\n20,0.05\n30,0.5\n"
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError):
         again.add(step=1, los=2)
 
 
@@ -512,7 +512,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with RunLock(tmp_path / "run", "--output_dir"):
+    with lock_folder(tmp_path / "run", "--output_dir"):
         assert "no locks on this file system" in caplog.text
     assert registry.register(registry.SUBSETS, "cub", "k", "outputs/x", tmp_path)
     assert registry.subsets("cub", "k", tmp_path) == ["outputs/x"]

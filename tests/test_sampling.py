@@ -13,7 +13,7 @@ from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import lock_folder
 from semantic_aug.sampling import files
 from semantic_aug.sampling.folder import Records
 
@@ -102,7 +102,7 @@ def test_a_folder_made_otherwise_or_in_use_is_not_touched(workshop, image_folder
     words = sampling_arguments(workshop, image_folder, folder.parents[1])
     line = refused("sample_mp.py", *words, "--guidance_scale", "3", "--seed", "5")
     assert "guidance_scale: 7.5 -> 3.0" in line and "seed: 0 -> 5" in line and "--output_root" in line
-    with RunLock(folder, "--output_root"):
+    with lock_folder(folder, "--output_root"):
         assert f"is being written by another run (process {os.getpid()} on" in refused("sample_mp.py", *words)
     assert same(folder, undisturbed)
 

@@ -25,8 +25,7 @@ from base_model.training import Budget, Machine
 from semantic_aug.classify.models import efficientnet_lite0
 from semantic_aug.errors import UserError
 from semantic_aug.files import sha256_text, write_json, write_text
-from semantic_aug.run_lock import RunLock
-from semantic_aug.runs import claim
+from semantic_aug.runs import claim, lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def build(config: Config) -> None:
             f"--export_only: {config.work_dir} holds no trained denoiser yet; start the training without it"
         )
     # an export only reads states, which are replaced whole: the training may run meanwhile
-    with nullcontext() if config.export_only else RunLock(config.work_dir, "--work_dir"):
+    with nullcontext() if config.export_only else lock_folder(config.work_dir, "--work_dir"):
         claim(config.work_dir, arguments, "--work_dir")
         run_stages(config, machine, pool, backbone, identity)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from semantic_aug import console, files, registry, run_lock, runs
+from semantic_aug import console, files, registry, runs
 from semantic_aug.classify import inference, metrics, teacher
 from semantic_aug.classify.checkpoints import metadata_of
 from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings
@@ -299,7 +299,7 @@ def train(
         known = True
         if processes.main:
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
-            held.enter_context(run_lock.RunLock(folder, "--output_dir"))
+            held.enter_context(runs.lock_folder(folder, "--output_dir"))
             known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         results = results_of(folder) if known else None

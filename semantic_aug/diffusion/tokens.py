@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import ClassIndex, class_token, initializer_text
+from semantic_aug.prompts import ClassIndex, class_token
 from semantic_aug.registry import token_files
 from semantic_aug.tensors import load_pickle, read_metadata, save_tensors
 
@@ -224,7 +224,8 @@ def initial_tokens(
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
     rows = []
     for name in prompt_names:
-        ids = tokenizer(initializer_text(name, super_class, initializer), add_special_tokens=False).input_ids
+        words = {"class_name": name, "super_class": super_class or name}.get(initializer, initializer)
+        ids = tokenizer(words, add_special_tokens=False).input_ids
         mean = table[ids].mean(0) if ids else table.mean(0)
         rows += [mean] * vectors_per_class
     return ClassTokens(tuple(class_names), torch.stack(rows), vectors_per_class)

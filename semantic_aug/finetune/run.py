@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from semantic_aug import files, registry, run_lock, runs
+from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.diffusion import lora, tokens
@@ -158,7 +158,7 @@ def train(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerat
     with contextlib.ExitStack() as held:
         if main:
             held.enter_context(files.no_trace(config.output_dir, BEFORE_RESULTS))
-            held.enter_context(run_lock.RunLock(config.output_dir, "--output_dir"))
+            held.enter_context(runs.lock_folder(config.output_dir, "--output_dir"))
         origin = origin_of(config, dataset)
         if main:
             take_folder(config, origin, processes)

@@ -19,7 +19,7 @@ from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
-from semantic_aug.run_lock import RunLock
+from semantic_aug.runs import lock_folder
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.config import (
     SampleConfig,
@@ -110,7 +110,7 @@ def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
     """
     folder, shard = subset_folder(config, dataset), (config.output.num_shards, config.output.shard_index)
     identity, plan = _identified(config, dataset)
-    with RunLock(folder, "--output_root", *shard):
+    with lock_folder(folder, "--output_root", *shard):
         with locked(folder / CLAIM_LOCK):  # two shards that begin together settle on one batch size and one guide
             begun, kept = with_batch_size(config, dataset), read_guide(folder)
             if kept.origin == config.guide.origin and kept.arrays().keys() == config.guide.arrays().keys():

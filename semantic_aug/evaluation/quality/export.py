@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from semantic_aug import cli, console, files, registry, run_lock, runs
+from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.errors import UserError
@@ -153,7 +153,7 @@ def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Se
     parts = ("train", "val", "test") if settings.with_real else ()
     origin = RunOrigin(dataset, parts, synthetic=splits[0].synthetic)
     folder, total = settings.output_dir, sum(map(len, splits))
-    with files.no_trace(folder, BEFORE_RESULTS), run_lock.RunLock(folder, "--output_dir"):
+    with files.no_trace(folder, BEFORE_RESULTS), runs.lock_folder(folder, "--output_dir"):
         if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
                 leftover.unlink()
