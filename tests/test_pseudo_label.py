@@ -1,5 +1,6 @@
 """Pseudo-labels: which unlabelled images are taken and refused, the subset they become, and the method in a comparison."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -160,17 +161,18 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
         compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset))
 
 
-def test_a_setting_keeps_the_pool_and_the_threshold_of_its_first_labels(image_folder, pool, tmp_path):
+@pytest.mark.parametrize("result", ["pseudo-label/meta.csv", "aug_samples/diff-mix+unlabelled/frogs/subset/meta.csv"])
+def test_a_setting_keeps_the_pool_and_the_threshold_of_its_first_results(image_folder, pool, tmp_path, result):
     dataset = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=2, subset_seed=7))
 
     def claim(threshold, *more):
         words = ["--methods", "pseudo-label", "--unlabelled", pool, "--pseudo_threshold", threshold, *more]
         (job,) = compare.jobs_of(parsed(image_folder, *words), tmp_path / "out")
         compare.claim_pool(job, tmp_path / "out", dataset)
-        return job.pair.folder / "pseudo-label" / "meta.csv"
+        return job.pair.folder / result
 
     claim(0.95)
-    labels = claim(0.5)  # nothing is labelled yet
+    labels = claim(0.5)  # nothing is made of the pool yet
     labels.parent.mkdir(parents=True)
     labels.touch()
     claim(0.5)
@@ -189,11 +191,22 @@ def test_the_arguments_of_the_label_step_are_checked_before_it(image_folder, poo
         compare.claim_pool(job, tmp_path / "out", load_dataset(f"folder:{image_folder}"))
 
 
-def test_the_pool_and_the_method_need_each_other(image_folder, pool, tmp_path):
-    with pytest.raises(UserError, match="--methods pseudo-label trains on unlabelled images: give --unlabelled"):
-        compare.jobs_of(parsed(image_folder, "--methods", "real-only", "pseudo-label"), tmp_path)
-    with pytest.raises(UserError, match="no method uses it; add pseudo-label to --methods"):
+@pytest.mark.parametrize("method", ["pseudo-label", "diff-mix+unlabelled"])
+def test_the_pool_and_the_method_need_each_other(image_folder, pool, tmp_path, method):
+    with pytest.raises(UserError, match=rf"--methods {re.escape(method)} uses unlabelled images: give --unlabelled"):
+        compare.jobs_of(parsed(image_folder, "--methods", "real-only", method), tmp_path)
+    with pytest.raises(UserError, match=r"no method uses it; add pseudo-label or diff-mix\+unlabelled to --methods"):
         compare.jobs_of(parsed(image_folder, "--methods", "real-only", "--unlabelled", pool), tmp_path)
+
+
+def test_unlabelled_sources_get_the_pool_and_the_classifier_of_their_seed(image_folder, pool, tmp_path):
+    args = parsed(image_folder, "--methods", "diff-mix+unlabelled", "--unlabelled", pool)
+    (job,) = compare.jobs_of(args, tmp_path / "out")
+    sample = job.pair.steps["sample diff-mix+unlabelled"]
+    flags = dict(zip(sample.arguments, sample.arguments[1:], strict=False))
+    assert flags["--sources"] == "unlabelled" and flags["--unlabelled"] == str(pool)
+    assert flags["--classifier"] == str(job.pair.folder / "classify" / "real-only")
+    assert set(sample.needs) == {"classify real-only", "ti_db"} and LABEL_STEP not in job.pair.steps
 
 
 def test_the_unlabelled_settings_have_the_papers_threshold():

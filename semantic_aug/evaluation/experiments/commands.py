@@ -31,7 +31,7 @@ class Method:
         name: the word given to ``--methods``.
         strategy: of its synthetic images, or None for real images only.
         sample: flags of stage 2 besides the budget's; the value :data:`REAL_ONLY` stands for the folder of the real-only
-            classifier of the same seed, which is trained before.
+            classifier of the same seed, which is trained before, :data:`UNLABELLED` for the unlabelled images.
         classify: flags of stage 3 besides the budget's.
         pseudo: whether it trains on unlabelled images, labelled by the real-only classifier of its seed.
     """
@@ -48,6 +48,11 @@ class Method:
         return self.name if self.sample else self.strategy
 
     @property
+    def unlabelled(self) -> bool:
+        """Whether it uses unlabelled images."""
+        return self.pseudo or UNLABELLED in self.sample.values()
+
+    @property
     def finetuning(self) -> str | None:
         """The strategy of stage 1 whose weights it needs."""
         return FINETUNE_OF.get(strategies.find(self.strategy).weights) if self.strategy else None
@@ -59,7 +64,7 @@ class Method:
         return {stage: name for stage, name in names.items() if name}
 
 
-REAL_ONLY = "folder of the real-only classifier"
+REAL_ONLY, UNLABELLED = "folder of the real-only classifier", "unlabelled images"
 METHODS = {
     method.name: method
     for method in (
@@ -75,6 +80,11 @@ METHODS = {
         Method("diff-mix+curriculum", "diff-mix", {"strength_strategy": "uniform"}, {"curriculum": "strength"}),
         Method("diff-mix+confusion", "diff-mix", {"pairing": "confusion", "classifier": REAL_ONLY}),
         Method("diff-mix+hard", "diff-mix", {"sources": "hard", "classifier": REAL_ONLY}),
+        Method(
+            "diff-mix+unlabelled",
+            "diff-mix",
+            {"sources": "unlabelled", "unlabelled": UNLABELLED, "classifier": REAL_ONLY},
+        ),
         Method("diff-mix+contexts", "diff-mix", {"contexts": "captions"}),
     )
 }
@@ -97,7 +107,7 @@ class Recipe:
         classify: of stage 3.
         synthetic: of stage 3 where there are synthetic images.
         extra: stage -> extra arguments as the user gave them.
-        pseudo: flags of pseudo-labels; no part of the budget, since only the method pseudo-label has them.
+        pseudo: the unlabelled images, and the threshold of pseudo-labels; no part of the budget, since few methods have them.
     """
 
     name: str
@@ -299,7 +309,8 @@ class StageCommands:
         """The steps that make the synthetic images of a method, by name."""
         real_only = self.classify("real-only", self.subset_seed)
         folder = registry.shown_path(self.folder / "classify" / "real-only")
-        flags = {name: folder if value == REAL_ONLY else value for name, value in method.sample.items()}
+        meanings = {REAL_ONLY: folder, UNLABELLED: self.recipe.pseudo.get("unlabelled")}
+        flags = {name: meanings.get(value, value) for name, value in method.sample.items()}
         steps = self.synthetic_steps(self.sample(method.strategy, method.subset, **flags))
         if flags == method.sample:
             return steps

@@ -164,11 +164,13 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
     """All pairs, seed by seed, so that a comparison stopped half-way has every setting. Raises UserError: the arguments do not
     fit together."""
     settings, devices = cli.read_settings(ComparisonSettings, args), cli.read_settings(Placement, args).devices
-    pseudo = [name for name in settings.methods if METHODS[name].pseudo]
-    if pseudo and args.unlabelled is None:
-        raise UserError(f"--methods {pseudo[0]} trains on unlabelled images: give --unlabelled PATH")
-    if args.unlabelled is not None and not pseudo:
-        raise UserError(f"--unlabelled {args.unlabelled}: no method uses it; add pseudo-label to --methods")
+    users = [name for name in settings.methods if METHODS[name].unlabelled]
+    if users and args.unlabelled is None:
+        raise UserError(f"--methods {users[0]} uses unlabelled images: give --unlabelled PATH")
+    if args.unlabelled is not None and not users:
+        raise UserError(
+            f"--unlabelled {args.unlabelled}: no method uses it; add pseudo-label or diff-mix+unlabelled to --methods"
+        )
     refuse_flags_of_methods(cli.read_settings(ExtraArguments, args), [METHODS[name] for name in settings.methods])
     recipes = [recipe_of(args, index) for index in range(len(settings.examples_per_class))]
     methods, jobs = list(dict.fromkeys(settings.methods)), []
@@ -307,16 +309,17 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
         results.claim_setting(folder, recipe.name, recipe.record())
     for job in selected:
         dataset = claim_data(job.commands, config_dir, job.stages)
-        if any(METHODS[method].pseudo for method in job.methods):
+        if any(METHODS[method].unlabelled for method in job.methods):
             claim_pool(job, folder, dataset)
 
 
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset) -> None:
     """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels. Raises
-    UserError: some are evaluated, or the setting has pseudo-labels of other images or with another threshold."""
+    UserError: some are evaluated, or the setting has results of other images or with another threshold."""
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
     read_pool(settings, dataset)
-    pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
+    if LABEL_STEP in job.pair.steps:
+        pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
     images = read_unlabelled(settings.unlabelled)  # the labelled ones, which differ from seed to seed, among them
     record = {
         "dataset": dataset.name,
@@ -324,9 +327,11 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset) -> None:
         "unlabelled": content_digest(hash_images(images).hex()),
     }
     root = folder / job.setting
-    if any(root.glob(f"seed*/{job.pair.steps[LABEL_STEP].result}")):
+    users = job.commands.method_steps(name for name, method in METHODS.items() if method.unlabelled).values()
+    made = (step.result for step in users if step.name == LABEL_STEP or "--unlabelled" in step.arguments)
+    if any(any(root.glob(f"seed*/{pattern}")) for pattern in made):
         runs.claim(root / "pseudo-label", record, "--output_dir")
-    else:  # nothing is labelled yet: another pool or threshold may be chosen
+    else:  # nothing is made of it yet: another pool or threshold may be chosen
         files.write_text(root / "pseudo-label" / runs.ARGS_FILE, runs.arguments_text(record))
 
 

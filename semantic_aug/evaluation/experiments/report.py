@@ -146,9 +146,14 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
             "images. Validation chooses the epoch, test is evaluated once."
         )
     )
-    if any(row.method in METHODS and METHODS[row.method].pseudo for row in comparison.rows):
+    users = [
+        name for name in METHODS if METHODS[name].unlabelled and any(row.method == name for row in comparison.rows)
+    ]
+    if users:
         blocks.append(
-            Paragraph("pseudo-label trains on unlabelled images, too; of the others at most the base model saw them.")
+            Paragraph(
+                f"Unlabelled images are used by {' and '.join(users)}; of the others at most the base model saw them."
+            )
         )
     if comparison.rows:
         blocks.append(Picture(CHART, "scores by method"))
