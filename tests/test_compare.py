@@ -28,8 +28,8 @@ from semantic_aug.evaluation import __main__ as dispatcher
 from semantic_aug.evaluation.experiments import compare, report, results, runner
 from semantic_aug.evaluation.experiments.commands import METHODS, Devices, StageCommands, Step
 
-STAGES_ALONE = [name for name, method in METHODS.items() if not method.pseudo]
-"""The methods whose steps are runs of the three stages."""
+STAGES_ALONE = [name for name, method in METHODS.items() if not method.unlabelled]
+"""The methods whose steps are runs of the three stages on labelled images alone."""
 ENTRY = {"train_lora.py": train_lora, "sample_mp.py": sample_mp, "train_cls.py": train_cls}
 
 
