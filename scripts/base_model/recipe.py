@@ -143,7 +143,7 @@ class Config:
 
 PRESETS = {
     "general": Recipe(),
-    "signs": Recipe(subject="hand", autoencoder_images=72_000, denoiser_images=1_500_000),
+    "signs": Recipe(subject="hand", autoencoder_images=72_000, denoiser_images=432_000),
     "elpv": Recipe(
         size=128,
         subject="solar cell",
