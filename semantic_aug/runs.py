@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import yaml
@@ -77,11 +78,36 @@ def load_arguments(folder: Path, file: str = ARGS_FILE) -> dict[str, Any] | None
     return content if isinstance(content, dict) else {}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
-    """What differs between two sets of arguments, each as ``name: old -> new``."""
-    old, new = plain(old), plain(new)
-    names = [name for name in {**old, **new} if name not in ignored]
-    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    ignored: Sequence[str] = (),
+    absent: Mapping[str, Any] = MappingProxyType({}),
+) -> list[str]:
+    """What differs between two sets of arguments, each as ``name: old -> new``; of a group of arguments each that differs.
+
+    Args:
+        ignored: names that may differ.
+        absent: values of arguments that a set lacks, or has as None.
+    """
+    old, new, lines = plain(old), plain(new), []
+    for name in [name for name in {**old, **new} if name not in ignored]:
+        then, now = (plain(absent.get(name)) if s.get(name) is None else s[name] for s in (old, new))
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            lines += [f"{name}.{line}" for line in differences(then, now, absent=absent)]
+        elif then != now:
+            lines.append(difference(name, then, now))
+    return lines
+
+
+def difference(name: str, then: Any, now: Any) -> str:
+    """One value's difference, ``name: then -> now``."""
+    return f"{name}: {value_text(then)} -> {value_text(now)}"
+
+
+def value_text(value: Any) -> str:
+    """A value as messages show it: ``none`` stands for None."""
+    return "none" if value is None else repr(value)
 
 
 @contextlib.contextmanager
@@ -119,6 +145,7 @@ def claim(
     file: str = ARGS_FILE,
     *,
     origin: Origin | None = None,
+    absent: Mapping[str, Any] = MappingProxyType({}),
     dry_run: bool = False,
 ) -> bool:
     """Takes a folder for a run with these arguments, or finds that it belongs to one.
@@ -130,6 +157,7 @@ def claim(
         ignored: arguments that may differ between the first start and a restart.
         file: where in the folder the arguments are kept.
         origin: data and weights, kept as ``made_from`` beside the arguments.
+        absent: see :func:`differences`.
         dry_run: write nothing.
 
     Returns:
@@ -140,7 +168,7 @@ def claim(
             resumed, or other files.
     """
     if load_arguments(folder, file) is not None:
-        refuse_other_run(folder, arguments, flag, ignored, file, origin=origin)
+        refuse_other_run(folder, arguments, flag, ignored, file, origin=origin, absent=absent)
         return True
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
@@ -158,6 +186,7 @@ def refuse_other_run(
     file: str = ARGS_FILE,
     *,
     origin: Origin | None = None,
+    absent: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuses a folder whose run has other arguments or another origin; see :func:`claim`."""
     kept, remedy = load_arguments(folder, file) or {}, "nothing was touched; choose another"
@@ -168,10 +197,10 @@ def refuse_other_run(
             f"{folder} holds a run whose {file} does not say which images it was made from (an earlier version began it): "
             f"{remedy} {flag}"
         )
-    changed = differences(kept, arguments, (*ignored, MADE_FROM))
+    changed = differences(kept, arguments, (*ignored, MADE_FROM), absent)
     if changed:
         shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
-        cause = _changed_defaults(kept, arguments)
+        cause = _changed_defaults({**plain(absent), **kept}, {**absent, **arguments})
         raise UserError(f"{folder} holds a run with other arguments ({shown}){cause}: {remedy} {flag}")
     difference = origin.compare(kept[MADE_FROM], plain(origin.describe())) if origin else ""
     if difference:

@@ -236,7 +236,7 @@ def test_a_subset_without_sources_is_refused_under_other_label_noise(tmp_path, a
     (folder / "config.yaml").write_text("strategy: diff-gen\narguments: {corrupt_prob: 0.2, corrupt_classes: others}\n")
     assert len(read_subset(folder, noisy(corrupt_prob=0.2))) == 4
     for other, change in (
-        ({}, "corrupt_prob: 0.2 -> None"),
+        ({}, "corrupt_prob: 0.2 -> 0.0"),
         ({"corrupt_prob": 0.2, "corrupt_classes": "all"}, "corrupt_classes: 'others' -> 'all'"),
         ({"corrupt_prob": 0.2, "subset_seed": 1}, "subset_seed: 0 -> 1"),
     ):
@@ -246,7 +246,7 @@ def test_a_subset_without_sources_is_refused_under_other_label_noise(tmp_path, a
     for clean in ("arguments: {dataset: x, subset_seed: 5}", "arguments: {corrupt_prob: null, corrupt_classes: null}"):
         (folder / "config.yaml").write_text(clean + "\n")
         assert len(read_subset(folder, animals)) == 4
-        with pytest.raises(UserError, match="corrupt_prob: None -> 0.2"):
+        with pytest.raises(UserError, match="corrupt_prob: 0.0 -> 0.2"):
             read_subset(folder, noisy(corrupt_prob=0.2))
     for foreign in ("seed: 1\n", "!!python/object:argparse.Namespace {seed: 1}\n"):
         (folder / "config.yaml").write_text(foreign)

@@ -359,7 +359,7 @@ def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
 @pytest.fixture
 def partial(tmp_path):
     """A comparison of two seeds of which one of six classifiers is missing."""
-    results.claim_setting(tmp_path, "5shot", recipe().record())
+    results.claim_setting(tmp_path, recipe())
     results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
     finished(tmp_path, "5shot", "real-only", 1, 0.50, 0.40)
     finished(tmp_path, "5shot", "real-only", 2, 0.52, 0.44)
@@ -427,9 +427,13 @@ def test_requests_add_up_and_another_budget_is_refused(partial):
     results.save_request(partial, ["--seeds", "3"], ["5shot", "10shot"], [3], ["real-only"])
     found = results.collect(partial)
     assert len(found.commands) == 2 and found.settings == ["5shot", "10shot"] and len(found.missing) == 3
-    other = recipe("--multiplier", "7").record()
-    with pytest.raises(UserError, match=r"other arguments \(sample.syn_dataset_multiplier: 5.0 -> 7.0\)"):
-        results.claim_setting(partial, "5shot", other)
+    for flag, value, difference in (
+        ("--multiplier", "7", "sample.syn_dataset_multiplier: 5.0 -> 7.0"),
+        ("--val_fraction", "0.2", "shared.val_fraction: '0.1 by default' -> 0.2"),
+        ("--lr", "0.2", "classify.lr: 'by default' -> 0.2"),
+    ):
+        with pytest.raises(UserError, match=rf"other arguments \({difference}\)"):
+            results.claim_setting(partial, recipe(flag, value))
 
 
 def test_the_words_that_share_the_work_are_no_part_of_a_request():

@@ -13,8 +13,13 @@ from helpers import classify_arguments, refused, sampling_arguments
 import sample_mp
 import train_cls
 import train_lora
-from semantic_aug import files
+from semantic_aug import files, runs
+from semantic_aug.classify import config as classify
+from semantic_aug.classify import run as classify_run
+from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, run_main
+from semantic_aug.finetune import checkpoints
+from semantic_aug.finetune import config as finetune
 from semantic_aug.foreign_flags import INSTEAD
 from semantic_aug.runs import lock_folder
 
@@ -184,6 +189,25 @@ def test_a_dry_run_says_that_the_folder_is_another_runs(image_folder, tiny_base,
     assert train_lora.main(words) == 0 and train_lora.main([*words, "--dry_run"]) == 0
     with pytest.raises(UserError, match=r"one holds a run with other arguments \(rank: 10 -> 3"):
         train_lora.main([*words, "--rank", "3", "--dry_run"])
+
+
+def test_stages_1_and_3_name_the_value_of_a_setting_that_is_left_out(image_folder, tmp_path):
+    def one(*words):
+        return finetune.parse(["--dataset", "x", "--output_dir", str(tmp_path / "one"), *words])
+
+    def three(*words):
+        words = ["--dataset", f"folder:{image_folder}", "--output_dir", str(tmp_path / "three"), *words]
+        return classify.read_config(train_cls.build_parser().parse_args(words))
+
+    checkpoints.take_folder(one("--contexts", "captions", "--split", "half"), None, 1)
+    with pytest.raises(UserError, match=r"\(setting.split: 'half' -> 'official'; contexts: 'captions' -> none\)"):
+        checkpoints.take_folder(one(), None, 1)
+    given, plain = three("--momentum", "plain", "--cutmix_per", "item"), three()
+    dataset = load_dataset(given.dataset)
+    origin = classify_run.origin_of(given, dataset, None)
+    runs.claim(given.output_dir, given.record(), "--output_dir", origin=origin)
+    with pytest.raises(UserError, match=r"momentum: 'plain' -> 'nesterov'; mixing.cutmix_per: 'item' -> 'batch'\)"):
+        classify_run.check_folder(plain, dataset, None)
 
 
 def test_real_runs_look_at_the_disk_before_they_begin(tiny_base, image_folder, workshop, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_a_gallery_of_an_earlier_version_is_continued(photographs, subsets, tmp_
         record.pop(name, None)
     files.write_text(tmp_path / "out" / runs.ARGS_FILE, runs.arguments_text(record))
     assert command.main(words) == 0
-    with pytest.raises(UserError, match=r"other arguments \(corrupt_prob: None -> 0.5\).*choose another --output_dir"):
+    with pytest.raises(UserError, match=r"other arguments \(corrupt_prob: 0.0 -> 0.5\).*choose another --output_dir"):
         command.main([*words, "--corrupt_prob", "0.5"])
 
 

@@ -382,16 +382,33 @@ def test_a_folder_is_claimed_once(tmp_path):
         (  # records leave out a setting at the value that its absence means
             {"momentum": "plain", "recipe": "paper: momentum plain"},
             {"recipe": "default: sets nothing"},
-            "; momentum is at its default and was plain by recipe paper, --momentum plain gives the former value",
+            "; momentum is nesterov by flag or default and was plain by recipe paper, --momentum plain gives the former value",
+        ),
+        (
+            {"recipe": "default: sets nothing"},
+            {"momentum": "plain", "recipe": "paper: momentum plain"},
+            "; momentum is plain by recipe paper and was nesterov by flag or default, --momentum nesterov gives the former "
+            "value",
         ),
     ],
 )
 def test_a_refused_run_says_which_recipe_gave_it_other_values(tmp_path, kept, present, cause):
     runs.claim(tmp_path / "run", kept, "--output_dir")
     with pytest.raises(UserError) as error:
-        runs.claim(tmp_path / "run", present, "--output_dir", ("recipe", "lr_source"))
+        absent = {"momentum": "nesterov"}
+        runs.claim(tmp_path / "run", present, "--output_dir", ("recipe", "lr_source"), absent=absent)
     assert f"{cause}: nothing was touched; choose another --output_dir" in str(error.value)
     assert bool(cause) == ("former" in str(error.value))
+
+
+def test_differences_name_the_value_that_holds():
+    absent = {"split": "official", "loss": "ce", "epochs": (0, 0)}
+    old = {"lr": 0.1, "nested": {"split": "half", "n": 1}, "loss": None, "clip": 5.0, "epochs": [0, 0]}
+    new = {"lr": 0.1, "nested": {"n": 2}, "loss": "ls", "clip": None}
+    assert runs.differences(old, new, absent=absent) == [
+        "nested.split: 'half' -> 'official'", "nested.n: 1 -> 2", "loss: 'ce' -> 'ls'", "clip: 5.0 -> none",
+    ]  # fmt: skip
+    assert runs.differences(old, new, ("nested", "loss", "clip"), absent) == []
 
 
 def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):

@@ -307,7 +307,7 @@ def test_noisy_labels_are_part_of_what_a_subset_is_made_from(request_of, picture
     plan = sampling.plan_of(config, dataset)
     assert (plan.source_class == dataset.train.labels[plan.source]).all()
     assert yaml.safe_load((folder / "config.yaml").read_text())["arguments"]["corrupt_prob"] == 0.3
-    with pytest.raises(UserError, match=r"labels.*; corrupt_prob: 0.3 -> None"):
+    with pytest.raises(UserError, match=r"labels.*; corrupt_prob: 0.3 -> 0.0"):
         reopened(*request_of(pictures, subset_seed=1))
     with running.opened(config, dataset) as subset:
         subset.close()

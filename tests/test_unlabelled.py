@@ -129,7 +129,7 @@ def test_a_stopped_run_ends_as_one_that_was_not_and_is_of_its_pool_alone(
     halves = trained(tmp_path / "halves")
     assert all((whole[name] - halves[name]).abs().max() < 1e-4 for name in whole)
 
-    for other, difference in (({"unlabelled_share": 0.5}, "0.4 -> 0.5"), ({"unlabelled": None}, "0.4 -> None")):
+    for other, difference in (({"unlabelled_share": 0.5}, "0.4 -> 0.5"), ({"unlabelled": None}, "0.4 -> none")):
         again = {**changes, **other}
         if again["unlabelled"] is None:
             del again["unlabelled"], again["unlabelled_share"]

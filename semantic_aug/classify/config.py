@@ -394,6 +394,9 @@ MAY_CHANGE = (
 )
 """Settings in a record that a restarted run may be given differently."""
 
+ABSENT = cli.absent_values(Setting, *GROUPS.values())
+"""What a record without a setting means."""
+
 
 def _recorded(settings: object) -> dict:
     """A group's settings under the names that records have for them."""

@@ -14,7 +14,7 @@ import torch
 from semantic_aug import console, files, registry, runs
 from semantic_aug.classify import inference, metrics, teacher
 from semantic_aug.classify.checkpoints import metadata_of
-from semantic_aug.classify.config import DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings
+from semantic_aug.classify.config import ABSENT, DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
@@ -251,7 +251,8 @@ def check_folder(
     labelled = teacher.with_teacher_labels(synthetic, labels, config.synthetic, None)
     kind = BeforeLabels if labels and labelled is None else RunOrigin
     origin = origin_of(config, dataset, labelled or synthetic, kind)
-    runs.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, origin=origin, dry_run=True)
+    options = {"origin": origin, "absent": ABSENT, "dry_run": True}
+    runs.claim(config.output_dir, config.record(), "--output_dir", MAY_CHANGE, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -300,7 +301,7 @@ def train(
         if processes.main:
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
             held.enter_context(runs.lock_folder(folder, "--output_dir"))
-            known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin)
+            known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin, absent=ABSENT)
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         results = results_of(folder) if known else None
         processes.wait()

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from semantic_aug import runs
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.spec import SPLITS
@@ -354,7 +355,7 @@ def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, An
         if then == now:
             continue
         if not isinstance(kind, Mapping):
-            differences.append(f"{name}: {now!r} now, {then!r} when the run began")
+            differences.append(f"{name}: {runs.value_text(now)} now, {runs.value_text(then)} when the run began")
         elif "count" in kind:
             more = then and then["count"] != now["count"]
             counts = f": {now['count']} now, {then['count']} when the run began" if more else ""

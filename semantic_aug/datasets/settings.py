@@ -154,6 +154,10 @@ class Setting:
         return shown
 
 
+ABSENT = {name: getattr(Setting, name) for name in ("corrupt_prob", "corrupt_classes", "split", "imbalance_profile")}
+"""What it means that the record of a subset or of an evaluation lacks one of these, or holds None."""
+
+
 def add_shared(parser: cli.Parser, seed: int = 0) -> None:
     """The flags that every stage has: the data set, the part of it, and :class:`semantic_aug.cli.StageSettings`."""
     cli.add_settings(parser, DatasetName)

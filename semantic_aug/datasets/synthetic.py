@@ -21,7 +21,7 @@ from PIL import Image
 from semantic_aug import meta_csv, registry, runs
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.settings import Setting
+from semantic_aug.datasets.settings import ABSENT, Setting
 from semantic_aug.datasets.table import file_stamp
 from semantic_aug.errors import UserError, nearest_first, unknown
 from semantic_aug.files import atomic_path
@@ -348,7 +348,7 @@ def _check_noise(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, 
         record = runs.load_arguments(root, "config.yaml") or {}
     if not isinstance(record.get("arguments"), Mapping):
         return
-    changed = runs.differences(_noise_of(record["arguments"]), _noise_of(asdict(dataset.setting)))
+    changed = runs.differences(_noise_of(record["arguments"]), _noise_of(asdict(dataset.setting)), absent=ABSENT)
     if changed:
         raise UserError(
             f"{file}: it was made under other labels than those of {dataset.name}{dataset.setting.suffix} ({changed[0]}): "

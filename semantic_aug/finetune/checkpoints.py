@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from semantic_aug import files, runs
-from semantic_aug.datasets import LoadedDataset
+from semantic_aug import cli, files, runs
+from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import files_digest, names_identity
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import Geometry, weight_files
 from semantic_aug.errors import UserError
-from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.config import GROUPS, FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.tensors import load_pickle
 
@@ -142,12 +142,14 @@ def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
 def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_run: bool = False) -> None:
     """Claims the output folder (in a dry run only asks whether it could), and refuses a checkpoint of another run."""
     arguments, ignored = config.record(processes), config.may_change()
+    absent = cli.absent_values(Setting, *GROUPS.values())
     if config.output.resume_from_checkpoint:
         folder = find(config.output_dir, config.output.resume_from_checkpoint)
         if folder is not None and folder.resolve().parent != config.output_dir.resolve():
             flag = "--resume_from_checkpoint"
-            runs.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin)
-    known = runs.claim(config.output_dir, arguments, "--output_dir", ignored, origin=origin, dry_run=dry_run)
+            runs.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin, absent=absent)
+    options = {"origin": origin, "absent": absent, "dry_run": dry_run}
+    known = runs.claim(config.output_dir, arguments, "--output_dir", ignored, **options)
     done = finished(config.output_dir) if known else None
     if done and done["steps"] >= config.train.max_train_steps:
         log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])

@@ -129,8 +129,8 @@ def _check_begun(folder: Path, origin: dict[str, str]) -> None:
     record = recorded_identity(folder) or {}
     if "data" not in record or not has_images(folder):
         return
-    then = {name: str(record.get(name))[:12] for name in names}
-    if changed := runs.differences(then, {name: str(origin.get(key))[:12] for name, key in names.items()}):
+    then = {name: (record.get(name) or "")[:12] or None for name in names}
+    if changed := runs.differences(then, {name: origin.get(key, "")[:12] or None for name, key in names.items()}):
         raise UserError(
             f"{folder} holds a subset made otherwise ({changed[0]}): nothing was touched; choose another --output_root, or "
             "remove the folder"

@@ -30,6 +30,7 @@ from semantic_aug.datasets.fingerprint import (
     hex_digits,
     split_identity,
 )
+from semantic_aug.datasets.settings import ABSENT
 from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE, read_sources, write_sources
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.diffusion.license import license_of
@@ -426,7 +427,7 @@ def _differences(old: Mapping[str, Any], identity: Identity, folder: Path) -> st
     ]
     if before and names:
         parts[0] += f" ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
-    parts += runs.differences(old.get(ARGUMENTS) or {}, identity.arguments)
+    parts += runs.differences(old.get(ARGUMENTS) or {}, identity.arguments, absent=ABSENT)
     then, now = ({k: v for k, v in d.items() if k != DATA} for d in (_compared(old), identity.compared))
     follows = []
     for name in {**then, **now}:
@@ -446,4 +447,4 @@ def _difference(name: str, then: Any, now: Any) -> str:
         then, now = then[position], now[position]
     elif isinstance(then, list) and isinstance(now, list) and max(len(then), len(now)) > 10:
         then, now = f"{len(then)} entries", f"{len(now)} entries"
-    return f"{name}: {then!r} -> {now!r}"
+    return runs.difference(name, then, now)

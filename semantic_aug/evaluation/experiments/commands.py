@@ -108,6 +108,7 @@ class Recipe:
         synthetic: of stage 3 where there are synthetic images.
         extra: stage -> extra arguments as the user gave them.
         pseudo: the unlabelled images, and the threshold of pseudo-labels; no part of the budget, since few methods have them.
+        defaults: entries of the record that are left to the stages, as messages show them.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Recipe:
     synthetic: Mapping[str, Any]
     extra: Mapping[int, tuple[str, ...]]
     pseudo: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The recipe as a flat mapping, for the file that keeps it and for telling two apart."""

@@ -306,7 +306,7 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
     a stage refuses, or the folder holds runs with another budget or of other data."""
     check_stages(selected, folder, config_dir)
     for recipe in {job.setting: job.commands.recipe for job in jobs}.values():
-        results.claim_setting(folder, recipe.name, recipe.record())
+        results.claim_setting(folder, recipe)
     for job in selected:
         dataset = claim_data(job.commands, config_dir, job.stages)
         if any(METHODS[method].unlabelled for method in job.methods):

@@ -179,7 +179,7 @@ def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, P
     weights = lambda: {"weights": weights_identity(settings.model, settings.weights)}  # noqa: E731
     origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
     with files.no_trace(folder, (runs.ARGS_FILE,)):
-        known = runs.claim(folder, record, "--output_dir", origin=origin)
+        known = runs.claim(folder, record, "--output_dir", origin=origin, absent=cli.absent_values(HeadroomSettings))
         if known and (folder / SUMMARY).is_file():
             return files.read_json_object(folder / SUMMARY)["sentence"], folder
         headroom = measure(settings, dataset)

@@ -17,7 +17,7 @@ import yaml
 
 from semantic_aug import files, registry, runs
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.experiments.commands import METHODS
+from semantic_aug.evaluation.experiments.commands import METHODS, Recipe
 from semantic_aug.evaluation.experiments.runner import read_records
 
 REQUESTS, RECIPE_FILE = "requests", "recipe.yaml"
@@ -85,10 +85,11 @@ def pair_folder(folder: Path, setting: str, seed: int) -> Path:
     return folder / setting / f"seed{seed}"
 
 
-def claim_setting(folder: Path, name: str, record: Mapping) -> None:
+def claim_setting(folder: Path, recipe: Recipe) -> None:
     """Fixes a setting's budget, or finds that it has this one. Raises UserError: the folder's runs of this setting have
     another budget."""
-    runs.claim(registry.resolve_path(folder) / name, record, "--output_dir", file=RECIPE_FILE)
+    folder, options = registry.resolve_path(folder) / recipe.name, {"file": RECIPE_FILE, "absent": recipe.defaults}
+    runs.claim(folder, recipe.record(), "--output_dir", **options)
 
 
 def save_request(

@@ -155,6 +155,14 @@ def default_of(stage: int, name: str) -> Any:
     return cli.settings_of(declaring(stage, name))[name].default
 
 
+def budget_defaults() -> dict[str, str]:
+    """What messages show of the flags that a budget leaves to the stages, by their names in its record."""
+    values = {f"shared.{name}": getattr(Setting, name) for name in IN_ALL_STAGES}
+    for stage, part in enumerate(("finetune", "sample", "classify"), 1):
+        values |= {f"{part}.{name}": default_of(stage, name) for name in BUDGET[stage]}
+    return {name: "by default" if value is None else f"{value} by default" for name, value in values.items()}
+
+
 def add_shared(parser: cli.Parser, several: bool) -> None:
     """The flags of both commands.
 
@@ -225,5 +233,5 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
     name, extra = setting_name(shots, args.task, args.imbalance_factor), cli.read_settings(ExtraArguments, args)
     return Recipe(
         name=name, base=base, shared=shared, finetune=tune, sample=sample, classify=train, synthetic=synthetic,
-        extra=extra.by_stage(), pseudo=pseudo,
+        extra=extra.by_stage(), pseudo=pseudo, defaults=budget_defaults(),
     )  # fmt: skip

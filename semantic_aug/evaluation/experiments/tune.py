@@ -362,7 +362,7 @@ def prepare(tuning: Tuning, config_dir: Path) -> None:
         "subset_seed": tuning.commands.subset_seed,
         "multiplier": tuning.multiplier,
     }
-    runs.claim(tuning.folder, record, "--output_dir")
+    runs.claim(tuning.folder, record, "--output_dir", absent=tuning.recipe.defaults)
     claim_data(tuning.commands, config_dir, (1, 2, 3))
     prepare_config(tuning.folder, config_dir)
 

@@ -172,7 +172,7 @@ def check(inputs: Inputs, settings: FilterSettings) -> None:
     for folder in [folder for subset in inputs.subsets for folder in subset.folders]:
         root, source = locate(folder)
         target, old = settings.list_path(root), runs.load_arguments(settings.folder(root))
-        changed = runs.differences(old or {}, settings.record(inputs, source))
+        changed = runs.differences(old or {}, settings.record(inputs, source), absent=inputs.absent)
         if target.exists() and (old is None or changed):
             what = f" ({'; '.join(changed[:4])})" if old else ""
             raise UserError(f"{target} was made otherwise{what}: nothing was touched; choose another --name")

@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"would make a gallery in {registry.shown_path(folder)}")
         return 0
     scores = scores_of(settings, inputs)
-    runs.claim(folder, inputs.record, "--output_dir", origin=inputs.origin())
+    runs.claim(folder, inputs.record, "--output_dir", origin=inputs.origin(), absent=inputs.absent)
     content, pictures = records(inputs, scores, settings)
     write_pictures(pictures, folder, settings)
     write_page(folder, content)

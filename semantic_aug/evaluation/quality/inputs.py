@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import numpy as np
 
 from semantic_aug import cli, meta_csv, registry
 from semantic_aug.classify.config import SyntheticSettings
-from semantic_aug.datasets.settings import DatasetName, Setting, add_shared
+from semantic_aug.datasets.settings import ABSENT, DatasetName, Setting, add_shared
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 
@@ -142,12 +142,14 @@ class Inputs:
 
     Attributes:
         record: every setting that changes a byte of the result, kept beside the results.
+        absent: by name, the value of a setting that a record lacks.
     """
 
     dataset: LoadedDataset
     subsets: list[Subset]
     models: ModelSettings
     record: dict
+    absent: dict = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -219,7 +221,7 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
     record = cli.recorded({name: getattr(args, name) for name in names}, *COMMON, *classes)
     if not args.corrupt_prob:
         del record["corrupt_prob"]  # records of these commands, other than those of the stages, may lack it
-    return Inputs(dataset, subsets, models, record)
+    return Inputs(dataset, subsets, models, record, {**ABSENT, **cli.absent_values(*COMMON, *classes)})
 
 
 def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:

@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return 0
     folder = registry.resolve_path(args.output_dir)
-    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin())
+    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin(), absent=inputs.absent)
     measurer = Measurer(
         dataset, extractor, classifier, clip, settings=settings, seed=args.seed, batch_size=args.batch_size
     )

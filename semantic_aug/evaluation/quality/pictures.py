@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(f"would draw {', '.join(kinds)} into {registry.shown_path(folder)}")
         return 0
-    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin())
+    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin(), absent=inputs.absent)
     if "translations" in kinds:
         sheet = translations(inputs, settings, args.seed)
         if sheet is None:
