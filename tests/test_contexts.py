@@ -23,7 +23,8 @@ from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import context_of, read_contexts, without_classes
 from semantic_aug.sampling import config as sampling
 from semantic_aug.sampling import identity as identities
-from semantic_aug.sampling.identity import Origin, identity_of
+from semantic_aug.sampling.identity import identity_of
+from semantic_aug.sampling.job import Origin
 from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.run import image_tasks
 from semantic_aug.sampling.settings import ImageSettings

@@ -47,7 +47,7 @@ def test_the_row_takes_tokens_alone_and_spreads_its_own_strengths():
     assert strategies.weights_for(row, True, True, "ck") == strategies.WeightPlan(use_lora=False, use_tokens=True)
     with pytest.raises(UserError, match="strategy da-fusion needs class tokens"):
         strategies.weights_for(row, True, False, "ck")
-    strengths, label = sampling.choose_strengths(row, 0.7, "fixed", 25)
+    strengths, label = sampling.choose_strengths(ImageSettings(sample_strategy="da-fusion"), 25)
     assert label == "Uniform"
     settings = PlanSettings(strategy=row, strengths=strengths, multiplier=4, batch_size=8, seed=0)
     plan = make_plan(np.arange(12) % 3, [str(i) for i in range(12)], 3, settings)

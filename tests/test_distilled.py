@@ -10,13 +10,13 @@ from test_loop import PROMPTS, TOLERANCE, Case
 
 import sample_mp
 import tiny
-from semantic_aug.augmentations import strategies
 from semantic_aug.diffusion.distilled import KINDS, effective_strength, kind_of, solver_defaults
 from semantic_aug.diffusion.schedulers import SolverSettings, check_strength
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling.identity import Weights
-from semantic_aug.sampling.settings import read_solver
+from semantic_aug.sampling.job import Weights
+from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.sampling.solver import read_solver
 from semantic_aug.seeding import task_rng
 
 PLAIN = {"_class_name": "PNDMScheduler", "timestep_spacing": "leading"}
@@ -123,7 +123,8 @@ def test_the_strength_and_the_steps_that_a_refusal_names_are_accepted():
 )
 def test_a_refused_strength_names_what_gave_it(strategy, how, few, message):
     with pytest.raises(UserError, match=message):
-        sampling.choose_strengths(strategies.find(strategy), 0.2, how, 3, few)
+        images = ImageSettings(sample_strategy=strategy, aug_strength=0.2, strength_strategy=how)
+        sampling.choose_strengths(images, 3, few)
 
 
 def resolved(workshop, image_folder, tmp_path, **flags):

@@ -28,12 +28,12 @@ from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.config import describe_cost, plan_of, task_paths
-from semantic_aug.sampling.identity import Origin
-from semantic_aug.sampling.job import Task
+from semantic_aug.sampling.job import Origin, Task
 from semantic_aug.sampling.masks import check_mask
 from semantic_aug.sampling.plan import repeated_tasks
 from semantic_aug.sampling.run import warn_of_repeats
-from semantic_aug.sampling.settings import ImageSettings, build_parser, read_solver
+from semantic_aug.sampling.settings import ImageSettings, build_parser
+from semantic_aug.sampling.solver import read_solver
 from semantic_aug.sampling.sources import BLOCK, PlannedSources, SourceImages, SourceInversions, block_files
 from semantic_aug.sampling.worker import BatchMaker
 

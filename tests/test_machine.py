@@ -16,7 +16,7 @@ from semantic_aug.datasets import cache, load_dataset
 from semantic_aug.diffusion.base import load_base, weight_files
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.latents import LatentCache, PixelCache
-from semantic_aug.sampling import config
+from semantic_aug.sampling import resources
 
 GB = 1 << 30
 
@@ -136,11 +136,11 @@ def test_cached_pixels_without_space_are_one_line_or_decoded_each_time(tmp_path,
 
 def test_no_more_processes_than_memory_holds(tiny_base, monkeypatch):
     files, size = ModelFiles("tiny", tiny_base), sum(p.stat().st_size for p in weight_files(tiny_base))
-    need = config.PROCESS_BYTES + 2 * size
+    need = resources.PROCESS_BYTES + 2 * size
     for available, count in ((need * 5, 4), (need * 3 - 1, 2), (0, 1)):
-        monkeypatch.setattr(config, "available_memory", lambda available=available: available)
-        assert config.fitting(["cpu"] * 4, files) == ["cpu"] * count
-    assert config.fitting(["cuda:0"] * 4, files) == ["cuda:0"] * 4
+        monkeypatch.setattr(resources, "available_memory", lambda available=available: available)
+        assert resources.fitting(["cpu"] * 4, files) == ["cpu"] * count
+    assert resources.fitting(["cuda:0"] * 4, files) == ["cuda:0"] * 4
 
 
 def test_what_the_flags_name(monkeypatch):

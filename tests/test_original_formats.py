@@ -31,7 +31,7 @@ from semantic_aug.evaluation.quality import export, export_formats
 from semantic_aug.prompts import ClassIndex, clean_class_name, original_name
 from semantic_aug.registry import checkpoint
 from semantic_aug.sampling.files import TaskPaths
-from semantic_aug.sampling.identity import Weights
+from semantic_aug.sampling.job import Weights
 from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.seeding import task_rng
 from semantic_aug.tensors import save_tensors

@@ -10,7 +10,7 @@ from semantic_aug.augmentations.strategies import STRATEGIES, find, weights_for
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.config import choose_strengths
 from semantic_aug.sampling.plan import PlanSettings, batches_of_shard, make_plan
-from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.sampling.settings import ImageSettings, build_parser
 
 LABELS = st.lists(st.integers(0, 4), min_size=5, max_size=60).map(
     lambda extra: np.array(sorted([0, 1, 2, 3, 4, *extra]))
@@ -195,10 +195,11 @@ def test_a_record_without_what_a_strategy_needs_is_refused():
     ],
 )
 def test_strengths_of_a_subset(strategy, how, strengths, label):
-    assert choose_strengths(find(strategy), 0.7, how, 25) == (strengths, label)
+    settings = ImageSettings(sample_strategy=strategy, strength_strategy=how)
+    assert choose_strengths(settings, 25) == (strengths, label)
 
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.2])
 def test_a_strength_outside_its_range_is_refused(strength):
     with pytest.raises(UserError, match="--aug_strength .*expected a number in \\(0, 1\\]"):
-        choose_strengths(find("diff-mix"), strength, "fixed", 25)
+        build_parser().parse_args(["--dataset", "x", "--aug_strength", str(strength)])

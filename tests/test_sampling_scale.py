@@ -27,12 +27,12 @@ from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import ConditionCache, Conditions
 from semantic_aug.sampling import files
 from semantic_aug.sampling import folder as store
-from semantic_aug.sampling.config import automatic_batch_size
 from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import Dispatcher
 from semantic_aug.sampling.liveness import Liveness, processor_seconds
 from semantic_aug.sampling.plan import PlanSettings, make_plan
+from semantic_aug.sampling.resources import automatic_batch_size
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.sources import BLOCK, SourceImages, SourceMoments
 from semantic_aug.sampling.worker import BatchMaker

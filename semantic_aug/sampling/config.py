@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,18 +13,16 @@ import numpy as np
 import torch
 
 from semantic_aug import cli, files, registry, runs
-from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.datasets.unlabelled import with_unlabelled
-from semantic_aug.devices import CPU, actors_of, available_memory, processes_of
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config, weight_files
+from semantic_aug.devices import CPU, actors_of, processes_of
+from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config
 from semantic_aug.diffusion.distilled import effective_strength
 from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step
 from semantic_aug.errors import UserError
-from semantic_aug.files import size_text
 from semantic_aug.meta_csv import EVEN, strength_text, without_slashes
 from semantic_aug.prompts import CAPTIONS, contexts_of, read_contexts, without_classes
 from semantic_aug.sampling.files import TaskPaths
@@ -34,29 +30,10 @@ from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.guide import LoadClassifier, make_guide
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
 from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide, Plan, PlanSettings, make_plan, table_of_counts
-from semantic_aug.sampling.settings import (
-    ImageSettings,
-    ModelSettings,
-    OutputSettings,
-    Placement,
-    check_flags,
-    read_few_steps,
-    read_solver,
-)
+from semantic_aug.sampling.resources import automatic_batch_size, disk_bytes, fitting
+from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, check_flags
+from semantic_aug.sampling.solver import read_few_steps, read_solver
 from semantic_aug.sampling.sources import BLOCK, source_table
-
-log = logging.getLogger(__name__)
-
-BYTES_PER_PIXEL = {"png": 1.8, "webp": 1.3, "jpg": 0.5}
-"""Rough sizes of encoded photographs, for estimates."""
-
-CPU_BATCH = 16
-MODEL_BYTES, BYTES_PER_IMAGE_512 = 3 * 2**30, 2**30
-"""Estimates for Stable Diffusion 1.5 in half precision: weights, and activations of one image at 512 px with guidance. An
-estimate that proves too high costs nothing but a message: out of memory halves what is computed at once."""
-
-PROCESS_BYTES = 1 << 29
-"""Memory of a CPU process besides the networks (float32, whatever the files hold) and what computing with them takes."""
 
 COMPILE_IMAGES = 3000
 """Images per process from which compiling (a minute or two on a GPU) is worth it."""
@@ -99,27 +76,17 @@ class SampleConfig:
     @property
     def strategy(self) -> Strategy:
         """Row of the strategy table."""
-        return strategies.find(self.images.sample_strategy)
+        return self.images.strategy
 
     @property
     def strengths(self) -> tuple[float, ...]:
         """Strengths that the plan spreads over the tasks."""
-        return self._strengths()[0]
+        return choose_strengths(self.images, self.solver.num_inference_steps, self.few_steps)[0]
 
     @property
     def strength_label(self) -> str:
         """The strengths as the subset's name gives them."""
-        return self._strengths()[1]
-
-    def _strengths(self) -> tuple[tuple[float, ...], str]:
-        images = self.images
-        return choose_strengths(
-            self.strategy,
-            images.aug_strength,
-            images.strength_strategy,
-            self.solver.num_inference_steps,
-            self.few_steps,
-        )
+        return choose_strengths(self.images, self.solver.num_inference_steps, self.few_steps)[1]
 
     def compiled(self, images: int) -> bool:
         """Whether networks are compiled; by the size of the whole subset, so that a restart on as many GPUs decides alike."""
@@ -143,17 +110,11 @@ def resolve(
     settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
     check_flags(args)
-    strategy, few, solver = strategies.find(images.sample_strategy), chosen.few_steps is not None, read_solver(args)
-    steps, lora = chosen.few_steps if few else solver.num_inference_steps, chosen.extra_lora()
-    choose_strengths(strategy, images.aug_strength, images.strength_strategy, steps, few)
+    strategy, few, solver = images.strategy, chosen.few_steps is not None, read_solver(args)
+    lora = chosen.extra_lora()
+    choose_strengths(images, chosen.few_steps if few else solver.num_inference_steps, few)
     placement = resolve_placement(placement)
-    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), run.config_dir)
-    if images.unlabelled is not None:
-        dataset = with_unlabelled(dataset, images.unlabelled)
-        if clash := [name for name in dataset.folders if name.casefold() == UNLABELLED]:
-            raise UserError(
-                f"--unlabelled: {dataset.name} has a class '{clash[0]}' of its own: rename its folder or label"
-            )
+    dataset = load_sources(args, images, run.config_dir)
     section = dataset.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", run.config_dir)
     model, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, run.config_dir)
     model = replace(model, extra_lora=lora)
@@ -197,6 +158,18 @@ def resolve(
     # the head of a Ray cluster, which has the images, need not have the GPUs of its actors
     device = placement.devices[0] if torch.cuda.is_available() else CPU
     return replace(config, guide=make_guide(images, dataset, device, load_classifier, folder, grid)), dataset
+
+
+def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Path) -> LoadedDataset:
+    """The data set under its setting, with the unlabelled images that are sources. Raises UserError: they cannot be read, or a
+    class has the name of their folder."""
+    dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), config_dir)
+    if images.unlabelled is None:
+        return dataset
+    dataset = with_unlabelled(dataset, images.unlabelled)
+    if clash := [name for name in dataset.folders if name.casefold() == UNLABELLED]:
+        raise UserError(f"--unlabelled: {dataset.name} has a class '{clash[0]}' of its own: rename its folder or label")
+    return dataset
 
 
 def resolve_placement(placement: Placement) -> Placement:
@@ -264,22 +237,18 @@ def choose_contexts(word: str | None, dataset: LoadedDataset) -> tuple[str, ...]
 
 
 def choose_strengths(
-    strategy: Strategy, strength: float, how: str, num_inference_steps: int, few_steps: bool = False
+    images: ImageSettings, num_inference_steps: int, few_steps: bool = False
 ) -> tuple[tuple[float, ...], str]:
-    """The strengths of a subset and how its name says them.
+    """The strengths of a subset, 1 from noise, and how its name says them.
 
     Args:
-        strategy: from-noise strategies have strength 1.
-        strength: of ``--aug_strength``.
-        how: ``fixed`` or ``uniform``.
         num_inference_steps: to check that every strength leaves a step.
         few_steps: the strengths become those that are run, multiples of a step.
 
     Raises:
-        UserError: a strength outside (0, 1], or too small for the number of steps.
+        UserError: a strength that is too small for the number of steps.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"--aug_strength {strength:g}: expected a number in (0, 1]")
+    strategy, strength, how = images.strategy, images.aug_strength, images.strength_strategy
     if strategy.start == "noise":
         return (1.0,), strength_text(1.0)
     cause, remedy = "--aug_strength", "an --aug_strength"
@@ -333,25 +302,25 @@ def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
     Raises:
         UserError: less is free than a quarter of the estimate, which is what photographs of little detail take.
     """
-    folder, kind = subset_folder(config, dataset), config.images.image_format
-    existing = sum(path.stat().st_size for path in folder.rglob(f"*.{kind}")) if folder.exists() else 0
-    images = config.images.syn_dataset_multiplier * len(dataset.train) / config.output.num_shards
-    needed = images * config.images.resolution**2 * BYTES_PER_PIXEL[kind]
+    folder = subset_folder(config, dataset)
+    files_of_format = folder.rglob(f"*.{config.images.image_format}") if folder.exists() else ()
+    existing = sum(path.stat().st_size for path in files_of_format)
+    count = config.images.syn_dataset_multiplier * len(dataset.train) / config.output.num_shards
+    needed = disk_bytes(count, config.images)
     files.check_space(folder, int(needed) // 4 - existing, "--output_root")
 
 
 def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
     """The file names of a plan's tasks."""
     names, keys, folders = dataset.source_names, dataset.train.keys, dataset.folders
-    prompts = config.prompts
-    options = {"image_format": config.images.image_format, "templates": prompts.templates}
-    if prompts.contexts:
-        options |= {"templates": prompts.every_template, "contexts": prompts.contexts}
+    prompts, source_label = config.prompts, None
     if dataset.unlabelled is not None:
         table = source_table(dataset)
         names, keys, folders = table.class_names, table.keys, (*folders, UNLABELLED)
-        options["source_label"] = source_label_of(config.guide, dataset)
-    return TaskPaths(plan, names, folders, keys, config.run.seed, **options)
+        source_label = source_label_of(config.guide, dataset)
+    templates = prompts.every_template if prompts.contexts else prompts.templates
+    options = {"templates": templates, "contexts": prompts.contexts, "source_label": source_label}
+    return TaskPaths(plan, names, folders, keys, config.run.seed, config.images.image_format, **options)
 
 
 def source_label_of(guide: Guide, dataset: LoadedDataset) -> Callable[[int], str]:
@@ -383,7 +352,7 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
         *([f"contexts: {contexts}, each {len(plan) / contexts:.3g} times"] if contexts else []),
         describe_cost(config, plan, len(dataset.train)),
-        f"disk needed: about {len(plan) * images.resolution**2 * BYTES_PER_PIXEL[images.image_format] / 1e6:,.0f} MB",
+        f"disk needed: about {disk_bytes(len(plan), images) / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
     lines += [
@@ -420,28 +389,3 @@ def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfi
     begun = (recorded_identity(subset_folder(config, dataset)) or {}).get("batch_size")
     size = begun or placement.batch_size or automatic_batch_size(placement.devices, config.images.resolution)
     return replace(config, placement=replace(placement, batch_size=int(size), automatic_batch=True))
-
-
-def fitting(devices: Sequence[str], files: ModelFiles) -> Sequence[str]:
-    """As many of the CPU processes as memory holds, at least one; each loads the networks. GPUs are left as they are."""
-    if devices[0] != "cpu":
-        return devices
-    need = PROCESS_BYTES + 2 * sum(path.stat().st_size for path in weight_files(files.folder))
-    count = max(1, min(len(devices), available_memory() // need))
-    if count < len(devices):
-        log.info(
-            "%d process(es) instead of %d: each takes about %s of memory (--gpu_ids cpu cpu ... gives another number)",
-            count, len(devices), size_text(need),
-        )  # fmt: skip
-    return devices[:count]
-
-
-def automatic_batch_size(devices: Sequence[str], resolution: int) -> int:
-    """A batch that fits: 16 on the CPU; on a GPU a power of two up to 64 from its free memory, shared by its processes."""
-    if devices[0] == "cpu":
-        return CPU_BATCH
-    if not torch.cuda.is_available():  # the head of a Ray cluster
-        raise UserError("--batch_size: this machine has no GPU whose memory says how many images fit; give a number")
-    free = min(torch.cuda.mem_get_info(device)[0] / devices.count(device) for device in set(devices))
-    fitting = (free - MODEL_BYTES) * 0.8 / (BYTES_PER_IMAGE_512 * (resolution / 512) ** 2)
-    return max(1, min(64, 2 ** int(math.log2(max(1.0, fitting)))))

@@ -19,33 +19,31 @@ from typing import Any
 import numpy as np
 
 from semantic_aug import cli, registry, runs
-from semantic_aug.augmentations.model import ModelFiles
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import (
     ContentHashes,
     content_digest,
     data_difference,
     data_identity,
-    hash_files,
     hex_digits,
     split_identity,
 )
 from semantic_aug.datasets.settings import ABSENT
 from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE, read_sources, write_sources
-from semantic_aug.diffusion.base import weight_files
 from semantic_aug.diffusion.license import license_of
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
-from semantic_aug.files import sha256_file, sha256_text, write_text
+from semantic_aug.files import sha256_text, write_text
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
 from semantic_aug.sampling.folder import DATA as IMAGES
 from semantic_aug.sampling.guide import pool_identity, write_guide
+from semantic_aug.sampling.job import Origin, Weights
 from semantic_aug.sampling.masks import columns_of
 from semantic_aug.sampling.plan import EVEN_SHARE, Guide, Plan
 from semantic_aug.sampling.settings import ImageSettings
-from semantic_aug.sampling.sources import PlannedSources, planned_sources
+from semantic_aug.sampling.sources import planned_sources
 
 log = logging.getLogger(__name__)
 
@@ -57,65 +55,6 @@ FOLLOWS = ("images", "plan_sha256", "guide_sha256")
 RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 """Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Hashes of a model's files; None where there is no such file.
-
-    Attributes:
-        base: of everything that decides what the base model makes.
-        vae: of its autoencoder alone.
-        lora: of the LoRA.
-        tokens: of the class tokens.
-        extra_lora: of the further LoRA.
-    """
-
-    base: str
-    vae: str
-    lora: str | None
-    tokens: str | None
-    extra_lora: str | None
-
-    @classmethod
-    def of(cls, files: ModelFiles) -> Weights:
-        """Of the files as they are now. A base model that has not been touched since is not read again."""
-        base = weight_files(files.folder)
-        hashes = hash_files(base, "weights").hex()
-        lines = [f"{path.parent.name}/{path.name} {value}" for path, value in zip(base, hashes, strict=True)]
-        vae = [line for line in lines if line.startswith("vae/")]
-        further = (_hash_of(path) if path else None for path in (files.lora, files.tokens, files.extra_lora))
-        return cls(sha256_text("\n".join(lines)), sha256_text("\n".join(vae)), *further)
-
-    def check(self, files: ModelFiles) -> None:
-        """Refuses files that have changed, for a process that has loaded them.
-
-        Raises:
-            UserError: names the first that has another content.
-        """
-        now = Weights.of(files)
-        named = {"base": files.folder, "lora": files.lora, "tokens": files.tokens, "extra_lora": files.extra_lora}
-        for name, path in named.items():
-            if getattr(now, name) != getattr(self, name):
-                raise UserError(
-                    f"the weights in {path} changed while images were made with them: everything made so far is kept and "
-                    "listed; restore them and run the same command, or give another --output_root"
-                )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Training images and weights as the plan has them; every process compares them with what it reads.
-
-    Attributes:
-        sources: the training images; None where denoising starts from noise.
-        weights: hashes of the model's files.
-        encoder: says what encodes sources and how, for the names of the files that keep encoded sources.
-    """
-
-    sources: PlannedSources | None
-    weights: Weights | None = None
-    encoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,34 +80,16 @@ class Identity:
     unlabelled: Sequence[str] = ()
 
 
-def _hash_of(path: Path) -> str:
-    """SHA-256 of a LoRA's or class tokens' file; of PEFT's settings beside it, or of the files of all classes, too."""
-    files = registry.token_files(path) if path.is_dir() else registry.lora_files(path)
-    hashes = [sha256_file(file) for file in files]
-    return hashes[0] if len(files) == 1 else sha256_text("\n".join(hashes))
-
-
 def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images: ContentHashes) -> Identity:
-    """The identity of the subset that a request describes.
-
-    Args:
-        config: the request.
-        dataset: loaded under ``config.setting``.
-        plan: of the request.
-        images: content hashes of the training images.
-    """
+    """The identity of the subset that a request describes; ``images`` are the hashes of the training images."""
     columns, pool = columns_of(config.images.object_mask), dataset.unlabelled
-    weights, several = Weights.of(config.model), list(config.prompts.templates)
-    contexts = config.prompts.contexts
+    weights, prompts, settings = Weights.of(config.model), config.prompts, cli.result_settings(ImageSettings)
     device = "cpu" if config.placement.devices[0] == "cpu" else "cuda"
-    settings = {
-        RECORDED_AS.get(name, name): getattr(config.images, name) for name in cli.result_settings(ImageSettings)
-    }
     compared = {
         "dataset": dataset.name,
         "class_names": list(dataset.source_names),
         DATA: data_identity(dataset, {"train": images}, columns),
-        **settings,
+        **{RECORDED_AS.get(name, name): getattr(config.images, name) for name in settings},
         "strategy": config.strategy.name,  # not an alias
         "checkpoint_key": config.key,
         "strengths": list(config.strengths),
@@ -176,9 +97,9 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
         "batch_size": config.placement.batch_size,
         "dtype": config.placement.dtype,
         "device": device,
-        "template": config.prompts.template,
-        "templates": several or None,
-        **({"contexts_sha256": sha256_text("\n".join(contexts))} if contexts else {}),
+        "template": prompts.template,
+        "templates": prompts.templates or None,
+        **({"contexts_sha256": sha256_text("\n".join(prompts.contexts))} if prompts.contexts else {}),
         **{name: getattr(config.solver, name) for name in cli.result_settings(SolverSettings)},
         "images": len(plan),
         "plan_sha256": plan.digest,
@@ -194,18 +115,13 @@ def identity_of(config: SampleConfig, dataset: LoadedDataset, plan: Plan, images
     network = "compiled" if compiled else "plain"
     encoder = f"{weights.vae} {config.images.resolution} {config.placement.dtype} {device} {network}"
     if config.strategy.start == "inversion":
-        encoder += f" inverted {weights} {sha256_text(str(config.prompts))} {config.solver.num_inference_steps}"
-    origin = Origin(sources, weights, encoder)
-    license = license_of(config.model.name, config.model.folder)
+        encoder += f" inverted {weights} {sha256_text(str(prompts))} {config.solver.num_inference_steps}"
     return Identity(
-        runs.plain(compared),
-        runs.plain(_arguments(config)),
-        dataset.train,
-        images,
-        origin=origin,
-        license=license,
+        runs.plain(compared), runs.plain(_arguments(config)), dataset.train, images,
+        origin=Origin(sources, weights, encoder),
+        license=license_of(config.model.name, config.model.folder),
         unlabelled=() if pool is None else pool.keys,
-    )
+    )  # fmt: skip
 
 
 def _arguments(config: SampleConfig) -> dict[str, Any]:

@@ -19,13 +19,7 @@ from tqdm import tqdm
 from semantic_aug.errors import UserError, signals_to
 from semantic_aug.files import write_json
 from semantic_aug.sampling.job import Job, Row, Task
-from semantic_aug.sampling.liveness import (
-    LOADING_SECONDS,
-    SILENCE_SECONDS,
-    Liveness,
-    Standstill,
-    processor_seconds,
-)
+from semantic_aug.sampling.liveness import LOADING_SECONDS, SILENCE_SECONDS, Liveness, Standstill, processor_seconds
 
 log = logging.getLogger(__name__)
 

@@ -99,15 +99,8 @@ class Subset:
 
 @contextlib.contextmanager
 def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
-    """Takes the lock, claims the folder, and finds the finished tasks.
-
-    Args:
-        config: the request.
-        dataset: loaded under ``config.setting``.
-
-    Raises:
-        UserError: a folder of another subset, or in use.
-    """
+    """Takes the lock, claims the folder, and finds the finished tasks. Raises UserError: a folder of another subset, or one in
+    use."""
     folder, shard = subset_folder(config, dataset), (config.output.num_shards, config.output.shard_index)
     identity, plan = _identified(config, dataset)
     with lock_folder(folder, "--output_root", *shard):
@@ -239,14 +232,7 @@ def warn_of_repeats(config: SampleConfig, dataset: LoadedDataset, paths: TaskPat
 
 
 def make(config: SampleConfig, dataset: LoadedDataset) -> Path:
-    """Makes (what is missing of) the subset and writes ``meta.csv``.
-
-    Args:
-        config: the request.
-        dataset: loaded under ``config.setting``.
-
-    Returns:
-        The subset's folder.
+    """Makes (what is missing of) the subset and writes ``meta.csv``; returns the subset's folder.
 
     Raises:
         UserError: a folder of another subset or in use, weights that do not fit, sources that cannot be read.
@@ -269,11 +255,7 @@ def make(config: SampleConfig, dataset: LoadedDataset) -> Path:
             log.info("%s: %d of %d images exist, %d to make", subset.folder, finished, wanted, wanted - finished)
         job = subset.job()
         launcher = make_launcher(
-            job,
-            lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing),
-            on_rows,
-            wanted,
-            finished,
+            job, lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing), on_rows, wanted, finished
         )
         if missing.any():
             with locked(subset.folder / CLAIM_LOCK):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from semantic_aug import cli
 from semantic_aug.augmentations import strategies
 from semantic_aug.datasets.settings import Pool, add_shared
-from semantic_aug.diffusion.distilled import KINDS, kind_of, solver_defaults
-from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, ignored_options, scheduler_class
+from semantic_aug.diffusion.distilled import KINDS
+from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_templates
 from semantic_aug.registry import find_lora
@@ -23,12 +21,6 @@ LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm
 
 CONTEXT_STEPS = 0.3
 """Diff-II's share of the steps under a prompt with a context; its authors also take 0.1 and 1, by data set."""
-
-UNINVERTED = ("few_steps", "distilled_lora", "lcm_lora", "eta", "timestep_spacing", "final_sigmas_type")
-"""Flags that say how else to denoise than by the DDIM that takes an inversion back."""
-
-INVERSION_SOLVER = {"num_inference_steps": 25, "guidance_scale": 1.0, "scheduler": "ddim"}
-"""Settings of strategies that start from inversions: with guidance, denoising no longer takes back what inversion did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +105,7 @@ class ImageSettings:
 
     TITLE = "images"
     sample_strategy: str = cli.setting(
-        "diff-mix",
-        choices=strategies.names(),
-        metavar="STRATEGY",
-        help=f"one of {', '.join(strategies.names())}",
+        "diff-mix", choices=strategies.names(), metavar="STRATEGY", help=f"one of {', '.join(strategies.names())}"
     )
     aug_strength: float = cli.setting(
         0.7,
@@ -188,19 +177,24 @@ class ImageSettings:
         "png", choices=("png", "webp", "jpg"), help="png and webp are lossless; jpg (quality 95) is smaller and lossy"
     )
 
+    @property
+    def strategy(self) -> strategies.Strategy:
+        """Row of the strategy table."""
+        return strategies.find(self.sample_strategy)
+
     def __post_init__(self):
-        if self.pairing != "balanced" and strategies.find(self.sample_strategy).pairing != "mixed":
+        if self.pairing != "balanced" and self.strategy.pairing != "mixed":
             raise UserError(
                 f"--pairing {self.pairing} with --sample_strategy {self.sample_strategy}, which keeps every image in its "
                 "class: leave it out, or choose a *-mix strategy"
             )
-        if self.sources != "even" and strategies.find(self.sample_strategy).start == "noise":
+        if self.sources != "even" and self.strategy.start == "noise":
             raise UserError(
                 f"--sources {self.sources} with --sample_strategy {self.sample_strategy}, which starts from noise: leave it "
                 "out, or choose a strategy that starts from images"
             )
         self._check_pool()
-        if self.context_steps != CONTEXT_STEPS and strategies.find(self.sample_strategy).start != "inversion":
+        if self.context_steps != CONTEXT_STEPS and self.strategy.start != "inversion":
             raise UserError(
                 f"--context_steps {self.context_steps:g} with --sample_strategy {self.sample_strategy}, which has its context "
                 "in every step: leave it out, or choose diff-ii or inversion-mix"
@@ -228,8 +222,7 @@ class ImageSettings:
                     "both"
                 )
             return
-        strategy = strategies.find(self.sample_strategy)
-        if (strategy.start, strategy.pairing) != ("image", "mixed"):
+        if (self.strategy.start, self.strategy.pairing) != ("image", "mixed"):
             raise UserError(
                 f"--sources {self.sources} with --sample_strategy {self.sample_strategy}: an image without a class is "
                 "translated to one by a *-mix strategy that starts from images; choose one of these"
@@ -374,74 +367,3 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--context_steps {args.context_steps:g} goes with --contexts, from which the contexts come")
     if args.few_steps is not None and args.num_inference_steps is not None:
         raise UserError("--few_steps and --num_inference_steps both say how many steps: give one of them")
-
-
-def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> SolverSettings:
-    """The settings of the solver: the user's, else those that go with the model.
-
-    Args:
-        args: parsed.
-        defaults: those of a distilled model; None: the flags', or LCM's with ``--lcm_lora``.
-
-    Raises:
-        UserError: an unknown scheduler, another one than DDIM where images are inverted, or a setting that the scheduler
-            ignores.
-    """
-    inverted = strategies.find(args.sample_strategy).start == "inversion"
-    if inverted:
-        defaults = INVERSION_SOLVER
-    elif defaults is None:
-        defaults = LCM_SOLVER if args.lcm_lora else {name: getattr(SolverSettings, name) for name in LCM_SOLVER}
-    chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
-    if chosen["scheduler"] not in SCHEDULERS:
-        scheduler_class(chosen["scheduler"])
-    if inverted:
-        neutral = (None, SolverSettings.final_sigmas_type)
-        given = {name: value for name in UNINVERTED if (value := getattr(args, name)) not in neutral}
-        if SCHEDULERS.get(chosen["scheduler"], chosen["scheduler"]) != SCHEDULERS["ddim"]:
-            given["scheduler"] = chosen["scheduler"]
-        if given:
-            name, value = next(iter(given.items()))
-            raise UserError(
-                f"--{name} {value} with --sample_strategy {args.sample_strategy}, which inverts images and denoises them by "
-                "plain DDIM: leave it out"
-            )
-    if args.few_steps is None or args.scheduler or "eta" in chosen:  # the scheduler is known
-        _drop_ignored(args, chosen)
-    return cli.read_settings(SolverSettings, args, **chosen)
-
-
-def _drop_ignored(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
-    """Leaves out what a distilled model asks of its own scheduler where another one ignores it; refuses what the user asks."""
-    name = chosen["scheduler"]
-    optional = ("eta", "timestep_spacing", "final_sigmas_type")
-    given = {
-        option: value for option in optional if (value := getattr(args, option)) != getattr(SolverSettings, option)
-    }
-    if not given and not any(chosen.get(option) for option in optional):
-        return
-    ignored = ignored_options(name)
-    if unused := next((option for option in given if option in ignored), None):
-        raise UserError(f"--{unused} {given[unused]} with --scheduler {name}, which ignores it: leave it out")
-    chosen.update(dict.fromkeys(ignored & chosen.keys()))
-
-
-def read_few_steps(args: argparse.Namespace, base: str, scheduler_config: Mapping[str, Any]) -> SolverSettings:
-    """The settings of the solver under ``--few_steps``: the user's, else those of the distilled model.
-
-    Args:
-        args: parsed.
-        base: the base model, as the user named it.
-        scheduler_config: of the base model.
-
-    Raises:
-        UserError: a model that is not known to be distilled, or is asked for what it cannot do.
-    """
-    lora = cli.read_settings(ModelSettings, args).extra_lora()
-    kind = args.distilled or ("lcm" if args.lcm_lora else kind_of(lora, base, scheduler_config))
-    if kind is None:
-        reason = f"base model '{base}' is no Turbo model; give --distilled_lora FILE, or --distilled KIND"
-        if lora:
-            reason = f"the name of {lora} says neither LCM, TCD nor Hyper-SD; give --distilled KIND"
-        raise UserError(f"--few_steps {args.few_steps}: {reason} ({', '.join(KINDS)})")
-    return read_solver(args, solver_defaults(kind, args.few_steps, args.guidance_scale, lora, scheduler_config))

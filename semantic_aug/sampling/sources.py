@@ -318,9 +318,8 @@ class SourceMasks:
     def _mask(self, row: int) -> Tensor:
         if self.objects is not None:
             cells = np.unpackbits(self.objects[row], count=math.prod(self.latent)).astype(bool)
-            changes = (
-                cells if self.part == "object" and cells.any() else ~cells
-            )  # without an object everything may change
+            # without an object everything may change
+            changes = cells if self.part == "object" and cells.any() else ~cells
             return torch.from_numpy(changes).reshape(1, *self.latent)
         if row not in self.known:
             try:
