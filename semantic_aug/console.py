@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from semantic_aug.errors import tolerate_encodings
 
@@ -29,3 +30,10 @@ def quiet_libraries() -> None:
     ):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1) -> str:
+    """A table in Markdown; all but the first ``texts`` columns hold numbers, and are set to the right."""
+    marks = ["---" if i < texts else "---:" for i in range(len(columns))]
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])

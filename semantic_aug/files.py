@@ -33,17 +33,20 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """A temporary name in the same folder, moved to ``path`` when the block ends well and removed when it does not.
 
-    The content is flushed to disk before the move, so ``path`` never holds half a file, whatever is killed.
+    The content is flushed to disk before the move, so ``path`` never holds half a file, whatever is killed. ``flush=False``
+    is for what can be made again, or is a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a dead process's of the same number
     try:
         yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
+        if flush:
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -65,6 +68,14 @@ def csv_writer(path: Path) -> Iterator[Any]:
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content, or None where there is no whole one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -251,17 +251,14 @@ def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
 
 DRIVER = """
 import sys; sys.path.insert(0, {root!r})
-from semantic_aug.errors import Interrupted, run_main
+from semantic_aug.errors import run_main
 from semantic_aug.evaluation.experiments import runner
 from semantic_aug.evaluation.experiments.commands import Step
 def main(argv):
     step = Step("a", 3, ({script!r}, "a", {folder!r}, "60"), (), "a.json", {{}})
     pair = runner.Pair(__import__("pathlib").Path({folder!r}), {{"a": step}})
-    try:
-        with runner.terminated_as_interrupted(), runner.pair_lock(pair.folder) as held:
-            pair.run("a", held)
-    except KeyboardInterrupt:
-        raise Interrupted("resume with the same command")
+    with runner.interruptible(), runner.pair_lock(pair.folder) as held:
+        pair.run("a", held)
 sys.exit(run_main(main))
 """
 
@@ -285,7 +282,7 @@ def test_an_interruption_stops_the_child_gently(kind, make_pair, tmp_path):
     process, folder = begun(make_pair, tmp_path)
     os.kill(process.pid, kind)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "resume with the same command" in err
+    assert process.returncode == 130 and "the same command resumes from there" in err
     assert (folder / "interrupted").exists()  # the child had its chance to save
     record = json.loads((folder / "steps.json").read_text())["a"]
     assert not record["done"] and record["seconds"] > 0

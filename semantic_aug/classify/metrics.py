@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from semantic_aug import files
 from semantic_aug.classify.data import EvalBatches, Normaliser
 from semantic_aug.classify.processes import Processes
+from semantic_aug.console import markdown_table
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 from semantic_aug.datasets.subsets import class_groups
@@ -239,16 +239,14 @@ def write_scores(scores: Scores, class_names: Sequence[str], folder: Path, prefi
 
 def draw_confusion(scores: Scores, class_names: Sequence[str], path: Path) -> None:
     """The confusion matrix as a picture: shares of each true class, numbers where they fit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     k = len(class_names)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.nan_to_num(scores.confusion / scores.confusion.sum(1, keepdims=True))
     side = min(24, 3 + 0.45 * k)
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(
         xlabel="predicted", ylabel="true", title=f"top-1 {100 * scores.top1:.2f} %, macro {100 * scores.macro:.2f} %"
@@ -262,7 +260,6 @@ def draw_confusion(scores: Scores, class_names: Sequence[str], path: Path) -> No
                 color = "white" if shares[i, j] > 0.6 else "black"
                 axes.text(j, i, int(scores.confusion[i, j]), ha="center", va="center", color=color, fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def report(results: dict, say: Callable[[str], None]) -> None:
@@ -287,13 +284,8 @@ def scores_of(results: Mapping) -> dict[str, float]:
     return {name: value for name, value in (results["test"] or results["val"] or {}).items() if name in SCORE_NAMES}
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); the latter is NaN for a single value."""
-    return fmean(values), stdev(values) if len(values) > 1 else math.nan
-
-
 def statistics_of(rows: Mapping[int, Mapping[str, float]]) -> dict:
-    """Mean and standard deviation of every score that all seeds have.
+    """Mean and sample standard deviation (n - 1) of every score that all seeds have.
 
     Args:
         rows: seed -> scores.
@@ -302,11 +294,11 @@ def statistics_of(rows: Mapping[int, Mapping[str, float]]) -> dict:
         ``seeds`` (as strings, JSON's keys), ``mean`` and ``std``; ``std`` is None for a single seed.
     """
     names = [name for name in SCORE_NAMES if all(name in row for row in rows.values())]
-    spread = {name: mean_and_std([row[name] for row in rows.values()]) for name in names}
+    values = {name: [row[name] for row in rows.values()] for name in names}
     return {
         "seeds": {str(seed): {name: row[name] for name in names} for seed, row in rows.items()},
-        "mean": {name: mean for name, (mean, _) in spread.items()},
-        "std": {name: None if math.isnan(std) else std for name, (_, std) in spread.items()},
+        "mean": {name: fmean(values[name]) for name in names},
+        "std": {name: stdev(values[name]) if len(rows) > 1 else None for name in names},
     }
 
 
@@ -329,8 +321,6 @@ def percent(name: str, mean: float, std: float | None = None) -> str:
 def statistics_table(statistics: Mapping) -> str:
     """The seeds as a Markdown table; accuracies and calibration error in percent."""
     names = list(statistics["mean"])
-    lines = ["| seed | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for seed, row in statistics["seeds"].items():
-        lines.append(f"| {seed} | " + " | ".join(percent(name, row[name]) for name in names) + " |")
+    rows = [[seed, *(percent(name, row[name]) for name in names)] for seed, row in statistics["seeds"].items()]
     spread = [percent(name, statistics["mean"][name], statistics["std"][name]) for name in names]
-    return "\n".join([*lines, "| mean ± std | " + " | ".join(spread) + " |"])
+    return markdown_table(["seed", *names], [*rows, ["mean ± std", *spread]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -56,10 +55,7 @@ SAVE_SECONDS = 60.0
 
 def results_of(folder: Path) -> dict | None:
     """The results of a finished run in a folder, or None."""
-    try:
-        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return files.read_json(folder / RESULTS_FILE)
 
 
 def check_disk(config: ClassifyConfig, model: torch.nn.Module) -> None:

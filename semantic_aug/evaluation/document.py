@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from semantic_aug import files, registry
+from semantic_aug.console import markdown_table
 
 PAGE_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("document.html.j2")
@@ -102,10 +103,7 @@ class Table:
 
     def markdown(self) -> str:
         """As Markdown, without the details."""
-        marks = ["---" if i < self.texts else "---:" for i in range(len(self.columns))]
-        rows = [list(self.columns), *([cell.text for cell in row] for row in self.cells)]
-        lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
-        return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+        return markdown_table(self.columns, [[cell.text for cell in row] for row in self.cells], self.texts)
 
 
 Block = Heading | Paragraph | Items | Picture | Code | Table

@@ -11,9 +11,9 @@ removed when the subset is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.fingerprint import UNREADABLE, ContentHashes, cell_text, hash_bytes, hash_images, pixel_bytes
 from semantic_aug.datasets.images import fit, open_image
 from semantic_aug.errors import UserError
+from semantic_aug.files import atomic_path
 from semantic_aug.sampling.folder import MOMENTS
 from semantic_aug.sampling.masks import BOX, MASK, MASK_PATH, box_mask, pixel_mask, read_mask
 
@@ -283,13 +284,8 @@ def _read_block(path: Path) -> Tensor | None:
 
 def _write_block(path: Path, block: Tensor) -> None:
     """A cache: what cannot be written (a full disk) is encoded again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError, SafetensorError), atomic_path(path, flush=False) as temporary:
         save_file({"moments": block}, temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------ masks

@@ -15,7 +15,7 @@ from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.unlabelled import read_unlabelled
-from semantic_aug.errors import Interrupted, UserError, no_downloads, unknown
+from semantic_aug.errors import UserError, no_downloads, unknown
 from semantic_aug.evaluation.experiments import headroom, pseudo_label, report, results
 from semantic_aug.evaluation.experiments.commands import (
     DEFAULT_METHODS,
@@ -33,9 +33,9 @@ from semantic_aug.evaluation.experiments.runner import (
     check_commands,
     claim_data,
     duration,
+    interruptible,
     pair_lock,
     prepare_config,
-    terminated_as_interrupted,
 )
 from semantic_aug.evaluation.experiments.settings import (
     ExtraArguments,
@@ -348,18 +348,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not sharing.report_only:
         selected = jobs[sharing.shard_index :: sharing.num_shards]
-        try:
-            with terminated_as_interrupted():
-                claim(jobs, selected, folder, args.config_dir)
-                request = _request_arguments(sys.argv[1:] if argv is None else argv)
-                names = list(dict.fromkeys(job.setting for job in jobs))
-                seeds, methods = list(dict.fromkeys(settings.seeds)), list(dict.fromkeys(settings.methods))
-                results.save_request(folder, request, names, seeds, methods)
-                if sharing.shard_index == 0 and not sharing.skip_headroom:
-                    print_headroom(args, folder)
-                run_jobs(selected, folder, args.config_dir, sharing.keep)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None
+        with interruptible():
+            claim(jobs, selected, folder, args.config_dir)
+            request = _request_arguments(sys.argv[1:] if argv is None else argv)
+            names = list(dict.fromkeys(job.setting for job in jobs))
+            seeds, methods = list(dict.fromkeys(settings.seeds)), list(dict.fromkeys(settings.methods))
+            results.save_request(folder, request, names, seeds, methods)
+            if sharing.shard_index == 0 and not sharing.skip_headroom:
+                print_headroom(args, folder)
+            run_jobs(selected, folder, args.config_dir, sharing.keep)
     comparison = report.write_comparison(folder)
     finished, path = len(comparison.rows), registry.shown_path(folder / report.REPORT)
     print(f"{finished} of {finished + len(comparison.missing)} classifiers: {path}")

@@ -209,9 +209,8 @@ def write(headroom: Headroom, folder: Path) -> None:
     draw(headroom, folder / CHART)
     write_document(report_of(headroom), folder / REPORT)
     gains = [asdict(gain) for gain in headroom.gains]
-    files.write_json(
-        folder / SUMMARY, {"verdict": headroom.verdict, "sentence": headroom.sentence, "gains": gains}
-    )  # written last: its presence marks the report as complete
+    # written last: its presence marks the report as complete
+    files.write_json(folder / SUMMARY, {"verdict": headroom.verdict, "sentence": headroom.sentence, "gains": gains})
 
 
 def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
@@ -287,13 +286,11 @@ def _cap_section(headroom: Headroom) -> list[Block]:
 
 def draw(headroom: Headroom, path: Path) -> None:
     """Draws the curve with every draw as a dot, and the gains as intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     curve, macro = headroom.curve, 100 * headroom.curve.macro
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure = Figure(figsize=(6, 3.6))
+    axis = figure.subplots()
     axis.plot(curve.images, macro.mean(1), color="#5b8db8")
     axis.plot(np.repeat(curve.images, macro.shape[1]), macro.ravel(), ".", color="#1f2d3a", markersize=4)
     now = headroom.present
@@ -311,7 +308,6 @@ def draw(headroom: Headroom, path: Path) -> None:
     figure.tight_layout()
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
 
 
 def build_parser() -> cli.Parser:

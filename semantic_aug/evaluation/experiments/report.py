@@ -66,15 +66,12 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]
         panels: setting -> score -> method -> seed -> value in [0, 1]. Bars are means, whiskers standard deviations.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     scores = list(dict.fromkeys(score for panel in panels.values() for score in panel))
     most = max(len(methods) for panel in panels.values() for methods in panel.values())
-    size = (5.2 * len(scores), (0.9 + 0.34 * most) * len(panels))
-    figure, axes = plt.subplots(len(panels), len(scores), figsize=size, squeeze=False)
+    figure = Figure(figsize=(5.2 * len(scores), (0.9 + 0.34 * most) * len(panels)))
+    axes = figure.subplots(len(panels), len(scores), squeeze=False)
     for row, (setting, panel) in zip(axes, panels.items(), strict=True):
         for axis, score in zip(row, scores, strict=True):
             methods = panel.get(score, {})
@@ -93,7 +90,6 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]
     figure.tight_layout()
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------ comparisons

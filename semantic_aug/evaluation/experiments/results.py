@@ -6,7 +6,6 @@ requests/*.yaml                 what was asked for, one file per distinct comman
 """
 
 import csv
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,32 +125,18 @@ def collect(folder: Path) -> Comparison:
     for setting, method, seed in sorted(planned, key=lambda p: (settings.index(p[0]), rank[p[1]], p[2])):
         pair = pair_folder(folder, setting, seed)
         records = comparison.records.setdefault((setting, seed), read_records(pair))
-        results = read_json(pair / "classify" / method / "results.json")
+        results = files.read_json(pair / "classify" / method / "results.json")
         if results is None:
             comparison.missing.append((setting, method, seed))
             continue
         test_scores = results["test"] or results["val"] or {}
         scores = {name: value for name, value in test_scores.items() if name in SCORES}
-        seconds = stage_seconds(records, method)
+        names = METHODS[method].step_names if method in METHODS else {3: f"classify {method}"}
+        seconds = {3: 0.0} | {stage: records[name]["seconds"] for stage, name in names.items() if name in records}
         comparison.rows.append(
             Row(setting, method, seed, scores, results["val"] or {}, steps=results["steps"], seconds=seconds)
         )
     return comparison
-
-
-def stage_seconds(records: Mapping[str, Mapping], method: str) -> dict[int, float]:
-    """Stage -> seconds that the runner measured for the step that a method needs of it."""
-    names = METHODS[method].step_names if method in METHODS else {3: f"classify {method}"}
-    seconds = {stage: records[name]["seconds"] for stage, name in names.items() if name in records}
-    return {3: 0.0, **seconds}
-
-
-def read_json(path: Path) -> dict | None:
-    """A JSON file's content, or None where there is no whole one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import shlex
@@ -18,7 +17,7 @@ from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.errors import EXIT_INTERRUPTED, UserError, signals_to
+from semantic_aug.errors import EXIT_INTERRUPTED, Interrupted, UserError, signals_to
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 
 log = logging.getLogger(__name__)
@@ -47,8 +46,9 @@ def pair_lock(folder: Path) -> Iterator[int | None]:
 
 
 @contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into KeyboardInterrupt, so that a child is stopped with its parent."""
+def interruptible() -> Iterator[None]:
+    """A context in which SIGTERM and SIGHUP interrupt as SIGINT does, so that a child is stopped with its parent. Raises
+    Interrupted: one of them came."""
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -57,7 +57,10 @@ def terminated_as_interrupted() -> Iterator[None]:
     kinds = [signal.SIGINT, signal.SIGTERM]
     kinds += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     with signals_to(stop, *kinds):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None
 
 
 def _prepare_child() -> None:
@@ -212,10 +215,7 @@ def prepare_config(folder: Path, config_dir: Path) -> None:
 
 def read_records(folder: Path) -> dict[str, dict]:
     """The recorded steps of a pair's folder; see :attr:`Pair.records`."""
-    try:
-        return json.loads((folder / STEPS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return files.read_json(folder / STEPS_FILE) or {}
 
 
 def check_commands(steps: Iterable[Step], folder: Path) -> None:

@@ -10,6 +10,7 @@ from semantic_aug import runs
 from semantic_aug.classify.config import BY_CONTENT, MAY_CHANGE
 from semantic_aug.classify.metrics import SCORE_NAMES, percent, scores_of, statistics_of
 from semantic_aug.classify.trainer import RESULTS_FILE, results_of
+from semantic_aug.console import markdown_table
 from semantic_aug.errors import UserError
 from semantic_aug.runs import MADE_FROM
 
@@ -77,8 +78,7 @@ def markdown(runs: Sequence[Run], scores: Sequence[str] = SHOWN) -> str:
         by_seed = {run.arguments["seed"]: scores_of(run.results) for run in group}
         rows.append((group, statistics_of(by_seed)))
     columns = [name for name in scores if any(name in summary["mean"] for _, summary in rows)]
-    header = ["run", "data set", "setting", "images", "model", "seeds", *columns]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * 5 + "---:|" * (len(columns) + 1)]
+    lines = []
     for group, summary in rows:
         results = group[0].results
         cells = [name_of(group), *(results[key] for key in ("dataset", "setting", "train_images", "model"))]
@@ -86,5 +86,5 @@ def markdown(runs: Sequence[Run], scores: Sequence[str] = SHOWN) -> str:
             percent(name, summary["mean"][name], summary["std"][name]) if name in summary["mean"] else ""
             for name in columns
         ]
-        lines.append("| " + " | ".join(map(str, [*cells, len(summary["seeds"]), *spread])) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, len(summary["seeds"]), *spread])
+    return markdown_table(["run", "data set", "setting", "images", "model", "seeds", *columns], lines, texts=5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import sys
@@ -16,19 +15,19 @@ from pathlib import Path
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.augmentations import strategies
 from semantic_aug.classify.draws import SOFT_LABELS
-from semantic_aug.errors import Interrupted, UserError
+from semantic_aug.errors import UserError
 from semantic_aug.evaluation.experiments import halving, report
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step, arguments_of, command
 from semantic_aug.evaluation.experiments.halving import Candidate
-from semantic_aug.evaluation.experiments.results import read_json, read_predictions
+from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     claim_data,
     duration,
+    interruptible,
     pair_lock,
     prepare_config,
-    terminated_as_interrupted,
-)
+)  # fmt: skip
 from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, default_of, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
@@ -87,7 +86,7 @@ class GridSettings:
 
     def resumed(self, folder: Path) -> GridSettings:
         """The grid of the search begun in a folder; this one where there is none. Raises UserError: it has other values."""
-        plan, record = read_json(folder / PLAN_FILE), runs.plain(asdict(self))
+        plan, record = files.read_json(folder / PLAN_FILE), runs.plain(asdict(self))
         if plan is None:
             return self
         if "grid" not in plan:  # of an earlier version
@@ -241,7 +240,7 @@ class Tuning:
 
     def results(self, candidate: Candidate, seed: int) -> dict:
         """The results of a finished run."""
-        return json.loads((self.run_folder(candidate, seed) / "results.json").read_text(encoding="utf-8"))
+        return files.read_json(self.run_folder(candidate, seed) / "results.json")
 
     def trial(self, candidate: Candidate, seed: int, held: int | None) -> float:
         """Runs a candidate under a seed, unless done; returns its validation score. Raises UserError: the data set has no
@@ -323,7 +322,7 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
         UserError: the time does not even allow the smallest search.
     """
     asked = {"trials": budget.trials, "budget_hours": budget.budget_hours}
-    plan = read_json(tuning.folder / PLAN_FILE)
+    plan = files.read_json(tuning.folder / PLAN_FILE)
     if plan and plan["asked"] == asked:
         return plan["trials"]
     trials = budget.trials or (DEFAULT_TRIALS if budget.budget_hours is None else sys.maxsize)
@@ -439,9 +438,6 @@ def main(argv: list[str] | None = None) -> int:
         print(*tuning.pair.steps.values(), *(candidate.name for candidate in candidates), sep="\n")
         print(f"{len(candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
         return 0
-    try:
-        with terminated_as_interrupted():
-            run(tuning, candidates, budget, args.config_dir)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted: what is done is kept; the same command resumes from there") from None
+    with interruptible():
+        run(tuning, candidates, budget, args.config_dir)
     return 0

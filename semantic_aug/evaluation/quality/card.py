@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from semantic_aug import registry, runs
+from semantic_aug import console, registry, runs
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import locate
 from semantic_aug.diffusion.license import NOT_KNOWN, license_of
@@ -137,9 +137,10 @@ def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
         "",
         DISCLOSURE,
         "",
-        "| split | real images | synthetic images |",
-        "|---|---:|---:|",
-        *(f"| {name} | {c['real']} | {c['synthetic']} |" for name, c in facts["images"].items()),
+        console.markdown_table(
+            ["split", "real images", "synthetic images"],
+            [(name, count["real"], count["synthetic"]) for name, count in facts["images"].items()],
+        ),
         "",
         "```python",
         OPENING[facts["format"]].format(folder=folder.name, last=max(0, shards - 1)),

@@ -223,13 +223,14 @@ def describe(
     settings: FilterSettings,
 ) -> list[str]:
     """How many images of each target class are kept, and which classes the threshold would have emptied."""
-    lines, rescued = ["| target class | images | kept | least confidence kept |", "|---|---:|---:|---:|"], []
+    rows, rescued = [], []
     for label in np.unique(images.target):
         of_class = images.target == label
         least = confidence[of_class & selected].min() if (of_class & selected).any() else float("nan")
-        lines.append(f"| {names[label]} | {of_class.sum()} | {(of_class & selected).sum()} | {least:.3f} |")
+        rows.append([names[label], of_class.sum(), (of_class & selected).sum(), f"{least:.3f}"])
         if settings.threshold is not None and not least >= settings.threshold:
             rescued.append(names[label])
+    lines = [console.markdown_table(["target class", "images", "kept", "least confidence kept"], rows)]
     if rescued:
         count = settings.min_per_class
         what = f"keep their best {count}" if count else "are left without synthetic images"

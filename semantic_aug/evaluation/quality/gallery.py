@@ -10,9 +10,8 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,13 +136,13 @@ def _exists(path: Path) -> bool:
 
 
 def _save(image, path: Path, **options) -> None:
-    with _unfinished(path) as temporary:
+    with files.atomic_path(path, flush=False) as temporary:
         image.save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
 
 
 def _link_or_copy(source: Path, path: Path, copy: bool) -> None:
     # no hard link: it would change the original's time of change, by which caches know it
-    with _unfinished(path) as temporary:
+    with files.atomic_path(path, flush=False) as temporary:
         if not copy:
             try:
                 temporary.symlink_to(os.path.abspath(source))
@@ -151,19 +150,6 @@ def _link_or_copy(source: Path, path: Path, copy: bool) -> None:
             except OSError:  # a file system without symbolic links
                 pass
         shutil.copyfile(source, temporary)
-
-
-@contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, moved to it at the end; not flushed to disk, for these files can be made again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GallerySettings) -> None:

@@ -69,13 +69,11 @@ def axes_of(rows: Sequence[Mapping]) -> tuple[str, str] | None:
 
 def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
     """A point per subset and strength; the points of one subset are joined in the order of their strengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     points = [row for row in totals(rows) if row["subset"] != REAL]
-    figure, plot = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    plot = figure.subplots()
     for name in dict.fromkeys(row["subset"] for row in points):
         of_subset = [row for row in points if row["subset"] == name]
         single = [row for row in of_subset if row["strength"] != ALL] or of_subset
@@ -89,7 +87,6 @@ def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
     plot.legend(fontsize=8)
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
 
 
 def write(
