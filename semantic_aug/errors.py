@@ -7,6 +7,7 @@ appears only with ``DIFFMIX_DEBUG=1``.
 
 import contextlib
 import contextvars
+import ctypes
 import difflib
 import errno
 import os
@@ -77,6 +78,12 @@ def signals_to(handler: Callable[..., Any], *kinds: int) -> Iterator[None]:
     finally:
         for kind, before in former.items():
             signal.signal(kind, before)
+
+
+def end_with_parent(kind: int) -> None:
+    """Asks the kernel (Linux) to send this process a signal when its parent ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, kind)  # 1: PR_SET_PDEATHSIG
 
 
 def nearest_first(value: str, known: Iterable[str]) -> list[str]:

@@ -23,26 +23,26 @@ from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
 from semantic_aug.evaluation.experiments import halving, results, tune
-from semantic_aug.evaluation.experiments.halving import Candidate
+from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings, candidates
 
 DEFAULT = Candidate(0.7, 0.5, 0.3, 5.0)
 
 
 def grid():
     values = itertools.product([0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.3, 0.5], [2.0, 5.0])
-    return halving.candidates([Candidate(*candidate) for candidate in values], DEFAULT, 0)
+    return candidates([Candidate(*candidate) for candidate in values], DEFAULT, 0)
 
 
 def settings_of(*words):
     """What a search chooses among."""
     args = tune.build_parser().parse_args(["--dataset", "elpv", *words])
-    return cli.read_settings(tune.GridSettings, args)
+    return cli.read_settings(GridSettings, args)
 
 
 def test_candidates_are_the_grid_the_default_first():
     found = grid()
     assert found[0] == DEFAULT and len(found) == 54 == len(set(found)) and found == grid()
-    assert len(halving.candidates([Candidate(0.5, 0.3, 0.1, 5.0)], DEFAULT, 0)) == 2  # the default outside the grid
+    assert len(candidates([Candidate(0.5, 0.3, 0.1, 5.0)], DEFAULT, 0)) == 2  # the default outside the grid
 
 
 def test_the_default_search_has_high_probabilities_and_teacher_labels():
@@ -64,7 +64,7 @@ def test_labels_of_one_class_do_not_depend_on_gamma_whoever_gives_them():
 
 
 def test_a_search_keeps_its_grid(tmp_path):
-    grid, plan = settings_of(), tmp_path / tune.PLAN_FILE
+    grid, plan = settings_of(), tmp_path / PLAN_FILE
     assert grid.resumed(tmp_path) == grid
     plan.write_text(json.dumps({"asked": {}, "trials": 9, "grid": dataclasses.asdict(grid)}))
     assert settings_of("--labels", "strength", "teacher").resumed(tmp_path) == grid

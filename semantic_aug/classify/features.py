@@ -14,7 +14,10 @@ from tqdm import tqdm
 
 from semantic_aug.classify.data import ImageStore, Normaliser
 from semantic_aug.classify.models import make_model, weights_identity
+from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import cache_folder
+from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
+from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.divergence import check_outputs
 from semantic_aug.files import atomic_path, sha256_text
 
@@ -78,8 +81,8 @@ class Extractor:
             float32 ``(N, D)``.
         """
         path = cache_folder() / f"features-{sha256_text(f'{VERSION} {self.identity} {identity}')[:32]}.npy"
-        if self.keep and identity is not None and (found := _load(path, count)) is not None:
-            return found
+        if self.keep and identity is not None and (kept := _load(path, count)) is not None:
+            return kept
         store, rows = ImageStore(read, count, self.resolution, budget=0, cache="off"), []
         with tqdm(total=count, desc="features", unit="image", mininterval=1.0, leave=False) as bar:
             for start in range(0, count, batch_size):
@@ -91,6 +94,12 @@ class Extractor:
         if self.keep and identity is not None:
             _save(path, features)
         return features
+
+    def of_images(self, images: ImageTable | SyntheticImages, batch_size: int = 64) -> np.ndarray:
+        """The :meth:`features` of real or synthetic images, kept under their content."""
+        table = isinstance(images, ImageTable)
+        hashes = hash_images(images) if table else hash_files(images.paths, "synthetic images")
+        return self.features(images.image, len(images), content_digest(hashes.hex()), batch_size)
 
 
 def load_extractor(

@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 from semantic_aug import cli, registry
 from semantic_aug.classify.config import build_parser, read_config
 from semantic_aug.classify.draws import EpochDraws, SyntheticSettings
+from semantic_aug.classify.losses import one_hot
 from semantic_aug.classify.run import load_synthetic, train, with_derived
 from semantic_aug.classify.teacher import subset_labels, with_teacher_labels
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.settings import dataset_name
 from semantic_aug.datasets.spec import SPLITS
-from semantic_aug.datasets.synthetic import soft_labels
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
 
@@ -122,12 +122,11 @@ class SoftLabelDataset(Dataset):
         """The transformed image and its soft label, float32 ``(K,)``, summing to one."""
         item, classes = int(self.items()[index]), len(self.class_names)
         if item < len(self.real):
-            image, label = self.real.image(item), self.real.labels[[item]]
-            soft_label = soft_labels(label, label, np.ones(1), self.gamma, classes)[0]
+            image, soft_label = self.real.image(item), one_hot(torch.tensor(self.real.labels[item]), classes)
         else:
             drawn = self.synthetic.take(np.array([item - len(self.real)]))
-            image, soft_label = drawn.image(0), drawn.labels(self.gamma, classes)[0]
-        return self.transform(image) if self.transform is not None else image, torch.from_numpy(soft_label)
+            image, soft_label = drawn.image(0), torch.from_numpy(drawn.labels(self.gamma, classes)[0])
+        return self.transform(image) if self.transform is not None else image, soft_label
 
     def __getstate__(self) -> dict:
         # what opens files may not be picklable: the copy reads the same data again

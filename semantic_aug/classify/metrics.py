@@ -156,11 +156,9 @@ class Scores:
         return scores | frequency | self.by_group(groups)
 
 
-def groups_of(table: object) -> np.ndarray | None:
+def groups_of(table: ImageTable) -> np.ndarray | None:
     """The group of each image of a split, ``(N,)``, or None where the data set has no groups."""
-    groups = getattr(table, "groups", None)
-    if groups is None:
-        groups = getattr(table, "extras", {}).get("group")
+    groups = table.extras.get("group")
     return None if groups is None else np.asarray(groups)
 
 

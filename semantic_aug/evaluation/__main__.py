@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from semantic_aug import console
 from semantic_aug.allocator import let_waiting_threads_sleep
 from semantic_aug.errors import run_main, unknown
 
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         raise unknown("command", words[0], COMMANDS, "python -m semantic_aug.evaluation --help says what each does")
     let_waiting_threads_sleep()
+    console.quiet_libraries()
+    console.set_up_logging()
     return importlib.import_module(COMMANDS[words[0]]).main(words[1:])
 
 

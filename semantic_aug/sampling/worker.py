@@ -9,9 +9,7 @@ threads while the next batch is computed.
 
 from __future__ import annotations
 
-import ctypes
 import signal
-import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,7 +25,7 @@ from semantic_aug.augmentations.engine import DTYPES, Engine
 from semantic_aug.console import quiet_libraries
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.unlabelled import read_unlabelled
-from semantic_aug.errors import UserError, os_error_line
+from semantic_aug.errors import UserError, end_with_parent, os_error_line
 from semantic_aug.sampling.files import encode_image, write_image
 from semantic_aug.sampling.folder import DATA
 from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
@@ -192,15 +190,9 @@ class _Written:
     failures: dict[int, str]
 
 
-def die_with_parent() -> None:
-    """Asks the kernel (Linux) to end this process when its parent does, in the middle of a batch too."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-
-
 def serve(pipe: Connection, job: Job, device: str) -> None:
     """The process's body: loads, then serves batches until the pipe ends."""
-    die_with_parent()
+    end_with_parent(signal.SIGKILL)  # in the middle of a batch, too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     quiet_libraries()

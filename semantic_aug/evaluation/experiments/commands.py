@@ -270,16 +270,17 @@ class StageCommands:
         needs = (f"sample {key}",) if key else ()
         return Step(f"classify {name}", 3, arguments, needs, f"classify/{name}/results.json", {})
 
+    def real_only(self) -> tuple[Step, str]:
+        """The classifier trained on real images alone, and its folder."""
+        return self.classify("real-only", self.subset_seed), registry.shown_path(self.folder / "classify" / "real-only")
+
     def pseudo_label_steps(self, name: str) -> dict[str, Step]:
         """The real-only classifier, its labels for the unlabelled images, and the classifier trained on both, by name."""
-        teacher, folder = (
-            self.classify("real-only", self.subset_seed),
-            registry.shown_path(self.folder / "pseudo-label"),
-        )
+        (teacher, run), folder = self.real_only(), registry.shown_path(self.folder / "pseudo-label")
         flags = {
             **self.shared,
             **self.recipe.pseudo,
-            "classifier": registry.shown_path(self.folder / "classify" / "real-only"),
+            "classifier": run,
             "gpu": self.devices.ids[0] if self.devices.ids else None,
             "output_dir": folder,
         }
@@ -309,8 +310,7 @@ class StageCommands:
 
     def method_subset(self, method: Method) -> dict[str, Step]:
         """The steps that make the synthetic images of a method, by name."""
-        real_only = self.classify("real-only", self.subset_seed)
-        folder = registry.shown_path(self.folder / "classify" / "real-only")
+        real_only, folder = self.real_only()
         meanings = {REAL_ONLY: folder, UNLABELLED: self.recipe.pseudo.get("unlabelled")}
         flags = {name: meanings.get(value, value) for name, value in method.sample.items()}
         steps = self.synthetic_steps(self.sample(method.strategy, method.subset, **flags))

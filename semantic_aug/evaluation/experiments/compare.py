@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from semantic_aug import cli, console, files, registry, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.unlabelled import read_unlabelled
@@ -73,10 +73,7 @@ class ComparisonSettings:
         help="each draws its own training images and has its own stages 1 and 2 (default: 2020 2021 2022)",
     )
     examples_per_class: tuple[int, ...] = cli.setting(
-        (-1,),
-        type=int,
-        nargs="+",
-        help="few-shot settings: training images per class, -1 for all (default: -1)",
+        (-1,), type=int, nargs="+", help="few-shot settings: training images per class, -1 for all (default: -1)"
     )
     multiplier: tuple[float, ...] = cli.setting(
         (5.0,),
@@ -342,7 +339,6 @@ def main(argv: list[str] | None = None) -> int:
     settings = cli.read_settings(ComparisonSettings, args)
     folder = cli.read_settings(Placement, args).folder("compare", args)
     jobs = jobs_of(args, folder)
-    console.set_up_logging()
     if args.dry_run:
         print_runs(jobs)
         return 0

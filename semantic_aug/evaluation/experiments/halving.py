@@ -7,10 +7,8 @@ so on. The default candidate is never dropped, so the winner was compared with i
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-from semantic_aug.seeding import numpy_rng
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 KEPT = 3
 """One candidate in this many continues with the next seed."""
@@ -18,45 +16,8 @@ KEPT = 3
 FINALISTS = 2
 """At least this many continue, the default among them."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One choice of settings.
-
-    Attributes:
-        strength: s of the translations.
-        gamma: of the soft labels.
-        probability: p, chance that an item is synthetic.
-        multiplier: synthetic images per training image.
-        labels: one of ``train_cls.py --soft_labels``.
-        strategy: of the synthetic images; empty for the first strategy of the search.
-    """
-
-    strength: float | None
-    gamma: float
-    probability: float
-    multiplier: float
-    labels: str = "strength"
-    strategy: str = ""
-
-    @property
-    def subset(self) -> str:
-        """Key of its synthetic images."""
-        return "-".join(
-            [*([self.strategy] if self.strategy else []), *([f"s{self.strength:g}"] if self.strength else [])]
-        )
-
-    @property
-    def name(self) -> str:
-        """Name in folders and tables."""
-        labels = f"-{self.labels}" if self.labels != "strength" else ""
-        return f"{self.subset}-g{self.gamma:g}-p{self.probability:g}-m{self.multiplier:g}{labels}"
-
-
-def candidates(grid: Sequence[Candidate], default: Candidate, seed: int) -> list[Candidate]:
-    """The candidates, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
-    order = numpy_rng(seed, "tune", "order").permutation(len(grid))
-    return list(dict.fromkeys([default, *(grid[i] for i in order)]))
+Candidate = TypeVar("Candidate", bound=Hashable)
+"""A choice of settings."""
 
 
 def rungs(first: int, seeds: int) -> list[int]:

@@ -4,7 +4,6 @@ A linear classifier on the frozen features of a pre-trained network is trained o
 Validation images (cross-validation where there are few) decide; test images are never read.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import cli, console, files, registry, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
-from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import DatasetName
 from semantic_aug.datasets.subsets import few_shot
@@ -67,10 +65,7 @@ class HeadroomSettings:
     res_mode: int = cli.setting_of(classify.ModelSettings, "res_mode", 128)
     gpu: str | None = cli.setting_of(classify.PlacementSettings, "gpu")
     output_dir: Path | None = cli.setting(
-        None,
-        type=cli.path,
-        help="folder of the report (default: outputs/headroom/{dataset}{setting})",
-        result=False,
+        None, type=cli.path, help="folder of the report (default: outputs/headroom/{dataset}{setting})", result=False
     )
 
     def __post_init__(self):
@@ -133,9 +128,7 @@ def load_pool(settings: HeadroomSettings, dataset: LoadedDataset) -> Pool:
         raise UserError(f"headroom of {dataset.name}: no class has two training images; expected 3 or more per class")
     device = device_of(settings.gpu)
     extractor = load_extractor(settings.model, settings.weights, settings.res_mode, device, levels=True)
-    features = [
-        extractor.features(table.image, len(table), content_digest(hash_images(table).hex())) for table in tables
-    ]
+    features = [extractor.of_images(table) for table in tables]
     enough = len(tables) > 1 and len(tables[1]) >= MIN_VALIDATION * len(counts)
     held_out = np.repeat([False, enough][: len(tables)], list(map(len, tables)))
     labels, keys = np.concatenate([table.labels for table in tables]), [key for table in tables for key in table.keys]
@@ -321,9 +314,8 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, measures, reports."""
-    args: argparse.Namespace = build_parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     settings = cli.read_settings(HeadroomSettings, args)
-    console.set_up_logging()
     if args.dry_run:
         print(load_data(settings, args.dataset, args.config_dir).describe())
         return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug import cli, console, files, meta_csv, registry, runs
+from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import PlacementSettings
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
@@ -121,7 +121,6 @@ def main(argv: list[str] | None = None) -> int:
 
     args = build_parser().parse_args(argv)
     settings, request = cli.read_settings(UnlabelledSettings, args), cli.read_settings(LabelSettings, args)
-    console.set_up_logging()
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     pool, folder = read_pool(settings, dataset), registry.resolve_path(request.output_dir)
     print(f"{dataset.describe()}; unlabelled {len(pool)}")

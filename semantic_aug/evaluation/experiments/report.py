@@ -24,7 +24,8 @@ from semantic_aug.evaluation.document import (
     write,
 )
 from semantic_aug.evaluation.experiments.commands import METHODS
-from semantic_aug.evaluation.experiments.halving import Candidate, best_first
+from semantic_aug.evaluation.experiments.grid import Candidate
+from semantic_aug.evaluation.experiments.halving import best_first
 from semantic_aug.evaluation.experiments.results import Comparison, collect, pair_folder
 from semantic_aug.evaluation.experiments.runner import duration
 from semantic_aug.evaluation.experiments.statistics import Difference, difference_text, mean_interval, paired_difference

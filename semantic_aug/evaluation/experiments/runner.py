@@ -1,7 +1,6 @@
 """Runs the steps of one pair (setting, seed): each a subprocess, skipped when done, its command and time recorded."""
 
 import contextlib
-import ctypes
 import logging
 import os
 import shlex
@@ -17,7 +16,7 @@ from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.errors import EXIT_INTERRUPTED, Interrupted, UserError, signals_to
+from semantic_aug.errors import EXIT_INTERRUPTED, Interrupted, UserError, end_with_parent, signals_to
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 
 log = logging.getLogger(__name__)
@@ -64,10 +63,9 @@ def interruptible() -> Iterator[None]:
 
 
 def _prepare_child() -> None:
-    """In the child, before it becomes the command: accepts SIGINT again, and is terminated when its parent dies (Linux)."""
+    """In the child, before it becomes the command: accepts SIGINT again, and is terminated when its parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    end_with_parent(signal.SIGTERM)
 
 
 def run_command(

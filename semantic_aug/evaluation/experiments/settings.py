@@ -100,10 +100,7 @@ class Placement:
         result=False,
     )
     output_dir: Path | None = cli.setting(
-        None,
-        type=cli.path,
-        help="folder of the results (default: outputs/COMMAND/{dataset})",
-        result=False,
+        None, type=cli.path, help="folder of the results (default: outputs/COMMAND/{dataset})", result=False
     )
 
     def __post_init__(self):

@@ -4,21 +4,18 @@ sampled pool."""
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import math
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from semantic_aug import cli, console, files, registry, runs
-from semantic_aug.augmentations import strategies
-from semantic_aug.classify.draws import SOFT_LABELS
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.experiments import halving, report
-from semantic_aug.evaluation.experiments.commands import StageCommands, Step, arguments_of, command
-from semantic_aug.evaluation.experiments.halving import Candidate
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
+from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings
 from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
@@ -27,105 +24,13 @@ from semantic_aug.evaluation.experiments.runner import (
     interruptible,
     pair_lock,
     prepare_config,
-)  # fmt: skip
+)
 from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, default_of, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
 
-DEFAULT = {"strength": 0.7, "gamma": 0.5, "probability": 0.3}
-"""The authors' recommendation for few shots; always a candidate, at the largest multiplier."""
 DEFAULT_TRIALS = 40
-PLAN_FILE = "plan.json"
-FORMER_GRID = {"probs": (0.1, 0.3, 0.5), "labels": ("strength",)}
-"""Defaults, where they differ, of the searches whose plan does not hold their grid."""
-
-
-def _values(name: str, default: tuple[float, ...], high: float, metavar: str):
-    text = f"values of {name}; {DEFAULT[name]:g} is always among them (default: {' '.join(map(str, default))})"
-    return cli.setting(default, type=cli.number(0, high, open_low=True), nargs="+", metavar=metavar, help=text)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridSettings:
-    """Which settings a search chooses among."""
-
-    TITLE = "what to choose among"
-    strengths: tuple[float, ...] = _values("strength", (0.5, 0.7, 0.9), 1, "S")
-    gammas: tuple[float, ...] = _values("gamma", (0.3, 0.5, 0.8), math.inf, "G")
-    probs: tuple[float, ...] = _values("probability", (0.1, 0.3, 0.5, 0.7), 1, "P")
-    multipliers: tuple[float, ...] = cli.setting(
-        (2.0, 5.0),
-        type=cli.number(0, 1e6, open_low=True),
-        nargs="+",
-        metavar="M",
-        help="synthetic images per training image; the pool has the largest, smaller ones are parts of it (default: 2 5)",
-    )
-    labels: tuple[str, ...] = cli.setting(
-        ("strength", "teacher"),
-        choices=SOFT_LABELS,
-        nargs="+",
-        metavar="LABELS",
-        help="labels of the synthetic images, see train_cls.py --soft_labels; strength is always among them (default: strength "
-        "teacher)",
-    )
-    strategy: tuple[str, ...] = cli.setting(
-        ("diff-mix",),
-        choices=[row.name for row in strategies.STRATEGIES.values() if row.start != "noise"],
-        nargs="+",
-        metavar="STRATEGY",
-        help="strategies of the synthetic images, each with subsets of its own; the default candidate has the first, which "
-        "takes a strength (default: diff-mix)",
-    )
-
-    def __post_init__(self):
-        if strategies.find(self.strategy[0]).strengths:
-            raise UserError(
-                f"--strategy {self.strategy[0]}: it draws its own strengths; name one first that takes --strengths, as diff-mix"
-            )
-
-    def resumed(self, folder: Path) -> GridSettings:
-        """The grid of the search begun in a folder; this one where there is none. Raises UserError: it has other values."""
-        plan, record = files.read_json(folder / PLAN_FILE), runs.plain(asdict(self))
-        if plan is None:
-            return self
-        if "grid" not in plan:  # of an earlier version
-            defaults = cli.settings_of(type(self))
-            former = {name: v for name, v in FORMER_GRID.items() if getattr(self, name) == defaults[name].default}
-            return replace(self, **former)
-        other = {name: value for name, value in plan["grid"].items() if record.get(name) != value}
-        if other:
-            raise UserError(
-                f"{folder} holds a search among other values: give {' '.join(arguments_of(other))}, or another --output_dir"
-            )
-        return self
-
-    def candidates(self, seed: int) -> list[Candidate]:
-        """The candidates, the default first; see :func:`semantic_aug.evaluation.experiments.halving.candidates`."""
-        axes = [
-            (*self.strengths, DEFAULT["strength"]),
-            (*self.gammas, DEFAULT["gamma"]),
-            (*self.probs, DEFAULT["probability"]),
-            self.multipliers,
-            ("strength", *self.labels),
-            self.strategy,
-        ]
-        default = Candidate(**DEFAULT, multiplier=max(self.multipliers))
-        values = itertools.product(*(list(dict.fromkeys(axis)) for axis in axes))
-        grid = dict.fromkeys(self._candidate(Candidate(*of_axes)) for of_axes in values)
-        return halving.candidates(list(grid), default, seed)
-
-    def _candidate(self, values: Candidate) -> Candidate:
-        """A candidate whose values without effect are all the same: a strength where the strategy draws its own, gamma where
-        labels do not depend on it."""
-        row = strategies.find(values.strategy)
-        without_gamma = values.labels == "teacher" or row.pairing == "same"
-        return replace(
-            values,
-            strength=None if row.strengths else values.strength,
-            gamma=DEFAULT["gamma"] if without_gamma else values.gamma,
-            strategy="" if values.strategy == self.strategy[0] else values.strategy,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +39,7 @@ class BudgetSettings:
 
     TITLE = "budget"
     trials: int | None = cli.setting(
-        None,
-        type=cli.whole(1),
-        help=f"most classifier runs (default: {DEFAULT_TRIALS}, or what --budget_hours allows)",
+        None, type=cli.whole(1), help=f"most classifier runs (default: {DEFAULT_TRIALS}, or what --budget_hours allows)"
     )
     budget_hours: float | None = cli.setting(
         None,
@@ -151,10 +54,7 @@ class BudgetSettings:
         help="seeds of the classifier runs, 2 or more; finalists run on all (default: 2020 2021 2022)",
     )
     register_key: str | None = cli.setting(
-        None,
-        metavar="KEY",
-        help="write the chosen subset into synthetic_datasets.yaml under this key",
-        result=False,
+        None, metavar="KEY", help="write the chosen subset into synthetic_datasets.yaml under this key", result=False
     )
 
     def __post_init__(self):
@@ -431,7 +331,6 @@ def main(argv: list[str] | None = None) -> int:
     budget, placement = cli.read_settings(BudgetSettings, args), cli.read_settings(Placement, args)
     if budget.register_key:
         registry.check_writable(registry.SUBSETS, budget.register_key, args.config_dir)
-    console.set_up_logging()
     folder = placement.folder("tune", args) / recipe_of(args).name
     tuning, candidates = tuning_of(args, folder)
     if args.dry_run:

@@ -63,11 +63,7 @@ def _describe_subset(subset: Subset, copies: Mapping[str, float]) -> dict[str, A
 
 
 def describe(
-    dataset: LoadedDataset,
-    subsets: Sequence[Subset],
-    splits: Sequence[SplitImages],
-    settings,
-    left_out: int,
+    dataset: LoadedDataset, subsets: Sequence[Subset], splits: Sequence[SplitImages], settings, left_out: int
 ) -> dict[str, Any]:
     """Everything the card says, as plain values.
 

@@ -1,6 +1,5 @@
 """Hands synthetic images, and real ones, to other trainers: class folders, a Hugging Face data set, WebDataset, a list."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,14 +7,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from semantic_aug import cli, console, files, registry, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
+from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import Setting, add_shared
+from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.quality.inputs import OutputSettings, SubsetSettings, open_subsets
+from semantic_aug.evaluation.quality import card
+from semantic_aug.evaluation.quality.export_formats import (
+    FORMATS,
+    SplitImages,
+    Target,
+    ordered_folders,
+    original_folders,
+)
+from semantic_aug.evaluation.quality.inputs import OutputSettings, Subset, SubsetSettings, open_subsets
+from semantic_aug.evaluation.quality.review import relative_paths
 from semantic_aug.prompts import original_name
 
-FORMATS = ("imagefolder", "hf", "webdataset", "csv", "original")
 SHARDED = ("hf", "webdataset")
 CARD_FILE, FACTS_FILE = "README.md", "export.json"
 BEFORE_RESULTS = (runs.ARGS_FILE,)
@@ -28,7 +38,7 @@ class ExportSettings(OutputSettings):
 
     TITLE = "export"
     format: str = cli.setting(
-        choices=FORMATS,
+        choices=tuple(FORMATS),
         help="imagefolder: class folders and metadata.csv; hf: a folder that datasets.load_dataset opens; webdataset: tar "
         "shards; csv: images.csv and the images; original: a subset as the original Diff-Mix code names and reads it",
     )
@@ -63,17 +73,12 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
+def collect(dataset: LoadedDataset, subsets: Sequence[Subset], settings: ExportSettings) -> list[SplitImages]:
     """The images of every split that has any, the training split first. Raises UserError: ``--min_target_weight`` leaves no
     synthetic image."""
-    from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate
-    from semantic_aug.evaluation.quality.export_formats import SplitImages
-
     names, origins, sources = [], [], []
     for subset in subsets:
-        roots = [os.path.join(os.path.abspath(locate(folder)[0] / DATA), "") for folder in subset.folders]
-        paths = [str(path) for path in subset.images.paths]
-        origins += [next(path[len(root) :] for root in roots if path.startswith(root)) for path in paths]
+        origins += relative_paths(subset.images, *subset.folders)
         names += [subset.name] * len(subset)
         sources += [dataset.train.keys[row] if row >= 0 else "" for row in subset.sources.tolist()]
     images = SyntheticImages.joined([subset.images for subset in subsets])
@@ -109,10 +114,8 @@ def collect(dataset, subsets: Sequence, settings: ExportSettings) -> list:
     return [replace(train, real=dataset.train), *others]
 
 
-def folders_of(dataset, format: str) -> tuple[str, ...]:
+def folders_of(dataset: LoadedDataset, format: str) -> tuple[str, ...]:
     """A folder name for each class, in label order."""
-    from semantic_aug.evaluation.quality.export_formats import ordered_folders, original_folders
-
     if format == "original":
         return original_folders([original_name(name, dataset.name) for name in dataset.source_names])
     return ordered_folders(dataset.folders)
@@ -127,7 +130,7 @@ def arguments_of(args, settings: ExportSettings) -> dict:
     return {**{name: getattr(settings, name) for name in names}, **drawn}
 
 
-def notes(splits: Sequence, settings: ExportSettings) -> list[str]:
+def notes(splits: Sequence[SplitImages], settings: ExportSettings) -> list[str]:
     """What a user of the export should know: classes without an image in a split of class folders."""
     if settings.format != "imagefolder":
         return []
@@ -145,9 +148,6 @@ def notes(splits: Sequence, settings: ExportSettings) -> list[str]:
 def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Sequence, folders: Sequence[str]) -> None:
     """Claims the folder and writes the images, then the card and the facts. Raises UserError: the folder holds anything else,
     another export among it, or the disk cannot hold the images."""
-    from semantic_aug.datasets.origin import RunOrigin
-    from semantic_aug.evaluation.quality import card, export_formats
-
     left_out = sum(map(len, subsets)) - (len(splits[0]) - splits[0].reals)
     facts = card.describe(dataset, subsets, splits, settings, left_out)
     parts = ("train", "val", "test") if settings.with_real else ()
@@ -157,11 +157,11 @@ def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Se
         if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
                 leftover.unlink()
-        target = export_formats.Target(folder, tuple(folders), settings.copy, settings.shard_images, args.seed)
+        target = Target(folder, tuple(folders), settings.copy, settings.shard_images, args.seed)
         with tqdm(
             total=total, desc=f"export {settings.format}", unit="image", dynamic_ncols=True, mininterval=1
         ) as bar:
-            export_formats.FORMATS[settings.format](target, splits, bar)
+            FORMATS[settings.format](target, splits, bar)
         shards = -(-len(splits[0]) // settings.shard_images)
         files.write_text(folder / CARD_FILE, card.write_card(facts, folder, shards))
         files.write_json(folder / FACTS_FILE, facts)
@@ -170,11 +170,7 @@ def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Se
 def main(argv: list[str] | None = None) -> int:
     """Reads the subsets, writes the export, and prints what it holds."""
     args = build_parser().parse_args(argv)
-    console.quiet_libraries()
-    console.set_up_logging()
     settings = cli.read_settings(ExportSettings, args)
-    from semantic_aug.datasets import load_dataset
-
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     subsets = open_subsets(cli.read_settings(SubsetSettings, args), dataset, args.config_dir)
     splits = collect(dataset, subsets, settings)

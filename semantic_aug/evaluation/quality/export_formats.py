@@ -24,7 +24,7 @@ from tqdm import tqdm
 from semantic_aug import files, meta_csv
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.encoded import HEAD, sniff
-from semantic_aug.datasets.synthetic import SyntheticImages, soft_labels
+from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
 
@@ -122,13 +122,11 @@ class SplitImages:
 
     def soft_labels(self, rows: np.ndarray) -> np.ndarray:
         """``(B, K)`` float32, rows summing to one."""
-        strengths = np.nan_to_num(self.strengths[rows], nan=1.0)
-        source, target = self.classes[:, rows]
-        if self.synthetic is not None and self.synthetic.source_labels is not None:
-            source = np.eye(len(self.class_names))[source]
-            synthetic = rows >= self.reals
-            source[synthetic] = self.synthetic.source_labels[rows[synthetic] - self.reals]
-        return soft_labels(source, target, strengths, self.gamma, len(self.class_names))
+        synthetic, count = rows >= self.reals, len(self.class_names)
+        labels = np.eye(count, dtype=np.float32)[self.classes[1, rows]]  # of real images
+        if synthetic.any():
+            labels[synthetic] = self.synthetic.take(rows[synthetic] - self.reals).labels(self.gamma, count)
+        return labels
 
     def file_name(self, row: int) -> str:
         """The name of an image without its ending, unique in its split."""
@@ -136,7 +134,10 @@ class SplitImages:
 
     def content(self, row: int) -> tuple[Path | bytes, str]:
         """The file of an image, or its encoded bytes where the source holds no file, and its ending."""
-        stored = self._stored(row)
+        if row >= self.reals:
+            stored = self.synthetic.paths[row - self.reals]
+        else:
+            stored = self.real.encoded(int(self.real.rows[row])) if self.real.encoded is not None else None
         if isinstance(stored, bytes):
             ending = ENDINGS.get(sniff(stored[:HEAD]), "")
         else:
@@ -144,11 +145,6 @@ class SplitImages:
         if ending in FILE_ENDINGS:
             return stored if isinstance(stored, bytes) else Path(stored), ending
         return _as_png(self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)), ".png"
-
-    def _stored(self, row: int) -> str | Path | bytes | None:
-        if row >= self.reals:
-            return self.synthetic.paths[row - self.reals]
-        return self.real.encoded(int(self.real.rows[row])) if self.real.encoded is not None else None
 
     def metadata(self, row: int) -> dict[str, Any]:
         """Hard label, both classes with their weights, and where the image comes from; no source class where it may be any."""

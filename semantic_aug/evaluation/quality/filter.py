@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from semantic_aug import cli, console, files, registry, runs
-from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate, read_subset
+from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import Inputs, make_parser, read_inputs
-from semantic_aug.evaluation.quality.review import kept_after_review, read_review
+from semantic_aug.evaluation.quality.review import kept_after_review, read_review, relative_paths
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
 
@@ -201,8 +200,7 @@ def write(
     with files.csv_writer(out / SCORES_FILE) as writer:
         writer.writerow(["path", "source", "target", "strength", *scores, "kept"])
         names, unknown = inputs.dataset.source_names, images.of_any_class
-        for i, path in enumerate(images.paths):
-            relative = path.relative_to(os.path.abspath(root / DATA)).as_posix()
+        for i, relative in enumerate(relative_paths(images, folder)):
             cells = [f"{values[i]:.6f}" for values in scores.values()]
             classes = ["" if unknown[i] else names[images.source[i]], names[images.target[i]]]
             writer.writerow([relative, *classes, images.strength[i], *cells, int(selected[i])])
@@ -265,8 +263,6 @@ def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images:
 def main(argv: list[str] | None = None) -> int:
     """Scores every image, writes the new lists, prints what was kept and registers them where asked."""
     args = build_parser().parse_args(argv)
-    console.quiet_libraries()
-    console.set_up_logging()
     settings = cli.read_settings(FilterSettings, args)
     if settings.review:
         read_review(settings.review)  # a damaged file is refused before images are read

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from semantic_aug import cli, console, files, meta_csv, registry, runs
+from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
+from semantic_aug.datasets.fingerprint import hash_files, hash_images, hex_digits
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.synthetic import locate
+from semantic_aug.datasets.synthetic import locate, read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation import document
 from semantic_aug.evaluation.quality.inputs import Inputs, OutputSettings, Subset, make_parser, read_inputs
@@ -174,8 +175,6 @@ def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GalleryS
 
 def real_pictures(train, rows: Sequence[int]) -> list[Picture]:
     """The training images at some rows."""
-    from semantic_aug.datasets.fingerprint import hash_images, hex_digits
-
     names = hex_digits(hash_images(train.take(rows)).values) if len(rows) else []
     return [Picture(name[:20], _encoded(train, row), real=True) for name, row in zip(names, rows, strict=True)]
 
@@ -246,9 +245,6 @@ def records(
         inputs: data set and subsets.
         scores: of each subset, ``(M,)`` by name.
     """
-    from semantic_aug.datasets.fingerprint import hash_files, hex_digits
-    from semantic_aug.datasets.synthetic import read_subset
-
     names, train = inputs.dataset.source_names, inputs.dataset.train
     used = np.unique(np.concatenate([subset.sources for subset in inputs.subsets]))
     used = used[used >= 0].tolist()
@@ -264,9 +260,9 @@ def records(
         columns["group"] += subset.strengths.tolist()
         for folder in subset.folders:
             images, (root, file) = read_subset(folder, inputs.dataset, allow_other_sources=True), locate(folder)
-            table, paths = meta_csv.read(file), relative_paths(folder, images)
+            table, paths = meta_csv.read(file), relative_paths(images, folder)
             hashes = hex_digits(hash_files(images.paths, "synthetic images").values)
-            here = [Picture(name[:20], str(path)) for name, path in zip(hashes, images.paths, strict=True)]
+            pictures += [Picture(name[:20], str(path)) for name, path in zip(hashes, images.paths, strict=True)]
             columns["list"] += [len(lists)] * len(images)
             for name, values in (("source", images.source), ("target", images.target), ("strength", images.strength)):
                 columns[name] += values.tolist()
@@ -274,7 +270,6 @@ def records(
             columns["number"] += table.number.tolist()
             columns["seed"] += [str(seed) for seed in table.further.get("Seed", [""] * len(table))]
             columns["prompt"] += [prompts.setdefault(text, len(prompts)) for text in prompts_of(folder, table)]
-            pictures += here
             identity = list_identity(images, names)
             lists.append({"subset": label, "folder": registry.shown_path(root), "list": file.name, **identity})
     columns["thumbnail"] = [picture.thumbnail for picture in pictures]
@@ -334,8 +329,6 @@ def main(argv: list[str] | None = None) -> int:
     """Makes the thumbnails, then the page."""
     args = build_parser().parse_args(argv)
     settings = cli.read_settings(GallerySettings, args)
-    console.quiet_libraries()
-    console.set_up_logging()
     inputs = read_inputs(args, SETTINGS)
     print(inputs.dataset.describe())
     for subset in inputs.subsets:

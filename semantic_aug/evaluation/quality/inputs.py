@@ -13,16 +13,17 @@ import numpy as np
 
 from semantic_aug import cli, meta_csv, registry
 from semantic_aug.classify.config import SyntheticSettings
+from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.datasets.fingerprint import files_digest, hash_files
+from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
 from semantic_aug.datasets.settings import ABSENT, DatasetName, Setting, add_shared
+from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 
 if TYPE_CHECKING:
     from semantic_aug.classify.features import Extractor
     from semantic_aug.classify.inference import Classifier
-    from semantic_aug.datasets import LoadedDataset
-    from semantic_aug.datasets.origin import RunOrigin
-    from semantic_aug.datasets.synthetic import SyntheticImages
     from semantic_aug.evaluation.quality.clip import Clip
 
 SOURCE_COLUMN = "Source Image"
@@ -180,8 +181,6 @@ class Inputs:
     def origin(self) -> RunOrigin:
         """What results are made from: training images, the subsets, and the weights of ``--classifier``."""
         from semantic_aug.classify.trainer import MODEL_FILE
-        from semantic_aug.datasets.fingerprint import files_digest, hash_files
-        from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
 
         def further() -> dict:
             names, subsets = self.dataset.source_names, {}
@@ -211,8 +210,6 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
         args: parsed by the parser of :func:`make_parser`.
         classes: the command's own settings, which are recorded, too.
     """
-    from semantic_aug.datasets import load_dataset
-
     models = cli.read_settings(ModelSettings, args)
     device_of(models.gpu)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
@@ -226,8 +223,6 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
 
 def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:
     """Reads the folders of one name."""
-    from semantic_aug.datasets.synthetic import locate, read_subsets
-
     images = read_subsets(folders, dataset, allow_other_sources)
     rows, sources = {key: row for row, key in enumerate(dataset.train.keys)}, []
     for folder in folders:

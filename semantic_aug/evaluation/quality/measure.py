@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from semantic_aug import cli, console, files, registry, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
-from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
+from semantic_aug.datasets import LoadedDataset
 from semantic_aug.evaluation.quality import distances, report
 from semantic_aug.evaluation.quality.inputs import (
     NO_PART,
@@ -39,7 +39,6 @@ from semantic_aug.seeding import numpy_rng
 if TYPE_CHECKING:
     from semantic_aug.classify.features import Extractor
     from semantic_aug.classify.inference import Classifier
-    from semantic_aug.datasets import LoadedDataset
     from semantic_aug.evaluation.quality.clip import Clip
 
 IMAGES_FILE = "images.csv"
@@ -172,8 +171,7 @@ class Measurer:
         a training image than all but that share of real ones is not a new one. Photographs taken twice lower it.
         """
         train = self.dataset.train
-        content = content_digest(hash_images(train).hex())
-        features = self.extractor.features(train.image, len(train), content, self.batch_size)
+        features = self.extractor.of_images(train, self.batch_size)
         nearest = distances.neighbours(features, features, skip_self=True)[0]
         nearest = nearest[:, 0] if nearest.shape[1] else np.full(len(train), np.nan)
         threshold = float(np.percentile(nearest, self.settings.copy_percentile))
@@ -186,7 +184,7 @@ class Measurer:
         """A subset's images, each with the values it has."""
         from semantic_aug.evaluation.quality import faithfulness
 
-        images, features = subset.images, self.features(subset)
+        images, features = subset.images, self.extractor.of_images(subset.images, self.batch_size)
         nearest = distances.neighbours(features, real.features)[0][:, 0]
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
         known = subset.sources >= 0
@@ -203,12 +201,8 @@ class Measurer:
 
     def measure_reference(self, subset: Subset) -> ImageSet:
         """A subset to which others have distances between sets only."""
-        return ImageSet(subset.name, subset.images.target, subset.strengths, self.features(subset), {})
-
-    def features(self, subset: Subset) -> np.ndarray:
-        """Features ``(M, D)`` of a subset."""
-        content = content_digest(hash_files(subset.images.paths, "synthetic images").hex())
-        return self.extractor.features(subset.images.image, len(subset), content, self.batch_size)
+        features = self.extractor.of_images(subset.images, self.batch_size)
+        return ImageSet(subset.name, subset.images.target, subset.strengths, features, {})
 
     def clip_scores(self, read, classes: np.ndarray) -> np.ndarray:
         """CLIP score ``(N,)`` of images read by index, each with the prompt of its class."""
@@ -258,11 +252,8 @@ class Measurer:
             chosen = chosen & (other.strengths == strength)
         rng = numpy_rng(self.seed, "kid", str(label), str(strength))
         kernel = f"{prefix}kernel_{self.extractor.network}"
-        values = dict(
-            zip(
-                (kernel, f"{kernel}_std"), distances.kernel_distance(features, other.features[chosen], rng), strict=True
-            )
-        )
+        mean, deviation = distances.kernel_distance(features, other.features[chosen], rng)
+        values = {kernel: mean, f"{kernel}_std": deviation}
         if label is None:
             distance = distances.frechet_distance(features, other.features[chosen])
             values[f"{prefix}frechet_{self.extractor.network}"] = distance
@@ -342,8 +333,6 @@ def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
 def main(argv: list[str] | None = None) -> int:
     """Measures, writes the files and prints the totals."""
     args = build_parser().parse_args(argv)
-    console.quiet_libraries()
-    console.set_up_logging()
     inputs, settings = read_inputs(args, SETTINGS), cli.read_settings(MeasureSettings, args)
     dataset, classifier, clip = inputs.dataset, inputs.classifier, inputs.clip
     reference = None

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from semantic_aug import cli, console, files, registry, runs
-from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import (
     NO_PART,
@@ -108,9 +107,7 @@ def neighbours(inputs: Inputs, settings: PictureSettings, subset: Subset, extrac
     from semantic_aug.evaluation.quality import distances
 
     train, names, images = inputs.dataset.train, inputs.dataset.class_names, subset.images
-    size, contents = inputs.models.batch_size, (hash_images(train).hex(), hash_files(images.paths).hex())
-    real = extractor.features(train.image, len(train), content_digest(contents[0]), size)
-    synthetic = extractor.features(images.image, len(images), content_digest(contents[1]), size)
+    real, synthetic = (extractor.of_images(each, inputs.models.batch_size) for each in (train, images))
     distance, nearest = distances.neighbours(synthetic, real, settings.neighbours)
     ranked = np.argsort(distance[:, 0], kind="stable")
     count = min(settings.rows, len(ranked))
@@ -153,8 +150,6 @@ def failures(inputs: Inputs, settings: PictureSettings, subset: Subset) -> Image
 def main(argv: list[str] | None = None) -> int:
     """Draws the sheets into the output folder."""
     args = build_parser().parse_args(argv)
-    console.quiet_libraries()
-    console.set_up_logging()
     inputs, settings = read_inputs(args, SETTINGS), cli.read_settings(PictureSettings, args)
     kinds = settings.kinds or [kind for kind in KINDS if kind != "failures" or args.classifier]
     if "failures" in kinds and args.classifier is None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from semantic_aug import registry
+from semantic_aug.datasets.fingerprint import hash_files
+from semantic_aug.datasets.origin import synthetic_identity
 from semantic_aug.datasets.synthetic import DATA, SyntheticImages, locate
 from semantic_aug.errors import UserError
 from semantic_aug.files import read_json_object
@@ -21,17 +23,14 @@ FORMAT = "semantic_aug review 1"
 IDENTITY = ("images", "labels", "content")
 
 
-def relative_paths(folder: str, images: SyntheticImages) -> list[str]:
-    """Path of each image relative to its subset's ``data/``, as ``meta.csv`` spells it."""
-    data = os.path.abspath(locate(folder)[0] / DATA)
-    return [path.relative_to(data).as_posix() for path in images.paths]
+def relative_paths(images: SyntheticImages, *folders: str) -> list[str]:
+    """Path of each image of some folders relative to its subset's ``data/``, as ``meta.csv`` spells it."""
+    roots = [os.path.join(os.path.abspath(locate(folder)[0] / DATA), "") for folder in folders]
+    return [next(path[len(root) :] for root in roots if path.startswith(root)) for path in map(str, images.paths)]
 
 
 def list_identity(images: SyntheticImages, class_names: Sequence[str]) -> dict[str, Any]:
     """What a list of images is: their number, and digests of their labels and content."""
-    from semantic_aug.datasets.fingerprint import hash_files
-    from semantic_aug.datasets.origin import synthetic_identity
-
     return synthetic_identity(images, hash_files(images.paths, "synthetic images"), class_names)
 
 
@@ -81,7 +80,7 @@ def kept_after_review(file: Path, folder: str, images: SyntheticImages, class_na
             f"{known or 'none'}): make a gallery of them and review it"
         )
     part = next((part for part in same if part["folder"] == shown), same[0])
-    paths = relative_paths(folder, images)
+    paths = relative_paths(images, folder)
     unknown = set(part["rejected"]) - set(paths)
     if unknown:
         raise UserError(f"--review {file} rejects '{sorted(unknown)[0]}', which {folder} does not list: save it again")
