@@ -288,11 +288,13 @@ def test_crops_are_each_images_own():
     pixels = np.arange(2 * 5 * 5 * 3, dtype=np.uint8).reshape(2, 5, 5, 3)
     out = crop(pixels, np.array([0, 2]), np.array([1, 0]), 3, np.array([False, True]))
     assert np.array_equal(out[0], pixels[0, 0:3, 1:4]) and np.array_equal(out[1], pixels[1, 2:5, 2::-1])
-    assert np.array_equal(crop(pixels, np.array([0, 2]), np.array([1, 0]), 3)[1], pixels[1, 2:5, 0:3])
+    assert np.array_equal(
+        crop(pixels, np.array([0, 2]), np.array([1, 0]), 3, np.zeros(2, bool))[1], pixels[1, 2:5, 0:3]
+    )
 
 
 def test_evaluation_crops_the_centre_in_order(animals):
-    batches = list(EvalBatches(animals.test, 28, 4))
+    batches = [(pixels, labels) for _, pixels, labels in EvalBatches(animals.test, 28, 4).part()]
     assert [len(x) for x, _ in batches] == [4, 4, 1] and torch.cat(
         [y for _, y in batches]
     ).tolist() == animals.test.labels.tolist()
@@ -468,7 +470,7 @@ def test_results_files(trained, image_folder):
     model = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(folder / "model.safetensors")).eval()
     dataset, correct = load_dataset(f"folder:{image_folder}"), 0
     normalise = Normaliser(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], torch.device("cpu"))
-    for pixels, labels in EvalBatches(dataset.test, 32, 9):
+    for _, pixels, labels in EvalBatches(dataset.test, 32, 9).part():
         with torch.no_grad():
             correct += int((model(normalise(pixels)).argmax(-1) == labels).sum())
     assert correct / 9 == pytest.approx(results["test"]["top1"])

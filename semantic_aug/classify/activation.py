@@ -44,9 +44,8 @@ def activation_maps(
             pixels = np.stack([np.asarray(fit(read(row), resolution)) for row in rows])
             inputs = normalise(torch.from_numpy(pixels)).requires_grad_()  # through which gradients reach the layer
             targets = [ClassifierOutputTarget(classes[row]) for row in rows]
-            cam(
-                inputs, targets=targets
-            )  # it returns shares of the map's range: with its minimum, their meaning changes
+            # what it returns, shares of the map's range, is not used: with its minimum, their meaning changes
+            cam(inputs, targets=targets)
             hooked = cam.activations_and_grads
             features, gradients = (grid.detach().cpu().numpy() for grid in (hooked.activations[0], hooked.gradients[0]))
             yield shares(cam.get_cam_image(inputs, layer, targets, features, gradients), resolution)

@@ -130,10 +130,7 @@ class TrainSettings:
         help="what decays: weights (not biases and normalisation), or all parameters",
     )
     warmup_epochs: float = cli.setting(
-        5,
-        type=cli.number(0),
-        metavar="N",
-        help="epochs of linear warm-up, at most a tenth of the run",
+        5, type=cli.number(0), metavar="N", help="epochs of linear warm-up, at most a tenth of the run"
     )
     lr_schedule: str = cli.setting(
         "cosine",
@@ -144,9 +141,7 @@ class TrainSettings:
         "epochs are done, as in LDAM-DRW's code",
     )
     amp: str = cli.setting(
-        "auto",
-        choices=("auto", "no", "fp16", "bf16"),
-        help="mixed precision; auto: bf16 on a GPU, no on the CPU",
+        "auto", choices=("auto", "no", "fp16", "bf16"), help="mixed precision; auto: bf16 on a GPU, no on the CPU"
     )
     eval_every: int = cli.setting(1, type=cli.whole(1), metavar="N", help="epochs between evaluations on validation")
     ema_decay: float = cli.setting(
@@ -197,10 +192,7 @@ class LossSettings:
         help="beta of the effective number of samples, for --criterion cb and --drw_epoch",
     )
     ldam_margin: float = cli.setting(
-        0.5,
-        type=cli.number(0, open_low=True),
-        metavar="M",
-        help="margin of the rarest class, for --criterion ldam",
+        0.5, type=cli.number(0, open_low=True), metavar="M", help="margin of the rarest class, for --criterion ldam"
     )
     ldam_scale: float = cli.setting(
         1.0,

@@ -86,9 +86,7 @@ class ImageStore:
         return np.stack(list(self.pool.map(self.decode, indices.tolist())))
 
 
-def crop(
-    images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray | None = None
-) -> np.ndarray:
+def crop(images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray) -> np.ndarray:
     """A window of each image, copied once.
 
     Args:
@@ -96,7 +94,7 @@ def crop(
         tops: ``(B,)``, in [0, S - size].
         lefts: likewise.
         size: side of the windows in pixels.
-        flips: bool ``(B,)``, which windows are mirrored; None: none.
+        flips: bool ``(B,)``, which windows are mirrored.
 
     Returns:
         uint8 ``(B, size, size, 3)``.
@@ -105,7 +103,7 @@ def crop(
     as_pixels = out.view("V3")  # mirrored, a pixel is copied as one item of three bytes: four times as fast
     for i, (image, top, left) in enumerate(zip(images, tops.tolist(), lefts.tolist(), strict=True)):
         window = image[top : top + size, left : left + size]
-        if flips is not None and flips[i]:
+        if flips[i]:
             as_pixels[i] = window.view("V3")[:, ::-1]
         else:
             out[i] = window
@@ -253,39 +251,21 @@ class EvalBatches:
     Args:
         resolution: side in pixels.
         batch_size: images per batch.
-        budget: bytes for decoded images in memory.
         cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
         keep_aspect: see :class:`ImageStore`.
     """
 
     def __init__(
-        self,
-        table: ImageTable,
-        resolution: int,
-        batch_size: int,
-        *,
-        budget: int | None = None,
-        cache: str = "auto",
-        keep_aspect: bool = False,
+        self, table: ImageTable, resolution: int, batch_size: int, *, cache: str = "auto", keep_aspect: bool = False
     ):
-        self.store = ImageStore(
-            table.image,
-            len(table),
-            resized_side(resolution),
-            budget if budget is not None else int(available_memory() * RAM_SHARE),
-            cache=cache,
-            identity=table.signature(),
-            keep_aspect=keep_aspect,
-        )
+        side, budget = resized_side(resolution), int(available_memory() * RAM_SHARE)
+        options = {"cache": cache, "identity": table.signature(), "keep_aspect": keep_aspect}
+        self.store = ImageStore(table.image, len(table), side, budget, **options)
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of uint8 ``(B, size, size, 3)`` and labels ``(B,)``."""
-        for _, pixels, labels in self.part(0, 1):
-            yield pixels, labels
-
-    def part(self, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every ``parts``-th batch from the one numbered ``part``: rows ``(B,)``, pixels, labels."""
+    def part(self, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every ``parts``-th batch from the one numbered ``part``: rows ``(B,)``, pixels uint8 ``(B, size, size, 3)``, labels
+        ``(B,)``."""
         for start in range(part * self.batch_size, self.store.count, parts * self.batch_size):
             rows = np.arange(start, min(self.store.count, start + self.batch_size))
             pixels = torch.from_numpy(centre(self.store.batch(rows), self.resolution))

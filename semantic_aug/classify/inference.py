@@ -100,12 +100,10 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     classifier = _load(
         path, flag, config.classifier.model, config.classifier.res_mode, names, torch.device(config.device)
     )
-    if order != sorted(order):
-        reordered = Reordered(classifier.model, order).eval()
-        classifier = replace(classifier, model=reordered)
-    classifier = replace(classifier, class_names=dataset.source_names)
+    model = classifier.model if order == sorted(order) else Reordered(classifier.model, order).eval()
     # the memory layout of training, in which the splits are evaluated to the same digits
-    return replace(classifier, model=classifier.model.to(memory_format=torch.channels_last), amp=config.training.amp)
+    model = model.to(memory_format=torch.channels_last)
+    return replace(classifier, model=model, class_names=dataset.source_names, amp=config.training.amp)
 
 
 class Reordered(nn.Module):

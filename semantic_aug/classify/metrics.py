@@ -26,10 +26,7 @@ AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BINS = 15
 """Confidence bins of the expected calibration error (Guo et al. 2017)."""
 
-SCORE_NAMES = (
-    *("top1", "top5", "macro", "loss", "ece"),
-    *("many", "medium", "few", "worst_group", "average_group"),
-)
+SCORE_NAMES = (*("top1", "top5", "macro", "loss", "ece"), *("many", "medium", "few", "worst_group", "average_group"))
 """What :meth:`Scores.summary` may hold; the first five are always there."""
 
 

@@ -19,13 +19,7 @@ from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
-from semantic_aug.classify.trainer import (
-    BEFORE_RESULTS,
-    MODEL_FILE,
-    Trainer,
-    check_disk,
-    results_of,
-)
+from semantic_aug.classify.trainer import BEFORE_RESULTS, MODEL_FILE, Trainer, check_disk, results_of
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
@@ -113,7 +107,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     folder = placement.output_dir
     if folder is None:
         names = keys + [Path(folder).name for folder in synthetic.syndata_dir or ()]
-        folder = default_folder(resolved, dataset, names)
+        folder = Path("outputs/classification", f"{dataset.name}{dataset.setting.suffix}", run_name(resolved, names))
         if config.training.seeds is None:
             folder = folder.with_name(f"{folder.name}-seed{config.seed}")
     return resolved.with_seed(config.seed, registry.resolve_path(folder)), dataset, images
@@ -208,11 +202,6 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
     return "-".join(parts).replace("/", "_")
 
 
-def default_folder(config: ClassifyConfig, dataset: LoadedDataset, keys: Sequence[str]) -> Path:
-    """``outputs/classification/{dataset}{setting}/{run name}``."""
-    return Path("outputs/classification") / f"{dataset.name}{dataset.setting.suffix}" / run_name(config, keys)
-
-
 # ------------------------------------------------------------------------------------------------------- the dry run
 
 
@@ -281,10 +270,7 @@ def origin_of(
 
 
 def train(
-    config: ClassifyConfig,
-    dataset: LoadedDataset,
-    synthetic: SyntheticImages | None,
-    origin: RunOrigin | None = None,
+    config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None, origin: RunOrigin | None = None
 ) -> dict:
     """Trains in the output folder, resumes an interrupted run, or finds it finished; returns its results.
 

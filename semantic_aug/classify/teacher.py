@@ -175,16 +175,12 @@ class Teachers:
         return cls(config, dataset, folds, fold, origin)
 
     @functools.cached_property
-    def settings(self) -> str:
-        """Eight digits of what a teacher's training depends on besides the images and weights."""
+    def folder(self) -> Path:
+        """Of the runs, named after their settings and origin; the records of runs have the names of the prompts besides."""
         record = self.request(Path()).record()
         kept = {name: value for name, value in runs.plain(record).items() if name not in MAY_CHANGE}
-        return files.sha256_text(json.dumps([self.folds, kept], sort_keys=True))[:8]
-
-    @functools.cached_property
-    def folder(self) -> Path:
-        """Of the runs, whose records have the names of the prompts besides."""
-        parts = [self.settings, self.origin, fingerprint.names_identity(self.dataset.class_names)]
+        settings = files.sha256_text(json.dumps([self.folds, kept], sort_keys=True))[:8]
+        parts = [settings, self.origin, fingerprint.names_identity(self.dataset.class_names)]
         return cache_folder() / FOLDER / files.sha256_text(json.dumps(parts, sort_keys=True))[:16]
 
     def request(self, folder: Path) -> ClassifyConfig:
@@ -192,15 +188,13 @@ class Teachers:
         config, dataset = self.config, self.dataset
         training = replace(config.training, seeds=None, patience=0, select_by="top1", eval_every=1, report_to="none")
         evaluation = replace(config.evaluation, test_dataset=None, shot_thresholds=tuple(dataset.spec.shot_thresholds))
-        config = replace(
-            config,
-            synthetic=SyntheticSettings(),
-            syndata=(),
-            training=training,
-            evaluation=evaluation,
-            use=UseSettings(),
-        )
-        return config.with_seed(dataset.setting.subset_seed, folder)
+        settings = {
+            "training": training,
+            "evaluation": evaluation,
+            "synthetic": SyntheticSettings(),
+            "use": UseSettings(),
+        }
+        return replace(config, syndata=(), **settings).with_seed(dataset.setting.subset_seed, folder)
 
     def run_folder(self, teacher: tuple[int, ...]) -> Path:
         """Of the run of the teacher without some folds."""
@@ -273,11 +267,7 @@ class SubsetLabels:
                 f"--soft_labels {config.synthetic.soft_labels}: {self.shown} cannot be written, and the labels are kept there; "
                 "make it writable, or give a copy"
             )
-        self._report_unknown_sources()
-
-    def _report_unknown_sources(self) -> None:
-        unknown = int(((self.images.sources == "").all(axis=1) & (self.images.strength < 1)).sum())
-        if unknown:
+        if unknown := int(((sources == "").all(axis=1) & (self.images.strength < 1)).sum()):
             text = "%s: the sources of %d images are not recorded: classifiers that saw them may label them"
             log.warning(text, self.shown, unknown)
 

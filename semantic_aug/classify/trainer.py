@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -306,7 +305,8 @@ class Trainer:
         """The first epoch of the highest validation score; ties go to the lower loss."""
         by = self.config.training.select_by
         if self.best is None or (scores[by], -scores["loss"]) > (self.best[by], -self.best["loss"]):
-            kept = {"state": _detached(self.evaluated), "predicted": torch.from_numpy(predicted)}
+            state = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
+            kept = {"state": state, "predicted": torch.from_numpy(predicted)}
             self.best, self.stale = {"epoch": self.epoch, **scores, **kept}, 0
         else:
             self.stale += 1
@@ -394,10 +394,6 @@ class Trainer:
             self.averaged.module.load_state_dict(state["averaged"])
         self.best, self.epoch, self.stale = state["best"], state["epoch"], state["stale"]
         log.info("%s: resuming after epoch %d of %d", self.config.output_dir, self.epoch, self.config.training.nepoch)
-
-
-def _detached(model: nn.Module) -> dict[str, Tensor]:
-    return {name: copy.deepcopy(value.detach()) for name, value in model.state_dict().items()}
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ MOMENTS = ".moments"
 MANY_TASKS = 500_000
 """From so many tasks on, several processes look for what is missing."""
 
+REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
+
 RECORD = np.dtype([("number", "<i8"), ("size", "<u4"), ("crc", "<u4")])
 """A task's number, its file's size in bytes (0: the file was found missing or damaged) and CRC-32."""
 

@@ -34,7 +34,7 @@ from semantic_aug.datasets.fingerprint import (
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
-from semantic_aug.sampling.folder import has_images, recorded_identity
+from semantic_aug.sampling.folder import REMEDY, has_images, recorded_identity
 from semantic_aug.sampling.masks import has_regions
 from semantic_aug.sampling.plan import Guide
 from semantic_aug.sampling.settings import ImageSettings
@@ -131,10 +131,7 @@ def _check_begun(folder: Path, origin: dict[str, str]) -> None:
         return
     then = {name: (record.get(name) or "")[:12] or None for name in names}
     if changed := runs.differences(then, {name: origin.get(key, "")[:12] or None for name, key in names.items()}):
-        raise UserError(
-            f"{folder} holds a subset made otherwise ({changed[0]}): nothing was touched; choose another --output_root, or "
-            "remove the folder"
-        )
+        raise UserError(f"{folder} holds a subset made otherwise ({changed[0]}): {REMEDY}")
 
 
 def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> np.ndarray:

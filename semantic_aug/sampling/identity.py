@@ -36,7 +36,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.files import sha256_text, write_text
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
-from semantic_aug.sampling.folder import CONFIG_FILE, Records, has_images, recorded_identity
+from semantic_aug.sampling.folder import CONFIG_FILE, REMEDY, Records, has_images, recorded_identity
 from semantic_aug.sampling.folder import DATA as IMAGES
 from semantic_aug.sampling.guide import pool_identity, write_guide
 from semantic_aug.sampling.job import Origin, Weights
@@ -54,7 +54,6 @@ FOLLOWS = ("images", "plan_sha256", "guide_sha256")
 """Values that differ only where another one does; named where nothing else explains the difference."""
 RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 """Settings of earlier versions (``--speed fast`` and ``turbo``), with the values at which they change nothing."""
-REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
 
 
 @dataclass(frozen=True)
