@@ -262,13 +262,7 @@ class EpochDraws:
         return items
 
     def batch(self, epoch: int, step: int, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The items of one step, indices as in :meth:`order`.
-
-        Args:
-            epoch: counted from 0.
-            step: within the epoch.
-            order: of the epoch.
-        """
+        """The items of one step of an epoch, both counted from 0, of the epoch's ``order``; indices as there."""
         items = order[step * self.batch_size : (step + 1) * self.batch_size]
         if self.targets is None or self.settings.synthetic_mode == "concat":
             return items

@@ -81,9 +81,9 @@ class Classifier:
         """Where images show a class; see :func:`semantic_aug.classify.activation.activation_maps`."""
         return activation_maps(self.model, self.normalise, self.resolution, read, classes)
 
-    def probabilities(self, read: Callable[[int], Image.Image], count: int, size: int = 64) -> np.ndarray:
+    def probabilities(self, read: Callable[[int], Image.Image], count: int) -> np.ndarray:
         """Class probabilities ``(count, K)``, arguments as of :meth:`batches`."""
-        return np.concatenate([batch.numpy() for _, batch in self.batches(read, count, size)])
+        return np.concatenate([batch.numpy() for _, batch in self.batches(read, count, size=64)])
 
 
 def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
@@ -206,7 +206,6 @@ def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyC
     An image that cannot be read has a row without a class and without probabilities.
 
     Args:
-        classifier: that predicts.
         images: name in the list -> path.
 
     Raises:

@@ -68,7 +68,6 @@ def ldam_terms(logits: Tensor, margins: Tensor, scale: float) -> Tensor:
     authors of Diff-Mix keep s = 30 over a linear head.
 
     Args:
-        logits: ``(B, K)``.
         margins: ``(K,)``, see :func:`ldam_margins`.
         scale: s.
     """
@@ -79,19 +78,14 @@ def ldam_terms(logits: Tensor, margins: Tensor, scale: float) -> Tensor:
 
 
 def balanced_softmax_terms(logits: Tensor, counts: Tensor) -> Tensor:
-    """Balanced softmax (Ren et al. 2020, eq. 3): cross-entropy over z_k + log n_k.
-
-    Args:
-        logits: ``(B, K)``.
-        counts: ``(K,)`` training images of each class, at least 1.
-    """
+    """Balanced softmax (Ren et al. 2020, eq. 3): cross-entropy over z_k + log n_k, n ``(K,)`` at least 1."""
     return -F.log_softmax(logits.float() + counts.float().log(), dim=-1)
 
 
 # ------------------------------------------------------------------------------------------ from the class frequencies
 
 
-def ldam_margins(counts: Sequence[int], largest: float = 0.5) -> np.ndarray:
+def ldam_margins(counts: Sequence[int], largest: float) -> np.ndarray:
     """Margins C / n_k^(1/4) (Cao et al. 2019, eq. 11), C such that the rarest class has the ``largest``; ``(K,)``."""
     margins = np.maximum(np.asarray(counts, np.float64), 1) ** -0.25
     return margins * (largest / margins.max())
@@ -131,11 +125,8 @@ class Criterion:
 
 
 def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.device) -> Criterion:
-    """The loss that settings describe.
-
-    Args:
-        counts: ``(K,)`` real training images of each class; those without any count as one.
-    """
+    """The loss that settings describe; ``counts`` ``(K,)`` are the real training images of each class, those without any
+    counting as one."""
 
     def tensor(values) -> Tensor:
         return torch.as_tensor(np.asarray(values, np.float32), device=device)

@@ -173,19 +173,10 @@ def autocast(device: torch.device, amp: str):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: EvalBatches, normalise: Normaliser, classes: int, processes: Processes, amp: str = "no"
+    model: nn.Module, batches: EvalBatches, normalise: Normaliser, classes: int, processes: Processes, amp: str
 ) -> Scores:
-    """Scores of a model on a split, each process looking at its share of the images.
-
-    Args:
-        model: put in evaluation mode.
-        normalise: uint8 batches to the model's input.
-        processes: what every one of them counted is added up.
-        amp: ``no``, ``fp16`` or ``bf16``.
-
-    Raises:
-        UserError: the model's outputs are not finite.
-    """
+    """Scores of a model, put in evaluation mode, on a split; each process looks at its share of the images, and what they
+    counted is added up. Raises UserError: the model's outputs are not finite."""
     model.eval()
     meter = Meter(classes, processes.device, batches.store.count)
     for rows, pixels, labels in batches.part(processes.rank, processes.count):

@@ -88,15 +88,8 @@ def cut_box(height: int, width: int, ratio: float, rng: np.random.Generator) -> 
 def paste(
     images: Tensor, targets: Tensor, others: Tensor, other_targets: Tensor, box: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Pastes a box of each other image; the labels mix by the area really pasted.
-
-    Args:
-        images: ``(B, 3, H, W)``.
-        targets: ``(B, K)``.
-        others: ``(B, 3, H, W)``.
-        other_targets: ``(B, K)``.
-        box: top, bottom, left, right.
-    """
+    """Pastes a box (top, bottom, left, right) of each other image ``(B, 3, H, W)``; the targets ``(B, K)`` mix by the area
+    really pasted."""
     top, bottom, left, right = box
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]

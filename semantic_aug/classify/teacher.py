@@ -308,9 +308,6 @@ class SubsetLabels:
         """The probabilities ``(M, K)``, kept or made. The processes of one training share the work, and all have those of the
         main one; of several runs at once one makes them.
 
-        Args:
-            train: trains a teacher.
-
         Raises:
             UserError: of a training; or another run makes the same labels, and several processes would have to wait for it.
         """
@@ -377,12 +374,7 @@ class SubsetLabels:
 
 
 def subset_labels(config: ClassifyConfig, dataset: LoadedDataset) -> list[SubsetLabels]:
-    """The teacher labels of each subset of a request; none where labels are those of the strengths.
-
-    Args:
-        config: resolved request.
-        dataset: loaded under its setting.
-    """
+    """The teacher labels of each subset of a resolved request; none where labels are those of the strengths."""
     if config.synthetic.soft_labels == "strength" or not config.syndata:
         return []
     teachers = Teachers.of(config, dataset)

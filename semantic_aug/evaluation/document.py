@@ -162,13 +162,8 @@ def link(text: str, path: Path, base: Path) -> str:
     return f"[{text}]({quote(os.path.relpath(path, base).replace(os.sep, '/'))}{'/' if path.is_dir() else ''})"
 
 
-def has_gallery(subset: Path) -> bool:
-    """Whether a subset's folder holds its gallery, where reports look for it."""
-    return gallery_of(subset).is_file()
-
-
 def gallery_of(subset: Path) -> Path:
-    """The page of a subset's gallery."""
+    """The page of a subset's gallery, where reports look for it."""
     return subset / "gallery" / "index.html"
 
 
@@ -176,7 +171,7 @@ def subset_links(folders: Iterable[Path], base: Path) -> list[str]:
     """A link to each subset's folder, and to its gallery where the folder holds one."""
     texts = []
     for folder in folders:
-        gallery = f" ({link('gallery', gallery_of(folder), base)})" if has_gallery(folder) else ""
+        gallery = f" ({link('gallery', gallery_of(folder), base)})" if gallery_of(folder).is_file() else ""
         texts.append(link(folder.name, folder, base) + gallery)
     return texts
 

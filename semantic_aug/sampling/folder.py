@@ -66,13 +66,8 @@ class Records:
             out.write(np.array(rows, RECORD).tobytes())
 
     def update(self, mine: np.ndarray, size: np.ndarray, crc: np.ndarray) -> None:
-        """Brings this list up to date with what is on disk, and makes it the last word on its tasks.
-
-        Args:
-            mine: bool ``(T,)``, this run's tasks.
-            size: ``(T,)`` bytes of each file that is right, 0 of the others.
-            crc: ``(T,)``.
-        """
+        """Brings this list up to date with what is on disk, and makes it the last word on this run's tasks, ``mine``, bool
+        ``(T,)``; ``size`` ``(T,)`` is 0 of each file that is not right."""
         changed = np.zeros(len(mine), bool)
         for known_size, known_crc in (_last_rows([self.path], len(mine)), self.latest(self.path.parent, len(mine))):
             changed |= mine & ((known_size != size) | ((known_crc != crc) & (size > 0)))
@@ -266,13 +261,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def remove_stale_moments(folder: Path, names: Sequence[str]) -> None:
-    """Removes encoded sources that this subset has no use for, and what dead processes left half written.
-
-    Args:
-        folder: of the subset; no run is at work in it.
-        names: file names of the blocks it can use.
-    """
-    usable = set(names)
-    for name in os.listdir(folder / MOMENTS) if (folder / MOMENTS).is_dir() else ():
-        if name not in usable:
-            (folder / MOMENTS / name).unlink(missing_ok=True)
+    """Removes encoded sources other than the blocks ``names``, which alone this subset can use, and what dead processes left
+    half written; no run is at work in the folder."""
+    for name in set(os.listdir(folder / MOMENTS) if (folder / MOMENTS).is_dir() else ()) - set(names):
+        (folder / MOMENTS / name).unlink(missing_ok=True)

@@ -186,13 +186,11 @@ def _trained_on(path: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path, identity: Identity, paths: TaskPaths, guide: Guide, alone: bool) -> None:
-    """Takes the folder for this subset, or finds that it already is this subset; see :func:`belongs`.
+    """Takes the folder for this subset, or finds that it already is this subset; see :func:`belongs`. The caller keeps other
+    processes from claiming it meanwhile.
 
     Args:
-        folder: of the subset; the caller keeps other processes from claiming it meanwhile.
-        identity: of the subset.
-        paths: names of its files.
-        guide: of its plan, which the folder keeps.
+        guide: of the plan, which the folder keeps.
         alone: no shard of this subset can be at work.
 
     Raises:
@@ -263,7 +261,6 @@ def note_run(folder: Path, shard: str, after: int, **how: Any) -> None:
     """Records how a run computes, where that is not what the last run of its shard recorded.
 
     Args:
-        folder: of the subset; the caller keeps other processes from claiming it meanwhile.
         shard: which part of the subset the run makes.
         after: images of this part that other runs have made.
         how: compiled networks or not, the number of processes.

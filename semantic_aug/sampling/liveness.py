@@ -78,11 +78,7 @@ class Liveness:
         self._work = None
 
     def failure(self, limit: float) -> str | None:
-        """Why the process counts as hung, or None.
-
-        Args:
-            limit: of its silence in seconds.
-        """
+        """Why the process counts as hung, or None; ``limit`` is that of its silence in seconds."""
         now = time.monotonic()
         if now - self.heard > limit:
             return f"silent for {now - self.heard:.0f} s"

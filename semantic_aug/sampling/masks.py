@@ -57,11 +57,8 @@ def check_mask(part: str, images: ImageTable, dataset: str, start: str, classifi
 
 
 def with_regions(images: ImageTable, part: str | None) -> ImageTable:
-    """The training images with the user's own boxes as numbers, and the content hash of each of the user's masks.
-
-    Args:
-        images: the split.
-        part: one of ``--object_mask``'s values; None: nothing is read.
+    """The training images with the user's own boxes as numbers, and the content hash of each of the user's masks; as they
+    are where ``part``, the value of ``--object_mask``, is None.
 
     Raises:
         UserError: an image without box and mask, a box that is none, or a mask file that does not exist; names the image.
@@ -189,16 +186,8 @@ def box_mask(box: Sequence[float], size: tuple[int, int], latent: tuple[int, int
     return mask if part == "object" else ~mask
 
 
-def pixel_mask(mask: np.ndarray, latent: tuple[int, int], part: str = "object") -> Tensor:
-    """The cells of the latents that may change, by a mask: every cell that a pixel of the object touches is the object's.
-
-    Args:
-        mask: bool ``(height, width)``, True for the object.
-        latent: (h, w) of the latents.
-        part: one of ``--object_mask``'s values.
-
-    Returns:
-        bool ``(1, h, w)``.
-    """
+def pixel_mask(mask: np.ndarray, latent: tuple[int, int], part: str) -> Tensor:
+    """The cells of the latents that may change, bool ``(1, h, w)``, by a mask, bool ``(height, width)``: every cell that a
+    pixel of the object touches is the object's."""
     cells = torch.nn.functional.adaptive_max_pool2d(torch.from_numpy(mask)[None].float(), latent) > 0
     return cells if part == "object" else ~cells

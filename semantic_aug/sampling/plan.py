@@ -145,13 +145,11 @@ class PlanSettings:
 
 
 def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, settings: PlanSettings) -> Plan:
-    """Draws the plan of ``round(multiplier * N)`` tasks.
+    """Draws the plan of ``round(multiplier * N)`` tasks for K classes.
 
     Args:
         labels: ``(N,)`` class of each training image, rows sorted by key.
         keys: ``N`` names of the images, for the digest.
-        num_classes: K.
-        settings: everything else.
 
     Raises:
         UserError: no task results, a class without images, or mixed pairing with a single class.

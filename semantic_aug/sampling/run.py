@@ -52,6 +52,8 @@ BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, SOURCES_FILE, UNLABE
 """What a run writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 CLAIM_LOCK = ".lock-claim"
+TIMED = 3
+"""Batches of each process that ``--calibrate`` times, after a first one."""
 
 
 @dataclass
@@ -294,7 +296,7 @@ def merge(config: SampleConfig, dataset: LoadedDataset) -> Path:
     return subset.folder
 
 
-def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 3) -> str:
+def calibrate(config: SampleConfig, dataset: LoadedDataset) -> str:
     """Times a few batches on the given processes, saving included, and says how long the whole will take.
 
     Nothing is written into the subset's folder.
@@ -311,7 +313,7 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset, batches_each: int = 
             len(plan),
             0,
         )
-        launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (batches_each + 1) * len(devices)])
+        launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (TIMED + 1) * len(devices)])
         size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.images.image_format}"))
     rate, made = launcher.steady_rate(), launcher.outcome.made
     if not rate:

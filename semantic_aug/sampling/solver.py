@@ -22,7 +22,6 @@ def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
     """The settings of the solver: the user's, else those that go with the model.
 
     Args:
-        args: parsed.
         defaults: those of a distilled model; None: the flags', or LCM's with ``--lcm_lora``.
 
     Raises:
@@ -69,16 +68,8 @@ def _drop_ignored(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
 
 
 def read_few_steps(args: argparse.Namespace, base: str, scheduler_config: Mapping[str, Any]) -> SolverSettings:
-    """The settings of the solver under ``--few_steps``: the user's, else those of the distilled model.
-
-    Args:
-        args: parsed.
-        base: the base model, as the user named it.
-        scheduler_config: of the base model.
-
-    Raises:
-        UserError: a model that is not known to be distilled, or is asked for what it cannot do.
-    """
+    """The settings of the solver under ``--few_steps``: the user's, else those of the distilled model. Raises UserError: a
+    model that is not known to be distilled, or is asked for what it cannot do."""
     lora = cli.read_settings(ModelSettings, args).extra_lora()
     kind = args.distilled or ("lcm" if args.lcm_lora else kind_of(lora, base, scheduler_config))
     if kind is None:

@@ -65,13 +65,7 @@ class PlannedSources:
 
     @classmethod
     def of(cls, images: ImageTable, hashes: ContentHashes, columns: Sequence[str] = ()) -> PlannedSources:
-        """The rows of a training split.
-
-        Args:
-            images: the split.
-            hashes: of its images.
-            columns: further columns that decide what a translation looks like (boxes).
-        """
+        """The rows of a training split; ``columns`` are further ones that decide what a translation looks like (boxes)."""
         return cls(_row_hashes(images, columns), hashes.values)
 
     def check(self, images: ImageTable, columns: Sequence[str] = ()) -> None:
@@ -94,7 +88,7 @@ def source_table(dataset: LoadedDataset) -> ImageTable:
     return dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
 
 
-def planned_sources(dataset: LoadedDataset, hashes: ContentHashes, columns: Sequence[str] = ()) -> PlannedSources:
+def planned_sources(dataset: LoadedDataset, hashes: ContentHashes, columns: Sequence[str]) -> PlannedSources:
     """The sources of a plan; arguments as of :meth:`PlannedSources.of`, ``hashes`` of the training images."""
     if dataset.unlabelled is None:
         return PlannedSources.of(dataset.train, hashes, columns)

@@ -159,22 +159,16 @@ def measure_curve(pool: Pool, present: int, seeds: Sequence[int]) -> Curve:
                     predicted[index, number] = predicted[index, 0]  # all images are the same under every seed
                     continue
                 chosen = drawn[rank < size]
-                found = linear_predictions(pool.features, pool.labels, chosen, evaluated)
-                predicted[index, number, position[evaluated]] = found
+                classes = linear_predictions(pool.features, pool.labels, chosen, evaluated)
+                predicted[index, number, position[evaluated]] = classes
     images = np.array([np.minimum(available, size).mean() for size in sizes])
     keys = tuple(pool.keys[row] for row in rows.tolist())
     return Curve(sizes, images, predicted, pool.labels[rows], keys, class_names=pool.class_names, available=available)
 
 
 def linear_predictions(features: np.ndarray, labels: np.ndarray, train: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Classes ``(M,)`` that a multinomial logistic regression trained on some rows gives others.
-
-    Args:
-        features: ``(N, D)``.
-        labels: ``(N,)``, those of ``train`` are used.
-        train: rows to train on.
-        rows: M rows to predict.
-    """
+    """Classes ``(M,)`` that a multinomial logistic regression on features ``(N, D)``, trained on the rows ``train`` and their
+    labels, gives M others."""
     import torch
 
     mean, deviation = features[train].mean(0), features[train].std(0)
@@ -268,12 +262,8 @@ def gain_of(curve: Curve, present: int, factor: int) -> Gain:
 
 
 def _resampled(right: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
-    """Macro accuracies ``(S,)`` under resampled draws and images, these within each class.
-
-    Args:
-        right: ``(S, R, N)``, 1 where a prediction is right.
-        labels: ``(N,)``.
-    """
+    """Macro accuracies ``(S,)`` under resampled draws and images, these within each class; ``right`` ``(S, R, N)`` is 1 where
+    a prediction is right."""
     rng, draws = numpy_rng(0, "headroom", "bootstrap"), right.shape[1]
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     for _ in range(RESAMPLES):

@@ -18,7 +18,7 @@ from semantic_aug.evaluation.document import (
     Report,
     Table,
     gallery_hint,
-    has_gallery,
+    gallery_of,
     link,
     subset_links,
     write,
@@ -65,7 +65,6 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]
 
     Args:
         panels: setting -> score -> method -> seed -> value in [0, 1]. Bars are means, whiskers standard deviations.
-        path: of the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -261,7 +260,7 @@ def run_section(
         classified = [file.parent for file in sorted(pair.glob("classify/*/results.json"))]
         links = [[link(path.name, path, folder) for path in paths] for paths in (finetuned, classified)]
         rows.append([*names, *map(", ".join, (links[0], subset_links(images, folder), links[1]))])
-        without = [path for path in images if not has_gallery(path)]
+        without = [path for path in images if not gallery_of(path).is_file()]
         if without and not hint:
             hint = gallery_hint(flags | {"config_dir": registry.shown_path(pair / "config")}, without[0])
     if not any(any(row[len(columns) :]) for row in rows):

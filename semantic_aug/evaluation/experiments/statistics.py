@@ -32,27 +32,16 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(
-    first: Mapping[int, float], second: Mapping[int, float], confidence: float = CONFIDENCE
-) -> Difference | None:
-    """Mean of ``first - second`` over common seeds, with Student's interval mean +- t * s / sqrt(n), n - 1 degrees.
-
-    Args:
-        first: seed -> score.
-        second: seed -> score of what it is compared to.
-        confidence: of the interval, in (0, 1).
-
-    Returns:
-        None without a common seed.
-    """
-    return mean_interval([first[seed] - second[seed] for seed in sorted(set(first) & set(second))], confidence)
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+    """Mean of ``first - second``, scores by seed, over common seeds, with Student's interval mean +- t * s / sqrt(n), n - 1
+    degrees; None without a common seed."""
+    return mean_interval([first[seed] - second[seed] for seed in sorted(set(first) & set(second))])
 
 
 def crossed_difference(
     first: Mapping[int, np.ndarray],
     second: Mapping[int, np.ndarray],
     strata: np.ndarray,
-    confidence: float = CONFIDENCE,
 ) -> Difference | None:
     """Mean of ``first - second`` over common seeds, with an interval for other seeds *and* other images.
 
@@ -65,28 +54,26 @@ def crossed_difference(
         first: seed -> ``(N,)`` contribution of each image to the score, in the same order for every seed.
         second: likewise, of what it is compared to.
         strata: ``(N,)`` int, groups of images whose numbers do not vary (classes, for a mean over classes).
-        confidence: of the interval, in (0, 1).
 
     Returns:
         None without a common seed.
     """
     parts = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
     image_variance, freedom = _image_variance(parts, strata) if parts else (0.0, 1)
-    return mean_interval([float(part.sum()) for part in parts], confidence, image_variance, freedom)
+    return mean_interval([float(part.sum()) for part in parts], image_variance, freedom)
 
 
-def image_interval(part: np.ndarray, strata: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def image_interval(part: np.ndarray, strata: np.ndarray) -> tuple[float, float]:
     """Student's interval of one run's score, for other images.
 
     Args:
         part: ``(N,)`` contribution of each image to the score; the sum is the score.
         strata: see :func:`crossed_difference`.
-        confidence: of the interval, in (0, 1).
     """
     from scipy.stats import t
 
     variance, freedom = _image_variance([part], strata)
-    half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(variance)
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(variance)
     return float(part.sum()) - half, float(part.sum()) + half
 
 
@@ -100,19 +87,12 @@ def _image_variance(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[fl
     return variance, max(1, len(image) - np.count_nonzero(counts))
 
 
-def mean_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, image_variance: float = 0.0, image_freedom: int = 1
-) -> Difference | None:
-    """The mean of one value per seed, with Student's interval.
+def mean_interval(values: Sequence[float], image_variance: float = 0.0, image_freedom: int = 1) -> Difference | None:
+    """The mean of one value per seed (scores or differences), with Student's interval; None without a value.
 
     Args:
-        values: one per seed, scores or differences.
-        confidence: of the interval, in (0, 1).
         image_variance: variance of the mean that is due to the images.
         image_freedom: its degrees of freedom.
-
-    Returns:
-        None without a value.
     """
     from scipy.stats import t
 
@@ -127,7 +107,7 @@ def mean_interval(
     freedom = (
         total**2 / (seed_variance**2 / (count - 1) + image_variance**2 / image_freedom) if total > 0 else count - 1
     )
-    half = float(t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(total)
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(total)
     return Difference(count, mean, mean - half, mean + half)
 
 

@@ -209,12 +209,11 @@ class Tuning:
         return str(Step("use", 3, command(3, flags, self.recipe.extra.get(3, ())), (), "", {}))
 
 
-def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teachers: int = 0) -> int:
+def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teachers: int) -> int:
     """The number of classifier runs, fixed at the first start (so that a restart resumes the same search).
 
     Args:
         tuning: its pool and its first trial are done.
-        budget: as asked for.
         seconds: of one classifier run.
         teachers: classifiers that are trained once for the labels.
 

@@ -121,12 +121,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 
 def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
-    """The card in Markdown, with the front matter that the hub reads.
-
-    Args:
-        facts: of :func:`describe`.
-        shards: number of the training split's shards.
-    """
+    """The card in Markdown, with the front matter that the hub reads; ``shards`` is the number of the training split's."""
     data = facts["dataset"]
     lines = [
         f"# {data['name']} with synthetic images",

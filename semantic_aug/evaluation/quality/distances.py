@@ -126,26 +126,26 @@ def mean_pairwise(features: np.ndarray) -> float:
     return float(1 - (total @ total - n) / (n * (n - 1)))
 
 
-def resampled_pairwise(features: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
+def resampled_pairwise(features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """:func:`mean_pairwise` of bootstrap resamples of a set ``(N, D)``, over the pairs of different images; ``(R,)``.
 
     NaN with fewer than three images, of which no resample says anything.
     """
     n = len(features)
     if n < 3:
-        return np.full(resamples, np.nan)
-    weights = _weights(n, rng, resamples)
+        return np.full(RESAMPLES, np.nan)
+    weights = _weights(n, rng)
     sums = weights @ unit(features)
     return 1 - ((sums**2).sum(1) - (weights**2).sum(1)) / _pairs(weights)
 
 
-def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
+def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """:func:`kernel_distance` of bootstrap resamples of both sets, over the pairs of different images; ``(R,)``."""
     if min(len(a), len(b)) < 3:
-        return np.full(resamples, np.nan)
+        return np.full(RESAMPLES, np.nan)
     a, b = (x if len(x) <= KID_POOL else x[rng.choice(len(x), KID_POOL, replace=False)] for x in (a, b))
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    of_a, of_b = (_weights(len(x), rng, resamples) for x in (a, b))
+    of_a, of_b = (_weights(len(x), rng) for x in (a, b))
     distance = -2 * np.einsum("rn,rn->r", of_a @ (a @ b.T / a.shape[1] + 1) ** 3, of_b) / (len(a) * len(b))
     for x, weights in ((a, of_a), (b, of_b)):
         kernel = (x @ x.T / x.shape[1] + 1) ** 3
@@ -154,9 +154,9 @@ def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, res
     return distance
 
 
-def _weights(n: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
+def _weights(n: int, rng: np.random.Generator) -> np.ndarray:
     """How often each of N images is drawn in each resample, ``(R, N)``."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    return rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
 
 
 def _pairs(weights: np.ndarray) -> np.ndarray:

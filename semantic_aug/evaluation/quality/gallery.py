@@ -239,12 +239,8 @@ def prompts_of(folder: str, table: meta_csv.MetaTable) -> list[str]:
 def records(
     inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings: GallerySettings
 ) -> tuple[dict[str, Any], list[Picture]]:
-    """What the page's ``data.js`` holds, the records of all images by column, and the images themselves.
-
-    Args:
-        inputs: data set and subsets.
-        scores: of each subset, ``(M,)`` by name.
-    """
+    """What the page's ``data.js`` holds, the records of all images by column, and the images themselves; ``scores`` are those
+    of each subset, ``(M,)`` by name."""
     names, train = inputs.dataset.source_names, inputs.dataset.train
     used = np.unique(np.concatenate([subset.sources for subset in inputs.subsets]))
     used = used[used >= 0].tolist()

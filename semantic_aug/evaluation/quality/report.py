@@ -121,7 +121,7 @@ def subset_section(subsets: Sequence[Subset], folder: Path, args: argparse.Names
     """Links to the subsets' folders and galleries, and the command that makes a gallery which is missing."""
     roots = list(dict.fromkeys(locate(name)[0] for subset in subsets for name in subset.folders))
     blocks: list[document.Block] = [document.Heading("Subsets"), document.Items(document.subset_links(roots, folder))]
-    new = next((root for root in roots if not document.has_gallery(root)), None)
+    new = next((root for root in roots if not document.gallery_of(root).is_file()), None)
     if new is None:
         return blocks
     fields = {name: field for cls in (Setting, cli.RunSettings) for name, field in cli.settings_of(cls).items()}

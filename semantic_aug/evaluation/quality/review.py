@@ -58,18 +58,7 @@ def _is_list(part: Any) -> bool:
 
 
 def kept_after_review(file: Path, folder: str, images: SyntheticImages, class_names: Sequence[str]) -> np.ndarray:
-    """Which images of a list a review keeps.
-
-    Args:
-        folder: of the subset, ``#NAME`` included.
-        images: of the list, ``M`` in all.
-
-    Returns:
-        bool ``(M,)``.
-
-    Raises:
-        UserError: the review is not of these images.
-    """
+    """Which images of a subset's list a review keeps, bool ``(M,)``. Raises UserError: the review is not of these images."""
     lists = read_review(file)
     identity, shown = list_identity(images, class_names), registry.shown_path(locate(folder)[0])
     same = [part for part in lists if all(part[name] == identity[name] for name in IDENTITY)]
