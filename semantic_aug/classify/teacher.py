@@ -217,11 +217,6 @@ class Teachers:
             if (runs.load_arguments(record.parent) or {}).get(runs.SPOILED):
                 shutil.rmtree(record.parent)
 
-    def known_classes(self, teachers: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """Which classes each teacher has images of, bool ``(T, K)``."""
-        table = self.dataset.train
-        return np.stack([table.take(self.rows(teacher)).counts() > 0 for teacher in teachers])
-
 
 class SubsetLabels:
     """The class probabilities of a subset's images, made once and kept beside it.
@@ -244,7 +239,8 @@ class SubsetLabels:
         sources = self.images.sources
         of_sources = source_folds(sources, fold_of)
         candidates = left_out(of_sources, teachers.folds)
-        known = teachers.known_classes(candidates)
+        # the classes that each teacher has images of, bool (T, K)
+        known = np.stack([dataset.train.take(teachers.rows(folds)).counts() > 0 for folds in candidates])
         labelling = clean_teachers(of_sources, candidates)
         labelling &= known[:, self.images.source].T & known[:, self.images.target].T
         used = labelling.any(axis=0)

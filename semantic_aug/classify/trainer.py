@@ -94,7 +94,12 @@ class Trainer:
         if self.processes.main and not (config.output_dir / STATE_FILE).exists():
             check_disk(config, self.model)
         self.frozen = freeze(self.model, classifier.trainable_layers)
-        self.averaged = self._average() if training.ema_decay else None
+        self.averaged = None
+        if training.ema_decay:
+            from timm.utils import ModelEmaV3
+
+            # with the warm-up a short run's average is not mostly its beginning
+            self.averaged = ModelEmaV3(self.model, decay=training.ema_decay, use_warmup=True)
         self.normalisation = normalisation
         self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)
         self.train_batches = TrainBatches(
@@ -120,12 +125,6 @@ class Trainer:
         self.total_steps = training.nepoch * self.steps_per_epoch
         self.best: dict | None = None
         self.epoch, self.stale, self.saved = 0, 0, time.monotonic()
-
-    def _average(self):
-        from timm.utils import ModelEmaV3
-
-        # with the warm-up a short run's average is not mostly its beginning
-        return ModelEmaV3(self.model, decay=self.config.training.ema_decay, use_warmup=True)
 
     @property
     def evaluated(self) -> nn.Module:

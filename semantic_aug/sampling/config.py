@@ -29,7 +29,7 @@ from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.guide import LoadClassifier, make_guide
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
-from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide, Plan, PlanSettings, make_plan, table_of_counts
+from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide, Plan, PlanSettings, make_plan
 from semantic_aug.sampling.resources import automatic_batch_size, disk_bytes, fitting
 from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, check_flags
 from semantic_aug.sampling.solver import read_few_steps, read_solver
@@ -342,7 +342,8 @@ def source_label_of(guide: Guide, dataset: LoadedDataset) -> Callable[[int], str
 def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
     """The plan as text, for ``--dry_run``: counts per class, strengths, files, batches, disk."""
     plan, folder, images = plan_of(config, dataset), subset_folder(config, dataset), config.images
-    contexts = len(config.prompts.contexts)
+    contexts, names = len(config.prompts.contexts), source_table(dataset).class_names
+    sources, targets = (np.bincount(classes, minlength=len(names)) for classes in (plan.source_class, plan.target))
     lines = [
         f"{len(plan)} images ({images.syn_dataset_multiplier:g} x {len(dataset.train)} training images) in "
         f"{plan.num_batches} batches of {plan.batch_size}, to {folder}",
@@ -355,9 +356,7 @@ def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
         f"disk needed: about {disk_bytes(len(plan), images) / 1e6:,.0f} MB",
         f"{'class':40s} {'as source':>10s} {'as target':>10s}",
     ]
-    lines += [
-        f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in table_of_counts(plan, source_table(dataset).class_names)
-    ]
+    lines += [f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in zip(names, sources, targets, strict=True)]
     return "\n".join(lines)
 
 

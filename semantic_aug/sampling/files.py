@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from semantic_aug import meta_csv
 from semantic_aug.prompts import with_context
-from semantic_aug.sampling.plan import Plan, rows_by_class
+from semantic_aug.sampling.plan import Plan
 from semantic_aug.seeding import derive_seed
 
 TEMPORARY_SUFFIX = ".part"
@@ -98,11 +98,6 @@ class TaskPaths:
             self.image_format,
         )
 
-    def source_key(self, number: int) -> str:
-        """The name of a task's source image; empty when it starts from noise."""
-        row = self.plan.source[number]
-        return self.keys[row] if row >= 0 else ""
-
     def text(self, number: int) -> dict[str, str]:
         """What is written into the image besides its pixels."""
         plan = self.plan
@@ -111,7 +106,7 @@ class TaskPaths:
         return {
             "source": self.class_names[plan.source_class[number]],
             "target": self.class_names[plan.target[number]],
-            "source_image": self.source_key(number),
+            "source_image": self.keys[plan.source[number]] if plan.source[number] >= 0 else "",  # noise has none
             "strength": meta_csv.strength_text(plan.strength(number)),
             "seed": str(self.seed),
             "number": str(number),
@@ -119,10 +114,6 @@ class TaskPaths:
             **prompt,
             **partner,
         }
-
-    def folders_with_tasks(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each source class's folder and the numbers of its tasks."""
-        yield from zip(self.folders, rows_by_class(self.plan.source_class, len(self.folders)), strict=True)
 
     def file_names(self, numbers: np.ndarray) -> Iterator[str]:
         """Names of some tasks' files within the folders of their source classes."""

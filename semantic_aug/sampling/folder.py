@@ -30,6 +30,7 @@ from semantic_aug import meta_csv
 from semantic_aug.files import locked
 from semantic_aug.runs import load_arguments
 from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
+from semantic_aug.sampling.plan import rows_by_class
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +83,8 @@ class Records:
         Shards of one run have tasks of their own. A list of another ``--num_shards`` may name the same ones: then the list
         that was written last is right, since each run brings its own up to date before it begins.
         """
-        return _last_rows(sorted(folder.glob("records*.bin"), key=_last_written), total)
-
-
-def _last_written(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+        last_written = lambda path: (path.stat().st_mtime_ns, path.name)  # noqa: E731
+        return _last_rows(sorted(folder.glob("records*.bin"), key=last_written), total)
 
 
 def _last_rows(paths: Sequence[Path], total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +179,8 @@ class _Scanner:
 
 def _scans(scanner: _Scanner) -> Iterator[_Scan]:
     """The scan of every source class's folder; a big subset's by several processes."""
-    folders = scanner.paths.folders_with_tasks()
+    names = scanner.paths.folders
+    folders = zip(names, rows_by_class(scanner.paths.plan.source_class, len(names)), strict=True)
     if len(scanner.size) < MANY_TASKS or "fork" not in multiprocessing.get_all_start_methods():
         yield from itertools.starmap(scanner, folders)
         return
@@ -251,13 +250,8 @@ def recorded_identity(folder: Path) -> dict | None:
 
 def has_images(folder: Path) -> bool:
     """Whether a subset's folder holds any image, recorded or not."""
-    return any(path.stat().st_size for path in folder.glob("records*.bin")) or any(
-        entry.is_file() for source in _folders(folder / DATA) for entry in os.scandir(source)
-    )
-
-
-def _folders(folder: Path) -> list[str]:
-    return [entry.path for entry in os.scandir(folder) if entry.is_dir()] if folder.is_dir() else []
+    recorded = any(path.stat().st_size for path in folder.glob("records*.bin"))
+    return recorded or any(path.is_file() for path in (folder / DATA).glob("*/*"))
 
 
 def remove_stale_moments(folder: Path, names: Sequence[str]) -> None:

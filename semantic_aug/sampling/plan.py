@@ -411,10 +411,3 @@ def batches_of_shard(plan: Plan, num_shards: int, shard_index: int, seed: int) -
     """
     order = numpy_rng(seed, "plan", "order").permutation(plan.num_batches)
     return order[shard_index::num_shards]
-
-
-def table_of_counts(plan: Plan, class_names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """(class name, tasks with it as source, tasks with it as target), for printing."""
-    sources = np.bincount(plan.source_class, minlength=len(class_names))
-    targets = np.bincount(plan.target, minlength=len(class_names))
-    return [(name, int(s), int(t)) for name, s, t in zip(class_names, sources, targets, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -228,8 +229,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
                     prepare_config(job.pair.folder, config_dir)
                 for name in missing:
                     job.pair.run(name, held)
-                if keep == "results":
-                    job.pair.remove_images()
+                if keep == "results":  # a later step that needs the synthetic images makes the same again
+                    shutil.rmtree(job.pair.folder / "aug_samples", ignore_errors=True)
             if missing:
                 report.write_comparison(folder)
         if busy and len(busy) == len(waiting):

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -166,10 +165,6 @@ class Pair:
         before = 0.0 if entry["done"] else entry["seconds"]
         entry.update(seconds=round(before + seconds, 1), done=done, command=str(step))
         files.write_json(self.folder / STEPS_FILE, records)
-
-    def remove_images(self) -> None:
-        """Removes the synthetic images; a later step that needs them makes the same again."""
-        shutil.rmtree(self.folder / "aug_samples", ignore_errors=True)
 
 
 def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int]) -> LoadedDataset:

@@ -96,14 +96,9 @@ def describe(
     )
 
 
-def licenses(facts: Mapping[str, Any]) -> list[str]:
-    """Every licence that bears on the images, once."""
-    models = [origin["base_model_license"] for subset in facts["subsets"] for origin in subset["made_with"]]
-    return list(dict.fromkeys([facts["dataset"]["license"], *models]))
-
-
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    ids = {text.lower().replace(" ", "-") for text in licenses(facts)}
+    models = [origin["base_model_license"] for subset in facts["subsets"] for origin in subset["made_with"]]
+    ids = {text.lower().replace(" ", "-") for text in (facts["dataset"]["license"], *models)}
     known = len(ids) == 1 and next(iter(ids)).startswith(("cc-by", "cc0", "apache", "mit"))
     total = sum(sum(counts.values()) for counts in facts["images"].values())
     bounds = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", float("inf"): "n>1M"}

@@ -11,13 +11,8 @@ from semantic_aug.datasets.synthetic import SyntheticImages
 def class_probabilities(classifier: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
     """Class probabilities ``(M, K)`` of synthetic images, classes in the data set's order. Raises UserError: the classifier
     was trained on other classes."""
-    return classifier.probabilities(images.image, len(images))[:, class_positions(classifier, dataset)]
-
-
-def class_positions(classifier: Classifier, dataset: LoadedDataset) -> list[int]:
-    """Index of each class of the data set among the classifier's, ``K`` in all. Raises UserError: it was trained on other
-    classes."""
-    return class_order(classifier.class_names, dataset, "--classifier")
+    order = class_order(classifier.class_names, dataset, "--classifier")
+    return classifier.probabilities(images.image, len(images))[:, order]
 
 
 def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> dict[str, np.ndarray]:

@@ -163,10 +163,10 @@ class Inputs:
         if self.models.classifier is None:
             return None
         from semantic_aug.classify.inference import load_run
-        from semantic_aug.evaluation.quality.faithfulness import class_positions
+        from semantic_aug.classify.models import class_order
 
         classifier = load_run(registry.resolve_path(self.models.classifier), self.device)
-        class_positions(classifier, self.dataset)
+        class_order(classifier.class_names, self.dataset, "--classifier")
         return classifier
 
     @cached_property
