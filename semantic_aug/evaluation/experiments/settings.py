@@ -22,17 +22,16 @@ from semantic_aug.evaluation.experiments.commands import SCRIPTS, Devices, Recip
 from semantic_aug.finetune import config as finetune
 from semantic_aug.sampling import settings as sampling
 
-_ALL_STAGES = (
-    "dataset split examples_per_class task imbalance_factor imbalance_profile val_fraction val_examples_per_class corrupt_prob "
-    "corrupt_classes subset_seed seed config_dir register_key"
-)
+_ALL_STAGES = {*cli.settings_of(DatasetName), *cli.settings_of(Setting), "seed", "config_dir", "register_key"}
 RESERVED = {
-    1: f"{_ALL_STAGES} output_dir finetune_strategy pretrained_model_name_or_path".split(),
-    2: f"{_ALL_STAGES} output_root sample_strategy finetune_model_key model_path aug_strength syn_dataset_multiplier".split(),
-    3: (
-        f"{_ALL_STAGES} output_dir seeds syndata_key syndata_dir syndata_max gamma synthetic_prob use_cutmix use_mixup "
-        "soft_labels curriculum"
-    ).split(),
+    1: {*_ALL_STAGES, "output_dir", "finetune_strategy", "pretrained_model_name_or_path"},
+    2: _ALL_STAGES.union(
+        "output_root sample_strategy finetune_model_key model_path aug_strength syn_dataset_multiplier".split()
+    ),
+    3: _ALL_STAGES.union(
+        "output_dir seeds syndata_key syndata_dir syndata_max gamma synthetic_prob use_cutmix use_mixup soft_labels "
+        "curriculum".split()
+    ),
 }
 """Flags that ``--stageN_args`` may not hold: they are what runs differ in, or must agree in. ``compare`` refuses those that its
 methods set besides."""
@@ -74,7 +73,7 @@ class ExtraArguments:
 
     def __post_init__(self):
         for stage, reserved in RESERVED.items():
-            if flags := self.flags(stage) & set(reserved):
+            if flags := self.flags(stage) & reserved:
                 raise UserError(f"--stage{stage}_args: --{min(flags)} is set for each run already; leave it out")
 
     def flags(self, stage: int) -> set[str]:
