@@ -70,9 +70,8 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
         return swag_vit(name, num_classes, options), IMAGENET
     if weights == "torchvision":
         name, weights = tagged_name(name), "auto"
-    packaged = _packaged(name) if weights == "auto" else None
-    if packaged is not None:
-        model = packaged
+    model = _packaged(name) if weights == "auto" else None
+    if model is not None:
         model.reset_classifier(num_classes)
     elif weights == "auto":
         model = _from_hub(name, num_classes, options)

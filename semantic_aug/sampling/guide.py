@@ -11,7 +11,6 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -100,27 +99,24 @@ def make_guide(
         origin["unlabelled"] = pool_identity(dataset.unlabelled)
     if masked:
         origin["objects"] = f"{grid[0]} x {grid[1]}, {settings.mask_threshold:g}"
-    guide = Guide(origin=origin)
+    parts, kept = {}, read_guide(folder)
     if settings.pairing == "confusion":
-        guide = replace(guide, confusions=read_confusions(run, dataset))
-    kept = read_guide(folder)
+        parts["confusions"] = read_confusions(run, dataset)
     if kept.origin != origin:
         _check_begun(folder, origin)
         kept = Guide()
     if settings.sources == "hard":
-        losses = kept.losses if kept.losses is not None else losses_of(classifier, order, dataset.train)
-        guide = replace(guide, losses=losses)
+        parts["losses"] = kept.losses if kept.losses is not None else losses_of(classifier, order, dataset.train)
     if (pool := dataset.unlabelled) is not None:
         known = kept.pool_classes is not None
         pair = (kept.pool_classes, kept.pool_weights) if known else pool_classes(classifier, order, pool)
-        guide = replace(guide, pool_classes=pair[0], pool_weights=pair[1])
+        parts |= {"pool_classes": pair[0], "pool_weights": pair[1]}
     if masked:
-        objects = kept.objects
-        if objects is None:
+        if (objects := kept.objects) is None:
             log.info("classifier %s: activation maps of %d images", registry.shown_path(run), len(dataset.train))
             objects = objects_of(classifier, order, dataset.train, grid, settings.mask_threshold)
-        guide = replace(guide, objects=objects)
-    return guide
+        parts["objects"] = objects
+    return Guide(**parts, origin=origin)
 
 
 def _check_begun(folder: Path, origin: dict[str, str]) -> None:
