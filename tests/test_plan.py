@@ -201,5 +201,5 @@ def test_strengths_of_a_subset(strategy, how, strengths, label):
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.2])
 def test_a_strength_outside_its_range_is_refused(strength):
-    with pytest.raises(UserError, match="--aug_strength .*expected a number in \\(0, 1\\]"):
+    with pytest.raises(UserError, match="--aug_strength.*expected a number in \\(0, 1\\]"):
         build_parser().parse_args(["--dataset", "x", "--aug_strength", str(strength)])
