@@ -132,13 +132,21 @@ def test_small_python_snippets_run(image_folder, monkeypatch):
     assert len(names["SPEC"].read()["train"]) == 18
 
 
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_scripts_and_links_exist(page):
     text = page.read_text(encoding="utf-8")
     for script in re.findall(r"^\s*(?:bash|source) (scripts/\S+)", text, re.MULTILINE):
         assert (ROOT / script).is_file(), script
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert link.startswith("http") or (page.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        target = page.parent / link if link else page
+        assert link.startswith("http") or target.exists(), link
+        assert link.startswith("http") or not anchor or anchor in anchors(target), f"{link}#{anchor}"
 
 
 def test_the_readme_is_a_newcomers_page():

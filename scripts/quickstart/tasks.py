@@ -104,7 +104,7 @@ SIGNS = Task(
     dataset="signs",
     base="scripts/quickstart/base-signs",
     folder="quickstart_signs",
-    size=Size(shots=5, finetune_steps=900, multiplier=10, epochs=50, eval_every=10, picture_rows=5),
+    size=Size(shots=5, finetune_steps=900, multiplier=10, epochs=50, eval_every=10, picture_rows=4),
     setting={"subset_seed": 2020},
     finetune=RATES,
     subsets={SUBSET: ("--sample_strategy", "diff-mix", "--aug_strength", "0.7")},
