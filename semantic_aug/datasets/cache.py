@@ -15,13 +15,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from semantic_aug import registry
+from semantic_aug.datasets.table import in_threads
 from semantic_aug.errors import UserError
 from semantic_aug.files import locked, sha256_text, size_text
 from semantic_aug.tensors import create_array, open_array
@@ -39,8 +39,6 @@ DEFAULT_BOUND_GB = 64.0
 FREE_SHARE = 0.8
 """Share of the disk's free space the cache may take."""
 SMALL_BYTES = 256 << 20
-BLOCK = 4096
-"""Images given to the threads at once."""
 KINDS = ("pixels", "features", "hashes")
 """What the folder's files begin with; all count towards the bound and go by the same rule."""
 VERSION = 2
@@ -126,14 +124,12 @@ class NoRoom(Exception):
 
 
 def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
-    def one(index: int) -> None:
+    def keep(index: int) -> None:
         pixels[index] = decode(index)
 
-    bar = tqdm(total=len(pixels), desc="decoding", unit="image", leave=False, disable=None, dynamic_ncols=True)
-    with bar, ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(pixels), BLOCK):
-            for _ in pool.map(one, range(start, min(len(pixels), start + BLOCK))):  # which cancels the rest on an error
-                bar.update()
+    options = {"desc": "decoding", "unit": "image", "leave": False, "disable": None, "dynamic_ncols": True}
+    for _ in tqdm(in_threads(keep, range(len(pixels)), workers), total=len(pixels), **options):
+        pass
 
 
 def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: int | None) -> np.ndarray:

@@ -7,8 +7,7 @@ difference hash: 256 bits, each saying whether one of 16 x 17 grey values is dar
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
@@ -19,7 +18,7 @@ from semantic_aug.datasets.catalog import prompt_names
 from semantic_aug.datasets.images import Stored, read_image
 from semantic_aug.datasets.readers.notes import Note
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
-from semantic_aug.datasets.table import ImageTable
+from semantic_aug.datasets.table import ImageTable, in_threads
 from semantic_aug.errors import UserError
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.prompts import folded
@@ -29,8 +28,6 @@ NEAR_BITS = 10
 """Two images are near duplicates if at most this many of the 256 bits of their hashes differ."""
 MAX_PAIRS = 100_000
 """Near pairs looked for; a set of blank images would have millions."""
-BLOCK = 4096
-"""Images given to the threads at once."""
 MAX_EXAMPLES = 1000
 SMALL_SIDE = 64
 LONG_RATIO = 3.0
@@ -202,9 +199,8 @@ def check(
     report = Report(spec.name, list(names), {split: table.counts().tolist() for split, table in splits.items()})
     shown = _shown(splits["train"])
     tasks = [(table, i, split) for split, table in splits.items() for i in range(len(table))]
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
-        looks = in_blocks(pool, lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks)
-        seen = list(progress(looks, len(tasks)) if progress else looks)
+    looks = in_threads(lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks, workers)
+    seen = list(progress(looks, len(tasks)) if progress else looks)
     for note in notes:
         _add(report, note.kind, note.cases, note.problem)
     _classes(report, spec, splits)
@@ -219,12 +215,6 @@ def check(
         for word, values in zip(("width", "height"), sizes.T, strict=True):
             report.sizes[word] = [int(values.min()), int(np.median(values)), int(values.max())]
     return report, contact_sheet(report, good)
-
-
-def in_blocks(pool: ThreadPoolExecutor, work: Callable, tasks: Sequence) -> Iterator:
-    """What a pool's ``map`` gives, in order, without a million tasks waiting in memory."""
-    for start in range(0, len(tasks), BLOCK):
-        yield from pool.map(work, tasks[start : start + BLOCK])
 
 
 def _shown(table: ImageTable) -> set[int]:

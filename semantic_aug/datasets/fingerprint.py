@@ -24,7 +24,7 @@ from semantic_aug import runs
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.spec import SPLITS
-from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, ImageTable, file_stamp
+from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, QUESTIONS, ImageTable, file_stamp
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 
@@ -101,7 +101,7 @@ class ContentHashes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
             return b"".join(hash_bytes(os.fsencode(stamp)) if stamp else UNREADABLE for stamp in stamps)
 
-        with ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(QUESTIONS) as pool:
             joined = b"".join(pool.map(some, range(0, len(self.names), CHUNK)))
         return np.frombuffer(joined, np.uint8).reshape(-1, HASH_BYTES)
 
@@ -118,7 +118,7 @@ class ContentHashes:
         options = {"leave": False, "disable": None, "delay": 2.0, "dynamic_ncols": True}
         bar = tqdm(total=len(missing), desc=f"hashing {self.what}", unit="file", **options)
         settled = []
-        with bar, ThreadPoolExecutor(_threads()) as pool:
+        with bar, ThreadPoolExecutor(QUESTIONS) as pool:
             try:
                 for index, (value, keep) in zip(missing, pool.map(self._hash, missing), strict=True):
                     self.values[index] = np.frombuffer(value, np.uint8)
@@ -147,13 +147,9 @@ class ContentHashes:
         """Names of those whose content is another now than when they were hashed; only touched ones are read."""
         now = self._take_stamps()
         touched = np.flatnonzero((now != self._stamps).any(axis=1) | ~now.any(axis=1)).tolist()
-        with ThreadPoolExecutor(_threads()) as pool:
+        with ThreadPoolExecutor(QUESTIONS) as pool:
             present = [value for value, _ in pool.map(self._hash, touched)]
         return [self.names[i] for i, value in zip(touched, present, strict=True) if value != self.values[i].tobytes()]
-
-
-def _threads() -> int:
-    return min(16, 4 * (os.cpu_count() or 1))  # more than cores: they wait for the disk
 
 
 def _age(stamp: str) -> float:
@@ -379,24 +375,3 @@ def _split_difference(name: str, then: Mapping, now: Mapping) -> str:
     return f"{name}: {after} images as before, " + (
         f"the same {' and '.join(same)}, other {' and '.join(other)}" if same else "but all others"
     )
-
-
-# ------------------------------------------------------------------------------------------------- the end of a run
-
-
-def refuse_changed(hashes: Iterable[ContentHashes], kept: str) -> None:
-    """Refuses to conclude a run whose images changed while it went on.
-
-    Args:
-        hashes: taken when it began.
-        kept: what remains and what to do, for the error.
-
-    Raises:
-        UserError: one has another content, or is gone.
-    """
-    changed = [name for some in hashes for name in some.changed()]
-    if changed:
-        raise UserError(
-            f"{len(changed)} images changed during the run ('{changed[0]}' the first), so that its result "
-            f"is of neither the old nor the new ones: {kept}"
-        )

@@ -141,7 +141,7 @@ def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False)
         image.load()
         orientation = orientation_of(image, exif)  # 1 if Pillow has applied it; PNG may have it behind the pixels
         transparent = image.mode in _ALPHA_MODES or "transparency" in image.info
-        rgb, scaling = _to_rgb(image)
+        rgb, scaling = to_rgb(image)
         if colour16:
             scaling = "16-bit colour, upper 8 bits"
             if 0 < max(high for _, high in rgb.getextrema()) < 16:
@@ -228,8 +228,8 @@ def _animated(image: Image.Image) -> bool:
 # ---------------------------------------------------------------------------------------------------- modes, sizes
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to 8-bit RGB, alpha laid over white.
+def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """Any PIL mode to 8-bit RGB, alpha laid over white; and how samples of other than 8 bits were brought to 8, else empty.
 
     Integer samples of more than 8 bits are divided by the power of two that brings the smallest of 8, 10, 12, 14 and 16
     bits that holds the image's largest value to 8 bits. Floating-point samples in [0, 1] are multiplied by 255. Others
@@ -238,10 +238,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: a sample that is not finite.
     """
-    return _to_rgb(image)[0]
-
-
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     if image.mode == "RGB":
         return image, ""
     if image.mode[0] in "IF":

@@ -11,6 +11,7 @@ from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.fingerprint import ContentHashes
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.errors import UserError
 
 
 class RunOrigin:
@@ -62,8 +63,14 @@ class RunOrigin:
         return fingerprint.data_difference(kept, {**dict.fromkeys(kept), **present})
 
     def refuse_changed(self, kept: str) -> None:
-        """See :func:`semantic_aug.datasets.fingerprint.refuse_changed`."""
-        fingerprint.refuse_changed(self._hashes, kept)
+        """Refuses to conclude a run whose images changed while it went on; ``kept`` says what remains and what to do. Raises
+        UserError: one has another content than when the run began, or is gone."""
+        changed = [name for hashes in self._hashes for name in hashes.changed()]
+        if changed:
+            raise UserError(
+                f"{len(changed)} images changed during the run ('{changed[0]}' the first), so that its result "
+                f"is of neither the old nor the new ones: {kept}"
+            )
 
 
 def synthetic_identity(images: SyntheticImages, hashes: ContentHashes, class_names: Sequence[str]) -> dict[str, Any]:

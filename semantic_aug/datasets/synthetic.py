@@ -20,6 +20,7 @@ from PIL import Image
 
 from semantic_aug import meta_csv, registry, runs
 from semantic_aug.datasets.catalog import LoadedDataset
+from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.settings import ABSENT, Setting
 from semantic_aug.datasets.table import file_stamp
@@ -366,8 +367,6 @@ def _noise_of(setting: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_content(root: Path, sources: Sequence[tuple[str, int]], dataset: LoadedDataset, file: Path) -> None:
-    from semantic_aug.datasets.fingerprint import hash_images  # it knows synthetic images itself
-
     recorded, used = read_sources(root), {key for key, _ in sources}
     if recorded is None or not used:
         return
@@ -376,9 +375,8 @@ def _check_content(root: Path, sources: Sequence[tuple[str, int]], dataset: Load
     rows = [row for row, key in enumerate(dataset.train.keys) if key in used and key in row_of]
     images = dataset.train.take(rows)
     now = hash_images(images).values
-    other = (now != values[[row_of[key] for key in images.keys]]).any(axis=1) & now.any(
-        axis=1
-    )  # a missing one is reported later
+    present = now.any(axis=1)  # a missing one is reported later
+    other = (now != values[[row_of[key] for key in images.keys]]).any(axis=1) & present
     if other.any():
         raise UserError(
             f"{file}: {int(other.sum())} of {len(rows)} source images have another content than when the subset was made "
@@ -389,8 +387,6 @@ def _check_content(root: Path, sources: Sequence[tuple[str, int]], dataset: Load
 
 def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
     """Compares the unlabelled sources with the images that evaluate, which another setting may have chosen."""
-    from semantic_aug.datasets.fingerprint import hash_images
-
     used = {str(key) for key in table.further.get(meta_csv.UNLABELLED_COLUMNS[0], ())} - {""}
     if not used:
         return

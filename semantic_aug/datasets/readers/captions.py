@@ -93,10 +93,10 @@ Records = Iterator[tuple[int, dict[str, str]]]
 
 def _table_records(path: Path) -> tuple[Sequence[str] | None, Records]:
     table = read_header(path, ("file_name", *COLUMNS, *REGIONS))
-    places = {"caption": table.column(*COLUMNS), **{name: table.column(name) for name in ("file_name", *REGIONS)}}
-    places = {name: place for name, place in places.items() if place is not None}
-    columns = [name for name in places if name != "file_name"] if "file_name" in places else []
-    records = ((line, {name: cells[place] for name, place in places.items()}) for line, cells in table.records())
+    position = {"caption": table.column(*COLUMNS), **{name: table.column(name) for name in ("file_name", *REGIONS)}}
+    position = {name: column for name, column in position.items() if column is not None}
+    columns = [name for name in position if name != "file_name"] if "file_name" in position else []
+    records = ((line, {name: cells[at] for name, at in position.items()}) for line, cells in table.records())
     return columns or None, records
 
 

@@ -170,7 +170,7 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     if masks is not None:
         files = _mask_files(masks, relative)
         listed = extras.get(MASK_PATH, [""] * len(files))
-        extras[MASK_PATH] = captions.as_column(one or other for one, other in zip(listed, files, strict=True))
+        extras[MASK_PATH] = captions.as_column(path or file for path, file in zip(listed, files, strict=True))
     return table_of_files(names, labels, keys, paths.__getitem__, extras)
 
 
@@ -193,12 +193,8 @@ def _masks_folder(walk: Walk, folder: Path, folders: Sequence[os.DirEntry], spli
 
 def _mask_files(folder: Path, images: Sequence[str]) -> list[str]:
     """The mask of each image, of the same path but for the ending; empty for an image that has none."""
-    known: dict[str, str] = {}
-    for where, _, names in os.walk(folder):
-        for name in sorted(names, reverse=True):
-            if name.lower().endswith(EXTENSIONS):
-                path = Path(where, name)
-                known[path.relative_to(folder).with_suffix("").as_posix()] = str(path)
+    files = reversed(Walk(folder).images(folder))  # of two masks of an image the first in alphabetical order
+    known = {Path(file).relative_to(folder).with_suffix("").as_posix(): file for file in files}
     stems = [PurePath(image).with_suffix("").as_posix() for image in images]
     note("masks without an image left out", sorted(set(known) - set(stems)))
     return [known.get(stem, "") for stem in stems]

@@ -135,13 +135,13 @@ def read_hub_images(word: str, class_name: str) -> ImageTable:
     if not kept:
         raise UserError(f"data set {word} has only the splits {', '.join(map(str, splits))}: expected one named train")
     rows, *others = kept.values()
+    column = _known_image_column(rows, str(local or repo), None)
     if others:
-        column = _known_image_column(rows, word, None)
         images = hub.Image(decode=False)
         parts = [part.select_columns([_known_image_column(part, word, column)]) for part in (rows, *others)]
         rows = hub.concatenate_datasets([part.cast_column(column, images) for part in parts])
     name = "+".join(kept)
-    return _table_of_rows(rows, HubSplit(repo, name, local), name, None, ((class_name,), [0] * len(rows)))
+    return _table_of_rows(rows, HubSplit(repo, name, local), name, column, ((class_name,), [0] * len(rows)))
 
 
 def _all_splits(repo: str, local: str | None, config: str | None) -> Mapping[str, hub.Dataset]:
@@ -217,13 +217,13 @@ def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> 
             return hub.load_dataset(where.repo, name=config, split=split)
     except Exception as error:  # the library raises many kinds for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
-        if not downloads_allowed() and not (isinstance(error, ValueError) and "onfig" in reason):
-            unless = f" (unless you {where.remedy})" if where.remedy else ""
-            raise WouldDownload(f"the data set {where.repo} from the hub{unless}") from None
         if isinstance(error, ValueError) and "onfig" in reason:
             raise UserError(
                 f"data set {where.repo}: {reason}; name a configuration, as in hf:{where.repo}:NAME"
             ) from error
+        if not downloads_allowed():
+            unless = f" (unless you {where.remedy})" if where.remedy else ""
+            raise WouldDownload(f"the data set {where.repo} from the hub{unless}") from None
         raise UserError(
             f"data set {where.repo} could not be loaded from the hub ({type(error).__name__}: {reason[:150]}): check the "
             f"network, or {where.remedy or LOCAL_COPY}"
@@ -263,14 +263,13 @@ def _table_of_rows(
     rows: hub.Dataset,
     where: HubSplit,
     ours: str,
-    image_column: str | None,
+    image_column: str,
     labelled: tuple[Sequence[str], Sequence[int]],
 ) -> ImageTable:
     """The table of rows with these class names and labels."""
     import datasets as hub
 
     name, (class_names, labels) = str(where.local or where.repo), labelled
-    image_column = _known_image_column(rows, name, image_column)
     encoded = rows.select_columns([image_column]).cast_column(image_column, hub.Image(decode=False))
 
     def stored(row: int) -> str | bytes:

@@ -28,7 +28,7 @@ CONVERTED = re.compile(r"(?P<config>[^/]+)/(?:partial-)?(?P<split>[^/]+)/\d{4}\.
 """Files of the hub's branch ``refs/convert/parquet``."""
 
 
-def load_local(folder: Path, config: str | None = None) -> hub.Dataset | hub.DatasetDict:
+def load_local(folder: Path, config: str | None = None) -> hub.Dataset | dict[str, hub.Dataset]:
     """A folder written by ``save_to_disk``, or one with files that the library reads, whatever their layout."""
     import datasets as hub
 
@@ -49,20 +49,17 @@ def load_local(folder: Path, config: str | None = None) -> hub.Dataset | hub.Dat
         if kind is None and not _same_classes(files):
             kind = "parquet"  # the library would read the labels of every split by the class list of the first
         if kind is None:
-            found = hub.load_dataset(str(folder), name=config, cache_dir=cache)
+            splits = hub.load_dataset(str(folder), name=config, cache_dir=cache)
         else:
-            parts = {
-                split: hub.load_dataset(kind, data_files=paths, split="train", cache_dir=cache)
-                for split, paths in files.items()
-            }
-            found = hub.DatasetDict(parts)
+            options = {"split": "train", "cache_dir": cache}
+            splits = {split: hub.load_dataset(kind, data_files=paths, **options) for split, paths in files.items()}
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{_damaged(files) or folder} cannot be read ({reason_of(error)}): copy it again") from None
-    for split, rows in found.items():  # the library's own fingerprints know neither size nor time of a file
+    for split, rows in splits.items():  # the library's own fingerprints know neither size nor time of a file
         rows._fingerprint = hashlib.sha256(f"{digest}-{split}".encode()).hexdigest()[:16]
-    return found
+    return splits
 
 
 def _files_of_splits(folder: Path, config: str | None) -> tuple[str | None, dict[str, list[str]]]:
@@ -126,8 +123,8 @@ def _configuration(folder: Path, config: str | None) -> tuple[Path, str | None]:
 
 def _data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Files with one of the suffixes below a folder, hidden ones left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
-    return [path for path in found if not any(p.startswith((".", "__")) for p in path.relative_to(folder).parts)]
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
+    return [path for path in files if not any(p.startswith((".", "__")) for p in path.relative_to(folder).parts)]
 
 
 def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:

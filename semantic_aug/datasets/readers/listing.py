@@ -42,7 +42,7 @@ _PLAIN = f"^({_START}{_ANY}*/)*{_START}({_ANY}*{_END})?$"
 """A relative path that is what it seems: printable ASCII without backslash, no spaces around it, no component that is empty or
 starts with a dot, a tilde or a space."""
 
-Place = Callable[[int], str]
+Location = Callable[[int], str]
 """From a row's number to the file and line it stands on, for errors."""
 
 
@@ -68,19 +68,19 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
             f"root {base} of the list {file} is not a folder: correct root, the folder that paths start from"
         )
     is_parquet = file.suffix.lower() in (".parquet", ".pq")
-    rows, place = _read_parquet(file) if is_parquet else _read_csv(file)
+    rows, location = _read_parquet(file) if is_parquet else _read_csv(file)
     codes, words = _codes(rows, "label")
-    paths, splits = rows["path"], _positions_of_splits(rows, place)
+    paths, splits = rows["path"], _positions_of_splits(rows, location)
     empty = np.flatnonzero(np.isin(codes, [code for code, word in enumerate(words) if not word]))
     if len(empty):
-        raise UserError(f"{place(empty[0])}: the label is empty")
+        raise UserError(f"{location(empty[0])}: the label is empty")
     texts = {name: rows[name] for name in TEXTS[1:] if name in rows.column_names}
     groups, group_names = _groups(rows) if "group" in rows.column_names else (None, ())
     del rows
     tables, doubled = {}, []
     for split, positions in splits.items():
-        keys = _keys(paths, positions, base, place)
-        kept = _without_repeated(keys, codes[positions], words, lambda i, at=positions: place(at[i]), doubled)
+        keys = _keys(paths, positions, base, location)
+        kept = _without_repeated(keys, codes[positions], words, lambda i, at=positions: location(at[i]), doubled)
         if len(kept) < len(positions):
             positions, keys = positions[kept], [keys[i] for i in kept.tolist()]
         further = {name: column.take(positions).to_pylist() for name, column in texts.items()}
@@ -108,7 +108,7 @@ def _check_columns(found: Sequence[str], file: Path) -> list[str]:
     return [spelled[name] for name in COLUMNS if name in spelled]
 
 
-def _read_csv(file: Path) -> tuple[pa.Table, Place]:
+def _read_csv(file: Path) -> tuple[pa.Table, Location]:
     import pyarrow as pa
 
     table = read_header(file, COLUMNS)
@@ -170,7 +170,7 @@ def _holds_quotes(file: Path) -> bool:
         return any(b'"' in block for block in iter(lambda: content.read(1 << 20), b""))
 
 
-def _read_parquet(file: Path) -> tuple[pa.Table, Place]:
+def _read_parquet(file: Path) -> tuple[pa.Table, Location]:
     import pyarrow as pa
     from pyarrow import compute, parquet
 
@@ -231,7 +231,7 @@ def _codes(rows: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
     return np.array([position[word] for word in clean], np.int32)[codes], list(position)
 
 
-def _positions_of_splits(rows: pa.Table, place: Place) -> dict[str, np.ndarray]:
+def _positions_of_splits(rows: pa.Table, location: Location) -> dict[str, np.ndarray]:
     """Row numbers of each split, ascending; all are train where there is no column ``split``."""
     if "split" not in rows.column_names:
         return {"train": np.arange(len(rows))}
@@ -240,7 +240,7 @@ def _positions_of_splits(rows: pa.Table, place: Place) -> dict[str, np.ndarray]:
     for code, word in enumerate(words):
         split = split_of(word or "train")
         if split is None and (codes == code).any():
-            raise UserError(f"{place(np.argmax(codes == code))}: split '{word}': expected train, val or test")
+            raise UserError(f"{location(np.argmax(codes == code))}: split '{word}': expected train, val or test")
         members_of.setdefault(split or "train", []).append(code)
     positions = {split: np.flatnonzero(np.isin(codes, members)) for split, members in members_of.items()}
     return {split: rows for split, rows in positions.items() if len(rows)}
@@ -254,7 +254,7 @@ def _groups(rows: pa.Table) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([rank[word] for word in words], np.int64)[codes], names
 
 
-def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, place: Place) -> list[str]:
+def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, location: Location) -> list[str]:
     """The paths at some rows, relative to the root where they lie below it."""
     from pyarrow import compute
 
@@ -267,7 +267,7 @@ def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, place: Plac
         first = len(keys)
         keys += chosen.to_pylist()
         for i in np.flatnonzero(~plain):
-            keys[first + i] = _key(keys[first + i], base, lambda at=inside[i]: place(at))
+            keys[first + i] = _key(keys[first + i], base, lambda at=inside[i]: location(at))
         start += len(chunk)
     return keys
 
@@ -321,7 +321,7 @@ def _table(
 
 
 def _without_repeated(
-    keys: list[str], codes: np.ndarray, words: list[str], place: Place, doubled: list[str]
+    keys: list[str], codes: np.ndarray, words: list[str], location: Location, doubled: list[str]
 ) -> np.ndarray:
     """Positions without those that name an image again; what is left out is added to ``doubled``. Raises UserError: an image
     has two labels."""
@@ -335,7 +335,7 @@ def _without_repeated(
             kept.append(i)
         elif codes[known] != codes[i]:
             raise UserError(
-                f"{place(i)}: '{key}' is listed under two labels, '{words[codes[known]]}' and '{words[codes[i]]}': "
+                f"{location(i)}: '{key}' is listed under two labels, '{words[codes[known]]}' and '{words[codes[i]]}': "
                 "remove one row"
             )
         else:
@@ -346,11 +346,11 @@ def _without_repeated(
 def _refuse_shared(tables: Splits, file: Path) -> None:
     """Refuses images that are listed for train and another split; those of val and test are noted."""
     names = [split for split in SPLITS if split in tables]
-    for one, other in itertools.combinations(names, 2):
+    for split, other in itertools.combinations(names, 2):
         fewer = set(tables[other].keys)
-        shared = sorted(key for key in tables[one].keys if key in fewer)
-        if shared and one == "train":
+        shared = sorted(key for key in tables[split].keys if key in fewer)
+        if shared and split == "train":
             raise UserError(
-                f"{file} lists {len(shared)} images for {one} and {other} ('{shared[0]}' the first): remove one row of each"
+                f"{file} lists {len(shared)} images for {split} and {other} ('{shared[0]}' the first): remove one row of each"
             )
-        note(f"images listed for {one} and {other}", shared)
+        note(f"images listed for {split} and {other}", shared)

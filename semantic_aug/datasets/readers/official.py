@@ -19,7 +19,7 @@ from semantic_aug.datasets.images import EXTENSIONS
 from semantic_aug.datasets.readers.hub import HubSplit, read_hub
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable, below, table_of_files
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, unknown
 
 
 def chosen_root(spec: DatasetSpec) -> Path | None:
@@ -136,6 +136,14 @@ def variable(content: Mapping[str, Any], name: str, file: Path) -> np.ndarray:
         found = ", ".join(key for key in content if not key.startswith("__"))
         raise UserError(f"{file} has no variable '{name}' (it has {found}): it is another file; download it again")
     return np.atleast_1d(content[name]).reshape(-1)
+
+
+def labels_by_name(names: Sequence[str], class_names: Sequence[str], kind: str) -> list[int]:
+    """The label of each class name, counted from 0. Raises UserError: a name that is none; ``kind`` says what it is of."""
+    position = {name: label for label, name in enumerate(class_names)}
+    if unexpected := [name for name in names if name not in position]:
+        raise unknown(kind, unexpected[0], class_names, "unpack the official download again")
+    return [position[name] for name in names]
 
 
 def labelled_splits(

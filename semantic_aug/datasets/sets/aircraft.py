@@ -8,7 +8,6 @@ from pathlib import Path
 
 from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import SPLITS, DatasetSpec, Splits
-from semantic_aug.errors import unknown
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
@@ -18,17 +17,13 @@ def read_official(root: Path) -> Splits:
     """The official lists: ``data/variants.txt`` and ``data/images_variant_{train,val,test}.txt``."""
     data = official.part(root, "data/variants.txt", "variants.txt").parent
     class_names = [name for (name,) in official.read_lines(data / "variants.txt", 1)]
-    position = {name: i for i, name in enumerate(class_names)}
     splits = {}
     for split in SPLITS:
         file = data / f"images_variant_{split}.txt"
         rows = official.read_lines(file, 2)
-        unexpected = next((variant for _, variant in rows if variant not in position), None)
-        if unexpected is not None:
-            raise unknown(f"variant in {file}", unexpected, class_names, "unpack the official download again")
-        splits[split] = official.labelled_files(
-            class_names, [position[v] for _, v in rows], [f"{n}.jpg" for n, _ in rows], data / "images", file
-        )
+        labels = official.labels_by_name([variant for _, variant in rows], class_names, f"variant in {file}")
+        names = [f"{number}.jpg" for number, _ in rows]
+        splits[split] = official.labelled_files(class_names, labels, names, data / "images", file)
     return splits
 
 

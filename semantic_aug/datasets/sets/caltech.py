@@ -7,6 +7,7 @@ Unpack ``101_ObjectCategories.tar.gz`` of ``caltech-101.zip`` and set ``CALTECH_
 or the one above it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,15 @@ def read_half() -> Splits:
 
 def read_classes(root: Path) -> ImageTable:
     """The class folders, without the background."""
-    root = next((place for place in (root / FOLDER, root / "caltech-101" / FOLDER) if place.is_dir()), root)
+    root = next((path for path in (root / FOLDER, root / "caltech-101" / FOLDER) if path.is_dir()), root)
     table = read_folder(root)["train"]
     if BACKGROUND in table.class_names:
         background = table.class_names.index(BACKGROUND)
-        kept = [name for name in table.class_names if name != BACKGROUND]
-        table = table.take(np.flatnonzero(table.labels != background)).without_class(background)
+        kept = tuple(name for name in table.class_names if name != BACKGROUND)
         if len(kept) < 2:
             raise UserError(f"{root} holds {len(kept)} class besides {BACKGROUND}: expected {FOLDER} with 101")
+        table = table.take(np.flatnonzero(table.labels != background))
+        table = replace(table, class_names=kept, labels=table.labels - (table.labels > background))
     return table
 
 
@@ -56,8 +58,6 @@ SPEC = DatasetSpec(
     read=lambda: official.read(SPEC),
     read_official=read_official,
     read_half=read_half,
-    super_class="",
-    class_name_rules=("underscores",),
     license="CC BY 4.0",
     citation="Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, CVPR Workshop 2004",
     homepage="https://data.caltech.edu/records/mzrjq-6wc02",

@@ -87,7 +87,6 @@ SPEC = DatasetSpec(
     read_official=read_official,
     read_half=read_half,
     super_class="flower",
-    class_name_rules=("underscores",),
     license="research use; the photographs are their authors'",
     citation="Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",

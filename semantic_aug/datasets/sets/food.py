@@ -8,7 +8,6 @@ from pathlib import Path
 
 from semantic_aug.datasets.readers import official
 from semantic_aug.datasets.spec import DatasetSpec, Splits
-from semantic_aug.errors import unknown
 
 HUG_LOCAL_IMAGE_TRAIN_DIR: str | None = None
 HUG_LOCAL_IMAGE_TEST_DIR: str | None = None
@@ -18,20 +17,13 @@ def read_official(root: Path) -> Splits:
     """The official lists: ``meta/classes.txt``, ``meta/train.txt`` and ``meta/test.txt``, "class/image"."""
     root = official.part(root, "meta/classes.txt", "food-101/meta/classes.txt").parents[1]
     class_names = [name for (name,) in official.read_lines(root / "meta" / "classes.txt", 1)]
-    position = {name: i for i, name in enumerate(class_names)}
     splits = {}
     for split in ("train", "test"):
         file = root / "meta" / f"{split}.txt"
         names = [name for (name,) in official.read_lines(file, 1)]
-        unexpected = next((name for name in names if name.split("/")[0] not in position), None)
-        if unexpected is not None:
-            raise unknown(
-                f"class in {file}", unexpected.split("/")[0], class_names, "unpack the official download again"
-            )
-        labels = [position[name.split("/")[0]] for name in names]
-        splits[split] = official.labelled_files(
-            class_names, labels, [f"{name}.jpg" for name in names], root / "images", file
-        )
+        labels = official.labels_by_name([name.split("/")[0] for name in names], class_names, f"class in {file}")
+        files = [f"{name}.jpg" for name in names]
+        splits[split] = official.labelled_files(class_names, labels, files, root / "images", file)
     return splits
 
 
@@ -40,7 +32,6 @@ SPEC = DatasetSpec(
     read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
     read_official=read_official,
     super_class="food",
-    class_name_rules=("underscores",),
     license="the photographs are Foodspotting's; research use",
     citation="Bossard et al., Food-101: Mining Discriminative Components with Random Forests, ECCV 2014",
     homepage="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",

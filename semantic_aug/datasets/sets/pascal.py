@@ -71,7 +71,6 @@ SPEC = DatasetSpec(
     name="pascal",
     read=lambda: official.read(SPEC),
     read_official=read_official,
-    super_class="",
     class_name_rules=(),
     class_name_overrides=ORIGINAL_NAMES["pascal"],
     license="the photographs are Flickr's, under its terms of use",

@@ -45,7 +45,6 @@ SPEC = DatasetSpec(
     read=lambda: official.read(SPEC, HUG_LOCAL_IMAGE_TRAIN_DIR, HUG_LOCAL_IMAGE_TEST_DIR),
     read_official=read_official,
     super_class="animal",
-    class_name_rules=("underscores",),
     license="CC BY-SA 4.0",
     citation="Parkhi et al., Cats and Dogs, CVPR 2012",
     homepage="https://www.robots.ox.ac.uk/~vgg/data/pets/",

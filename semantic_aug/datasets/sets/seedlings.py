@@ -51,7 +51,6 @@ SPEC = DatasetSpec(
     read=lambda: official.read(SPEC),
     read_official=read_official,
     super_class="seedling",
-    class_name_rules=("underscores",),
     license="CC BY-SA 4.0",
     citation="Giselsson et al., A Public Image Database for Benchmark of Plant Seedling Classification Algorithms, "
     "arXiv:1711.05458, 2017",

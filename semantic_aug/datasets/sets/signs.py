@@ -45,7 +45,6 @@ SPEC = DatasetSpec(
     read=lambda: official.read(SPEC),
     read_official=read_official,
     super_class="hand",
-    class_name_rules=("underscores",),
     license="Apache-2.0",
     citation="Mavi, A New Dataset and Proposed Convolutional Neural Network Architecture for Classification of American "
     "Sign Language Digits, arXiv:2011.08927, 2020",
