@@ -102,7 +102,7 @@ def convert(
     Raises:
         UserError: unreadable input, what the layout cannot hold, or a file that already exists.
     """
-    files: dict[Path, Callable[[Path], None]] = {}
+    writers: dict[Path, Callable[[Path], None]] = {}
     if lora_path:
         lora = lora_io.read_lora(lora_path)
         if kohya := next((name for name in lora if name.startswith(lora_io.KOHYA_PREFIXES)), None):
@@ -110,24 +110,24 @@ def convert(
                 f"LoRA {lora_path}: kohya's names ('{kohya}') are read by stage 2 as they are and not converted"
             )
         state = original_lora(lora, str(lora_path)) if layout == "original" else diffusers_lora(lora)
-        files[output_dir / lora_io.FILE_NAME] = lambda path: tensors.save_tensors(path, state)
+        writers[output_dir / lora_io.FILE_NAME] = lambda path: tensors.save_tensors(path, state)
         if step is not None:
-            files[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: _pickle(state, path)
+            writers[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: _pickle(state, path)
     if embed_path:
         tokens = token_io.load_tokens(embed_path)
         if layout == "original":
             content = original_tokens(tokens, str(embed_path))
             for name in ("last", *([] if step is None else [step])):
-                files[output_dir / f"learned_embeds-steps-{name}.bin"] = lambda path: _pickle(content, path)
+                writers[output_dir / f"learned_embeds-steps-{name}.bin"] = lambda path: _pickle(content, path)
         else:
-            files[output_dir / token_io.FILE_NAME] = lambda path: token_io.save_tokens(tokens, path)
-    existing = [path for path in files if path.exists()]
+            writers[output_dir / token_io.FILE_NAME] = lambda path: token_io.save_tokens(tokens, path)
+    existing = [path for path in writers if path.exists()]
     if existing:
         raise UserError(f"{existing[0]} already exists: choose another --output_dir")
-    for path, write in files.items():
+    for path, write in writers.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
-    return list(files)
+    return list(writers)
 
 
 def _pickle(content: dict, path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -22,8 +23,6 @@ from semantic_aug.diffusion.text import Conditions
 
 def to_pixels(images: Sequence, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     """PIL RGB images of one size to ``(B, 3, H, W)`` in [-1, 1]."""
-    import numpy as np
-
     stacked = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     return (stacked.permute(0, 3, 1, 2).to(device).float() / 255 * 2 - 1).to(dtype)
 

@@ -10,7 +10,7 @@ a key that matches nothing is an error.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,14 +62,18 @@ def add_lora(
             raise UserError(
                 f"--lora_targets {target}: the U-Net has no module of that name; usual ones: {', '.join(LORA_TARGETS)}"
             )
-    settings = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
     try:
-        unet.add_adapter(settings, ADAPTER)
+        return _add_adapter(unet, rank, alpha, targets)
     except (ValueError, NotImplementedError) as error:  # a module that no LoRA can be added to
         raise UserError(
             f"--lora_targets {' '.join(targets)}: {str(error)[:160]}; usual ones: {', '.join(LORA_TARGETS)}"
         ) from None
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+
+
+def _add_adapter(network: nn.Module, rank: int, alpha: float | None, modules: Sequence[str]) -> list[nn.Parameter]:
+    settings = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(modules))
+    network.add_adapter(settings, ADAPTER)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     return parameters
@@ -93,18 +97,7 @@ def add_text_lora(
         for name, _ in text_encoder.named_modules()
         if name.endswith(TEXT_TARGETS) and (layers is None or int(re.search(r"layers\.(\d+)\.", name)[1]) < layers)
     ]
-    text_encoder.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=chosen), ADAPTER
-    )
-    parameters = [p for p in text_encoder.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
-
-
-def has_lora(network: nn.Module) -> bool:
-    """Whether a LoRA was added to a network."""
-    return ADAPTER in getattr(network, "peft_config", {})
+    return _add_adapter(text_encoder, rank, alpha, chosen)
 
 
 def trained_state(network: nn.Module, prefix: str = "unet") -> dict[str, Tensor]:
@@ -131,7 +124,7 @@ def save_lora(
     """
     state, adapter = {}, {}
     for prefix, network in {"unet": unet, **(text_encoders or {})}.items():
-        if not has_lora(network):
+        if ADAPTER not in getattr(network, "peft_config", {}):
             continue
         state |= trained_state(network, prefix)
         config = network.peft_config[ADAPTER]
@@ -147,12 +140,7 @@ def load_trained(networks: Mapping[str, nn.Module], path: Path) -> None:
     """Puts a saved LoRA back into networks that have one of the same shape, to resume its training. Raises UserError: another
     rank or other targets."""
     saved = read_lora(path)
-    modules = {
-        _full_name(prefix, name): module
-        for prefix, network in networks.items()
-        for name, module in network.named_modules()
-        if ADAPTER in getattr(module, "lora_A", {})
-    }
+    modules = {name: module for name, module in _modules(networks).items() if ADAPTER in getattr(module, "lora_A", {})}
     if set(modules) != set(saved):
         odd = sorted(set(modules) ^ set(saved))[0]
         raise UserError(f"{path} does not fit this run: projection {odd} has a LoRA in only one of them")
@@ -168,9 +156,13 @@ def load_trained(networks: Mapping[str, nn.Module], path: Path) -> None:
                 weight.copy_(value)
 
 
-def _full_name(prefix: str, module: str) -> str:
-    """How :func:`read_lora` calls a network's module: the U-Net's as it does itself, others with their prefix."""
-    return module if prefix == "unet" else f"{prefix}.{module.removeprefix(CLIP_PREFIX)}"
+def _modules(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules by the names of :func:`read_lora`: the U-Net's as it has them itself, others' with their network's prefix."""
+    return {
+        name if prefix == "unet" else f"{prefix}.{name.removeprefix(CLIP_PREFIX)}": module
+        for prefix, network in networks.items()
+        for name, module in network.named_modules()
+    }
 
 
 def merge_lora(unet: UNet2DConditionModel, lora: dict[str, LoraPair], where: str) -> int:
@@ -202,25 +194,16 @@ def match_lora(
 ) -> list[tuple[nn.Parameter, LoraPair]]:
     """The weight that each update of a LoRA changes; nothing is computed, so that networks may be on the meta device. Raises
     UserError: an update that matches no module, or whose shape is another than the module's."""
-    modules = {
-        _full_name(prefix, name): module
-        for prefix, network in networks.items()
-        for name, module in network.named_modules()
-    }
+    modules = _modules(networks)
     flat = flat_names(networks) if any(name.startswith(KOHYA_PREFIXES) for name in lora) else {}
     matched = []
     for name, pair in lora.items():
         prefix = network_of(name)
         weight = getattr(modules.get(flat.get(name, name)), "weight", None)
         if weight is None:
-            raise UserError(
-                f"LoRA {where}: '{name}' matches no module of {NETWORKS[prefix]}"
-                + (
-                    ": it was trained on a network of another structure"
-                    if prefix in networks
-                    else ", which the base model does not have"
-                )
-            )
+            other = ": it was trained on a network of another structure"
+            reason = other if prefix in networks else ", which the base model does not have"
+            raise UserError(f"LoRA {where}: '{name}' matches no module of {NETWORKS[prefix]}{reason}")
         shape = (pair.up.shape[0], *pair.down.shape[1:])
         if shape[0] != weight.shape[0] or math.prod(shape[1:]) != math.prod(weight.shape[1:]):
             raise UserError(

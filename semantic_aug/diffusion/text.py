@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Conditions:
 
     def __getitem__(self, rows) -> Conditions:
         """The chosen rows; a list, a slice or an index tensor."""
-        return Conditions(self.hidden[rows], {name: value[rows] for name, value in self.added.items()})
+        return self._each(lambda value: value[rows])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,13 +54,14 @@ class Conditions:
 
     def to(self, *where) -> Conditions:
         """On another device or in another precision."""
-        return Conditions(self.hidden.to(*where), {name: value.to(*where) for name, value in self.added.items()})
+        return self._each(lambda value: value.to(*where))
 
     def expand(self, count: int) -> Conditions:
         """One row, ``count`` times."""
-        return Conditions(
-            self.hidden.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()}
-        )
+        return self._each(lambda value: value.expand(count, *value.shape[1:]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        return Conditions(change(self.hidden), {name: change(value) for name, value in self.added.items()})
 
     def lerp(self, other: Conditions, weights: Tensor) -> Conditions:
         """Between this (weight 0) and another batch (1), linearly; ``weights`` ``(B,)``."""

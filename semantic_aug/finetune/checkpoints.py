@@ -36,7 +36,7 @@ def save_weights(model: TrainedModel, folder: Path) -> None:
     """Writes the LoRA and the tokens, whichever are trained, as files that plain diffusers loads."""
     folder.mkdir(parents=True, exist_ok=True)
     if model.lora_parameters:
-        text_encoders = {name: network for name, network in model.networks.items() if name != "unet"}
+        text_encoders = {name: network for name, network in model.base.networks.items() if name != "unet"}
         lora_io.save_lora(model.unet, folder / lora_io.FILE_NAME, model.alpha, text_encoders)
     tokens = model.current_tokens()
     if tokens is not None:
@@ -46,7 +46,7 @@ def save_weights(model: TrainedModel, folder: Path) -> None:
 def load_weights(model: TrainedModel, folder: Path) -> None:
     """Puts a checkpoint's LoRA and tokens back into a model of the same shape. Raises UserError: they do not fit."""
     if model.lora_parameters:
-        lora_io.load_trained(model.networks, folder / lora_io.FILE_NAME)
+        lora_io.load_trained(model.base.networks, folder / lora_io.FILE_NAME)
     if model.vectors:
         tokens = token_io.load_tokens(folder / token_io.FILE_NAME)
         shapes = [vectors.shape for vectors in model.vectors]
@@ -93,10 +93,8 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def listed(output_dir: Path) -> list[Path]:
     """Whole checkpoints by step."""
-    checkpoints = [
-        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))
-    ]
-    return [path for _, path in sorted(checkpoints) if (path / STATE_FILE).is_file()]
+    folders = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))]
+    return [path for _, path in sorted(folders) if (path / STATE_FILE).is_file()]
 
 
 def find(output_dir: Path, wanted: str) -> Path | None:

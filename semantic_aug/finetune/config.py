@@ -16,14 +16,8 @@ from semantic_aug.prompts import CAPTIONS, TEMPLATE_SETS, read_templates
 from semantic_aug.registry import resolve_path
 
 STRATEGIES = ("ti", "db", "ti_db")
-LR_SCHEDULERS = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "piecewise_constant",
+LR_SCHEDULERS = tuple(
+    "constant constant_with_warmup linear cosine cosine_with_restarts polynomial piecewise_constant".split()
 )
 """Of diffusers'."""
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvclive", "swanlab", "trackio")

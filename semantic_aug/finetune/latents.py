@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets.table import in_threads
 from semantic_aug.diffusion.loop import encode_moments, to_pixels
 from semantic_aug.errors import UserError
 from semantic_aug.files import is_full, sha256_text, size_text
@@ -156,9 +156,8 @@ class LatentCache:
             variants = [pixels, pixels.flip(-1)] if self.flips == 2 else [pixels]
             for flip, variant in enumerate(variants):
                 moments = torch.cat([encode_moments(self.vae, part) for part in variant.split(ENCODE_BATCH)])
-                out[chosen, :, flip] = (
-                    moments.float().cpu().numpy().reshape(len(chosen), self.views, *moments.shape[1:])
-                )
+                rows_and_views = (len(chosen), self.views, *moments.shape[1:])
+                out[chosen, :, flip] = moments.float().cpu().numpy().reshape(rows_and_views)
         out.flush()
 
     def _pixels(self, rows: list[int]) -> Tensor:
@@ -226,13 +225,11 @@ class PixelCache:
         sizes = np.zeros((len(rows), 2), np.int64)
         decode = lambda row: np.asarray(scaled(self.table.image(row), self.resolution))  # noqa: E731
         shown = {"desc": "decoding images", "unit": "image", "leave": False, "dynamic_ncols": True}
-        bar = tqdm(total=len(rows), disable=quiet, **shown)
-        with open(partial, "wb") as out, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, bar:
-            for start in range(0, len(rows), DECODE_BLOCK):
-                for number, pixels in enumerate(pool.map(decode, rows[start : start + DECODE_BLOCK]), start):
-                    sizes[number] = pixels.shape[:2]
-                    out.write(pixels.tobytes())
-                    bar.update()
+        decoded = tqdm(in_threads(decode, rows, block=DECODE_BLOCK), total=len(rows), disable=quiet, **shown)
+        with open(partial, "wb") as out:
+            for number, pixels in enumerate(decoded):
+                sizes[number] = pixels.shape[:2]
+                out.write(pixels.tobytes())
         return sizes
 
     def gather(self, index: Tensor, position: Tensor, flip: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class TrainedModel(nn.Module):
 
     def __init__(self, model: BaseModel, config: FinetuneConfig, dataset: LoadedDataset):
         super().__init__()
-        self.family, self.alpha = model.family, config.model.lora_alpha
+        self.base, self.alpha = model, config.model.lora_alpha
         self.lora_parameters = self._add_lora(model, config) if config.model.trains_lora else []
         self.tokens: token_io.ClassTokens | None = None
         self.vectors: list[Tensor] = []
@@ -40,7 +40,6 @@ class TrainedModel(nn.Module):
         if config.model.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         self.unet, self.text_encoders = model.unet, nn.ModuleList(model.text_encoders)
-        self.text_components = [encoder.component for encoder in model.family.encoders]
         self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
         self.templates = config.images.templates
         prompts = [
@@ -53,7 +52,6 @@ class TrainedModel(nn.Module):
         self.captions = Captions(dataset, self.tokens, config.images)
         self.class_prompts = len(prompts)
         self.prompt_ids = [tokenize(tokenizer, prompts) for tokenizer in model.tokenizers]
-        self.tokenizers = model.tokenizers
         self._encoded = ConditionCache(PROMPT_BYTES)
         self._compiled, self._calls = False, 0
         self.flat_lora: FlatLora | None = None
@@ -61,18 +59,12 @@ class TrainedModel(nn.Module):
     def _add_lora(self, model: BaseModel, config: FinetuneConfig) -> list[nn.Parameter]:
         with torch.random.fork_rng(devices=[]):  # peft draws the first values from the global generator
             torch.manual_seed(config.seed)
-            parameters = lora_io.add_lora(
-                model.unet, config.model.rank, config.model.lora_alpha, config.model.lora_targets
-            )
+            rank, alpha = config.model.rank, config.model.lora_alpha
+            parameters = lora_io.add_lora(model.unet, rank, alpha, config.model.lora_targets)
             for position, encoder in enumerate(model.text_encoders if config.model.train_text_encoder_lora else ()):
                 layers = model.family.trained_layers(position, encoder)
-                parameters += lora_io.add_text_lora(encoder, config.model.rank, config.model.lora_alpha, layers)
+                parameters += lora_io.add_text_lora(encoder, rank, alpha, layers)
         return parameters
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """What a LoRA may change, by the prefix its keys have in a file."""
-        return {"unet": self.unet, **dict(zip(self.text_components, self.text_encoders, strict=True))}
 
     def compile_networks(self) -> None:
         """Compiles the U-Net and, where anything in them trains, the text encoders for batches of one size."""
@@ -85,7 +77,7 @@ class TrainedModel(nn.Module):
 
         Most of ``lora_parameters`` become one: what is done to parameters at every step takes its time for each of them.
         """
-        groups = [group for network in self.networks.values() for group in join_projections(network)]
+        groups = [group for network in self.base.networks.values() for group in join_projections(network)]
         if groups:
             self.flat_lora = FlatLora(groups)
             apart = [parameter for parameter in self.lora_parameters if parameter.requires_grad]  # of convolutions
@@ -136,7 +128,7 @@ class TrainedModel(nn.Module):
         captions = [self.captions.prompt(row - self.class_prompts) for row in rows if row >= self.class_prompts]
         apart = torch.tensor(rows) >= self.class_prompts
         ids = {}
-        for position, (known, tokenizer) in enumerate(zip(self.prompt_ids, self.tokenizers, strict=True)):
+        for position, (known, tokenizer) in enumerate(zip(self.prompt_ids, self.base.tokenizers, strict=True)):
             ids[f"ids_{position}"] = known[[min(row, self.class_prompts - 1) for row in rows]]
             ids[f"ids_{position}"][apart] = tokenize(tokenizer, captions)
         return ids
@@ -144,7 +136,7 @@ class TrainedModel(nn.Module):
     def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
         """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
         held = {row: self._encoded.get(row) for row in set(rows)}
-        new, fresh = sorted(row for row, one in held.items() if one is None), {}
+        new, fresh = sorted(row for row, encoded in held.items() if encoded is None), {}
         if new:
             ids = self._ids(new)
             sizes = {} if time_ids is None else {"time_ids": time_ids[:1].expand(len(new), -1)}
@@ -152,9 +144,9 @@ class TrainedModel(nn.Module):
                 encoded = self.conditioning(ids | sizes)
             fresh = {row: encoded[[i]] for i, row in enumerate(new)}
         conditioning = Conditions.cat(fresh[row] if row in fresh else held[row] for row in rows)
-        for row, one in fresh.items():
+        for row, encoded in fresh.items():
             if row < self.class_prompts:
-                self._encoded.put(row, one)
+                self._encoded.put(row, encoded)
         return conditioning
 
     def conditioning(self, conditions: Mapping[str, Tensor]) -> Conditions:
@@ -163,7 +155,7 @@ class TrainedModel(nn.Module):
             hidden = conditions["hidden"]
             return Conditions(hidden, {k: v.to(hidden) for k, v in conditions.items() if k != "hidden"})
         ids = [conditions[f"ids_{position}"] for position in range(len(self.text_encoders))]
-        return self.family.encode_ids(self.text_encoders, ids, conditions.get("time_ids"))
+        return self.base.family.encode_ids(self.text_encoders, ids, conditions.get("time_ids"))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
@@ -176,12 +168,8 @@ class TrainedModel(nn.Module):
 
     def parameter_groups(self, settings: TrainSettings) -> list[dict]:
         """Optimiser groups: the LoRA and the tokens, each with its learning rate."""
-        groups = []
-        if self.lora_parameters:
-            groups.append({"params": self.lora_parameters, "lr": settings.learning_rate})
-        if self.vectors:
-            groups.append({"params": self.vectors, "lr": settings.ti_learning_rate})
-        return groups
+        rates = ((self.lora_parameters, settings.learning_rate), (self.vectors, settings.ti_learning_rate))
+        return [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
 
     def describe_images(self, digest: str) -> None:
         """Notes in the class tokens which images they are trained on."""
@@ -212,9 +200,8 @@ def _initial_tokens(model: BaseModel, config: FinetuneConfig, dataset: LoadedDat
         for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
     ]
     further = tuple(tokens.vectors for tokens in each[1:])
-    return replace(
-        each[0], further=further, base_model=config.model.pretrained_model_name_or_path, dataset=dataset.name
-    )
+    base_model = config.model.pretrained_model_name_or_path
+    return replace(each[0], further=further, base_model=base_model, dataset=dataset.name)
 
 
 def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:

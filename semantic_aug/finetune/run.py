@@ -13,6 +13,7 @@ import torch
 from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.unlabelled import with_unlabelled
+from semantic_aug.devices import launched
 from semantic_aug.diffusion import lora, tokens
 from semantic_aug.diffusion.base import find_base, load_skeleton, read_geometry
 from semantic_aug.diffusion.families import family_of
@@ -34,7 +35,7 @@ BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
 def run(config: FinetuneConfig) -> None:
     """Checks and resolves a request, prints it, trains, and prints the entry of the registry; a dry run only checks. Raises
     UserError: see :func:`resolve` and :func:`train`."""
-    main_process, processes = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
+    main_process, processes = int(os.environ.get("RANK", 0)) == 0, launched()
     with no_downloads(config.run.dry_run):
         config, dataset = resolve(config)
     if main_process:
@@ -56,7 +57,7 @@ def run(config: FinetuneConfig) -> None:
 def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     """Checks a request against its data set and its base model, and fills in what the flags leave open. Raises UserError: the
     request cannot be run."""
-    config = replace(config, train=config.train.split(int(os.environ.get("WORLD_SIZE", 1))))
+    config = replace(config, train=config.train.split(launched()))
     model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
     dataset, folder = all_local(
         lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
@@ -74,15 +75,14 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
             "--random_crops with a Stable Diffusion XL model, which is conditioned on where each image was cropped: give "
             "--crops K"
         )
-    scale = config.effective_batch(int(os.environ.get("WORLD_SIZE", 1))) if config.train.scale_lr else 1
+    scale = config.effective_batch(launched()) if config.train.scale_lr else 1
     output_dir = config.output_dir or runs.finetune_dir(model.finetune_strategy, dataset.name, dataset.setting.suffix)
+    precision = model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     config = replace(
         config,
         setting=dataset.setting,
         base_folder=folder,
-        model=replace(
-            model, mixed_precision=model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        ),
+        model=replace(model, mixed_precision=precision),
         train=replace(
             config.train,
             learning_rate=config.train.learning_rate * scale,

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semantic_aug import files, runs
-from semantic_aug.datasets import ImageTable, LoadedDataset
+from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import BaseModel, load_base, weight_files
@@ -24,7 +24,7 @@ from semantic_aug.finetune.batches import BatchSource, Draw
 from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.finetune.latents import LatentCache, PixelCache, Share, image_sizes
 from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
-from semantic_aug.finetune.validation import save_grid, validation_grid
+from semantic_aug.finetune.validation import validation_grid
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,6 @@ STOP_CHECK_STEPS = 10
 MIN_LOSS_SCALE = 2.0**-14
 """Scale of the loss in fp16 below which its gradients will not become finite any more."""
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def training_images(dataset: LoadedDataset) -> ImageTable:
-    """All images of a run: the labelled ones, then the unlabelled ones as a further class."""
-    return dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
 
 
 class Trainer:
@@ -58,7 +53,8 @@ class Trainer:
         origin: RunOrigin | None = None,
     ):
         self.config, self.dataset, self.accelerator, self.origin = config, dataset, accelerator, origin
-        self.images = training_images(dataset)
+        # the labelled images, then the unlabelled ones as a further class
+        self.images = dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
         self.base: BaseModel = load_base(config.model.pretrained_model_name_or_path, config.base_folder)
         self.base.geometry.check(config.images.resolution)
         self.dtype = DTYPES[config.model.mixed_precision]
@@ -252,11 +248,9 @@ class Trainer:
         return losses.denoising_loss(predicted, target, weights)
 
     def _learning_rates(self) -> dict[str, float]:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        names = [
-            name for name, used in (("lora_lr", self.model.lora_parameters), ("token_lr", self.model.vectors)) if used
-        ]
-        return dict(zip(names, rates, strict=True))
+        used = {"lora_lr": self.model.lora_parameters, "token_lr": self.model.vectors}
+        names = [name for name, parameters in used.items() if parameters]
+        return {name: group["lr"] for name, group in zip(names, self.optimizer.param_groups, strict=True)}
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -383,7 +377,8 @@ class Trainer:
             )
         self.base.vae.to(before)
         self.model.train()
-        save_grid(image, self.config.output_dir, self.step)
+        with files.atomic_path(self.config.output_dir / "validation" / f"step-{self.step:06d}.png") as temporary:
+            image.save(temporary, "PNG")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not all of accelerate's trackers take pictures
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -1,7 +1,5 @@
 """Picture grids while training: one row per class, from the same noise every time."""
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 
@@ -33,8 +31,7 @@ def validation_grid(
     scheduler = make_scheduler(base.scheduler_config)
     shape = base.geometry.latent_shape(resolution)
     rows = []
-    plain = SAMPLING_TEMPLATE
-    position = model.templates.index(plain) if plain in model.templates else 0
+    position = model.templates.index(SAMPLING_TEMPLATE) if SAMPLING_TEMPLATE in model.templates else 0
     model.refresh()
     with model.uncompiled():
         null = base.encode_null(resolution)
@@ -48,11 +45,3 @@ def validation_grid(
             images = decode_latents(base.vae, latents.to(base.vae.dtype)).cpu().numpy()
             rows.append([Cell(Image.fromarray(image)) for image in images])
     return grid(rows, row_titles=[class_names[i] for i in range(0, len(class_names), step)])
-
-
-def save_grid(image: Image.Image, output_dir: Path, step: int) -> Path:
-    """Writes ``validation/step-{step}.png``."""
-    path = output_dir / "validation" / f"step-{step:06d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return path
