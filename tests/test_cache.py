@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_a_damaged_file_is_made_again(folder):
 
 
 def test_more_images_than_one_block(folder, monkeypatch):
-    monkeypatch.setattr(cache, "BLOCK", 4)
+    monkeypatch.setattr(cache, "in_threads", partial(cache.in_threads, block=4))
     assert opened(Decoder())[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 

@@ -13,6 +13,7 @@ from helpers import ROOT, exchange
 from PIL import Image
 
 from semantic_aug.datasets import Setting, cache, fingerprint, load_dataset
+from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.hub import read_hub_id
 from semantic_aug.errors import UserError
@@ -198,11 +199,12 @@ def test_what_differs_is_said(folder):
 
 
 def test_images_that_change_during_a_run(folder):
-    hashes = fingerprint.hash_splits(load_dataset(f"folder:{folder}", ALL))
+    origin = RunOrigin(load_dataset(f"folder:{folder}", ALL))
+    origin.describe()
     os.utime(folder / "cat/0.bmp")
     os.link(folder / "cat/1.bmp", folder.parent / "backup.bmp")
-    fingerprint.refuse_changed(hashes.values(), "nothing")  # touched, not changed
+    origin.refuse_changed("nothing")  # touched, not changed
     exchange(folder / "dog/2.bmp", (folder / "cat/0.bmp").read_bytes())
     (folder / "dog/1.bmp").unlink()
     with pytest.raises(UserError, match=r"2 images changed during the run \('dog/1.bmp'.*checkpoints stay"):
-        fingerprint.refuse_changed(hashes.values(), "checkpoints stay")
+        origin.refuse_changed("checkpoints stay")
