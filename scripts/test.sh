@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh requirements.txt scripts/quickstart/requirements.txt tests/requirements.txt
-exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --timeout 900 --durations 20 "$@"
+exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --timeout 900 \
+    --durations 20 "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts" / "quickstart")]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", OMP_NUM_THREADS="1")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests come first, so that at the end no process waits for another's long file."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,10 +106,10 @@ def workshop(tmp_path_factory, tiny_base, image_folder):
 @pytest.fixture(scope="session")
 def undisturbed(workshop, image_folder, tmp_path_factory) -> dict[str, str]:
     """The subset made by one process in one go."""
-    from helpers import SUBSET, run, sampling_arguments, subset_contents
+    from helpers import SUBSET, run_here, sampling_arguments, subset_contents
 
     root = tmp_path_factory.mktemp("undisturbed")
-    run("sample_mp.py", *sampling_arguments(workshop, image_folder, root))
+    run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, root))
     files = subset_contents(root / SUBSET)
     assert len(files) == 55
     return {**files, "": str(root / SUBSET)}

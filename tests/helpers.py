@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
+import io
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import yaml
 from PIL import Image
@@ -40,14 +47,59 @@ def run(script: str, *arguments, env: dict | None = None, status: int = 0) -> st
     return out + err
 
 
-def refused(script: str, *arguments, env: dict | None = None) -> str:
-    """Runs a script that must refuse: status 2 and exactly one line on standard error, which is returned."""
-    process = start(script, *arguments, env=env)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 2, err
+def run_here(script: str, *arguments, status: int = 0, meanwhile: Callable[[], object] | None = None) -> str:
+    """As :func:`run`, with the script's ``main`` in this process, which has imported the libraries already.
+
+    Whatever processes it starts are real ones.
+
+    Args:
+        meanwhile: called in a thread while the script runs; what it raises is raised here.
+    """
+    outcome, out, err = main_here(_main_of(script), arguments, meanwhile)
+    assert outcome == status, f"status {outcome}\n{out}\n{err}"
+    return out + err
+
+
+def refused(script: str, *arguments, alone: bool = False) -> str:
+    """Runs a script that must refuse: status 2 and exactly one line on standard error, which is returned.
+
+    Args:
+        alone: in a process of its own, which also shows that no library adds a line.
+    """
+    if alone:
+        process = start(script, *arguments)
+        _, err = process.communicate(timeout=600)
+        status = process.returncode
+    else:
+        status, _, err = main_here(_main_of(script), arguments)
+    assert status == 2, err
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
+
+
+def _main_of(script: str) -> Callable:
+    return importlib.import_module(script.removesuffix(".py")).main
+
+
+def main_here(main: Callable, arguments, meanwhile: Callable[[], object] | None = None) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error, log included, of a command's ``main`` in this process."""
+    from semantic_aug.errors import run_main
+
+    out, err, logger = io.StringIO(), io.StringIO(), logging.getLogger("semantic_aug")
+    level, handler = logger.level, logging.StreamHandler(err)
+    logging.getLogger().addHandler(handler)
+    try:
+        with ThreadPoolExecutor(1) as thread, mock.patch.dict(os.environ):
+            other = thread.submit(meanwhile) if meanwhile else None
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = run_main(main, list(map(str, arguments)))
+    finally:
+        logging.getLogger().removeHandler(handler)
+        logger.setLevel(level)
+    if other is not None:
+        other.result()
+    return status, out.getvalue(), err.getvalue()
 
 
 def contents(folder: Path, *patterns: str) -> dict[str, str]:
@@ -115,10 +167,10 @@ def same(folder: Path, undisturbed: dict[str, str]) -> bool:
     return {**subset_contents(folder), "": undisturbed[""]} == undisturbed
 
 
-def wait_for_images(folder: Path, count: int, process) -> None:
+def wait_for_images(folder: Path, count: int, process: subprocess.Popen | None = None) -> None:
     """Waits until a running job has made some images; long, since a busy machine may start it in a minute or two."""
     for _ in range(6000):
-        if len(list(folder.rglob("*.png"))) >= count or process.poll() is not None:
+        if len(list(folder.rglob("*.png"))) >= count or (process and process.poll() is not None):
             return
         time.sleep(0.05)
     raise AssertionError("no images came")
@@ -160,9 +212,10 @@ def classify_arguments(image_folder, output_dir, **changes):
     return words
 
 
-def workers_of(process) -> list[int]:
-    """Process ids of a running job's sampling processes."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def workers_of(process: subprocess.Popen | None = None) -> list[int]:
+    """Process ids of a running job's sampling processes; None: of this process's job."""
+    parent = process.pid if process else os.getpid()
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 

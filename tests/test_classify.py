@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROWS, classify_arguments, contents, refused, run, start, write_subset
+from helpers import ROWS, classify_arguments, contents, refused, run_here, start, write_subset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv, tensors
-from semantic_aug.classify import mixing, models
+from semantic_aug.classify import mixing, models, trainer
 from semantic_aug.classify.config import LossSettings, MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
 from semantic_aug.classify.losses import make_criterion, one_hot, smooth
@@ -445,7 +445,7 @@ def subset(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(image_folder, subset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classify") / "run"
-    out = run(
+    out = run_here(
         "train_cls.py",
         *classify_arguments(image_folder, folder, syndata_dir=[subset], synthetic_prob=0.3, use_cutmix=True),
     )
@@ -488,8 +488,8 @@ def test_the_best_epoch_is_validations(trained):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(trained, image_folder, subset, tmp_path):
     words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
-    run("train_cls.py", *classify_arguments(image_folder, tmp_path / "same", **words))
-    run("train_cls.py", *classify_arguments(image_folder, tmp_path / "other", **words, seed=1))
+    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "same", **words))
+    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "other", **words, seed=1))
     losses = [
         [row.split(",")[2] for row in (f / "epochs.csv").read_text().splitlines()]
         for f in (trained[0], tmp_path / "same", tmp_path / "other")
@@ -499,15 +499,17 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(trained, imag
 
 @pytest.mark.slow
 def test_killed_and_started_again_equals_uninterrupted(image_folder, tmp_path, monkeypatch):
-    script = "tests/saving_every_epoch.py"
-    run(script, *classify_arguments(image_folder, tmp_path / "whole", nepoch=6))
-    process = start(script, *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "whole", nepoch=6))
+    process = start("tests/saving_every_epoch.py", *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
     while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "results.json").exists()
-    assert "resuming after epoch" in run(script, *classify_arguments(image_folder, tmp_path / "killed", nepoch=6))
+    assert "resuming after epoch" in run_here(
+        "train_cls.py", *classify_arguments(image_folder, tmp_path / "killed", nepoch=6)
+    )
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "killed"))
     assert one == two
     whole, killed = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "killed"))
@@ -519,16 +521,18 @@ def test_a_finished_run_is_not_run_again_and_other_arguments_are_refused(trained
     folder, _ = trained
     before = contents(folder, "*")
     words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
-    assert "is finished already" in run("train_cls.py", *classify_arguments(image_folder, folder, **words))
+    assert "is finished already" in run_here("train_cls.py", *classify_arguments(image_folder, folder, **words))
     assert "other arguments (nepoch: 4 -> 5;" in refused(
-        "train_cls.py", *classify_arguments(image_folder, folder, **{**words, "nepoch": 5})
+        "train_cls.py", *classify_arguments(image_folder, folder, **{**words, "nepoch": 5}), alone=True
     )
     assert contents(folder, "*") == before
 
 
 @pytest.mark.slow
 def test_without_validation_or_test_the_run_says_what_it_has(image_folder, tmp_path):
-    out = run("train_cls.py", *classify_arguments(image_folder / "train", tmp_path / "run", val_fraction=0, nepoch=1))
+    out = run_here(
+        "train_cls.py", *classify_arguments(image_folder / "train", tmp_path / "run", val_fraction=0, nepoch=1)
+    )
     assert "val:" not in out and "test:" not in out and (tmp_path / "run" / "model.safetensors").exists()
 
 

@@ -6,7 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from helpers import CLASSES, name_of, run, run_example
+from helpers import CLASSES, name_of, run_example, run_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -420,12 +420,12 @@ def test_both_stages_from_the_command_line_with_xl_and_captions(bases, tmp_path)
     images, config = tiny.write_image_folder(tmp_path / "animals", train=2), tmp_path / "config"
     (images / "train" / "metadata.csv").write_text("file_name,caption\ntoad/train000.png,wet\n")
     shared = ["--dataset", f"folder:{images}", "--config_dir", config]
-    run("train_lora.py", *shared, "--pretrained_model_name_or_path", bases["sdxl"], "--max_train_steps", 2,
+    run_here("train_lora.py", *shared, "--pretrained_model_name_or_path", bases["sdxl"], "--max_train_steps", 2,
         "--train_batch_size", 2, "--rank", 2, "--report_to", "none", "--validation_steps", 2, "--num_validation_images", 1,
         "--train_text_encoder_lora", "--class_prompts_ratio", 0.2, "--num_vectors", 2,
         "--output_dir", tmp_path / "run", "--register_key", "xl")  # fmt: skip
     assert (tmp_path / "run" / "validation" / "step-000002.png").is_file()
-    run("sample_mp.py", *shared, "--finetune_model_key", "xl", "--sample_strategy", "diff-mix", "--aug_strength", 0.5,
+    run_here("sample_mp.py", *shared, "--finetune_model_key", "xl", "--sample_strategy", "diff-mix", "--aug_strength", 0.5,
         "--syn_dataset_multiplier", 1, "--num_inference_steps", 4, "--batch_size", 4, "--gpu_ids", "cpu",
         "--output_root", tmp_path / "samples")  # fmt: skip
     folder = tmp_path / "samples" / name_of(images) / "diff-mix-Multi1-xl-Strength0.5"

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from helpers import ROOT, contents, name_of, refused, run, start
+from helpers import ROOT, contents, main_here, name_of, refused, run, run_here, start
 from safetensors.torch import load_file
 
 import tiny
+import train_lora
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import load_base
@@ -56,7 +57,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def uninterrupted(tiny_base, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune") / "run"
     config = folder.parent / "config"
-    out = run("train_lora.py", *arguments(tiny_base, image_folder, folder, config_dir=config, register_key="mine"))
+    out = run_here("train_lora.py", *arguments(tiny_base, image_folder, folder, config_dir=config, register_key="mine"))
     return folder, config, out
 
 
@@ -91,12 +92,12 @@ def test_output_contract(uninterrupted, tiny_base, image_folder):
 def test_a_finished_run_is_not_run_again(uninterrupted, tiny_base, image_folder):
     folder, config, _ = uninterrupted
     before = contents(folder, "*")
-    out = run("train_lora.py", *arguments(tiny_base, image_folder, folder, config_dir=config, register_key="mine"))
+    out = run_here("train_lora.py", *arguments(tiny_base, image_folder, folder, config_dir=config, register_key="mine"))
     assert "is finished already (8 steps)" in out and contents(folder, "*") == before
     line = refused("train_lora.py", *arguments(tiny_base, image_folder, folder, rank=3))
     assert "other arguments (rank: 2 -> 3)" in line and contents(folder, "*") == before
     with lock_folder(folder, "--output_dir"):
-        line = refused("train_lora.py", *arguments(tiny_base, image_folder, folder))
+        line = refused("train_lora.py", *arguments(tiny_base, image_folder, folder), alone=True)
     assert f"is being written by another run (process {os.getpid()} on" in line and "another --output_dir" in line
 
 
@@ -110,7 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tiny
     process.communicate()
     (tmp_path / "run" / ".checkpoint-6.tmp").mkdir(exist_ok=True)  # as if the kill came in the middle of writing it
     assert "unfinished run: add --resume_from_checkpoint latest" in refused("train_lora.py", *words)
-    run("train_lora.py", *words, "--resume_from_checkpoint", "latest")
+    run_here("train_lora.py", *words, "--resume_from_checkpoint", "latest")
     ours, wanted = weights(tmp_path / "run"), weights(uninterrupted[0])
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in wanted)
     assert [r.split(",")[1] for r in (tmp_path / "run" / "metrics.csv").read_text().splitlines()][-1] == [
@@ -136,7 +137,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(uninterrupted, tiny_b
 @pytest.mark.parametrize(("strategy", "files"), [("ti", WEIGHTS[1:]), ("db", WEIGHTS[:1])])
 def test_tokens_or_lora_alone(tiny_base, tiny_base_v, image_folder, tmp_path, strategy, files):
     base = tiny_base_v if strategy == "ti" else tiny_base  # v-prediction once
-    out = run(
+    out = run_here(
         "train_lora.py",
         *arguments(
             base,
@@ -157,7 +158,7 @@ def test_tokens_or_lora_alone(tiny_base, tiny_base_v, image_folder, tmp_path, st
 @pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch(tiny_base, image_folder, tmp_path):
     for name, changes in (("one", {}), ("two", {"train_batch_size": 2, "gradient_accumulation_steps": 2})):
-        run("train_lora.py", *arguments(tiny_base, image_folder, tmp_path / name, max_train_steps=4, **changes))
+        run_here("train_lora.py", *arguments(tiny_base, image_folder, tmp_path / name, max_train_steps=4, **changes))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
 
@@ -210,10 +211,9 @@ def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_f
 @pytest.mark.slow
 def test_bad_requests_are_one_line(tiny_base, image_folder, tmp_path, changes, message):
     words = arguments(tiny_base, image_folder, tmp_path / "run", **changes)
-    process = start("train_lora.py", *words)
-    _, err = process.communicate(timeout=300)
+    status, _, err = main_here(train_lora.main, words)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(lines) == 1 and message in lines[0], err
+    assert status == 2 and len(lines) == 1 and message in lines[0], err
     assert "Traceback" not in err
 
 

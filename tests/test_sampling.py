@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import CLASSES, SUBSET, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
+from helpers import CLASSES, SUBSET, refused, run_here, same, sampling_arguments, start, wait_for_images, workers_of
 from PIL import Image
 
 import tiny
@@ -38,7 +38,7 @@ def test_one_run_has_everything_the_contract_names(undisturbed, image_folder):
 
 @pytest.mark.slow
 def test_three_processes_make_the_same_files(workshop, image_folder, tmp_path, undisturbed):
-    run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu"] * 3))
+    run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu"] * 3))
     assert same(tmp_path / SUBSET, undisturbed)
 
 
@@ -54,12 +54,13 @@ def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, i
     victims[0].unlink()
     victims[1].write_bytes(victims[1].read_bytes()[:100])
     moved = shutil.copytree(image_folder, tmp_path / "another disk" / "animals")
+    words = sampling_arguments(workshop, moved, tmp_path)
+    run_here("sample_mp.py", *words, "--num_shards", "2", "--shard_index", "1")
     words = sampling_arguments(workshop, moved, tmp_path, gpu_ids=["cpu"] * 3)
-    run("sample_mp.py", *words, "--num_shards", "2", "--shard_index", "1")
-    run("sample_mp.py", *words)
+    run_here("sample_mp.py", *words)
     assert same(tmp_path / SUBSET, undisturbed)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / SUBSET).rglob("*.png")}
-    assert "54 of 54 images (0 made now" in run("sample_mp.py", *words)
+    assert "54 of 54 images (0 made now" in run_here("sample_mp.py", *words)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / SUBSET).rglob("*.png")}
 
 
@@ -73,26 +74,25 @@ def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop
     assert process.returncode == 130 and "the same command makes the rest" in err
     table = meta_csv.read(tmp_path / SUBSET / "meta.csv")
     assert 4 <= len(table) < 54 and len(table) == len(list((tmp_path / SUBSET).rglob("*.png")))
-    run("sample_mp.py", *words)
+    run_here("sample_mp.py", *words)
     assert same(tmp_path / SUBSET, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(workshop, image_folder, tmp_path, undisturbed):
-    process = start("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path))
-    wait_for_images(tmp_path, 3, process)
-    workers = workers_of(process)
-    assert workers
-    os.kill(workers[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "is replaced" in err
+    def kill():
+        wait_for_images(tmp_path, 3)
+        os.kill(workers_of()[0], signal.SIGKILL)
+
+    words = sampling_arguments(workshop, image_folder, tmp_path)
+    assert "is replaced" in run_here("sample_mp.py", *words, meanwhile=kill)
     assert same(tmp_path / SUBSET, undisturbed)
 
 
 @pytest.mark.slow
 def test_shards_make_the_same_files(workshop, image_folder, tmp_path, undisturbed):
     for index in (1, 0):
-        run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, num_shards=2, shard_index=index))
+        run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, num_shards=2, shard_index=index))
     assert same(tmp_path / SUBSET, undisturbed)
 
 
@@ -103,7 +103,9 @@ def test_a_folder_made_otherwise_or_in_use_is_not_touched(workshop, image_folder
     line = refused("sample_mp.py", *words, "--guidance_scale", "3", "--seed", "5")
     assert "guidance_scale: 7.5 -> 3.0" in line and "seed: 0 -> 5" in line and "--output_root" in line
     with lock_folder(folder, "--output_root"):
-        assert f"is being written by another run (process {os.getpid()} on" in refused("sample_mp.py", *words)
+        assert f"is being written by another run (process {os.getpid()} on" in refused(
+            "sample_mp.py", *words, alone=True
+        )
     assert same(folder, undisturbed)
 
 
@@ -118,7 +120,7 @@ def test_a_folder_made_otherwise_or_in_use_is_not_touched(workshop, image_folder
 )
 def test_other_strategies(workshop, image_folder, tiny_base, tmp_path, strategy, key, changes, name):
     changes = {k: str(tiny_base) if v == "TINY" else v for k, v in changes.items()}
-    run(
+    run_here(
         "sample_mp.py",
         *sampling_arguments(
             workshop,
@@ -144,9 +146,7 @@ def test_other_strategies(workshop, image_folder, tiny_base, tmp_path, strategy,
 def test_an_unreadable_source_costs_only_its_own_images(workshop, tmp_path):
     folder = tiny.write_image_folder(tmp_path / "animals")
     (folder / "train" / "toad" / "train002.png").write_bytes(b"broken")
-    process = start("sample_mp.py", *sampling_arguments(workshop, folder, tmp_path / "out"))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2
+    err = run_here("sample_mp.py", *sampling_arguments(workshop, folder, tmp_path / "out"), status=2)
     assert "3 images could not be made" in err and "toad/train002.png cannot be decoded" in err
     table = meta_csv.read(tmp_path / "out" / SUBSET / "meta.csv")
     assert len(table) == 51 and not any("toad/train002" in key for key in table.further["Source Image"])
@@ -154,7 +154,7 @@ def test_an_unreadable_source_costs_only_its_own_images(workshop, tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_writes_nothing(workshop, image_folder, tmp_path):
-    out = run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "out"), "--dry_run")
+    out = run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "out"), "--dry_run")
     assert "54 images (3 x 18 training images) in 14 batches of 4" in out and "as target" in out
     assert not (tmp_path / "out").exists()
 
