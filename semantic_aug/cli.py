@@ -51,20 +51,21 @@ class Parser(PlainParser):
         self.recipes, self.spellings = recipes, spellings or {}
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        words = sys.argv[1:] if args is None else list(args)
+        arguments = sys.argv[1:] if args is None else list(args)
         flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in words:  # before argparse complains of a required flag that was only misspelled
+        for word in arguments:  # before argparse complains of a required flag that was only misspelled
             if instead := instead_of(word, self.prog, flags):
                 self.error(f"{word} is a flag of the Diff-Mix authors' code: here, {instead}")
             if word.startswith("--") and word.split("=")[0] not in flags:
                 self.error(f"unknown argument {word}: did you mean {nearest_first(word, flags)[0]}?")
-        parsed, rest = super().parse_known_args(words, namespace)
-        return self._with_recipe(words, parsed) if self.recipes and not rest else (parsed, rest)
+        parsed, rest = super().parse_known_args(arguments, namespace)
+        return self._with_recipe(arguments, parsed) if self.recipes and not rest else (parsed, rest)
 
-    def _with_recipe(self, words: Sequence[str], given: argparse.Namespace):
+    def _with_recipe(self, arguments: Sequence[str], given: argparse.Namespace):
         """Parses once more with the recipe's values before the words of the command line, which therefore win."""
         where = f"recipe {given.recipe} of {registry.RECIPES}, {self.recipes}"
-        rows, on_line = registry.recipe(given.recipe, self.recipes, given.config_dir), {w.split("=")[0] for w in words}
+        rows = registry.recipe(given.recipe, self.recipes, given.config_dir)
+        on_line = {argument.split("=")[0] for argument in arguments}
         values, looked_at = {}, dict.fromkeys(flag for row in rows for flag in row.when)
         try:
             for flag in dict.fromkeys((*looked_at, *(flag for row in rows for flag in row.set))):
@@ -79,7 +80,7 @@ class Parser(PlainParser):
                     f"no {', '.join(missing)} for {setting}: give --{missing[0]} or another --recipe, or add a row"
                 )
             before = [word for flag, value in values.items() for word in (f"--{flag}", *value)]
-            parsed, rest = super().parse_known_args([*before, *words])
+            parsed, rest = super().parse_known_args([*before, *arguments])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         shown = ", ".join(f"{flag} {' '.join(value)}" for flag, value in values.items())

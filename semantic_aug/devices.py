@@ -138,12 +138,12 @@ def actors_of(gpu_ids: Sequence[str] | None) -> list[str]:
     Raises:
         UserError: entries of both kinds, or other ones.
     """
-    words = list(gpu_ids or [CPU])
-    if set(words) == {CPU}:
-        return words
-    if not all(word.isdecimal() for word in words):
-        raise UserError(f"--gpu_ids {' '.join(words)}: expected GPU numbers, or the word cpu, one per actor")
-    return [f"cuda:{word}" for word in words]
+    entries = list(gpu_ids or [CPU])
+    if set(entries) == {CPU}:
+        return entries
+    if not all(word.isdecimal() for word in entries):
+        raise UserError(f"--gpu_ids {' '.join(entries)}: expected GPU numbers, or the word cpu, one per actor")
+    return [f"cuda:{word}" for word in entries]
 
 
 def _present(count: int) -> str:

@@ -39,16 +39,8 @@ class LossLog:
 
 
 def check_losses(losses: np.ndarray, last_step: int, advice: str) -> None:
-    """Stops a training whose loss is not finite.
-
-    Args:
-        losses: of consecutive steps, ``(n,)``.
-        last_step: number of the last of them; steps count from 1.
-        advice: what to lower, and what is kept on disk.
-
-    Raises:
-        UserError: one of the losses is not finite; names the first such step.
-    """
+    """Stops a training whose losses ``(n,)`` of consecutive steps, counted from 1, are not finite. Raises UserError: names the
+    first such step, and gives ``advice``: what to lower, and what is kept on disk."""
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
         step = last_step - len(losses) + 1 + int(bad[0])
@@ -66,15 +58,8 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def check_outputs(value: float, amp: str = "no") -> None:
-    """Refuses outputs of a classifier that are not finite.
-
-    Args:
-        value: their loss or their sum.
-        amp: ``no``, ``fp16`` or ``bf16``.
-
-    Raises:
-        UserError: the value is not finite.
-    """
+    """Refuses outputs of a classifier under mixed precision ``no``, ``fp16`` or ``bf16``. Raises UserError: ``value``, their
+    loss or their sum, is not finite."""
     if not np.isfinite(value):
         remedy = "use --amp bf16 or no" if amp == "fp16" else "its weights diverged, train with a lower --lr"
         raise UserError(f"the classifier's outputs are not finite: {remedy}")

@@ -123,12 +123,7 @@ ORIGINAL_NAMES = {
         "pottedplant": "potted plant",
         "tvmonitor": "television",
     },
-    "caltech": {
-        "Faces": "faces",
-        "Faces_easy": "faces easy",
-        "Leopards": "leopards",
-        "Motorbikes": "motorbikes",
-    },
+    "caltech": {"Faces": "faces", "Faces_easy": "faces easy", "Leopards": "leopards", "Motorbikes": "motorbikes"},
     "flower": {"cyclamen": "cyclamen ", "hippeastrum": "hippeastrum "},
 }
 """By data set, the names that the original implementation spells by no rule; those of flower end with a space there."""

@@ -18,7 +18,7 @@ from semantic_aug.files import atomic_path
 
 NULLS = ("", "~", "null", "Null", "NULL")
 _PLAIN = re.compile(r"([A-Za-z_./]|[0-9]+[g-np-wyzG-NP-WYZ])[\w./+-]*", re.ASCII)
-_WORDS = re.compile(r"y|n|yes|no|on|off|true|false|null|\.nan|\.inf|[._]*", re.IGNORECASE)
+_KEYWORDS = re.compile(r"y|n|yes|no|on|off|true|false|null|\.nan|\.inf|[._]*", re.IGNORECASE)
 _MERGE = "<<"
 
 
@@ -98,23 +98,23 @@ class _Values:
 
     def __init__(self, path: Path):
         self.path = path
-        self.made: dict[int, Any] = {}
-        self.open: set[int] = set()
+        self.values: dict[int, Any] = {}
+        self.pending: set[int] = set()
 
     def of(self, node: Any) -> Any:
         if isinstance(node, yaml.ScalarNode):
             quoted = node.style is not None  # or a block of text
             return node.value if quoted or node.value not in NULLS else None
-        if id(node) in self.open:
+        if id(node) in self.pending:
             raise UserError(
                 f"{self.path}, line {node.start_mark.line + 1}: an alias that contains itself: correct the file"
             )
-        if id(node) not in self.made:
-            self.open.add(id(node))
+        if id(node) not in self.values:
+            self.pending.add(id(node))
             mapping = isinstance(node, yaml.MappingNode)
-            self.made[id(node)] = self._mapping(node) if mapping else [self.of(item) for item in node.value]
-            self.open.remove(id(node))
-        return self.made[id(node)]
+            self.values[id(node)] = self._mapping(node) if mapping else [self.of(item) for item in node.value]
+            self.pending.remove(id(node))
+        return self.values[id(node)]
 
     def _mapping(self, node: Any) -> dict[str, Any]:
         out, lines, merged = {}, {}, {}
@@ -145,7 +145,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    plain = _PLAIN.fullmatch(text) and not _WORDS.fullmatch(text)
+    plain = _PLAIN.fullmatch(text) and not _KEYWORDS.fullmatch(text)
     style = None if plain else "'" if text.isprintable() else '"'  # with escapes
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 

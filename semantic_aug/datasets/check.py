@@ -37,7 +37,7 @@ SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 200, 96
 
 
 @dataclass
-class Seen:
+class Summary:
     """What was found in one image; ``error`` alone is set where it cannot be read."""
 
     split: str
@@ -127,30 +127,30 @@ def difference_hash(image: Image.Image) -> bytes:
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
 
 
-def look_at(table: ImageTable, index: int, split: str, thumbnail: bool = False) -> Seen:
+def look_at(table: ImageTable, index: int, split: str, thumbnail: bool = False) -> Summary:
     """Opens one image as it is stored and decodes it."""
-    seen = Seen(split, int(table.labels[index]), table.keys[index])
+    summary = Summary(split, int(table.labels[index]), table.keys[index])
     try:
         source = table.encoded(int(table.rows[index])) if table.encoded is not None else None
         if source is None:
             image = table.image(index)
-            seen.digest = hashlib.sha256(image.tobytes()).hexdigest()
+            summary.digest = hashlib.sha256(image.tobytes()).hexdigest()
         else:
             inside = isinstance(source, bytes)
-            image, stored = read_image(source, seen.key if inside else None)
-            seen.digest = hashlib.sha256(source if inside else Path(source).read_bytes()).hexdigest()
-            seen.oddities = oddities(stored, image.size, "" if inside else os.fspath(source))
+            image, stored = read_image(source, summary.key if inside else None)
+            summary.digest = hashlib.sha256(source if inside else Path(source).read_bytes()).hexdigest()
+            summary.oddities = oddities(stored, image.size, "" if inside else os.fspath(source))
         if max(high for _, high in image.getextrema()) < DARK:
-            seen.oddities += (f"nearly black, no value above {DARK - 1} of 255",)
-        seen.size = image.size
-        seen.hash = difference_hash(image)
+            summary.oddities += (f"nearly black, no value above {DARK - 1} of 255",)
+        summary.size = image.size
+        summary.hash = difference_hash(image)
         if thumbnail:
-            seen.thumbnail = ImageOps.fit(image, (SHEET_SIDE, SHEET_SIDE))
+            summary.thumbnail = ImageOps.fit(image, (SHEET_SIDE, SHEET_SIDE))
     except UserError as error:
-        seen.error = str(error)
+        summary.error = str(error)
     except OSError as error:
-        seen.error = f"image {seen.key} cannot be read ({error.strerror}): is the disk failing?"
-    return seen
+        summary.error = f"image {summary.key} cannot be read ({error.strerror}): is the disk failing?"
+    return summary
 
 
 def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int, int]]:
@@ -199,14 +199,14 @@ def check(
     report = Report(spec.name, list(names), {split: table.counts().tolist() for split, table in splits.items()})
     shown = _shown(splits["train"])
     tasks = [(table, i, split) for split, table in splits.items() for i in range(len(table))]
-    looks = in_threads(lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks, workers)
-    seen = list(progress(looks, len(tasks)) if progress else looks)
+    summaries = in_threads(lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks, workers)
+    summaries = list(progress(summaries, len(tasks)) if progress else summaries)
     for note in notes:
         _add(report, note.kind, note.cases, note.problem)
     _classes(report, spec, splits)
-    bad = [image for image in seen if image.error]
+    bad = [image for image in summaries if image.error]
     _add(report, "unreadable image", (image.error for image in bad), True)
-    good = [image for image in seen if not image.error]
+    good = [image for image in summaries if not image.error]
     _duplicates(report, good)
     _odd_images(report, good)
     report.findings.sort(key=lambda finding: not finding.problem)
@@ -246,53 +246,52 @@ def _classes(report: Report, spec: DatasetSpec, splits: Splits) -> None:
         lacking = [name for name, count in zip(names, report.counts[split], strict=True) if count == 0]
         _add(report, f"class without a {split} image", lacking, False)
     spellings = defaultdict(list)
-    spoken = prompt_names(tuple(names), spec)
-    for name, words in zip(names, spoken, strict=True):
-        spellings[folded(words.replace("-", " "))].append(name)
+    for name, prompt_name in zip(names, prompt_names(tuple(names), spec), strict=True):
+        spellings[folded(prompt_name.replace("-", " "))].append(name)
     alike = [" = ".join(f"'{name}'" for name in group) for group in spellings.values() if len(group) > 1]
     _add(report, "class names that collide (case, spaces, hyphens and underscores aside)", alike, True)
 
 
-def _place(image: Seen) -> str:
+def _name_of(image: Summary) -> str:
     return image.key if image.key.split("/")[0] == image.split else f"{image.split}: {image.key}"
 
 
-def _duplicates(report: Report, images: Sequence[Seen]) -> None:
+def _duplicates(report: Report, images: Sequence[Summary]) -> None:
     by_digest = defaultdict(list)
     for image in images:
         by_digest[image.digest].append(image)
     kinds: dict[str, list[str]] = defaultdict(list)
     for group in by_digest.values():
         if len(group) > 1:
-            kinds[_relation(group)].append(" = ".join(map(_place, group[:4])))
+            kinds[_relation(group)].append(" = ".join(map(_name_of, group[:4])))
     _add(report, "exact duplicate across splits (a leak)", kinds["splits"], True)
     _add(report, "exact duplicate under two labels", kinds["labels"], True)
     _add(report, "exact duplicate within a class of a split", kinds["same"], False)
     firsts = [group[0] for group in by_digest.values()]
     near: dict[str, list[str]] = defaultdict(list)
     for a, b in near_pairs([image.hash for image in firsts]):
-        near[_relation((firsts[a], firsts[b]))].append(f"{_place(firsts[a])} ~ {_place(firsts[b])}")
+        near[_relation((firsts[a], firsts[b]))].append(f"{_name_of(firsts[a])} ~ {_name_of(firsts[b])}")
     _add(report, "near duplicates across splits (a possible leak)", near["splits"], False)
     _add(report, "near duplicates under two labels", near["labels"], False)
     _add(report, "near duplicates within a class of a split", near["same"], False)
 
 
-def _relation(group: Sequence[Seen]) -> str:
+def _relation(group: Sequence[Summary]) -> str:
     if len({image.split for image in group}) > 1:
         return "splits"
     return "labels" if len({image.label for image in group}) > 1 else "same"
 
 
-def _odd_images(report: Report, images: Sequence[Seen]) -> None:
+def _odd_images(report: Report, images: Sequence[Summary]) -> None:
     kinds = defaultdict(list)
     for image in images:
         for kind in image.oddities:
             kinds[kind].append(image)
     for kind, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        _add(report, f"odd image: {kind}", map(_place, cases), False)
+        _add(report, f"odd image: {kind}", map(_name_of, cases), False)
 
 
-def contact_sheet(report: Report, images: Sequence[Seen]) -> Image.Image:
+def contact_sheet(report: Report, images: Sequence[Summary]) -> Image.Image:
     """The first training images of each class, a row per class."""
     rows: dict[int, list[Cell | None]] = defaultdict(list)
     for image in images:

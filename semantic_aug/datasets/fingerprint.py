@@ -72,12 +72,7 @@ class ContentHashes:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        source: Source,
-        stamp: Callable[[int], str],
-        folder: str,
-        what: str = "images",
+        self, names: Sequence[str], source: Source, stamp: Callable[[int], str], folder: str, what: str = "images"
     ):
         self.names, self._source, self._stamp, self.what = names, source, stamp, what
         self._stamps = self._take_stamps()
@@ -97,12 +92,12 @@ class ContentHashes:
     def _take_stamps(self) -> np.ndarray:
         """Hashes of the stamps ``(N, HASH_BYTES)``, in chunks on threads: on a network file system each is a question."""
 
-        def some(start: int) -> bytes:
+        def hashed(start: int) -> bytes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
             return b"".join(hash_bytes(os.fsencode(stamp)) if stamp else UNREADABLE for stamp in stamps)
 
         with ThreadPoolExecutor(QUESTIONS) as pool:
-            joined = b"".join(pool.map(some, range(0, len(self.names), CHUNK)))
+            joined = b"".join(pool.map(hashed, range(0, len(self.names), CHUNK)))
         return np.frombuffer(joined, np.uint8).reshape(-1, HASH_BYTES)
 
     def _stamp_or_none(self, index: int) -> str:

@@ -96,9 +96,7 @@ class Setting:
         help="share of each class held out of train for validation where the data set has no validation split",
     )
     val_examples_per_class: int = cli.setting(
-        -1,
-        type=int,
-        help="validation images per class at most, drawn with --subset_seed; -1 for all (default: -1)",
+        -1, type=int, help="validation images per class at most, drawn with --subset_seed; -1 for all (default: -1)"
     )
     corrupt_prob: float = cli.setting(
         0.0,

@@ -59,11 +59,8 @@ def read_unlabelled(path: Path | str) -> ImageTable:
 
 
 def with_unlabelled(dataset: LoadedDataset, path: Path | str) -> LoadedDataset:
-    """The data set with the images of :func:`read_unlabelled` that it does not have among its labelled training images.
-
-    Raises:
-        UserError: see :func:`read_unlabelled` and :func:`without_labelled`.
-    """
+    """The data set with the images of :func:`read_unlabelled` that are not among its labelled training images. Raises
+    UserError: see there and :func:`without_labelled`."""
     return replace(dataset, unlabelled=without_labelled(read_unlabelled(path), dataset, path))
 
 

@@ -279,7 +279,7 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
 
     from semantic_aug.divergence import non_finite
 
-    folder = folder or find_base(name)
+    folder = folder or _find_folder(name)
     transformers_logging.disable_progress_bar()
     family = check_base(folder, name)
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
@@ -369,16 +369,10 @@ def networks_without_weights(folder: Path) -> dict[str, torch.nn.Module]:
 
 def load_skeleton(name: str, folder: Path) -> BaseModel:
     """A base model without its weights, for what can be checked in seconds: networks on the meta device, and tokenizers. The
-    text encoders' token tables exist, with ones for vectors.
-
-    The headers of its safetensors files are read, which a file that is cut off does not survive.
-
-    Raises:
-        UserError: a configuration, a vocabulary or a weight file is damaged or absent.
-    """
+    text encoders' token tables exist, with ones for vectors. Raises UserError: a configuration, a vocabulary or (as far as its
+    header tells) a weight file is damaged or absent."""
     import torch
     from diffusers import AutoencoderKL
-    from safetensors import safe_open
 
     family = check_base(folder, name)
     try:
@@ -386,9 +380,6 @@ def load_skeleton(name: str, folder: Path) -> BaseModel:
         with torch.device("meta"):
             networks["vae"] = AutoencoderKL.from_config(read_configs(folder, name)[1])
         tokenizers = _load_tokenizers(folder, family)
-        for path in (path for part in family.weight_folders for path in (folder / part).glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                file.keys()
     except Exception as error:  # the libraries raise many kinds for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"base model '{name}' cannot be loaded ({reason}): complete the folder") from None

@@ -153,17 +153,8 @@ def generate(
     prompt_embeds: Conditions,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Noise to image, each sample under its own prompt.
-
-    Args:
-        sampler: U-Net, solver, empty prompt.
-        latent_shape: (C, h, w).
-        prompt_embeds: B rows.
-        generators: B CPU generators, one per sample.
-
-    Returns:
-        Scaled latents ``(B, C, h, w)``.
-    """
+    """Noise to image, each sample under its own of B prompts and from its own CPU generator; ``latent_shape`` is (C, h, w).
+    Returns scaled latents ``(B, C, h, w)``."""
     steps = sampler.settings.num_inference_steps
     groups = _groups(sampler.scheduler, [0] * len(generators), steps, prompt_embeds.device)
     latents = draw(latent_shape, generators, prompt_embeds.hidden) * groups[0].scheduler.init_noise_sigma
@@ -172,17 +163,8 @@ def generate(
 
 @torch.no_grad()
 def denoise(sampler: Sampler, latents: Tensor, prompt_embeds: Conditions, opening: Opening | None = None) -> Tensor:
-    """Latents at the first step's noise level to images, by a solver that draws nothing.
-
-    Args:
-        sampler: U-Net, solver, empty prompt.
-        latents: ``(B, C, h, w)``.
-        prompt_embeds: B rows.
-        opening: other prompts for the first steps, or None.
-
-    Returns:
-        Scaled latents ``(B, C, h, w)``.
-    """
+    """Latents ``(B, C, h, w)`` at the first step's noise level to scaled latents of images under B prompts, by a solver that
+    draws nothing; ``opening`` gives the first steps other prompts."""
     groups = _groups(sampler.scheduler, [0] * len(latents), sampler.settings.num_inference_steps, latents.device)
     return _denoise(sampler, groups, latents, prompt_embeds, [None] * len(latents), opening=opening)
 

@@ -302,9 +302,9 @@ def _flat_unet_names(name: str, unet: nn.Module) -> Iterator[str]:
     if name in _OUTSIDE:
         yield _OUTSIDE[name]
         return
-    for stem, place in _MIDDLE.items():
+    for stem, position in _MIDDLE.items():
         if name.startswith(f"{stem}."):
-            yield f"middle_block_{place}_{_inner_name(name.removeprefix(f'{stem}.'), '.resnets.' in stem)}"
+            yield f"middle_block_{position}_{_inner_name(name.removeprefix(f'{stem}.'), '.resnets.' in stem)}"
     match = _BLOCK.match(name)
     if not match or not match[5]:
         return

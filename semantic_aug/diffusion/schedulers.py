@@ -128,10 +128,7 @@ def check_noise_schedule(config: Mapping[str, Any], name: str) -> None:
 
 
 def make_scheduler(
-    config: Mapping[str, Any],
-    name: str = DEFAULT,
-    final_sigmas_type: str = "zero",
-    timestep_spacing: str | None = None,
+    config: Mapping[str, Any], name: str = DEFAULT, final_sigmas_type: str = "zero", timestep_spacing: str | None = None
 ):
     """A scheduler of the base model's noise schedule.
 

@@ -170,18 +170,13 @@ def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
 def class_prompt(
     source_name: str, prompt_name: str, super_class: str, tokens: ClassTokens | None, template: str = SAMPLING_TEMPLATE
 ) -> str:
-    """The prompt of one class: its token where there is one, else its name, followed by the super-class.
-
-    Args:
-        source_name: the class as the data set spells it; tokens are found by it.
-        prompt_name: the class as prompts speak it.
-        tokens: class tokens of the checkpoint, or None.
-    """
+    """A template with :func:`class_words`."""
     return fill(template, class_words(source_name, prompt_name, super_class, tokens))
 
 
 def class_words(source_name: str, prompt_name: str, super_class: str, tokens: ClassTokens | None) -> str:
-    """What stands for a class in a sentence: its token, else its name, followed by the super-class."""
+    """What stands for a class in a sentence: its token, found by the data set's own spelling, or without ``tokens`` its name
+    as prompts spell it; followed by the super-class."""
     if tokens is None:
         return class_phrase(prompt_name, super_class)
     return f"{tokens.phrase(source_name)} {super_class}".strip()

@@ -127,9 +127,9 @@ class SplicedEmbedding(nn.Module):
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        words = self.table(ids.clamp(max=self.first_id - 1))
-        classes = F.embedding((ids - self.first_id).clamp(min=0), self.class_vectors).to(words.dtype)
-        return torch.where((ids >= self.first_id).unsqueeze(-1), classes, words)
+        vectors = self.table(ids.clamp(max=self.first_id - 1))
+        classes = F.embedding((ids - self.first_id).clamp(min=0), self.class_vectors).to(vectors.dtype)
+        return torch.where((ids >= self.first_id).unsqueeze(-1), classes, vectors)
 
 
 def install(

@@ -173,13 +173,10 @@ class Captions:
         if images.contexts:
             texts = contexts_of(column, labels, names, super_class)
         else:
+            lines = [[line.strip() for line in text.splitlines() if line.strip()] for text in column]
             texts = [
-                [
-                    caption_prompt(line.strip(), self.phrases[label], names[label][1])
-                    for line in text.splitlines()
-                    if line.strip()
-                ]
-                for label, text in zip(labels, column, strict=True)
+                [caption_prompt(line, self.phrases[label], names[label][1]) for line in captions]
+                for label, captions in zip(labels, lines, strict=True)
             ]
         if not any(texts):
             flag = f"--class_prompts_ratio {self.ratio:g}"
@@ -221,11 +218,7 @@ class Captions:
 
 
 def check_training_prompts(
-    dataset: LoadedDataset,
-    folder: Path,
-    base_name: str,
-    num_vectors: int | None,
-    images: ImageSettings,
+    dataset: LoadedDataset, folder: Path, base_name: str, num_vectors: int | None, images: ImageSettings
 ) -> None:
     """Refuses training prompts and captions whose class the base model would cut off.
 

@@ -164,10 +164,7 @@ class ImageSettings:
 
     TITLE = "images"
     resolution: int | None = cli.setting(
-        None,
-        type=cli.whole(8),
-        metavar="PIXELS",
-        help="side of the training images (default: the base model's own)",
+        None, type=cli.whole(8), metavar="PIXELS", help="side of the training images (default: the base model's own)"
     )
     crops: int = cli.setting(
         1, type=cli.whole(1), metavar="K", help="crops per image: the centre, and K - 1 seeded random ones"

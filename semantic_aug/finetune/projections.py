@@ -134,9 +134,8 @@ def _lora_weights(member: nn.Linear | LoraLinear) -> list[nn.Parameter]:
 def _lay_out(group: JoinedProjections) -> tuple[Tensor, Tensor]:
     """Where the values of a group's ``down`` and ``up`` stand among those of :class:`FlatLora`; -1 for zeros."""
     rank = -(-_joint_rank(group.members) // ALIGNMENT) * ALIGNMENT
-    down, up = (
-        torch.full(shape, -1, dtype=torch.int32) for shape in ((rank, group.weight.shape[1]), (len(group.weight), rank))
-    )
+    shapes = (rank, group.weight.shape[1]), (len(group.weight), rank)
+    down, up = (torch.full(shape, -1, dtype=torch.int32) for shape in shapes)
     row = column = 0
     for member in group.members:
         rows = slice(row, row := row + member.out_features)

@@ -46,17 +46,12 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: FinetuneConfig,
-        dataset: LoadedDataset,
-        accelerator: Accelerator,
-        origin: RunOrigin | None = None,
+        self, config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerator, origin: RunOrigin | None = None
     ):
         self.config, self.dataset, self.accelerator, self.origin = config, dataset, accelerator, origin
         # the labelled images, then the unlabelled ones as a further class
         self.images = dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
         self.base: BaseModel = load_base(config.model.pretrained_model_name_or_path, config.base_folder)
-        self.base.geometry.check(config.images.resolution)
         self.dtype = DTYPES[config.model.mixed_precision]
         self.model = TrainedModel(self.base, config, dataset).train()
         self._move_to_device()

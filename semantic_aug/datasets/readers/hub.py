@@ -63,22 +63,10 @@ def parse_id(text: str) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------------------- splits
 
 
-def read_hub(
-    splits: Mapping[str, HubSplit], image_column: str | None = None, label_column: str | None = None
-) -> Splits:
-    """Splits in the hub's format, each from the hub or from a local copy.
-
-    Args:
-        splits: our split name -> where it is.
-        image_column: column of images (None: the first column of images).
-        label_column: column of labels (None: one of :data:`LABEL_COLUMNS`, or the only column of classes).
-
-    Raises:
-        UserError: not to be had, a missing column, a label without a name, no labels in the training split.
-    """
-    tables = {
-        ours: _hub_table(_load_split(where), where, ours, image_column, label_column) for ours, where in splits.items()
-    }
+def read_hub(splits: Mapping[str, HubSplit]) -> Splits:
+    """Splits in the hub's format by our names, each from the hub or a local copy, with the columns ``image`` and ``label``.
+    Raises UserError: not to be had, a missing column, a label without a name, no labels in the training split."""
+    tables = {ours: _hub_table(_load_split(where), where, ours, "image", "label") for ours, where in splits.items()}
     return _labelled(tables, splits["train"])
 
 
@@ -93,6 +81,8 @@ def read_hub_id(
 
     Args:
         repo: hub id or local folder; ``:CONFIGURATION`` may follow.
+        image_column: column of images (None: the first column of images).
+        label_column: column of labels (None: one of :data:`LABEL_COLUMNS`, or the only column of classes).
         config: the configuration to read where there are several.
     """
     if config is None:
@@ -260,11 +250,7 @@ def _known_image_column(rows: hub.Dataset, name: str, given: str | None) -> str:
 
 
 def _table_of_rows(
-    rows: hub.Dataset,
-    where: HubSplit,
-    ours: str,
-    image_column: str,
-    labelled: tuple[Sequence[str], Sequence[int]],
+    rows: hub.Dataset, where: HubSplit, ours: str, image_column: str, labelled: tuple[Sequence[str], Sequence[int]]
 ) -> ImageTable:
     """The table of rows with these class names and labels."""
     import datasets as hub

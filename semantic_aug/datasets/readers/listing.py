@@ -69,9 +69,9 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         )
     is_parquet = file.suffix.lower() in (".parquet", ".pq")
     rows, location = _read_parquet(file) if is_parquet else _read_csv(file)
-    codes, words = _codes(rows, "label")
+    codes, values = _codes(rows, "label")
     paths, splits = rows["path"], _positions_of_splits(rows, location)
-    empty = np.flatnonzero(np.isin(codes, [code for code, word in enumerate(words) if not word]))
+    empty = np.flatnonzero(np.isin(codes, [code for code, value in enumerate(values) if not value]))
     if len(empty):
         raise UserError(f"{location(empty[0])}: the label is empty")
     texts = {name: rows[name] for name in TEXTS[1:] if name in rows.column_names}
@@ -80,7 +80,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
     tables, doubled = {}, []
     for split, positions in splits.items():
         keys = _keys(paths, positions, base, location)
-        kept = _without_repeated(keys, codes[positions], words, lambda i, at=positions: location(at[i]), doubled)
+        kept = _without_repeated(keys, codes[positions], values, lambda i, at=positions: location(at[i]), doubled)
         if len(kept) < len(positions):
             positions, keys = positions[kept], [keys[i] for i in kept.tolist()]
         further = {name: column.take(positions).to_pylist() for name, column in texts.items()}
@@ -88,7 +88,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         if "caption" in further:
             extras["caption"] = captions.as_column(further["caption"])
         extras |= captions.as_regions(further.get("box"), further.get("mask"), base)
-        tables[split] = replace(_table(keys, codes[positions], words, base, extras), group_names=group_names)
+        tables[split] = replace(_table(keys, codes[positions], values, base, extras), group_names=group_names)
     note("rows that repeat an image of their split left out", doubled)
     if "train" not in tables:
         raise UserError(f"{file} has no row of split train")
@@ -96,14 +96,14 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
     return unify(tables, fixed="train")
 
 
-def _check_columns(found: Sequence[str], file: Path) -> list[str]:
+def _check_columns(columns: Sequence[str], file: Path) -> list[str]:
     """The columns that are read, as the file spells them."""
-    spelled = {name.strip().casefold(): name for name in found}
+    spelled = {name.strip().casefold(): name for name in columns}
     for name in COLUMNS[:2]:
         if name not in spelled:
             raise UserError(
                 f"{file} lacks the column '{name}': expected path, label and optionally split; "
-                f"it has {', '.join(found) or 'none'}"
+                f"it has {', '.join(columns) or 'none'}"
             )
     return [spelled[name] for name in COLUMNS if name in spelled]
 
@@ -204,8 +204,8 @@ def _without_empty(rows: pa.Table) -> pa.Table:
     """The rows that have a path or a label; spreadsheets write rows of separators at the end."""
     from pyarrow import compute
 
-    codes, words = _codes(rows, "label")
-    blank = np.isin(codes, [code for code, word in enumerate(words) if not word])
+    codes, values = _codes(rows, "label")
+    blank = np.isin(codes, [code for code, value in enumerate(values) if not value])
     if not blank.any():
         return rows
     filled = ~blank | compute.not_equal(compute.utf8_trim_whitespace(rows["path"]), "").to_numpy(zero_copy_only=False)
@@ -213,34 +213,34 @@ def _without_empty(rows: pa.Table) -> pa.Table:
 
 
 def _codes(rows: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
-    """A column of codes: int32 ``(N,)``, and the word each stands for."""
+    """A column of codes: int32 ``(N,)``, and the value each stands for."""
     import pyarrow as pa
 
     if not len(rows):
         return np.empty(0, np.int32), []
     column = rows[name].unify_dictionaries().chunks
-    words = max((chunk.dictionary for chunk in column), key=len).to_pylist()
+    values = max((chunk.dictionary for chunk in column), key=len).to_pylist()
     if any(chunk.null_count for chunk in column):  # an empty cell
-        words.append("")
-        column = [pa.DictionaryArray.from_arrays(c.indices.fill_null(len(words) - 1), words) for c in column]
+        values.append("")
+        column = [pa.DictionaryArray.from_arrays(c.indices.fill_null(len(values) - 1), values) for c in column]
     codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in column]).astype(np.int32)
-    clean = [unicodedata.normalize("NFC", word.strip()) for word in words]
-    if clean == words:
-        return codes, words
-    position = {word: i for i, word in enumerate(dict.fromkeys(clean))}
-    return np.array([position[word] for word in clean], np.int32)[codes], list(position)
+    clean = [unicodedata.normalize("NFC", value.strip()) for value in values]
+    if clean == values:
+        return codes, values
+    position = {value: i for i, value in enumerate(dict.fromkeys(clean))}
+    return np.array([position[value] for value in clean], np.int32)[codes], list(position)
 
 
 def _positions_of_splits(rows: pa.Table, location: Location) -> dict[str, np.ndarray]:
     """Row numbers of each split, ascending; all are train where there is no column ``split``."""
     if "split" not in rows.column_names:
         return {"train": np.arange(len(rows))}
-    codes, words = _codes(rows, "split")
+    codes, values = _codes(rows, "split")
     members_of: dict[str, list[int]] = {}
-    for code, word in enumerate(words):
-        split = split_of(word or "train")
+    for code, value in enumerate(values):
+        split = split_of(value or "train")
         if split is None and (codes == code).any():
-            raise UserError(f"{location(np.argmax(codes == code))}: split '{word}': expected train, val or test")
+            raise UserError(f"{location(np.argmax(codes == code))}: split '{value}': expected train, val or test")
         members_of.setdefault(split or "train", []).append(code)
     positions = {split: np.flatnonzero(np.isin(codes, members)) for split, members in members_of.items()}
     return {split: rows for split, rows in positions.items() if len(rows)}
@@ -248,10 +248,10 @@ def _positions_of_splits(rows: pa.Table, location: Location) -> dict[str, np.nda
 
 def _groups(rows: pa.Table) -> tuple[np.ndarray, tuple[str, ...]]:
     """The group of each row, int64 ``(N,)``, and the groups' names in alphabetical order; empty cells are a group, too."""
-    codes, words = _codes(rows, "group")
-    names = tuple(sorted(set(words)))
+    codes, values = _codes(rows, "group")
+    names = tuple(sorted(set(values)))
     rank = {name: position for position, name in enumerate(names)}
-    return np.array([rank[word] for word in words], np.int64)[codes], names
+    return np.array([rank[value] for value in values], np.int64)[codes], names
 
 
 def _keys(paths: pa.ChunkedArray, positions: np.ndarray, base: Path, location: Location) -> list[str]:
@@ -310,18 +310,18 @@ def _spellings(text: str) -> Iterator[str]:
 
 
 def _table(
-    keys: list[str], codes: np.ndarray, words: list[str], base: Path, extras: dict[str, np.ndarray]
+    keys: list[str], codes: np.ndarray, values: list[str], base: Path, extras: dict[str, np.ndarray]
 ) -> ImageTable:
     """A split's table; its classes are those that occur in it, in alphabetical order."""
-    used = sorted(np.flatnonzero(np.bincount(codes, minlength=len(words))).tolist(), key=words.__getitem__)
-    rank = np.zeros(len(words), np.int64)
+    used = sorted(np.flatnonzero(np.bincount(codes, minlength=len(values))).tolist(), key=values.__getitem__)
+    rank = np.zeros(len(values), np.int64)
     rank[used] = np.arange(len(used))
-    names = [words[code] for code in used]
+    names = [values[code] for code in used]
     return table_of_files(names, rank[codes], keys, lambda row: os.path.join(base, keys[row]), extras)
 
 
 def _without_repeated(
-    keys: list[str], codes: np.ndarray, words: list[str], location: Location, doubled: list[str]
+    keys: list[str], codes: np.ndarray, values: list[str], location: Location, doubled: list[str]
 ) -> np.ndarray:
     """Positions without those that name an image again; what is left out is added to ``doubled``. Raises UserError: an image
     has two labels."""
@@ -335,7 +335,7 @@ def _without_repeated(
             kept.append(i)
         elif codes[known] != codes[i]:
             raise UserError(
-                f"{location(i)}: '{key}' is listed under two labels, '{words[codes[known]]}' and '{words[codes[i]]}': "
+                f"{location(i)}: '{key}' is listed under two labels, '{values[codes[known]]}' and '{values[codes[i]]}': "
                 "remove one row"
             )
         else:

@@ -71,7 +71,7 @@ def read(spec: DatasetSpec, *copies: str | None) -> Splits:
         "train": HubSplit(spec.hub[0], "train", train, remedy),
         "test": HubSplit(spec.hub[-1], "test" if test else spec.hub_test_split, test, remedy),
     }
-    return read_hub(splits, image_column="image", label_column="label")
+    return read_hub(splits)
 
 
 def part(root: Path, *names: str) -> Path:
@@ -133,8 +133,8 @@ def read_mat(file: Path) -> dict[str, Any]:
 def variable(content: Mapping[str, Any], name: str, file: Path) -> np.ndarray:
     """One variable of a MATLAB file as a flat array. Raises UserError: the file has no such variable."""
     if name not in content:
-        found = ", ".join(key for key in content if not key.startswith("__"))
-        raise UserError(f"{file} has no variable '{name}' (it has {found}): it is another file; download it again")
+        present = ", ".join(key for key in content if not key.startswith("__"))
+        raise UserError(f"{file} has no variable '{name}' (it has {present}): it is another file; download it again")
     return np.atleast_1d(content[name]).reshape(-1)
 
 
