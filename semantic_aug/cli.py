@@ -220,13 +220,8 @@ def recorded(values: Mapping[str, Any], *classes: builtins.type) -> dict[str, An
 def add_settings(
     parser: argparse.ArgumentParser, cls: builtins.type, *, leave_out: Collection[str] = (), **defaults: Any
 ) -> None:
-    """Adds the flags of a dataclass as a group titled by its ``TITLE``.
-
-    Args:
-        cls: dataclass with :func:`setting` fields.
-        leave_out: names of fields that are no flags of this command; the dataclass's defaults hold for them.
-        defaults: defaults of this command that differ from the dataclass's.
-    """
+    """Adds the flags of a dataclass as a group titled by its ``TITLE``, but those that are no flags of this command
+    (``leave_out``, whose defaults hold); ``defaults``: those of this command that differ from the dataclass's."""
     groups = {group.title: group for group in parser._action_groups}
     group = groups.get(cls.TITLE) or parser.add_argument_group(cls.TITLE)
     for name, f in settings_of(cls).items():

@@ -104,14 +104,8 @@ def check_ids(gpu_ids: Sequence[str], each: str = "") -> None:
 
 
 def processes_of(gpu_ids: Sequence[str] | None, cpu_threads: int) -> list[str]:
-    """The devices of the processes that ``--gpu_ids`` asks for: ``0 0 1`` or ``cpu cpu``.
-
-    Args:
-        gpu_ids: entries of the flag; None: one process per GPU, or per CPU core.
-
-    Raises:
-        UserError: neither a number nor ``cpu``, both kinds at once, or a GPU that is not there.
-    """
+    """The devices of the processes that ``--gpu_ids`` asks for: ``0 0 1`` or ``cpu cpu``; None for one process per GPU, or per
+    ``cpu_threads`` CPU cores. Raises UserError: neither a number nor ``cpu``, both kinds at once, or an absent GPU."""
     if gpu_ids and set(gpu_ids) == {CPU}:
         return list(gpu_ids)
     count = gpu_count()
@@ -129,15 +123,9 @@ def processes_of(gpu_ids: Sequence[str] | None, cpu_threads: int) -> list[str]:
 
 
 def actors_of(gpu_ids: Sequence[str] | None) -> list[str]:
-    """The actors of a Ray cluster that ``--gpu_ids`` asks for; the numbers only say which of them share a GPU.
-
-    Args:
-        gpu_ids: ``cpu cpu`` for two on CPUs, ``0 1`` for two with a GPU each, ``0 0 1 1`` for four with half a GPU each;
-            None: a single CPU actor.
-
-    Raises:
-        UserError: entries of both kinds, or other ones.
-    """
+    """The actors of a Ray cluster that ``--gpu_ids`` asks for; the numbers only say which of them share a GPU: ``cpu cpu`` for
+    two on CPUs, ``0 0 1 1`` for four with half a GPU each, None for a single CPU actor. Raises UserError: entries of both
+    kinds, or other ones."""
     entries = list(gpu_ids or [CPU])
     if set(entries) == {CPU}:
         return entries

@@ -79,12 +79,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it holds something else, or is no JSON.
-    """
+    """A JSON file that holds an object. Raises OSError: it cannot be read; ValueError: it is no JSON, or another value."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
@@ -92,15 +87,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def check_space(folder: Path, needed: int, flag: str) -> None:
-    """Refuses work that the disk cannot hold.
-
-    Args:
-        folder: that gets the files; it need not exist.
-        needed: bytes.
-
-    Raises:
-        UserError: less is free.
-    """
+    """Refuses work that needs more bytes than the disk of a folder, which need not exist, has free. Raises UserError: says how
+    many, and the flag to change."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

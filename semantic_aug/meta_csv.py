@@ -116,15 +116,8 @@ def without_slashes(names: Sequence[str]) -> list[str]:
 
 
 def write(path: Path, rows: Iterable[Sequence], further: Sequence[str] = FURTHER_COLUMNS) -> int:
-    """Writes a ``meta.csv``; it appears whole or not at all. Rows are streamed, so any number fits in memory.
-
-    Args:
-        rows: values in the order of :data:`COLUMNS`, then of ``further``.
-        further: names of the further columns.
-
-    Returns:
-        The number of rows.
-    """
+    """Writes a ``meta.csv`` whole or not at all and returns the number of rows. Rows, values in the order of :data:`COLUMNS`
+    and then of the ``further`` columns, are streamed, so that any number fits in memory."""
     with csv_writer(path) as writer:
         writer.writerow([*COLUMNS, *further])
         written = itertools.count()

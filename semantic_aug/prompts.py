@@ -258,12 +258,8 @@ def _read_lines(word: str, flag: str, expected: str) -> tuple[str, ...]:
 
 
 def caption_prompt(caption: str, phrase: str, name: str) -> str:
-    """An image's own caption, speaking of the class by its phrase.
-
-    Args:
-        caption: with ``{}`` where the class belongs, or with the class's name, which the phrase replaces; a caption with
-            neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch".
-    """
+    """An image's own caption, speaking of the class by its phrase, which replaces ``{}`` or the class's name; a caption with
+    neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch"."""
     if "{}" in caption:
         return fill(caption, phrase)
     named = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", caption, count=1, flags=re.IGNORECASE)
@@ -328,13 +324,7 @@ def context_of(caption: str, names: Sequence[str], super_class: str = "") -> str
 def contexts_of(
     captions: Iterable[str], labels: Iterable[int], names: Sequence[Sequence[str]], super_class: str = ""
 ) -> list[list[str]]:
-    """The contexts in the captions of N images.
-
-    Args:
-        captions: of each image, several one a line.
-        labels: class of each image.
-        names: spellings of each class.
-    """
+    """The contexts in the captions of N images, several of one image one a line; ``names`` are the spellings of each class."""
     return [
         [context for line in caption.splitlines() if (context := context_of(line, names[label], super_class))]
         for caption, label in zip(captions, labels, strict=True)

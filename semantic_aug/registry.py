@@ -234,13 +234,8 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
 
 
 def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> bool:
-    """Adds (dataset, key) to a registry file, keeping its comments and order.
-
-    Two processes may register at once: the file is locked while it is read and replaced.
-
-    Returns:
-        True when the file changed, False when it already held exactly this entry.
-    """
+    """Adds (dataset, key) to a registry file, keeping its comments and order; returns whether the file changed, False where it
+    held exactly this entry. Two processes may register at once: the file is locked while it is read and replaced."""
     path = config_dir / file
     with locked(path.with_name(f".{path.name}.lock")):
         text = check_key(file, dataset, key, entry, config_dir)

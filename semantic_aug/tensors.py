@@ -37,11 +37,7 @@ def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
 
 
 def open_array(path: Path, dtype: type, shape: tuple[int, ...] | None = None) -> np.memmap | None:
-    """A ``.npy`` file mapped for reading, or None where it is absent, cut off, or not what is expected.
-
-    Args:
-        shape: expected shape; None: any.
-    """
+    """A ``.npy`` file mapped for reading, or None where it is absent, cut off, or of another type or shape (None: any)."""
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):

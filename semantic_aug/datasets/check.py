@@ -87,13 +87,7 @@ class Report:
 
 
 def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str, ...]:
-    """What is unusual about an image.
-
-    Args:
-        stored: how its file holds it.
-        size: (width, height) of the upright image.
-        name: of its file.
-    """
+    """What is unusual about an image of an upright size (width, height), stored so in a file of this name."""
     oddities = []
     if stored.mode in ("1", "L"):
         oddities.append("greyscale")

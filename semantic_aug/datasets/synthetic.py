@@ -209,14 +209,8 @@ def read_subset(
 
 
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
-    """The folder of a subset and the file that lists its images, which need not be there.
-
-    Args:
-        folder: of the subset; ``#NAME`` at its end chooses ``meta-NAME.csv``.
-
-    Raises:
-        UserError: no such folder, or no such variant; lists the variants there are.
-    """
+    """The folder of a subset and the file that lists its images, which need not exist; ``#NAME`` at the end chooses
+    ``meta-NAME.csv``. Raises UserError: no such folder, or no such variant; lists the variants."""
     path, _, variant = str(folder).partition("#")
     root = registry.resolve_path(path)
     if not root.is_dir():
@@ -412,12 +406,7 @@ def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedData
 
 
 def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray, file: str = SOURCES_FILE) -> None:
-    """Keeps the training images of a subset beside it.
-
-    Args:
-        keys: name of each image.
-        values: content hash of each, uint8 ``(N, 16)``.
-    """
+    """Keeps the training images of a subset beside it: their names, and their content hashes, uint8 ``(N, 16)``."""
     joined = np.frombuffer("\0".join(keys).encode("utf-8", "surrogateescape"), np.uint8)
     with atomic_path(folder / file) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, keys=joined, values=values)

@@ -163,14 +163,8 @@ def table_of_files(
     path_of: Callable[[int], str | Path],
     extras: Mapping[str, Sequence] | None = None,
 ) -> ImageTable:
-    """A table whose rows are image files; nothing is opened before an image is asked for.
-
-    Args:
-        class_names: in label order.
-        labels: one per file.
-        keys: unique name of each file, the same whatever order they are listed in.
-        path_of: from a position in ``labels`` to the file.
-    """
+    """A table whose rows are image files, ``path_of`` their positions; nothing is opened before an image is asked for. A file's
+    key is unique and the same whatever order they are listed in."""
     read, stamp = lambda row: open_image(path_of(row)), lambda row: file_stamp(path_of(row))
     return ImageTable.of(class_names, labels, keys, read, stamp, extras, encoded=path_of)
 

@@ -82,16 +82,8 @@ def _add_adapter(network: nn.Module, rank: int, alpha: float | None, modules: Se
 def add_text_lora(
     text_encoder: CLIPTextModel, rank: int, alpha: float | None = None, layers: int | None = None
 ) -> list[nn.Parameter]:
-    """Adds a trainable LoRA to a text encoder's attention projections in place; see :func:`add_lora`.
-
-    Everything else in the text encoder is frozen by it: add it before trainable class tokens.
-
-    Args:
-        layers: how many layers get one, from the first; None for all. One that no prediction depends on has no gradient.
-
-    Returns:
-        The trainable parameters.
-    """
+    """Adds a trainable LoRA to a text encoder's attention projections in place, in its first ``layers`` layers (None: all);
+    see :func:`add_lora`. Everything else in the text encoder is frozen by it: add it before trainable class tokens."""
     chosen = [
         name
         for name, _ in text_encoder.named_modules()
@@ -172,14 +164,8 @@ def merge_lora(unet: UNet2DConditionModel, lora: dict[str, LoraPair], where: str
 
 @torch.no_grad()
 def merge_into(networks: Mapping[str, nn.Module], lora: dict[str, LoraPair], where: str) -> int:
-    """Adds a LoRA to the weights themselves, in float32 on the CPU; the networks have no adapter afterwards.
-
-    Returns:
-        The number of projections changed.
-
-    Raises:
-        UserError: a key that matches no module, or a shape that does not fit: nothing is merged then.
-    """
+    """Adds a LoRA to the weights themselves, in float32 on the CPU, and returns the number of projections changed. Raises
+    UserError: a key that matches no module, or a shape that does not fit: nothing is merged then."""
     matched = match_lora(networks, lora, where)
     for weight, pair in matched:
         if weight.dtype != torch.float32:

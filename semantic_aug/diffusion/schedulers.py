@@ -155,13 +155,8 @@ def make_scheduler(
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
-    """The step at which img2img at ``strength`` starts, counted from pure noise (SDEdit; diffusers' rule).
-
-    The remaining ``num_inference_steps - first_step`` steps are run.
-
-    Raises:
-        UserError: no step remains.
-    """
+    """The step at which img2img at ``strength`` starts, counted from pure noise (SDEdit; diffusers' rule); it and the following
+    ones are run. Raises UserError: no step remains."""
     check_strength(num_inference_steps, strength)
     return num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
 
@@ -173,16 +168,8 @@ def check_strength(
     steps_flag: str = "--num_inference_steps",
     remedy: str = "an --aug_strength",
 ) -> None:
-    """Refuses a strength of which so few steps leave none.
-
-    Args:
-        cause: what gave the strength.
-        steps_flag: what gave the steps.
-        remedy: where another strength is given; empty: nowhere.
-
-    Raises:
-        UserError: names cause and flag.
-    """
+    """Refuses a strength of which so few steps leave none. Raises UserError: names what gave the strength, what gave the steps,
+    and where another strength is given (``remedy``; empty: nowhere)."""
     if int(steps * strength) < 1:
         lowest = f", or {remedy} of at least {math.ceil(1000 / steps) / 1000:g}" if remedy else ""
         raise UserError(

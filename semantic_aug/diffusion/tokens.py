@@ -182,14 +182,8 @@ def install_all(
     text_encoders: Sequence[CLIPTextModel],
     trainable: bool = False,
 ) -> list[Tensor]:
-    """Teaches every tokenizer and text encoder of a base model the class tokens; see :func:`install`.
-
-    Returns:
-        The installed vectors, one tensor per text encoder.
-
-    Raises:
-        UserError: vectors for another number of text encoders, or what :func:`install` refuses.
-    """
+    """Teaches every tokenizer and text encoder of a base model the class tokens; see :func:`install`. Returns the installed
+    vectors, one tensor per text encoder. Raises UserError: vectors for another number of text encoders, too."""
     if len(tokens.tables) != len(text_encoders):
         raise UserError(
             f"class tokens hold vectors for {_encoders(len(tokens.tables))}, the base model has "
@@ -215,12 +209,8 @@ def initial_tokens(
     text_encoder: CLIPTextModel,
     vectors_per_class: int = 1,
 ) -> ClassTokens:
-    """Untrained class tokens: the mean embedding of the initialiser's words.
-
-    Args:
-        initializer: ``class_name``, ``super_class``, or words of the user's own.
-        vectors_per_class: vectors that stand for one class, all started alike.
-    """
+    """Untrained class tokens, the vectors of a class all alike: the mean embedding of the initialiser's words, which are
+    ``class_name``, ``super_class``, or the user's own."""
     table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
     rows = []
     for name in prompt_names:

@@ -220,16 +220,9 @@ class Captions:
 def check_training_prompts(
     dataset: LoadedDataset, folder: Path, base_name: str, num_vectors: int | None, images: ImageSettings
 ) -> None:
-    """Refuses training prompts and captions whose class the base model would cut off.
-
-    Args:
-        dataset: whose classes are learned.
-        num_vectors: vectors per class token, None without class tokens.
-        images: class prompts and what is made of captions; contexts follow the class and cut nothing of it off.
-
-    Raises:
-        UserError: see :class:`Captions` and :func:`semantic_aug.diffusion.text.check_prompts`.
-    """
+    """Refuses training prompts and captions whose class the base model would cut off; contexts follow the class and cut nothing
+    of it off. ``num_vectors`` is None without class tokens. Raises UserError: see :class:`Captions` and
+    :func:`semantic_aug.diffusion.text.check_prompts`."""
     tokens = None
     if num_vectors is not None:
         vectors = torch.zeros(len(dataset.source_names) * num_vectors, 1)

@@ -159,14 +159,8 @@ def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_r
 
 
 def check_disk(config: FinetuneConfig, images: int, geometry: Geometry, trained: int) -> None:
-    """Refuses a run that writes more at once than the disk holds: encoded images, and checkpoints with optimiser states.
-
-    Args:
-        trained: number of trained values.
-
-    Raises:
-        UserError: less is free.
-    """
+    """Refuses a run that writes more at once than the disk holds: encoded images, and checkpoints with the optimiser's states
+    of so many trained values. Raises UserError: less is free."""
     channels, height, width = geometry.latent_shape(config.images.resolution)
     views = config.images.crops * (1 if config.images.no_flip else 2)
     latents = 0 if config.images.random_crops else 4 * images * views * 2 * channels * height * width

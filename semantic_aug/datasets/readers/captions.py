@@ -34,12 +34,8 @@ def as_column(captions: Iterable[str | Sequence[str] | None]) -> np.ndarray:
 def as_regions(
     boxes: Iterable[str | None] | None, masks: Iterable[str | None] | None, base: Path
 ) -> dict[str, np.ndarray]:
-    """Boxes and paths of masks as ``extras`` columns, as far as there are such; they are checked where they are used.
-
-    Args:
-        boxes: texts, one per image; None without a column.
-        masks: paths, relative to ``base``; None without a column.
-    """
+    """Boxes (texts) and masks (paths relative to ``base``) of the images as ``extras`` columns, as far as there are such; they
+    are checked where they are used."""
     columns = {} if boxes is None else {BOX_TEXT: as_column(text and text.strip() for text in boxes)}
     if masks is not None:
         texts = ((text or "").strip().replace("\\", "/") for text in masks)
