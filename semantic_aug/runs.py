@@ -148,7 +148,7 @@ def claim(
     absent: Mapping[str, Any] = MappingProxyType({}),
     dry_run: bool = False,
 ) -> bool:
-    """Takes a folder for a run with these arguments, or finds that it belongs to one.
+    """Takes a folder for a run with these arguments; returns whether it already holds one of the same arguments and origin.
 
     A folder whose record does not say what it was made from (earlier versions wrote none) is never resumed: nothing
     can show that its images are the present ones.
@@ -159,9 +159,6 @@ def claim(
         origin: data and weights, kept as ``made_from`` beside the arguments.
         absent: see :func:`differences`.
         dry_run: write nothing.
-
-    Returns:
-        True when the folder already holds a run with the same arguments and origin, False when it is new.
 
     Raises:
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be

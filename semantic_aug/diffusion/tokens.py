@@ -135,20 +135,10 @@ class SplicedEmbedding(nn.Module):
 def install(
     tokens: ClassTokens, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, trainable: bool = False
 ) -> Tensor:
-    """Teaches tokenizer and text encoder the class tokens, in place.
-
-    Args:
-        tokens: what to install; its vectors are copied.
-        tokenizer: gets the placeholders, with ids from its present size upwards.
-        text_encoder: gets a :class:`SplicedEmbedding`.
-        trainable: make the vectors a float32 parameter.
-
-    Returns:
-        The installed ``(K * V, D)`` vectors.
-
-    Raises:
-        UserError: the vectors' width is not the text encoder's, or the tokenizer knows a placeholder already.
-    """
+    """Teaches tokenizer and text encoder the class tokens, in place: the one gets the placeholders, with ids from its present
+    size upwards, the other a :class:`SplicedEmbedding` of copies of the vectors, a float32 parameter where ``trainable``.
+    Returns the installed ``(K * V, D)`` vectors. Raises UserError: the vectors' width is not the text encoder's, or the
+    tokenizer knows a placeholder already."""
     table = text_encoder.get_input_embeddings()
     if isinstance(table, SplicedEmbedding):
         raise ValueError("class tokens are installed already")

@@ -285,18 +285,8 @@ UNUSED = {
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A request of stage 1; :func:`semantic_aug.finetune.run.resolve` fills in what the flags leave open.
-
-    Attributes:
-        dataset: name of the data set.
-        setting: which part of the training split is used.
-        run: seed, registry folder, dry run.
-        model: what is trained.
-        train: how it is trained.
-        images: how images are presented.
-        output: what is written.
-        base_folder: where the base model is on this machine, once resolved.
-    """
+    """A request of stage 1; :func:`semantic_aug.finetune.run.resolve` fills in what the flags leave open, and ``base_folder``,
+    where the base model is on this machine."""
 
     dataset: str
     setting: Setting

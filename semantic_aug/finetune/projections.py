@@ -42,7 +42,7 @@ class JoinedProjections:
     """
 
     def __init__(self, members: Sequence[nn.Linear | LoraLinear]):
-        layers = [_plain_layer(member) for member in members]
+        layers = [member.base_layer if isinstance(member, LoraLinear) else member for member in members]
         self.members, self.bias = members, layers[0].bias
         self.weight = layers[0].weight.detach()
         if len(layers) > 1:
@@ -181,10 +181,6 @@ def _join(members: Sequence[nn.Linear | LoraLinear]) -> list[JoinedProjections]:
     """Projections of one input as one group, or each by itself where the rank is large."""
     apart = _joint_rank(members) > MAX_JOINT_RANK
     return [JoinedProjections([member]) for member in members] if apart else [JoinedProjections(members)]
-
-
-def _plain_layer(projection: nn.Linear | LoraLinear) -> nn.Linear:
-    return projection.base_layer if isinstance(projection, LoraLinear) else projection
 
 
 def _plain(attn: Attention) -> bool:

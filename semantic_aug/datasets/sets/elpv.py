@@ -2,15 +2,12 @@
 
 Greyscale, 300x300 pixels, 8 classes: two cell types (mono- and polycrystalline) times four levels of an expert's
 belief that the cell is defective (0, 1/3, 2/3, 1). Get it with ``pip install elpv-dataset``; nothing is downloaded.
-The split is fixed, 60 % train, 15 % val, 25 % test of each class, and kept in ``elpv_split.csv`` beside this file
-(:func:`stratified_split` made it).
+The split is fixed, 60 % train, 15 % val, 25 % test of each class, a seeded draw kept in ``elpv_split.csv`` beside this file.
 """
 
 import csv
 import importlib.util
 from pathlib import Path
-
-import numpy as np
 
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.table import table_of_files
@@ -38,19 +35,6 @@ def read_labels(folder: Path) -> list[tuple[str, str, int]]:
     with open(folder / "data" / "labels.csv", encoding="ascii") as lines:
         rows = [line.split() for line in lines if line.strip()]
     return [(Path(path).stem, kind, round(100 * float(level))) for path, level, kind in rows]
-
-
-def stratified_split(labels: list[tuple[str, str, int]], seed: int = 0) -> dict[str, str]:
-    """Image name -> split, 60/15/25 % of every class; a pure function of the label file and the seed."""
-    split = {}
-    strata = sorted({f"{kind}_{level}" for _, kind, level in labels})
-    for index, stratum in enumerate(strata):
-        names = np.array([name for name, kind, level in labels if f"{kind}_{level}" == stratum])
-        names = np.random.default_rng([seed, index]).permutation(names)
-        train, val = round(0.6 * len(names)), round(0.15 * len(names))
-        for position, name in enumerate(names):
-            split[str(name)] = "train" if position < train else "val" if position < train + val else "test"
-    return split
 
 
 def read() -> Splits:
