@@ -1,6 +1,6 @@
 """Class names, class tokens and the sentences they stand in.
 
-A class is spoken of by its token ``<class_i>`` (textual inversion, Gal et al. 2023) or, where a checkpoint has no
+A prompt names a class by its token ``<class_i>`` (textual inversion, Gal et al. 2023) or, where a checkpoint has no
 tokens, by its cleaned-up name, followed by the data set's super-class: "a photo of a <class_3> bird".
 """
 
@@ -85,7 +85,7 @@ RULES: dict[str, Callable[[str], str]] = {
 def clean_class_name(
     name: str, rules: Sequence[str] = ("underscores",), overrides: Mapping[str, str] | None = None
 ) -> str:
-    """A source's class name as prompts speak it: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``.
+    """A source's class name as it stands in prompts: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``.
 
     Args:
         rules: keys of :data:`RULES`.

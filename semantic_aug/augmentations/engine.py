@@ -280,7 +280,7 @@ class Engine:
         return self._decoded(latents[: len(targets)])
 
     def _predict(self, *inputs, **options):
-        """One call of the denoiser, announced to whoever watches."""
+        """One call of the denoiser, after that of ``on_step``."""
         self.on_step()
         return self.denoiser(*inputs, **options)
 

@@ -27,7 +27,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The K classes of a data set as prompts need them, and what is said of them.
+    """The K classes of a data set and their prompts.
 
     Attributes:
         source_names: class names as the data set spells them.

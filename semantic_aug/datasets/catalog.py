@@ -41,7 +41,7 @@ class LoadedDataset:
 
     Attributes:
         source_names: class names as the source spells them; the ones ``meta.csv`` records.
-        class_names: the same cleaned up, as prompts speak them; all different.
+        class_names: the same cleaned up, as they stand in prompts; all different.
         folders: folder name of each class, safe and unique.
         train: training images of the setting.
         val: validation images, from the source or held out of train; None with ``val_fraction`` 0.

@@ -161,7 +161,7 @@ class SyntheticImages:
         shuffled = rng.permutation(len(self))
         by_target = shuffled[np.argsort(self.target[shuffled], kind="stable")]
         counts = np.bincount(self.target)
-        turn = np.empty(len(self), np.int64)  # the how-manieth of its class each image is
+        turn = np.empty(len(self), np.int64)  # position of each image among those of its class
         turn[by_target] = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)
         order = np.lexsort((rng.permutation(len(self)), turn))
         return self.take(np.sort(order[:number]))

@@ -21,7 +21,7 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor)
 
 
 def target(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor, prediction_type: str) -> Tensor:
-    """What the U-Net should say: the noise, or v = sqrt(a_t) e - sqrt(1 - a_t) x_0."""
+    """What the U-Net should predict: the noise, or v = sqrt(a_t) e - sqrt(1 - a_t) x_0."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":

@@ -175,8 +175,8 @@ def class_prompt(
 
 
 def class_words(source_name: str, prompt_name: str, super_class: str, tokens: ClassTokens | None) -> str:
-    """What stands for a class in a sentence: its token, found by the data set's own spelling, or without ``tokens`` its name
-    as prompts spell it; followed by the super-class."""
+    """A class in a prompt: its token, found by the data set's own spelling, or without ``tokens`` its cleaned-up name; followed
+    by the super-class."""
     if tokens is None:
         return class_phrase(prompt_name, super_class)
     return f"{tokens.phrase(source_name)} {super_class}".strip()

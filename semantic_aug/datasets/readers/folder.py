@@ -69,11 +69,10 @@ MASKS = "masks"
 def read_folder(folder: str | os.PathLike) -> Splits:
     """A folder of class folders, or a folder with ``train`` (and ``val``, ``test``) folders of class folders.
 
-    Every image file below a class folder belongs to that class, however deep it lies; which files are images, and what is
-    passed over, is said above. Class names are compared and given in composed
-    Unicode (NFC). A ``metadata.csv`` beside the class folders gives captions, boxes and masks
-    (:func:`semantic_aug.datasets.readers.captions.read_metadata`); a folder ``masks`` beside the class folders, or beside the
-    split folders, has the masks' files under the images' own names.
+    Every image file below a class folder belongs to that class, however deep it lies; see :class:`Walk` for which files are
+    images. Class names are compared and given in composed Unicode (NFC). A ``metadata.csv`` beside the class folders gives
+    captions, boxes and masks (:func:`semantic_aug.datasets.readers.captions.read_metadata`); a folder ``masks`` beside the
+    class folders, or beside the split folders, has the masks' files under the images' own names.
 
     Raises:
         UserError: not a folder, no class folders, fewer than two classes, a class folder without an image, two folders for

@@ -1,4 +1,4 @@
-"""What a reader leaves out or sets right in a user's data: a line on the log, and every case for ``check``."""
+"""What a reader leaves out or corrects in a user's data: a line on the log, and every case for ``check``."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Note:
-    """One kind of thing that was left out or set right.
+    """What was left out or corrected, of one kind.
 
     Attributes:
         kind: what happened, and what to do about it.
@@ -36,7 +36,7 @@ _notes: ContextVar[list[Note] | None] = ContextVar("notes", default=None)
 
 
 def note(kind: str, cases: Iterable[str], problem: bool = False) -> None:
-    """Notes one kind of thing: on the log, or for who collects (:func:`collected`). Nothing is said without a case."""
+    """Takes a note of some cases, none without a case: on the log, or in the list of :func:`collected`."""
     note = Note(kind, tuple(cases), problem)
     if not note.cases:
         return
