@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 
 
+@dataclass(eq=False)
 class RunOrigin:
     """What a run of a stage is made from: computed once when it begins, compared with a kept record, checked at its end.
 
-    Args:
+    Attributes:
         splits: that the run reads.
         columns: further columns of the data set that count, see :func:`semantic_aug.datasets.fingerprint.split_identity`.
         synthetic: images of synthetic subsets, or None.
@@ -25,17 +27,14 @@ class RunOrigin:
         without: entries of :func:`semantic_aug.datasets.fingerprint.data_identity` that do not concern the stage.
     """
 
-    def __init__(
-        self,
-        dataset: LoadedDataset,
-        splits: Sequence[str] = SPLITS,
-        columns: Sequence[str] | None = None,
-        synthetic: SyntheticImages | None = None,
-        further: Callable[[], Mapping[str, Any]] = dict,
-        without: Sequence[str] = (),
-    ):
-        self.dataset, self.splits, self.columns, self.synthetic = dataset, splits, columns, synthetic
-        self.further, self.without = further, without
+    dataset: LoadedDataset
+    splits: Sequence[str] = SPLITS
+    columns: Sequence[str] | None = None
+    synthetic: SyntheticImages | None = None
+    further: Callable[[], Mapping[str, Any]] = dict
+    without: Sequence[str] = ()
+
+    def __post_init__(self):
         self._hashes: list[ContentHashes] = []
         self._record: dict[str, Any] | None = None
 
