@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from semantic_aug import runs
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.spec import SPLITS
-from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, QUESTIONS, ImageTable, file_stamp
+from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, QUESTIONS, ImageTable, file_stamp, in_threads
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 
@@ -96,8 +95,7 @@ class ContentHashes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
             return b"".join(hash_bytes(os.fsencode(stamp)) if stamp else UNREADABLE for stamp in stamps)
 
-        with ThreadPoolExecutor(QUESTIONS) as pool:
-            joined = b"".join(pool.map(hashed, range(0, len(self.names), CHUNK)))
+        joined = b"".join(in_threads(hashed, range(0, len(self.names), CHUNK), QUESTIONS))
         return np.frombuffer(joined, np.uint8).reshape(-1, HASH_BYTES)
 
     def _stamp_or_none(self, index: int) -> str:
@@ -108,20 +106,12 @@ class ContentHashes:
 
     def _read(self, missing: Sequence[int]) -> list[int]:
         """Reads and hashes some of them; returns those whose hashes may be kept."""
-        if not missing:
-            return []
-        options = {"leave": False, "disable": None, "delay": 2.0, "dynamic_ncols": True}
-        bar = tqdm(total=len(missing), desc=f"hashing {self.what}", unit="file", **options)
-        settled = []
-        with bar, ThreadPoolExecutor(QUESTIONS) as pool:
-            try:
-                for index, (value, keep) in zip(missing, pool.map(self._hash, missing), strict=True):
-                    self.values[index] = np.frombuffer(value, np.uint8)
-                    settled += [index] if keep else []
-                    bar.update()
-            except BaseException:  # an interruption: what has not begun is not waited for
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        options = {"unit": "file", "leave": False, "disable": None, "delay": 2.0, "dynamic_ncols": True}
+        hashes = in_threads(self._hash, missing, QUESTIONS)
+        bar, settled = tqdm(hashes, total=len(missing), desc=f"hashing {self.what}", **options), []
+        for index, (value, keep) in zip(missing, bar, strict=True):
+            self.values[index] = np.frombuffer(value, np.uint8)
+            settled += [index] if keep else []
         return settled
 
     def _hash(self, index: int) -> tuple[bytes, bool]:
@@ -142,8 +132,7 @@ class ContentHashes:
         """Names of those whose content is another now than when they were hashed; only touched ones are read."""
         now = self._take_stamps()
         touched = np.flatnonzero((now != self._stamps).any(axis=1) | ~now.any(axis=1)).tolist()
-        with ThreadPoolExecutor(QUESTIONS) as pool:
-            present = [value for value, _ in pool.map(self._hash, touched)]
+        present = [value for value, _ in in_threads(self._hash, touched, QUESTIONS)]
         return [self.names[i] for i, value in zip(touched, present, strict=True) if value != self.values[i].tobytes()]
 
 

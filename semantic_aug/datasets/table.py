@@ -210,13 +210,13 @@ def missing_files(table: ImageTable) -> list[int]:
     if isinstance(table.encoded(int(table.rows[0])), bytes):
         return []
     missing, rows = [], table.rows.tolist()
-    with ThreadPoolExecutor(QUESTIONS) as pool:
-        for start in range(0, len(rows), LOOKED_UP):
-            folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
-            for index in range(start, min(len(rows), start + LOOKED_UP)):
-                folder, name = os.path.split(table.encoded(rows[index]))
-                folders[folder].append((index, name))
-            missing += itertools.chain.from_iterable(pool.map(_missing_in, folders, folders.values()))
+    for start in range(0, len(rows), LOOKED_UP):
+        folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for index in range(start, min(len(rows), start + LOOKED_UP)):
+            folder, name = os.path.split(table.encoded(rows[index]))
+            folders[folder].append((index, name))
+        parts = in_threads(lambda item: _missing_in(*item), list(folders.items()), QUESTIONS)
+        missing += itertools.chain.from_iterable(parts)
     return sorted(missing)
 
 
