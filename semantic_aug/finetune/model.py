@@ -14,7 +14,7 @@ from semantic_aug.datasets import LoadedDataset
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import BaseModel
-from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt, tokenize
+from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompts_of, tokenize
 from semantic_aug.errors import UserError
 from semantic_aug.finetune.batches import Captions
 from semantic_aug.finetune.config import FinetuneConfig, TrainSettings
@@ -42,11 +42,9 @@ class TrainedModel(nn.Module):
         self.unet, self.text_encoders = model.unet, nn.ModuleList(model.text_encoders)
         self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
         self.templates = config.images.templates
-        prompts = [
-            class_prompt(source, name, dataset.spec.super_class, self.tokens, template)
-            for source, name in zip(dataset.source_names, dataset.class_names, strict=True)
-            for template in self.templates
-        ]
+        classes = list(zip(dataset.source_names, dataset.class_names, strict=True))
+        spelled = class_prompts_of(classes, dataset.spec.super_class, self.tokens, self.templates)
+        prompts = [prompt for prompt, _, _ in spelled]
         if dataset.unlabelled is not None:  # a further class, whose prompts do not name any
             prompts += [caption_without_class(template, dataset.spec.super_class) for template in self.templates]
         self.captions = Captions(dataset, self.tokens, config.images)
