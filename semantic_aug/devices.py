@@ -26,12 +26,8 @@ def available_memory() -> int:
 
 
 def cgroup_rooms(membership: Path = MEMBERSHIP, mounts: Path = CGROUPS) -> Iterator[int]:
-    """What each limited control group around this process still allows, in bytes; page cache counts as free.
-
-    Args:
-        membership: lists the groups of a process, one hierarchy a line.
-        mounts: where the hierarchies are mounted: version 2 itself, version 1 in ``memory``.
-    """
+    """What each limited control group around this process still allows, in bytes; page cache counts as free. Version 2 is
+    mounted at ``mounts``, version 1 in its folder ``memory``."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux

@@ -85,15 +85,8 @@ RULES: dict[str, Callable[[str], str]] = {
 def clean_class_name(
     name: str, rules: Sequence[str] = ("underscores",), overrides: Mapping[str, str] | None = None
 ) -> str:
-    """A source's class name as it stands in prompts: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``.
-
-    Args:
-        rules: keys of :data:`RULES`.
-        overrides: names that are spoken differently altogether.
-
-    Raises:
-        KeyError: a rule that does not exist.
-    """
+    """A source's class name as it stands in prompts: ``001.Black_footed_Albatross`` -> ``Black footed Albatross``; by the
+    ``overrides``, else by :data:`RULES` of these names. Raises KeyError: a rule that does not exist."""
     if overrides and name in overrides:
         return overrides[name]
     cleaned = name

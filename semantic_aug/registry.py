@@ -68,12 +68,8 @@ def shown_path(path: str | os.PathLike) -> str:
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """Where one fine-tuned model's parts are.
-
-    Attributes:
-        lora_path: file of the U-Net LoRA, or None.
-        embed_path: file of the class tokens, or None.
-    """
+    """Where one fine-tuned model's parts are: the base model, the file of the U-Net LoRA and that of the class tokens, or
+    None."""
 
     model_path: str
     lora_path: Path | None
@@ -246,13 +242,8 @@ def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = C
 
 def check_key(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> str | None:
     """Everything that can refuse :func:`register`, without writing: to be called before the work whose result it is.
-
-    Returns:
-        The file's new text, or None where it already holds exactly this entry.
-
-    Raises:
-        UserError: a key that no flag could name, a damaged file, one that cannot be written, or a key taken by another entry.
-    """
+    Returns the file's new text, or None where it already holds exactly this entry. Raises UserError: a key that no flag
+    could name, a damaged file, one that cannot be written, or a key taken by another entry."""
     path = config_dir / file
     check_writable(file, key, config_dir)
     entries = _section(dataset, file, config_dir)

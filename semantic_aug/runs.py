@@ -238,11 +238,8 @@ class MetricsCsv:
     """A CSV that grows row by row and survives a kill: reopened for a resumed run, rows past the resume point go."""
 
     def __init__(self, path: Path, columns: Sequence[str], keep_below: float | None = None):
-        """Opens ``path`` for appending.
-
-        Args:
-            keep_below: keep existing rows whose first column is at most this, drop the rest (None: start afresh).
-        """
+        """Opens ``path`` for appending, of existing rows with those whose first column is at most ``keep_below`` (None:
+        with none)."""
         self.path, self.columns = path, list(columns)
         kept: list[list[str]] = []
         if keep_below is not None and path.exists():

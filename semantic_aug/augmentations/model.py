@@ -51,13 +51,8 @@ class Prompts:
         return tuple(self.templates) or (self.template,)
 
     def number(self, target: int, template: int = 0, context: int | None = None) -> int:
-        """The number of a prompt in an engine.
-
-        Args:
-            target: class.
-            template: position in :attr:`every_template`.
-            context: position in :attr:`contexts`; None: the plain prompt.
-        """
+        """The number of a prompt in an engine: of a class under a template (position in :attr:`every_template`) and a
+        context (position in :attr:`contexts`; None: the plain prompt)."""
         classes = len(self.source_names)
         following = 0 if context is None else (context + 1) * len(self.every_template) * classes
         return following + template * classes + target

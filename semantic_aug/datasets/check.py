@@ -63,12 +63,8 @@ class Finding:
 
 @dataclass
 class Report:
-    """What :func:`check` found.
-
-    Attributes:
-        counts: split -> images of each class.
-        sizes: smallest, median and largest width and height.
-    """
+    """What :func:`check` found: images of each class by split (``counts``), and the smallest, median and largest width and
+    height (``sizes``)."""
 
     name: str
     class_names: list[str]
@@ -178,16 +174,9 @@ def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int
 def check(
     spec: DatasetSpec, splits: Splits, workers: int | None = None, progress=None, notes: Sequence[Note] = ()
 ) -> tuple[Report, Image.Image]:
-    """Looks at every image of a data set.
-
-    Args:
-        splits: as the source gives them, before any setting.
-        progress: wraps the iterable of images (a progress bar), or None.
-        notes: on what was left out or set right when the splits were read.
-
-    Returns:
-        The report, and a contact sheet of the first images of each class.
-    """
+    """Looks at every image of a data set, whose splits are as the source gives them, with the notes taken when they were
+    read; ``progress`` wraps the iterable of images. Returns the report, and a contact sheet of the first images of each
+    class."""
     splits = {split: splits[split] for split in SPLITS if split in splits}
     names = splits["train"].class_names
     report = Report(spec.name, list(names), {split: table.counts().tolist() for split, table in splits.items()})

@@ -305,14 +305,8 @@ def names_identity(names: Sequence[str]) -> dict[str, int | str]:
 
 
 def files_digest(paths: Sequence[Path], root: Path | None = None) -> str:
-    """One digest of the weights of a model: of the files' content, and of their names where there are several.
-
-    Args:
-        root: the folder of all of them, from which names are taken; None for a single file, whatever it is called.
-
-    Raises:
-        UserError: one cannot be read.
-    """
+    """One digest of the weights of a model: of the files' content and, where there are several, of their names below
+    ``root``. Raises UserError: one cannot be read."""
     hashes = hash_files(paths, "weights").hex()
     missing = next((path for path, value in zip(paths, hashes, strict=True) if not int(value, 16)), None)
     if missing is not None:

@@ -272,14 +272,9 @@ def _to_bytes(values: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def fit(image: Image.Image, size: int, mode: str = "squash") -> Image.Image:
-    """A square image of ``size`` pixels, Lanczos-resampled (what diffusers' image processor uses).
-
-    Args:
-        image: PIL RGB of any size.
-        size: side in pixels.
-        mode: ``squash`` keeps the whole picture and lets its aspect ratio go; ``crop`` scales the shorter side to
-            ``size`` and keeps the centre.
-    """
+    """A square image of ``size`` pixels, PIL RGB, Lanczos-resampled (what diffusers' image processor uses): ``squash``
+    keeps the whole picture and lets its aspect ratio go, ``crop`` scales the shorter side to ``size`` and keeps the
+    centre."""
     if mode == "squash":
         return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
     if mode == "crop":

@@ -81,16 +81,8 @@ def split_of(name: str) -> str | None:
 
 
 def unify(tables: Splits, fixed: str | None = None) -> Splits:
-    """Brings all splits to one class list, in the order of the training split's.
-
-    Args:
-        tables: splits; ``train`` among them.
-        fixed: the split whose classes are all there are (a class that only another split has is an error); without
-            it, classes only other splits have are appended.
-
-    Raises:
-        UserError: a split has a class the fixed one lacks.
-    """
+    """Brings all splits to one class list, in the order of the training split's. Classes that only other splits have are
+    appended or, where one split is ``fixed``, refused. Raises UserError: a split has a class that the fixed one lacks."""
     names: dict[str, None] = {}
     for split in sorted(tables, key=SPLITS.index):
         for name in tables[split].class_names:

@@ -42,13 +42,9 @@ def _in_turn(rows: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
 
 
 def halves(table: ImageTable, round_up: bool = False) -> Splits:
-    """A random half of each class for training, the rest for testing, drawn as the Diff-Mix authors draw it.
-
-    One generator with the seed 0 permutes the images of each class, sorted by key, class after class.
-
-    Args:
-        round_up: the middle image of an odd class is for training.
-    """
+    """A random half of each class for training, the rest for testing, drawn as the Diff-Mix authors draw it: one generator
+    with the seed 0 permutes the images of each class, sorted by key, class after class. With ``round_up`` the middle image
+    of an odd class is for training."""
     rng, train = np.random.default_rng(0), np.zeros(len(table), bool)
     for label in range(len(table.class_names)):
         rows = np.flatnonzero(table.labels == label)

@@ -152,11 +152,8 @@ class SyntheticImages:
         return self.take(np.flatnonzero(keep))
 
     def at_most(self, number: int, seed: int = 0) -> SyntheticImages:
-        """``number`` of the images, as even over the target classes as they allow; a larger number contains a smaller one's.
-
-        Args:
-            number: images kept, 1 or more; all where there are not that many.
-        """
+        """``number`` of the images, or all where there are fewer, as even over the target classes as they allow; a larger
+        number contains a smaller one's."""
         rng = numpy_rng(seed, "share of a subset")
         shuffled = rng.permutation(len(self))
         by_target = shuffled[np.argsort(self.target[shuffled], kind="stable")]

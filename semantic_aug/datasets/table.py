@@ -240,12 +240,8 @@ def is_regular(entry: os.DirEntry) -> bool:
 
 
 def in_threads(work: Callable, tasks: Sequence, workers: int | None = None, block: int = 4096) -> Iterator:
-    """What ``map`` gives, in order, computed by threads, a block of tasks at once: a million do not wait in memory.
-
-    Args:
-        workers: threads (None: one per core, 16 at most).
-        block: tasks whose results may be held at once.
-    """
+    """What ``map`` gives, in order, computed by threads (None: one per core, 16 at most), a ``block`` of tasks at once: the
+    results of a million do not wait in memory."""
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(tasks), block):
             yield from pool.map(work, tasks[start : start + block])  # which cancels the rest on an error

@@ -27,12 +27,8 @@ FORBIDDEN = {
 
 
 def license_of(name: str, folder: Path) -> str:
-    """The licence that a base model's card names, or else the known one of its hub id, or :data:`NOT_KNOWN`.
-
-    Args:
-        name: hub id or folder, as the user gave it.
-        folder: of the model's files; its card is ``README.md``.
-    """
+    """The licence that a base model's card in its folder names, or else the known one of its hub id, or
+    :data:`NOT_KNOWN`."""
     try:
         head = (folder / CARD).read_text(encoding="utf-8", errors="replace").split("---")
         front = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None

@@ -95,12 +95,8 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Opening:
-    """The prompts of the first phase of denoising, where there are two (Diff-II: with a context, then without).
-
-    Attributes:
-        prompt_embeds: conditioning of the first ``steps`` steps, one row per image.
-        steps: of the first phase.
-    """
+    """The prompts of the first ``steps`` of denoising, one row per image, where there are two phases (Diff-II: with a
+    context, then without)."""
 
     prompt_embeds: Conditions
     steps: int

@@ -107,13 +107,8 @@ def save_lora(
     alpha: float | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Writes the networks' LoRA as ``path``, readable by diffusers' ``load_lora_weights``.
-
-    Args:
-        unet: with a LoRA added.
-        alpha: recorded where it is not the rank (diffusers then applies alpha / r too).
-        text_encoders: prefix -> text encoder; those without a LoRA are passed over.
-    """
+    """Writes the networks' LoRA as ``path``, readable by diffusers' ``load_lora_weights``; alpha is recorded where it is
+    not the rank (diffusers then applies alpha / r too). Text encoders, by prefix, without a LoRA are passed over."""
     state, adapter = {}, {}
     for prefix, network in {"unet": unet, **(text_encoders or {})}.items():
         if ADAPTER not in getattr(network, "peft_config", {}):

@@ -86,11 +86,7 @@ class Conditions:
 
 
 class ConditionCache:
-    """Encoded prompts by key, up to a bound of bytes; the least recently used go first.
-
-    Args:
-        bound: bytes; one entry is always kept.
-    """
+    """Encoded prompts by key, up to a bound of bytes (one entry is always kept); the least recently used go first."""
 
     def __init__(self, bound: int):
         self.bound, self.nbytes = bound, 0

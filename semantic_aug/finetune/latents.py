@@ -41,13 +41,8 @@ DECODE_BLOCK = 64
 
 @dataclass(frozen=True)
 class Share:
-    """The images that a process encodes or decodes.
-
-    Attributes:
-        rank: of the process.
-        world: number of processes.
-        wait: called so that all processes have come this far.
-    """
+    """The images that the process ``rank`` of ``world`` encodes or decodes; ``wait`` returns when all processes have come
+    this far."""
 
     rank: int = 0
     world: int = 1
@@ -186,13 +181,8 @@ def scaled(image: Image.Image, resolution: int) -> Image.Image:
 
 
 class PixelCache:
-    """Decoded images from which crops are cut and encoded; used as :class:`LatentCache` is.
-
-    Args:
-        vae: the autoencoder; its device and precision are those of the encoding.
-        resolution: side of the crops in pixels.
-        share: of this process.
-    """
+    """Decoded images from which square crops of ``resolution`` pixels are cut and encoded on the VAE's device and in its
+    precision; used as :class:`LatentCache` is."""
 
     def __init__(self, table: ImageTable, folder: Path, vae: torch.nn.Module, resolution: int, share: Share = Share()):
         self.table, self.vae, self.resolution, self.world = table, vae, resolution, share.world

@@ -129,15 +129,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
 
     def train(self) -> dict:
-        """Runs (or resumes) to ``max_train_steps`` and writes the final files.
-
-        Returns:
-            The summary that ``summary.json`` keeps.
-
-        Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
-            UserError: a checkpoint that does not fit.
-        """
+        """Runs (or resumes) to ``max_train_steps`` and writes the final files; returns the summary that ``summary.json``
+        keeps. Raises Interrupted: SIGINT or SIGTERM came, a checkpoint was written; UserError: a checkpoint that does not
+        fit."""
         config, accelerator = self.config, self.accelerator
         self._resume()
         self.prepare()

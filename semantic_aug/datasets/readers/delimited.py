@@ -84,14 +84,8 @@ class TextTable:
 
 
 def read_header(path: Path, wanted: Sequence[str] = ()) -> TextTable:
-    """The encoding, separator and columns of a table.
-
-    Args:
-        wanted: names of columns by which the separator is known, in lower case.
-
-    Raises:
-        UserError: no text, or not in a known encoding.
-    """
+    """The encoding, separator and columns of a table; the separator is known by the names of ``wanted`` columns, in lower
+    case. Raises UserError: no text, or not in a known encoding."""
     try:
         with open(path, "rb") as file:
             head = file.read(4096)

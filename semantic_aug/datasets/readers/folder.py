@@ -234,11 +234,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 class Walk:
-    """One reading of a data folder: finds images, and remembers what it leaves out.
-
-    Args:
-        root: names in notes are relative to it.
-    """
+    """One reading of a data folder: finds images, and remembers what it leaves out under names relative to ``root``."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -361,11 +357,7 @@ class Walk:
         return "; " + ", ".join(f"{reason}: {number}" for reason, number in reasons.items()) if reasons else ""
 
     def note_left_out(self, *read: str) -> None:
-        """Notes what was left out, a line for each reason.
-
-        Args:
-            read: names of files that were read as something else.
-        """
+        """Notes what was left out, a line for each reason, but the files that were ``read`` as something else."""
         for reason, cases in self.left_out.items():
             cases = sorted(case for case in cases if case not in read)
             endings = Counter(PurePath(case).suffix.lower() or "no ending" for case in cases)

@@ -106,16 +106,9 @@ def read_hub_id(
 
 
 def read_hub_images(word: str, class_name: str) -> ImageTable:
-    """The images of a hub id or a local folder as a table of one class, whatever labels they have.
-
-    Splits named as validation or test ones are left out.
-
-    Args:
-        word: hub id or local folder; ``:CONFIGURATION`` may follow.
-
-    Raises:
-        UserError: not to be had, no other split, or splits without images.
-    """
+    """The images of a hub id or a local folder (``:CONFIGURATION`` may follow) as a table of one class, whatever labels
+    they have; splits named as validation or test ones are left out. Raises UserError: not to be had, no other split, or
+    splits without images."""
     import datasets as hub
 
     repo, config = parse_id(word)
