@@ -7,7 +7,7 @@ never stopped, without any saved random state, and two processes at half the bat
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +55,10 @@ class Draw:
         return Draw(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-@dataclass(eq=False)
 class BatchSource:
     """Draws the steps' batches.
 
-    Attributes:
+    Args:
         labels: ``(N,)`` classes of the training images.
         batch_size: effective batch size, over all processes and micro-batches.
         latent_shape: (C, h, w).
@@ -73,24 +72,29 @@ class BatchSource:
         unlabelled_share: of each batch; a fraction of an image is carried to the next step.
     """
 
-    labels: np.ndarray
-    batch_size: int
-    latent_shape: tuple[int, int, int]
-    _: KW_ONLY
-    views: int
-    flip: bool
-    templates: int
-    num_train_timesteps: int
-    noise_offset: float
-    class_balanced: bool
-    seed: int
-    unlabelled: int = 0
-    unlabelled_share: float | None = None
-
-    def __post_init__(self):
-        self.share = (self.unlabelled_share or 0.0) if self.unlabelled else 0.0
+    def __init__(
+        self,
+        labels: np.ndarray,
+        batch_size: int,
+        latent_shape: tuple[int, int, int],
+        *,
+        views: int,
+        flip: bool,
+        templates: int,
+        num_train_timesteps: int,
+        noise_offset: float,
+        class_balanced: bool,
+        seed: int,
+        unlabelled: int = 0,
+        unlabelled_share: float | None = None,
+    ):
+        self.labels, self.batch_size, self.latent_shape = labels, batch_size, latent_shape
+        self.views, self.flip, self.templates = views, flip, templates
+        self.num_train_timesteps, self.noise_offset = num_train_timesteps, noise_offset
+        self.class_balanced, self.seed = class_balanced, seed
+        self.unlabelled, self.share = unlabelled, (unlabelled_share or 0.0) if unlabelled else 0.0
         self._epochs: dict[str, tuple[int, np.ndarray]] = {}
-        self._by_class = [np.flatnonzero(self.labels == k) for k in np.unique(self.labels)]
+        self._by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
 
     def indices(self, step: int) -> np.ndarray:
         """The rows of a step, labelled ones and the share of unlabelled ones in one random order."""
