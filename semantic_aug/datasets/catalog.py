@@ -69,8 +69,8 @@ class LoadedDataset:
         """The section of a registry file to look ``key`` up in: the one of this name, or of the name that earlier versions
         made from the path where only that has the key. What an entry was made from is checked by whoever reads it."""
         former, key = self.spec.former_name, key.partition("#")[0]
-        present, earlier = (key in registry.keys(name, file, config_dir) for name in (self.name, former))
-        if former in ("", self.name) or present or not earlier:
+        keys = functools.partial(registry.keys, file=file, config_dir=config_dir)
+        if former in ("", self.name) or key in keys(self.name) or key not in keys(former):
             return self.name
         log.info("%s of %s is taken from section '%s', the name given to this path before", key, file, former)
         return former
