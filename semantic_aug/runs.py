@@ -1,12 +1,11 @@
 """Output folders: names, locks, the arguments and the origin kept beside the results, and metrics row by row."""
 
-import contextlib
 import csv
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import yaml
 
 from semantic_aug.errors import UserError
-from semantic_aug.files import LOCK_FILE, LockHeld, csv_writer, locked, write_text
+from semantic_aug.files import csv_writer, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
@@ -108,23 +107,6 @@ def difference(name: str, then: Any, now: Any) -> str:
 def value_text(value: Any) -> str:
     """A value as messages show it: ``none`` stands for None."""
     return "none" if value is None else repr(value)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, flag: str, num_shards: int = 1, shard_index: int = 0) -> Iterator[None]:
-    """Keeps a second run out of a folder: a whole run holds ``.lock`` alone, shards share it and each holds a lock of its own.
-    Raises UserError: another run holds it."""
-    sharded = num_shards > 1
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / LOCK_FILE, shared=sharded, wait=False))
-            if sharded:
-                held.enter_context(locked(folder / f"{LOCK_FILE}-{shard_index}of{num_shards}", wait=False))
-        except LockHeld as other:
-            raise UserError(
-                f"{folder} is being written by another run ({other.holder()}): wait for it, stop it, or choose another {flag}"
-            ) from None
-        yield
 
 
 class Origin(Protocol):

@@ -32,7 +32,7 @@ from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import summary
 from semantic_aug.evaluation.experiments.results import read_predictions
-from semantic_aug.runs import lock_folder
+from semantic_aug.run_lock import lock_folder
 
 SMALL = {"model": "test_vit", "nepoch": 2}
 """A transformer of some hundred thousand parameters, without batch statistics."""

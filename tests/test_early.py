@@ -21,7 +21,7 @@ from semantic_aug.errors import UserError, run_main
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune import config as finetune
 from semantic_aug.foreign_flags import INSTEAD
-from semantic_aug.runs import lock_folder
+from semantic_aug.run_lock import lock_folder
 
 
 def everything(folder):

@@ -23,7 +23,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.latents import LatentCache, crop_box, view_of
-from semantic_aug.runs import lock_folder
+from semantic_aug.run_lock import lock_folder
 
 
 def arguments(tiny_base, image_folder, output_dir, **changes):

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "semantic_aug"
 ORDER = "entry evaluation finetune sampling classify augmentations datasets diffusion cli leaf files errors".split()
 SIDE_BY_SIDE = [{"finetune", "sampling", "classify"}, {"augmentations", "datasets"}]
 LEAVES = set(
-    "registry prompts meta_csv seeding runs tensors console pictures allocator devices divergence foreign_flags".split()
+    "registry prompts meta_csv seeding runs run_lock tensors console pictures allocator devices divergence "
+    "foreign_flags".split()
 )
 
 

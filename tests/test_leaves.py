@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from semantic_aug import allocator, files, meta_csv, prompts, registry, runs, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
-from semantic_aug.runs import lock_folder
+from semantic_aug.run_lock import lock_folder
 from semantic_aug.tensors import read_metadata
 
 # --------------------------------------------------------------------------------------------------------- errors

@@ -13,7 +13,7 @@ from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv
-from semantic_aug.runs import lock_folder
+from semantic_aug.run_lock import lock_folder
 from semantic_aug.sampling import files
 from semantic_aug.sampling.folder import Records
 

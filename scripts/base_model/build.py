@@ -25,7 +25,8 @@ from base_model.training import Budget, Machine
 from semantic_aug.classify.models import efficientnet_lite0
 from semantic_aug.errors import UserError
 from semantic_aug.files import sha256_text, write_json, write_text
-from semantic_aug.runs import claim, lock_folder
+from semantic_aug.run_lock import lock_folder
+from semantic_aug.runs import claim
 
 log = logging.getLogger(__name__)
 

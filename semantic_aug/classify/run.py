@@ -29,6 +29,7 @@ from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
 from semantic_aug.devices import device_of, launched
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
 from semantic_aug.registry import DEFAULT_RECIPE
+from semantic_aug.run_lock import lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ def train(
         known = True
         if processes.main:
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
-            held.enter_context(runs.lock_folder(folder, "--output_dir"))
+            held.enter_context(lock_folder(folder, "--output_dir"))
             known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin, absent=ABSENT)
         processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
         results = results_of(folder) if known else None

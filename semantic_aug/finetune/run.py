@@ -24,6 +24,7 @@ from semantic_aug.finetune.checkpoints import check_disk, finished, origin_of, t
 from semantic_aug.finetune.config import UNLABELLED_SHARE, FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
 from semantic_aug.prompts import caption_without_class
+from semantic_aug.run_lock import lock_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -158,7 +159,7 @@ def train(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerat
     with contextlib.ExitStack() as held:
         if main:
             held.enter_context(files.no_trace(config.output_dir, BEFORE_RESULTS))
-            held.enter_context(runs.lock_folder(config.output_dir, "--output_dir"))
+            held.enter_context(lock_folder(config.output_dir, "--output_dir"))
         origin = origin_of(config, dataset)
         if main:
             take_folder(config, origin, processes)

@@ -19,7 +19,7 @@ from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
-from semantic_aug.runs import lock_folder
+from semantic_aug.run_lock import lock_folder
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.config import (
     SampleConfig,

@@ -25,6 +25,7 @@ from semantic_aug.evaluation.quality.export_formats import (
 from semantic_aug.evaluation.quality.inputs import OutputSettings, Subset, SubsetSettings, open_subsets
 from semantic_aug.evaluation.quality.review import relative_paths
 from semantic_aug.prompts import original_name
+from semantic_aug.run_lock import lock_folder
 
 SHARDED = ("hf", "webdataset")
 CARD_FILE, FACTS_FILE = "README.md", "export.json"
@@ -153,7 +154,7 @@ def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Se
     parts = ("train", "val", "test") if settings.with_real else ()
     origin = RunOrigin(dataset, parts, synthetic=splits[0].synthetic)
     folder, total = settings.output_dir, sum(map(len, splits))
-    with files.no_trace(folder, BEFORE_RESULTS), runs.lock_folder(folder, "--output_dir"):
+    with files.no_trace(folder, BEFORE_RESULTS), lock_folder(folder, "--output_dir"):
         if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
                 leftover.unlink()
