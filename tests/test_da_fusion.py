@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionInpaintPipeline
-from helpers import CLASSES, ROOT, job_of, planned, refused, run, sampling_arguments, subset_contents
+from helpers import CLASSES, ROOT, job_of, planned, refused, run_here, sampling_arguments, subset_contents
 from PIL import Image
 from test_loop import PROMPTS, Case
 
@@ -345,12 +345,12 @@ def test_a_subset_of_several_prompts_is_the_same_however_it_is_made_and_never_mi
     changes = {"sample_strategy": "real-gen", "finetune_model_key": None, "model_path": base}
     changes |= {"prompt_templates": file, "syn_dataset_multiplier": 1}
     one = sampling_arguments(workshop, image_folder, tmp_path / "one", **changes)
-    run("sample_mp.py", *one)
-    run(
+    run_here("sample_mp.py", *one)
+    run_here(
         "sample_mp.py",
         *sampling_arguments(workshop, image_folder, tmp_path / "two", **changes, num_shards=2, shard_index=1),
     )
-    run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "two", **changes))
+    run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "two", **changes))
     assert subset_contents(tmp_path / "one") == subset_contents(tmp_path / "two")
     folder = next((tmp_path / "one").rglob("meta.csv")).parent
     rows = list(csv.DictReader((folder / "meta.csv").open()))

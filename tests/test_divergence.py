@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import classify_arguments, run, sampling_arguments
+from helpers import classify_arguments, run_here, sampling_arguments
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -95,7 +95,7 @@ def test_stage_1_registers_nothing(tiny_base, image_folder, tmp_path):
     shutil.copytree(registry.CONFIG_DIR, tmp_path / "config")
     before = (tmp_path / "config" / "finetuned_ckpts.yaml").read_text()
     rates = {"learning_rate": 1e15, "ti_learning_rate": 1e15, "max_grad_norm": 0, "checkpointing_steps": 0}
-    said = run(
+    said = run_here(
         "train_lora.py",
         *finetune_words(tiny_base, image_folder, tmp_path / "o", **rates),
         *("--register_key", "bad", "--config_dir", tmp_path / "config"),
@@ -126,7 +126,7 @@ def test_images_that_are_not_finite_are_counted_and_refused(workshop, image_fold
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({section: {"ck": entry}}))
     words = sampling_arguments(workshop, image_folder, tmp_path / "s", config_dir=tmp_path / "config")
-    said = run("sample_mp.py", *words, status=2)
+    said = run_here("sample_mp.py", *words, status=2)
     assert "18 images could not be made" in said and "its image is black everywhere" in said
     (table,) = [meta_csv.read(path) for path in (tmp_path / "s").rglob("meta.csv")]
     made = sorted((tmp_path / "s").rglob("*.png"))
@@ -144,7 +144,7 @@ def test_a_run_whose_images_are_all_black_ends_at_once(workshop, image_folder, t
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({section: {"ck": entry}}))
     words = sampling_arguments(workshop, image_folder, tmp_path / "s", config_dir=tmp_path / "config")
-    assert "images are all black everywhere, since" in run("sample_mp.py", *words, status=2)
+    assert "images are all black everywhere, since" in run_here("sample_mp.py", *words, status=2)
     assert not list((tmp_path / "s").rglob("*.png"))
 
 

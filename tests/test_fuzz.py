@@ -1,12 +1,12 @@
 """Random damage to everything a user hands over: one line or the right images, never a traceback, never fewer than said.
 
 Each input is drawn from its number alone, so a failure names what gives it again. All commands run in this process.
+``FUZZ=10 pytest tests/test_fuzz.py`` draws ten times as many.
 """
 
-import contextlib
 import csv
 import io
-import logging
+import os
 import random
 import re
 import shutil
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import main_here
 from PIL import Image
 
 import sample_mp
@@ -21,7 +22,6 @@ import tiny
 import train_cls
 import train_lora
 from semantic_aug.datasets.__main__ import main as datasets_main
-from semantic_aug.errors import run_main
 from semantic_aug.finetune.config import parse
 from semantic_aug.finetune.run import resolve
 
@@ -123,15 +123,7 @@ class Outcome:
     """What one command came to."""
 
     def __init__(self, main, *words):
-        out, err = io.StringIO(), io.StringIO()
-        handler = logging.StreamHandler(err)  # the log writes to what was standard error when it was set up
-        logging.getLogger().addHandler(handler)
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                self.status = run_main(main, list(map(str, words)))
-        finally:
-            logging.getLogger().removeHandler(handler)
-        self.out, self.err = out.getvalue(), err.getvalue()
+        self.status, self.out, self.err = main_here(main, words)
 
     @property
     def line(self) -> str:
@@ -152,7 +144,7 @@ class Outcome:
 
 def trials(kind: str, count: int, attempt) -> None:
     """Runs ``attempt(rng, number)`` for every number; it returns a complaint or None."""
-    failures = []
+    failures, count = [], count * int(os.environ.get("FUZZ", "1"))
     for number in range(count):
         try:
             complaint = attempt(random.Random(f"{kind} {number}"), number)
@@ -308,7 +300,7 @@ def test_damaged_images(house, tmp_path):
             return f"{path.name} is not named: {said[-300:]}"
         return None
 
-    trials("image", 300, attempt)
+    trials("image", 120, attempt)
 
 
 def test_damaged_lists(house, tiny_base):
@@ -334,7 +326,7 @@ def test_damaged_lists(house, tiny_base):
             return f"{rows_of(path)} rows, {said} images, without a word"
         return None
 
-    trials("list", 600, attempt)
+    trials("list", 240, attempt)
 
 
 def rows_of(path: Path) -> int:
@@ -368,7 +360,7 @@ def test_damaged_lists_of_unlabelled_images(house, tiny_base, tmp_path):
             return complaint
         return None if outcome.status or outcome.images() <= 6 else f"{outcome.images()} of 6 images"
 
-    trials("pool", 100, attempt)
+    trials("pool", 60, attempt)
 
 
 def test_damaged_registry_files(house, tmp_path, tiny_base):
@@ -400,7 +392,7 @@ def test_damaged_registry_files(house, tmp_path, tiny_base):
             return f"other images than the registry's: {outcome.out[:200]}"
         return None
 
-    trials("registry", 600, attempt)
+    trials("registry", 240, attempt)
 
 
 def test_damaged_parquet(house, tmp_path):
@@ -421,7 +413,7 @@ def test_damaged_parquet(house, tmp_path):
             return complaint
         return None if outcome.status or counted(outcome) == 8 else f"{counted(outcome)} of 8 rows, check passes"
 
-    trials("parquet", 100, attempt)
+    trials("parquet", 60, attempt)
 
 
 def test_damaged_weights(house, tmp_path):
@@ -452,7 +444,7 @@ def test_damaged_weights(house, tmp_path):
         path.write_bytes(originals[path])
         return outcome.complaint()
 
-    trials("weights", 300, attempt)
+    trials("weights", 120, attempt)
 
 
 def test_damaged_meta_csv(house, tmp_path):
@@ -471,4 +463,4 @@ def test_damaged_meta_csv(house, tmp_path):
                 return f"{rows_of(subset / 'meta.csv')} rows, {said} synthetic images"
         return None
 
-    trials("meta", 400, attempt)
+    trials("meta", 160, attempt)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import SUBSET, planned, run, same, sampling_arguments, start, wait_for_images, workers_of
+from helpers import SUBSET, planned, run_here, same, sampling_arguments, wait_for_images, workers_of
 from PIL import Image
 
 import sample_mp
@@ -475,25 +475,27 @@ def test_data_that_changes_while_a_job_runs_never_becomes_an_image(
     words = sampling_arguments(workshop, pictures, tmp_path / "out", num_inference_steps=6)
     folder, image = tmp_path / "out" / SUBSET, pictures / "train" / "toad" / "train001.png"
     content = image.read_bytes()
-    process = start("sample_mp.py", *words)
-    while not (folder / "config.yaml").exists() and process.poll() is None:
-        time.sleep(0.01)
-    shutil.copy(pictures / "train" / "red fox" / "train001.png", image)  # before a process has read it
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and f"image {image} was exchanged while images were made from it" in err
+
+    def exchange_source():
+        while not (folder / "config.yaml").exists():
+            time.sleep(0.01)
+        shutil.copy(pictures / "train" / "red fox" / "train001.png", image)  # before a process has read it
+
+    err = run_here("sample_mp.py", *words, status=2, meanwhile=exchange_source)
+    assert f"image {image} was exchanged while images were made from it" in err
     image.write_bytes(content)
 
-    process = start("sample_mp.py", *words)
-    wait_for_images(folder, 3, process)
-    shutil.copy(pictures / "test" / "toad" / "test001.png", pictures / "train" / "blue jay" / "new.png")
-    os.kill(workers_of(process)[0], signal.SIGKILL)  # its replacement lists the data set anew
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2, err
+    def add_source_and_kill():
+        wait_for_images(folder, 3)
+        shutil.copy(pictures / "test" / "toad" / "test001.png", pictures / "train" / "blue jay" / "new.png")
+        os.kill(workers_of()[0], signal.SIGKILL)  # its replacement lists the data set anew
+
+    err = run_here("sample_mp.py", *words, status=2, meanwhile=add_source_and_kill)
     assert "19 training images now, 18 in the plan (1 new, 0 gone; 'train/blue jay/new.png' is new" in err
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
     assert (folder / "meta.csv").exists()
     with pytest.raises(UserError, match="train: 19 images now, 18 when the run began"):
         reopened(*request_of(pictures))
     (pictures / "train" / "blue jay" / "new.png").unlink()
-    run("sample_mp.py", *words)
+    run_here("sample_mp.py", *words)
     assert same(folder, undisturbed)
