@@ -83,23 +83,18 @@ class TrainSettings:
     """Length, batches, optimiser and selection of a training."""
 
     TITLE = "training"
-    nepoch: int = cli.setting(120, type=cli.whole(1), metavar="N", help="epochs over the real images")
+    nepoch: int = cli.setting(120, type=cli.whole(1), help="epochs over the real images")
     seeds: tuple[int, ...] | None = cli.setting(
         None,
         nargs="+",
         type=int,
-        metavar="N",
         help="train with each of these seeds instead of --seed, each in its own folder below the run's, and report mean "
         "and standard deviation",
         result=False,
     )
-    batch_size: int = cli.setting(32, type=cli.whole(1), metavar="N", help="images per step, over all processes")
+    batch_size: int = cli.setting(32, type=cli.whole(1), help="images per step, over all processes")
     gradient_accumulation_steps: int = cli.setting(
-        1,
-        type=cli.whole(1),
-        metavar="N",
-        help="parts in which a step's images go through the model, to save memory",
-        result=False,
+        1, type=cli.whole(1), help="parts in which a step's images go through the model, to save memory", result=False
     )
     augmentation: str = cli.setting(
         "crop",
@@ -143,7 +138,7 @@ class TrainSettings:
     amp: str = cli.setting(
         "auto", choices=("auto", "no", "fp16", "bf16"), help="mixed precision; auto: bf16 on a GPU, no on the CPU"
     )
-    eval_every: int = cli.setting(1, type=cli.whole(1), metavar="N", help="epochs between evaluations on validation")
+    eval_every: int = cli.setting(1, type=cli.whole(1), help="epochs between evaluations on validation")
     ema_decay: float = cli.setting(
         0.0,
         type=cli.number(0, 0.9999999),
@@ -152,10 +147,7 @@ class TrainSettings:
     )
     compile: bool = cli.setting(False, help="compile the training step (pays on a GPU)", result=False)
     patience: int = cli.setting(
-        0,
-        type=cli.whole(0),
-        metavar="N",
-        help="stop after N evaluations on validation without a better score; 0: never",
+        0, type=cli.whole(0), help="stop after N evaluations on validation without a better score; 0: never"
     )
     select_by: str = cli.setting("top1", choices=SELECT_BY, help="validation score that chooses the epoch")
     report_to: str = cli.setting(
@@ -203,7 +195,6 @@ class LossSettings:
     drw_epoch: int = cli.setting(
         -1,
         type=cli.whole(-1),
-        metavar="N",
         help="deferred reweighting: classes are weighted by their effective number once N epochs are done; -1: never",
     )
     class_weight_mean: str = cli.setting(
@@ -237,7 +228,6 @@ class EvaluationSettings:
         None,
         nargs=2,
         type=cli.whole(0),
-        metavar="N",
         absent=SHOT_THRESHOLDS,
         help="results by class frequency: many-shot classes have more training images than the first number, few-shot "
         "classes fewer than the second (default: by data set, 20 5 for cub, 30 10 for flower, 100 20 for others)",
@@ -286,7 +276,6 @@ class PlacementSettings:
     output_dir: Path | None = cli.setting(
         None,
         type=cli.path,
-        metavar="DIR",
         help="output folder (default: outputs/classification/{dataset}{setting}/{model}-{res}-{data}-seed{seed}; with "
         "--seeds without the last part)",
         result=False,

@@ -81,7 +81,6 @@ class SyntheticSettings:
     teacher_folds: int = cli.setting(
         5,
         type=cli.whole(2),
-        metavar="N",
         absent=5,
         help="folds into which the training images are dealt; each teacher leaves out one, or two where images have two "
         "sources",
@@ -123,15 +122,11 @@ class SyntheticSettings:
         help="--curriculum strength begins with strong translations (as DisCL does) or with weak ones",
     )
     target_class_num: int = cli.setting(
-        0,
-        type=cli.whole(0),
-        metavar="N",
-        help="use only N target classes of each source class, drawn with --subset_seed; 0: all",
+        0, type=cli.whole(0), help="use only N target classes of each source class, drawn with --subset_seed; 0: all"
     )
     syndata_max: int | None = cli.setting(
         None,
         type=cli.whole(1),
-        metavar="N",
         help="use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)",
     )
     allow_other_sources: bool = cli.setting(

@@ -49,7 +49,6 @@ class ModelSettings:
     few_steps: int | None = cli.setting(
         None,
         type=cli.whole(1),
-        metavar="N",
         help="steps of a distilled LoRA or of a distilled base model (SD-Turbo, SDXL-Turbo) under its own solver; strength s "
         "becomes int(s * N) / N",
     )
@@ -281,9 +280,7 @@ class Placement:
         help="a running Ray cluster, 'auto' for the one running here (default: start one on this machine)",
         result=False,
     )
-    cpu_threads: int = cli.setting(
-        1, type=cli.whole(1), metavar="N", help="arithmetic threads per CPU process", result=False
-    )
+    cpu_threads: int = cli.setting(1, type=cli.whole(1), help="arithmetic threads per CPU process", result=False)
     worker_timeout: float | None = cli.setting(
         None,
         type=cli.number(1),
@@ -308,7 +305,6 @@ class OutputSettings:
     output_root: Path | None = cli.setting(
         None,
         type=cli.path,
-        metavar="DIR",
         help="folder that gets {dataset}/{subset} (default: outputs/aug_samples with the setting's suffix)",
         result=False,
     )
@@ -316,7 +312,7 @@ class OutputSettings:
         None, metavar="KEY", help="write the subset into synthetic_datasets.yaml under this key", result=False
     )
     num_shards: int = cli.setting(
-        1, type=cli.whole(1), metavar="N", help="number of runs that the batches are dealt to", result=False
+        1, type=cli.whole(1), help="number of runs that the batches are dealt to", result=False
     )
     shard_index: int = cli.setting(
         0, type=cli.whole(0), metavar="I", help="which of these runs this one is, from 0", result=False

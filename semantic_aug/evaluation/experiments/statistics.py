@@ -39,9 +39,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 
 def crossed_difference(
-    first: Mapping[int, np.ndarray],
-    second: Mapping[int, np.ndarray],
-    strata: np.ndarray,
+    first: Mapping[int, np.ndarray], second: Mapping[int, np.ndarray], strata: np.ndarray
 ) -> Difference | None:
     """Mean of ``first - second`` over common seeds, with an interval for other seeds *and* other images.
 
