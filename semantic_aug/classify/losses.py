@@ -33,16 +33,8 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
 
 
 def expected(terms: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Each item's loss sum_k w_k y_k l_k.
-
-    Args:
-        terms: ``(B, K)``, the loss of each class as the hard label.
-        targets: ``(B, K)``, rows summing to one.
-        weights: ``(K,)`` class weights; None: all one.
-
-    Returns:
-        ``(B,)``.
-    """
+    """Each item's loss ``(B,)``, sum_k w_k y_k l_k, from the terms ``(B, K)``, targets ``(B, K)``, rows summing to one, and
+    class weights ``(K,)``; None: all one."""
     return (targets * terms if weights is None else targets * weights * terms).sum(-1)
 
 

@@ -127,11 +127,8 @@ class Scores:
         return {name: float(np.nanmean(of)) for name, of in accuracies.items() if not np.isnan(of).all()}
 
     def by_group(self, groups: np.ndarray | None) -> dict[str, float]:
-        """Worst and average accuracy of the groups (Sagawa et al. 2020); nothing where there are none.
-
-        Args:
-            groups: ``(N,)`` the group of each image of the split.
-        """
+        """Worst and average accuracy of the groups (Sagawa et al. 2020), ``(N,)`` of the split's images; nothing where there
+        are none."""
         shares = list(self.each_group(groups).values())
         return {"worst_group": min(shares), "average_group": float(np.mean(shares))} if shares else {}
 

@@ -211,14 +211,8 @@ def weight_file(path: Path) -> Path:
 
 
 def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:
-    """Two lines of Python that load a trained classifier with timm alone.
-
-    Args:
-        name: timm's or torchvision's name.
-        num_classes: K.
-        resolution: side of the images it was trained on, in pixels.
-        path: of ``model.safetensors``.
-    """
+    """Two lines of Python that load a classifier, trained on images of side ``resolution`` and kept in ``model.safetensors``
+    at ``path``, with timm alone."""
     import timm
 
     name = timm_name(name)

@@ -73,12 +73,8 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int, content: np.ndarray 
 
 
 def source_folds(sources: np.ndarray, fold_of: dict[str, int]) -> np.ndarray:
-    """The folds of the sources of synthetic images, int64 ``(M, S)``; -1 where a source is no training image.
-
-    Args:
-        sources: object ``(M, S)``, key of each source image, empty where there is none.
-        fold_of: key of a training image -> its fold.
-    """
+    """The folds of the sources of synthetic images, int64 ``(M, S)``, from their keys ``(M, S)`` and the fold of each training
+    image's key; -1 where a source is no training image."""
     flat = np.fromiter((fold_of.get(key, -1) for key in sources.ravel()), np.int64, sources.size)
     return flat.reshape(sources.shape)
 
@@ -98,12 +94,8 @@ def left_out(of_sources: np.ndarray, folds: int) -> list[tuple[int, ...]]:
 
 
 def clean_teachers(of_sources: np.ndarray, teachers: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Which teachers saw none of an image's sources, bool ``(M, T)``; all of them where no source is a training image.
-
-    Args:
-        of_sources: see :func:`source_folds`.
-        teachers: the folds that each leaves out.
-    """
+    """Which teachers, given as the folds that each leaves out, saw none of an image's sources, bool ``(M, T)``; all of them
+    where no source is a training image. For ``of_sources`` see :func:`source_folds`."""
     unseen = [((of_sources < 0) | np.isin(of_sources, folds)).all(axis=1) for folds in teachers]
     return np.stack(unseen, axis=1)
 

@@ -233,11 +233,8 @@ def _verified(path: Path, number: int, paths: TaskPaths) -> tuple[int, int, int]
 
 
 def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
-    """Writes ``meta.csv`` with a row for every finished task, by number; returns the number of rows.
-
-    Args:
-        done: bool ``(T,)``; tasks that other shards have recorded meanwhile are added to it.
-    """
+    """Writes ``meta.csv`` with a row for every finished task, by number; returns the number of rows. Tasks that other shards
+    have recorded meanwhile are added to ``done``, bool ``(T,)``."""
     with locked(folder / ".lock-meta"):  # of two shards that end together, the later one lists the rows of both
         done |= Records.latest(folder, len(done))[0] > 0
         return meta_csv.write(folder / meta_csv.FILE_NAME, paths.meta_rows(np.flatnonzero(done)), paths.further_columns)

@@ -131,11 +131,8 @@ def _check_begun(folder: Path, origin: dict[str, str]) -> None:
 
 
 def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> np.ndarray:
-    """Cross-entropy of each image in nats, float32 ``(N,)``, of images without augmentation.
-
-    Args:
-        order: position of each class of ``images`` among the classifier's.
-    """
+    """Cross-entropy of each image in nats, float32 ``(N,)``, without augmentation; ``order`` is the position of each class of
+    the images among the classifier's."""
     parts = _predicted(classifier, order, images, "losses of training images")
     of_class = np.concatenate([part[np.arange(len(rows)), images.labels[rows]] for rows, part in parts])
     return -np.log(np.maximum(of_class, LEAST_PROBABILITY)).astype(np.float32)

@@ -171,11 +171,9 @@ def box_mask(box: Sequence[float], size: tuple[int, int], latent: tuple[int, int
     Args:
         box: left, top, right, bottom in pixels of the image.
         size: (width, height) of the image.
-        latent: (h, w) of the latents.
-        part: one of ``--object_mask``'s values.
 
     Returns:
-        bool ``(1, h, w)``.
+        bool ``(1, h, w)``, ``latent`` being (h, w).
     """
     spans = []
     for low, high, side, cells in ((box[1], box[3], size[1], latent[0]), (box[0], box[2], size[0], latent[1])):

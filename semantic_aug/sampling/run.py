@@ -198,11 +198,8 @@ def check(config: SampleConfig, dataset: LoadedDataset) -> None:
 
 
 def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Checks for ``--dry_run`` what a run checks before its processes start; nothing is written.
-
-    Raises:
-        UserError: the folder holds another subset (says what differs).
-    """
+    """Checks for ``--dry_run`` what a run checks before its processes start; nothing is written. Raises UserError: the folder
+    holds another subset (says what differs)."""
     identity, plan = _identified(config, dataset)
     paths = task_paths(config, dataset, plan)
     identities.belongs(subset_folder(config, dataset), identity, paths)

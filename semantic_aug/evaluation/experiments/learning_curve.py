@@ -132,12 +132,8 @@ class Curve:
 
 
 def sizes_of(available: np.ndarray, present: int) -> tuple[int, ...]:
-    """Images per class at which a curve is measured.
-
-    Args:
-        available: ``(K,)`` training images of each class.
-        present: images per class there are or would be used; -1: all.
-    """
+    """Images per class at which a curve is measured, of ``available`` ``(K,)`` training images of each class and ``present``
+    that there are or would be used (-1: all)."""
     most = int(available.max())
     wanted = {*SIZES, *(factor * present for factor in (1, 2, FACTOR) if present > 0)}
     return (*sorted(size for size in wanted if size < most), most)

@@ -62,12 +62,8 @@ def crossed_difference(
 
 
 def image_interval(part: np.ndarray, strata: np.ndarray) -> tuple[float, float]:
-    """Student's interval of one run's score, for other images.
-
-    Args:
-        part: ``(N,)`` contribution of each image to the score; the sum is the score.
-        strata: see :func:`crossed_difference`.
-    """
+    """Student's interval of one run's score, for other images; ``part`` ``(N,)`` is each image's contribution, whose sum is the
+    score. For ``strata`` see :func:`crossed_difference`."""
     from scipy.stats import t
 
     variance, freedom = _image_variance([part], strata)

@@ -88,16 +88,7 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def presence(clip: Clip, images: np.ndarray, noun: str) -> np.ndarray:
-    """Probability that an object is in each image.
-
-    A softmax over the model's logits for "a photo with a {noun}" and "a photo without a {noun}".
-
-    Args:
-        images: unit vectors ``(N, E)``.
-        noun: for the object, such as the data set's super-class.
-
-    Returns:
-        ``(N,)`` in [0, 1].
-    """
+    """Probability ``(N,)`` in [0, 1] that an object, such as the data set's super-class, is in images of unit vectors
+    ``(N, E)``: a softmax over the model's logits for "a photo with a {noun}" and "a photo without a {noun}"."""
     logits = clip.scale * images @ clip.texts([fill(WITH, noun), fill(WITHOUT, noun)]).T
     return 1 / (1 + np.exp(np.clip(logits[:, 1] - logits[:, 0], -500, 500)))
