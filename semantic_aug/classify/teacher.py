@@ -294,11 +294,8 @@ class SubsetLabels:
 
     def make(self, train: Train) -> np.ndarray:
         """The probabilities ``(M, K)``, kept or made. The processes of one training share the work, and all have those of the
-        main one; of several runs at once one makes them.
-
-        Raises:
-            UserError: of a training; or another run makes the same labels, and several processes would have to wait for it.
-        """
+        main one; of several runs at once one makes them. Raises UserError: of a training; or another run makes the same labels,
+        and several processes would have to wait for it."""
         processes, folder = Processes(self.ensemble.config.device), self.ensemble.folder
         with ExitStack() as held:
             probabilities = None

@@ -173,11 +173,7 @@ def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Pa
 
 
 def resolve_placement(placement: Placement) -> Placement:
-    """The devices and the precision that were asked for.
-
-    Raises:
-        UserError: devices that this machine does not have.
-    """
+    """The devices and the precision that were asked for. Raises UserError: devices that this machine does not have."""
     if placement.engine == "ray":
         devices = actors_of(placement.gpu_ids)
     else:
@@ -189,11 +185,8 @@ def resolve_placement(placement: Placement) -> Placement:
 def choose_weights(
     strategy: Strategy, dataset: str, key: str | None, model_path: str | None, config_dir: Path
 ) -> tuple[ModelFiles, str | None]:
-    """The weights a strategy takes from a checkpoint key or a base model, and the key the subset is named after.
-
-    Raises:
-        UserError: a strategy that needs a checkpoint without a key, or a record that lacks what it needs.
-    """
+    """The weights a strategy takes from a checkpoint key or a base model, and the key the subset is named after. Raises
+    UserError: a strategy that needs a checkpoint without a key, or a record that lacks what it needs."""
     if key is None:
         if strategy.weights != "base":
             raise UserError(
@@ -215,11 +208,8 @@ def choose_weights(
 
 def choose_contexts(word: str | None, dataset: LoadedDataset) -> tuple[str, ...]:
     """The contexts of ``--contexts``: a file's, or those in the captions of the training images, without any that names a
-    class; so every class meets every context equally often (BOB, Yang et al. 2026, marginalises them out likewise).
-
-    Raises:
-        UserError: a file that cannot be read, or captions that hold no context.
-    """
+    class; so every class meets every context equally often (BOB, Yang et al. 2026, marginalises them out likewise). Raises
+    UserError: a file that cannot be read, or captions that hold no context."""
     if word is None:
         return ()
     if word != CAPTIONS:
@@ -297,11 +287,8 @@ def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
 
 
 def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Refuses a subset that the disk cannot hold.
-
-    Raises:
-        UserError: less is free than a quarter of the estimate, which is what photographs of little detail take.
-    """
+    """Refuses a subset that the disk cannot hold. Raises UserError: less is free than a quarter of the estimate, which is what
+    photographs of little detail take."""
     folder = subset_folder(config, dataset)
     files_of_format = folder.rglob(f"*.{config.images.image_format}") if folder.exists() else ()
     existing = sum(path.stat().st_size for path in files_of_format)

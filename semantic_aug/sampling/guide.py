@@ -199,10 +199,7 @@ def objects_of(
 
 def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:
     """The confusions of a run on its validation images, int64 ``(K, K)`` in the data set's class order, rows true classes.
-
-    Raises:
-        UserError: the run has none, or it is damaged or of other classes.
-    """
+    Raises UserError: the run has none, or it is damaged or of other classes."""
     path = run / CONFUSIONS
     try:
         with open(path, newline="", encoding="utf-8") as lines:

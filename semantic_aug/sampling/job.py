@@ -60,11 +60,8 @@ class Weights:
         return cls(sha256_text("\n".join(lines)), sha256_text("\n".join(vae)), *further)
 
     def check(self, files: ModelFiles) -> None:
-        """Refuses files that have changed, for a process that has loaded them.
-
-        Raises:
-            UserError: names the first that has another content.
-        """
+        """Refuses files that have changed, for a process that has loaded them. Raises UserError: names the first that has
+        another content."""
         now = Weights.of(files)
         named = {"base": files.folder, "lora": files.lora, "tokens": files.tokens, "extra_lora": files.extra_lora}
         for name, path in named.items():

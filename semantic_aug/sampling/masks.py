@@ -57,12 +57,9 @@ def check_mask(part: str, images: ImageTable, dataset: str, start: str, classifi
 
 
 def with_regions(images: ImageTable, part: str | None) -> ImageTable:
-    """The training images with the user's own boxes as numbers, and the content hash of each of the user's masks; as they
-    are where ``part``, the value of ``--object_mask``, is None.
-
-    Raises:
-        UserError: an image without box and mask, a box that is none, or a mask file that does not exist; names the image.
-    """
+    """The training images with the user's own boxes as numbers, and the content hash of each of the user's masks; as they are
+    where ``part``, the value of ``--object_mask``, is None. Raises UserError: an image without box and mask, a box that is
+    none, or a mask file that does not exist; names the image."""
     texts, paths = (images.extras.get(name, [""] * len(images)) for name in (BOX_TEXT, MASK_PATH))
     if part is None or not {BOX_TEXT, MASK_PATH} & set(images.extras):
         return images

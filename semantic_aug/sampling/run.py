@@ -179,12 +179,9 @@ def default_key(config: SampleConfig) -> str:
 
 
 def check(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Checks for ``--dry_run`` what a run finds out: makes the solver, and installs the class tokens in the base model
-    without its weights, and compares the folder.
-
-    Raises:
-        UserError: tokens of another base model, a solver that the base model refuses, a folder of another subset.
-    """
+    """Checks for ``--dry_run`` what a run finds out: makes the solver, and installs the class tokens in the base model without
+    its weights, and compares the folder. Raises UserError: tokens of another base model, a solver that the base model refuses,
+    a folder of another subset."""
     from semantic_aug.diffusion import tokens
     from semantic_aug.diffusion.base import load_skeleton
     from semantic_aug.diffusion.schedulers import make_scheduler
@@ -272,11 +269,8 @@ def make(config: SampleConfig, dataset: LoadedDataset) -> Path:
 
 
 def merge(config: SampleConfig, dataset: LoadedDataset) -> Path:
-    """Joins and checks what shards made: verifies every file, writes ``meta.csv``, reports what is missing.
-
-    Raises:
-        UserError: shards are still at work, or images are missing.
-    """
+    """Joins and checks what shards made: verifies every file, writes ``meta.csv``, reports what is missing. Raises UserError:
+    shards are still at work, or images are missing."""
     folder = subset_folder(config, dataset)
     if recorded_identity(folder) is None:
         raise UserError(f"--merge: {folder} holds no subset; run the shards first, or correct --output_root")

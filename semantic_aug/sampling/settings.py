@@ -347,11 +347,8 @@ def build_parser() -> cli.Parser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags of several groups that do not go together, whatever the data set and the model are.
-
-    Raises:
-        UserError: names two of them.
-    """
+    """Refuses flags of several groups that do not go together, whatever the data set and the model are. Raises UserError: names
+    two of them."""
     if args.calibrate and not args.dry_run:
         raise UserError("--calibrate goes with --dry_run")
     if args.calibrate and strategies.find(args.sample_strategy).start == "inversion":
