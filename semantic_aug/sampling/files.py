@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,11 @@ _CHUNK = 65_536
 """Tasks whose numbers are turned from arrays into Python's at once: many times faster than one by one."""
 
 
+@dataclass(frozen=True, eq=False)
 class TaskPaths:
     """File names of a plan's tasks.
 
-    Args:
+    Attributes:
         class_names: source spelling, for ``meta.csv``.
         folders: slug of each class.
         keys: name of each training image.
@@ -47,21 +49,15 @@ class TaskPaths:
             None where all sources are labelled.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        class_names: Sequence[str],
-        folders: Sequence[str],
-        keys: Sequence[str],
-        seed: int,
-        image_format: str = "png",
-        templates: Sequence[str] = (),
-        contexts: Sequence[str] = (),
-        source_label: Callable[[int], str] | None = None,
-    ):
-        self.plan, self.class_names, self.folders, self.keys, self.seed = plan, class_names, folders, keys, seed
-        self.image_format, self.templates, self.contexts = image_format, tuple(templates), tuple(contexts)
-        self.source_label = source_label
+    plan: Plan
+    class_names: Sequence[str]
+    folders: Sequence[str]
+    keys: Sequence[str]
+    seed: int
+    image_format: str = "png"
+    templates: Sequence[str] = ()
+    contexts: Sequence[str] = ()
+    source_label: Callable[[int], str] | None = None
 
     @property
     def further_columns(self) -> tuple[str, ...]:

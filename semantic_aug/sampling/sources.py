@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -285,10 +285,11 @@ def _write_block(path: Path, block: Tensor) -> None:
 # ------------------------------------------------------------ masks
 
 
+@dataclass
 class SourceMasks:
     """Masks of source images by row, each computed once.
 
-    Args:
+    Attributes:
         images: training split, with boxes or masks; as the plan has it.
         latent: (h, w) of the latents.
         part: one of ``--object_mask``'s values.
@@ -296,9 +297,11 @@ class SourceMasks:
             :class:`semantic_aug.sampling.plan.Guide`.
     """
 
-    def __init__(self, images: SourceImages, latent: tuple[int, int], part: str, objects: np.ndarray | None = None):
-        self.images, self.latent, self.part, self.objects = images, latent, part, objects
-        self.known: dict[int, Tensor] = {}
+    images: SourceImages
+    latent: tuple[int, int]
+    part: str
+    objects: np.ndarray | None = None
+    known: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, rows: Sequence[int]) -> Tensor:
         """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read. Raises DataChanged: a mask's
