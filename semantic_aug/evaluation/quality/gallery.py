@@ -246,10 +246,8 @@ def records(
     used = used[used >= 0].tolist()
     position, real = {row: i for i, row in enumerate(used)}, real_pictures(train, used)
     lists, pictures = [], []
-    columns: dict[str, list] = {
-        name: [] for name in ("list", "source", "target", "strength", "group", "path", "number")
-    }
-    columns |= {name: [] for name in ("seed", "prompt", "real", "thumbnail", "full_size")}
+    columns = "list source target strength group path number seed prompt real thumbnail full_size".split()
+    columns: dict[str, list] = {name: [] for name in columns}
     prompts: dict[str, int] = {}
     for label, subset in enumerate(inputs.subsets):
         columns["real"] += [position.get(row, -1) for row in subset.sources.tolist()]
