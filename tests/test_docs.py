@@ -55,6 +55,8 @@ def parser_of(words: list[str]):
     if words[0] == "scripts/bench.py":
         module = importlib.import_module(f"benchmarks.{words[1]}")
         return (module.build_parser(), words[2:]) if hasattr(module, "build_parser") else None
+    if words[0] == "scripts/build_base.py":
+        return importlib.import_module("build_base").build_parser(), words[1:]
     if words[0].startswith("scripts/"):
         assert (ROOT / words[0]).is_file(), words
     return None
