@@ -11,6 +11,7 @@ import pytest
 import tiny
 from semantic_aug.classify.inference import Classifier
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.settings import unlabelled_images
 from semantic_aug.datasets.synthetic import UNLABELLED_FILE, read_subset
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, run_main
@@ -189,6 +190,15 @@ def test_the_arguments_of_the_label_step_are_checked_before_it(image_folder, poo
     job.pair.steps[LABEL_STEP] = replace(step, arguments=(*step.arguments, "--res_mode", "64"))
     with pytest.raises(UserError, match="unknown argument --res_mode"):
         compare.claim_pool(job, tmp_path / "out", load_dataset(f"folder:{image_folder}"))
+
+
+def test_the_other_training_images_of_a_data_set_are_a_pool(image_folder):
+    word = unlabelled_images(f"dataset:folder:{image_folder}")
+    whole, few = (load_dataset(f"folder:{image_folder}", Setting(examples_per_class=n)) for n in (-1, 2))
+    images = read_unlabelled(word)
+    assert list(images.keys) == list(whole.train.keys) and images.class_names == ("unlabelled",)
+    assert set(without_labelled(images, few, word).keys) == set(whole.train.keys) - set(few.train.keys)
+    assert np.array_equal(np.asarray(images.image(1)), np.asarray(whole.train.image(1)))
 
 
 @pytest.mark.parametrize("method", ["pseudo-label", "diff-mix+unlabelled"])

@@ -15,6 +15,7 @@ import numpy as np
 from semantic_aug.datasets import ImageTable, load_dataset
 from semantic_aug.datasets.fingerprint import content_hashes
 from semantic_aug.datasets.images import EXTENSIONS, fit
+from semantic_aug.datasets.settings import DATASET
 from semantic_aug.datasets.table import table_of_files
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path, sha256_text
@@ -27,7 +28,6 @@ MINIMUM = 24
 MOST_KEPT_OUT = 500
 ENLARGEMENT = 1.25
 """The autoencoder also sees crops of images enlarged by this factor."""
-DATASET = "dataset:"
 
 
 @dataclass(frozen=True)

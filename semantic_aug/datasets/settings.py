@@ -25,11 +25,14 @@ def dataset_name(text: str) -> str:
     return f"{scheme}:{cli.path(rest)}{end}" if colon and rest and local else text
 
 
-HUB = "hf:"
+HUB, DATASET = "hf:", "dataset:"
+"""Prefixes of images that are named by a hub id, and by the data set whose training images they are."""
 
 
 def unlabelled_images(text: str) -> Path | str:
-    """An argument type: a path, or ``hf:ID`` with a hub id or a local copy of a hub's data set."""
+    """An argument type: a path, ``hf:ID`` with a hub id or a local copy of a hub's data set, or ``dataset:NAME``."""
+    if text.startswith(DATASET):
+        return DATASET + dataset_name(text.removeprefix(DATASET))
     return dataset_name(text) if text.startswith(HUB) else cli.path(text)
 
 
@@ -55,8 +58,8 @@ class Pool:
         type=unlabelled_images,
         metavar="PATH",
         absent=None,
-        help="unlabelled images: a folder, a CSV file with the column path, or hf:ID, whose labels are not used; none of them "
-        "may be a validation or test image (default: none)",
+        help="unlabelled images: a folder, a CSV file with the column path, hf:ID, or dataset:NAME for a data set's training "
+        "images; labels are not used, and none may be a validation or test image (default: none)",
     )
 
 

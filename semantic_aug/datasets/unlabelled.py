@@ -1,15 +1,17 @@
-"""Images without labels: all below a folder, or the column ``path`` of a list."""
+"""Images without labels, or whose labels are not looked at."""
 
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from semantic_aug.datasets.catalog import LoadedDataset
+import numpy as np
+
+from semantic_aug.datasets.catalog import LoadedDataset, load_dataset
 from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images
 from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
 from semantic_aug.datasets.readers.hub import read_hub_images
-from semantic_aug.datasets.settings import HUB
+from semantic_aug.datasets.settings import DATASET, HUB
 from semantic_aug.datasets.table import ImageTable, missing_files, table_of_files
 from semantic_aug.errors import UserError
 
@@ -21,8 +23,8 @@ def read_unlabelled(path: Path | str) -> ImageTable:
     """The images as a table of one class; keys are paths relative to the folder, or as the list gives them.
 
     Args:
-        path: a folder, a CSV file with the column ``path``, relative to the file's folder or absolute, or ``hf:ID``, a data set
-            of the hub or a local copy of one, whose labels are not looked at.
+        path: a folder; a CSV file with the column ``path``, relative to the file's folder or absolute; ``hf:ID``, a data set
+            of the hub or a local copy of one; or ``dataset:NAME``, all training images of a data set.
 
     Raises:
         UserError: not there, without an image, or a listed file is missing.
@@ -32,6 +34,9 @@ def read_unlabelled(path: Path | str) -> ImageTable:
         if not len(images):
             raise UserError(f"--unlabelled {path}: no image there; expected a data set with images")
         return images
+    if str(path).startswith(DATASET):
+        images = load_dataset(str(path).removeprefix(DATASET)).train
+        return replace(images, class_names=(CLASS,), labels=np.zeros_like(images.labels), extras={}, group_names=())
     if path.is_dir():
         walk = Walk(Path(os.path.abspath(path)))
         files = {walk.name_of(file): file for file in walk.images(walk.root)}
