@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import pytest
 from browsing import check_contrasts, press, requests_outside, until
-from helpers import ROOT, exchange
+from helpers import ROOT, exchange, main_here
 
 import sample_mp
 import train_cls
@@ -480,9 +480,9 @@ def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny
     process.kill()
     process.wait()
     first = json.loads(steps_file.read_text())["classify real-only"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 classifiers" in done.stdout
+    status, printed, err = main_here(dispatcher.main, ["compare", *words])
+    assert status == 0, err
+    assert "2 of 2 classifiers" in printed
     records = json.loads(steps_file.read_text())
     assert records["classify real-only"] == first and all(entry["done"] for entry in records.values())
     assert not (out / "2shot" / "seed1" / "aug_samples").exists()
@@ -490,5 +490,5 @@ def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny
     assert "2 of 2 classifiers are finished." in text and "diff-mix" in text
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert rows[0]["steps"] == rows[1]["steps"] == "4"
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "train_cls.py" not in again.stdout + again.stderr  # nothing is left to do
+    status, printed, err = main_here(dispatcher.main, ["compare", *words])
+    assert status == 0 and "train_cls.py" not in printed + err  # nothing is left to do

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, job_of, planned, run, same, sampling_arguments, start, subset_contents, wait_for_images
+from helpers import ROOT, job_of, planned, run_here, same, sampling_arguments, start, subset_contents, wait_for_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import PROMPTS, Case
@@ -270,7 +270,7 @@ def test_a_process_makes_what_lies_between_source_and_partner(tiny_base, tmp_pat
 def test_the_same_files_from_three_processes_and_after_a_kill(workshop, image_folder, tmp_path):
     options = {"sample_strategy": "inversion-mix", "strength_strategy": "uniform"}
     name = "animals/inversion-mix-Multi3-ck-StrengthUniform"
-    run("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "a", **options))
+    run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "a", **options))
     undisturbed = {**subset_contents(tmp_path / "a" / name), "": ""}
     assert len(undisturbed) == 56 and not (tmp_path / "a" / name / ".moments").exists()
     words = sampling_arguments(workshop, image_folder, tmp_path / "b", gpu_ids=["cpu"] * 2, **options)
@@ -280,7 +280,7 @@ def test_the_same_files_from_three_processes_and_after_a_kill(workshop, image_fo
     process.communicate()
     assert 4 <= len(list((tmp_path / "b").rglob("*.png"))) < 54
     words = sampling_arguments(workshop, image_folder, tmp_path / "b", gpu_ids=["cpu"] * 3, **options)
-    run("sample_mp.py", *words)
+    run_here("sample_mp.py", *words)
     assert same(tmp_path / "b" / name, undisturbed)
     with open(tmp_path / "b" / name / "meta.csv", newline="") as file:
         for row in csv.DictReader(file):

@@ -12,7 +12,18 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import ROOT, SUBSET, planned, refused, run, same, sampling_arguments, start, wait_for_images, workers_of
+from helpers import (
+    ROOT,
+    SUBSET,
+    planned,
+    refused,
+    run_here,
+    same,
+    sampling_arguments,
+    start,
+    wait_for_images,
+    workers_of,
+)
 from PIL import Image
 
 import tiny
@@ -30,7 +41,7 @@ from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import Dispatcher
-from semantic_aug.sampling.liveness import Liveness, processor_seconds
+from semantic_aug.sampling.liveness import STANDSTILL_SECONDS, Liveness, processor_seconds
 from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.resources import automatic_batch_size
 from semantic_aug.sampling.settings import ImageSettings
@@ -302,8 +313,8 @@ def test_five_shards_some_at_once_and_merged(workshop, image_folder, tmp_path, u
     line = refused("sample_mp.py", *words, "--merge")
     assert "images are there and listed in meta.csv" in line and "run the shards again" in line
     for index in (1, 2, 4):
-        run("sample_mp.py", *words, "--num_shards", "5", "--shard_index", str(index))
-    assert "all 54 images are there" in run("sample_mp.py", *words, "--merge", "--verify", "content")
+        run_here("sample_mp.py", *words, "--num_shards", "5", "--shard_index", str(index))
+    assert "all 54 images are there" in run_here("sample_mp.py", *words, "--merge", "--verify", "content")
     assert same(tmp_path / SUBSET, undisturbed) and not (tmp_path / SUBSET / ".moments").exists()
 
 
@@ -321,13 +332,12 @@ def test_of_two_runs_started_at_once_one_goes_on(workshop, image_folder, tmp_pat
 
 @pytest.mark.slow
 def test_a_process_that_stands_still_is_replaced(workshop, image_folder, tmp_path, undisturbed):
-    process = start("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path, worker_timeout=5))
-    wait_for_images(tmp_path, 3, process)
-    workers = workers_of(process)
-    os.kill(workers[0], signal.SIGSTOP)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "is replaced: silent for" in err
+    def stop():
+        wait_for_images(tmp_path, 3)
+        os.kill(workers_of()[0], signal.SIGSTOP)
+
+    words = sampling_arguments(workshop, image_folder, tmp_path, worker_timeout=3)
+    assert "is replaced: silent for" in run_here("sample_mp.py", *words, meanwhile=stop)
     assert same(tmp_path / SUBSET, undisturbed)
 
 
@@ -341,11 +351,13 @@ def test_a_batch_slower_than_the_limit_of_silence_goes_on_as_long_as_it_works(wo
     wait_for_images(tmp_path, 1, process)
     written = time.monotonic()
     os.killpg(process.pid, signal.SIGSTOP)  # Ctrl-Z: what nobody could hear is nobody's silence
-    time.sleep(12)
+    time.sleep(STANDSTILL_SECONDS + 1)
     os.killpg(process.pid, signal.SIGCONT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "replaced" not in err and "set aside" not in err, err
-    assert time.monotonic() - written > 12 + 2, "the batch was not slower than the limit: give it more steps"
+    assert time.monotonic() - written > STANDSTILL_SECONDS + 1 + 2, (
+        "the batch was not slower than the limit: give it more steps"
+    )
 
 
 def test_signs_of_life_are_messages_steps_and_processor_time():
@@ -391,23 +403,24 @@ def test_a_gpu_that_hangs_is_found_although_waiting_for_it_takes_processor_time(
 
 @pytest.mark.slow
 def test_a_batch_that_hangs_three_times_is_set_aside_and_named(workshop, tmp_path):
-    folder = tiny.write_image_folder(tmp_path / "animals", train=8)
+    # sources are encoded in blocks of eight: whatever starts from a blue jay waits for the one that is never read, which
+    # under this seed is the first of two batches
+    folder = tiny.write_image_folder(tmp_path / "animals", ["blue jay"], train=8)
+    tiny.write_image_folder(folder, ["red fox", "toad"], train=16)
+    few = {"syn_dataset_multiplier": 0.15, "batch_size": 3, "seed": 10}
     process = start(
-        "tests/hanging_sampling.py",
-        *sampling_arguments(
-            workshop, folder, tmp_path / "out", syn_dataset_multiplier=0.5, worker_timeout=6, batch_size=6
-        ),
+        "tests/hanging_sampling.py", *sampling_arguments(workshop, folder, tmp_path / "out", worker_timeout=3, **few)
     )
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 2 and "is set aside (silent for" in err and "batches failed three times" in err
+    assert process.returncode == 2 and "is set aside (silent for" in err and "1 batches failed three times" in err
     table = meta_csv.read(next((tmp_path / "out").rglob("meta.csv")))
-    assert len(table) < 12  # (sources are encoded in blocks: what shares a block with it waits too)
+    assert len(table) == 3 and "blue jay" not in {table.class_names[source] for source in table.source}
 
 
 @pytest.mark.slow
 def test_calibration_says_how_long_and_writes_nothing(workshop, image_folder, tmp_path):
     words = sampling_arguments(workshop, image_folder, tmp_path / "out", num_shards=3, shard_index=0)
-    out = run("sample_mp.py", *words, "--dry_run", "--calibrate")
+    out = run_here("sample_mp.py", *words, "--dry_run", "--calibrate")
     assert "images/s with 1 process(es), saving included" in out and "one of 3 shard(s)" in out
     assert not (tmp_path / "out").exists()
 
@@ -434,13 +447,13 @@ def test_ray_makes_the_same_files_and_survives_a_killed_and_a_stopped_actor(
 
 @pytest.mark.slow
 def test_disturbed_runs_end_as_the_undisturbed_one():
-    """A short version; the long one is python scripts/fault_test.py --trials 25."""
+    """The trial that fills the disk; the long version is python scripts/fault_test.py --trials 25."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "fault_test.py"), "--trials", "2", "--seed", "100", "--images", "36"],
+        [sys.executable, str(ROOT / "scripts" / "fault_test.py"), "--trials", "1", "--seed", "100", "--images", "36"],
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 disturbed runs ended byte for byte as the undisturbed one" in done.stdout
+    assert "1 of 1 disturbed runs ended byte for byte as the undisturbed one" in done.stdout
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):

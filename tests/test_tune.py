@@ -5,13 +5,11 @@ import itertools
 import json
 import shlex
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT, ROWS, classify_arguments, write_subset
+from helpers import ROWS, classify_arguments, main_here, run_here, write_subset
 
 import sample_mp
 import train_cls
@@ -328,16 +326,14 @@ def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
         "--trials", 4,
         "--output_dir", tmp_path / "out", "--config_dir", tmp_path / "config", "--register_key", "best",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "semantic_aug.evaluation", "tune", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr
+    status, printed, err = main_here(dispatcher.main, ["tune", *words])
+    assert status == 0, err
     runs = sorted(p.parent.name for p in (tmp_path / "out" / "2shot" / "classify").glob("*/results.json"))
     assert runs == [f"s0.7-g0.5-p0.3-m{m}-seed{s}" for m in (1, 2) for s in (1, 2)]
     arguments = yaml.safe_load((tmp_path / "out" / "2shot" / "classify" / runs[0] / "args.yaml").read_text())
     assert arguments["syndata_max"] == 6  # 1 x 6 of the pool's 12
-    use = done.stdout.strip().splitlines()[-1].removeprefix("python ")
-    check = subprocess.run([sys.executable, *shlex.split(use), "--dry_run"], cwd=ROOT, capture_output=True, text=True)
-    assert check.returncode == 0, check.stderr
+    script, *use = shlex.split(printed.strip().splitlines()[-1].removeprefix("python "))
+    run_here(script, *use, "--dry_run")
 
 
 def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import CLASSES, contents, run, sampling_arguments, write_subset
+from helpers import CLASSES, contents, run_here, sampling_arguments, write_subset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_guide import plan_for
@@ -265,7 +265,7 @@ def test_a_subset_of_both_kinds_of_sources_reaches_stage_3(
 ):
     options = {"sources": "both", "unlabelled": pool, "syn_dataset_multiplier": 1, "gpu_ids": ["cpu", "cpu"]}
     command = sampling_arguments(workshop, image_folder, tmp_path / "a", **options, classifier=judge_folder)
-    run("sample_mp.py", *command)
+    run_here("sample_mp.py", *command)
     (folder,) = (tmp_path / "a" / "animals").iterdir()
     before, record = contents(folder, "*.png", "*.csv"), yaml.safe_load((folder / "config.yaml").read_text())
     assert record["sources"] == "both" and len(record["unlabelled"]) == 32 and "guide_sha256" in record
@@ -284,7 +284,7 @@ def test_a_subset_of_both_kinds_of_sources_reaches_stage_3(
     # what was made is made again from what the folder keeps: some files, and the list
     (folder / "data" / of_pool[0]["Path"]).unlink()
     (folder / "meta.csv").unlink()
-    run("sample_mp.py", *command)
+    run_here("sample_mp.py", *command)
     assert contents(folder, "*.png", "*.csv") == before
 
 
