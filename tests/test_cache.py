@@ -17,6 +17,7 @@ from semantic_aug.classify.data import ImageStore
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.errors import UserError
+from semantic_aug.files import locked
 
 SHAPE = (6, 8, 8, 3)
 
@@ -211,6 +212,32 @@ def test_synthetic_images_have_a_signature_too(tmp_path):
     assert images.signature() == before
     tiny.picture(3, 3).save(paths[1])
     assert images.signature() != before
+
+
+def test_teachers_of_soft_labels_go_by_the_same_rule_unless_a_process_uses_them(folder, monkeypatch):
+    def teachers(name, used):
+        runs = folder / "teachers" / name / "without-0"
+        runs.mkdir(parents=True)
+        (runs / "model.safetensors").write_bytes(bytes(10_000))
+        (runs.parent / ".lock").touch()
+        os.utime(runs.parent / ".lock", (used, used))
+        return runs.parent
+
+    in_use, _, _, latest = (teachers(name, 1000 + k) for k, name in enumerate("dcba"))
+    (folder / "features-x.npy").write_bytes(bytes(10_000))
+    os.utime(folder / "features-x.npy", (1001.5, 1001.5))
+    monkeypatch.setenv(cache.BOUND_VARIABLE, "35e-6")
+    with locked(in_use / ".lock"):
+        os.utime(in_use / ".lock", (1000, 1000))
+        cache.make_room(folder, 10_000)
+        assert {path.name for path in (folder / "teachers").iterdir()} == {"d", "a"}
+        assert not (folder / "features-x.npy").exists()
+        with pytest.raises(cache.NoRoom):
+            cache.make_room(folder, 30_000)
+    latest.mkdir()  # which went for nothing
+    in_use.rename(in_use.with_name("e.removed"))  # a process that removed it was killed
+    cache.make_room(folder, 30_000)
+    assert list((folder / "teachers").iterdir()) == [latest]
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

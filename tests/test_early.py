@@ -210,6 +210,35 @@ def test_stages_1_and_3_name_the_value_of_a_setting_that_is_left_out(image_folde
         classify_run.check_folder(plain, dataset, None)
 
 
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        (train_lora, "--lr_scheduler piecewise_constant", "--lr_scheduler piecewise_constant with --lr_step_rules"),
+        (train_lora, "--training_templates none.txt", "--training_templates .*none.txt: expected a text file"),
+        (train_lora, "--report_to clearml", "--report_to clearml needs the package clearml"),
+        (train_lora, "--resolution 41", "41.*multiple of"),
+        (train_cls, "--drw_epoch 3 --criterion cb", "--drw_epoch 3: --criterion cb weights classes from the start"),
+        (train_cls, "--use_cutmix --nepoch 2 --unmixed_epochs 1 1", "--unmixed_epochs 1 1: none of the --nepoch 2"),
+        (train_cls, "--synthetic_balanced", "--synthetic_balanced: there are no synthetic images"),
+        (train_cls, "--syndata_dir none", "synthetic subset .*none is not a folder"),
+        (train_cls, "--test_dataset nope", "unknown data set 'nope'"),
+    ],
+)
+def test_what_flags_and_base_model_decide_is_refused_before_the_data_set_is_read(
+    tiny_base, tmp_path, module, flags, message
+):
+    base = {
+        train_lora: ["--pretrained_model_name_or_path"],
+        sample_mp: ["--sample_strategy", "real-mix", "--model_path"],
+    }
+    words = ["--dataset", f"folder:{tmp_path}/none", *base.get(module, [])] + [str(tiny_base)] * (module in base)
+    with pytest.raises(UserError, match=f"{tmp_path}/none"):
+        module.main(words)
+    with pytest.raises(UserError, match=message):
+        module.main([*words, *flags.split()])
+    assert not list(tmp_path.iterdir())
+
+
 def test_real_runs_look_at_the_disk_before_they_begin(tiny_base, image_folder, workshop, tmp_path, monkeypatch):
     def nothing_free(folder, needed, flag):
         raise UserError(f"{flag}: {needed > 0}")

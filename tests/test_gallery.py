@@ -13,6 +13,7 @@ from pathlib import Path
 
 import evaluating
 import numpy as np
+import pandas
 import pytest
 from browsing import UNNAMED, check_contrasts, press, requests_outside, until
 from helpers import classify_arguments
@@ -294,6 +295,30 @@ def shown(browser) -> list[str]:
         "return [...document.querySelectorAll('.card')].sort((a, b) => a.dataset.place - b.dataset.place)"
         ".map(node => node.getAttribute('aria-label'))"
     )
+
+
+def test_an_unlabelled_source_is_called_so(photographs, tmp_path, browser):
+    rows = [(tiny.picture(k, 900 + k), "toad", "red fox", 0.49, "") for k in range(3)]
+    folder = evaluating.write_subset(tmp_path / "s", rows)
+    table = pandas.read_csv(folder / "meta.csv", keep_default_na=False)
+    table["First Directory"] = ["toad", "unlabelled", "toad"]
+    table["Unlabelled Image"] = ["", "a.png", "b.png"]
+    table["Source Label"] = ["", "even", json.dumps({"toad": 0.75, "red fox": 0.25})]
+    table.to_csv(folder / "meta.csv", index=False)
+    assert command.main(arguments(photographs, [folder], tmp_path / "out")) == 0
+    content = content_of(tmp_path / "out")
+    assert [content["classes"][label] for label in content["images"]["source"]] == ["toad", "unlabelled", "toad"]
+    browser.get((tmp_path / "out" / "index.html").as_uri())
+    until(lambda: len(shown(browser)) == 3)
+    names = ["toad", "unlabelled", "unlabelled (toad 0.75)"]
+    assert shown(browser) == [f"{name} to red fox, strength 0.49" for name in names]
+    labels = ["0.300 toad + 0.700", "0.300 (any class) + 0.700", "0.300 (0.750 toad + 0.250 red fox) + 0.700"]
+    for name, label in zip(names, labels, strict=True):
+        browser.execute_script("document.querySelectorAll('.card')[arguments[0]].click()", names.index(name))
+        browser.execute_script("document.querySelector('dialog').open || document.getElementById('images').focus()")
+        until(lambda title=f"{name} → red fox": browser.find_element("id", "detail-title").text == title)
+        assert f"{label} red fox" in browser.find_element("id", "record").text
+        browser.execute_script("document.querySelector('dialog').close()")
 
 
 @pytest.fixture(scope="module")

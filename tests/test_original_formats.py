@@ -175,8 +175,10 @@ def test_its_classes_read_our_folder_and_its_script_composes_the_export(planes, 
     table = pandas.read_csv(own / "meta.csv")
     assert [label_of[name] for name in table["First Directory"]] == subset.source.tolist()
     assert [label_of[name] for name in table["Second Directory"]] == subset.target.tolist()
-    table[np.arange(12) > 1].to_csv(own / "meta_10-100per.csv", index=False)  # as its filter writes what it keeps
-    assert np.array_equal(read_subset(f"{own}#10-100per", planes).labels(0.5, 3), subset.labels(0.5, 3)[2:])
+    for index in (True, False):  # as its filter writes what it keeps, rows' numbers before them or not
+        table[np.arange(12) > 1].to_csv(own / "meta_10-100per.csv", index=index)
+        filtered = read_subset(f"{own}#10-100per", planes)
+        assert np.array_equal(filtered.labels(0.5, 3), subset.labels(0.5, 3)[2:]) and filtered.paths == subset.paths[2:]
     words = ["--dataset", "aircraft", "--syndata_dir", str(own), "--format", "original"]
     assert export.main([*words, "--output_dir", str(tmp_path / "export")]) == 0
     compose(tmp_path / "export", 7)

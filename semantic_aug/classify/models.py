@@ -82,6 +82,15 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     return model, normalisation_of(model, None if weights in WEIGHTS else weight_file(resolve_path(weights)))
 
 
+def make_skeleton(name: str, num_classes: int, resolution: int) -> nn.Module:
+    """A classifier without weights, whose parameters have shapes and, where timm can make it so, no values."""
+    try:
+        with torch.device("meta"):
+            return make_model(name, num_classes, resolution, "none")[0]
+    except RuntimeError:  # a network (RegNet) whose shapes follow from values
+        return make_model(name, num_classes, resolution, "none")[0]
+
+
 def normalisation_of(model: nn.Module, file: Path | None) -> Normalisation:
     """How a model's images are normalised: as its file says, where train_cls.py wrote one that does, else timm's way."""
     config = {**model.pretrained_cfg, **(metadata_of(file) if file else {})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from semantic_aug.classify import inference, metrics, teacher
 from semantic_aug.classify.checkpoints import metadata_of
 from semantic_aug.classify.config import ABSENT, DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings
 from semantic_aug.classify.losses import make_criterion
-from semantic_aug.classify.models import freeze, make_model, timm_lines, timm_name, weights_identity
+from semantic_aug.classify.models import freeze, make_model, make_skeleton, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
 from semantic_aug.classify.trainer import BEFORE_RESULTS, MODEL_FILE, Trainer, check_disk, results_of
@@ -25,7 +26,7 @@ from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
-from semantic_aug.datasets.synthetic import SyntheticImages, read_subsets
+from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
 from semantic_aug.devices import device_of, launched
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
 from semantic_aug.registry import DEFAULT_RECIPE
@@ -96,6 +97,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
     timm_name(classifier.model)
     device_of(placement.gpu)
+    check_flags(config)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
     if config.evaluation.test_dataset:
         dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
@@ -145,8 +147,8 @@ def load_synthetic(
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Refuses combinations that cannot work."""
-    synthetic, training, loss = config.synthetic, config.training, config.loss
+    """Refuses what cannot work on this data set."""
+    training = config.training
     if dataset.val is None and training.patience:
         raise UserError(f"--patience {training.patience}: {dataset.name} has no validation images; give --val_fraction")
     if training.select_by == "worst_group" and (dataset.val is None or metrics.groups_of(dataset.val) is None):
@@ -154,8 +156,18 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
     class_groups([], *config.evaluation.shot_thresholds)
+
+
+def check_flags(config: ClassifyConfig) -> None:
+    """Refuses flags that cannot work together, whatever the data set. Raises UserError: names one of them."""
+    synthetic, training, loss = config.synthetic, config.training, config.loss
+    if config.evaluation.test_dataset:
+        find_spec(config.evaluation.test_dataset, config.run.config_dir)
+    subsets = any(synthetic.syndata_key or ()) or synthetic.syndata_dir
+    for folder in synthetic.syndata_dir or ():
+        locate(folder)
     for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels"):
-        if getattr(synthetic, name) != getattr(SyntheticSettings, name) and not config.syndata:
+        if getattr(synthetic, name) != getattr(SyntheticSettings, name) and not subsets:
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
     if loss.drw_epoch >= 0 and loss.criterion == "cb":
         raise UserError(
@@ -170,6 +182,11 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         raise UserError(
             f"--unmixed_epochs {first} {last}: none of the --nepoch {training.nepoch} epochs is left for mixing"
         )
+    try:
+        if training.report_to == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise UserError("--report_to tensorboard needs the package tensorboard: pip install tensorboard") from None
 
 
 def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
@@ -219,8 +236,7 @@ def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         with no_downloads(True):
             model, _ = make_model(classifier.model, classes, resolution, classifier.weights)
     except WouldDownload as error:
-        absent = error
-        model, _ = make_model(classifier.model, classes, resolution, "none")
+        absent, model = error, make_skeleton(classifier.model, classes, resolution)
     freeze(model, classifier.trainable_layers)
     parts = launched() * training.gradient_accumulation_steps
     Processes(config.device).check(min(training.batch_size, len(dataset.train)), parts)

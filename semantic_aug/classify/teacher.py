@@ -11,6 +11,7 @@ fold, or two where images have two sources.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,7 +20,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from semantic_aug.classify.models import weights_identity
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import results_of
 from semantic_aug.datasets import LoadedDataset, fingerprint
-from semantic_aug.datasets.cache import cache_folder
+from semantic_aug.datasets.cache import NoRoom, cache_folder, make_room
 from semantic_aug.datasets.origin import synthetic_identity
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
 from semantic_aug.errors import UserError
@@ -297,7 +297,7 @@ class SubsetLabels:
         main one; of several runs at once one makes them. Raises UserError: of a training; or another run makes the same labels,
         and several processes would have to wait for it."""
         processes, folder = Processes(self.ensemble.config.device), self.ensemble.folder
-        with ExitStack() as held:
+        with contextlib.ExitStack() as held:
             probabilities = None
             if processes.main:
                 try:
@@ -321,7 +321,10 @@ class SubsetLabels:
             probabilities = self._probabilities(processes)
             if processes.main:
                 tensors.save_tensors(self.path, {"probabilities": torch.from_numpy(probabilities)}, self.origin)
-            return probabilities
+        if processes.main:
+            with contextlib.suppress(NoRoom):  # the rest of the cache is in use
+                make_room(cache_folder(), 0)
+        return probabilities
 
     def _sum(self, probabilities: np.ndarray | None, processes: Processes) -> np.ndarray:
         """The sum over the processes of their ``(M, K)`` float32, None standing for zeros."""

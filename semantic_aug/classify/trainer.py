@@ -401,10 +401,8 @@ def _board(folder: Path | None, done: int):
     if folder is None:
         yield lambda row, epoch: None
         return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--report_to tensorboard needs the package tensorboard: pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def report(row: dict[str, float], epoch: int) -> None:

@@ -6,8 +6,8 @@ the same pages. The file appears whole or not at all. Least recently used files 
 process that still maps one keeps it until it ends.
 
 Everything lies below ``outputs/cache`` of the repository, or ``DIFFMIX_CACHE``; ``DIFFMIX_CACHE_GB`` is the bound.
-Features that the evaluation keeps there (``features-*.npy``) and hashes of images (``hashes-*.npy``) count as well, and go
-by the same rule.
+Features that the evaluation keeps there (``features-*.npy``), hashes of images (``hashes-*.npy``) and the teachers of soft
+labels (``teachers/*``, folders with a lock) count as well, and go by the same rule; a folder whose lock is held stays.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from semantic_aug import registry
 from semantic_aug.datasets.table import in_threads
 from semantic_aug.errors import UserError
-from semantic_aug.files import locked, sha256_text, size_text
+from semantic_aug.files import LOCK_FILE, LockHeld, locked, sha256_text, size_text
 from semantic_aug.tensors import create_array, open_array
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,10 @@ DEFAULT_BOUND_GB = 64.0
 FREE_SHARE = 0.8
 """Share of the disk's free space the cache may take."""
 SMALL_BYTES = 256 << 20
-KINDS = ("pixels", "features", "hashes")
-"""What the folder's files begin with; all count towards the bound and go by the same rule."""
+KINDS = ("pixels-*.npy", "features-*.npy", "hashes-*.npy", "teachers/*")
+"""What lies in the folder; all count towards the bound and go by the same rule."""
+REMOVED = ".removed"
+"""Ends the name of a folder that is being removed."""
 VERSION = 2
 """Counts changes of the format or of the decoding; part of every name."""
 
@@ -177,22 +179,42 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Removes the least recently used files until ``size`` bytes fit. Raises NoRoom: they do not fit even then."""
-    files = []
-    for path in [path for kind in KINDS for path in folder.glob(f"{kind}-*.npy")]:
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # another process removes too
-            continue
-        files.append((status.st_mtime_ns, status.st_size, path))
-    files.sort()
-    held, bound = sum(file[1] for file in files), cache_bound()
+    """Removes what was least recently used until ``size`` bytes fit. Raises NoRoom: they do not fit even then."""
+    entries = sorted(entry for kind in KINDS for path in folder.glob(kind) if (entry := _entry(path)) is not None)
+    held, bound = sum(entry[1] for entry in entries), cache_bound()
     free = int(shutil.disk_usage(folder).free * FREE_SHARE)
     if size > bound or size > free + held:
         raise NoRoom(f"{size_text(size)} of decoded images, {size_text(min(bound, free + held))} allowed in {folder}")
-    for _, length, path in files:
+    for _, length, path in entries:
         if held + size <= bound and size <= free:
             return
-        log.info("removing %s from the cache: the least recently used", path.name)
+        if _removed(path):
+            log.info("removed %s from the cache: the least recently used", path.name)
+            held, free = held - length, free + length
+    if held + size > bound or size > free:
+        raise NoRoom(f"{size_text(held)} of {folder} are in use")
+
+
+def _entry(path: Path) -> tuple[int, int, Path] | None:
+    """When a file or a folder was last used, its bytes and its path; None where another process removes it just now."""
+    with contextlib.suppress(OSError):
+        if not path.is_dir():
+            status = path.stat()
+            return status.st_mtime_ns, status.st_size, path
+        used = path / LOCK_FILE  # written by whoever uses the folder
+        time = (used if used.exists() else path).stat().st_mtime_ns
+        return time, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), path
+    return None
+
+
+def _removed(path: Path) -> bool:
+    """Whether a file or a folder could be removed; not a folder that a process uses."""
+    if not path.is_dir():
         path.unlink(missing_ok=True)
-        held, free = held - length, free + length
+        return True
+    doomed = path.with_name(f"{path.name.removesuffix(REMOVED)}{REMOVED}")
+    with contextlib.suppress(LockHeld, OSError), locked(path / LOCK_FILE, wait=False):
+        path.rename(doomed)  # who waits for the lock makes the folder anew
+        shutil.rmtree(doomed)
+        return True
+    return False

@@ -112,6 +112,14 @@ class SyntheticImages:
             return np.zeros(len(self), bool)
         return self.source_labels.max(1) == self.source_labels.min(1)
 
+    def source_text(self, row: int, class_names: Sequence[str]) -> str:
+        """The class of an image's source; of an unlabelled one ``unlabelled``, with its most probable class where one is."""
+        known = None if self.source_labels is None else self.source_labels[row]
+        if known is None or known.max() == 1:
+            return class_names[self.source[row]]
+        probable = f" ({class_names[known.argmax()]} {known.max():.2f})" if known.max() > known.min() else ""
+        return f"unlabelled{probable}"
+
     def signature(self) -> str:
         """SHA-256 of paths and stamps of all files: equal signatures mean the same images."""
         digest = hashlib.sha256()

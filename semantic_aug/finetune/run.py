@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from semantic_aug.diffusion import lora, tokens
 from semantic_aug.diffusion.base import find_base, load_skeleton, read_geometry
 from semantic_aug.diffusion.families import family_of
 from semantic_aug.diffusion.license import license_of, warn_of_license
-from semantic_aug.errors import UserError, all_local, no_downloads
+from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
 from semantic_aug.finetune.batches import check_training_prompts
 from semantic_aug.finetune.checkpoints import check_disk, finished, origin_of, take_folder
 from semantic_aug.finetune.config import UNLABELLED_SHARE, FinetuneConfig
@@ -60,22 +61,17 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     request cannot be run."""
     config = replace(config, train=config.train.split(launched()))
     model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
+    check_flags(config)
+    with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed
+        resolution_of(config, find_base(name))
     dataset, folder = all_local(
         lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
     )
     if images.unlabelled is not None:
         dataset = with_unlabelled(dataset, images.unlabelled)
         images = replace(images, unlabelled_share=images.unlabelled_share or UNLABELLED_SHARE)
-    geometry = read_geometry(folder)
-    resolution = images.resolution or geometry.native_resolution
-    geometry.check(resolution)
-    vectors = model.num_vectors if model.trains_tokens else None
+    resolution, vectors = resolution_of(config, folder), model.num_vectors if model.trains_tokens else None
     check_training_prompts(dataset, folder, name, vectors, images)
-    if images.random_crops and family_of(folder, name).sizes:
-        raise UserError(
-            "--random_crops with a Stable Diffusion XL model, which is conditioned on where each image was cropped: give "
-            "--crops K"
-        )
     scale = config.effective_batch(launched()) if config.train.scale_lr else 1
     output_dir = config.output_dir or runs.finetune_dir(model.finetune_strategy, dataset.name, dataset.setting.suffix)
     precision = model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -93,10 +89,31 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
         images=replace(images, resolution=resolution),
         output=replace(config.output, output_dir=registry.resolve_path(output_dir)),
     )
-    check_tracker(config.output.report_to)
     if key := config.output.register_key:
         registry.check_key(registry.CHECKPOINTS, dataset.name, key, checkpoint_entry(config), config.run.config_dir)
     return config, dataset
+
+
+def check_flags(config: FinetuneConfig) -> None:
+    """Refuses, before anything is read, templates, an optimiser, a schedule or a tracker that cannot be had. Raises UserError:
+    names the flag."""
+    _ = config.images.templates  # read, since a file may be missing
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
+    check_tracker(config.output.report_to)
+
+
+def resolution_of(config: FinetuneConfig, folder: Path) -> int:
+    """The side of the training images. Raises UserError: the base model does not take it, or not the crops."""
+    geometry = read_geometry(folder)
+    resolution = config.images.resolution or geometry.native_resolution
+    geometry.check(resolution)
+    if config.images.random_crops and family_of(folder, config.model.pretrained_model_name_or_path).sizes:
+        raise UserError(
+            "--random_crops with a Stable Diffusion XL model, which is conditioned on where each image was cropped: give "
+            "--crops K"
+        )
+    return resolution
 
 
 def describe_unlabelled(config: FinetuneConfig, dataset: LoadedDataset, processes: int) -> str:
@@ -122,13 +139,10 @@ def check_tracker(name: str) -> None:
 
 
 def check(config: FinetuneConfig, dataset: LoadedDataset) -> None:
-    """What only a start finds out, without the base model's weights: trained model, optimiser, schedule, disk space. Raises
-    UserError: a LoRA target, a prompt, an initialiser or a schedule that does not fit, or too little space."""
+    """What only a start finds out, without the base model's weights: trained model and disk space. Raises UserError: a LoRA
+    target, a prompt or an initialiser that does not fit, or too little space."""
     base = load_skeleton(config.model.pretrained_model_name_or_path, config.base_folder)
     model = TrainedModel(base, config, dataset)
-    rates = (config.train.learning_rate, config.train.ti_learning_rate)
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
-    make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
     trained = sum(parameter.numel() for group in model.parameter_groups(config.train) for parameter in group["params"])
     check_disk(config, len(dataset.train) + len(dataset.unlabelled or ()), base.geometry, trained)
 

@@ -182,7 +182,7 @@ def check(inputs: Inputs, settings: FilterSettings) -> None:
 def sheet(images: SyntheticImages, confidence: np.ndarray, dropped: np.ndarray, names, title: str) -> Image.Image:
     """The dropped images with the lowest confidence, worst first, captioned with confidence, source and target."""
     shown = dropped[np.argsort(confidence[dropped], kind="stable")][: SHEET_COLUMNS * SHEET_ROWS].tolist()
-    captions = [f"{confidence[i]:.2f} {names[images.source[i]]} > {names[images.target[i]]}" for i in shown]
+    captions = [f"{confidence[i]:.2f} {images.source_text(i, names)} > {names[images.target[i]]}" for i in shown]
     cells = [Cell(images.image(i), caption) for i, caption in zip(shown, captions, strict=True)]
     rows = [cells[start : start + SHEET_COLUMNS] for start in range(0, len(cells), SHEET_COLUMNS)]
     return grid(rows, size=SHEET_SIZE, title=title)

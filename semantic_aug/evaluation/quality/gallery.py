@@ -23,7 +23,8 @@ from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.fingerprint import hash_files, hash_images, hex_digits
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.synthetic import locate, read_subset
+from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
+from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation import document
 from semantic_aug.evaluation.quality.inputs import Inputs, OutputSettings, Subset, make_parser, read_inputs
@@ -246,9 +247,9 @@ def records(
     used = used[used >= 0].tolist()
     position, real = {row: i for i, row in enumerate(used)}, real_pictures(train, used)
     lists, pictures = [], []
-    columns = "list source target strength group path number seed prompt real thumbnail full_size".split()
+    columns = "list source target strength group path number seed prompt real thumbnail full_size unlabelled".split()
     columns: dict[str, list] = {name: [] for name in columns}
-    prompts: dict[str, int] = {}
+    prompts, unlabelled, classes = {}, {}, list(inputs.dataset.class_names)
     for label, subset in enumerate(inputs.subsets):
         columns["real"] += [position.get(row, -1) for row in subset.sources.tolist()]
         columns["group"] += subset.strengths.tolist()
@@ -258,8 +259,13 @@ def records(
             hashes = hex_digits(hash_files(images.paths, "synthetic images").values)
             pictures += [Picture(name[:20], str(path)) for name, path in zip(hashes, images.paths, strict=True)]
             columns["list"] += [len(lists)] * len(images)
-            for name, values in (("source", images.source), ("target", images.target), ("strength", images.strength)):
+            source = np.where(images.of_any_class, len(classes), images.source)
+            for name, values in (("source", source), ("target", images.target), ("strength", images.strength)):
                 columns[name] += values.tolist()
+            texts = unlabelled_texts(images, classes)
+            columns["unlabelled"] += [
+                -1 if text is None else unlabelled.setdefault(text, len(unlabelled)) for text in texts
+            ]
             columns["path"] += paths
             columns["number"] += table.number.tolist()
             columns["seed"] += [str(seed) for seed in table.further.get("Seed", [""] * len(table))]
@@ -273,10 +279,11 @@ def records(
         "id": files.sha256_text(json.dumps(lists))[:16],
         "dataset": inputs.dataset.name,
         "gamma": settings.gamma,
-        "classes": list(inputs.dataset.class_names),
+        "classes": [*classes, UNLABELLED] if len(classes) in columns["source"] else classes,
         "subsets": [subset.name for subset in inputs.subsets],
         "lists": lists,
         "prompts": list(prompts),
+        "unlabelled": [{"title": title, "label": label} for title, label in unlabelled],
         "images": columns,
         "sources": {
             "key": [train.keys[row] for row in used],
@@ -286,6 +293,18 @@ def records(
         "scores": _score_columns(inputs.subsets, scores),
     }
     return content, pictures + real
+
+
+def unlabelled_texts(images: SyntheticImages, class_names: Sequence[str]) -> list[tuple[str, str] | None]:
+    """Of each image from an unlabelled source what stands for the source's class, and the label that is known of it."""
+    if images.source_labels is None:
+        return [None] * len(images)
+    texts: list[tuple[str, str] | None] = []
+    for row, known in enumerate(images.source_labels):
+        order = [k for k in np.argsort(-known, kind="stable").tolist() if known[k]]
+        parts = [f"{known[k]:.3f} {class_names[k]}" for k in order] if known.max() > known.min() else ["any class"]
+        texts.append(None if known.max() == 1 else (images.source_text(row, class_names), " + ".join(parts)))
+    return texts
 
 
 def _score_columns(subsets: Sequence[Subset], scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict]:

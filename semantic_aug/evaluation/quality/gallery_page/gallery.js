@@ -8,6 +8,7 @@
   const GAP = 12, HEADING = 46, TEXT = 42, PADDING = 12;
   const key = "semantic_aug gallery " + G.id;
   const name = (label) => G.classes[label];
+  const from = (i) => (I.unlabelled[i] < 0 ? name(I.source[i]) : G.unlabelled[I.unlabelled[i]].title);
   const number = (value) => String(+value.toPrecision(4));
 
   const rejected = new Set();
@@ -275,7 +276,7 @@
     if (sorted && sorted !== "target_probability") facts.push(G.scores[sorted].label + " " + scoreText(sorted, i));
     const mark = element("span", "mark", "✕");
     mark.title = "Reject, or keep again (x)";
-    node.append(thumbs, element("p", "", `${name(I.source[i])} → ${name(I.target[i])}`), element("p", "muted", facts.join(" · ")), mark);
+    node.append(thumbs, element("p", "", `${from(i)} → ${name(I.target[i])}`), element("p", "muted", facts.join(" · ")), mark);
     node.style.transform = `translate(${x}px, ${y}px)`;
     if (p === current) node.classList.add("current");
     describe(node, i);
@@ -285,7 +286,7 @@
   function describe(node, i) {
     node.setAttribute("aria-selected", rejected.has(i));
     const p = G.scores.target_probability ? `, target probability ${scoreText("target_probability", i)}` : "";
-    node.setAttribute("aria-label", `${name(I.source[i])} to ${name(I.target[i])}, strength ${number(I.strength[i])}${p}${rejected.has(i) ? ", rejected" : ""}`);
+    node.setAttribute("aria-label", `${from(i)} to ${name(I.target[i])}, strength ${number(I.strength[i])}${p}${rejected.has(i) ? ", rejected" : ""}`);
   }
 
   function scoreText(score, i) {
@@ -350,7 +351,7 @@
   function showDetail() {
     if (!order.length) return;
     const i = order[current], r = I.real[i];
-    $("detail-title").textContent = `${name(I.source[i])} → ${name(I.target[i])}`;
+    $("detail-title").textContent = `${from(i)} → ${name(I.target[i])}`;
     $("detail-real").hidden = r < 0;
     $("detail-real").parentNode.classList.toggle("single", r < 0);
     if (r >= 0) fill("detail-source", G.sources, r, `source: ${name(I.source[i])}`);
@@ -371,8 +372,9 @@
   }
 
   function recordOf(i) {
-    const list = G.lists[I.list[i]], w = I.strength[i] ** G.gamma, a = name(I.source[i]), b = name(I.target[i]);
-    const label = I.source[i] === I.target[i] ? `1 ${a}` : `${(1 - w).toFixed(3)} ${a} + ${w.toFixed(3)} ${b}`;
+    const list = G.lists[I.list[i]], w = I.strength[i] ** G.gamma, b = name(I.target[i]), known = G.unlabelled[I.unlabelled[i]];
+    const a = known ? `(${known.label})` : name(I.source[i]);
+    const label = !known && I.source[i] === I.target[i] ? `1 ${a}` : `${(1 - w).toFixed(3)} ${a} + ${w.toFixed(3)} ${b}`;
     const entries = [
       ["prompt", G.prompts[I.prompt[i]]], ["strength", number(I.strength[i])], [`soft label (gamma ${number(G.gamma)})`, label],
       ["seed", I.seed[i]], ["number", String(I.number[i])], ["source image", I.real[i] >= 0 ? G.sources.key[I.real[i]] : ""],
