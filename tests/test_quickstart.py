@@ -23,15 +23,17 @@ def parser(program: str):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_step_is_a_command_that_its_program_accepts(name, smoke):
     quickstart = run.Quickstart(TASKS[name], smoke)
-    steps, subsets = quickstart.commands(), set()
+    steps, subsets, classifiers = quickstart.commands(), set(), []
     for program, *flags in steps.values():
         args = parser(program).parse_args(flags)
         assert (args.dataset, args.examples_per_class) == (TASKS[name].dataset, quickstart.size.shots)
         assert str(args.config_dir).endswith(f"{quickstart.out}/config")
         if program == "sample_mp.py":
             subsets.add(args.register_key)
+            assert args.classifier is None or args.classifier in classifiers
         elif program == "train_cls.py":
             assert set(args.syndata_key or []) <= subsets  # made by an earlier step
+            classifiers.append(args.output_dir)
     assert len({flags[flags.index("--output_dir") + 1] for flags in steps.values() if "--output_dir" in flags}) == 4
 
 
@@ -48,7 +50,7 @@ def test_the_picture_of_cells_goes_to_the_other_type_and_the_opposite_level():
 def test_the_sentence_below_the_table_compares_photographs_with_photographs(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     quickstart = run.Quickstart(TASKS["signs"])
-    right = {"real only": "1100 1000", "real + CutMix": "1111 1000", "real + Diff-Mix": "1111 1100"}
+    right = {"real only": "1100 1000", "real + mixup": "1111 1000", "real + Diff-Mix": "1111 1100"}
     for name, answers in right.items():
         folder = tmp_path / quickstart.result_folder(name)
         folder.mkdir(parents=True)

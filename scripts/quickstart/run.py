@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,18 +87,24 @@ class Quickstart:
                 "--resume_from_checkpoint", "latest",
             ],
         }  # fmt: skip
+        real = {name: flags for name, flags in task.methods.items() if "--syndata_key" not in flags}
+        steps |= {name: self.classify(name, flags, shared) for name, flags in real.items()}
         for key, flags in task.subsets.items():
             steps[f"sample {key}" if len(task.subsets) > 1 else "sample"] = [
-                "sample_mp.py", *shared, "--finetune_model_key", CHECKPOINT, *flags,
+                "sample_mp.py", *shared, "--finetune_model_key", CHECKPOINT,
+                *(str(self.result_folder(word)) if word in real else word for word in flags),
                 "--syn_dataset_multiplier", f"{size.multiplier:g}", "--num_inference_steps", str(size.steps),
                 "--output_root", str(self.out / "aug_samples"), "--register_key", key,
             ]  # fmt: skip
-        for name, flags in task.methods.items():
-            steps[name] = [
-                "train_cls.py", *shared, *task.classifier, "--nepoch", str(size.epochs), "--eval_every", str(size.eval_every),
-                "--output_dir", str(self.result_folder(name)), *flags,
-            ]  # fmt: skip
+        synthetic = {name: flags for name, flags in task.methods.items() if name not in real}
+        steps |= {name: self.classify(name, flags, shared) for name, flags in synthetic.items()}
         return steps
+
+    def classify(self, name: str, flags: Sequence[str], shared: Sequence[str]) -> list[str]:
+        """The command of one classifier."""
+        budget = ["--nepoch", str(self.size.epochs), "--eval_every", str(self.size.eval_every)]
+        output = ["--output_dir", str(self.result_folder(name))]
+        return ["train_cls.py", *shared, *self.task.classifier, *budget, *output, *flags]
 
     def result_folder(self, name: str) -> Path:
         """Where a classifier's results go."""

@@ -43,7 +43,8 @@ class Task:
         size: how much of everything.
         setting: further flags of the data set that all three stages share, without dashes.
         finetune: flags of stage 1.
-        subsets: key of a synthetic subset -> flags of stage 2.
+        subsets: key of a synthetic subset -> flags of stage 2; a row of the table among them stands for the folder of its
+            classifier, which is trained before.
         classifier: flags of every classifier.
         methods: row of the table -> further flags of its classifier.
         targets: the two classes to which the picture translates a photograph, from its label and the number of classes.
@@ -104,14 +105,22 @@ SIGNS = Task(
     dataset="signs",
     base="scripts/quickstart/base-signs",
     folder="quickstart_signs",
-    size=Size(shots=5, finetune_steps=900, multiplier=10, epochs=50, eval_every=10, picture_rows=4),
+    size=Size(shots=5, finetune_steps=600, multiplier=10, epochs=120, eval_every=20, picture_rows=5),
     setting={"subset_seed": 2020},
-    finetune=RATES,
-    subsets={SUBSET: ("--sample_strategy", "diff-mix", "--aug_strength", "0.7")},
-    classifier=(*NETWORK, "--res_mode", "96", "--gamma", "0.5", "--synthetic_prob", "0.3"),
-    methods={"real only": (), "real + CutMix": ("--use_cutmix",), "real + Diff-Mix": ("--syndata_key", SUBSET)},
+    finetune=(
+        *("--learning_rate", "4e-3", "--ti_learning_rate", "5e-3", "--initializer", "super_class", "--rank", "16"),
+        *("--lora_targets", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
+    ),
+    subsets={
+        SUBSET: (
+            *("--sample_strategy", "diff-mix", "--aug_strength", "0.7"),
+            *("--sources", "unlabelled", "--unlabelled", "dataset:signs", "--classifier", "real only"),
+        )
+    },
+    classifier=(*NETWORK, "--res_mode", "96", "--gamma", "3", "--synthetic_prob", "0.7", "--select_by", "macro"),
+    methods={"real only": (), "real + mixup": ("--use_mixup",), "real + Diff-Mix": ("--syndata_key", SUBSET)},
     targets=_other_digits,
-    note="EfficientNet-Lite0 at 96 px",
+    note="EfficientNet-Lite0 at 96 px; Diff-Mix translates the other training photographs, whose labels are not used",
 )
 
 TASKS = {"elpv": ELPV, "signs": SIGNS}
