@@ -1,4 +1,4 @@
-"""Output folders: names, locks, the arguments and the origin kept beside the results, and metrics row by row."""
+"""Output folders: names, the arguments and the origin kept beside the results, and metrics row by row."""
 
 import csv
 import importlib.metadata

@@ -1,5 +1,6 @@
 """The pixel cache: right, shared, bounded, never stale, safe when killed, and nothing of it in the user's folders."""
 
+import errno
 import os
 import shutil
 import signal
@@ -238,6 +239,20 @@ def test_teachers_of_soft_labels_go_by_the_same_rule_unless_a_process_uses_them(
     in_use.rename(in_use.with_name("e.removed"))  # a process that removed it was killed
     cache.make_room(folder, 30_000)
     assert list((folder / "teachers").iterdir()) == [latest]
+
+
+def test_teachers_stay_where_no_lock_can_tell_who_uses_them(folder, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.EOPNOTSUPP, "no locks on this file system")
+
+    model = folder / "teachers" / "a" / "without-0" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(bytes(10_000))
+    monkeypatch.setenv(cache.BOUND_VARIABLE, "1e-6")
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    with pytest.raises(cache.NoRoom):
+        cache.make_room(folder, 100)
+    assert model.is_file()
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

@@ -18,6 +18,7 @@ from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import compare, pseudo_label
 from semantic_aug.evaluation.experiments.commands import LABEL_STEP
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
+from semantic_aug.registry import CONFIG_DIR
 
 NAMES = ("blue jay", "red fox", "toad")
 
@@ -159,7 +160,7 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
     args = parsed(image_folder, "--methods", "pseudo-label", "--unlabelled", pool)
     (job,) = compare.jobs_of(args, tmp_path / "out")
     with pytest.raises(UserError, match="holds 1 test images"):
-        compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset))
+        compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR)
 
 
 @pytest.mark.parametrize("result", ["pseudo-label/meta.csv", "aug_samples/diff-mix+unlabelled/frogs/subset/meta.csv"])
@@ -169,7 +170,7 @@ def test_a_setting_keeps_the_pool_and_the_threshold_of_its_first_results(image_f
     def claim(threshold, *more):
         words = ["--methods", "pseudo-label", "--unlabelled", pool, "--pseudo_threshold", threshold, *more]
         (job,) = compare.jobs_of(parsed(image_folder, *words), tmp_path / "out")
-        compare.claim_pool(job, tmp_path / "out", dataset)
+        compare.claim_pool(job, tmp_path / "out", dataset, CONFIG_DIR)
         return job.pair.folder / result
 
     claim(0.95)
@@ -189,15 +190,20 @@ def test_the_arguments_of_the_label_step_are_checked_before_it(image_folder, poo
     step = job.pair.steps[LABEL_STEP]
     job.pair.steps[LABEL_STEP] = replace(step, arguments=(*step.arguments, "--res_mode", "64"))
     with pytest.raises(UserError, match="unknown argument --res_mode"):
-        compare.claim_pool(job, tmp_path / "out", load_dataset(f"folder:{image_folder}"))
+        compare.claim_pool(job, tmp_path / "out", load_dataset(f"folder:{image_folder}"), CONFIG_DIR)
 
 
-def test_the_other_training_images_of_a_data_set_are_a_pool(image_folder):
-    word = unlabelled_images(f"dataset:folder:{image_folder}")
-    whole, few = (load_dataset(f"folder:{image_folder}", Setting(examples_per_class=n)) for n in (-1, 2))
-    images = read_unlabelled(word)
+@pytest.mark.parametrize(
+    "changes", [{}, {"subset_seed": 5}, {"val_fraction": 0.5}], ids=["default", "draw", "fraction"]
+)
+def test_the_other_training_images_of_a_data_set_are_a_pool(image_folder, tmp_path, changes):
+    (tmp_path / "datasets.yaml").write_text(f"pets:\n  folder: {image_folder}\n")
+    whole = load_dataset("pets", Setting(val_fraction=0), tmp_path)  # nothing is held out
+    few = load_dataset("pets", Setting(examples_per_class=2, **changes), tmp_path)
+    images = read_unlabelled(unlabelled_images("dataset:pets"), tmp_path)
     assert list(images.keys) == list(whole.train.keys) and images.class_names == ("unlabelled",)
-    assert set(without_labelled(images, few, word).keys) == set(whole.train.keys) - set(few.train.keys)
+    rest = without_labelled(images, few, "dataset:pets")
+    assert set(rest.keys) == set(whole.train.keys) - set(few.train.keys) - set(few.val.keys)
     assert np.array_equal(np.asarray(images.image(1)), np.asarray(whole.train.image(1)))
 
 

@@ -11,6 +11,7 @@ labels (``teachers/*``, folders with a lock) count as well, and go by the same r
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from semantic_aug import registry
 from semantic_aug.datasets.table import in_threads
 from semantic_aug.errors import UserError
-from semantic_aug.files import LOCK_FILE, LockHeld, locked, sha256_text, size_text
+from semantic_aug.files import LOCK_FILE, locked, sha256_text, size_text
 from semantic_aug.tensors import create_array, open_array
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,12 @@ def _removed(path: Path) -> bool:
         path.unlink(missing_ok=True)
         return True
     doomed = path.with_name(f"{path.name.removesuffix(REMOVED)}{REMOVED}")
-    with contextlib.suppress(LockHeld, OSError), locked(path / LOCK_FILE, wait=False):
+    with contextlib.suppress(OSError), open(path / LOCK_FILE, "a+") as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # an error where it is held, and where there are no locks to tell
+        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK_FILE)):
+            return False  # another process has just made the folder anew
         path.rename(doomed)  # who waits for the lock makes the folder anew
         shutil.rmtree(doomed)
         return True

@@ -6,25 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_aug.datasets.catalog import LoadedDataset, load_dataset
+from semantic_aug import registry
+from semantic_aug.datasets.catalog import LoadedDataset, read_splits
 from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images
 from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
 from semantic_aug.datasets.readers.hub import read_hub_images
 from semantic_aug.datasets.settings import DATASET, HUB
-from semantic_aug.datasets.table import ImageTable, missing_files, table_of_files
+from semantic_aug.datasets.table import ImageTable, missing_files, refuse_missing, table_of_files
 from semantic_aug.errors import UserError
 
 CLASS = "unlabelled"
 """Class name of images that have none."""
 
 
-def read_unlabelled(path: Path | str) -> ImageTable:
+def read_unlabelled(path: Path | str, config_dir: Path = registry.CONFIG_DIR) -> ImageTable:
     """The images as a table of one class; keys are paths relative to the folder, or as the list gives them.
 
     Args:
         path: a folder; a CSV file with the column ``path``, relative to the file's folder or absolute; ``hf:ID``, a data set
-            of the hub or a local copy of one; or ``dataset:NAME``, all training images of a data set.
+            of the hub or a local copy of one; or ``dataset:NAME``, the whole training split of a data set.
+        config_dir: folder of ``datasets.yaml``.
 
     Raises:
         UserError: not there, without an image, or a listed file is missing.
@@ -35,7 +37,9 @@ def read_unlabelled(path: Path | str) -> ImageTable:
             raise UserError(f"--unlabelled {path}: no image there; expected a data set with images")
         return images
     if str(path).startswith(DATASET):
-        images = load_dataset(str(path).removeprefix(DATASET)).train
+        spec, splits = read_splits(str(path).removeprefix(DATASET), config_dir)
+        images = splits["train"]
+        refuse_missing({"train": images}, spec.name)
         return replace(images, class_names=(CLASS,), labels=np.zeros_like(images.labels), extras={}, group_names=())
     if path.is_dir():
         walk = Walk(Path(os.path.abspath(path)))
@@ -63,27 +67,36 @@ def read_unlabelled(path: Path | str) -> ImageTable:
     return images
 
 
-def with_unlabelled(dataset: LoadedDataset, path: Path | str) -> LoadedDataset:
+def with_unlabelled(dataset: LoadedDataset, path: Path | str, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
     """The data set with the images of :func:`read_unlabelled` that are not among its labelled training images. Raises
     UserError: see there and :func:`without_labelled`."""
-    return replace(dataset, unlabelled=without_labelled(read_unlabelled(path), dataset, path))
+    return replace(dataset, unlabelled=without_labelled(read_unlabelled(path, config_dir), dataset, path))
 
 
 def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | str) -> ImageTable:
-    """The images that are not training images of the data set, by content. Raises UserError: some are validation or test
-    images, which would leak into what is trained on them; or none is left."""
+    """The images that are not training images of the data set, by content.
+
+    Of a data set's own training split, ``dataset:NAME``, what this setting validates or tests on is left out as well.
+
+    Raises:
+        UserError: some of a folder, a list or a hub's data set are validation or test images, which would leak into what is
+            trained on them; or none is left.
+    """
     hashes = [value.tobytes() for value in hash_images(images).values]
+    left_out = set(_by_content(dataset.train))
     for split in ("test", "val"):
         table = getattr(dataset, split)
         labelled = _by_content(table) if table is not None else {}
+        if str(path).startswith(DATASET):
+            left_out.update(labelled)
+            continue
         shared = [(key, labelled[value]) for key, value in zip(images.keys, hashes, strict=True) if value in labelled]
         if shared:
             raise UserError(
                 f"--unlabelled {path} holds {len(shared)} {split} images of {dataset.name} ('{shared[0][0]}' is "
                 f"'{shared[0][1]}'), on which classifiers are evaluated: remove them from it"
             )
-    train = _by_content(dataset.train)
-    rest = images.take([row for row, value in enumerate(hashes) if value not in train])
+    rest = images.take([row for row, value in enumerate(hashes) if value not in left_out])
     if not len(rest):
         raise UserError(f"--unlabelled {path}: all {len(images)} images are labelled training images; give others")
     return rest

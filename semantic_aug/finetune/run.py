@@ -68,7 +68,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
         lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
     )
     if images.unlabelled is not None:
-        dataset = with_unlabelled(dataset, images.unlabelled)
+        dataset = with_unlabelled(dataset, images.unlabelled, config.run.config_dir)
         images = replace(images, unlabelled_share=images.unlabelled_share or UNLABELLED_SHARE)
     resolution, vectors = resolution_of(config, folder), model.num_vectors if model.trains_tokens else None
     check_training_prompts(dataset, folder, name, vectors, images)

@@ -166,7 +166,7 @@ def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Pa
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), config_dir)
     if images.unlabelled is None:
         return dataset
-    dataset = with_unlabelled(dataset, images.unlabelled)
+    dataset = with_unlabelled(dataset, images.unlabelled, config_dir)
     if clash := [name for name in dataset.folders if name.casefold() == UNLABELLED]:
         raise UserError(f"--unlabelled: {dataset.name} has a class '{clash[0]}' of its own: rename its folder or label")
     return dataset

@@ -176,7 +176,7 @@ def _listed(job: Job) -> SourceImages:
     config = job.config
     images = load_dataset(config.dataset, config.setting, config.run.config_dir).train
     if config.images.unlabelled is not None:
-        images = with_pool(images, read_unlabelled(config.images.unlabelled), job.origin.sources)
+        images = with_pool(images, read_unlabelled(config.images.unlabelled, config.run.config_dir), job.origin.sources)
     images = with_regions(images, config.images.object_mask)
     return SourceImages(images, job.origin.sources, columns_of(config.images.object_mask))
 

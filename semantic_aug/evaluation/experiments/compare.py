@@ -308,17 +308,19 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
     for job in selected:
         dataset = claim_data(job.commands, config_dir, job.stages)
         if any(METHODS[method].unlabelled for method in job.methods):
-            claim_pool(job, folder, dataset)
+            claim_pool(job, folder, dataset, config_dir)
 
 
-def claim_pool(job: Job, folder: Path, dataset: LoadedDataset) -> None:
+def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path) -> None:
     """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels. Raises
     UserError: some are evaluated, or the setting has results of other images or with another threshold."""
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
-    read_pool(settings, dataset)
+    read_pool(settings, dataset, config_dir)
     if LABEL_STEP in job.pair.steps:
         pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
-    images = read_unlabelled(settings.unlabelled)  # the labelled ones, which differ from seed to seed, among them
+    images = read_unlabelled(
+        settings.unlabelled, config_dir
+    )  # the labelled ones, which differ from seed to seed, among them
     record = {
         "dataset": dataset.name,
         "pseudo_threshold": settings.pseudo_threshold,

@@ -58,11 +58,13 @@ class LabelSettings:
     )
 
 
-def read_pool(settings: UnlabelledSettings, dataset: LoadedDataset) -> ImageTable:
+def read_pool(
+    settings: UnlabelledSettings, dataset: LoadedDataset, config_dir: Path = registry.CONFIG_DIR
+) -> ImageTable:
     """The unlabelled images without the labelled training images."""
     if settings.unlabelled is None:
         raise UserError("pseudo-labels need --unlabelled PATH: a folder of images, or a list with the column path")
-    return without_labelled(read_unlabelled(settings.unlabelled), dataset, settings.unlabelled)
+    return without_labelled(read_unlabelled(settings.unlabelled, config_dir), dataset, settings.unlabelled)
 
 
 def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: tuple[str, ...]) -> np.ndarray:
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings, request = cli.read_settings(UnlabelledSettings, args), cli.read_settings(LabelSettings, args)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
-    pool, folder = read_pool(settings, dataset), registry.resolve_path(request.output_dir)
+    pool, folder = read_pool(settings, dataset, args.config_dir), registry.resolve_path(request.output_dir)
     print(f"{dataset.describe()}; unlabelled {len(pool)}")
     if args.dry_run:
         return 0
