@@ -163,26 +163,40 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
         compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR)
 
 
-@pytest.mark.parametrize("result", ["pseudo-label/meta.csv", "aug_samples/diff-mix+unlabelled/frogs/subset/meta.csv"])
-def test_a_setting_keeps_the_pool_and_the_threshold_of_its_first_results(image_folder, pool, tmp_path, result):
+@pytest.mark.parametrize(
+    "result",
+    [
+        "pseudo-label/meta.csv",
+        "classify/pseudo-label/results.json",
+        "aug_samples/diff-mix+unlabelled/frogs/subset/meta.csv",
+        "classify/diff-mix+unlabelled/results.json",  # which stays where the images are removed
+    ],
+)
+def test_a_setting_keeps_the_pool_of_its_first_results_and_the_threshold_of_its_labels(
+    image_folder, pool, tmp_path, result
+):
     dataset = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=2, subset_seed=7))
 
-    def claim(threshold, *more):
-        words = ["--methods", "pseudo-label", "--unlabelled", pool, "--pseudo_threshold", threshold, *more]
+    def claim(threshold):
+        methods = ["pseudo-label", "diff-mix+unlabelled"]
+        words = ["--methods", *methods, "--unlabelled", pool, "--pseudo_threshold", threshold]
         (job,) = compare.jobs_of(parsed(image_folder, *words), tmp_path / "out")
         compare.claim_pool(job, tmp_path / "out", dataset, CONFIG_DIR)
         return job.pair.folder / result
 
     claim(0.95)
-    labels = claim(0.5)  # nothing is made of the pool yet
-    labels.parent.mkdir(parents=True)
-    labels.touch()
+    first = claim(0.5)  # nothing is made of the pool yet
+    first.parent.mkdir(parents=True)
+    first.touch()
     claim(0.5)
-    with pytest.raises(UserError, match=r"pseudo_threshold: 0.5 -> 0.95.*choose another --output_dir"):
-        claim(0.95)
+    if "pseudo-label" in result:
+        with pytest.raises(UserError, match=r"pseudo_threshold: 0.5 -> 0.95.*choose another --output_dir"):
+            claim(0.95)
+    else:
+        claim(0.95)  # translations have no threshold
     shutil.copy(dataset.train.encoded(int(dataset.train.rows[0])), pool / "known.png")  # labelled under this seed alone
     with pytest.raises(UserError, match=r"other arguments \(unlabelled: '\w+' -> '\w+'\).*choose another --output_dir"):
-        claim(0.5)
+        claim(0.95 if "diff" in result else 0.5)
 
 
 def test_the_arguments_of_the_label_step_are_checked_before_it(image_folder, pool, tmp_path):

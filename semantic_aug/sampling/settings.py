@@ -227,7 +227,9 @@ class ImageSettings:
                 "translated to one by a *-mix strategy that starts from images; choose one of these"
             )
         if self.unlabelled is None:
-            raise UserError(f"--sources {self.sources} needs --unlabelled PATH: a folder of images, a list, or hf:ID")
+            raise UserError(
+                f"--sources {self.sources} needs --unlabelled PATH: a folder of images, a list, hf:ID or dataset:NAME"
+            )
         if self.object_mask is not None:
             raise UserError(f"--object_mask {self.object_mask}: unlabelled images have no masks; leave out one of them")
 

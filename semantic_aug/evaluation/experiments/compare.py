@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from semantic_aug.evaluation.experiments.commands import (
     LABEL_STEP,
     METHODS,
     REAL_ONLY,
+    UNLABELLED,
     Method,
     StageCommands,
+    Step,
     setting_name,
 )
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR, FOLDS
@@ -254,12 +256,13 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
         if 2 in job.stages:
             steps.append(commands.sample("real-guidance"))
             flags = {name: METHODS[name].sample for name in job.methods if METHODS[name].sample}
+            pool = commands.recipe.pseudo.get("unlabelled")
             # the flags of single methods, without the checkpoint and the classifier that are still to be trained
-            steps += [
-                commands.sample("real-mix", name, **sample)
-                for name, sample in flags.items()
-                if REAL_ONLY not in sample.values()
-            ]
+            for name, sample in flags.items():
+                if UNLABELLED in sample.values():
+                    steps.append(commands.sample("real-mix", name, sources=sample["sources"], unlabelled=pool))
+                elif REAL_ONLY not in sample.values():
+                    steps.append(commands.sample("real-mix", name, **sample))
         if 1 in job.stages:
             steps.append(commands.finetune("ti_db"))
         check_commands(steps, commands.folder)
@@ -311,27 +314,35 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
             claim_pool(job, folder, dataset, config_dir)
 
 
+def _has_results(root: Path, steps: Iterable[Step], method: str) -> bool:
+    """Whether a seed of a setting has a classifier of a method, or what it trains on, made of unlabelled images."""
+    own = [s.result for s in steps if "--unlabelled" in s.arguments or s.name == METHODS[method].step_names[3]]
+    return any(any(root.glob(f"seed*/{pattern}")) for pattern in own)
+
+
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path) -> None:
     """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels. Raises
-    UserError: some are evaluated, or the setting has results of other images or with another threshold."""
+    UserError: some are evaluated, or the setting has results of other images or labels with another threshold."""
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
+    if (job.pair.folder / "config" / registry.DATASETS).is_file():
+        config_dir = job.pair.folder / "config"  # a pair that was begun keeps its registry
     read_pool(settings, dataset, config_dir)
     if LABEL_STEP in job.pair.steps:
         pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
-    images = read_unlabelled(
-        settings.unlabelled, config_dir
-    )  # the labelled ones, which differ from seed to seed, among them
+    # the labelled ones, which differ from seed to seed, among them
+    images = read_unlabelled(settings.unlabelled, config_dir)
     record = {
         "dataset": dataset.name,
         "pseudo_threshold": settings.pseudo_threshold,
         "unlabelled": content_digest(hash_images(images).hex()),
     }
     root = folder / job.setting
-    users = job.commands.method_steps(name for name, method in METHODS.items() if method.unlabelled).values()
-    made = (step.result for step in users if step.name == LABEL_STEP or "--unlabelled" in step.arguments)
-    if any(any(root.glob(f"seed*/{pattern}")) for pattern in made):
-        runs.claim(root / "pseudo-label", record, "--output_dir")
-    else:  # nothing is made of it yet: another pool or threshold may be chosen
+    users = {name: method for name, method in METHODS.items() if method.unlabelled}
+    used = {name: _has_results(root, job.commands.method_steps([name]).values(), name) for name in users}
+    labelled = any(used[name] for name, method in users.items() if method.pseudo)
+    if any(used.values()):
+        runs.claim(root / "pseudo-label", record, "--output_dir", () if labelled else ("pseudo_threshold",))
+    if not labelled:  # another threshold may be chosen, and where nothing is made of it, another pool
         files.write_text(root / "pseudo-label" / runs.ARGS_FILE, runs.arguments_text(record))
 
 

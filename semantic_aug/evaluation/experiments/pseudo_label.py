@@ -63,7 +63,7 @@ def read_pool(
 ) -> ImageTable:
     """The unlabelled images without the labelled training images."""
     if settings.unlabelled is None:
-        raise UserError("pseudo-labels need --unlabelled PATH: a folder of images, or a list with the column path")
+        raise UserError("pseudo-labels need --unlabelled PATH: a folder of images, a list, hf:ID or dataset:NAME")
     return without_labelled(read_unlabelled(settings.unlabelled, config_dir), dataset, settings.unlabelled)
 
 
