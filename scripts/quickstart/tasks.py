@@ -113,7 +113,7 @@ SIGNS = Task(
     ),
     subsets={
         SUBSET: (
-            *("--sample_strategy", "diff-mix", "--aug_strength", "0.7"),
+            *("--sample_strategy", "diff-mix", "--aug_strength", "0.5"),
             *("--sources", "unlabelled", "--unlabelled", "dataset:signs", "--classifier", "real only"),
         )
     },
