@@ -1,20 +1,27 @@
 #!/usr/bin/env python
-"""Disturbs a real sampling job in real processes and checks that nothing is lost, doubled or mislabelled.
+"""Disturbs real runs of a stage in real processes and checks that nothing is lost, doubled or mislabelled.
 
     python scripts/fault_test.py --trials 25
+    python scripts/fault_test.py --stage 1 --trials 5
+    python scripts/fault_test.py --stage 3 --trials 5
 
-Each trial starts the same small subset afresh and, drawn from its seed, does some of: kill a random worker or the parent
-(SIGKILL), ask it to stop (SIGTERM, SIGINT), delete or truncate random images, fill the disk (a small tmpfs, where this
-user may mount one), resume with another number of processes, or change what the images are made from: add, remove or exchange
-a training image, exchange the base model or the LoRA. What was changed must be refused with one line, and no image may be
-another than the undisturbed run's; then it is restored. The command is started again until it ends well, and every byte
-compared with the undisturbed run. The tally goes to ``outputs/fault_test.json``.
+Stages 1 and 3: each trial trains the same tiny model afresh, stops it at up to three random moments (SIGKILL, SIGTERM,
+SIGINT), starts the command again until it ends well, and compares weights, metrics and predictions bit for bit with the
+undisturbed run; rates of images or steps per second alone may differ. Stage 3 saves its state after every epoch here.
+
+Stage 2: each trial starts the same small subset afresh and, drawn from its seed, does some of: kill a random worker or
+the parent (SIGKILL), ask it to stop (SIGTERM, SIGINT), delete or truncate random images, fill the disk (a small tmpfs,
+where this user may mount one), resume with another number of processes, or change what the images are made from: add,
+remove or exchange a training image, exchange the base model or the LoRA. What was changed must be refused with one
+line, and no image may be another than the undisturbed run's; then it is restored. The command is started again until it
+ends well, and every byte compared with the undisturbed run. The tally goes to ``outputs/fault_test_stage{N}.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -44,6 +51,7 @@ FAULTS = (
 )
 CHANGES = ("add image", "remove image", "exchange image", "change base", "change LoRA")
 """Faults that make the inputs other than those the subset was begun with."""
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 
 
 class Workshop:
@@ -100,9 +108,106 @@ class Workshop:
             str(self.multiplier), "--batch_size", "4", "--num_inference_steps", "6", "--strength_strategy", "uniform",
             "--gpu_ids", *["cpu"] * self.processes,
         ]  # fmt: skip
-        return subprocess.Popen(
-            words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        return start(words)
+
+    @staticmethod
+    def contents(root: Path) -> dict[str, str]:
+        """Every image and ``meta.csv``: path -> SHA-256."""
+        found = [p for p in root.rglob("*") if p.suffix == ".png" or p.name == "meta.csv"]
+        return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+
+
+class Training:
+    """A tiny training of stage 1 or 3, and the command that runs or resumes it.
+
+    Args:
+        folder: where everything goes.
+        stage: 1 or 3.
+    """
+
+    LENGTH = {1: 24, 3: 8}
+    """Optimiser steps, or epochs; each has a row in the metrics."""
+    RATES = ("steps_per_second", "images_per_second")
+
+    def __init__(self, folder: Path, stage: int):
+        import tiny
+
+        self.folder, self.stage, self.length = folder, stage, self.LENGTH[stage]
+        data = ["--dataset", f"folder:{tiny.write_image_folder(folder / 'animals')}", "--report_to", "none"]
+        if stage == 1:
+            base, script = tiny.write_base(folder / "base"), "train_lora.py"
+            words = [
+                "--pretrained_model_name_or_path",
+                str(base),
+                "--max_train_steps",
+                str(self.length),
+                "--logging_steps",
+                "1",
+            ]
+            words += ["--train_batch_size", "2", "--checkpointing_steps", "3", "--validation_steps", "0"]
+            words += ["--resume_from_checkpoint", "latest"]
+        else:
+            script = "tests/saving_every_epoch.py"
+            words = [
+                "--model",
+                "resnet18",
+                "--weights",
+                "none",
+                "--res_mode",
+                "32",
+                "--nepoch",
+                str(self.length),
+                "--lr",
+                "0.02",
+            ]
+            words += ["--batch_size", "6", "--gpu", "cpu", "--use_cutmix"]
+        self.words = [sys.executable, str(ROOT / script), *data, *words]
+
+    def start(self, out: Path) -> subprocess.Popen:
+        """Starts the command, on the CPU."""
+        return start([*self.words, "--output_dir", str(out)], CUDA_VISIBLE_DEVICES="")
+
+    def metrics(self, out: Path) -> Path:
+        """The file that gets a row for every step or epoch."""
+        return out / {1: "metrics.csv", 3: "epochs.csv"}[self.stage]
+
+    def rows(self, out: Path) -> list[list[str]]:
+        """The metrics so far, without rates."""
+        if not self.metrics(out).exists():
+            return []
+        with open(self.metrics(out), newline="", encoding="utf-8") as lines:
+            header, *rows = list(csv.reader(lines)) or [[]]
+        kept = [column for column, name in enumerate(header) if name not in self.RATES]
+        return [[row[column] for column in kept if column < len(row)] for row in rows]
+
+    def contents(self, out: Path) -> dict[str, str]:
+        """Weights, predictions and scores: name -> SHA-256; and the metrics."""
+        found = [p for p in out.iterdir() if p.suffix in (".safetensors", ".csv") and p != self.metrics(out)]
+        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+        return {**hashes, "metrics": repr(self.rows(out))}
+
+    def trial(self, seed: int, wanted: dict[str, str], tally: Counter) -> bool:
+        """One run that is stopped up to three times; returns whether the outcome is bit for bit the undisturbed one."""
+        rng, out = random.Random(seed), self.folder / f"trial-{seed}"
+        for _ in range(rng.randint(1, 3)):
+            process, enough = self.start(out), rng.randrange(self.length)
+            while process.poll() is None and len(self.rows(out)) < enough:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.3)
+            kind = rng.choice(list(SIGNALS))
+            if process.poll() is None:
+                process.send_signal(SIGNALS[kind])
+                tally[kind] += 1
+            process.communicate(timeout=900)
+        fine = finish(self, out) == wanted
+        shutil.rmtree(out)
+        return fine
+
+
+def start(words: list[str], **environment: str) -> subprocess.Popen:
+    """Starts a command in a process group of its own."""
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **environment}, **options)
 
 
 def put(path: Path, content: bytes | None) -> None:
@@ -113,12 +218,6 @@ def put(path: Path, content: bytes | None) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_bytes(content)
     temporary.replace(path)
-
-
-def contents(root: Path) -> dict[str, str]:
-    """Every image and ``meta.csv``: path -> SHA-256."""
-    found = [p for p in root.rglob("*") if p.suffix == ".png" or p.name == "meta.csv"]
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
@@ -188,13 +287,13 @@ def fill_and_recover(workshop: Workshop, wanted: dict[str, str], rng: random.Ran
         return finish(workshop, disk / "out") == wanted
 
 
-def finish(workshop: Workshop, root: Path) -> dict[str, str]:
+def finish(workshop: Workshop | Training, root: Path) -> dict[str, str]:
     """Runs the command until it ends well; returns what is there."""
     for _ in range(RESTARTS):
         process = workshop.start(root)
         _, err = process.communicate(timeout=900)
         if process.returncode == 0:
-            return contents(root)
+            return workshop.contents(root)
     raise AssertionError(f"did not end well in {RESTARTS} starts: {err}")
 
 
@@ -209,7 +308,9 @@ def start_and_wait(workshop: Workshop, root: Path, enough: int, rng: random.Rand
 
 def wrong_images(root: Path, wanted: dict[str, str]) -> set[str]:
     """Images that are not the undisturbed run's."""
-    return {name for name, value in contents(root).items() if name.endswith(".png") and wanted.get(name) != value}
+    return {
+        name for name, value in Workshop.contents(root).items() if name.endswith(".png") and wanted.get(name) != value
+    }
 
 
 def change_and_restore(
@@ -229,7 +330,7 @@ def change_and_restore(
     _, first = process.communicate(timeout=900)
     fine = wrong_images(root, wanted) <= damaged
     if process.returncode == 0:  # whatever could meet the change had been read before
-        fine &= contents(root) == wanted
+        fine &= workshop.contents(root) == wanted
     if running:
         process = workshop.start(root)
         _, second = process.communicate(timeout=900)
@@ -284,23 +385,27 @@ def trial(workshop: Workshop, seed: int, wanted: dict[str, str], tally: Counter)
 def main() -> int:
     """Runs the trials and prints the tally."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="that is disturbed (default: 2)")
     parser.add_argument("--trials", type=int, default=25, help="disturbed runs (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial (default: 0)")
-    parser.add_argument("--images", type=int, default=72, help="images of the subset (default: 72)")
-    parser.add_argument("--processes", type=int, default=2, help="sampling processes (default: 2)")
+    parser.add_argument("--images", type=int, default=72, help="images of stage 2's subset (default: 72)")
+    parser.add_argument("--processes", type=int, default=2, help="stage 2's sampling processes (default: 2)")
     args = parser.parse_args()
     tally, failed = Counter(), []
     with tempfile.TemporaryDirectory(prefix="fault-test-") as place:
-        workshop = Workshop(Path(place), args.images, args.processes)
+        if args.stage == 2:
+            workshop = Workshop(Path(place), args.images, args.processes)
+        else:
+            workshop = Training(Path(place), args.stage)
         wanted = finish(workshop, workshop.folder / "undisturbed")
-        assert len(wanted) == args.images + 1, f"{len(wanted)} files"
+        assert len(wanted) >= (args.images + 1 if args.stage == 2 else 3), f"{len(wanted)} files"
         for seed in range(args.seed, args.seed + args.trials):
-            fine = trial(workshop, seed, wanted, tally)
+            fine = trial(workshop, seed, wanted, tally) if args.stage == 2 else workshop.trial(seed, wanted, tally)
             failed += [] if fine else [seed]
             print(f"trial {seed}: {'equal' if fine else 'DIFFERENT'}   faults so far: {dict(tally)}", flush=True)
     summary = {"trials": args.trials, "equal": args.trials - len(failed), "failed_seeds": failed, "faults": dict(tally)}
     (ROOT / "outputs").mkdir(exist_ok=True)
-    (ROOT / "outputs" / "fault_test.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (ROOT / "outputs" / f"fault_test_stage{args.stage}.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(
         f"{summary['equal']} of {args.trials} disturbed runs ended byte for byte as the undisturbed one; faults: {dict(tally)}"
     )
