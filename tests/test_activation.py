@@ -22,7 +22,6 @@ from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.guide import make_guide, write_guide
 from semantic_aug.sampling.job import Task
-from semantic_aug.sampling.masks import check_mask
 from semantic_aug.sampling.plan import Guide
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.sources import SourceImages, SourceMasks
@@ -160,4 +159,4 @@ def test_the_flags_make_masks_that_are_recorded(workshop, image_folder, judge_fo
     with pytest.raises(UserError, match="has no boxes .* or --classifier RUN, which finds objects"):
         resolved()
     with pytest.raises(UserError, match="starts from noise"):
-        check_mask("object", dataset.train, dataset.name, "noise", judge_folder)
+        ImageSettings(object_mask="object", sample_strategy="real-gen", classifier=judge_folder)

@@ -150,10 +150,10 @@ def test_masks_come_from_the_data_sets_boxes(cub):
 def test_masks_without_boxes_or_sources_are_refused(image_folder, cub):
     images = load_dataset(f"folder:{image_folder}").train
     with pytest.raises(UserError, match="--object_mask object: animals has no boxes of its objects"):
-        masks.check_mask("object", images, "animals", "image")
+        masks.check_mask("object", images, "animals")
     with pytest.raises(UserError, match="--object_mask object: the strategy starts from noise"):
-        masks.check_mask("object", cub.train, "cub", "noise")
-    masks.check_mask("background", cub.train, "cub", "image")
+        ImageSettings(object_mask="object", sample_strategy="diff-gen")
+    masks.check_mask("background", cub.train, "cub")
 
 
 def listed(folder, rows, columns="path,label,box,mask"):

@@ -116,6 +116,10 @@ def test_losses_and_confusions_are_the_classifiers_and_are_kept(finished, animal
     assert (again.losses == guide.losses + np.float32(1e-7)).all() and again.digest == read_guide(
         tmp_path / "subset"
     ).digest
+    dry = make_guide(settings, animals, "cpu", load_run, tmp_path / "subset", predict=False)
+    assert dry.digest == again.digest  # what the folder has kept is taken
+    fresh = make_guide(settings, animals, "cpu", load_run, tmp_path / "new", predict=False)
+    assert (fresh.losses == 1).all() and fresh.confusions.tolist() == guide.confusions.tolist()
 
 
 def test_a_run_in_another_class_order_is_read_by_name(finished, animals):

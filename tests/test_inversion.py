@@ -29,7 +29,6 @@ from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import UserError
 from semantic_aug.sampling.config import describe_cost, plan_of, task_paths
 from semantic_aug.sampling.job import Origin, Task
-from semantic_aug.sampling.masks import check_mask
 from semantic_aug.sampling.plan import repeated_tasks
 from semantic_aug.sampling.run import warn_of_repeats
 from semantic_aug.sampling.settings import ImageSettings, build_parser
@@ -302,7 +301,7 @@ def test_what_cannot_be_inverted_is_refused(animals):
     ):
         ImageSettings(context_steps=1.0)
     with pytest.raises(UserError, match="--object_mask object: the strategy starts from two inverted images"):
-        check_mask("object", animals.train, "animals", "inversion")
+        ImageSettings(object_mask="object", sample_strategy="diff-ii")
 
 
 def test_a_dry_run_counts_the_inversions(animals, tmp_path):

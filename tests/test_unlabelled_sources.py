@@ -211,6 +211,7 @@ def test_predictions_keep_the_best_classes_and_sum_to_one(pool, animals, judge_f
     write_guide(tmp_path / "subset", replace(guide, pool_weights=guide.pool_weights - (guide.pool_weights > 0)))
     again = make_guide(request, dataset, "cpu", load_run, tmp_path / "subset")
     assert (again.pool_weights <= guide.pool_weights).all() and again.digest != guide.digest
+    assert make_guide(request, dataset, "cpu", load_run, tmp_path / "new", predict=False).pool_classes is None
     (pool / "new.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
     grown = make_guide(request, with_unlabelled(animals, pool), "cpu", load_run, tmp_path / "subset")
     assert len(grown.pool_classes) == 6  # of another pool nothing is taken over

@@ -65,19 +65,9 @@ class LoadedDataset:
         """The data set's name in the registry and in output folders."""
         return self.spec.name
 
-    def section(self, file: str, key: str, config_dir: Path = registry.CONFIG_DIR) -> str:
-        """The section of a registry file to look ``key`` up in: the one of this name, or of the name that earlier versions
-        made from the path where only that has the key. What an entry was made from is checked by whoever reads it."""
-        former, key = self.spec.former_name, key.partition("#")[0]
-        keys = functools.partial(registry.keys, file=file, config_dir=config_dir)
-        if former in ("", self.name) or key in keys(self.name) or key not in keys(former):
-            return self.name
-        log.info("%s of %s is taken from section '%s', the name given to this path before", key, file, former)
-        return former
-
     def subsets(self, key: str, config_dir: Path = registry.CONFIG_DIR) -> list[str]:
         """The folders of the synthetic subset(s) that ``synthetic_datasets.yaml`` has under ``key``."""
-        return registry.subsets(self.section(registry.SUBSETS, key, config_dir), key, config_dir)
+        return registry.subsets(self.spec.section(registry.SUBSETS, key, config_dir), key, config_dir)
 
     def tested_on(self, word: str, config_dir: Path = registry.CONFIG_DIR) -> LoadedDataset:
         """The data set with the test images and groups of another one, whose classes are found here by name. Raises UserError:

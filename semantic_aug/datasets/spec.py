@@ -4,12 +4,17 @@ A module per data set declares one :class:`DatasetSpec`. Its ``read`` is a plain
 :mod:`semantic_aug.datasets.readers` with its arguments bound, that returns the splits it has.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from semantic_aug import registry
 from semantic_aug.datasets.table import ImageTable
 from semantic_aug.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {
@@ -73,6 +78,16 @@ class DatasetSpec:
         the hub, ``{NAME}_HUG_LOCAL_IMAGE_{TRAIN,TEST}_DIR`` copies in the hub's format."""
         names = ("ROOT", *(f"HUG_LOCAL_IMAGE_{split}_DIR" for split in ("TRAIN", "TEST") if self.hub))
         return tuple(f"{self.name.upper()}_{name}" for name in names if self.read_official)
+
+    def section(self, file: str, key: str, config_dir: Path = registry.CONFIG_DIR) -> str:
+        """The section of a registry file to look ``key`` up in: the one of this name, or of the name that earlier versions
+        made from the path where only that has the key. What an entry was made from is checked by whoever reads it."""
+        former, key = self.former_name, key.partition("#")[0]
+        keys = partial(registry.keys, file=file, config_dir=config_dir)
+        if former in ("", self.name) or key in keys(self.name) or key not in keys(former):
+            return self.name
+        log.info("%s of %s is taken from section '%s', the name given to this path before", key, file, former)
+        return former
 
 
 def split_of(name: str) -> str | None:

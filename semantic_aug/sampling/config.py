@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -13,18 +14,20 @@ import numpy as np
 import torch
 
 from semantic_aug import cli, files, registry, runs
+from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import CPU, actors_of, processes_of
-from semantic_aug.diffusion.base import DEFAULT_MODEL, find_base, read_geometry, read_scheduler_config
+from semantic_aug.diffusion.base import DEFAULT_MODEL, Geometry, find_base, read_geometry, read_scheduler_config
 from semantic_aug.diffusion.distilled import effective_strength
-from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step
-from semantic_aug.errors import UserError
+from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step, make_scheduler
+from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
 from semantic_aug.meta_csv import EVEN, strength_text, without_slashes
-from semantic_aug.prompts import CAPTIONS, contexts_of, read_contexts, without_classes
+from semantic_aug.prompts import CAPTIONS, contexts_of, without_classes
 from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.guide import LoadClassifier, make_guide
@@ -110,45 +113,41 @@ def resolve(
     settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
     check_flags(args)
-    strategy, few, solver = images.strategy, chosen.few_steps is not None, read_solver(args)
-    lora = chosen.extra_lora()
+    few, solver = chosen.few_steps is not None, read_solver(args)
     choose_strengths(images, chosen.few_steps if few else solver.num_inference_steps, few)
-    placement = resolve_placement(placement)
-    dataset = load_sources(args, images, run.config_dir)
-    section = dataset.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", run.config_dir)
-    model, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, run.config_dir)
-    model = replace(model, extra_lora=lora)
-    noise_schedule = read_scheduler_config(model.folder, model.name)
-    if few:
-        solver = read_few_steps(args, model.name, noise_schedule)
+    sentences, placement, model = chosen.texts(), resolve_placement(placement), None
+    with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed; downloaded after that
+        model = find_model(args, chosen)
+    dataset, model = all_local(
+        lambda: load_sources(args, images, run.config_dir), lambda: model or find_model(args, chosen)
+    )
     if images.object_mask:
-        check_mask(images.object_mask, dataset.train, dataset.name, strategy.start, images.classifier)
+        check_mask(images.object_mask, dataset.train, dataset.name, images.classifier)
         dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
         check_regions(dataset.train)
     if placement.gpu_ids is None and placement.engine == "mp":
-        placement = replace(placement, devices=tuple(fitting(placement.devices, model)))
-    sentences = {**chosen.templates(), "contexts": choose_contexts(chosen.contexts, dataset)}
+        placement = replace(placement, devices=tuple(fitting(placement.devices, model.files)))
+    if chosen.contexts == CAPTIONS:
+        sentences["contexts"] = contexts_of_captions(dataset)
     prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **sentences)
-    check_model(model, prompts)
-    geometry = read_geometry(model.folder)
-    images = replace(images, resolution=images.resolution or geometry.native_resolution)
-    geometry.check(images.resolution)
+    check_model(model.files, prompts)
+    images = replace(images, resolution=model.resolution)
     root = output.output_root or Path(runs.aug_samples_dir(dataset.setting.suffix))
     config = SampleConfig(
         dataset=args.dataset,
         setting=dataset.setting,
         run=run,
         images=images,
-        key=key,
-        model=model,
+        key=model.key,
+        model=model.files,
         prompts=prompts,
-        solver=solver,
+        solver=model.solver,
         few_steps=few,
         contexts=chosen.contexts,
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
-    grid = geometry.latent_shape(images.resolution)[1:]
+    grid = model.geometry.latent_shape(images.resolution)[1:]
     folder = subset_folder(config, dataset)
     if output.register_key:
         entry = registry.shown_path(folder)
@@ -157,7 +156,43 @@ def resolve(
     config = with_batch_size(config, dataset)
     # the head of a Ray cluster, which has the images, need not have the GPUs of its actors
     device = placement.devices[0] if torch.cuda.is_available() else CPU
-    return replace(config, guide=make_guide(images, dataset, device, load_classifier, folder, grid)), dataset
+    predict = output.calibrate or not run.dry_run
+    guide = make_guide(images, dataset, device, load_classifier, folder, grid, predict=predict)
+    return replace(config, guide=guide), dataset
+
+
+@dataclass(frozen=True)
+class RequestedModel:
+    """The model of a request, known before the images are listed.
+
+    Attributes:
+        files: base model, LoRA, tokens.
+        key: checkpoint key the subset is named after, or None for the base model.
+        resolution: side of the images.
+    """
+
+    files: ModelFiles
+    key: str | None
+    solver: SolverSettings
+    geometry: Geometry
+    resolution: int
+
+
+def find_model(args: argparse.Namespace, chosen: ModelSettings) -> RequestedModel:
+    """The model that a request names. Raises UserError: there is none, it does not fit the strategy, or its solver or
+    resolution does not fit it."""
+    extra_lora, config_dir = chosen.extra_lora(), args.config_dir
+    strategy, spec = strategies.find(args.sample_strategy), find_spec(args.dataset, config_dir)
+    section = spec.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", config_dir)
+    files, key = choose_weights(strategy, section, chosen.finetune_model_key, chosen.model_path, config_dir)
+    noise_schedule = read_scheduler_config(files.folder, files.name)
+    few = chosen.few_steps is not None
+    solver = read_few_steps(args, files.name, noise_schedule) if few else read_solver(args)
+    make_scheduler(noise_schedule, solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing)
+    geometry = read_geometry(files.folder)
+    resolution = args.resolution or geometry.native_resolution
+    geometry.check(resolution)
+    return RequestedModel(replace(files, extra_lora=extra_lora), key, solver, geometry, resolution)
 
 
 def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Path) -> LoadedDataset:
@@ -206,14 +241,9 @@ def choose_weights(
     return files, key if use.use_lora or use.use_tokens else None
 
 
-def choose_contexts(word: str | None, dataset: LoadedDataset) -> tuple[str, ...]:
-    """The contexts of ``--contexts``: a file's, or those in the captions of the training images, without any that names a
-    class; so every class meets every context equally often (BOB, Yang et al. 2026, marginalises them out likewise). Raises
-    UserError: a file that cannot be read, or captions that hold no context."""
-    if word is None:
-        return ()
-    if word != CAPTIONS:
-        return read_contexts(str(registry.resolve_path(word)))
+def contexts_of_captions(dataset: LoadedDataset) -> tuple[str, ...]:
+    """The contexts in the captions of the training images, without any that names a class; so every class meets every context
+    equally often (BOB, Yang et al. 2026, marginalises them out likewise). Raises UserError: there are none."""
     train, names = dataset.train, list(zip(dataset.class_names, dataset.source_names, strict=True))
     captions = train.extras.get("caption", np.full(len(train), "")).tolist()
     each = contexts_of(captions, train.labels.tolist(), names, dataset.spec.super_class)

@@ -75,6 +75,8 @@ def make_guide(
     load_classifier: LoadClassifier,
     folder: Path,
     grid: tuple[int, int] = (0, 0),
+    *,
+    predict: bool = True,
 ) -> Guide:
     """The guide of a subset: what its folder has kept, else what the classifier says.
 
@@ -83,6 +85,8 @@ def make_guide(
         device: of the classifier.
         folder: of the subset, which need not exist.
         grid: (h, w) of the latents, for masks.
+        predict: False in a dry run: predictions that are not kept are left out, and ``--sources hard`` takes all losses for
+            equal.
 
     Raises:
         UserError: the classifier is none, has other classes, or was trained or validated on other images.
@@ -105,16 +109,24 @@ def make_guide(
     if kept.origin != origin:
         _check_begun(folder, origin)
         kept = Guide()
-    if settings.sources == "hard":
-        parts["losses"] = kept.losses if kept.losses is not None else losses_of(classifier, order, dataset.train)
-    if (pool := dataset.unlabelled) is not None:
-        known = kept.pool_classes is not None
+    pool, known = dataset.unlabelled, kept.pool_classes is not None
+    hard = settings.sources == "hard"
+    missing = hard and kept.losses is None or pool is not None and not known or masked and kept.objects is None
+    if missing and not predict:
+        shown = registry.shown_path(run)
+        log.info("the predictions of classifier %s are left to a run: counts are without them", shown)
+    if hard:
+        losses = kept.losses if predict or kept.losses is not None else np.ones(len(dataset.train), np.float32)
+        parts["losses"] = losses_of(classifier, order, dataset.train) if losses is None else losses
+    if pool is not None and (known or predict):
         pair = (kept.pool_classes, kept.pool_weights) if known else pool_classes(classifier, order, pool)
         parts |= {"pool_classes": pair[0], "pool_weights": pair[1]}
     if masked:
-        if (objects := kept.objects) is None:
-            log.info("classifier %s: activation maps of %d images", registry.shown_path(run), len(dataset.train))
-            objects = objects_of(classifier, order, dataset.train, grid, settings.mask_threshold)
+        objects, images = kept.objects, dataset.train if predict else dataset.train.take([0])  # one: can maps be made?
+        if objects is None:
+            log.info("classifier %s: activation maps of %d images", registry.shown_path(run), len(images))
+            maps = objects_of(classifier, order, images, grid, settings.mask_threshold)
+            objects = maps if predict else None
         parts["objects"] = objects
     return Guide(**parts, origin=origin)
 

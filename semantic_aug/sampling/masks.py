@@ -40,14 +40,9 @@ def has_regions(images: ImageTable) -> bool:
     return bool({BOX, BOX_TEXT, MASK_PATH} & set(images.extras))
 
 
-def check_mask(part: str, images: ImageTable, dataset: str, start: str, classifier: Path | None = None) -> None:
+def check_mask(part: str, images: ImageTable, dataset: str, classifier: Path | None = None) -> None:
     """Refuses a mask where there is nothing to mask. Raises UserError: images without boxes and masks and no classifier that
-    finds their objects, or a strategy that has no source image."""
-    if start != "image":
-        why = {"noise": "noise and has no source image", "inversion": "two inverted images and changes everything"}[
-            start
-        ]
-        raise UserError(f"--object_mask {part}: the strategy starts from {why}; leave it out")
+    finds their objects."""
     if classifier is None and not has_regions(images):
         raise UserError(
             f"--object_mask {part}: {dataset} has no boxes of its objects and no masks; the official downloads of cub, car "

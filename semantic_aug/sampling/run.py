@@ -179,16 +179,12 @@ def default_key(config: SampleConfig) -> str:
 
 
 def check(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Checks for ``--dry_run`` what a run finds out: makes the solver, and installs the class tokens in the base model without
-    its weights, and compares the folder. Raises UserError: tokens of another base model, a solver that the base model refuses,
-    a folder of another subset."""
+    """Checks for ``--dry_run`` what a run finds out: installs the class tokens in the base model without its weights, and
+    compares the folder. Raises UserError: tokens of another base model, a folder of another subset."""
     from semantic_aug.diffusion import tokens
     from semantic_aug.diffusion.base import load_skeleton
-    from semantic_aug.diffusion.schedulers import make_scheduler
 
     base = load_skeleton(config.model.name, config.model.folder)
-    solver = config.solver
-    make_scheduler(base.scheduler_config, solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing)
     if config.model.tokens is not None:
         tokens.install_all(tokens.load_tokens(config.model.tokens), base.tokenizers, base.text_encoders)
     check_folder(config, dataset)

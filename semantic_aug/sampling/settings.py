@@ -12,8 +12,8 @@ from semantic_aug.datasets.settings import Pool, add_shared
 from semantic_aug.diffusion.distilled import KINDS
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
-from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_templates
-from semantic_aug.registry import find_lora
+from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_contexts, read_templates
+from semantic_aug.registry import find_lora, resolve_path
 from semantic_aug.sampling.plan import PAIRINGS, SOURCES
 
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
@@ -92,10 +92,13 @@ class ModelSettings:
         given = [(path, f"--{name}") for name in ("lcm_lora", "distilled_lora") if (path := getattr(self, name))]
         return find_lora(*given[0]) if given else None
 
-    def templates(self) -> dict[str, str | tuple[str, ...]]:
-        """The prompts, as :class:`semantic_aug.augmentations.model.Prompts` takes them."""
+    def texts(self) -> dict[str, str | tuple[str, ...]]:
+        """The prompts and a file's contexts, as :class:`semantic_aug.augmentations.model.Prompts` takes them. Raises UserError:
+        a file that cannot be read."""
         several = read_templates(self.prompt_templates) if self.prompt_templates else ()
-        return {"template": self.prompt or SAMPLING_TEMPLATE, "templates": several}
+        file = None if self.contexts == CAPTIONS else self.contexts
+        contexts = read_contexts(str(resolve_path(file))) if file else ()
+        return {"template": self.prompt or SAMPLING_TEMPLATE, "templates": several, "contexts": contexts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,11 @@ class ImageSettings:
                 "out, or choose a strategy that starts from images"
             )
         self._check_pool()
+        if self.object_mask is not None and self.strategy.start != "image":
+            why = {"noise": "noise and has no source image", "inversion": "two inverted images and changes everything"}
+            raise UserError(
+                f"--object_mask {self.object_mask}: the strategy starts from {why[self.strategy.start]}; leave it out"
+            )
         if self.context_steps != CONTEXT_STEPS and self.strategy.start != "inversion":
             raise UserError(
                 f"--context_steps {self.context_steps:g} with --sample_strategy {self.sample_strategy}, which has its context "
