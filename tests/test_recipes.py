@@ -5,22 +5,26 @@ import itertools
 import re
 from dataclasses import replace
 
+import evaluating
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from torchvision.models import ViT_B_16_Weights as SWAG
 
 import sample_mp
+import tiny
 import train_cls
 import train_lora
+from official_layouts import WRITERS
 from semantic_aug import prompts, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.classify import models, torchvision_weights
 from semantic_aug.classify.data import Normaliser, TrainBatches, share_of
 from semantic_aug.classify.mixing import MixSettings, item_boxes, mix
-from semantic_aug.datasets import catalog, load_dataset
-from semantic_aug.errors import UserError
+from semantic_aug.datasets import load_dataset
+from semantic_aug.errors import UserError, run_main
 from semantic_aug.finetune import config as finetune
 from semantic_aug.seeding import derive_seed, numpy_rng
 
@@ -65,40 +69,128 @@ def stage_3(*words):
     return classify.read_config(train_cls.build_parser().parse_args(list(map(str, words))))
 
 
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """A small copy of each data set of the paper in its official layout, and a synthetic subset of each, by name."""
+    root, subsets = tmp_path_factory.mktemp("copies"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in RATES["resnet50"]:
+            (root / name).mkdir()
+            names, _ = WRITERS[name](root / name)
+            patch.setenv(f"{name.upper()}_ROOT", str(root / name))
+            rows = [(tiny.picture(0, 1), names[0], names[1], 0.7, "")]
+            subsets[name] = evaluating.write_subset(root / f"{name}-subset", rows, evaluating.FIVE)
+        yield subsets
+
+
+def dry_run(module, words, capsys) -> tuple[dict, str]:
+    """The settings that a dry run prints, which are those that a run records, and all that it prints."""
+    assert run_main(module.main, [*map(str, words), "--recipe", "paper", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    lines = itertools.dropwhile(lambda line: not line.startswith("dataset: "), text.splitlines())
+    return yaml.safe_load("\n".join(itertools.takewhile(re.compile(r"[a-z_0-9]+:|[ -]").match, lines))) or {}, text
+
+
+AUTHORS = {
+    "optimizer": "sgd", "momentum": "plain", "lr_schedule": "scaled_cosine", "weight_decay": 5e-4, "weight_decay_on": "all",
+    "nepoch": 120, "warmup_epochs": 12, "weights": "torchvision",  # a tenth of the steps is warm-up
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("model", RATES)
-def test_every_row_of_stage_3_is_the_authors(model):
-    names, shots = itertools.cycle([model, *OTHER_NAMES[model]]), itertools.cycle(SHOTS)
-    for dataset, rates in RATES[model].items():
+def test_the_dry_run_of_every_row_of_stage_3_is_the_authors(model, copies, capsys):
+    names, shots = itertools.cycle([model, OTHER_NAMES[model][0]]), itertools.cycle(SHOTS)
+    mixings = itertools.cycle(("cutmix", "mixup"))
+    for (dataset, rates), kind in zip(RATES[model].items(), mixings, strict=False):
         for resolution, rate in rates.items():
-            words = ["--model", next(names), "--examples_per_class", count := next(shots)]
-            config = stage_3("--dataset", dataset, "--res_mode", resolution, "--recipe", "paper", *words)
-            training, loss, mixing = config.training, config.loss, config.mixing
-            assert (training.lr, training.batch_size) == (rate, BATCHES[model][resolution]), (dataset, resolution)
-            assert (training.optimizer, training.momentum, training.lr_schedule) == ("sgd", "plain", "scaled_cosine")
-            assert (training.weight_decay, training.weight_decay_on) == (5e-4, "all")
-            assert min(training.warmup_epochs, training.nepoch / 10) == training.nepoch / 10  # a tenth of the steps
-            assert (loss.criterion, loss.smoothing, mixing.mix_prob, mixing.mixup_alpha) == ("ls", 0.1, 0.5, 1)
-            assert (mixing.cutmix_per, mixing.cutmix_alpha, config.classifier.weights) == ("item", 1, "torchvision")
-            assert (config.synthetic.synthetic_prob, config.setting.val_fraction) == (SHOTS[count], 0)
+            words = [
+                "--dataset",
+                dataset,
+                "--res_mode",
+                resolution,
+                "--model",
+                next(names),
+                f"--use_{kind}",
+                "--gpu",
+                "cpu",
+            ]
+            words += ["--examples_per_class", count := next(shots), "--syndata_dir", copies[dataset], "--nepoch", 120]
+            record, _ = dry_run(train_cls, words, capsys)
+            row = (model, dataset, resolution)
+            assert {name: record[name] for name in AUTHORS} == AUTHORS, row
+            assert (record["lr"], record["batch_size"]) == (rate, BATCHES[model][resolution]), row
+            assert (record["loss"]["criterion"], record["loss"]["smoothing"]) == ("ls", 0.1), row
+            mixing = record["mixing"]
+            assert (mixing["probability"], mixing[f"{kind}_alpha"], mixing["cutmix_per"]) == (0.5, 1, "item"), row
+            assert record["draws"] == {"mode": "item", "probability": SHOTS[count], "balanced": False}, row
+            setting = record["setting"]
+            split = "half" if dataset in ("flower", "caltech") else "official"
+            assert (setting["val_fraction"], setting.get("split", "official")) == (0, split), row
+
+
+@pytest.mark.parametrize("task", ["vanilla", "imbalanced"])
+def test_the_dry_runs_of_stages_1_and_2_are_the_authors(task, copies, tiny_base, capsys, tmp_path):
+    tail = task == "imbalanced"
+    for dataset, strategy in (
+        ("cub", "real-mix"),
+        ("aircraft", "real-guidance"),
+        ("flower", None),
+        ("caltech", "real-mix"),
+    ):
+        words, half = ["--dataset", dataset, "--task", task], dataset in ("flower", "caltech")
+        out = ["--pretrained_model_name_or_path", tiny_base, "--report_to", "none", "--output_dir", tmp_path / "run"]
+        record, _ = dry_run(train_lora, [*words, *out], capsys)
+        assert (record["learning_rate"], record["ti_learning_rate"], record["effective_batch"]) == (5e-5, 5e-5, 8)
+        setting = {"split": "official", **record["setting"]}
+        assert (record["training_templates"], setting["val_fraction"]) == ("photo", 0)
+        assert setting["split"] == ("half" if half else "official")
+        assert setting["imbalance_profile"] == ("original" if tail else "exponential")
+        if strategy is None:  # the small copy of flower has images of few classes, of which stage 2 cannot plan
+            continue
+        words += [
+            "--model_path",
+            tiny_base,
+            "--sample_strategy",
+            strategy,
+            "--gpu_ids",
+            "cpu",
+            "--output_root",
+            tmp_path,
+        ]
+        text, mixed = dry_run(sample_mp, words, capsys)[1], strategy == "real-mix"
+        values = {
+            "val_fraction 0": True,
+            "pairing independent": mixed,
+            "split half": half,
+            "imbalance_profile original": tail,
+        }
+        assert f"recipe paper: {', '.join(value for value, holds in values.items() if holds)}\n" in text
+        assert ("pairing mixed (independent)" if mixed else "pairing same") in text
 
 
 @pytest.mark.parametrize("dataset", ["cub", "flower"])
-def test_the_long_tail_is_the_authors(dataset):
-    tail = ("--dataset", dataset, "--task", "imbalanced", "--recipe", "paper")
-    config = stage_3(*tail)
-    training, loss, mixing, synthetic = config.training, config.loss, config.mixing, config.synthetic
-    assert (training.lr, training.batch_size, training.weight_decay, training.nepoch) == (0.005, 128, 2e-4, 200)
-    assert (training.lr_schedule, training.warmup_epochs, training.augmentation) == ("step", 5, "resized_crop")
-    assert (loss.criterion, loss.class_weight_mean, loss.ldam_scale, loss.cb_beta) == ("ce", "weights", 30, 0.9999)
-    assert (mixing.mix_prob, mixing.unmixed_epochs, mixing.cutmix_alpha) == (0.5, (4, 3), 1)
-    assert (synthetic.synthetic_draw, synthetic.synthetic_prob) == ("inverse_frequency", 0.3)
-    assert (config.setting.imbalance_profile, config.setting.val_fraction) == ("original", 0)
-    assert catalog.find_spec(dataset).shot_thresholds == {"cub": (20, 5), "flower": (30, 10)}[dataset]
+def test_the_dry_run_of_the_long_tail_is_the_authors(dataset, copies, capsys):
+    tail = ["--dataset", dataset, "--task", "imbalanced", "--gpu", "cpu", "--syndata_dir", copies[dataset]]
+    record, _ = dry_run(train_cls, [*tail, "--use_cutmix"], capsys)
+    training = {
+        "lr": 0.005,
+        "batch_size": 128,
+        "weight_decay": 2e-4,
+        "nepoch": 200,
+        "lr_schedule": "step",
+        "warmup_epochs": 5,
+    }
+    training |= {"augmentation": "resized_crop", "synthetic_draw": "inverse_frequency"}
+    assert {name: record[name] for name in training} == training
+    loss = {"criterion": "ce", "class_weight_mean": "weights", "ldam_scale": 30, "cb_beta": 0.9999}
+    assert {name: record["loss"][name] for name in loss} == loss
+    mixing = {"probability": 0.5, "unmixed_epochs": [4, 3], "cutmix_alpha": 1}
+    assert {name: record["mixing"][name] for name in mixing} == mixing
+    assert record["draws"]["probability"] == 0.3
+    assert (record["setting"]["imbalance_profile"], record["setting"]["val_fraction"]) == ("original", 0)
+    assert record["setting"].get("split", "official") == ("half" if dataset == "flower" else "official")
+    assert record["shot_thresholds"] == {"cub": [20, 5], "flower": [30, 10]}[dataset]
     assert stage_3("--dataset", dataset, "--recipe", "paper").training.augmentation == "crop"
-    # all stages draw the same images
-    for setting in (finetune.parse(tail).setting, sample_mp.build_parser().parse_args(tail), config.setting):
-        assert (setting.imbalance_profile, setting.val_fraction) == ("original", 0)
-        assert setting.split == ("half" if dataset == "flower" else "official")
 
 
 @pytest.mark.parametrize(("model", "name"), [(m, n) for m, names in OTHER_NAMES.items() for n in names])
@@ -108,14 +200,11 @@ def test_a_rate_is_found_under_every_name_of_the_network(model, name):
     assert classify.network(model) == classify.network(name) != classify.network("resnet18")
 
 
-def test_stages_1_and_2():
-    words = ["--dataset", "cub", "--recipe", "paper"]
-    config = finetune.parse(words)
-    assert (config.train.learning_rate, config.train.ti_learning_rate, config.setting.val_fraction) == (5e-5, 5e-5, 0)
-    sampling = sample_mp.build_parser()
-    assert sampling.parse_args(words).val_fraction == 0  # the same training images in all stages
+def test_stage_2_pairs_as_the_authors_only_where_classes_are_mixed():
+    parser = sample_mp.build_parser()
     for strategy, pairing in (("diff-mix", "independent"), ("real-mix", "independent"), ("diff-aug", "balanced")):
-        assert sampling.parse_args([*words, "--sample_strategy", strategy]).pairing == pairing
+        words = ["--dataset", "cub", "--recipe", "paper", "--sample_strategy", strategy]
+        assert parser.parse_args(words).pairing == pairing
 
 
 def test_flags_win_and_the_rest_is_said_and_recorded():
