@@ -351,6 +351,7 @@ def test_in_a_browser_the_page_is_quick_and_leaves_its_folder_alone(large, brows
             seconds.append(browser.execute_async_script(CHOOSE, control, value))
         return seconds
 
+    requests_outside(browser, large)  # what the pages of other tests asked for
     times = {"first screen": [opened() for _ in range(3)]}
     browser.execute_async_script(SETTLED)
     content = content_of(large)

@@ -336,17 +336,23 @@ def test_files_that_are_not_what_they_are_called(tmp_path):
 
 
 MILLION = """
-import sys, time
-began = time.process_time()
+import csv, os, sys, time
 from semantic_aug.datasets import load_dataset
+began = time.process_time()
 found = load_dataset("csv:" + sys.argv[1])
+seconds = time.process_time() - began
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(len(found.train) + len(found.val), time.process_time() - began, int(status["VmHWM"].split()[0]) * 1024 / 1e6)
+began = time.process_time()
+folder = os.path.dirname(sys.argv[1])
+with open(sys.argv[1], newline="") as lines:
+    files = [os.stat(os.path.join(folder, path)) for path, label in csv.reader(lines) if label != "label"]
+plain = time.process_time() - began
+print(len(found.train) + len(found.val), seconds / plain, int(status["VmHWM"].split()[0]) * 1024 / 1e6)
 """
 
 
 @pytest.mark.slow
-def test_a_million_rows_open_in_five_seconds_and_500_megabytes(tmp_path):
+def test_a_million_rows_open_in_a_few_times_what_their_files_take_and_500_megabytes(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(1000):  # seen through a thousand linked folders: a million paths
         (tmp_path / "images" / f"image_{i * 7919 % 10**7:08d}.jpg").touch()
@@ -357,10 +363,8 @@ def test_a_million_rows_open_in_five_seconds_and_500_megabytes(tmp_path):
             f"class_{i % 1000:04d}/image_{i // 1000 * 7919 % 10**7:08d}.jpg,class {i % 1000}\n" for i in range(10**6)
         )
     words = [sys.executable, "-c", MILLION, str(tmp_path / "list.csv")]
-    rows, seconds, megabytes = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert int(rows) == 10**6 and float(seconds) <= 5 and float(megabytes) <= 500
+    rows, ratio, megabytes = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert int(rows) == 10**6 and float(ratio) <= 6 and float(megabytes) <= 500  # 3 were measured
 
 
 def test_split_folders_without_train_are_not_taken_for_classes(tmp_path, image_folder):
