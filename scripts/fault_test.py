@@ -113,8 +113,8 @@ class Workshop:
     @staticmethod
     def contents(root: Path) -> dict[str, str]:
         """Every image and ``meta.csv``: path -> SHA-256."""
-        found = [p for p in root.rglob("*") if p.suffix == ".png" or p.name == "meta.csv"]
-        return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+        paths = [p for p in root.rglob("*") if p.suffix == ".png" or p.name == "meta.csv"]
+        return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
 
 
 class Training:
@@ -136,36 +136,18 @@ class Training:
         data = ["--dataset", f"folder:{tiny.write_image_folder(folder / 'animals')}", "--report_to", "none"]
         if stage == 1:
             base, script = tiny.write_base(folder / "base"), "train_lora.py"
-            words = [
-                "--pretrained_model_name_or_path",
-                str(base),
-                "--max_train_steps",
-                str(self.length),
-                "--logging_steps",
-                "1",
-            ]
-            words += ["--train_batch_size", "2", "--checkpointing_steps", "3", "--validation_steps", "0"]
-            words += ["--resume_from_checkpoint", "latest"]
+            flags = f"--max_train_steps {self.length} --logging_steps 1 --train_batch_size 2 --checkpointing_steps 3"
+            data += ["--pretrained_model_name_or_path", str(base)]
+            flags += " --validation_steps 0 --resume_from_checkpoint latest"
         else:
             script = "tests/saving_every_epoch.py"
-            words = [
-                "--model",
-                "resnet18",
-                "--weights",
-                "none",
-                "--res_mode",
-                "32",
-                "--nepoch",
-                str(self.length),
-                "--lr",
-                "0.02",
-            ]
-            words += ["--batch_size", "6", "--gpu", "cpu", "--use_cutmix"]
-        self.words = [sys.executable, str(ROOT / script), *data, *words]
+            flags = f"--model resnet18 --weights none --res_mode 32 --nepoch {self.length} --lr 0.02 --batch_size 6"
+            flags += " --gpu cpu --use_cutmix"
+        self.command = [sys.executable, str(ROOT / script), *data, *flags.split()]
 
     def start(self, out: Path) -> subprocess.Popen:
         """Starts the command, on the CPU."""
-        return start([*self.words, "--output_dir", str(out)], CUDA_VISIBLE_DEVICES="")
+        return start([*self.command, "--output_dir", str(out)], CUDA_VISIBLE_DEVICES="")
 
     def metrics(self, out: Path) -> Path:
         """The file that gets a row for every step or epoch."""
@@ -182,8 +164,8 @@ class Training:
 
     def contents(self, out: Path) -> dict[str, str]:
         """Weights, predictions and scores: name -> SHA-256; and the metrics."""
-        found = [p for p in out.iterdir() if p.suffix in (".safetensors", ".csv") and p != self.metrics(out)]
-        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+        paths = [p for p in out.iterdir() if p.suffix in (".safetensors", ".csv") and p != self.metrics(out)]
+        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
         return {**hashes, "metrics": repr(self.rows(out))}
 
     def trial(self, seed: int, wanted: dict[str, str], tally: Counter) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from tasks import SMOKE, TASKS, Task  # noqa: E402
+from tasks import SMOKE, SUBSET, TASKS, Task  # noqa: E402
 
 from semantic_aug import files  # noqa: E402
 from semantic_aug.datasets import catalog, download  # noqa: E402
@@ -89,13 +89,12 @@ class Quickstart:
         }  # fmt: skip
         real = {name: flags for name, flags in task.methods.items() if "--syndata_key" not in flags}
         steps |= {name: self.classify(name, flags, shared) for name, flags in real.items()}
-        for key, flags in task.subsets.items():
-            steps[f"sample {key}" if len(task.subsets) > 1 else "sample"] = [
-                "sample_mp.py", *shared, "--finetune_model_key", CHECKPOINT,
-                *(str(self.result_folder(word)) if word in real else word for word in flags),
-                "--syn_dataset_multiplier", f"{size.multiplier:g}", "--num_inference_steps", str(size.steps),
-                "--output_root", str(self.out / "aug_samples"), "--register_key", key,
-            ]  # fmt: skip
+        steps["sample"] = [
+            "sample_mp.py", *shared, "--finetune_model_key", CHECKPOINT,
+            *(str(self.result_folder(word)) if word in real else word for word in task.sample),
+            "--syn_dataset_multiplier", f"{size.multiplier:g}", "--num_inference_steps", str(size.steps),
+            "--output_root", str(self.out / "aug_samples"), "--register_key", SUBSET,
+        ]  # fmt: skip
         synthetic = {name: flags for name, flags in task.methods.items() if name not in real}
         steps |= {name: self.classify(name, flags, shared) for name, flags in synthetic.items()}
         return steps

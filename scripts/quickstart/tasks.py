@@ -43,8 +43,8 @@ class Task:
         size: how much of everything.
         setting: further flags of the data set that all three stages share, without dashes.
         finetune: flags of stage 1.
-        subsets: key of a synthetic subset -> flags of stage 2; a row of the table among them stands for the folder of its
-            classifier, which is trained before.
+        sample: flags of stage 2; a row of the table among them stands for the folder of its classifier, which is trained
+            before.
         classifier: flags of every classifier.
         methods: row of the table -> further flags of its classifier.
         targets: the two classes to which the picture translates a photograph, from its label and the number of classes.
@@ -59,7 +59,7 @@ class Task:
     size: Size
     setting: Mapping[str, int] = field(default_factory=dict)
     finetune: tuple[str, ...]
-    subsets: Mapping[str, tuple[str, ...]]
+    sample: tuple[str, ...]
     classifier: tuple[str, ...]
     methods: Mapping[str, tuple[str, ...]]
     targets: Callable[[int, int], tuple[int, int]]
@@ -73,6 +73,7 @@ SMOKE = Size(shots=2, finetune_steps=6, finetune_batch=4, multiplier=1, steps=4,
 RATES = ("--learning_rate", "5e-4", "--ti_learning_rate", "5e-3", "--initializer", "super_class")
 NETWORK = ("--model", "tf_efficientnet_lite0", "--batch_size", "16", "--seed", "2020")
 SUBSET = "quickstart_diffmix"
+"""Key of the synthetic images."""
 
 
 def _other_cells(label: int, classes: int) -> tuple[int, int]:
@@ -93,7 +94,7 @@ ELPV = Task(
     folder="quickstart",
     size=Size(shots=10, finetune_steps=400, multiplier=5, epochs=40, eval_every=5, picture_rows=6),
     finetune=RATES,
-    subsets={SUBSET: ("--sample_strategy", "diff-mix", "--aug_strength", "0.7")},
+    sample=("--sample_strategy", "diff-mix", "--aug_strength", "0.7"),
     classifier=(*NETWORK, "--res_mode", "128", "--gamma", "0.5", "--synthetic_prob", "0.3"),
     methods={"real only": (), "real + CutMix": ("--use_cutmix",), "real + Diff-Mix": ("--syndata_key", SUBSET)},
     targets=_other_cells,
@@ -111,12 +112,10 @@ SIGNS = Task(
         *("--learning_rate", "4e-3", "--ti_learning_rate", "5e-3", "--initializer", "super_class", "--rank", "16"),
         *("--lora_targets", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
     ),
-    subsets={
-        SUBSET: (
-            *("--sample_strategy", "diff-mix", "--aug_strength", "0.5"),
-            *("--sources", "unlabelled", "--unlabelled", "dataset:signs", "--classifier", "real only"),
-        )
-    },
+    sample=(
+        *("--sample_strategy", "diff-mix", "--aug_strength", "0.5"),
+        *("--sources", "unlabelled", "--unlabelled", "dataset:signs", "--classifier", "real only"),
+    ),
     classifier=(*NETWORK, "--res_mode", "96", "--gamma", "3", "--synthetic_prob", "0.7", "--select_by", "macro"),
     methods={"real only": (), "real + mixup": ("--use_mixup",), "real + Diff-Mix": ("--syndata_key", SUBSET)},
     targets=_other_digits,

@@ -215,9 +215,8 @@ def _removed(path: Path) -> bool:
         return True
     doomed = path.with_name(f"{path.name.removesuffix(REMOVED)}{REMOVED}")
     with contextlib.suppress(OSError), open(path / LOCK_FILE, "a+") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # an error where it is held, and where there are no locks to tell
+        # an error where it is held, and where the file system has no locks to tell
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK_FILE)):
             return False  # another process has just made the folder anew
         path.rename(doomed)  # who waits for the lock makes the folder anew

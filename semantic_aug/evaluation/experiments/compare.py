@@ -15,7 +15,7 @@ from pathlib import Path
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
-from semantic_aug.datasets.unlabelled import read_unlabelled
+from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, no_downloads, unknown
 from semantic_aug.evaluation.experiments import headroom, pseudo_label, report, results
 from semantic_aug.evaluation.experiments.commands import (
@@ -30,7 +30,7 @@ from semantic_aug.evaluation.experiments.commands import (
     setting_name,
 )
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR, FOLDS
-from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings, read_pool
+from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
@@ -316,8 +316,10 @@ def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir
 
 def _has_results(root: Path, steps: Iterable[Step], method: str) -> bool:
     """Whether a seed of a setting has a classifier of a method, or what it trains on, made of unlabelled images."""
-    own = [s.result for s in steps if "--unlabelled" in s.arguments or s.name == METHODS[method].step_names[3]]
-    return any(any(root.glob(f"seed*/{pattern}")) for pattern in own)
+    patterns = [
+        step.result for step in steps if "--unlabelled" in step.arguments or step.name == METHODS[method].step_names[3]
+    ]
+    return any(any(root.glob(f"seed*/{pattern}")) for pattern in patterns)
 
 
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path) -> None:
@@ -326,11 +328,11 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path)
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
     if (job.pair.folder / "config" / registry.DATASETS).is_file():
         config_dir = job.pair.folder / "config"  # a pair that was begun keeps its registry
-    read_pool(settings, dataset, config_dir)
-    if LABEL_STEP in job.pair.steps:
-        pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
     # the labelled ones, which differ from seed to seed, among them
     images = read_unlabelled(settings.unlabelled, config_dir)
+    without_labelled(images, dataset, settings.unlabelled)
+    if LABEL_STEP in job.pair.steps:
+        pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
     record = {
         "dataset": dataset.name,
         "pseudo_threshold": settings.pseudo_threshold,
