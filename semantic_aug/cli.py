@@ -169,7 +169,8 @@ def schedule(low: float, high: float) -> Callable[[str], float | str]:
 
 def setting(
     default: Any = MISSING, *, help: str, type: Callable[[str], Any] | None = None, choices: Sequence[str] | None = None,
-    metavar: str | None = None, nargs: str | None = None, result: bool = True, absent: Any = MISSING,
+    metavar: str | None = None, nargs: str | None = None, result: bool = True, record: bool = True, absent: Any = MISSING,
+    unused: Callable[[Any], bool] | None = None,
 ) -> Any:  # fmt: skip
     """A dataclass field that is a flag of the same name.
 
@@ -181,18 +182,21 @@ def setting(
         metavar: stands for the value in the help; the type's where left out (``N`` of whole numbers, ``DIR`` of paths).
         nargs: ``+`` for several values, kept as a tuple.
         result: False for what changes no byte of the result (devices, where to write): no part of a run's identity.
+        record: False for what a run's record leaves out: another entry stands for it, or it only names a place.
         absent: of a setting that earlier records lack, the value that they mean; records leave it out from then on.
+        unused: whether, given the stage's whole request, the setting decides nothing; a resumed run may then change it.
     """
     metavar = metavar or getattr(type, "metavar", "N" if type is int else None)
     flag = {"type": type, "choices": choices, "metavar": metavar, "nargs": nargs}
     metadata = {"help": help, "flag": {k: v for k, v in flag.items() if v is not None}, "result": result}
-    return field(default=default, metadata={**metadata, "absent": absent})
+    return field(default=default, metadata={**metadata, "record": record, "absent": absent, "unused": unused})
 
 
 def setting_of(cls: builtins.type, name: str, default: Any = MISSING) -> Any:
-    """A field that is declared as another dataclass's setting is; ``default``: where it differs."""
+    """A field that is declared as another dataclass's setting is, but recorded; ``default``: where it differs."""
     declared = settings_of(cls)[name]
-    return field(default=declared.default if default is MISSING else default, metadata=declared.metadata)
+    metadata = {**declared.metadata, "record": True, "unused": None}
+    return field(default=declared.default if default is MISSING else default, metadata=metadata)
 
 
 def settings_of(cls: builtins.type) -> dict[str, Field]:
@@ -212,9 +216,11 @@ def absent_values(*classes: builtins.type) -> dict[str, Any]:
 
 
 def recorded(values: Mapping[str, Any], *classes: builtins.type) -> dict[str, Any]:
-    """Settings of these dataclasses as records keep them: all but those whose absence means the very value."""
+    """Settings of these dataclasses as records keep them: all but those declared as no part of one and those whose absence
+    means the very value."""
     absent = absent_values(*classes)
-    return {name: value for name, value in values.items() if name not in absent or value != absent[name]}
+    left_out = {name for cls in classes for name, f in settings_of(cls).items() if not f.metadata["record"]}
+    return {n: value for n, value in values.items() if n not in left_out and (n not in absent or value != absent[n])}
 
 
 def add_settings(

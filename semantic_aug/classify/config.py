@@ -91,6 +91,7 @@ class TrainSettings:
         help="train with each of these seeds instead of --seed, each in its own folder below the run's, and report mean "
         "and standard deviation",
         result=False,
+        record=False,
     )
     batch_size: int = cli.setting(32, type=cli.whole(1), help="images per step, over all processes")
     gradient_accumulation_steps: int = cli.setting(
@@ -265,6 +266,7 @@ class PlacementSettings:
         metavar="N|cpu",
         help="GPU number, or cpu (default: GPU 0 where there is one; under accelerate launch each process has its own)",
         result=False,
+        record=False,
     )
     cache: str = cli.setting(
         "auto",
@@ -358,13 +360,6 @@ GROUPS = {
 }
 """The settings that only this stage has, in the order of the help."""
 
-NOT_RECORDED = (
-    *("syndata_key", "syndata_dir", "gpu"),  # but the folders and the device that they name
-    *("synthetic_mode", "synthetic_prob", "synthetic_balanced"),  # but what is in effect, as ``draws``
-    *("use_cutmix", "use_mixup", "use_cmo", "cutmix_alpha", "mixup_alpha", "mix_prob"),  # the same, as ``mixing``
-    *("seeds", "allow_other_sources"),
-)
-
 BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")
 """Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
 
@@ -381,8 +376,8 @@ ABSENT = cli.absent_values(Setting, *GROUPS.values())
 
 def _recorded(settings: object) -> dict:
     """A group's settings under the names that records have for them."""
-    names = [name for name in cli.settings_of(type(settings)) if name not in NOT_RECORDED]
-    values = cli.recorded({name: getattr(settings, name) for name in names}, type(settings))
+    values = {name: getattr(settings, name) for name in cli.settings_of(type(settings))}
+    values = cli.recorded(values, type(settings))
     return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
 
 

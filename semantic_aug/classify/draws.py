@@ -37,6 +37,7 @@ class SyntheticSettings:
         metavar="KEY",
         help="subsets of the data set's section in synthetic_datasets.yaml (KEY#VARIANT for a filtered one); None: the "
         "real-only baseline",
+        record=False,
     )
     syndata_dir: tuple[str, ...] | None = cli.setting(
         None,
@@ -44,6 +45,7 @@ class SyntheticSettings:
         type=cli.path_or(),
         metavar="DIR",
         help="folders of subsets (DIR#VARIANT for a filtered one), besides or instead of keys",
+        record=False,
     )
     gamma: float = cli.setting(
         0.5,
@@ -91,15 +93,17 @@ class SyntheticSettings:
         metavar="P|P:P",
         help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]; "
         "FIRST:LAST changes it linearly from the first to the last epoch",
+        record=False,
     )
     synthetic_mode: str = cli.setting(
         "item",
         choices=SYNTHETIC_MODES,
         help="item: each item with chance p; ratio: a fixed share p of every batch; concat: real and synthetic images "
         "alike, once an epoch",
+        record=False,
     )
     synthetic_balanced: bool = cli.setting(
-        False, help="draw a target class first, all equally often, then one of its synthetic images"
+        False, help="draw a target class first, all equally often, then one of its synthetic images", record=False
     )
     synthetic_draw: str = cli.setting(
         "images",
@@ -130,7 +134,10 @@ class SyntheticSettings:
         help="use only N synthetic images, even over target classes, drawn with --subset_seed (default: all)",
     )
     allow_other_sources: bool = cli.setting(
-        False, help="accept subsets whose source images are not among the training images of this setting", result=False
+        False,
+        help="accept subsets whose source images are not among the training images of this setting",
+        result=False,
+        record=False,
     )
 
     def __post_init__(self):

@@ -23,22 +23,33 @@ class MixSettings:
     """Which batches are mixed, and how; of several kinds, each batch takes one at even odds."""
 
     TITLE = "loss and mixing"
-    use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images")
-    use_mixup: bool = cli.setting(False, help="mixup; of several kinds of mixing, each batch takes one")
+    use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images", record=False)
+    use_mixup: bool = cli.setting(False, help="mixup; of several kinds of mixing, each batch takes one", record=False)
     use_cmo: bool = cli.setting(
-        False, help="CMO: boxes of images drawn in favour of rare classes are pasted into the batch, by --cutmix_alpha"
+        False,
+        help="CMO: boxes of images drawn in favour of rare classes are pasted into the batch, by --cutmix_alpha",
+        record=False,
     )
     cutmix_alpha: float = cli.setting(
-        1.0, type=cli.number(0, open_low=True), metavar="A", help="parameter of CutMix's Beta(A, A) distribution"
+        1.0,
+        type=cli.number(0, open_low=True),
+        metavar="A",
+        help="parameter of CutMix's Beta(A, A) distribution",
+        record=False,
     )
     mixup_alpha: float = cli.setting(
-        0.4, type=cli.number(0, open_low=True), metavar="A", help="parameter of mixup's Beta(A, A) distribution"
+        0.4,
+        type=cli.number(0, open_low=True),
+        metavar="A",
+        help="parameter of mixup's Beta(A, A) distribution",
+        record=False,
     )
     mix_prob: float = cli.setting(
         1.0,
         type=cli.number(0, 1),
         metavar="P",
         help="share of batches that are mixed (of images, by --cutmix_per item)",
+        record=False,
     )
     cutmix_per: str = cli.setting(
         "batch",

@@ -28,6 +28,16 @@ COMPILE_STEPS = 5000
 """Optimiser steps from which compiling (a minute or two) is worth it on a GPU."""
 
 
+def without_lora(config: FinetuneConfig) -> bool:
+    """Whether no LoRA is trained, so that its settings decide nothing."""
+    return not config.model.trains_lora
+
+
+def without_tokens(config: FinetuneConfig) -> bool:
+    """Whether no class tokens are trained, so that their settings decide nothing."""
+    return not config.model.trains_tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """What is trained: the base model, its class tokens and its LoRA."""
@@ -43,20 +53,29 @@ class ModelSettings:
     finetune_strategy: str = cli.setting(
         "ti_db", choices=STRATEGIES, help="ti: class tokens; db: U-Net LoRA under class names; ti_db: both"
     )
-    rank: int = cli.setting(10, type=cli.whole(1), metavar="R", help="rank of the LoRA")
+    rank: int = cli.setting(10, type=cli.whole(1), metavar="R", help="rank of the LoRA", unused=without_lora)
     lora_alpha: float | None = cli.setting(
-        None, type=cli.number(0, open_low=True), metavar="A", help="the LoRA's update is scaled by A / R (default: R)"
+        None,
+        type=cli.number(0, open_low=True),
+        metavar="A",
+        help="the LoRA's update is scaled by A / R (default: R)",
+        unused=without_lora,
     )
     lora_targets: tuple[str, ...] = cli.setting(
-        LORA_TARGETS, nargs="+", metavar="NAME", help="projections of the U-Net that get a LoRA"
+        LORA_TARGETS, nargs="+", metavar="NAME", help="projections of the U-Net that get a LoRA", unused=without_lora
     )
     train_text_encoder_lora: bool = cli.setting(
-        False, help="a LoRA of the same rank on the text encoders' attention projections too (db and ti_db)"
+        False,
+        help="a LoRA of the same rank on the text encoders' attention projections too (db and ti_db)",
+        unused=without_lora,
     )
     initializer: str = cli.setting(
-        "class_name", metavar="TEXT", help="initial class tokens: class_name, super_class, or words of your own"
+        "class_name",
+        metavar="TEXT",
+        help="initial class tokens: class_name, super_class, or words of your own",
+        unused=without_tokens,
     )
-    num_vectors: int = cli.setting(1, type=cli.whole(1), help="vectors per class token")
+    num_vectors: int = cli.setting(1, type=cli.whole(1), help="vectors per class token", unused=without_tokens)
     gradient_checkpointing: bool = cli.setting(False, help="less memory, more time", result=False)
     mixed_precision: str | None = cli.setting(
         None,
@@ -94,7 +113,9 @@ class TrainSettings:
     """How it is trained: batches, rates, loss."""
 
     TITLE = "training"
-    max_train_steps: int = cli.setting(35000, type=cli.whole(1), help="optimiser steps")
+    max_train_steps: int = cli.setting(
+        35000, type=cli.whole(1), help="optimiser steps", unused=lambda config: "constant" in config.train.lr_scheduler
+    )
     # A step draws for the whole effective batch, and each process and micro-batch takes its slice: how the batch is split
     # changes no result, and the effective batch is compared instead.
     train_batch_size: int = cli.setting(8, type=cli.whole(1), help="images per process and micro-batch", result=False)
@@ -108,15 +129,35 @@ class TrainSettings:
         "--train_batch_size x --gradient_accumulation_steps x processes)",
         result=False,  # what it comes to is compared
     )
-    learning_rate: float = cli.setting(1e-4, type=cli.number(0), metavar="LR", help="learning rate of the LoRA")
-    ti_learning_rate: float = cli.setting(
-        5e-4, type=cli.number(0), metavar="LR", help="learning rate of the class tokens"
+    learning_rate: float = cli.setting(
+        1e-4, type=cli.number(0), metavar="LR", help="learning rate of the LoRA", unused=without_lora
     )
-    scale_lr: bool = cli.setting(False, help="multiply both learning rates by batch size, micro-batches and processes")
+    ti_learning_rate: float = cli.setting(
+        5e-4, type=cli.number(0), metavar="LR", help="learning rate of the class tokens", unused=without_tokens
+    )
+    scale_lr: bool = cli.setting(
+        False, help="multiply both learning rates by batch size, micro-batches and processes", record=False
+    )
     lr_scheduler: str = cli.setting("constant", choices=LR_SCHEDULERS, help="schedule of both learning rates")
-    lr_warmup_steps: int = cli.setting(0, type=cli.whole(0), help="warm-up of the rates, optimiser steps")
-    lr_num_cycles: int = cli.setting(1, type=cli.whole(1), help="restarts of cosine_with_restarts")
-    lr_power: float = cli.setting(1.0, type=cli.number(0), metavar="X", help="power of the polynomial schedule")
+    lr_warmup_steps: int = cli.setting(
+        0,
+        type=cli.whole(0),
+        help="warm-up of the rates, optimiser steps",
+        unused=lambda config: config.train.lr_scheduler in ("constant", "piecewise_constant"),
+    )
+    lr_num_cycles: int = cli.setting(
+        1,
+        type=cli.whole(1),
+        help="restarts of cosine_with_restarts",
+        unused=lambda config: config.train.lr_scheduler != "cosine_with_restarts",
+    )
+    lr_power: float = cli.setting(
+        1.0,
+        type=cli.number(0),
+        metavar="X",
+        help="power of the polynomial schedule",
+        unused=lambda config: config.train.lr_scheduler != "polynomial",
+    )
     lr_step_rules: str | None = cli.setting(
         None,
         metavar="RULES",
@@ -172,7 +213,7 @@ class ImageSettings:
     random_crops: bool = cli.setting(
         False, help="a new crop each time an image is seen, encoded in the loop, instead of latents cached once"
     )
-    no_flip: bool = cli.setting(False, help="do not mirror images")
+    no_flip: bool = cli.setting(False, help="do not mirror images", record=False)
     training_templates: str = cli.setting(
         "training",
         type=cli.path_or(*TEMPLATE_SETS),
@@ -260,27 +301,16 @@ class OutputSettings:
         "tensorboard", choices=("none", *TRACKERS), help="where metrics and picture grids also go", result=False
     )
     register_key: str | None = cli.setting(
-        None, metavar="KEY", help="write the result into finetuned_ckpts.yaml under this key", result=False
+        None,
+        metavar="KEY",
+        help="write the result into finetuned_ckpts.yaml under this key",
+        result=False,
+        record=False,
     )
 
 
 GROUPS = {"model": ModelSettings, "train": TrainSettings, "images": ImageSettings, "output": OutputSettings}
 RECORDED_AS = {"pretrained_model_name_or_path": "base_name", "finetune_strategy": "strategy"}
-NOT_RECORDED = ("scale_lr", "no_flip", "register_key")
-"""Flags that another entry of the record stands for, or that name where the result is registered."""
-
-UNUSED = {
-    "lr_num_cycles": lambda config: config.train.lr_scheduler != "cosine_with_restarts",
-    "lr_power": lambda config: config.train.lr_scheduler != "polynomial",
-    "lr_warmup_steps": lambda config: config.train.lr_scheduler in ("constant", "piecewise_constant"),
-    "max_train_steps": lambda config: "constant" in config.train.lr_scheduler,
-    **dict.fromkeys(
-        ("rank", "lora_alpha", "lora_targets", "train_text_encoder_lora", "learning_rate"),
-        lambda config: not config.model.trains_lora,
-    ),
-    **dict.fromkeys(("ti_learning_rate", "num_vectors", "initializer"), lambda config: not config.model.trains_tokens),
-}
-"""Settings that decide nothing under some others, ``max_train_steps`` of a step's learning rate."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +362,7 @@ class FinetuneConfig:
     def record(self, processes: int = 1) -> dict:
         """What ``args.yaml`` keeps of a run on so many processes."""
         values = {n: getattr(getattr(self, group), n) for group, cls in GROUPS.items() for n in cli.settings_of(cls)}
-        settings = cli.recorded({n: v for n, v in values.items() if n not in NOT_RECORDED}, *GROUPS.values())
+        settings = cli.recorded(values, *GROUPS.values())
         return {
             "dataset": self.dataset,
             "setting": self.setting.record(),
@@ -349,7 +379,7 @@ class FinetuneConfig:
         fields = [field for cls in GROUPS.values() for field in cli.settings_of(cls).values()]
         free = {RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]}
         free -= {"effective_batch"}  # recorded is what it comes to
-        unused = [name for name, decides_nothing in UNUSED.items() if decides_nothing(self)]
+        unused = [field.name for field in fields if field.metadata["unused"] and field.metadata["unused"](self)]
         return ("dataset", "unlabelled", "recipe", *free, *unused)  # images are compared by content
 
 
