@@ -33,6 +33,7 @@ from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import summary
 from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.run_lock import lock_folder
+from semantic_aug.sampling.guide import read_confusions
 
 SMALL = {"model": "test_vit", "nepoch": 2}
 """A transformer of some hundred thousand parameters, without batch statistics."""
@@ -542,6 +543,13 @@ def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_p
     train(image_folder, tmp_path / "other", eval_only=True, weights=three_seeds / "seed1")
     assert f"test: top1 {100 * wanted['test']['top1']:.2f} %" in capsys.readouterr().out
     assert (tmp_path / "other" / "evaluation" / "test_per_class.csv").exists()
+
+
+def test_confusions_on_validation_are_told_by_a_run_that_was_tested(three_seeds, image_folder):
+    dataset, results = load_dataset(f"folder:{image_folder}"), trainer.results_of(three_seeds / "seed1")
+    confusions = read_confusions(three_seeds / "seed1", dataset)
+    assert confusions.sum(1).tolist() == dataset.val.counts().tolist() and results["test"]
+    assert np.trace(confusions) / len(dataset.val) == results["val"]["top1"]
 
 
 def test_a_classifier_is_evaluated_on_a_copy_that_spells_its_classes_otherwise(three_seeds, image_folder, tmp_path):

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from semantic_aug import runs
 from semantic_aug.augmentations.strategies import find
 from semantic_aug.classify.inference import load_run
-from semantic_aug.classify.metrics import Scores, write_scores
+from semantic_aug.classify.metrics import write_predictions
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.guide import CONFUSIONS, make_guide, read_confusions, read_guide, write_guide
+from semantic_aug.sampling.guide import PREDICTIONS, make_guide, read_confusions, read_guide, write_guide
 from semantic_aug.sampling.plan import EVEN_SHARE, Guide, PlanSettings, confusion_shares, make_plan
 from semantic_aug.sampling.settings import ImageSettings
 
@@ -97,8 +97,10 @@ def finished(judge_folder, animals, tmp_path):
     """The judge's run with confusions on validation and the record of what it was trained on."""
     folder = shutil.copytree(judge_folder, tmp_path / "run")
     confusion = np.array([[3, 1, 0], [0, 4, 0], [2, 0, 2]])
-    scores = Scores(confusion, 1.0, 0.1, np.zeros((15, 3)), np.zeros(0), np.zeros(0))
-    write_scores(scores, animals.class_names, folder, "val")
+    cells = [(true, predicted) for true in range(3) for predicted in range(3)]
+    labels, predicted = np.repeat(cells, confusion.ravel(), axis=0).T
+    validated = replace(animals.train.take(range(len(labels))), labels=labels)
+    write_predictions(validated, predicted, animals.class_names, folder, "val")
     record = runs.load_arguments(folder) | {runs.MADE_FROM: {"data": data_identity(animals, columns=("group",))}}
     (folder / runs.ARGS_FILE).write_text(runs.arguments_text(record))
     return folder
@@ -122,10 +124,9 @@ def test_losses_and_confusions_are_the_classifiers_and_are_kept(finished, animal
     assert (fresh.losses == 1).all() and fresh.confusions.tolist() == guide.confusions.tolist()
 
 
-def test_a_run_in_another_class_order_is_read_by_name(finished, animals):
-    rows = [line.split(",") for line in (finished / CONFUSIONS).read_text().splitlines()]
-    order = [0, 3, 1, 2]
-    (finished / CONFUSIONS).write_text("\n".join(",".join(rows[i][j] for j in order) for i in order) + "\n")
+def test_confusions_of_classes_in_another_spelling_are_read_by_name(finished, animals):
+    text = (finished / PREDICTIONS).read_text()
+    (finished / PREDICTIONS).write_text(text.replace("blue jay", "Blue_Jay"))
     assert read_confusions(finished, animals).tolist() == [[3, 1, 0], [0, 4, 0], [2, 0, 2]]
 
 
@@ -139,11 +140,12 @@ def test_runs_that_cannot_guide_are_refused(finished, animals, image_folder, tmp
     others = replace(animals, source_names=("a", "b", "c"), class_names=("a", "b", "c"))
     with pytest.raises(UserError, match="has other classes than animals.*'a' is one that only one"):
         make_guide(settings, others, "cpu", load_run, tmp_path)
-    (finished / CONFUSIONS).write_text("true,blue jay\nblue jay,1,2\n")
-    with pytest.raises(UserError, match="val_confusion.csv is damaged"):
-        make_guide(settings, animals, "cpu", load_run, tmp_path)
-    (finished / CONFUSIONS).unlink()
-    with pytest.raises(UserError, match="has no val_confusion.csv.*--val_fraction"):
+    for text, message in (("file,class\na.png,toad\n", "is damaged"), ("class,predicted\ntoad,owl\n", "the class 'owl'")):
+        (finished / PREDICTIONS).write_text(text)
+        with pytest.raises(UserError, match=f"val_predictions.csv .*{message}"):
+            make_guide(settings, animals, "cpu", load_run, tmp_path)
+    (finished / PREDICTIONS).unlink()
+    with pytest.raises(UserError, match="has no val_predictions.csv.*--val_fraction"):
         make_guide(settings, animals, "cpu", load_run, tmp_path)
 
 

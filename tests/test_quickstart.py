@@ -12,6 +12,7 @@ from tasks import TASKS
 
 from semantic_aug.datasets import download
 from semantic_aug.errors import run_main
+from semantic_aug.evaluation import __main__ as evaluation
 
 
 @functools.cache
@@ -34,6 +35,9 @@ def test_every_step_is_a_command_that_its_program_accepts(name, smoke):
         elif program == "train_cls.py":
             assert set(args.syndata_key or []) <= subsets  # made by an earlier step
             classifiers.append(args.output_dir)
+    _, _, command, *flags = quickstart.headroom()
+    args = importlib.import_module(evaluation.COMMANDS[command]).build_parser().parse_args(flags)
+    assert (args.dataset, args.examples_per_class) == (TASKS[name].dataset, quickstart.size.shots)
     assert len({flags[flags.index("--output_dir") + 1] for flags in steps.values() if "--output_dir" in flags}) == 4
 
 

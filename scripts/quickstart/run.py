@@ -116,12 +116,15 @@ class Quickstart:
         if spec.archive and not os.environ.get(spec.variables[0]):
             os.environ[spec.variables[0]] = str(download.download_official(spec, ROOT / download.ROOT))
 
+    def headroom(self) -> list[str]:
+        """The command that measures whether more photographs would help at all."""
+        flags = ["--dataset", self.task.dataset, "--examples_per_class", str(self.size.shots)]
+        flags += ["--pool_per_class", str(4 * self.size.shots), "--val_examples_per_class", "30"]
+        return ["-m", "semantic_aug.evaluation", "headroom", *flags, "--output_dir", str(self.out / "headroom")]
+
     def print_headroom(self) -> None:
-        """Prints whether more photographs would help at all, before the first step; a failure stops nothing."""
-        flags = [*self.data, "--pool_per_class", str(4 * self.size.shots)]
-        flags += ["--val_examples_per_class", "30", "--output_dir", str(self.out / "headroom")]
-        words = [sys.executable, "-m", "semantic_aug.evaluation", "headroom", *flags]
-        process = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        """Prints the headroom, before the first step; a failure stops nothing."""
+        process = subprocess.run([sys.executable, *self.headroom()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if process.returncode == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
         print(process.stdout.partition("\n")[0], flush=True)

@@ -1,6 +1,6 @@
 """The guide of a plan: what a trained classifier says of validation and training images, kept in the subset's folder.
 
-Confusions are those of the run's own validation scores. Losses are computed once, on images as they are evaluated, and
+Confusions are counted from the run's own predictions for its validation images. Losses are computed once, on images as they are evaluated, and
 kept, since a GPU need not give the same digits again and a plan that has begun must stay what it is.
 """
 
@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,8 @@ from semantic_aug.sampling.settings import ImageSettings
 log = logging.getLogger(__name__)
 
 GUIDE_FILE = ".guide.npz"
-CONFUSIONS = "val_confusion.csv"
-"""The table of a finished run of stage 3: a row per true class, a column per predicted one."""
+PREDICTIONS = "val_predictions.csv"
+"""Of a finished run of stage 3: a row per validation image, with its class and the predicted one."""
 AT_ONCE = 256
 """Images of which predictions are in memory."""
 MOST_CLASSES, LEAST_SHARE = 10, 0.01
@@ -211,23 +212,28 @@ def objects_of(
 
 def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:
     """The confusions of a run on its validation images, int64 ``(K, K)`` in the data set's class order, rows true classes.
-    Raises UserError: the run has none, or it is damaged or of other classes."""
-    path = run / CONFUSIONS
+    Raises UserError: the run has no predictions for such images, or they are damaged or of other classes."""
+    path, pairs = run / PREDICTIONS, Counter()
     try:
         with open(path, newline="", encoding="utf-8") as lines:
-            (_, *names), *rows = csv.reader(lines)
-        table = np.array([[int(cell) for cell in row[1:]] for row in rows])
+            pairs.update((row.get("class"), row.get("predicted")) for row in csv.DictReader(lines))
     except FileNotFoundError:
         raise UserError(
-            f"--classifier {run} has no {CONFUSIONS}, the confusions on validation images: expected a finished train_cls.py "
-            "run on a data set with validation images (--val_fraction)"
+            f"--classifier {run} has no {PREDICTIONS}, the predictions for validation images: expected a finished "
+            "train_cls.py run on a data set with validation images (--val_fraction)"
         ) from None
-    except (ValueError, UnicodeDecodeError):
-        table, names = np.empty(0), []
-    if not names or table.shape != (len(names), len(names)):
+    except UnicodeDecodeError:
+        pairs.clear()
+    if not pairs or any(None in pair for pair in pairs):
         raise UserError(f"{path} is damaged: run train_cls.py again")
-    order = _class_order(names, dataset, run)
-    return table[np.ix_(order, order)].astype(np.int64)
+    names, classes = sorted({name for pair in pairs for name in pair}), len(dataset.source_names)
+    position = dict(zip(names, ClassIndex(dataset.source_names, dataset.class_names).match(names, where=str(path)), strict=True))
+    if other := [name for name, row in position.items() if row is None]:
+        raise UserError(f"{path} names the class '{other[0]}', which {dataset.name} does not have")
+    table = np.zeros((classes, classes), np.int64)
+    for (true, predicted), count in pairs.items():
+        table[position[true], position[predicted]] += count
+    return table
 
 
 def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run: Path) -> list[int]:
