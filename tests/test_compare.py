@@ -1,6 +1,7 @@
 """The comparison: its commands, its runner on real subprocesses, sharing of pairs, and the numbers of its report."""
 
 import csv
+import dataclasses
 import fcntl
 import json
 import logging
@@ -431,6 +432,50 @@ def test_requests_add_up_and_another_budget_is_refused(partial):
     ):
         with pytest.raises(UserError, match=rf"other arguments \({difference}\)"):
             results.claim_setting(partial, recipe(flag, value))
+
+
+def test_a_setting_keeps_what_recipes_set_in_its_stages(tmp_path):
+    (job,) = compare.jobs_of(parsed(["--dataset", "elpv", "--seeds", "1", "--model", "resnet18"]), tmp_path)
+
+    def claim(lr):
+        row = f"{{when: {{model: resnet18}}, set: {{lr: {lr}}}}}"
+        (tmp_path / "recipes.yaml").write_text(f"# rates\ndefault: {{train_cls: [{row}]}}\n")
+        results.claim_setting(tmp_path / "out", job.commands.recipe, compare.recipes_in_effect(job, tmp_path))
+
+    claim(0.1)
+    (tmp_path / "recipes.yaml").write_text("")
+    claim(0.1)
+    with pytest.raises(UserError, match="stage3_recipe: 'default: lr 0.1' -> 'default: lr 0.2'.*choose another"):
+        claim(0.2)
+    results.claim_setting(tmp_path / "old", job.commands.recipe)  # an earlier version's record
+    results.claim_setting(tmp_path / "old", job.commands.recipe, compare.recipes_in_effect(job, tmp_path))
+
+
+def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_path):
+    pair, copy = tmp_path / "pair", tmp_path / "pair" / "config" / "datasets.yaml"
+    for text, done, wanted in (("a: 1", None, "a: 1"), ("a: 2", False, "a: 2"), ("a: 3", True, "a: 2")):
+        (tmp_path / "datasets.yaml").write_text(text)
+        if done is not None:
+            (pair / runner.STEPS_FILE).write_text(json.dumps({"ti_db": {"stage": 1, "seconds": 1.0, "done": done}}))
+        runner.prepare_config(pair, tmp_path)
+        assert copy.read_text() == wanted
+
+
+def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeypatch):
+    words = ["--dataset", "elpv", "--examples_per_class", "5", "-1", "--nepoch", "40", "4", "--methods", "diff-mix"]
+    jobs, checked = compare.jobs_of(parsed(words), tmp_path), []
+    monkeypatch.setattr(compare, "check_commands", lambda steps, folder: checked.append((folder.name, steps)))
+    compare.check_stages(jobs, tmp_path, tmp_path)
+    (first, steps), (second, (alone,)) = checked
+    assert (first, second) == ("5shot", "all") and sorted(step.stage for step in steps) == [1, 2, 3]
+    assert "--nepoch 4 " in shlex.join(alone.arguments) and "--nepoch 40 " in shlex.join(steps[0].arguments)
+
+
+def test_confusions_need_validation_images(tmp_path, animals):
+    (job,) = compare.jobs_of(parsed(["--dataset", "elpv", "--seeds", "1", "--methods", "diff-mix+confusion"]), tmp_path)
+    compare.refuse_without_validation(job, animals)
+    with pytest.raises(UserError, match=r"--methods diff-mix\+confusion: animals.* has no validation images"):
+        compare.refuse_without_validation(job, dataclasses.replace(animals, val=None))
 
 
 def test_the_words_that_share_the_work_are_no_part_of_a_request():

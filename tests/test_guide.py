@@ -140,7 +140,10 @@ def test_runs_that_cannot_guide_are_refused(finished, animals, image_folder, tmp
     others = replace(animals, source_names=("a", "b", "c"), class_names=("a", "b", "c"))
     with pytest.raises(UserError, match="has other classes than animals.*'a' is one that only one"):
         make_guide(settings, others, "cpu", load_run, tmp_path)
-    for text, message in (("file,class\na.png,toad\n", "is damaged"), ("class,predicted\ntoad,owl\n", "the class 'owl'")):
+    for text, message in (
+        ("file,class\na.png,toad\n", "is damaged"),
+        ("class,predicted\ntoad,owl\n", "the class 'owl'"),
+    ):
         (finished / PREDICTIONS).write_text(text)
         with pytest.raises(UserError, match=f"val_predictions.csv .*{message}"):
             make_guide(settings, animals, "cpu", load_run, tmp_path)

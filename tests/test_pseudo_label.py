@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 import tiny
+from semantic_aug import runs, tensors
 from semantic_aug.classify.inference import Classifier
+from semantic_aug.classify.models import make_model
+from semantic_aug.classify.trainer import MODEL_FILE
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.datasets.settings import unlabelled_images
 from semantic_aug.datasets.synthetic import UNLABELLED_FILE, read_subset
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
@@ -127,6 +131,24 @@ def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path,
     (pool / "more.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
     assert run_main(pseudo_label.main, words) == 2
     assert "made from other data (unlabelled:" in capsys.readouterr().err
+
+
+def test_a_classifier_of_other_images_is_refused_before_the_pool_is_read(image_folder, pool, tmp_path, monkeypatch):
+    run, whole = tmp_path / "run", load_dataset(f"folder:{image_folder}")
+    tensors.save_tensors(run / MODEL_FILE, make_model("test_vit", 3, 32, "none")[0].state_dict(), {"classes": NAMES})
+    record = {"model": "test_vit", "resolution": 32}
+    record[runs.MADE_FROM] = {"data": data_identity(whole, columns=("group",))}
+    (run / runs.ARGS_FILE).write_text(runs.arguments_text(record))
+    words = ["--dataset", f"folder:{image_folder}", "--unlabelled", pool, "--output_dir", tmp_path / "out", "--dry_run"]
+    words = [str(word) for word in (*words, "--gpu", "cpu", "--classifier")]
+    assert pseudo_label.main([*words, str(run)]) == 0
+    monkeypatch.setattr(pseudo_label, "read_pool", None)
+    with pytest.raises(
+        UserError, match="was trained on other images than those of animals.*2shot.*train: 6 images now"
+    ):
+        pseudo_label.main([*words, str(run), "--examples_per_class", "2"])
+    with pytest.raises(UserError, match="gone holds no finished classifier"):
+        pseudo_label.main([*words, str(tmp_path / "gone")])
 
 
 # --------------------------------------------------------------------------------------------------------- compare

@@ -1,18 +1,23 @@
 """What a run of stages 1 and 3 is made from: images, labels, names and weights, recorded beside its arguments."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from semantic_aug import runs
 from semantic_aug.datasets import fingerprint
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.fingerprint import ContentHashes
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -70,6 +75,22 @@ class RunOrigin:
                 f"{len(changed)} images changed during the run ('{changed[0]}' the first), so that its result "
                 f"is of neither the old nor the new ones: {kept}"
             )
+
+
+def check_classifier(run: Path, dataset: LoadedDataset) -> dict[str, str]:
+    """Refuses a run of stage 3 that was trained or validated on other images than these, as far as its record tells; returns
+    the content of both splits."""
+    now = fingerprint.data_identity(dataset, fingerprint.hash_splits(dataset, ("train", "val")), ("group",))
+    splits = {split: now.get(split) for split in ("train", "val")}
+    kept = ((runs.load_arguments(run) or {}).get(runs.MADE_FROM) or {}).get("data")
+    if not kept:
+        log.warning("%s does not say which images it was trained on: are they those of this setting?", run)
+    elif difference := fingerprint.data_difference(kept, splits):
+        raise UserError(
+            f"--classifier {run} was trained on other images than those of {dataset.name}{dataset.setting.suffix} "
+            f"({difference}): give the stages the same --examples_per_class, --val_fraction and --subset_seed"
+        )
+    return {split: str((value or {}).get("digest", "")) for split, value in splits.items()}
 
 
 def synthetic_identity(images: SyntheticImages, hashes: ContentHashes, class_names: Sequence[str]) -> dict[str, Any]:

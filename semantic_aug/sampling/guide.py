@@ -1,7 +1,7 @@
 """The guide of a plan: what a trained classifier says of validation and training images, kept in the subset's folder.
 
-Confusions are counted from the run's own predictions for its validation images. Losses are computed once, on images as they are evaluated, and
-kept, since a GPU need not give the same digits again and a plan that has begun must stay what it is.
+Confusions are counted from the run's own predictions for its validation images. Losses are computed once, on images as they
+are evaluated, and kept, since a GPU need not give the same digits again and a plan that has begun must stay what it is.
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ from tqdm import tqdm
 
 from semantic_aug import registry, runs
 from semantic_aug.datasets import ImageTable, LoadedDataset
-from semantic_aug.datasets.fingerprint import (
-    data_difference,
-    data_identity,
-    files_digest,
-    hash_images,
-    hash_splits,
-    split_identity,
-)
+from semantic_aug.datasets.fingerprint import files_digest, hash_images, split_identity
+from semantic_aug.datasets.origin import check_classifier
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
@@ -99,7 +93,7 @@ def make_guide(
     run = registry.resolve_path(settings.classifier)
     classifier = load_classifier(run, device)
     order = _class_order(classifier.class_names, dataset, run)
-    origin = _check_split(run, dataset) | {"classifier": files_digest([classifier.path])}
+    origin = check_classifier(run, dataset) | {"classifier": files_digest([classifier.path])}
     if dataset.unlabelled is not None:
         origin["unlabelled"] = pool_identity(dataset.unlabelled)
     if masked:
@@ -226,11 +220,12 @@ def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:
         pairs.clear()
     if not pairs or any(None in pair for pair in pairs):
         raise UserError(f"{path} is damaged: run train_cls.py again")
-    names, classes = sorted({name for pair in pairs for name in pair}), len(dataset.source_names)
-    position = dict(zip(names, ClassIndex(dataset.source_names, dataset.class_names).match(names, where=str(path)), strict=True))
+    names = sorted({name for pair in pairs for name in pair})
+    index = ClassIndex(dataset.source_names, dataset.class_names)
+    position = dict(zip(names, index.match(names, where=str(path)), strict=True))
     if other := [name for name, row in position.items() if row is None]:
         raise UserError(f"{path} names the class '{other[0]}', which {dataset.name} does not have")
-    table = np.zeros((classes, classes), np.int64)
+    table = np.zeros((len(dataset.source_names),) * 2, np.int64)
     for (true, predicted), count in pairs.items():
         table[position[true], position[predicted]] += count
     return table
@@ -247,22 +242,6 @@ def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run
             "run of train_cls.py on this data set"
         )
     return order
-
-
-def _check_split(run: Path, dataset: LoadedDataset) -> dict[str, str]:
-    """Refuses a run that was trained or validated on other images than these, as far as its record tells; returns the content
-    of both splits."""
-    now = data_identity(dataset, hash_splits(dataset, ("train", "val")), ("group",))
-    splits = {split: now.get(split) for split in ("train", "val")}
-    kept = ((runs.load_arguments(run) or {}).get(runs.MADE_FROM) or {}).get("data")
-    if not kept:
-        log.warning("%s does not say which images it was trained on: are they those of this setting?", run)
-    elif difference := data_difference(kept, splits):
-        raise UserError(
-            f"--classifier {run} was trained on other images than those of {dataset.name}{dataset.setting.suffix} "
-            f"({difference}): give the stages the same --examples_per_class, --val_fraction and --subset_seed"
-        )
-    return {split: str((value or {}).get("digest", "")) for split, value in splits.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- its file

@@ -9,10 +9,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
+from semantic_aug.classify import config as classify
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
@@ -23,6 +24,7 @@ from semantic_aug.evaluation.experiments.commands import (
     LABEL_STEP,
     METHODS,
     REAL_ONLY,
+    SCRIPTS,
     UNLABELLED,
     Method,
     StageCommands,
@@ -36,6 +38,7 @@ from semantic_aug.evaluation.experiments.runner import (
     check_commands,
     claim_data,
     duration,
+    has_finished_step,
     interruptible,
     pair_lock,
     prepare_config,
@@ -48,6 +51,8 @@ from semantic_aug.evaluation.experiments.settings import (
     join_stage_args,
     recipe_of,
 )
+from semantic_aug.finetune import config as finetune
+from semantic_aug.sampling import settings as sampling
 
 log = logging.getLogger(__name__)
 
@@ -244,28 +249,41 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
 
 
 def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
-    """Lets every stage check its flags before the first of them runs, once, for a setting that is new. Raises UserError: a
-    stage refuses."""
-    new = [job for job in jobs if not (folder / job.setting / results.RECIPE_FILE).is_file()]
-    for job in new[:1]:
-        commands = StageCommands(
-            job.commands.recipe, job.commands.subset_seed, folder / ".check" / job.setting, job.commands.devices
-        )
+    """Lets the stages check their flags before the first of them runs: stage 3 those of every setting that is new, since their
+    lengths and batches differ, the others those of the first one. Raises UserError: a stage refuses."""
+    new: dict[str, Job] = {}
+    for job in jobs:
+        if not (folder / job.setting / results.RECIPE_FILE).is_file():
+            new.setdefault(job.setting, job)
+    for number, job in enumerate(new.values()):
+        commands = replace(job.commands, folder=folder / ".check" / job.setting)
         prepare_config(commands.folder, config_dir)
         steps = [commands.classify("real-only", commands.subset_seed)]
-        if 2 in job.stages:
-            steps.append(commands.sample("real-guidance"))
-            flags = {name: METHODS[name].sample for name in job.methods if METHODS[name].sample}
-            pool = commands.recipe.pseudo.get("unlabelled")
-            # the flags of single methods, without the checkpoint and the classifier that are still to be trained
-            for name, sample in flags.items():
-                if UNLABELLED in sample.values():
-                    steps.append(commands.sample("real-mix", name, sources=sample["sources"], unlabelled=pool))
-                elif REAL_ONLY not in sample.values():
-                    steps.append(commands.sample("real-mix", name, **sample))
-        if 1 in job.stages:
-            steps.append(commands.finetune("ti_db"))
+        if number == 0:
+            steps += _checked_samples(commands, job) if 2 in job.stages else []
+            steps += [commands.finetune("ti_db")] if 1 in job.stages else []
         check_commands(steps, commands.folder)
+
+
+def _checked_samples(commands: StageCommands, job: Job) -> list[Step]:
+    """Runs of stage 2 with the flags of single methods, without the checkpoint and the classifier that are still to be
+    trained."""
+    steps, pool = [commands.sample("real-guidance")], commands.recipe.pseudo.get("unlabelled")
+    for name, sample in {name: METHODS[name].sample for name in job.methods if METHODS[name].sample}.items():
+        if UNLABELLED in sample.values():
+            steps.append(commands.sample("real-mix", name, sources=sample["sources"], unlabelled=pool))
+        elif REAL_ONLY not in sample.values():
+            steps.append(commands.sample("real-mix", name, **sample))
+    return steps
+
+
+def recipes_in_effect(job: Job, config_dir: Path) -> dict[str, str]:
+    """What recipes.yaml sets in each stage of a setting, by its name in the record of the budget: a pair that is begun later
+    copies the file as it is then. Raises UserError: a stage refuses its flags."""
+    commands, parsers = job.commands, (finetune.build_parser(), sampling.build_parser(), classify.build_parser(""))
+    steps = commands.finetune("ti_db"), commands.sample("diff-mix"), commands.classify("real-only", 0)
+    words = [[*step.arguments[1:], "--config_dir", str(config_dir)] for step in steps]
+    return {f"stage{n}_recipe": parsers[n - 1].parse_args(words[n - 1]).recipe for n in SCRIPTS}
 
 
 def pool_per_class(shots: int) -> int:
@@ -302,14 +320,22 @@ def print_headroom(args: argparse.Namespace, folder: Path) -> None:
         print(sentence, flush=True)
 
 
+def refuse_without_validation(job: Job, dataset: LoadedDataset) -> None:
+    """Refuses methods that follow confusions on validation images where the data set has none."""
+    for name in job.methods:
+        if METHODS[name].sample.get("pairing") == "confusion" and dataset.val is None:
+            raise UserError(f"--methods {name}: {dataset.name} has no validation images; give --val_fraction")
+
+
 def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path) -> None:
     """Ties the settings of all jobs to their budgets, and the selected jobs to their images and base model. Raises UserError:
     a stage refuses, or the folder holds runs with another budget or of other data."""
     check_stages(selected, folder, config_dir)
-    for recipe in {job.setting: job.commands.recipe for job in jobs}.values():
-        results.claim_setting(folder, recipe)
+    for job in {job.setting: job for job in jobs}.values():
+        results.claim_setting(folder, job.commands.recipe, recipes_in_effect(job, config_dir))
     for job in selected:
         dataset = claim_data(job.commands, config_dir, job.stages)
+        refuse_without_validation(job, dataset)
         if any(METHODS[method].unlabelled for method in job.methods):
             claim_pool(job, folder, dataset, config_dir)
 
@@ -326,8 +352,8 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path)
     """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels. Raises
     UserError: some are evaluated, or the setting has results of other images or labels with another threshold."""
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
-    if (job.pair.folder / "config" / registry.DATASETS).is_file():
-        config_dir = job.pair.folder / "config"  # a pair that was begun keeps its registry
+    if has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():
+        config_dir = job.pair.folder / "config"  # which it keeps
     # the labelled ones, which differ from seed to seed, among them
     images = read_unlabelled(settings.unlabelled, config_dir)
     without_labelled(images, dataset, settings.unlabelled)

@@ -17,7 +17,7 @@ from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import PlacementSettings
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
-from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.origin import RunOrigin, check_classifier
 from semantic_aug.datasets.settings import DatasetName, Pool
 from semantic_aug.datasets.synthetic import DATA, UNLABELLED_FILE, write_sources
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
@@ -124,13 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings, request = cli.read_settings(UnlabelledSettings, args), cli.read_settings(LabelSettings, args)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
+    classifier = load_run(request.classifier, device_of(request.gpu))
+    if classifier.class_names != dataset.source_names:
+        raise UserError(f"--classifier {request.classifier} was trained on other classes than those of {dataset.name}")
+    check_classifier(request.classifier, dataset)
     pool, folder = read_pool(settings, dataset, args.config_dir), registry.resolve_path(request.output_dir)
     print(f"{dataset.describe()}; unlabelled {len(pool)}")
     if args.dry_run:
         return 0
-    classifier = load_run(request.classifier, device_of(request.gpu))
-    if classifier.class_names != dataset.source_names:
-        raise UserError(f"--classifier {request.classifier} was trained on other classes than those of {dataset.name}")
     further = lambda: {  # noqa: E731
         "classifier": files_digest([classifier.path]),
         "unlabelled": content_digest(hash_images(pool).hex()),

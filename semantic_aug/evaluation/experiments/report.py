@@ -149,6 +149,7 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
         blocks.append(
             Paragraph(
                 f"Unlabelled images are used by {' and '.join(users)}; of the others at most the base model saw them."
+                + (" pseudo-label has as many as reach its threshold." if "pseudo-label" in users else "")
             )
         )
     if comparison.rows:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import yaml
@@ -84,11 +85,15 @@ def pair_folder(folder: Path, setting: str, seed: int) -> Path:
     return folder / setting / f"seed{seed}"
 
 
-def claim_setting(folder: Path, recipe: Recipe) -> None:
+def claim_setting(folder: Path, recipe: Recipe, in_effect: Mapping[str, str] = MappingProxyType({})) -> None:
     """Fixes a setting's budget, or finds that it has this one. Raises UserError: the folder's runs of this setting have
-    another budget."""
-    folder, options = registry.resolve_path(folder) / recipe.name, {"file": RECIPE_FILE, "absent": recipe.defaults}
-    runs.claim(folder, recipe.record(), "--output_dir", **options)
+    another budget.
+
+    Args:
+        in_effect: what the stages' recipes set, by name; records of earlier versions lack it.
+    """
+    folder, absent = registry.resolve_path(folder) / recipe.name, {**recipe.defaults, **in_effect}
+    runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", file=RECIPE_FILE, absent=absent)
 
 
 def save_request(

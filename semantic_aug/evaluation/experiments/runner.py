@@ -199,11 +199,18 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:
-    """Writes a pair's registry folder, with the user's own data sets and learning rates in it."""
+    """Writes a pair's registry folder, with the user's own data sets and recipes in it; a pair that has finished a step keeps
+    those of its beginning."""
+    kept = has_finished_step(folder)
     for name in COPIED:
         target = folder / "config" / name
-        if (config_dir / name).is_file() and not target.exists():
+        if (config_dir / name).is_file() and not (kept and target.exists()):
             files.write_text(target, (config_dir / name).read_text(encoding="utf-8"))
+
+
+def has_finished_step(folder: Path) -> bool:
+    """Whether a step of a pair was run to its end."""
+    return any(entry["done"] for entry in read_records(folder).values())
 
 
 def read_records(folder: Path) -> dict[str, dict]:
