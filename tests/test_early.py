@@ -229,6 +229,21 @@ def test_stages_1_and_3_name_the_value_of_a_setting_that_is_left_out(image_folde
             "--few_steps 4 --distilled tcd --timestep_spacing trailing",
             "with --scheduler tcd, which ignores it",
         ),
+        (
+            sample_mp,
+            "--scheduler lcm --num_inference_steps 60",
+            "--scheduler lcm with 60 steps: .*smaller than `num_inference_steps`: 60",
+        ),
+        (
+            sample_mp,
+            "--scheduler ddim --num_inference_steps 1001",
+            "--scheduler ddim with 1001 steps: .*cannot be larger",
+        ),
+        (
+            sample_mp,
+            "--scheduler EDMEulerScheduler",
+            "EDMEulerScheduler with 25 steps does not denoise by the base model's",
+        ),
         (sample_mp, "--resolution 41", "41.*multiple of"),
         (sample_mp, "--sample_strategy diff-mix --finetune_model_key nope", "unknown .* 'nope'"),
         (sample_mp, "--prompt_templates none.txt", "none.txt: expected a text file"),

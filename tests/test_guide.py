@@ -14,8 +14,9 @@ from semantic_aug.classify.inference import load_run
 from semantic_aug.classify.metrics import write_predictions
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.fingerprint import data_identity
+from semantic_aug.datasets.synthetic import SOURCES_FILE, read_sources, write_sources
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.guide import PREDICTIONS, make_guide, read_confusions, read_guide, write_guide
+from semantic_aug.sampling.guide import GUIDE_FILE, PREDICTIONS, make_guide, read_confusions, read_guide, write_guide
 from semantic_aug.sampling.plan import EVEN_SHARE, Guide, PlanSettings, confusion_shares, make_plan
 from semantic_aug.sampling.settings import ImageSettings
 
@@ -74,6 +75,30 @@ def test_hard_sources_follow_the_loss_and_every_image_occurs(losses, strategy):
     assert (np.abs(uses - 5 * len(losses) * shares) < 1 + 1e-6).all() and uses.min() >= 1
     assert (plan.source_class == labels[plan.source]).all()
     assert strategy == "diff-mix" or (plan.target == plan.source_class).all()
+
+
+@pytest.mark.parametrize("sources", ["unlabelled", "both"])
+def test_targets_of_sources_that_no_classifier_has_seen_are_even(sources):  # as in a dry run
+    labels, pool = np.repeat(np.arange(3), 4), [f"{i:04d}" for i in range(20)]
+    guide = Guide(confusions=np.array([[5, 1, 0], [0, 5, 1], [1, 0, 5]]))
+    plan = plan_for(labels, guide, pairing="confusion", sources=sources, pool=pool, multiplier=10)
+    unknown = plan.source_class == 3
+    assert unknown.sum() == (120 if sources == "unlabelled" else 60)
+    assert (np.bincount(plan.target[unknown], minlength=3) == unknown.sum() // 3).all()
+    assert (plan.target[~unknown] == (plan.source_class[~unknown] + 1) % 3).all()
+
+
+def test_a_damaged_file_of_a_subset_counts_as_absent(tmp_path):
+    losses = np.random.default_rng(0).random(40).astype(np.float32)
+    write_guide(tmp_path, Guide(losses=losses, origin={"classifier": "a"}))
+    write_sources(tmp_path, [f"{i}.png" for i in range(40)], np.arange(640, dtype=np.uint8).reshape(40, 16))
+    for name, read in ((GUIDE_FILE, read_guide), (SOURCES_FILE, read_sources)):
+        content = (tmp_path / name).read_bytes()
+        for position in range(0, len(content), 3):
+            damaged = bytearray(content)
+            damaged[position] ^= 0x5A
+            (tmp_path / name).write_bytes(damaged)
+            read(tmp_path)
 
 
 def test_what_decides_is_part_of_the_digest():
@@ -158,6 +183,8 @@ def test_runs_that_cannot_guide_are_refused(finished, animals, image_folder, tmp
         ({"pairing": "confusion"}, "--pairing confusion follows a classifier: give --classifier RUN"),
         ({"sources": "hard"}, "--sources hard follows a classifier"),
         ({"classifier": "run"}, "--classifier run: nothing follows it"),
+        ({"mask_threshold": 0.5}, "--mask_threshold 0.5 goes with --object_mask and --classifier"),
+        ({"mask_threshold": 0.5, "object_mask": "object"}, "--mask_threshold 0.5 goes with --object_mask and"),
         ({"sources": "hard", "classifier": "run", "sample_strategy": "real-gen"}, "real-gen, which starts from noise"),
         (
             {"pairing": "confusion", "classifier": "run", "sample_strategy": "real-aug"},

@@ -6,8 +6,8 @@ import torch
 
 import tiny
 from semantic_aug.diffusion import loop
-from semantic_aug.diffusion.base import load_base
-from semantic_aug.diffusion.schedulers import SolverSettings, first_step, make_scheduler
+from semantic_aug.diffusion.base import load_base, read_scheduler_config
+from semantic_aug.diffusion.schedulers import SCHEDULERS, SolverSettings, first_step, make_scheduler, scheduler_class
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import task_rng
 
@@ -105,6 +105,55 @@ def test_other_schedulers_equal_img2img_pipeline(tiny_base, scheduler):
 def test_generation_from_noise_equals_pipeline(tiny_base, scheduler, guidance):
     case = Case(tiny_base, SolverSettings(6, guidance, scheduler))
     assert_equal_to_pipeline(case, [4, 1, 0], None)
+
+
+@pytest.mark.parametrize("schedule", ["plain", "zero signal-to-noise", "Karras"])
+def test_a_solver_that_gives_known_latents_back_is_accepted(tiny_base, schedule):
+    config = read_scheduler_config(tiny_base, "") | {"_class_name": "DDIMScheduler", "timestep_spacing": "leading"}
+    config.pop("skip_prk_steps")  # as the configurations of other solvers than PNDM lack it
+    names = list(SCHEDULERS)
+    if schedule == "zero signal-to-noise":
+        zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        config, names = config | zero, ["dpmsolver++", "unipc", "ddim", "euler", "euler_a", "lcm", "tcd"]
+    elif schedule == "Karras":
+        config, names = config | {"use_karras_sigmas": True}, ["dpmsolver++", "unipc", "euler", "heun"]
+    for name in names:
+        for steps in (8,) if name == "pndm" else (1, 8):  # a multistep solver of the fourth order
+            loop.check_solver(config, SolverSettings(steps, scheduler=name))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        ("EDMEulerScheduler", 25, "does not denoise by the base model's noise schedule"),
+        ("CogVideoXDDIMScheduler", 25, "does not denoise by the base model's noise schedule"),
+        ("DPMSolverMultistepInverseScheduler", 25, "does not denoise by the base model's noise schedule"),
+        ("lcm", 51, "--scheduler lcm with 51 steps: .*smaller than `num_inference_steps`"),
+    ],
+)
+def test_a_solver_that_cannot_denoise_these_latents_is_refused(tiny_base, scheduler, steps, message):
+    with pytest.raises(UserError, match=message):
+        loop.check_solver(read_scheduler_config(tiny_base, ""), SolverSettings(steps, scheduler=scheduler))
+
+
+def test_a_solver_with_random_numbers_of_its_own_is_refused(tiny_base, monkeypatch):
+    class OwnNoiseScheduler(diffusers.EulerAncestralDiscreteScheduler):
+        def step(self, model_output, timestep, sample, return_dict=True):
+            return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+    monkeypatch.setattr(diffusers, "OwnNoiseScheduler", OwnNoiseScheduler, raising=False)
+    with pytest.raises(UserError, match="OwnNoiseScheduler draws random numbers of its own"):
+        loop.check_solver(read_scheduler_config(tiny_base, ""), SolverSettings(8, scheduler="OwnNoiseScheduler"))
+
+
+def test_a_scheduler_whose_package_is_not_installed_is_refused(monkeypatch):
+    class Absent(type):
+        def __getattr__(cls, name):
+            raise ImportError("AbsentScheduler requires the package absent")
+
+    monkeypatch.setattr(diffusers, "AbsentScheduler", Absent("AbsentScheduler", (), {}), raising=False)
+    with pytest.raises(UserError, match="--scheduler AbsentScheduler: AbsentScheduler requires the package absent"):
+        scheduler_class("AbsentScheduler")
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_base):

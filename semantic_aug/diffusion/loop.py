@@ -6,8 +6,8 @@ make it alone from the same generator. Classifier-free guidance (Ho & Salimans 2
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from semantic_aug.diffusion.schedulers import SolverSettings, first_step
+from semantic_aug.diffusion.schedulers import SolverSettings, first_step, make_scheduler
 from semantic_aug.diffusion.text import Conditions
+from semantic_aug.errors import UserError
+
+TRIAL_RMS = 10.0
+"""Root mean square of the latents with which a solver is tried: noise levels of another schedule stand out."""
 
 
 def to_pixels(images: Sequence, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -246,3 +250,68 @@ def _step_options(scheduler, generators: list[torch.Generator], eta: float | Non
     """Stochastic solvers draw from the samples' own generators; ``eta`` goes to those that know it."""
     options = {"generator": generators, **({} if eta is None else {"eta": eta})}
     return {name: options[name] for name in options if name in inspect.signature(scheduler.step).parameters}
+
+
+# ------------------------------------------------------------------------------------------------- trying a solver
+
+
+def check_solver(config: Mapping[str, Any], settings: SolverSettings) -> None:
+    """Tries a solver, in milliseconds, on random latents and a network that knows their noise: denoising has to give the
+    latents back, whatever the strength.
+
+    Args:
+        config: the base model's ``scheduler_config``.
+
+    Raises:
+        UserError: the solver fails, does not denoise by the base model's noise schedule, or draws random numbers of its own.
+    """
+    steps, settings = settings.num_inference_steps, replace(settings, guidance_scale=1.0)
+    scheduler = make_scheduler(config, settings.scheduler, settings.final_sigmas_type, settings.timestep_spacing)
+    for strength in sorted({1.0, (steps + 1) // 2 / steps}):
+        try:
+            first, second = (_trial(config, scheduler, settings, strength) for _ in range(2))
+        except Exception as error:  # of whatever kind a solver provokes that is not made for this
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"--scheduler {settings.scheduler} with {steps} steps: {reason}") from None
+        if not first.succeeded():
+            raise UserError(
+                f"--scheduler {settings.scheduler} with {steps} steps does not denoise by the base model's noise schedule: "
+                "choose another one, such as dpmsolver++, or more steps"
+            )
+        if not all(map(torch.equal, first.noises, second.noises)):
+            raise UserError(
+                f"--scheduler {settings.scheduler} draws random numbers of its own, so that no image could be made again: "
+                "choose another one, such as euler_a"
+            )
+
+
+@dataclass
+class _Trial:
+    """The noise that the network found in its inputs, call by call, and what of the latents' values denoising missed."""
+
+    noises: list[Tensor]
+    error: Tensor
+
+    def succeeded(self) -> bool:
+        """Whether the first input was as noisy as its timestep says, and the latents came back."""
+        noise, error = (float(values.pow(2).mean().sqrt()) for values in (self.noises[0], self.error))
+        return abs(noise - 1) < 0.3 and error < TRIAL_RMS / 10
+
+
+def _trial(config: Mapping[str, Any], scheduler: Any, settings: SolverSettings, strength: float) -> _Trial:
+    alphas = make_scheduler(config, "ddpm").alphas_cumprod.double().clamp(2**-24)  # not 0, as some solvers have it
+    logits, noises = torch.logit(alphas), []
+    latents = TRIAL_RMS * torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    def unet(inputs: Tensor, t: Tensor, return_dict: bool, **conditioning) -> tuple[Tensor]:
+        """The very noise (or v) of the inputs; between two timesteps the log-SNR is interpolated."""
+        t = t.double().clamp(0, len(alphas) - 1)
+        alpha = torch.lerp(logits[t.floor().long()], logits[t.ceil().long()], t.frac()).sigmoid().float()
+        noises.append((inputs - alpha.sqrt() * latents) / (1 - alpha).sqrt())
+        v = alpha.sqrt() * noises[-1] - (1 - alpha).sqrt() * latents
+        return (v if config.get("prediction_type") == "v_prediction" else noises[-1],)
+
+    none = Conditions(torch.zeros(1, 1, 1))
+    moments = torch.cat([latents, torch.full_like(latents, -30)], dim=1)  # a posterior without variance
+    sampler, generator = Sampler(unet, scheduler, none, settings), torch.Generator().manual_seed(1)
+    return _Trial(noises, translate(sampler, moments, 1.0, none, [strength], [generator]) - latents)

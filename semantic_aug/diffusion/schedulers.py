@@ -76,11 +76,15 @@ class SolverSettings:
 
 
 def scheduler_class(name: str):
-    """The diffusers class of a short name or class name. Raises UserError: neither."""
+    """The diffusers class of a short name or class name. Raises UserError: neither, or one whose package is not installed."""
     import diffusers
 
     scheduler = getattr(diffusers, SCHEDULERS.get(name, name), None)
-    if not (inspect.isclass(scheduler) and hasattr(scheduler, "add_noise") and hasattr(scheduler, "set_timesteps")):
+    try:
+        steps = inspect.isclass(scheduler) and hasattr(scheduler, "add_noise") and hasattr(scheduler, "set_timesteps")
+    except ImportError as error:  # diffusers stands in for classes that need further packages
+        raise UserError(f"--scheduler {name}: {error}") from None
+    if not steps:
         raise unknown("--scheduler", name, SCHEDULERS, "expected one of these or a diffusers scheduler's class name")
     return scheduler
 
@@ -141,8 +145,9 @@ def make_scheduler(
         UserError: an unknown name, or a solver that does not know an option of the base model's noise schedule.
     """
     kind = scheduler_class(name)
-    # latents are not confined to [-1, 1], and Stable Diffusion's last step is at t = 1: diffusers' pipelines see to both
-    options = {"final_sigmas_type": final_sigmas_type, "clip_sample": False, "steps_offset": 1}
+    # latents are not confined to [-1, 1], and Stable Diffusion's last step is at t = 1: diffusers' pipelines see to both;
+    # PNDM's Runge-Kutta steps begin at pure noise whatever the strength: its configurations of Stable Diffusion skip them
+    options = {"final_sigmas_type": final_sigmas_type, "clip_sample": False, "steps_offset": 1, "skip_prk_steps": True}
     if timestep_spacing is not None:
         options["timestep_spacing"] = timestep_spacing
     known = inspect.signature(kind.__init__).parameters

@@ -24,7 +24,8 @@ from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import CPU, actors_of, processes_of
 from semantic_aug.diffusion.base import DEFAULT_MODEL, Geometry, find_base, read_geometry, read_scheduler_config
 from semantic_aug.diffusion.distilled import effective_strength
-from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step, make_scheduler
+from semantic_aug.diffusion.loop import check_solver
+from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step
 from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
 from semantic_aug.meta_csv import EVEN, strength_text, without_slashes
 from semantic_aug.prompts import CAPTIONS, contexts_of, without_classes
@@ -188,7 +189,7 @@ def find_model(args: argparse.Namespace, chosen: ModelSettings) -> RequestedMode
     noise_schedule = read_scheduler_config(files.folder, files.name)
     few = chosen.few_steps is not None
     solver = read_few_steps(args, files.name, noise_schedule) if few else read_solver(args)
-    make_scheduler(noise_schedule, solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing)
+    check_solver(noise_schedule, solver)
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)

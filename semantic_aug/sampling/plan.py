@@ -262,8 +262,10 @@ def _mixed_targets(source_class: np.ndarray, num_classes: int, settings: PlanSet
 
 
 def _confused_targets(source_class: np.ndarray, confusions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each source a class that its own is taken for, as often as it is; any other class where that never happens."""
-    target, shares = np.empty_like(source_class), confusion_shares(confusions)
+    """For each source a class that its own is taken for, as often as it is; any other class where that never happens, and all
+    classes alike for a source of unknown class, K."""
+    known = confusion_shares(confusions)
+    target, shares = np.empty_like(source_class), np.vstack([known, np.full(len(known), 1 / len(known))])
     for rows, of_class in zip(rows_by_class(source_class, len(shares)), shares, strict=True):
         target[rows] = rng.permutation(_systematic(of_class, len(rows), rng))
     return target

@@ -22,6 +22,9 @@ LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm
 CONTEXT_STEPS = 0.3
 """Diff-II's share of the steps under a prompt with a context; its authors also take 0.1 and 1, by data set."""
 
+MASK_THRESHOLD = 0.2
+"""Share of a class activation map's maximum from which Zhou et al. 2016 (arXiv:1512.04150) count the object."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -169,11 +172,11 @@ class ImageSettings:
         "and keep the rest (default: change all)",
     )
     mask_threshold: float = cli.setting(
-        0.2,
+        MASK_THRESHOLD,
         type=cli.number(0, 1, open_low=True),
         metavar="X",
         help="share of the class activation map's maximum from which a cell is the object's",
-        absent=0.2,
+        absent=MASK_THRESHOLD,
     )
     image_format: str = cli.setting(
         "png", choices=("png", "webp", "jpg"), help="png and webp are lossless; jpg (quality 95) is smaller and lossy"
@@ -200,6 +203,11 @@ class ImageSettings:
             why = {"noise": "noise and has no source image", "inversion": "two inverted images and changes everything"}
             raise UserError(
                 f"--object_mask {self.object_mask}: the strategy starts from {why[self.strategy.start]}; leave it out"
+            )
+        if self.mask_threshold != MASK_THRESHOLD and not (self.object_mask and self.classifier):
+            raise UserError(
+                f"--mask_threshold {self.mask_threshold:g} goes with --object_mask and --classifier, whose class activation "
+                "maps it divides"
             )
         if self.context_steps != CONTEXT_STEPS and self.strategy.start != "inversion":
             raise UserError(
