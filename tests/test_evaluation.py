@@ -15,11 +15,13 @@ from PIL import Image
 
 import tiny
 from semantic_aug.classify.features import load_extractor
+from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
 from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures
 from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
+from semantic_aug.evaluation.quality.inputs import open_subset
 
 NAMES = ("blue jay", "red fox", "toad")
 FRECHET = "frechet_tf_efficientnet_lite0"
@@ -255,6 +257,20 @@ def test_measure_tells_strengths_apart_and_writes_everything(
             measure.main(words)
     finally:
         picture.write_bytes(kept)
+
+
+def test_copies_are_found_where_every_photograph_stands_twice(tmp_path):
+    rows = [(evaluating.noise(k, 16), "ab"[k % 2], "ab"[k % 2], 1.0, "") for k in range(4)]
+    for k, (image, name, *_) in enumerate(rows * 2):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "data" / name / f"{k}.png")
+    rows = [*rows, (evaluating.noise(9, 16), "a", "a", 1.0, "")]
+    subset = evaluating.write_subset(tmp_path / "copies", rows, evaluating.FIVE)
+    dataset = load_dataset(f"folder:{tmp_path / 'data'}", Setting(val_fraction=0))
+    extractor = load_extractor("test_resnet", "none", 32, keep=False)
+    measurer = measure.Measurer(dataset, extractor)
+    images = measurer.measure_subset(open_subset("copies", [subset], dataset), *measurer.measure_real())
+    assert images.values["near_copies"].tolist() == [True] * 4 + [False]
 
 
 def test_a_subset_of_another_tool_is_measured_without_what_it_lacks(tmp_path, image_folder, animals, capsys):

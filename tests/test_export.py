@@ -13,10 +13,13 @@ import yaml
 from helpers import run_example
 from PIL import Image, PngImagePlugin
 
-from semantic_aug.datasets import load_dataset
+from semantic_aug import files, runs
+from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import UserError, run_main
-from semantic_aug.evaluation.quality import card, export, export_formats
+from semantic_aug.evaluation.quality import card, export, export_formats, measure
+from semantic_aug.evaluation.quality.inputs import open_subset
+from semantic_aug.evaluation.quality.review import list_identity
 
 GAMMA, STRENGTHS = 0.5, (0.1, 0.7, 1.0)
 WITH_REAL = tuple(name for name in export.FORMATS if name != "original")
@@ -154,12 +157,12 @@ def test_files_are_linked_or_copied_byte_by_byte(exports, image_folder, subset, 
     assert copied.read_bytes() == original.read_bytes() and not original.samefile(copied)
 
 
-def test_card_and_facts_say_what_the_images_are(exports, image_folder, subset, tmp_path):
-    measures = tmp_path / "measures"
+def test_card_and_facts_say_what_the_images_are(exports, animals, image_folder, subset, tmp_path):
+    part, measures, out = open_subset("their name", [subset], animals), tmp_path / "measures", tmp_path / "out"
     measures.mkdir()
-    row = {"subset": "made", "strength": "all", "target_class": "all", "near_copies": 0.25}
-    (measures / "measures.json").write_text(json.dumps({"rows": [row]}))
-    out = tmp_path / "out"
+    measure.write_images(measures / measure.IMAGES_FILE, [part], {part.name: {"near_copies": np.arange(12) < 3}})
+    made_from = {"subsets": {part.name: list_identity(part.images, animals.source_names)}}
+    files.write_text(measures / runs.ARGS_FILE, runs.arguments_text({runs.MADE_FROM: made_from}))
     export.main(words(image_folder, subset, out, format="csv", measures=measures))
     facts = json.loads((out / "export.json").read_text())
     assert facts["images"] == {"train": {"real": 0, "synthetic": 12}} and sum(facts["class_counts"]) == 12
@@ -173,9 +176,44 @@ def test_card_and_facts_say_what_the_images_are(exports, image_folder, subset, t
     for name, folder in exports.items():
         front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
         assert "synthetic" in front["tags"] and (name == "hf") == ("configs" in front)
-    with pytest.raises(UserError, match="--measures"):
+    with pytest.raises(UserError, match="--measures .*absent holds no images.csv"):
         export.main(words(image_folder, subset, tmp_path / "no", format="csv", measures=tmp_path / "absent"))
+    other = translated(subset, tmp_path)  # of which the run of measure says nothing
+    with pytest.raises(UserError, match="--measures .* is not about the images of subset three as they are now"):
+        export.main(words(image_folder, other, tmp_path / "no", format="csv", measures=measures))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_foreign_config_beside_a_subset_is_passed_over(image_folder, subset, tmp_path):
+    other = translated(subset, tmp_path)
+    (other / "config.yaml").write_text("data: /a/path\narguments: [1]\ntemplate: {a: 1}\n")
+    export.main(words(image_folder, other, tmp_path / "out", format="csv"))
+    (made,) = json.loads((tmp_path / "out" / "export.json").read_text())["subsets"]
+    assert made["made_with"] == [{"base_model": "not known", "base_model_license": "not known"}]
+
+
+def test_real_images_come_as_the_stages_see_them(tmp_path):
+    """Other trainers know nothing of EXIF, and drop transparency and the upper bits of 16-bit samples."""
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    photograph, hidden = Image.fromarray(pixels), np.dstack([pixels, np.zeros((8, 12), np.uint8)])
+    folder = tmp_path / "photographs"
+    for name, image, options in (
+        ("a/plain.png", photograph, {}),
+        ("a/turned.jpg", photograph, {"exif": exif}),
+        ("a/turned.png", photograph, {"exif": exif}),
+        ("b/hidden.png", Image.fromarray(hidden), {}),
+        ("b/deep.png", Image.fromarray(np.full((8, 12), 30000, np.uint16)), {}),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name, **options)
+    subset = evaluating.write_subset(tmp_path / "made", [(photograph, "a", "b", 0.5, "")], evaluating.FIVE)
+    export.main(words(folder, subset, tmp_path / "out", format="csv", with_real=True, val_fraction=0))
+    train = load_dataset(f"folder:{folder}", Setting(val_fraction=0)).train
+    for row, line in enumerate(evaluating.read_rows(tmp_path / "out" / "images.csv")[:5]):
+        with Image.open(tmp_path / "out" / line["path"]) as image:
+            assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(train.image(row))), line["origin"]
+        assert (folder / line["origin"]).samefile(tmp_path / "out" / line["path"]) == (line["origin"] == "a/plain.png")
 
 
 def test_licences_of_base_models():

@@ -169,6 +169,24 @@ def test_copies_can_be_moved_and_none_leaves_thumbnails_alone(photographs, subse
     assert not (tmp_path / "none" / "images").exists() and content_of(tmp_path / "none")["images"]["full_size"] == []
 
 
+def test_a_copy_of_a_real_image_and_the_prompt_of_a_class_are_shown(tmp_path):
+    image_folder = tiny.write_image_folder(tmp_path / "animals", ("red_fox", "toad"))
+    train = load_dataset(f"folder:{image_folder}").train
+    rows = [(train.image(0), "red_fox", "red_fox", 1.0, train.keys[0])] * 2
+    subset = evaluating.write_subset(tmp_path / "copies", rows)
+    shutil.copyfile(train.encoded(int(train.rows[0])), subset / "data" / "images" / "000000.png")  # its very bytes
+    (subset / "config.yaml").write_text("template: a photo of a {}\narguments: {}\ndata: {super_class: animal}\n")
+    assert command.main(arguments(image_folder, [subset], tmp_path / "out")) == 0
+    content = content_of(tmp_path / "out")
+    for part in (content["images"], content["sources"]):
+        assert all((tmp_path / "out" / path).is_file() for path in part["full_size"] + part["thumbnail"])
+    assert content["prompts"] == ["a photo of a red fox animal"]
+    table = (subset / "meta.csv").read_text().splitlines()
+    (subset / "meta.csv").write_text("\n".join([f"{table[0]},Prompt", *(f"{line},a fox asleep" for line in table[1:])]))
+    assert command.main(arguments(image_folder, [subset], tmp_path / "whole")) == 0
+    assert content_of(tmp_path / "whole")["prompts"] == ["a fox asleep"]
+
+
 def test_values_of_a_classifier_of_clip_and_of_measure(animals, image_folder, judge_folder, clip_folder, tmp_path):
     from semantic_aug.evaluation.quality import measure
 

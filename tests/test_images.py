@@ -147,6 +147,11 @@ def test_every_orientation_is_applied_and_sizes_need_no_pixels(kind, orientation
             open_image(cut)
 
 
+def test_the_size_of_a_png_without_metadata_needs_no_pixels():
+    content = stored(PICTURE)
+    assert image_size(content[: content.rindex(b"IDAT") + 16]) == PICTURE.size
+
+
 def test_an_orientation_behind_the_pixels_of_a_png_counts_for_its_size():
     data = b"eXIf" + exif_block(6).removeprefix(b"Exif\0\0")
     clean = stored(PICTURE)

@@ -207,7 +207,7 @@ def search(tmp_path, tiny_base, monkeypatch):
             place = pair.folder / "aug_samples" / name.removeprefix("sample ") / "elpv" / "subset"
             place.mkdir(parents=True)
             (place / "meta.csv").write_text("")
-            (place / "config.yaml").write_text(yaml.safe_dump({"images": 200}))
+            (place / "config.yaml").write_text(yaml.safe_dump({"images": 200, "arguments": {}}))
         else:
             (pair.folder / name).mkdir(parents=True)
             (pair.folder / name / "summary.json").write_text("{}")

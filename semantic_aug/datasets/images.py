@@ -117,15 +117,36 @@ def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int
                 kind, (width, height) = image.format, image.size
                 if kind == "TIFF":  # some versions of Pillow give the upright size here, others the stored one
                     width, height = image.tag_v2[256], image.tag_v2[257]
-                sideways = orientation_of(image) in _SIDEWAYS
-                late = kind == "PNG" and not sideways and "exif" not in image.info and metadata_follows(image.fp)
-            if not late:
-                return (height, width) if sideways else (width, height)
+                orientation = _orientation_in_header(image)
+            if orientation is not None:
+                return (height, width) if orientation in _SIDEWAYS else (width, height)
         except (UserError, MemoryError, FileNotFoundError, Image.DecompressionBombError):
             raise
         except Exception:  # of whatever kind a damaged file provokes
             pass
         return open_image(source, name).size
+
+
+def reads_alike(source: str | Path | bytes) -> bool:
+    """Whether other programs that read an image with Pillow get what :func:`open_image` gives: it is stored upright, opaque, in
+    8 bits a sample, with sound metadata. Its header tells, as a rule."""
+    try:
+        with _quiet(), Image.open(_stream(source, _name(source))) as image:
+            plain = image.mode == "RGB" or (image.mode in ("1", "L", "P", "CMYK") and "transparency" not in image.info)
+            orientation = _orientation_in_header(image)
+        return plain and (read_image(source)[1].orientation if orientation is None else orientation) == 1
+    except (UserError, MemoryError):
+        raise
+    except Exception:  # of whatever kind a damaged file provokes
+        return False
+
+
+def _orientation_in_header(image: Image.Image) -> int | None:
+    """The orientation of an opened image; None where a PNG file may have it behind the pixels, for which Pillow would decode
+    them."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return None if metadata_follows(image.fp) else 1
+    return orientation_of(image)
 
 
 def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False) -> tuple[Image.Image, Stored]:

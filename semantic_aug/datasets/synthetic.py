@@ -28,7 +28,7 @@ from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
 from semantic_aug.seeding import numpy_rng
 
-DATA = "data"
+DATA, CONFIG_FILE = "data", "config.yaml"
 SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
 UNLABELLED_FILE = ".unlabelled.npz"
@@ -187,7 +187,7 @@ def read_subset(
             (another data set of the same names).
     """
     root, file = locate(folder)
-    if not file.is_file() and (root / "config.yaml").is_file():
+    if not file.is_file() and (root / CONFIG_FILE).is_file():
         raise UserError(f"synthetic subset {root} is unfinished (no {file.name}): run its sample_mp.py command again")
     table = meta_csv.read(file)
     if len(table) == 0:
@@ -223,6 +223,14 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
             f"entry in {registry.SUBSETS}"
         )
     return root, _table_file(root, variant)
+
+
+def subset_record(root: Path) -> dict[str, Any]:
+    """How a subset of ours was made, its ``config.yaml``; empty for one made elsewhere, whatever file of that name it holds."""
+    record: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # another tool's file, which need not be YAML
+        record = runs.load_arguments(root, CONFIG_FILE) or {}
+    return record if isinstance(record.get("arguments"), Mapping) else {}
 
 
 def read_subsets(
@@ -342,10 +350,8 @@ def _check_noise(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, 
     """Compares the label noise of a subset of ours that has no source images, where its strategy starts from noise."""
     if any(table.further.get("Source Image", ())):
         return
-    record: Mapping[str, Any] = {}
-    with contextlib.suppress(UserError):  # another tool's file of that name
-        record = runs.load_arguments(root, "config.yaml") or {}
-    if not isinstance(record.get("arguments"), Mapping):
+    record = subset_record(root)
+    if not record:
         return
     changed = runs.differences(_noise_of(record["arguments"]), _noise_of(asdict(dataset.setting)), absent=ABSENT)
     if changed:
@@ -390,7 +396,7 @@ def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedData
         return
     recorded = read_sources(root, UNLABELLED_FILE)
     if recorded is None:
-        if not (root / "config.yaml").is_file():  # a subset made elsewhere
+        if not (root / CONFIG_FILE).is_file():  # a subset made elsewhere
             return
         raise UserError(
             f"{file}: {root / UNLABELLED_FILE}, the list of the unlabelled sources, is missing or damaged, so that nothing "

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from semantic_aug import meta_csv
+from semantic_aug.datasets.synthetic import CONFIG_FILE, DATA
 from semantic_aug.files import locked
 from semantic_aug.runs import load_arguments
 from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
@@ -34,8 +35,6 @@ from semantic_aug.sampling.plan import rows_by_class
 
 log = logging.getLogger(__name__)
 
-DATA = "data"
-CONFIG_FILE = "config.yaml"
 MOMENTS = ".moments"
 MANY_TASKS = 500_000
 """From so many tasks on, several processes look for what is missing."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
+from semantic_aug.datasets.synthetic import subset_record
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.experiments import halving, report
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
@@ -115,7 +116,7 @@ class Tuning:
         """How many images of its subset a candidate uses, None for all: the multiplier's share."""
         if candidate.multiplier == self.multiplier:
             return None
-        count = runs.load_arguments(self.subset_folder(candidate), "config.yaml")["images"]
+        count = subset_record(self.subset_folder(candidate))["images"]
         return max(1, round(count * candidate.multiplier / self.multiplier))
 
     def classify_flags(self, candidate: Candidate) -> dict:

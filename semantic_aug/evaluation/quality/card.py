@@ -1,6 +1,5 @@
 """The card of an export: counts, how its images were made, and the licences that bear on them; the same facts as JSON."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import yaml
 
 from semantic_aug import console, registry, runs
 from semantic_aug.datasets import LoadedDataset
-from semantic_aug.datasets.synthetic import locate
+from semantic_aug.datasets.synthetic import locate, subset_record
 from semantic_aug.diffusion.license import NOT_KNOWN, license_of
-from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.export_formats import HF_SPLITS, SplitImages
 from semantic_aug.evaluation.quality.inputs import Subset
+from semantic_aug.evaluation.quality.measure import measured
 
 SETTINGS = (
     *("strategy", "strengths", "multiplier", "resolution", "num_inference_steps", "guidance_scale", "scheduler"),
@@ -37,29 +36,23 @@ OPENING = {
 """How each format is opened."""
 
 
-def near_copies(folder: Path | None) -> dict[str, float]:
-    """The share of near-copies of each subset as ``measure`` found it; empty without its folder. Raises UserError: the folder
-    holds no results of ``measure``."""
-    if folder is None:
-        return {}
-    try:
-        rows = json.loads((folder / "measures.json").read_text(encoding="utf-8"))["rows"]
-        totals = [row for row in rows if row["strength"] == row["target_class"] == "all" and "near_copies" in row]
-        return {row["subset"]: float(row["near_copies"]) for row in totals}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--measures {folder}: expected an output folder of measure, with its measures.json") from None
+def near_copies(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> float | None:
+    """The share of near-copies among a subset's images as ``measure`` found it; None without its folder. Raises UserError: the
+    folder is not a run of ``measure`` on these images."""
+    values = measured(folder, subset, class_names).get("near_copies")
+    return float(values.mean()) if values is not None else None
 
 
-def _describe_subset(subset: Subset, copies: Mapping[str, float]) -> dict[str, Any]:
-    records = [runs.load_arguments(locate(folder)[0], "config.yaml") or {} for folder in subset.folders]
+def _describe_subset(subset: Subset, copies: float | None) -> dict[str, Any]:
+    records = [subset_record(locate(folder)[0]) for folder in subset.folders]
     origins = []
     for record in records:
-        name = (record.get("arguments") or {}).get("base_model")
+        name = record["arguments"].get("base_model") if record else None
         base = Path(name).name if name and Path(name).is_absolute() else name  # a folder's path concerns nobody else
         license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
         origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
-    return {"name": subset.name, "images": len(subset), "made_with": origins, "near_copies": copies.get(subset.name)}
+    return {"name": subset.name, "images": len(subset), "made_with": origins, "near_copies": copies}
 
 
 def describe(
@@ -72,13 +65,13 @@ def describe(
         settings: an :class:`semantic_aug.evaluation.quality.export.ExportSettings`.
         left_out: synthetic images with too small a target weight.
     """
-    spec, copies = dataset.spec, near_copies(settings.measures)
+    spec, names = dataset.spec, dataset.source_names
     return runs.plain(
         {
             "format": settings.format,
             "images": {s.name: {"real": s.reals, "synthetic": len(s) - s.reals} for s in splits},
-            "class_names": list(dataset.source_names),
-            "class_counts": np.bincount(splits[0].labels, minlength=len(dataset.source_names)).tolist(),
+            "class_names": list(names),
+            "class_counts": np.bincount(splits[0].labels, minlength=len(names)).tolist(),
             "gamma": settings.gamma,
             "min_target_weight": settings.min_target_weight,
             "left_out": left_out,
@@ -91,7 +84,7 @@ def describe(
                 "citation": spec.citation,
                 "homepage": spec.homepage,
             },
-            "subsets": [_describe_subset(subset, copies) for subset in subsets],
+            "subsets": [_describe_subset(s, near_copies(settings.measures, s, names)) for s in subsets],
         }
     )
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from semantic_aug import files, meta_csv
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.encoded import HEAD, sniff
+from semantic_aug.datasets.images import reads_alike
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
@@ -133,7 +134,11 @@ class SplitImages:
         return f"real-{row:06d}" if row < self.reals else f"synthetic-{row - self.reals:06d}"
 
     def content(self, row: int) -> tuple[Path | bytes, str]:
-        """The file of an image, or its encoded bytes where the source holds no file, and its ending."""
+        """The file of an image, or its encoded bytes where the source holds no file, and its ending.
+
+        A real image that other programs would read otherwise than the stages do (sideways, with what its transparency hides,
+        or 16-bit samples cut off) is encoded anew.
+        """
         if row >= self.reals:
             stored = self.synthetic.paths[row - self.reals]
         else:
@@ -142,7 +147,7 @@ class SplitImages:
             ending = ENDINGS.get(sniff(stored[:HEAD]), "")
         else:
             ending = Path(stored).suffix.lower() if stored is not None else ""
-        if ending in FILE_ENDINGS:
+        if ending in FILE_ENDINGS and (row >= self.reals or reads_alike(stored)):
             return stored if isinstance(stored, bytes) else Path(stored), ending
         return _as_png(self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)), ".png"
 

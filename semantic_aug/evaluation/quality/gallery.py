@@ -23,12 +23,11 @@ from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.fingerprint import hash_files, hash_images, hex_digits
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
+from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset, subset_record
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
-from semantic_aug.errors import UserError
 from semantic_aug.evaluation import document
 from semantic_aug.evaluation.quality.inputs import Inputs, OutputSettings, Subset, make_parser, read_inputs
-from semantic_aug.evaluation.quality.measure import IMAGES_FILE, Measurer, read_images
+from semantic_aug.evaluation.quality.measure import Measurer, measured
 from semantic_aug.evaluation.quality.review import FORMAT, list_identity, relative_paths
 from semantic_aug.prompts import class_phrase, fill
 
@@ -156,7 +155,7 @@ def _link_or_copy(source: Path, path: Path, copy: bool) -> None:
 
 def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GallerySettings) -> None:
     """Writes the files of all images, in several processes under one progress bar."""
-    pictures = list({picture.name: picture for picture in pictures}.values())
+    pictures = list({picture.full_size: picture for picture in pictures}.values())  # one content may have two endings
     count = min(settings.processes or os.cpu_count() or 1, math.ceil(len(pictures) / 64))
     options = {"desc": "thumbnails", "unit": "image", "total": len(pictures), "mininterval": 1.0, "dynamic_ncols": True}
     work = (pictures, [str(folder)] * len(pictures), [settings.thumbnail] * len(pictures))
@@ -207,33 +206,19 @@ def scores_of(settings: GallerySettings, inputs: Inputs) -> list[dict[str, np.nd
     return [{name: value for name, value in values.items() if name in SCORES} for values in scores]
 
 
-def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A subset's values of each image as `measure` wrote them, ``(M,)`` each, NaN where one has none; none without a folder.
-    Raises UserError: the folder is not a run of `measure` on these images."""
-    if folder is None:
-        return {}
-    record = (runs.load_arguments(folder) or {}).get(runs.MADE_FROM) or {}
-    if not (folder / IMAGES_FILE).is_file() or "subsets" not in record:
-        raise UserError(f"--measures {folder} holds no {IMAGES_FILE}: run `measure` into it (again)")
-    identity = list_identity(subset.images, class_names)
-    name = next((name for name, other in record["subsets"].items() if other == identity), None)
-    if name is None:
-        raise UserError(
-            f"--measures {folder} is not about the images of subset {subset.name} as they are now (it is about "
-            f"{', '.join(record['subsets'])}): run `measure` on it"
-        )
-    return {column: values for column, values in read_images(folder / IMAGES_FILE, name).items() if column in SCORES}
+def prompts_of(folder: str, table: meta_csv.MetaTable, targets: Sequence[str]) -> list[str]:
+    """The prompt of each image: its own where the list has a column ``Prompt``, else that of the subset's ``config.yaml``.
 
-
-def prompts_of(folder: str, table: meta_csv.MetaTable) -> list[str]:
-    """The prompt of each image: its own where the list has a column ``Prompt``, else that of the subset's ``config.yaml``."""
-    config = runs.load_arguments(locate(folder)[0], "config.yaml") or {}
-    templates = table.further.get("Prompt", [config.get("template") or ""] * len(table))
-    super_class = (config.get("data") or {}).get("super_class") or ""
-    phrases = [class_phrase(name, super_class) for name in table.class_names]
+    Args:
+        targets: the target class of each image, as prompts spell it.
+    """
+    record = subset_record(locate(folder)[0])
+    templates = table.further.get("Prompt", [record.get("template") or ""] * len(table))
+    super_class = (record.get("data") or {}).get("super_class") or ""
+    phrases = {name: class_phrase(name, super_class) for name in set(targets)}
     return [
-        fill(str(template), phrases[label]) if template else ""
-        for template, label in zip(templates, table.target, strict=True)
+        fill(template, phrases[target]) if "{}" in template else template
+        for template, target in zip(map(str, templates), targets, strict=True)
     ]
 
 
@@ -269,7 +254,8 @@ def records(
             columns["path"] += paths
             columns["number"] += table.number.tolist()
             columns["seed"] += [str(seed) for seed in table.further.get("Seed", [""] * len(table))]
-            columns["prompt"] += [prompts.setdefault(text, len(prompts)) for text in prompts_of(folder, table)]
+            texts = prompts_of(folder, table, [classes[label] for label in images.target.tolist()])
+            columns["prompt"] += [prompts.setdefault(text, len(prompts)) for text in texts]
             identity = list_identity(images, names)
             lists.append({"subset": label, "folder": registry.shown_path(root), "list": file.name, **identity})
     columns["thumbnail"] = [picture.thumbnail for picture in pictures]
@@ -329,9 +315,10 @@ def write_page(folder: Path, content: Mapping[str, Any]) -> None:
     files.write_text(folder / "data.js", f"window.GALLERY = {data};\n")
     images, classes = content["images"], content["classes"]
     by_name = sorted(range(len(classes)), key=classes.__getitem__)
+    used = {side: set(images[side]) for side in ("source", "target")}
     choices = {
         "subset": list(enumerate(content["subsets"])) if len(content["subsets"]) > 1 else [],
-        **{side: [(label, classes[label]) for label in by_name if label in set(images[side])] for side in ("source", "target")},
+        **{side: [(label, classes[label]) for label in by_name if label in used[side]] for side in used},
         "strength": [(strength, f"{strength:g}") for strength in sorted(set(images["group"]))],
     }  # fmt: skip
     text = document.render(PAGE / "index.html.j2", gallery=content, choices=choices, count=len(images["path"]))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets import LoadedDataset
+from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import distances, report
 from semantic_aug.evaluation.quality.inputs import (
     NO_PART,
@@ -33,6 +34,7 @@ from semantic_aug.evaluation.quality.inputs import (
     open_subset,
     read_inputs,
 )
+from semantic_aug.evaluation.quality.review import list_identity
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 from semantic_aug.seeding import numpy_rng
 
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from semantic_aug.classify.inference import Classifier
     from semantic_aug.evaluation.quality.clip import Clip
 
+EQUAL_DISTANCE = 1e-5
+"""Cosine distance of features in float32 below which two images count as equal."""
 IMAGES_FILE = "images.csv"
 """The values of each image, subset after subset in the order of their lists."""
 
@@ -168,13 +172,14 @@ class Measurer:
         """The real training images, and the distance below which an image counts as a copy of one.
 
         The threshold is a low percentile of the real images' distances to their nearest other real image: an image nearer to
-        a training image than all but that share of real ones is not a new one. Photographs taken twice lower it.
+        a training image than all but that share of real ones is not a new one. Photographs taken twice lower it, not below
+        what rounding makes of the distance between equal images.
         """
         train = self.dataset.train
         features = self.extractor.of_images(train, self.batch_size)
         nearest = distances.neighbours(features, features, skip_self=True)[0]
         nearest = nearest[:, 0] if nearest.shape[1] else np.full(len(train), np.nan)
-        threshold = float(np.percentile(nearest, self.settings.copy_percentile))
+        threshold = float(np.fmax(np.percentile(nearest, self.settings.copy_percentile), EQUAL_DISTANCE))
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
         if self.clip:
             values["clip_score"] = self.clip_scores(train.image, train.labels)
@@ -328,6 +333,24 @@ def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
         rows = [row for row in csv.DictReader(lines) if row["subset"] == subset]
     columns = [name for name in rows[0] if name in IMAGE_COLUMNS] if rows else []
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
+
+
+def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """A subset's values of each image as :func:`main` wrote them, ``(M,)`` by column, NaN where one has none; none without a
+    folder. Raises UserError: the folder is not a run of `measure` on these images."""
+    if folder is None:
+        return {}
+    record = (runs.load_arguments(folder) or {}).get(runs.MADE_FROM) or {}
+    if not (folder / IMAGES_FILE).is_file() or "subsets" not in record:
+        raise UserError(f"--measures {folder} holds no {IMAGES_FILE}: run `measure` into it (again)")
+    identity = list_identity(subset.images, class_names)
+    name = next((name for name, other in record["subsets"].items() if other == identity), None)
+    if name is None:
+        raise UserError(
+            f"--measures {folder} is not about the images of subset {subset.name} as they are now (it is about "
+            f"{', '.join(record['subsets'])}): run `measure` on it"
+        )
+    return read_images(folder / IMAGES_FILE, name)
 
 
 def main(argv: list[str] | None = None) -> int:
