@@ -259,6 +259,7 @@ def _add_flag(group, f: Field, default: Any) -> None:
     if default is False:
         group.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
         return
+    default = str(default) if isinstance(default, Path) else default  # argparse gives the types of flags texts alone
     kept = {"required": True} if default is MISSING else {"default": default}
     group.add_argument(f"--{f.name}", help=f.metadata["help"], **kept, **f.metadata["flag"])
 

@@ -25,6 +25,7 @@ DATASETS = "datasets.yaml"
 RECIPES = "recipes.yaml"
 DEFAULT_RECIPE = "default"
 FORMER_RATES = "learning_rates.yaml"
+NO_KEYS = ("none", "null")
 FILES = (CHECKPOINTS, SUBSETS, DATASETS, RECIPES)
 CHECKPOINT_FIELDS = {"model_path": "text", "lora_path": "text", "embed_path": "text"}
 KINDS = {
@@ -257,14 +258,20 @@ def check_key(file: str, dataset: str, key: str, entry: Any, config_dir: Path = 
     return yaml_files.extended(yaml_files.read_text(path) or "", path, dataset, key, entry)
 
 
+def new_key(text: str) -> str:
+    """An argument type: a key to register. Raises UserError: no flag could name it."""
+    if not text.strip() or text != text.strip() or "#" in text or not text.isprintable() or text.lower() in NO_KEYS:
+        raise UserError(
+            f"--register_key '{text}': expected a name without '#' (which parts a key from a variant) or blanks around it, "
+            "and other than None"
+        )
+    return text
+
+
 def check_writable(file: str, key: str, config_dir: Path = CONFIG_DIR) -> None:
     """Refuses a ``--register_key`` that no flag could name, and a registry file that is damaged or cannot be written."""
     path = config_dir / file
-    if not key.strip() or key != key.strip() or "#" in key or not key.isprintable() or key.lower() in ("none", "null"):
-        raise UserError(
-            f"--register_key '{key}': expected a name without '#' (which parts a key from a variant) or blanks around it, "
-            "and other than None"
-        )
+    new_key(key)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UserError(

@@ -6,6 +6,8 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from helpers import classify_arguments, refused, sampling_arguments
@@ -13,7 +15,7 @@ from helpers import classify_arguments, refused, sampling_arguments
 import sample_mp
 import train_cls
 import train_lora
-from semantic_aug import files, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.classify import run as classify_run
 from semantic_aug.datasets import load_dataset
@@ -135,6 +137,38 @@ def test_a_refused_command_leaves_no_folder_and_a_dry_run_refuses_it_too(
     assert run_main(module.main, [*map(str, words), *(["--dry_run"] if dry else [])]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0] and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_targets", "norm1"], "--lora_targets norm1: "),
+        (["--register_key", "a#b"], "--register_key 'a#b': expected a name without '#'"),
+        (
+            ["--unlabelled", "gone"],
+            "gone: not there; expected a folder of images, a list with the column path, hf:ID or ",
+        ),
+    ],
+)
+def test_stage_1_refuses_before_the_images_are_listed(flags, message, tiny_base, tmp_path, capsys):
+    words = ["--dataset", f"folder:{tmp_path / 'absent'}", "--pretrained_model_name_or_path", tiny_base, *FINETUNE]
+    assert run_main(train_lora.main, [*map(str, words), *flags]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0], error
+
+
+def test_the_registry_of_the_default_folder_is_read_before_anything_runs(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        TITLE = "run"
+        config_dir: Path = cli.setting(tmp_path, type=registry.config_folder, help="folder of the registry files")
+
+    parser = cli.Parser(prog="a_stage.py")
+    cli.add_settings(parser, Settings)
+    assert cli.read_settings(Settings, parser.parse_args([])).config_dir == tmp_path
+    (tmp_path / "synthetic_datasets.yaml").write_text("cub:\n  a: x\ncub:\n  b: y\n")
+    with pytest.raises(UserError, match="'cub' is written twice, in line 1 and in line 3"):
+        parser.parse_args([])
 
 
 @pytest.mark.parametrize("dry", [False, True])

@@ -278,6 +278,53 @@ def test_a_checkpoint_deleted_by_half_is_not_taken_for_whole(tmp_path, monkeypat
     assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_the_checkpoint_just_written_stays_where_later_ones_exist(tmp_path):
+    model = SimpleNamespace(lora_parameters=[], current_tokens=lambda: None)
+    for step in (100, 200, 300):
+        checkpoints.save_checkpoint(tmp_path, step, model, {}, 3)
+    checkpoints.save_checkpoint(tmp_path, 220, model, {}, 1)  # resumed from the second, under a lower limit
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-220", "checkpoint-300"]
+    checkpoints.save_checkpoint(tmp_path, 300, model, {}, 1)
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-300"]
+
+
+def test_a_result_of_more_steps_is_not_taken_for_one_of_fewer(tiny_base, image_folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "run"
+
+    def take(**changes):  # the learning rate is constant, so that a run may be continued for more steps
+        config, dataset = request(tiny_base, image_folder, folder, **changes)
+        checkpoints.take_folder(config, checkpoints.origin_of(config, dataset), 1)
+
+    take(max_train_steps=4)
+    state = folder / "checkpoint-4" / checkpoints.STATE_FILE
+    state.parent.mkdir()
+    state.touch()
+    with pytest.raises(
+        UserError, match="checkpoint-4 has been trained for 4 steps, --max_train_steps 2 asks for fewer"
+    ):
+        take(max_train_steps=2, resume_from_checkpoint="latest")
+    (folder / checkpoints.SUMMARY_FILE).write_text('{"steps": 4}')
+    take(max_train_steps=4)
+    assert "is finished already (4 steps)" in caplog.text
+    with pytest.raises(UserError, match="run holds the result of 4 steps, --max_train_steps 2 asks for fewer"):
+        take(max_train_steps=2)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("latents", {}), ("pixels", {"random_crops": True})])
+def test_encoded_images_of_an_earlier_state_take_no_room(kind, changes, tiny_base, image_folder, tmp_path):
+    for name in (f"{kind}-0123456789abcdef.npy", f"{kind}-0123456789abcdef.part", f"{kind}-0123456789abcdef.sizes.npy"):
+        (tmp_path / name).touch()  # the data set has been moved between two starts of the run
+    running, names = make_trainer(tiny_base, image_folder, tmp_path, max_train_steps=1, **changes), f"{kind}-*"
+    kept = {path.name for path in tmp_path.glob(names)}
+    assert kept and not any("0123456789abcdef" in name for name in kept)
+    again = make_trainer(tiny_base, image_folder, tmp_path, max_train_steps=1, **changes)
+    assert {path.name for path in tmp_path.glob(names)} == kept
+    draw = running.source.draw(0)
+    moments = [each.latents.gather(draw.index, draw.view, draw.flip) for each in (running, again)]
+    assert torch.equal(*moments)
+
+
 def test_an_optimiser_of_other_parameters_is_not_taken(tiny_base, image_folder, tmp_path):
     make_trainer(tiny_base, image_folder, tmp_path / "run", max_train_steps=1, checkpointing_steps=1).train()
     path = tmp_path / "run" / "checkpoint-1" / checkpoints.STATE_FILE

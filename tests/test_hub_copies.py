@@ -178,7 +178,7 @@ def test_a_split_without_labels_is_left_out_and_a_row_without_one_is_refused(tmp
         rows(split, labels=labels).to_parquet(str(tmp_path / f"{split}.parquet"))
     splits = read_hub_id(str(tmp_path))
     assert {split: len(table) for split, table in splits.items()} == {"train": 6, "val": 2}
-    assert "the split test has no labels (-1 or empty in every row) and is left out" in caplog.text
+    assert "the split test has no labels (-1, empty or no column) and is left out" in caplog.text
     rows("test", labels=[0, 1, missing, 0]).to_parquet(str(tmp_path / "test.parquet"))
     with pytest.raises(UserError, match=r"split test, row 2 has (no label|label -1)"):
         read_hub_id(str(tmp_path))
@@ -186,6 +186,29 @@ def test_a_split_without_labels_is_left_out_and_a_row_without_one_is_refused(tmp
     rows("train", labels=[missing] * 6).to_parquet(str(tmp_path / "train.parquet"))
     with pytest.raises(UserError, match="its training split has no labels"):
         read_hub_id(str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
+def test_splits_may_differ_in_their_columns(tmp_path, caplog, layout):
+    splits = {split: rows(split) for split in COUNTS}
+    splits["test"] = splits["test"].remove_columns("label")
+    splits["validation"] = splits["validation"].add_column("place", ["pond"] * COUNTS["validation"])
+    if layout == "parquet":
+        for split, part in splits.items():
+            part.to_parquet(str(tmp_path / f"{split}.parquet"))
+    else:
+        hub.DatasetDict(splits).save_to_disk(str(tmp_path))
+    tables = read_hub_id(str(tmp_path))
+    assert {split: len(table) for split, table in tables.items()} == {"train": 6, "val": 2}
+    assert tables["val"].class_names == CLASSES and tables["val"].labels.tolist() == [0, 1]
+    assert "the split test has no labels (-1, empty or no column) and is left out" in caplog.text
+    splits["test"] = splits["test"].add_column(
+        "kind", [0] * COUNTS["test"]
+    )  # which may be the label under another name
+    if layout == "parquet":
+        splits["test"].to_parquet(str(tmp_path / "test.parquet"))
+        with pytest.raises(UserError, match="has no label column 'label': its columns are image, kind"):
+            read_hub_id(str(tmp_path))
 
 
 def test_several_label_columns_are_named(tmp_path):

@@ -151,6 +151,16 @@ def test_splits_by_the_numbers_of_the_files(use):
     assert [key for key in splits["val"].keys if key.startswith("Maize")] == ["Maize/10.png", "Maize/11.png"]
 
 
+def test_a_split_of_which_no_photograph_is_there_counts_as_absent(tmp_path, monkeypatch):
+    WRITERS["signs"](tmp_path)
+    for file in tmp_path.rglob("IMG_5[14]*.JPG"):
+        if 5136 <= int(file.stem[4:]) < 5469:
+            file.unlink()
+    monkeypatch.setenv("SIGNS_ROOT", str(tmp_path))
+    dataset = load_dataset("signs")
+    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [9, 3, 9]  # one of four of each class is held out
+
+
 @pytest.mark.parametrize("name", ["seedlings", "signs"])
 def test_a_folder_of_splits_is_read_as_it_is(name, tmp_path, monkeypatch):
     import tiny
@@ -238,6 +248,18 @@ def _swap(old, new):
         ("cub", "images.txt", _swap("1 001.Bl", "1 ../001.Bl"), "leads outside .*images"),
         ("cub", "image_class_labels.txt", _swap("1 1\n", "1 9\n"), "has the label 9, which has no class name"),
         ("cub", "image_class_labels.txt", _swap("1 1\n", ""), "image_class_labels.txt says nothing of image 1"),
+        (
+            "cub",
+            "image_class_labels.txt",
+            _swap("1 1\n", "1 one\n"),
+            "image_class_labels.txt, image 1: 'one' is no number",
+        ),
+        (
+            "cub",
+            "train_test_split.txt",
+            _swap("1 ", "1 x"),
+            "train_test_split.txt: image 1 has 'x.', expected 1 .train. or 0",
+        ),
         ("cub", "images.txt", _swap("1 001.Bl", "1\n2 001.Bl"), "images.txt line 1: '1' has 1 words, expected 2"),
         ("cub", "images.txt", lambda p: p.unlink(), "lacks images.txt or CUB_200_2011/images.txt"),
         ("aircraft", "data/images_variant_val.txt", _swap("MD-11", "MD-12"), "unknown variant.*'MD-12'.*'MD-11'"),
@@ -261,6 +283,12 @@ def _swap(old, new):
         ),
         ("seedlings", "Maize", lambda p: [file.unlink() for file in p.iterdir()], "Maize holds no image"),
         ("waterbird", "metadata.csv", _swap("place,", "where,"), "lacks the column 'place'"),
+        (
+            "waterbird",
+            "metadata.csv",
+            lambda p: p.write_bytes(b"y\xff"),
+            "metadata.csv is no list .*: unpack the official",
+        ),
     ],
 )
 def test_damaged_downloads_are_one_clear_line(name, file, damage, message, tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def read_splits(
         )
     splits = spec.read_half() if split == "half" else spec.read()
     check_classes(splits, spec.name)
+    splits = {name: table for name, table in splits.items() if len(table)}
     if names := splits["train"].group_names:  # of a list
         spec = replace(spec, group_names=names)
     return spec, splits

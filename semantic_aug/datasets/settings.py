@@ -29,11 +29,20 @@ HUB, DATASET = "hf:", "dataset:"
 """Prefixes of images that are named by a hub id, and by the data set whose training images they are."""
 
 
+POOLS = "a folder of images, a list with the column path, hf:ID or dataset:NAME"
+"""What ``--unlabelled`` takes."""
+
+
 def unlabelled_images(text: str) -> Path | str:
     """An argument type: a path, ``hf:ID`` with a hub id or a local copy of a hub's data set, or ``dataset:NAME``."""
     if text.startswith(DATASET):
         return DATASET + dataset_name(text.removeprefix(DATASET))
-    return dataset_name(text) if text.startswith(HUB) else cli.path(text)
+    if text.startswith(HUB):
+        return dataset_name(text)
+    path = cli.path(text)
+    if not path.exists():
+        raise UserError(f"--unlabelled {path}: not there; expected {POOLS}")
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)

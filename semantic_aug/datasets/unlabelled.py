@@ -12,7 +12,8 @@ from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images
 from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
 from semantic_aug.datasets.readers.hub import read_hub_images
-from semantic_aug.datasets.settings import DATASET, HUB
+from semantic_aug.datasets.readers.listing import PARQUET
+from semantic_aug.datasets.settings import DATASET, HUB, POOLS
 from semantic_aug.datasets.table import ImageTable, missing_files, refuse_missing, table_of_files
 from semantic_aug.errors import UserError
 
@@ -46,6 +47,8 @@ def read_unlabelled(path: Path | str, config_dir: Path = registry.CONFIG_DIR) ->
         files = {walk.name_of(file): file for file in walk.images(walk.root)}
         walk.note_left_out()
     elif path.is_file():
+        if path.suffix.lower() in PARQUET:
+            raise UserError(f"--unlabelled {path}: a parquet file; expected {POOLS}, as CSV")
         table = read_header(path, ("path",))
         column = table.column("path")
         if column is None:
@@ -55,7 +58,7 @@ def read_unlabelled(path: Path | str, config_dir: Path = registry.CONFIG_DIR) ->
         first = {os.path.abspath(path.parent / name): name for name in reversed(names)}  # an image counts once
         files = {name: file for file, name in reversed(first.items())}
     else:
-        raise UserError(f"--unlabelled {path}: not there; expected a folder of images, or a list with the column path")
+        raise UserError(f"--unlabelled {path}: not there; expected {POOLS}")
     if not files:
         raise UserError(f"--unlabelled {path}: no image there; expected {EXPECTED}")
     paths = list(files.values())

@@ -5,7 +5,6 @@
 {output_dir}/checkpoint-{step}/training_state.pt                   optimiser, schedule, scaler, step
 """
 
-import json
 import logging
 import os
 import re
@@ -60,7 +59,10 @@ def load_weights(model: TrainedModel, folder: Path) -> None:
 
 
 def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dict, limit: int | None) -> Path:
-    """Writes ``checkpoint-{step}`` under a temporary name, moves it into place, and removes the oldest above ``limit``."""
+    """Writes ``checkpoint-{step}`` under a temporary name, moves it into place, and removes the oldest above ``limit``.
+
+    Later ones stay until the run comes to them, where it was resumed from an earlier one.
+    """
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_weights(model, temporary)
@@ -72,7 +74,8 @@ def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dic
         _remove(final)
     os.replace(temporary, final)
     if limit is not None:
-        for old in listed(output_dir)[: -max(1, limit)]:
+        known = listed(output_dir)
+        for old in known[: max(0, known.index(final) + 1 - limit)]:
             _remove(old)
     return final
 
@@ -121,10 +124,7 @@ def load_state(folder: Path) -> dict:
 
 def finished(output_dir: Path) -> dict | None:
     """The summary of a finished run in this folder, or None."""
-    try:
-        return json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return files.read_json(output_dir / SUMMARY_FILE)
 
 
 def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
@@ -138,18 +138,26 @@ def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
 
 
 def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_run: bool = False) -> None:
-    """Claims the output folder (in a dry run only asks whether it could), and refuses a checkpoint of another run."""
+    """Claims the output folder (in a dry run only asks whether it could), and refuses a checkpoint of another run, and what has
+    been trained for more steps than are asked for."""
     arguments, ignored = config.record(processes), config.may_change()
+    steps, fewer = config.train.max_train_steps, f"--max_train_steps {config.train.max_train_steps} asks for fewer"
     absent = cli.absent_values(Setting, *GROUPS.values())
     if config.output.resume_from_checkpoint:
         folder = find(config.output_dir, config.output.resume_from_checkpoint)
         if folder is not None and folder.resolve().parent != config.output_dir.resolve():
             flag = "--resume_from_checkpoint"
             runs.refuse_other_run(folder.resolve().parent, arguments, flag, ignored, origin=origin, absent=absent)
+        if folder is not None and (match := _NAME.search(folder.name)) and int(match[1]) > steps:
+            raise UserError(f"{folder} has been trained for {match[1]} steps, {fewer}: give an earlier checkpoint")
     options = {"origin": origin, "absent": absent, "dry_run": dry_run}
     known = runs.claim(config.output_dir, arguments, "--output_dir", ignored, **options)
     done = finished(config.output_dir) if known else None
-    if done and done["steps"] >= config.train.max_train_steps:
+    if done and done["steps"] > steps:
+        raise UserError(
+            f"{config.output_dir} holds the result of {done['steps']} steps, {fewer}: choose another --output_dir"
+        )
+    if done and done["steps"] == steps:
         log.info("%s is finished already (%d steps)", config.output_dir, done["steps"])
     elif known and listed(config.output_dir) and not config.output.resume_from_checkpoint:
         raise UserError(

@@ -13,7 +13,7 @@ from semantic_aug.diffusion.families import LORA_TARGETS
 from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import CAPTIONS, TEMPLATE_SETS, read_templates
-from semantic_aug.registry import resolve_path
+from semantic_aug.registry import new_key, resolve_path
 
 STRATEGIES = ("ti", "db", "ti_db")
 LR_SCHEDULERS = tuple(
@@ -302,6 +302,7 @@ class OutputSettings:
     )
     register_key: str | None = cli.setting(
         None,
+        type=new_key,
         metavar="KEY",
         help="write the result into finetuned_ckpts.yaml under this key",
         result=False,

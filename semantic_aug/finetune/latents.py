@@ -125,7 +125,7 @@ class LatentCache:
         shape = (len(self.table), self.views, self.flips, *probe.shape[1:])
         size, folder = 4 * int(np.prod(shape)), partial.parent
         folder.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)  # of a run that was killed
+        _remove_all(folder, "latents-*")  # of a run that was killed, or of images that were elsewhere
         log.info("latents of %d images take %s in %s", len(self.table), size_text(size), folder)
         too_large = (
             f"--output_dir {shown_path(folder)}: the latents of {len(self.table)} images ({self.views} crop(s), "
@@ -173,6 +173,13 @@ class LatentCache:
         self.path.unlink(missing_ok=True)
 
 
+def _remove_all(folder: Path, pattern: str, kept: str | None = None) -> None:
+    """Deletes the files of a pattern in a run's folder, but those whose names begin with ``kept``."""
+    for path in folder.glob(pattern):
+        if kept is None or not path.name.startswith(kept):
+            path.unlink(missing_ok=True)
+
+
 def scaled(image: Image.Image, resolution: int) -> Image.Image:
     """The whole image with its shorter side at ``resolution`` pixels."""
     factor = resolution / min(image.size)
@@ -188,6 +195,8 @@ class PixelCache:
         self.table, self.vae, self.resolution, self.world = table, vae, resolution, share.world
         self.name = f"pixels-{sha256_text(f'{table.signature()} {resolution}')[:16]}"
         self.paths = [folder / f"{self.name}-{r}-of-{share.world}.bin" for r in range(share.world)]
+        if share.rank == 0:
+            _remove_all(folder, "pixels-*", self.name)  # of images that were elsewhere
         if not self.paths[share.rank].exists():
             self._build(self.paths[share.rank], share.rows(len(table)), share.rank > 0)
         share.wait()
@@ -246,8 +255,7 @@ class PixelCache:
 
     def remove(self) -> None:
         """Deletes the files, those of another number of processes too; a finished run has no use for them."""
-        for path in self.paths[0].parent.glob(f"{self.name}-*"):
-            path.unlink(missing_ok=True)
+        _remove_all(self.paths[0].parent, f"{self.name}-*")
 
 
 def _open(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import launched
 from semantic_aug.diffusion import lora, tokens
-from semantic_aug.diffusion.base import find_base, load_skeleton, read_geometry
-from semantic_aug.diffusion.families import family_of
+from semantic_aug.diffusion.base import find_base, load_skeleton, networks_without_weights, read_geometry
+from semantic_aug.diffusion.families import LORA_TARGETS, family_of
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
 from semantic_aug.finetune.batches import check_training_prompts
@@ -63,7 +63,9 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
     check_flags(config)
     with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed
-        resolution_of(config, find_base(name))
+        resolution_of(config, folder := find_base(name))
+        if model.trains_lora and model.lora_targets != LORA_TARGETS:
+            lora.add_lora(networks_without_weights(folder)["unet"], 1, targets=model.lora_targets)
     dataset, folder = all_local(
         lambda: load_dataset(config.dataset, config.setting, config.run.config_dir), lambda: find_base(name)
     )
@@ -95,12 +97,14 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
 
 
 def check_flags(config: FinetuneConfig) -> None:
-    """Refuses, before anything is read, templates, an optimiser, a schedule or a tracker that cannot be had. Raises UserError:
-    names the flag."""
+    """Refuses, before anything is read, templates, an optimiser, a schedule or a tracker that cannot be had, or a registry that
+    cannot be written to. Raises UserError: names the flag."""
     _ = config.images.templates  # read, since a file may be missing
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
     check_tracker(config.output.report_to)
+    if key := config.output.register_key:
+        registry.check_writable(registry.CHECKPOINTS, key, config.run.config_dir)
 
 
 def resolution_of(config: FinetuneConfig, folder: Path) -> int:

@@ -114,6 +114,8 @@ def resolve(
     settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
     check_flags(args)
+    if output.register_key:
+        registry.check_writable(registry.SUBSETS, output.register_key, run.config_dir)
     few, solver = chosen.few_steps is not None, read_solver(args)
     choose_strengths(images, chosen.few_steps if few else solver.num_inference_steps, few)
     sentences, placement, model = chosen.texts(), resolve_placement(placement), None

@@ -13,7 +13,7 @@ from semantic_aug.diffusion.distilled import KINDS
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import CAPTIONS, SAMPLING_TEMPLATE, read_contexts, read_templates
-from semantic_aug.registry import find_lora, resolve_path
+from semantic_aug.registry import find_lora, new_key, resolve_path
 from semantic_aug.sampling.plan import PAIRINGS, SOURCES
 
 LCM_SOLVER = {"num_inference_steps": 8, "guidance_scale": 1.0, "scheduler": "lcm"}
@@ -327,7 +327,11 @@ class OutputSettings:
         result=False,
     )
     register_key: str | None = cli.setting(
-        None, metavar="KEY", help="write the subset into synthetic_datasets.yaml under this key", result=False
+        None,
+        type=new_key,
+        metavar="KEY",
+        help="write the subset into synthetic_datasets.yaml under this key",
+        result=False,
     )
     num_shards: int = cli.setting(
         1, type=cli.whole(1), help="number of runs that the batches are dealt to", result=False

@@ -90,18 +90,24 @@ def read_hub_id(
     if local is None and Path(repo).expanduser().exists():
         local = repo
     where, splits = HubSplit(repo, "train", local), _all_splits(repo, local, config)
-    tables, left_out = {}, []
-    for name, rows in splits.items():
+    chosen, left_out = {}, []
+    for name in splits:
         ours = split_of(str(name))
-        if ours is None or ours in tables:
+        if ours is None or ours in chosen:
             left_out.append(str(name))
         else:
-            split = HubSplit(repo, str(name), local)
-            tables[ours] = _hub_table(rows, split, ours, image_column, label_column)
-    if "train" not in tables:
+            chosen[ours] = name
+    if "train" not in chosen:
         raise UserError(f"data set {repo} has the splits {', '.join(map(str, splits))}: expected one named train")
     if left_out:
         log.warning("%s: the splits %s are left out (train, validation and test are read)", repo, ", ".join(left_out))
+    tables, training = {}, splits[chosen["train"]].features
+    for ours, name in chosen.items():
+        rows, split = splits[name], HubSplit(repo, str(name), local)
+        labels = label_column or _label_column(training, str(local or repo))
+        # a test split that is like the training split but for the labels
+        unlabelled = labels not in rows.features and set(rows.features) < set(training)
+        tables[ours] = None if unlabelled else _hub_table(rows, split, ours, image_column, label_column)
     return _labelled(tables, where)
 
 
@@ -139,7 +145,7 @@ def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Split
         raise UserError(f"data set {name}: its training split has no labels (-1 or empty in every row)")
     for split, table in tables.items():
         if table is None:
-            log.warning("%s: the split %s has no labels (-1 or empty in every row) and is left out", name, split)
+            log.warning("%s: the split %s has no labels (-1, empty or no column) and is left out", name, split)
     return unify({split: table for split, table in tables.items() if table is not None})
 
 
@@ -222,7 +228,7 @@ def _hub_table(
     """The table of one split; None where none of its rows has a label."""
     name = str(where.local or where.repo)
     image_column = _known_image_column(rows, name, image_column)
-    label_column = label_column or _label_column(rows, name, image_column)
+    label_column = label_column or _label_column(rows.features, name)
     if label_column is None or label_column not in rows.features:
         raise UserError(
             f"data set {name} has no label column '{label_column or 'label'}': its columns are "
@@ -332,14 +338,14 @@ def _holds_bytes(feature: Any) -> bool:
     return isinstance(feature, hub.Value) and "binary" in feature.dtype
 
 
-def _label_column(rows: hub.Dataset, name: str, image_column: str) -> str | None:
+def _label_column(features: Mapping[str, Any], name: str) -> str | None:
     """The column of labels. Raises UserError: several could be meant."""
     import datasets as hub
 
-    usual = next((column for column in LABEL_COLUMNS if column in rows.features), None)
+    usual = next((column for column in LABEL_COLUMNS if column in features), None)
     if usual:
         return usual
-    classes = [column for column, feature in rows.features.items() if isinstance(feature, hub.ClassLabel)]
+    classes = [column for column, feature in features.items() if isinstance(feature, hub.ClassLabel)]
     if len(classes) > 1:
         raise UserError(
             f"data set {name} has the label columns {' and '.join(classes)}: name one with label_column in "

@@ -46,8 +46,8 @@ def load_local(folder: Path, config: str | None = None) -> hub.Dataset | dict[st
     digest = hashlib.sha256(f"{config}\0{stamps}".encode(errors="surrogateescape")).hexdigest()[:16]
     cache = str(Path(hub.config.HF_DATASETS_CACHE) / f"local-{digest}")
     try:
-        if kind is None and not _same_classes(files):
-            kind = "parquet"  # the library would read the labels of every split by the class list of the first
+        if kind is None and not _alike(files):
+            kind = "parquet"  # the library would read every split by the columns and the class list of the first
         if kind is None:
             splits = hub.load_dataset(str(folder), name=config, cache_dir=cache)
         else:
@@ -151,20 +151,23 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
         raise UserError(f"{damaged} is not a whole parquet file: copy it again")
 
 
-def _same_classes(files: Mapping[str, Sequence[str]]) -> bool:
-    """Whether all parquet files have one class list, in one order, where they have one at all. Raises UserError: two files of
-    one split have different ones."""
+def _alike(files: Mapping[str, Sequence[str]]) -> bool:
+    """Whether all parquet files have the same columns, and one class list, in one order, where they have one at all. Raises
+    UserError: two files of one split have different class lists."""
     import pyarrow.parquet as parquet
 
     known: dict[str, str] = {}
+    columns: dict[str, list[str]] = {}
     for split, paths in files.items():
         for path in (path for path in paths if path.endswith(".parquet")):
-            features = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+            schema = parquet.read_schema(path)
+            columns.setdefault(split, sorted(schema.names))
+            features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
             features = features.get("info", {}).get("features", {})
             classes = json.dumps({name: kind.get("names") for name, kind in features.items() if isinstance(kind, dict)})
             if known.setdefault(split, classes) != classes:
                 raise UserError(f"{path} has another class list than {paths[0]}: write both with one list")
-    return len(set(known.values())) <= 1
+    return len(set(known.values())) <= 1 and all(names == next(iter(columns.values())) for names in columns.values())
 
 
 def _damaged(files: Mapping[str, Sequence[str]], whole: bool = True) -> str | None:

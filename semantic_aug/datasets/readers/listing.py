@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ("path", "label", "split", "caption", "group", *captions.REGIONS)
+PARQUET = (".parquet", ".pq")
 TEXTS = ("path", "caption", *captions.REGIONS)
 """Columns whose cells differ from row to row."""
 JOINTS = {"caption": "\n", "box": ", "}
@@ -67,8 +68,7 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         raise UserError(
             f"root {base} of the list {file} is not a folder: correct root, the folder that paths start from"
         )
-    is_parquet = file.suffix.lower() in (".parquet", ".pq")
-    rows, location = _read_parquet(file) if is_parquet else _read_csv(file)
+    rows, location = (_read_parquet if file.suffix.lower() in PARQUET else _read_csv)(file)
     codes, values = _codes(rows, "label")
     paths, splits = rows["path"], _positions_of_splits(rows, location)
     empty = np.flatnonzero(np.isin(codes, [code for code, value in enumerate(values) if not value]))

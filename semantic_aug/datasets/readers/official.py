@@ -8,6 +8,8 @@ only its own folder names (no older Stanford Cars, no boxes), wants Flowers' lis
 classes of Pet (``american_bulldog`` becomes ``American Bulldog``), and a damaged list ends in a traceback.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,6 +113,14 @@ def read_lines(file: Path, columns: int) -> list[list[str]]:
     if not rows:
         raise UserError(f"{file} is empty: unpack the official download again")
     return rows
+
+
+def number(text: str, where: str) -> float:
+    """A number of a list. Raises UserError: it is none, or not finite."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise UserError(f"{where}: '{text}' is no number: unpack the official download again")
 
 
 def read_mat(file: Path) -> dict[str, Any]:

@@ -30,15 +30,20 @@ def read_official(root: Path) -> Splits:
         missing = set(names) - set(content) if content or file != "bounding_boxes.txt" else set()
         if missing:
             raise UserError(f"{root / file} says nothing of image {min(missing)}: unpack the official download again")
+    if unexpected := [number for number in names if is_train[number] not in ("0", "1")]:
+        shown = f"image {unexpected[0]} has '{is_train[unexpected[0]]}'"
+        raise UserError(f"{root / 'train_test_split.txt'}: {shown}, expected 1 (train) or 0 (test)")
     splits = {}
     for split, flag in (("train", "1"), ("test", "0")):
         chosen = [number for number in names if is_train[number] == flag]
-        boxes = np.array([[float(v) for v in box_of[n]] for n in chosen]).reshape(-1, 4) if box_of else None
+        where = f"{root / 'bounding_boxes.txt'}, image"
+        boxes = [[official.number(value, f"{where} {n}") for value in box_of[n]] for n in chosen] if box_of else None
         if boxes is not None:
+            boxes = np.array(boxes).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]  # left, top, width, height in the file
         splits[split] = official.labelled_files(
             class_names,
-            [int(label_of[number]) - 1 for number in chosen],
+            [int(official.number(label_of[n], f"{root / 'image_class_labels.txt'}, image {n}")) - 1 for n in chosen],
             [names[number] for number in chosen],
             root / "images",
             root / "images.txt",

@@ -23,12 +23,15 @@ COLUMNS = ("img_filename", "y", "split", "place")
 def read_official(root: Path) -> Splits:
     """``metadata.csv``: ``img_filename`` (species/file), ``y`` (1: water bird), ``split`` (0, 1, 2), ``place`` (1: water)."""
     file = official.part(root, "metadata.csv", "waterbird_complete95_forest2water2/metadata.csv")
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(f"{file} lacks the column '{missing[0]}': expected {', '.join(COLUMNS)}")
-        rows = list(reader)
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} is no list ({error}): unpack the official download again") from None
+    if missing:
+        raise UserError(f"{file} lacks the column '{missing[0]}': expected {', '.join(COLUMNS)}")
     for line, row in enumerate(rows, 2):
         for column, accepted in (("y", "01"), ("place", "01"), ("split", "012")):
             if row[column] not in tuple(accepted):

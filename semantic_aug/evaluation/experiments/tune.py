@@ -55,7 +55,11 @@ class BudgetSettings:
         help="seeds of the classifier runs, 2 or more; finalists run on all (default: 2020 2021 2022)",
     )
     register_key: str | None = cli.setting(
-        None, metavar="KEY", help="write the chosen subset into synthetic_datasets.yaml under this key", result=False
+        None,
+        type=registry.new_key,
+        metavar="KEY",
+        help="write the chosen subset into synthetic_datasets.yaml under this key",
+        result=False,
     )
 
     def __post_init__(self):

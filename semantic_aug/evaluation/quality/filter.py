@@ -68,7 +68,11 @@ class FilterSettings:
         "reviewed with --by review)",
     )
     register_key: str | None = cli.setting(
-        None, metavar="KEY", help="enter it in synthetic_datasets.yaml under this key", result=False
+        None,
+        type=registry.new_key,
+        metavar="KEY",
+        help="enter it in synthetic_datasets.yaml under this key",
+        result=False,
     )
 
     def __post_init__(self):
