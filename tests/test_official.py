@@ -158,7 +158,11 @@ def test_a_split_of_which_no_photograph_is_there_counts_as_absent(tmp_path, monk
             file.unlink()
     monkeypatch.setenv("SIGNS_ROOT", str(tmp_path))
     dataset = load_dataset("signs")
-    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [9, 3, 9]  # one of four of each class is held out
+    assert [len(dataset.train), len(dataset.val), len(dataset.test)] == [
+        9,
+        3,
+        9,
+    ]  # one of four of each class is held out
 
 
 @pytest.mark.parametrize("name", ["seedlings", "signs"])
