@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from semantic_aug import allocator, console
+from semantic_aug.classify.config import check_run
 from semantic_aug.errors import no_downloads, run_main
 from semantic_aug.sampling.settings import build_parser
 
@@ -29,6 +30,8 @@ def load_classifier(folder: Path, device: str):
 def main(argv: list[str] | None = None) -> int:
     """Parses, resolves, prints, and makes the subset."""
     args = build_parser().parse_args(argv)
+    if args.classifier:
+        check_run(args.classifier)
     console.set_up_logging()
     console.quiet_libraries()
     allocator.let_waiting_threads_sleep()

@@ -18,6 +18,7 @@ def build_parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Trains, evaluates or predicts as the flags say."""
     request = config.read_config(build_parser().parse_args(argv))
+    config.check_paths(request)
     console.quiet_libraries()
     allocator.prepare_process()
     from semantic_aug.classify.run import run

@@ -552,6 +552,24 @@ def test_confusions_on_validation_are_told_by_a_run_that_was_tested(three_seeds,
     assert np.trace(confusions) / len(dataset.val) == results["val"]["top1"]
 
 
+def test_a_run_is_not_evaluated_on_images_it_was_trained_on(three_seeds, image_folder, tmp_path, caplog):
+    data = tmp_path / "animals"
+    for split in ("train", "test"):  # validation is drawn
+        shutil.copytree(image_folder / split, data / split)
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(three_seeds / "seed1" / "model.safetensors", run)
+    record = yaml.safe_load((three_seeds / "seed1" / "args.yaml").read_text())
+    setting = {"subset_seed": 3, "val_fraction": 0.3}
+    record |= {"dataset": f"folder:{data}", "setting": Setting(**setting).record(), "resolution": 64}
+    (run / "args.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(UserError, match=r"--eval_only: \d+ val images .* training images of .*subset_seed: 3 -> 0"):
+        train(data, run, eval_only=True, val_fraction=0.3)
+    assert not (run / "evaluation").exists()
+    train(data, run, eval_only=True, **setting)
+    assert "was trained at --res_mode 64 and is used at 32" in caplog.text
+
+
 def test_a_classifier_is_evaluated_on_a_copy_that_spells_its_classes_otherwise(three_seeds, image_folder, tmp_path):
     other = {"blue jay": "003.Blue_Jay", "red fox": "001.red-fox", "toad": "002.toad"}  # in another order, too
     for split in ("train", "val", "test"):

@@ -15,11 +15,12 @@ from helpers import classify_arguments, refused, sampling_arguments
 import sample_mp
 import train_cls
 import train_lora
-from semantic_aug import cli, files, registry, runs
+from semantic_aug import allocator, cli, files, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.classify import run as classify_run
 from semantic_aug.datasets import load_dataset
 from semantic_aug.errors import UserError, run_main
+from semantic_aug.evaluation.experiments import headroom, pseudo_label
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune import config as finetune
 from semantic_aug.foreign_flags import INSTEAD
@@ -29,6 +30,25 @@ from semantic_aug.run_lock import lock_folder
 def everything(folder):
     """Names and contents of all that lies below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        (train_cls, ["--predict", "gone"], "--predict .*gone: not a folder or file"),
+        (train_cls, ["--eval_only", "--output_dir", "gone"], "--output_dir .*gone: no trained classifier there"),
+        (train_cls, ["--weights", "gone"], "--weights .*gone: expected a .safetensors or .pth file"),
+        (sample_mp, ["--finetune_model_key", "k", "--classifier", "gone"], "gone holds no finished classifier"),
+        (headroom, ["--weights", "gone"], "--weights .*gone: expected a .safetensors or .pth file"),
+        (pseudo_label, ["--classifier", "gone", "--output_dir", "x"], "gone holds no finished classifier"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_refused_before_data_are_read(program, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("prepare_process", "let_waiting_threads_sleep"):  # what comes before torch is loaded
+        monkeypatch.setattr(allocator, name, None)
+    with pytest.raises(UserError, match=message):
+        program.main(["--dataset", "folder:nowhere", *words])
 
 
 @pytest.mark.parametrize("existing", [[], [".hidden"]])

@@ -112,6 +112,11 @@ def test_a_copy_reads_the_same_and_keeps_the_epoch(birds):
     assert np.array_equal(started.items(), dataset.items()) and not np.array_equal(copy.items(), dataset.items())
 
 
+def test_the_key_none_is_the_baseline_of_real_images(birds):
+    dataset = SoftLabelDataset(f"folder:{birds[0]}", syndata_key="None", batch_size=BATCH)
+    assert dataset.synthetic is None and len(dataset) == 20
+
+
 def test_other_splits_come_in_order_with_hard_labels(birds):
     val = SoftLabelDataset(f"folder:{birds[0]}", split="val")
     assert len(val) == 6 and isinstance(val[0][0], Image.Image)
@@ -126,6 +131,10 @@ def test_other_splits_come_in_order_with_hard_labels(birds):
         ({"gamma": 0}, r"\(0, inf\)"),
         ({"split": "test"}, "no such images"),
         ({"syndata_dir": "nowhere"}, "not a folder"),
+        (
+            {"syndata_dir": None, "syndata_key": "None", "syndata_max": 3},
+            "--syndata_max: there are no synthetic images",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(birds, wrong, text):

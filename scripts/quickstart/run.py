@@ -43,6 +43,8 @@ from semantic_aug.evaluation.experiments.statistics import image_interval  # noq
 from semantic_aug.evaluation.quality import gallery  # noqa: E402
 
 CHECKPOINT = "quickstart"
+RESULTS = {"train_lora.py": "summary.json", "train_cls.py": "results.json"}
+"""What a finished run has in its output folder."""
 
 
 class Quickstart:
@@ -57,7 +59,7 @@ class Quickstart:
         self.task, self.size = task, SMOKE if smoke else task.size
         self.out = Path("outputs") / (f"{task.folder}_smoke" if smoke else task.folder)
         self.times_file = ROOT / self.out / "times.json"
-        self.times: dict[str, dict] = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+        self.times: dict[str, dict] = files.read_json(self.times_file) or {}
 
     @property
     def title(self) -> str:
@@ -129,6 +131,12 @@ class Quickstart:
             raise KeyboardInterrupt
         print(process.stdout.partition("\n")[0], flush=True)
 
+    def has_result(self, words: Sequence[str]) -> bool:
+        """Whether the result of a command exists, which may have been removed since it was run."""
+        if words[0] not in RESULTS:
+            return bool(self.subsets)
+        return (ROOT / words[words.index("--output_dir") + 1] / RESULTS[words[0]]).is_file()
+
     def run_steps(self) -> None:
         """Runs what is not done yet.
 
@@ -139,9 +147,11 @@ class Quickstart:
         commands = self.commands()
         for position, (name, words) in enumerate(commands.items(), 1):
             entry = self.times.setdefault(name, {"seconds": 0.0, "done": False, "command": words})
-            if entry["done"] and entry["command"] == words:
+            if entry["done"] and entry["command"] == words and self.has_result(words):
                 print(f"[{position}/{len(commands)}] {name}: done before, in {entry['seconds']:.0f} s")
                 continue
+            if entry["done"]:  # a step that is run again counts once
+                entry.update(seconds=0.0, done=False)
             print(f"[{position}/{len(commands)}] {name}: python {shlex.join(words)}", flush=True)
             began = time.monotonic()
             process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)

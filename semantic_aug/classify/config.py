@@ -17,6 +17,9 @@ from semantic_aug.classify.mixing import MixSettings
 from semantic_aug.datasets.cache import MODES as CACHES
 from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
 from semantic_aug.datasets.spec import SHOT_THRESHOLDS
+from semantic_aug.errors import UserError
+from semantic_aug.registry import resolve_path
+from semantic_aug.runs import ARGS_FILE
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 AUGMENTATIONS = ("crop", "resized_crop")
@@ -25,6 +28,10 @@ CLASS_WEIGHT_MEANS = ("images", "weights")
 SELECT_BY = ("top1", "macro", "worst_group")
 WEIGHTS = ("auto", "none", "torchvision")
 """Pre-trained weights that are no file."""
+MODEL_FILE = "model.safetensors"
+"""The classifier of a finished run."""
+WEIGHT_FILES = (MODEL_FILE, "pytorch_model.bin", "model_best.pth.tar")
+"""What is looked for, in this order, where ``--weights`` is a folder; the last is what timm's ``train.py`` writes."""
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
 """Peak learning rate of each optimiser where neither ``--lr`` nor the recipe gives one."""
 TORCHVISION_NAMES = {
@@ -379,6 +386,48 @@ def _recorded(settings: object) -> dict:
     values = {name: getattr(settings, name) for name in cli.settings_of(type(settings))}
     values = cli.recorded(values, type(settings))
     return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- files of requests
+
+
+def check_paths(config: ClassifyConfig) -> None:
+    """Refuses paths of a request that lead to nothing, before anything is read. Raises UserError: names the first."""
+    for path in config.use.predict or ():
+        if not path.exists():
+            raise UserError(f"--predict {path}: not a folder or file; expected images or folders with images")
+    used = config.use.eval_only or config.use.predict
+    if config.classifier.weights not in WEIGHTS or used and config.output_dir is not None:
+        classifier_file(config)
+
+
+def classifier_file(config: ClassifyConfig) -> tuple[str, Path]:
+    """The flag that names a trained classifier, and its file. Raises UserError: no such file."""
+    if config.classifier.weights not in WEIGHTS:
+        return "--weights", weight_file(resolve_path(config.classifier.weights))
+    path = resolve_path(config.output_dir) / MODEL_FILE
+    if not path.is_file():
+        raise UserError(
+            f"--output_dir {path.parent}: no trained classifier there (looked for {path.name}); train it first"
+        )
+    return "--output_dir", path
+
+
+def weight_file(path: Path) -> Path:
+    """The file of ``--weights PATH``: itself, or the known file inside a folder. Raises UserError: no such file."""
+    if path.is_dir():
+        path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
+    if not path.is_file():
+        raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with {MODEL_FILE}")
+    return path
+
+
+def check_run(folder: Path) -> None:
+    """Refuses the folder of a ``--classifier`` that holds no finished run."""
+    if not ((folder / ARGS_FILE).is_file() and (folder / MODEL_FILE).is_file()):
+        raise UserError(
+            f"--classifier {folder} holds no finished classifier: expected the output folder of train_cls.py with {MODEL_FILE}"
+        )
 
 
 def build_parser(description: str) -> cli.Parser:

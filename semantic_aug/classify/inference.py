@@ -1,10 +1,13 @@
 """The one trained classifier: evaluated on a data set's splits, or asked for the classes of other images."""
 
+import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +15,24 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from semantic_aug import files, runs
+from semantic_aug import cli, files, runs
 from semantic_aug.classify.activation import activation_maps
 from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
-from semantic_aug.classify.config import WEIGHTS, ClassifyConfig
+from semantic_aug.classify.config import MODEL_FILE, ClassifyConfig, check_run, classifier_file
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
 from semantic_aug.classify.models import class_order, make_model, normalisation_of
 from semantic_aug.classify.processes import Processes
-from semantic_aug.classify.trainer import MODEL_FILE, RESULTS_FILE
-from semantic_aug.datasets import LoadedDataset
+from semantic_aug.classify.trainer import RESULTS_FILE
+from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import data_identity
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError
-from semantic_aug.registry import resolve_path, shown_path
+from semantic_aug.registry import shown_path
+
+log = logging.getLogger(__name__)
 
 EVAL_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
@@ -89,21 +94,49 @@ class Classifier:
 def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     """The classifier that ``--weights`` names, or the one in ``--output_dir``. Raises UserError: the file does not exist, is
     another model, or was trained on other classes."""
-    given = config.classifier.weights not in WEIGHTS
-    path = resolve_path(config.classifier.weights) if given else config.output_dir
-    path = path / MODEL_FILE if path.is_dir() or path.suffix == "" else path
-    flag = "--weights" if given else "--output_dir"
-    if not path.is_file():
-        raise UserError(f"{flag} {path.parent}: no trained classifier there (looked for {path.name}); train it first")
+    flag, path = classifier_file(config)
     names = metadata_of(path).get("classes", dataset.source_names)
     order = class_order(names, dataset, f"{flag} {path}")
     classifier = _load(
         path, flag, config.classifier.model, config.classifier.res_mode, names, torch.device(config.device)
     )
     model = classifier.model if order == sorted(order) else Reordered(classifier.model, order).eval()
+    side = _record_of(path).get("resolution", config.classifier.res_mode)
+    if side != config.classifier.res_mode:
+        text = "%s was trained at --res_mode %s and is used at %d"
+        log.warning(text, shown_path(path), side, config.classifier.res_mode)
     # the memory layout of training, in which the splits are evaluated to the same digits
     model = model.to(memory_format=torch.channels_last)
     return replace(classifier, model=model, class_names=dataset.source_names, amp=config.training.amp)
+
+
+def refuse_seen_images(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> None:
+    """Refuses to evaluate a run of this data set on images that it was trained on under another setting, as far as its record
+    tells. Raises UserError: says what the settings differ in."""
+    recorded = _record_of(classifier.path)
+    kept = recorded.get("setting")
+    if recorded.get("dataset") != config.dataset or not isinstance(kept, Mapping):
+        return
+    trained = Setting(**{name: value for name, value in kept.items() if name in cli.settings_of(Setting)})
+    if trained == dataset.setting:
+        return
+    seen = set(load_dataset(config.dataset, trained, config.run.config_dir).train.keys)
+    other = {"test"} if config.evaluation.test_dataset else set()  # of another data set
+    for split in sorted({"val", "test"} - other):
+        table = getattr(dataset, split)
+        if shared := sorted(seen.intersection(table.keys if table is not None else ())):
+            changed = "; ".join(runs.differences(asdict(trained), asdict(dataset.setting)))
+            raise UserError(
+                f"--eval_only: {len(shared)} {split} images ('{shared[0]}') are training images of the classifier "
+                f"{shown_path(classifier.path)} ({changed}): give the flags that it was trained with"
+            )
+
+
+def _record_of(path: Path) -> Mapping[str, Any]:
+    """The arguments of the run that a weight file is of; empty where it is none of ours."""
+    with contextlib.suppress(UserError):
+        return runs.load_arguments(path.parent) or {}
+    return {}
 
 
 class Reordered(nn.Module):
@@ -125,11 +158,8 @@ class Reordered(nn.Module):
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
     """The classifier of a finished ``train_cls.py`` run. Raises UserError: not the folder of a finished run."""
     folder = Path(folder)
+    check_run(folder)
     arguments, path = runs.load_arguments(folder), folder / MODEL_FILE
-    if arguments is None or not path.is_file():
-        raise UserError(
-            f"{folder} holds no finished classifier: expected the output folder of train_cls.py with {MODEL_FILE}"
-        )
     names = metadata_of(path).get("classes")
     if names is None:
         raise UserError(f"{path} is damaged or not train_cls.py's (it names no classes): run train_cls.py again")
@@ -155,6 +185,7 @@ def _load(
 def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> dict:
     """Scores on validation and test; files go to ``{output_dir}/evaluation``. Returns ``val`` and ``test``, None where there
     is no such split, and what images these are."""
+    refuse_seen_images(classifier, config, dataset)
     folder = config.output_dir / EVAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     results = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}
@@ -182,7 +213,7 @@ def images_to_predict(paths: Sequence[Path]) -> dict[str, str]:
     whatever it is called. Names are relative to the folder where there is just one, else paths.
 
     Raises:
-        UserError: a path that does not exist, or no image at all.
+        UserError: no image at all.
     """
     images: dict[str, str] = {}
     for path in paths:
@@ -191,10 +222,8 @@ def images_to_predict(paths: Sequence[Path]) -> dict[str, str]:
             files_below = walk.images(walk.root)
             walk.note_left_out()
             images |= {walk.name_of(file) if len(paths) == 1 else text_of(file): file for file in files_below}
-        elif path.exists():
-            images[text_of(path)] = os.fspath(path)
         else:
-            raise UserError(f"--predict {path}: not a folder or file; expected images or folders with images")
+            images[text_of(path)] = os.fspath(path)
     if not images:
         raise UserError(f"--predict {' '.join(map(str, paths))}: no image there; expected {EXPECTED}")
     return images

@@ -19,7 +19,7 @@ from semantic_aug import cli, registry
 from semantic_aug.classify.config import build_parser, read_config
 from semantic_aug.classify.draws import EpochDraws, SyntheticSettings
 from semantic_aug.classify.losses import one_hot
-from semantic_aug.classify.run import load_synthetic, train, with_derived
+from semantic_aug.classify.run import check_synthetic, load_synthetic, subset_folders, train, with_derived
 from semantic_aug.classify.teacher import subset_labels, with_teacher_labels
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.settings import dataset_name
@@ -84,12 +84,12 @@ class SoftLabelDataset(Dataset):
         if split != "train":
             self.batch_size = batch_size
             return
-        folders = [f for key in settings.syndata_key or () for f in dataset.subsets(key, config_dir)]
-        folders += settings.syndata_dir or ()
+        check_synthetic(settings)
+        folders = subset_folders(settings, dataset, config_dir)
         self.synthetic = load_synthetic(folders, dataset, settings)
         if settings.soft_labels != "strength" and self.synthetic is not None:
             request = read_config(build_parser("").parse_args(["--dataset", dataset.name, *shlex.split(teacher)]))
-            request = replace(request, synthetic=settings, syndata=tuple(map(str, folders)))
+            request = replace(request, synthetic=settings, syndata=folders)
             labels = subset_labels(with_derived(request, dataset), dataset)
             self.synthetic = with_teacher_labels(self.synthetic, labels, settings, train)
         images, options = self.synthetic, {"counts": self.real.counts(), "epochs": epochs}

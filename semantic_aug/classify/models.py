@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
-from semantic_aug.classify.config import TORCHVISION_NAMES, WEIGHTS, ModelSettings, network
+from semantic_aug.classify.config import TORCHVISION_NAMES, WEIGHTS, ModelSettings, network, weight_file
 from semantic_aug.classify.torchvision_weights import SWAG_URL, swag_vit, tagged_name
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import files_digest
@@ -24,9 +24,6 @@ from semantic_aug.registry import resolve_path
 from semantic_aug.tensors import load_pickle
 
 log = logging.getLogger(__name__)
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model_best.pth.tar")
-"""What is looked for, in this order, where ``--weights`` is a folder; the last is what timm's ``train.py`` writes."""
 
 
 @dataclass(frozen=True)
@@ -208,15 +205,6 @@ def weights_identity(name: str, weights: str) -> str:
 def _hub_name(timm, name: str) -> str:
     config = timm.get_pretrained_cfg(name)
     return str((config and (config.hf_hub_id or config.url)) or name)
-
-
-def weight_file(path: Path) -> Path:
-    """The file of ``--weights PATH``: itself, or the known file inside a folder. Raises UserError: no such file."""
-    if path.is_dir():
-        path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
-    if not path.is_file():
-        raise UserError(f"--weights {path}: expected a .safetensors or .pth file, or a folder with model.safetensors")
-    return path
 
 
 def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:

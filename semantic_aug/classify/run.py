@@ -15,12 +15,19 @@ import torch
 from semantic_aug import console, files, registry, runs
 from semantic_aug.classify import inference, metrics, teacher
 from semantic_aug.classify.checkpoints import metadata_of
-from semantic_aug.classify.config import ABSENT, DEFAULT_LR, MAY_CHANGE, ClassifyConfig, SyntheticSettings
+from semantic_aug.classify.config import (
+    ABSENT,
+    DEFAULT_LR,
+    MAY_CHANGE,
+    MODEL_FILE,
+    ClassifyConfig,
+    SyntheticSettings,
+)
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, make_skeleton, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
-from semantic_aug.classify.trainer import BEFORE_RESULTS, MODEL_FILE, Trainer, check_disk, results_of
+from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, results_of
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
@@ -101,15 +108,13 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
     if config.evaluation.test_dataset:
         dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
-    keys = [key for key in synthetic.syndata_key or () if key]
-    folders = [folder for key in keys for folder in dataset.subsets(key, config.run.config_dir)]
-    folders += synthetic.syndata_dir or ()
+    folders = subset_folders(synthetic, dataset, config.run.config_dir)
     images = load_synthetic(folders, dataset, synthetic)
-    resolved = replace(with_derived(config, dataset), syndata=tuple(map(str, folders)))
+    resolved = replace(with_derived(config, dataset), syndata=folders)
     check(resolved, dataset)
     folder = placement.output_dir
     if folder is None:
-        names = keys + [Path(folder).name for folder in synthetic.syndata_dir or ()]
+        names = [*filter(None, synthetic.syndata_key or ()), *(Path(path).name for path in synthetic.syndata_dir or ())]
         folder = Path("outputs/classification", f"{dataset.name}{dataset.setting.suffix}", run_name(resolved, names))
         if config.training.seeds is None:
             folder = folder.with_name(f"{folder.name}-seed{config.seed}")
@@ -125,6 +130,21 @@ def with_derived(config: ClassifyConfig, dataset: LoadedDataset) -> ClassifyConf
     thresholds = config.evaluation.shot_thresholds or dataset.spec.shot_thresholds
     evaluation = replace(config.evaluation, shot_thresholds=thresholds)
     return replace(config, setting=dataset.setting, training=training, evaluation=evaluation, device=device)
+
+
+def subset_folders(settings: SyntheticSettings, dataset: LoadedDataset, config_dir: Path) -> tuple[str, ...]:
+    """The folders of the synthetic subsets. Raises UserError: an unknown key."""
+    keys = filter(None, settings.syndata_key or ())
+    return (*(folder for key in keys for folder in dataset.subsets(key, config_dir)), *(settings.syndata_dir or ()))
+
+
+def check_synthetic(settings: SyntheticSettings) -> None:
+    """Refuses settings of synthetic images where there are none."""
+    if any(settings.syndata_key or ()) or settings.syndata_dir:
+        return
+    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels"):
+        if getattr(settings, name) != getattr(SyntheticSettings, name):
+            raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
 
 
 def load_synthetic(
@@ -163,12 +183,9 @@ def check_flags(config: ClassifyConfig) -> None:
     synthetic, training, loss = config.synthetic, config.training, config.loss
     if config.evaluation.test_dataset:
         find_spec(config.evaluation.test_dataset, config.run.config_dir)
-    subsets = any(synthetic.syndata_key or ()) or synthetic.syndata_dir
     for folder in synthetic.syndata_dir or ():
         locate(folder)
-    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels"):
-        if getattr(synthetic, name) != getattr(SyntheticSettings, name) and not subsets:
-            raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
+    check_synthetic(synthetic)
     if loss.drw_epoch >= 0 and loss.criterion == "cb":
         raise UserError(
             f"--drw_epoch {loss.drw_epoch}: --criterion cb weights classes from the start; expected another"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from semantic_aug import files, runs, tensors
-from semantic_aug.classify.config import ClassifyConfig
+from semantic_aug.classify.config import MODEL_FILE, ClassifyConfig
 from semantic_aug.classify.data import EvalBatches, Normaliser, TrainBatches, share_of
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.metrics import (
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 EPOCHS_FILE = "epochs.csv"
 RESULTS_FILE = "results.json"
-MODEL_FILE = "model.safetensors"
 STATE_FILE = "last.pt"
 BOARD_FOLDER = "tensorboard"
 BEFORE_RESULTS = (runs.ARGS_FILE, f"{BOARD_FOLDER}/*")

@@ -316,6 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parses, measures, reports."""
     args = build_parser().parse_args(argv)
     settings = cli.read_settings(HeadroomSettings, args)
+    if settings.weights not in classify.WEIGHTS:
+        classify.weight_file(registry.resolve_path(settings.weights))
     if args.dry_run:
         print(load_data(settings, args.dataset, args.config_dir).describe())
         return 0

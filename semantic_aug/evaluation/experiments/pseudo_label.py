@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug import cli, files, meta_csv, registry, runs
-from semantic_aug.classify.config import PlacementSettings
+from semantic_aug.classify.config import PlacementSettings, check_run
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin, check_classifier
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = build_parser().parse_args(argv)
     settings, request = cli.read_settings(UnlabelledSettings, args), cli.read_settings(LabelSettings, args)
+    check_run(request.classifier)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     classifier = load_run(request.classifier, device_of(request.gpu))
     if classifier.class_names != dataset.source_names:
