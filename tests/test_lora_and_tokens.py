@@ -294,6 +294,16 @@ def test_other_formats_are_refused_by_name(tmp_path, keys, message):
     assert "another base model" not in str(error.value)
 
 
+@pytest.mark.parametrize("stem", ["mid.to_q", "unet.mid.processor.to_q_lora", "mid.to_q_lora", "unet.mid.to_q.lora"])
+def test_an_alpha_scales_its_weights_under_any_of_their_names_or_is_refused(tmp_path, stem):
+    state = {f"{stem}.{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
+    save_file(state | {f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    assert {name: pair.scale for name, pair in lora.read_lora(tmp_path / "x.safetensors").items()} == {"mid.to_q": 0.5}
+    save_file(state | {"mid.to_k.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="scales 'mid.to_k' by an alpha and holds no weights of it"):
+        lora.read_lora(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

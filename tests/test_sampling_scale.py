@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -36,6 +37,7 @@ from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import ConditionCache, Conditions
+from semantic_aug.errors import UserError
 from semantic_aug.sampling import files
 from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.folder import Records
@@ -399,6 +401,31 @@ def test_a_gpu_that_hangs_is_found_although_waiting_for_it_takes_processor_time(
         one.observe(1.0)
         one.observe(1000.0)
     assert life.failure(300).startswith("without a step for 2000 s") and cpu.failure(300) is None
+
+
+def test_a_run_in_which_every_attempt_fails_ends_and_one_with_a_finished_batch_goes_on():
+    dispatcher = Dispatcher(None, None, lambda rows: None, 1000, 0)
+    for attempt in range(100):  # each fails at another batch, but every tenth process finishes one
+        dispatcher.give_back([attempt, attempt + 1], attempt, "a driver fails")
+        if attempt % 10 == 9:
+            dispatcher.take("worker", [(attempt, 1, 1)], {})
+    with pytest.raises(UserError, match="20 attempts at a batch failed in a row.*a driver fails"):
+        for attempt in range(100, 121):
+            dispatcher.give_back([attempt], attempt, "a driver fails")
+    assert attempt == 119 and not dispatcher.outcome.set_aside
+
+
+def test_processes_that_do_not_start_end_a_run_only_where_none_starts_between(caplog):
+    dispatcher = Dispatcher(None, None, lambda rows: None, 1000, 0)
+    dispatcher.job = SimpleNamespace(folder=Path("subset"))
+    for _ in range(5):
+        dispatcher.failed_to_start("cuda:0", "out of memory")
+        dispatcher.failed_to_start("cuda:0", "out of memory")
+        dispatcher.started()
+    dispatcher.bar.close()
+    with pytest.raises(UserError, match="could not start, 3 times .out of memory"):
+        for _ in range(3):
+            dispatcher.failed_to_start("cuda:0", "out of memory")
 
 
 @pytest.mark.slow

@@ -146,16 +146,21 @@ def read_lora(path: Path) -> dict[str, LoraPair]:
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     for key, value in tensors.items():
-        if key.endswith(".alpha"):
-            alphas[_module_name(key.removesuffix(".alpha"))] = float(value)
-            continue
-        names = normal_name(key)
+        alpha = key.endswith(".alpha")
+        names = normal_name(f"{key.removesuffix('.alpha')}.lora_down.weight" if alpha else key)
         if names is None:
             raise UserError(f"LoRA {path}: key '{key}' is not a LoRA weight of a U-Net or text encoder")
         module, part = names
+        if alpha:
+            alphas[module] = float(value)
+            continue
         halves.setdefault(module, {})[part] = value.float()
     if not halves:
         raise UserError(f"LoRA {path} holds no LoRA weight")
+    if unused := next((module for module in alphas if module not in halves), None):
+        raise UserError(
+            f"LoRA {path} scales '{unused}' by an alpha and holds no weights of it: its names are not understood"
+        )
     settings = _settings(path, any(key.startswith("base_model.model.") for key in tensors), metadata)
     pairs = {}
     for module, parts in halves.items():

@@ -1,6 +1,7 @@
 """Handing batches to processes: the accounts that every engine keeps, and the engine for one machine.
 
-A batch whose process died or broke is done again, three times at most, then set aside and reported. On one machine there
+A batch whose process died or broke is done again, three times at most, then set aside and reported; where attempt after
+attempt fails, whatever the batch, the run ends. On one machine there
 is a process per entry of ``--gpu_ids``, each on a pipe of its own: one killed in the middle of a message spoils nobody
 else's. What dies, breaks or hangs is replaced. :mod:`semantic_aug.sampling.ray_engine` is the engine for many machines.
 """
@@ -27,6 +28,8 @@ AHEAD = 3
 """Batches a process holds at once: one being written, one being computed, and the next."""
 
 MAX_ATTEMPTS = 3
+MAX_FAILURES = 20
+"""Failed attempts in a row, at any batches, after which a run ends: each costs a new process."""
 STATUS_FILE = "status.json"
 STATUS_SECONDS = 2.0
 GRACE_SECONDS = 30.0
@@ -75,7 +78,7 @@ class Dispatcher:
         self.job, self.tasks_of, self.on_rows, self.total, self.already = job, tasks_of, on_rows, total, already
         self.queue: deque[int] = deque()
         self.attempts: dict[int, int] = {}
-        self.failed_starts = 0
+        self.failed_starts = self.failures = 0  # in a row
         self.outcome = Outcome()
         self.marks: dict[object, list[tuple[float, int]]] = {}
         self.bar: tqdm | None = None
@@ -122,6 +125,7 @@ class Dispatcher:
     def take(self, process: object, rows: list[Row], failures: dict[int, str]) -> None:
         """Books a batch that a process finished."""
         self.on_rows(rows)
+        self.failures = 0
         self.outcome.made += len(rows)
         self.outcome.unreadable.update(failures)
         self.marks.setdefault(process, []).append((time.monotonic(), len(rows)))
@@ -129,7 +133,14 @@ class Dispatcher:
             self.bar.update(len(rows))
 
     def give_back(self, batches: Sequence[int], blamed: int | None, why: str) -> None:
-        """Takes back the batches of a process that is gone; the one it was computing counts as a failed attempt."""
+        """Takes back the batches of a process that is gone; the one it was computing counts as a failed attempt. Raises
+        UserError: so many attempts failed in a row that the batches are not the cause."""
+        self.failures += blamed in batches
+        if self.failures >= MAX_FAILURES:
+            raise UserError(
+                f"{self.failures} attempts at a batch failed in a row, each in a new process ({why}): the same command tries "
+                "again; DIFFMIX_DEBUG=1 shows more"
+            )
         for batch in batches:
             self.attempts[batch] = self.attempts.get(batch, 0) + (batch == blamed)
             if self.attempts[batch] >= MAX_ATTEMPTS:
@@ -139,7 +150,7 @@ class Dispatcher:
                 self.queue.append(batch)
 
     def failed_to_start(self, device: str, why: str) -> None:
-        """Books a process that never came to work. Raises UserError: it happened too often; it will not change."""
+        """Books a process that never came to work. Raises UserError: it happened too often in a row; it will not change."""
         self.failed_starts += 1
         if self.failed_starts >= MAX_ATTEMPTS:
             raise UserError(
@@ -150,8 +161,9 @@ class Dispatcher:
         """Seconds without a sign of life after which a process, loading or ready, is replaced."""
         return (self.job.config.placement.worker_timeout or SILENCE_SECONDS) if ready else LOADING_SECONDS
 
-    def show_bar(self) -> None:
-        """Shows the progress bar, once there is a process to make progress."""
+    def started(self) -> None:
+        """Books a process that has loaded everything; the first one shows the progress bar."""
+        self.failed_starts = 0
         if self.bar is None:
             self.bar = tqdm(
                 total=self.total,
@@ -274,7 +286,7 @@ class Launcher(Dispatcher):
         kind = message[0]
         if kind == "ready":
             worker.ready = True
-            self.show_bar()
+            self.started()
         elif kind == "begin":
             worker.current = message[1]
         elif kind == "done":

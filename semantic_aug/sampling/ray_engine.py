@@ -159,7 +159,7 @@ class RayLauncher(Dispatcher):
         else:
             if future == actor.starting:
                 actor.starting = None
-                self.show_bar()
+                self.started()
                 return
             batch, rows, failures = answer
             actor.held = deque((b, f) for b, f in actor.held if b != batch)
