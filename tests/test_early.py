@@ -177,6 +177,15 @@ def test_stage_1_refuses_before_the_images_are_listed(flags, message, tiny_base,
     assert len(error) == 1 and message in error[0], error
 
 
+def test_a_precision_of_accelerate_launch_that_is_none_of_ours_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert run_main(train_lora.main, ["--dataset", f"folder:{tmp_path / 'absent'}", *map(str, FINETUNE)]) == 2
+    assert (
+        "sets the mixed precision fp8, expected one of no, fp16, bf16: give --mixed_precision"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_registry_of_the_default_folder_is_read_before_anything_runs(tmp_path):
     @dataclass(frozen=True, kw_only=True)
     class Settings:

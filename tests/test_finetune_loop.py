@@ -278,6 +278,22 @@ def test_a_checkpoint_deleted_by_half_is_not_taken_for_whole(tmp_path, monkeypat
     assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch):
+    model = SimpleNamespace(lora_parameters=[], current_tokens=lambda: None)
+    checkpoints.save_checkpoint(tmp_path, 3, model, {}, 1)
+    remove = shutil.rmtree
+
+    def killed(path, ignore_errors=False):
+        if not ignore_errors:  # the removal of what was there before
+            raise KeyboardInterrupt
+        remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_checkpoint(tmp_path, 3, model, {}, 1)
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint-3"]
+
+
 def test_the_checkpoint_just_written_stays_where_later_ones_exist(tmp_path):
     model = SimpleNamespace(lora_parameters=[], current_tokens=lambda: None)
     for step in (100, 200, 300):

@@ -181,6 +181,15 @@ def test_a_folder_of_splits_is_read_as_it_is(name, tmp_path, monkeypatch):
     assert splits["val"].class_names == ("class_0", "class_1", "class_2")
 
 
+def test_a_validation_folder_without_a_test_folder_is_not_passed_over(downloads, tmp_path, monkeypatch):
+    for split in ("train", "valid"):
+        shutil.copytree(downloads["seedlings"][0], tmp_path / split)
+    (tmp_path / "valid" / "Maize" / "10.png").unlink()
+    monkeypatch.setenv("SEEDLINGS_ROOT", str(tmp_path))
+    splits = catalog.find_spec("seedlings").read()
+    assert set(splits) == {"train", "val"} and len(splits["val"]) == len(splits["train"]) - 1
+
+
 def test_the_kaggle_copy_of_seedlings_has_no_labels_in_its_test_folder(downloads, tmp_path, monkeypatch):
     shutil.copytree(downloads["seedlings"][0], tmp_path / "train")
     (tmp_path / "test").mkdir()

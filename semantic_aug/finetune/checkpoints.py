@@ -70,22 +70,24 @@ def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dic
     for path in temporary.iterdir():
         with open(path, "rb+") as content:
             os.fsync(content.fileno())
-    if final.exists():  # the same step again, after a resume from an earlier one
-        _remove(final)
+    former = _set_aside(final) if final.exists() else None  # the same step again, after a resume from an earlier one
     os.replace(temporary, final)
+    if former is not None:
+        shutil.rmtree(former)
     if limit is not None:
         known = listed(output_dir)
         for old in known[: max(0, known.index(final) + 1 - limit)]:
-            _remove(old)
+            shutil.rmtree(_set_aside(old))
     return final
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a checkpoint; it loses its name first, so that one deleted by half is never taken for whole."""
+def _set_aside(folder: Path) -> Path:
+    """Takes a checkpoint's name before it is deleted, so that one deleted by half is never taken for whole; returns the new
+    name."""
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def remove_leftovers(output_dir: Path) -> None:

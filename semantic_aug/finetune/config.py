@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvc
 """Of accelerate's; each is also the name of the package it needs."""
 UNLABELLED_SHARE = 0.25
 """Share of each batch that is drawn from a pool of unlabelled images where none is given."""
+PRECISIONS = ("no", "fp16", "bf16")
 COMPILE_STEPS = 5000
 """Optimiser steps from which compiling (a minute or two) is worth it on a GPU."""
 
@@ -79,7 +81,7 @@ class ModelSettings:
     gradient_checkpointing: bool = cli.setting(False, help="less memory, more time", result=False)
     mixed_precision: str | None = cli.setting(
         None,
-        choices=("no", "fp16", "bf16"),
+        choices=PRECISIONS,
         help="precision of the frozen weights and of the arithmetic; what is trained stays fp32 (default: "
         "accelerate launch's, else no)",
     )
@@ -96,6 +98,17 @@ class ModelSettings:
                 f"--train_text_encoder_lora with --finetune_strategy {self.finetune_strategy}, which trains no LoRA: give "
                 "db or ti_db"
             )
+
+    @property
+    def precision(self) -> str:
+        """``mixed_precision``, or what ``accelerate launch`` sets. Raises UserError: that is none of ours (``fp8``)."""
+        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"accelerate launch sets the mixed precision {precision}, expected one of {', '.join(PRECISIONS)}: give "
+                "--mixed_precision, or change accelerate's configuration"
+            )
+        return precision
 
     @property
     def trains_tokens(self) -> bool:

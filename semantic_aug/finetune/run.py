@@ -76,12 +76,11 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     check_training_prompts(dataset, folder, name, vectors, images)
     scale = config.effective_batch(launched()) if config.train.scale_lr else 1
     output_dir = config.output_dir or runs.finetune_dir(model.finetune_strategy, dataset.name, dataset.setting.suffix)
-    precision = model.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     config = replace(
         config,
         setting=dataset.setting,
         base_folder=folder,
-        model=replace(model, mixed_precision=precision),
+        model=replace(model, mixed_precision=model.precision),
         train=replace(
             config.train,
             learning_rate=config.train.learning_rate * scale,
@@ -97,9 +96,9 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
 
 
 def check_flags(config: FinetuneConfig) -> None:
-    """Refuses, before anything is read, templates, an optimiser, a schedule or a tracker that cannot be had, or a registry that
-    cannot be written to. Raises UserError: names the flag."""
-    _ = config.images.templates  # read, since a file may be missing
+    """Refuses, before anything is read, templates, a precision, an optimiser, a schedule or a tracker that cannot be had, or a
+    registry that cannot be written to. Raises UserError: names the flag."""
+    _ = config.images.templates, config.model.precision  # read, since a file may be missing
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
     check_tracker(config.output.report_to)

@@ -5,7 +5,7 @@
 * the official download (``NonsegmentedV2.zip`` unpacked) or another copy with one folder for each species, directly or in
   ``train`` (the Kaggle copy of 4,750 photographs, whose ``test`` has no labels). Neither has a split. Each species is cut
   in the order of its file names, 70 % train, 15 % val, 15 % test, so that numbered pictures of one plant stay together.
-* a folder with ``train``, ``val`` and ``test``, each with one folder for each species.
+* a folder with ``train`` and ``val`` or ``test`` or both, each with one folder for each species.
 
 The photographs are of about 960 plants, which the file names do not tell apart: a plant can be in two splits.
 """
@@ -13,8 +13,8 @@ The photographs are of about 960 plants, which the file names do not tell apart:
 from pathlib import Path
 
 from semantic_aug.datasets.readers import official
-from semantic_aug.datasets.readers.folder import read_folder
-from semantic_aug.datasets.spec import DatasetSpec, Splits
+from semantic_aug.datasets.readers.folder import Walk, read_folder
+from semantic_aug.datasets.spec import DatasetSpec, Splits, split_of
 from semantic_aug.errors import UserError
 
 TRAIN, VAL = 70, 15
@@ -23,7 +23,9 @@ TRAIN, VAL = 70, 15
 
 def read_official(root: Path) -> Splits:
     """One folder for each species, or folders of splits."""
-    if (root / "train").is_dir() and (root / "test").is_dir() and any(p.is_dir() for p in (root / "test").iterdir()):
+    walk = Walk(root)
+    others = [folder for folder in walk.entries(root)[0] if split_of(folder.name) in ("val", "test")]
+    if (root / "train").is_dir() and any(map(walk.folder_names, others)):
         return read_folder(root)
     images = root / "train" if (root / "train").is_dir() else root
     species = sorted(p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
