@@ -280,6 +280,10 @@ def test_an_export_goes_on_and_writes_nothing_twice(name, exports, image_folder,
     assert export.main(arguments) == 0
     after = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
     assert after == before and images[0].stat().st_ino == kept
+    record = runs.load_arguments(out)
+    files.write_text(out / runs.ARGS_FILE, runs.arguments_text({k: v for k, v in record.items() if k != "real_images"}))
+    with pytest.raises(UserError, match=r"other arguments \(real_images: none -> 'as the stages read them'\)"):
+        export.main(arguments)  # of an earlier version
 
 
 def test_other_folders_are_refused_and_left_as_they_are(exports, image_folder, subset, tmp_path, capsys):

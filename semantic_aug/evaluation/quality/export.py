@@ -128,7 +128,9 @@ def arguments_of(args, settings: ExportSettings) -> dict:
         name for name in cli.result_settings(ExportSettings) if name != "shard_images" or settings.format in SHARDED
     ]
     drawn = {"seed": args.seed} if settings.format == "webdataset" else {}
-    return {**{name: getattr(settings, name) for name in names}, **drawn}
+    # earlier versions handed on all files as they are, some of which now have another ending: they cannot be resumed
+    real = {"real_images": "as the stages read them"} if settings.with_real else {}
+    return {**{name: getattr(settings, name) for name in names}, **real, **drawn}
 
 
 def notes(splits: Sequence[SplitImages], settings: ExportSettings) -> list[str]:
