@@ -177,7 +177,9 @@ def test_card_and_facts_say_what_the_images_are(exports, animals, image_folder, 
         front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
         assert "synthetic" in front["tags"] and (name == "hf") == ("configs" in front)
     with pytest.raises(UserError, match="--measures .*absent holds no images.csv"):
-        export.main(words(image_folder, subset, tmp_path / "no", format="csv", measures=tmp_path / "absent"))
+        export.main(
+            words(image_folder, subset, tmp_path / "no", format="csv", measures=tmp_path / "absent", dry_run=True)
+        )
     other = translated(subset, tmp_path)  # of which the run of measure says nothing
     with pytest.raises(UserError, match="--measures .* is not about the images of subset three as they are now"):
         export.main(words(image_folder, other, tmp_path / "no", format="csv", measures=measures))
@@ -291,6 +293,7 @@ def test_other_folders_are_refused_and_left_as_they_are(exports, image_folder, s
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
     assert run_main(export.main, words(image_folder, subset, full, format="csv")) == 2
+    assert run_main(export.main, words(image_folder, subset, full, format="csv", dry_run=True)) == 2
     assert [path.name for path in full.iterdir()] == ["thesis.txt"]
     out = exports["csv"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
@@ -298,7 +301,7 @@ def test_other_folders_are_refused_and_left_as_they_are(exports, image_folder, s
     assert run_main(export.main, words(image_folder, subset, out, format="csv", gamma=1, with_real=True)) == 2
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
     lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if line.startswith("error: ")]) == 3
+    assert len([line for line in lines if line.startswith("error: ")]) == 4
     assert run_main(export.main, words(image_folder, subset, tmp_path / "dry", format="csv", dry_run=True)) == 0
     assert not (tmp_path / "dry").exists()
 

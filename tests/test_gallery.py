@@ -270,6 +270,7 @@ def test_a_review_becomes_a_list_and_holds_only_for_the_images_that_were_looked_
         ('{"format": "other"}', (), "is not a review"),
         ('{"format": "semantic_aug review 1", "lists": [{"rejected": [3]}]}', (), "is not a review"),
         ('{"format": "semantic_aug review 1", "lists": []}', (), "is not about the 3 images"),
+        ('{"format": "semantic_aug review 1", "lists": []}', ("--dry_run",), "is not about the 3 images"),
         (
             '{"format": "semantic_aug review 1", "lists": []}',
             ("--keep", 0.5),

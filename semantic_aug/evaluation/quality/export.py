@@ -12,6 +12,7 @@ from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import Setting, add_shared
+from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import card
@@ -148,13 +149,11 @@ def notes(splits: Sequence[SplitImages], settings: ExportSettings) -> list[str]:
     return lines
 
 
-def write(args, settings: ExportSettings, dataset, subsets: Sequence, splits: Sequence, folders: Sequence[str]) -> None:
+def write(
+    args, settings: ExportSettings, origin: RunOrigin, facts: dict, splits: Sequence, folders: Sequence[str]
+) -> None:
     """Claims the folder and writes the images, then the card and the facts. Raises UserError: the folder holds anything else,
     another export among it, or the disk cannot hold the images."""
-    left_out = sum(map(len, subsets)) - (len(splits[0]) - splits[0].reals)
-    facts = card.describe(dataset, subsets, splits, settings, left_out)
-    parts = ("train", "val", "test") if settings.with_real else ()
-    origin = RunOrigin(dataset, parts, synthetic=splits[0].synthetic)
     folder, total = settings.output_dir, sum(map(len, splits))
     with files.no_trace(folder, BEFORE_RESULTS), lock_folder(folder, "--output_dir"):
         if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
@@ -183,8 +182,12 @@ def main(argv: list[str] | None = None) -> int:
     folders = folders_of(dataset, settings.format)
     for note in notes(splits, settings):
         print(note)
+    left_out = sum(map(len, subsets)) - (len(splits[0]) - splits[0].reals)
+    facts = card.describe(dataset, subsets, splits, settings, left_out)
+    origin = RunOrigin(dataset, SPLITS if settings.with_real else (), synthetic=splits[0].synthetic)
     if args.dry_run:
+        runs.claim(settings.output_dir, arguments_of(args, settings), "--output_dir", origin=origin, dry_run=True)
         return 0
-    write(args, settings, dataset, subsets, splits, folders)
+    write(args, settings, origin, facts, splits, folders)
     print(f"exported {sum(map(len, splits))} images as {settings.format}: {registry.shown_path(settings.output_dir)}")
     return 0

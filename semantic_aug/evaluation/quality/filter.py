@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"synthetic: {folder}, {len(images)} images")
         if not args.dry_run:
             filter_folder(inputs, settings, folder, images)
+        elif settings.review:
+            kept_after_review(settings.review, folder, images, dataset.source_names)  # refuses a review of other images
     if key and not args.dry_run:
         registry.register(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
         print(f"registered: {dataset.name}/{key}")
