@@ -243,8 +243,8 @@ def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ..
 
 def _read_lines(word: str, flag: str, expected: str) -> tuple[str, ...]:
     """The distinct lines of a text file, without blank ones and those starting with ``#``."""
-    try:
-        lines = [line.strip() for line in Path(word).expanduser().read_text(encoding="utf-8").splitlines()]
+    try:  # a byte-order mark, as Windows' editors write it, is no part of the first line
+        lines = [line.strip() for line in Path(word).expanduser().read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{flag} {word}: expected a text file with one {expected}") from None
     return tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))

@@ -20,7 +20,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.finetune.config import parse
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.finetune.run import resolve
-from semantic_aug.prompts import context_of, read_contexts, without_classes
+from semantic_aug.prompts import context_of, read_contexts, read_templates, without_classes
 from semantic_aug.sampling import config as sampling
 from semantic_aug.sampling import identity as identities
 from semantic_aug.sampling.identity import identity_of
@@ -61,6 +61,9 @@ def test_a_file_of_contexts(tmp_path):
     file = tmp_path / "contexts.txt"
     file.write_text("# mine\nin the snow\n\nat night\nin the snow\n")
     assert read_contexts(str(file)) == ("in the snow", "at night")
+    for first in ("# mine\r\n", ""):  # Windows' editors begin a file with a byte-order mark
+        file.write_bytes(f"\ufeff{first}a {{}} at night\r\n".encode())
+        assert read_templates(str(file)) == ("a {} at night",)
     for content, message in (("#\n", "holds no context"), ("a {} in snow\n", "expected a context without a class")):
         file.write_text(content)
         with pytest.raises(UserError, match=f"--contexts .*{message}"):

@@ -1,5 +1,6 @@
 """Stage 2 at scale: shards and merging, Ray, formats, hangs, plans of many tasks."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -40,13 +41,14 @@ from semantic_aug.diffusion.text import ConditionCache, Conditions
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import files
 from semantic_aug.sampling import folder as store
+from semantic_aug.sampling.config import resolve_placement
 from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import Dispatcher
 from semantic_aug.sampling.liveness import STANDSTILL_SECONDS, Liveness, processor_seconds
 from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.resources import automatic_batch_size
-from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.sampling.settings import ImageSettings, Placement
 from semantic_aug.sampling.sources import BLOCK, SourceImages, SourceMoments
 from semantic_aug.sampling.worker import BatchMaker
 
@@ -483,13 +485,10 @@ def test_disturbed_runs_end_as_the_undisturbed_one():
     assert "1 of 1 disturbed runs ended byte for byte as the undisturbed one" in done.stdout
 
 
-def test_without_ray_the_error_says_what_to_install(monkeypatch):
-    from semantic_aug.errors import UserError
-    from semantic_aug.sampling.ray_engine import RayLauncher
-
-    monkeypatch.setitem(sys.modules, "ray", None)
+def test_without_ray_a_dry_run_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--engine ray needs the package ray: pip install"):
-        RayLauncher(None, None, None, 0, 0)
+        resolve_placement(Placement(engine="ray"))
 
 
 def test_loop_module_is_what_every_strategy_uses():

@@ -30,7 +30,7 @@ def license_of(name: str, folder: Path) -> str:
     """The licence that a base model's card in its folder names, or else the known one of its hub id, or
     :data:`NOT_KNOWN`."""
     try:
-        head = (folder / CARD).read_text(encoding="utf-8", errors="replace").split("---")
+        head = (folder / CARD).read_text(encoding="utf-8-sig", errors="replace").split("---")
         front = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
     except (OSError, yaml.YAMLError):
         front = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable
@@ -211,8 +212,11 @@ def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Pa
 
 
 def resolve_placement(placement: Placement) -> Placement:
-    """The devices and the precision that were asked for. Raises UserError: devices that this machine does not have."""
+    """The devices and the precision that were asked for. Raises UserError: devices that this machine does not have, or an
+    engine that is not installed."""
     if placement.engine == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise UserError("--engine ray needs the package ray: pip install 'ray>=2.40'")
         devices = actors_of(placement.gpu_ids)
     else:
         devices = processes_of(placement.gpu_ids, placement.cpu_threads)

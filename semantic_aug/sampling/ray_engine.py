@@ -78,10 +78,8 @@ class RayLauncher(Dispatcher):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        try:
-            import ray
-        except ImportError:
-            raise UserError("--engine ray needs the package ray: pip install 'ray>=2.40'") from None
+        import ray
+
         self.ray = ray
         self.actors: list[_Actor] = []
 
