@@ -319,6 +319,8 @@ def test_stages_1_and_3_name_the_value_of_a_setting_that_is_left_out(image_folde
         (train_cls, "--drw_epoch 3 --criterion cb", "--drw_epoch 3: --criterion cb weights classes from the start"),
         (train_cls, "--use_cutmix --nepoch 2 --unmixed_epochs 1 1", "--unmixed_epochs 1 1: none of the --nepoch 2"),
         (train_cls, "--synthetic_balanced", "--synthetic_balanced: there are no synthetic images"),
+        (train_cls, "--eval_only --predict .", "--eval_only and --predict each use a classifier in their own way"),
+        (train_cls, "--eval_only --seeds 1 2", "--seeds is for training: leave it out, and name one of its runs"),
         (train_cls, "--syndata_dir none", "synthetic subset .*none is not a folder"),
         (train_cls, "--test_dataset nope", "unknown data set 'nope'"),
     ],

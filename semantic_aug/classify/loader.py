@@ -21,7 +21,7 @@ from semantic_aug.classify.draws import EpochDraws, SyntheticSettings
 from semantic_aug.classify.losses import one_hot
 from semantic_aug.classify.run import check_synthetic, load_synthetic, subset_folders, train, with_derived
 from semantic_aug.classify.teacher import subset_labels, with_teacher_labels
-from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
+from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.settings import dataset_name
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.errors import UserError
@@ -35,7 +35,7 @@ class SoftLabelDataset(Dataset):
     with :attr:`batch_size` gives its batches, whatever the number of workers. :meth:`set_epoch` goes before each epoch.
 
     Args:
-        dataset: as for ``--dataset`` (a name, ``folder:PATH``, ``csv:PATH``, ``hf:ID``), or a data set that is loaded.
+        dataset: as for ``--dataset``: a name, ``folder:PATH``, ``csv:PATH`` or ``hf:ID``.
         transform: applied to each PIL RGB image; None: the PIL image is given.
         split: ``train``, or ``val`` or ``test``, whose real images come in order.
         setting: which part of the training split is used.
@@ -57,7 +57,7 @@ class SoftLabelDataset(Dataset):
 
     def __init__(
         self,
-        dataset: str | LoadedDataset,
+        dataset: str,
         transform: Callable[[Image.Image], Any] | None = None,
         *,
         split: str = "train",
@@ -73,8 +73,7 @@ class SoftLabelDataset(Dataset):
         chosen |= {"teacher": teacher, "config_dir": config_dir}
         self._arguments = {"dataset": dataset, "transform": transform, **chosen, **synthetic}
         settings = _settings(synthetic)
-        if isinstance(dataset, str):
-            dataset = load_dataset(dataset_name(dataset), setting, config_dir)
+        dataset = load_dataset(dataset_name(dataset), setting, config_dir)
         self.class_names, self.transform, self.seed = dataset.class_names, transform, seed
         self.gamma, self._epoch = settings.gamma, torch.zeros((), dtype=torch.int64).share_memory_()
         self._items: tuple[int, np.ndarray] | None = None

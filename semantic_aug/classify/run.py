@@ -181,6 +181,10 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
 def check_flags(config: ClassifyConfig) -> None:
     """Refuses flags that cannot work together, whatever the data set. Raises UserError: names one of them."""
     synthetic, training, loss = config.synthetic, config.training, config.loss
+    if config.use.eval_only and config.use.predict:
+        raise UserError("--eval_only and --predict each use a classifier in their own way: give one of them")
+    if training.seeds and (config.use.eval_only or config.use.predict):
+        raise UserError("--seeds is for training: leave it out, and name one of its runs by --output_dir")
     if config.evaluation.test_dataset:
         find_spec(config.evaluation.test_dataset, config.run.config_dir)
     for folder in synthetic.syndata_dir or ():
