@@ -71,7 +71,9 @@ def test_nothing_to_read_is_one_line(tmp_path, pool):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--unlabelled .*empty: no image there; expected files ending in"):
         read_unlabelled(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"gone: not there; expected a folder of images, or a list"):
+    with pytest.raises(
+        UserError, match="gone: not there; expected a folder of images, a list with the column path, hf:ID or"
+    ):
         read_unlabelled(tmp_path / "gone")
     (pool / "list.csv").write_text("path\nbatch0/0.png\nmissing.png\n")
     with pytest.raises(UserError, match=r"1 listed images are not there \('missing.png'\)"):

@@ -37,12 +37,13 @@ def unlabelled_images(text: str) -> Path | str:
     """An argument type: a path, ``hf:ID`` with a hub id or a local copy of a hub's data set, or ``dataset:NAME``."""
     if text.startswith(DATASET):
         return DATASET + dataset_name(text.removeprefix(DATASET))
-    if text.startswith(HUB):
-        return dataset_name(text)
-    path = cli.path(text)
-    if not path.exists():
-        raise UserError(f"--unlabelled {path}: not there; expected {POOLS}")
-    return path
+    return dataset_name(text) if text.startswith(HUB) else cli.path(text)
+
+
+def check_unlabelled(images: Path | str | None) -> None:
+    """Refuses unlabelled images whose path leads to nothing, before anything is read."""
+    if isinstance(images, Path) and not (images.is_dir() or images.is_file()):
+        raise UserError(f"--unlabelled {images}: not there; expected {POOLS}")
 
 
 @dataclass(frozen=True, kw_only=True)

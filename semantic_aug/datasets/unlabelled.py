@@ -13,7 +13,7 @@ from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
 from semantic_aug.datasets.readers.hub import read_hub_images
 from semantic_aug.datasets.readers.listing import PARQUET
-from semantic_aug.datasets.settings import DATASET, HUB, POOLS
+from semantic_aug.datasets.settings import DATASET, HUB, POOLS, check_unlabelled
 from semantic_aug.datasets.table import ImageTable, missing_files, refuse_missing, table_of_files
 from semantic_aug.errors import UserError
 
@@ -42,11 +42,12 @@ def read_unlabelled(path: Path | str, config_dir: Path = registry.CONFIG_DIR) ->
         images = splits["train"]
         refuse_missing({"train": images}, spec.name)
         return replace(images, class_names=(CLASS,), labels=np.zeros_like(images.labels), extras={}, group_names=())
+    check_unlabelled(path)
     if path.is_dir():
         walk = Walk(Path(os.path.abspath(path)))
         files = {walk.name_of(file): file for file in walk.images(walk.root)}
         walk.note_left_out()
-    elif path.is_file():
+    else:
         if path.suffix.lower() in PARQUET:
             raise UserError(f"--unlabelled {path}: a parquet file; expected {POOLS}, as CSV")
         table = read_header(path, ("path",))
@@ -57,8 +58,6 @@ def read_unlabelled(path: Path | str, config_dir: Path = registry.CONFIG_DIR) ->
         names = dict.fromkeys(os.path.normpath(name) for name in names if name)
         first = {os.path.abspath(path.parent / name): name for name in reversed(names)}  # an image counts once
         files = {name: file for file, name in reversed(first.items())}
-    else:
-        raise UserError(f"--unlabelled {path}: not there; expected {POOLS}")
     if not files:
         raise UserError(f"--unlabelled {path}: no image there; expected {EXPECTED}")
     paths = list(files.values())

@@ -13,6 +13,7 @@ import torch
 
 from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, load_dataset
+from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import launched
 from semantic_aug.diffusion import lora, tokens
@@ -99,6 +100,7 @@ def check_flags(config: FinetuneConfig) -> None:
     """Refuses, before anything is read, templates, a precision, an optimiser, a schedule or a tracker that cannot be had, or a
     registry that cannot be written to. Raises UserError: names the flag."""
     _ = config.images.templates, config.model.precision  # read, since a file may be missing
+    check_unlabelled(config.images.unlabelled)
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
     check_tracker(config.output.report_to)

@@ -20,6 +20,7 @@ from semantic_aug.augmentations.model import ModelFiles, Prompts, check_model
 from semantic_aug.augmentations.strategies import Strategy, weights_for
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.catalog import find_spec
+from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import CPU, actors_of, processes_of
@@ -115,6 +116,7 @@ def resolve(
     settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
     check_flags(args)
+    check_unlabelled(images.unlabelled)
     if output.register_key:
         registry.check_writable(registry.SUBSETS, output.register_key, run.config_dir)
     few, solver = chosen.few_steps is not None, read_solver(args)

@@ -16,6 +16,7 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
+from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, no_downloads, unknown
 from semantic_aug.evaluation.experiments import headroom, pseudo_label, report, results
@@ -385,6 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         print_runs(jobs)
         return 0
     if not sharing.report_only:
+        check_unlabelled(args.unlabelled)
         selected = jobs[sharing.shard_index :: sharing.num_shards]
         with interruptible():
             claim(jobs, selected, folder, args.config_dir)

@@ -18,7 +18,7 @@ from semantic_aug.classify.config import PlacementSettings, check_run
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
 from semantic_aug.datasets.origin import RunOrigin, check_classifier
-from semantic_aug.datasets.settings import DatasetName, Pool
+from semantic_aug.datasets.settings import DatasetName, Pool, check_unlabelled
 from semantic_aug.datasets.synthetic import DATA, UNLABELLED_FILE, write_sources
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.devices import device_of
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings, request = cli.read_settings(UnlabelledSettings, args), cli.read_settings(LabelSettings, args)
     check_run(request.classifier)
+    check_unlabelled(settings.unlabelled)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     classifier = load_run(request.classifier, device_of(request.gpu))
     if classifier.class_names != dataset.source_names:
