@@ -160,13 +160,18 @@ def test_extra_arguments_may_set_what_the_methods_do_not(tmp_path):
             "--stage2_args: --contexts is what the method diff-mix+contexts sets",
         ),
         (["--metods", "mixup"], "unknown argument --metods: did you mean --methods?"),
-        (["--report_only", "--output_dir", "outputs/no_such_comparison"], "holds no comparison"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):
     assert run_main(dispatcher.main, ["compare", "--dataset", "elpv", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_report_of_a_folder_without_a_comparison_leaves_no_trace(tmp_path, capsys):
+    words = ["compare", "--dataset", "elpv", "--report_only", "--output_dir", str(tmp_path / "gone")]
+    assert run_main(dispatcher.main, words) == 2
+    assert "holds no comparison" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

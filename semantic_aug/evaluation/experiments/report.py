@@ -26,7 +26,7 @@ from semantic_aug.evaluation.document import (
 from semantic_aug.evaluation.experiments.commands import METHODS
 from semantic_aug.evaluation.experiments.grid import Candidate
 from semantic_aug.evaluation.experiments.halving import best_first
-from semantic_aug.evaluation.experiments.results import Comparison, collect, pair_folder
+from semantic_aug.evaluation.experiments.results import Comparison, collect, pair_folder, requests_in
 from semantic_aug.evaluation.experiments.runner import duration
 from semantic_aug.evaluation.experiments.statistics import Difference, difference_text, mean_interval, paired_difference
 
@@ -97,6 +97,7 @@ def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]
 
 def write_comparison(folder: Path) -> Comparison:
     """Writes the report over all results, whatever is missing; processes that share the folder take turns."""
+    requests_in(folder)  # before a lock file is in a folder that is none of ours
     with files.locked(folder / ".report.lock"):
         comparison = collect(folder)
         _write_csv(comparison, folder / RESULTS)

@@ -108,11 +108,17 @@ def save_request(
         files.write_text(folder / REQUESTS / name, text)
 
 
-def collect(folder: Path) -> Comparison:
-    """Reads a comparison's folder. Raises UserError: it holds none."""
+def requests_in(folder: Path) -> list[Path]:
+    """The files of a comparison's requests. Raises UserError: the folder holds no comparison."""
     requests = sorted((folder / REQUESTS).glob("*.yaml"))
     if not requests:
         raise UserError(f"{folder} holds no comparison (no {REQUESTS}/*.yaml): expected the --output_dir of compare")
+    return requests
+
+
+def collect(folder: Path) -> Comparison:
+    """Reads a comparison's folder. Raises UserError: it holds none."""
+    requests = requests_in(folder)
     comparison, planned = Comparison(), {}
     for file in requests:
         request = yaml.safe_load(file.read_text(encoding="utf-8"))
