@@ -17,7 +17,7 @@ import sys
 from benchmarks import common
 from semantic_aug import console
 from semantic_aug.allocator import SPIN_VARIABLES, SPINS
-from semantic_aug.cli import whole
+from semantic_aug.cli import PlainParser, whole
 from semantic_aug.registry import REPO_ROOT
 
 LIBGOMP_SPINS = 300_000
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, others: int) -> dict[str, list[tuple[float
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(prog="bench.py busy", description=__doc__.split("\n")[0])
+    parser = PlainParser(prog="bench.py busy", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tf_efficientnet_lite0", help="timm's name (default: tf_efficientnet_lite0)")
     parser.add_argument("--res_mode", type=whole(16), default=128, help="side of the images in pixels (default: 128)")
     parser.add_argument("--batch_size", type=whole(1), default=32, help="images per step (default: 32)")

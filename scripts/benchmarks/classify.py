@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, original_classify
-from semantic_aug import allocator, console, meta_csv
+from semantic_aug import allocator, cli, console, meta_csv
 from semantic_aug.classify import trainer
 from semantic_aug.classify.config import (
     ClassifyConfig,
@@ -117,21 +117,25 @@ def share_of_peak(rate: float, model: str, resolution: int, gpu: str | None) -> 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(prog="bench.py classify", description=__doc__.split("\n")[0])
+    parser = cli.PlainParser(prog="bench.py classify", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="elpv", help="whose images are classified (default: elpv)")
     parser.add_argument("--model", default="tf_efficientnet_lite0", help="default: tf_efficientnet_lite0")
-    parser.add_argument("--res_mode", type=int, default=128, help="side of the crops in pixels (default: 128)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
-    parser.add_argument("--epochs", type=int, default=5, help="each with an evaluation on validation (default: 5)")
-    parser.add_argument("--images", type=int, default=0, help="real training images; 0: all (default: 0)")
-    parser.add_argument("--synthetic", type=int, default=400, help="synthetic images (default: 400)")
-    parser.add_argument("--synthetic_prob", type=float, default=0.1, help="share of them in training (default: 0.1)")
+    parser.add_argument("--res_mode", type=cli.whole(1), default=128, help="side of the crops in pixels (default: 128)")
+    parser.add_argument("--batch_size", type=cli.whole(1), default=32, help="images per step (default: 32)")
+    parser.add_argument(
+        "--epochs", type=cli.whole(1), default=5, help="each with an evaluation on validation (default: 5)"
+    )
+    parser.add_argument("--images", type=cli.whole(0), default=0, help="real training images; 0: all (default: 0)")
+    parser.add_argument("--synthetic", type=cli.whole(1), default=400, help="synthetic images (default: 400)")
+    parser.add_argument(
+        "--synthetic_prob", type=cli.number(0, 1), default=0.1, help="share of them in training (default: 0.1)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("auto", "no", "fp16", "bf16"), default="auto", help="of ours (default: auto)")
     parser.add_argument("--compile", action="store_true", help="of ours")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=cli.whole(1),
         nargs="+",
         default=None,
         help="loader workers of the port, the best counts (default: the cores, and the original's 4)",

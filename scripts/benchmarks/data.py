@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks import common
 from semantic_aug import console, registry
 from semantic_aug.classify.data import ImageStore
-from semantic_aug.cli import whole
+from semantic_aug.cli import PlainParser, whole
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.seeding import numpy_rng
@@ -141,7 +141,7 @@ def open_list(rows: int, scratch: Path) -> tuple[list[list[str]], dict]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="scripts/bench.py data", description=__doc__.split("\n")[0])
+    parser = PlainParser(prog="bench.py data", description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=whole(8), default=400, help="JPEGs read (default: 400)")
     parser.add_argument("--source", type=whole(16), default=512, help="their side in pixels (default: 512)")
     parser.add_argument("--side", type=whole(8), default=224, help="side they are brought to (default: 224)")

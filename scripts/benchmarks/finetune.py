@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from semantic_aug import allocator, console
+from semantic_aug import allocator, cli, console
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
 from semantic_aug.finetune.config import STRATEGIES, FinetuneConfig, parse
@@ -182,22 +182,24 @@ class Side:
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.py finetune", description=__doc__.split("\n")[0])
+    parser = cli.PlainParser(prog="bench.py finetune", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--base", default=EMBEDDED_MODEL, help="folder of a base model, or sd15-random (default: the embedded one)"
     )
     parser.add_argument("--dataset", default="elpv", help="whose images are learned (default: elpv)")
-    parser.add_argument("--images", type=int, default=64, help="training images; 0: all (default: 64)")
+    parser.add_argument("--images", type=cli.whole(0), default=64, help="training images; 0: all (default: 64)")
     parser.add_argument("--finetune_strategy", choices=STRATEGIES, default="ti_db")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument(
-        "--resolution", type=int, default=None, help="default: the base model's own, 224 for sd15-random"
+        "--resolution", type=cli.whole(1), default=None, help="default: the base model's own, 224 for sd15-random"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="images per step (default: 8)")
-    parser.add_argument("--pairs", type=int, default=3, help="of processes, one after the other (default: 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each side of a pair, alternating (default: 5)")
-    parser.add_argument("--steps", type=int, default=None, help="in a round (default: 6; GPU: 50)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round (default: 3)")
+    parser.add_argument("--batch_size", type=cli.whole(1), default=8, help="images per step (default: 8)")
+    parser.add_argument("--pairs", type=cli.whole(1), default=3, help="of processes, one after the other (default: 3)")
+    parser.add_argument(
+        "--rounds", type=cli.whole(1), default=5, help="of each side of a pair, alternating (default: 5)"
+    )
+    parser.add_argument("--steps", type=cli.whole(1), default=None, help="in a round (default: 6; GPU: 50)")
+    parser.add_argument("--warmup", type=cli.whole(0), default=3, help="steps before the first round (default: 3)")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: GPU fp16")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default=None, help="of ours (default: GPU on)")
     return parser

@@ -20,7 +20,7 @@ from benchmarks import common
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.augmentations.strategies import find
-from semantic_aug.cli import whole
+from semantic_aug.cli import PlainParser, number, whole
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.images import fit
 from semantic_aug.diffusion.base import find_base, read_geometry
@@ -39,13 +39,13 @@ def psnr(images: Tensor, wanted: Tensor) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="bench.py inversion", description=__doc__.splitlines()[0])
+    parser = PlainParser(prog="bench.py inversion", description=__doc__.splitlines()[0])
     parser.add_argument("--base", default=BASE, help=f"base model, a hub id or a folder (default: {BASE})")
     parser.add_argument("--dataset", default="elpv", help="whose test images are inverted (default: elpv)")
     parser.add_argument("--images", type=whole(2), default=16, help="how many (default: 16)")
     parser.add_argument("--steps", type=whole(1), nargs="+", default=[10, 50, 25], help="steps (default: 10 50 25)")
     guidance = "scales of guidance; all but the first with the last of the steps only (default: 1 2 3 5 7.5)"
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 3, 5, 7.5], help=guidance)
+    parser.add_argument("--guidance", type=number(0), nargs="+", default=[1, 2, 3, 5, 7.5], help=guidance)
     return parser
 
 

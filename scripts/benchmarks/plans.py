@@ -9,7 +9,6 @@ need no more than their directory entries). Each size runs in a process of its o
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import resource
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import common
-from semantic_aug import meta_csv
+from semantic_aug import cli, meta_csv
 from semantic_aug.augmentations.strategies import find
 from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.files import TaskPaths
@@ -106,8 +105,8 @@ def in_a_process(*arguments) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Measures every size; prints and writes the table."""
-    parser = argparse.ArgumentParser(prog="bench.py plans", description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="tasks")
+    parser = cli.PlainParser(prog="bench.py plans", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=cli.whole(1), nargs="+", default=[100_000, 1_000_000, 10_000_000], help="tasks")
     parser.add_argument("--place", type=Path, default=None, help="folder for the files (default: the temporary one)")
     args = parser.parse_args(argv)
     found = []

@@ -6,7 +6,6 @@ python scripts/bench.py sampling --base sd15-random --device cuda  # an SD-1.5-s
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import multiprocessing
@@ -225,20 +224,22 @@ def share_of_peak(rate: float, resolution: int, gpu: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Times the port alone, the port at its best, and ours; prints and writes the table."""
-    parser = argparse.ArgumentParser(prog="bench.py sampling", description=__doc__.split("\n")[0])
+    parser = cli.PlainParser(prog="bench.py sampling", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--base", default=EMBEDDED_MODEL, help="folder of a base model, or sd15-random (default: the embedded one)"
     )
     parser.add_argument("--dataset", default="elpv", help="whose images are translated (default: elpv)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=24, help="images the port makes (default: 24)")
-    parser.add_argument("--ours_factor", type=int, default=8, help="ours makes this many times as many (default: 8)")
-    parser.add_argument("--strength", type=float, default=0.7)
-    parser.add_argument("--resolution", type=int, default=None, help="default: the base model's own")
-    parser.add_argument("--batch_size", type=int, default=0, help="of ours; 0: automatic (default: 0)")
+    parser.add_argument("--images", type=cli.whole(1), default=24, help="images the port makes (default: 24)")
+    parser.add_argument(
+        "--ours_factor", type=cli.whole(1), default=8, help="ours makes this many times as many (default: 8)"
+    )
+    parser.add_argument("--strength", type=cli.number(0, 1, open_low=True), default=0.7)
+    parser.add_argument("--resolution", type=cli.whole(1), default=None, help="default: the base model's own")
+    parser.add_argument("--batch_size", type=cli.whole(0), default=0, help="of ours; 0: automatic (default: 0)")
     parser.add_argument(
         "--processes",
-        type=int,
+        type=cli.whole(1),
         default=None,
         help="of the port at its best and of ours on the CPU (default: 2; GPU: 3, 1)",
     )

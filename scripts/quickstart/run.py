@@ -6,7 +6,6 @@ interrupted one resumes from what is on disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from tasks import SMOKE, SUBSET, TASKS, Task  # noqa: E402
 
-from semantic_aug import files  # noqa: E402
+from semantic_aug import cli, files  # noqa: E402
 from semantic_aug.datasets import catalog, download  # noqa: E402
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError, run_main  # noqa: E402
 from semantic_aug.evaluation.document import (  # noqa: E402
@@ -298,7 +297,7 @@ class Quickstart:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the steps, draws, reports."""
-    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.split("\n")[0])
+    parser = cli.PlainParser(prog="quickstart.sh", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--task",
         choices=TASKS,
