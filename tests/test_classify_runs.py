@@ -563,8 +563,9 @@ def test_a_run_is_not_evaluated_on_images_it_was_trained_on(three_seeds, image_f
     setting = {"subset_seed": 3, "val_fraction": 0.3}
     record |= {"dataset": f"folder:{data}", "setting": Setting(**setting).record(), "resolution": 64}
     (run / "args.yaml").write_text(yaml.safe_dump(record))
-    with pytest.raises(UserError, match=r"--eval_only: \d+ val images .* training images of .*subset_seed: 3 -> 0"):
-        train(data, run, eval_only=True, val_fraction=0.3)
+    for dry in ({}, {"dry_run": True}):
+        with pytest.raises(UserError, match=r"--eval_only: \d+ val images .* training images of .*subset_seed: 3 -> 0"):
+            train(data, run, eval_only=True, val_fraction=0.3, **dry)
     assert not (run / "evaluation").exists()
     train(data, run, eval_only=True, **setting)
     assert "was trained at --res_mode 64 and is used at 32" in caplog.text

@@ -85,6 +85,8 @@ def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
     images = inference.images_to_predict(config.use.predict) if config.use.predict else {}
     classifier = inference.load(config, dataset)
     print(f"classifier: {registry.shown_path(classifier.path)}")
+    if not images:
+        inference.refuse_seen_images(classifier, config, dataset)
     if config.run.dry_run:
         return 0
     if images:
