@@ -283,8 +283,11 @@ def recipes_in_effect(job: Job, config_dir: Path) -> dict[str, str]:
     copies the file as it is then. Raises UserError: a stage refuses its flags."""
     commands, parsers = job.commands, (finetune.build_parser(), sampling.build_parser(), classify.build_parser(""))
     steps = commands.finetune("ti_db"), commands.sample("diff-mix"), commands.classify("real-only", 0)
-    words = [[*step.arguments[1:], "--config_dir", str(config_dir)] for step in steps]
-    return {f"stage{n}_recipe": parsers[n - 1].parse_args(words[n - 1]).recipe for n in SCRIPTS}
+    registries = ["--config_dir", str(config_dir)]
+    return {
+        f"stage{stage}_recipe": parser.parse_args([*step.arguments[1:], *registries]).recipe
+        for stage, parser, step in zip(SCRIPTS, parsers, steps, strict=True)
+    }
 
 
 def pool_per_class(shots: int) -> int:
