@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Benchmarks: each stage against a faithful port of the original's way of doing it, side by side in one run.
 
-    python scripts/bench.py sampling | plans | finetune | data | classify | busy | inversion [--help]
+    python scripts/bench.py [--output DIR] NAME [--help]
 
-A table goes to the terminal, the same with every measured figure to ``outputs/bench/{name}.json``.
+NAME: sampling, finetune, classify (the stages); gpu (all that is to be known of a card); kernels, plans, data, busy, inversion.
+
+A table goes to the terminal, the same with every measured figure to ``{DIR}/{name}.json`` (default: outputs/bench).
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ def known() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark named first with the remaining arguments."""
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["--output"] and len(words) > 1:
+        from benchmarks import common
+
+        common.OUTPUT, words = Path(words[1]).resolve(), words[2:]
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0

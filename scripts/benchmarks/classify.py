@@ -11,6 +11,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +27,12 @@ from semantic_aug.classify.config import (
     TrainSettings,
 )
 from semantic_aug.classify.models import make_model
+from semantic_aug.classify.run import with_derived
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 
 GFLOP = {("resnet50", 448): 97.0, ("vit_b_16", 384): 332.0}
 """GFLOP of one image forward and backward."""
-
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0, "3090": 71.0}
-"""Dense half-precision peaks by a word of the GPU's name."""
 
 
 def write_subset(folder: Path, dataset: LoadedDataset, count: int) -> Path:
@@ -50,25 +49,25 @@ def write_subset(folder: Path, dataset: LoadedDataset, count: int) -> Path:
     return folder
 
 
-def settings_of(args: argparse.Namespace, device: str, folder: Path) -> ClassifyConfig:
-    """The request both sides train."""
+def settings_of(args: argparse.Namespace, dataset: LoadedDataset, folder: Path) -> ClassifyConfig:
+    """The request both sides train, as stage 3 resolves it."""
     training = TrainSettings(
         nepoch=args.epochs,
         batch_size=args.batch_size,
         lr=0.02,
         warmup_epochs=0,
         compile=args.compile,
-        amp=args.amp if args.amp != "auto" else ("no" if device == "cpu" else "bf16"),
+        amp=args.amp,
     )
-    return ClassifyConfig(
+    config = ClassifyConfig(
         dataset=args.dataset,
         syndata=("bench",),
         synthetic=SyntheticSettings(synthetic_prob=args.synthetic_prob),
         classifier=ModelSettings(model=args.model, weights="none", res_mode=args.res_mode),
         training=training,
-        device=device,
-        placement=PlacementSettings(output_dir=folder),
+        placement=PlacementSettings(gpu="cpu" if args.device == "cpu" else "0", output_dir=folder),
     )
+    return with_derived(config, dataset)
 
 
 def time_original(config: ClassifyConfig, dataset: LoadedDataset, subset: Path, workers: int) -> float:
@@ -90,8 +89,8 @@ def time_original(config: ClassifyConfig, dataset: LoadedDataset, subset: Path, 
     return seen / (time.perf_counter() - began)
 
 
-def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> dict[str, float]:
-    """Images per second of stage 3 as it is: from nothing to results, and in its fastest epoch."""
+def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> dict[str, Any]:
+    """Images per second of stage 3 as it is: from nothing to results, in its fastest epoch, and in each."""
     torch.backends.cudnn.deterministic = False
     allocator.keep_freed_memory()  # as train_cls.py does; the port has run before
     synthetic = read_subset(subset, dataset)
@@ -103,16 +102,10 @@ def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> d
     seconds = time.perf_counter() - began
     lines = (config.output_dir / trainer.EPOCHS_FILE).read_text().splitlines()
     place = trainer.COLUMNS.index("images_per_second")
-    steady = max(float(line.split(",")[place]) for line in lines[1:])
+    rates = [float(line.split(",")[place]) for line in lines[1:]]
     seen = config.training.nepoch * running.steps_per_epoch * running.train_batches.batch_size
-    return {"images_per_second": seen / seconds, "steady": steady, "seconds_to_first_step": ready}
-
-
-def share_of_peak(rate: float, model: str, resolution: int, gpu: str | None) -> str:
-    """Share of the GPU's peak, where the model's FLOPs are known."""
-    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu and name in gpu), None)
-    work = GFLOP.get((model, resolution))
-    return f"{100 * rate * work / 1000 / peak:.0f} %" if peak and work else "-"
+    rate = seen / seconds
+    return {"images_per_second": rate, "steady": max(rates), "rates": rates, "seconds_to_first_step": ready}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,7 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs", type=cli.whole(1), default=5, help="each with an evaluation on validation (default: 5)"
     )
-    parser.add_argument("--images", type=cli.whole(0), default=0, help="real training images; 0: all (default: 0)")
+    parser.add_argument("--port_epochs", type=cli.whole(1), default=None, help="of the port (default: --epochs)")
+    parser.add_argument(
+        "--images",
+        type=cli.whole(0),
+        default=0,
+        help="most real images of training and of validation; 0: all (default: 0)",
+    )
     parser.add_argument("--synthetic", type=cli.whole(1), default=400, help="synthetic images (default: 400)")
     parser.add_argument(
         "--synthetic_prob", type=cli.number(0, 1), default=0.1, help="share of them in training (default: 0.1)"
@@ -149,25 +148,24 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up_logging()
     cores = common.machine()["cores"]
     workers = args.workers or sorted({min(cores, 16), 4})
-    device = "cuda:0" if args.device == "cuda" else "cpu"
     dataset = load_dataset(args.dataset, Setting())
-    train = dataset.train
-    if 0 < args.images < len(train):
-        train = train.take(np.random.default_rng(0).permutation(len(train))[: args.images])
-    dataset = replace(dataset, train=train, test=None)  # both evaluate on validation only
+    train, val = (common.first_images(table, args.images) for table in (dataset.train, dataset.val))
+    dataset = replace(dataset, train=train, val=val, test=None)  # both evaluate on validation only
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         folder = Path(place)
         subset = write_subset(folder / "subset", dataset, args.synthetic)
-        config = settings_of(args, device, folder / "ours")
+        config = settings_of(args, dataset, folder / "ours")
         # libraries and kernels, for both alike
         warm = replace(config, training=replace(config.training, nepoch=1))
         small = replace(dataset, train=train.take(np.arange(min(len(train), args.batch_size))), val=None)
         time_original(warm, small, subset, 0)
-        port = {count: time_original(config, dataset, subset, count) for count in workers}
+        short = replace(config, training=replace(config.training, nepoch=args.port_epochs or args.epochs))
+        port = {count: time_original(short, dataset, subset, count) for count in workers}
         ours = time_ours(config, dataset, subset)
     best = max(port.values())
     name = torch.cuda.get_device_name(0) if args.device == "cuda" else None
-    peak = lambda rate: share_of_peak(rate, args.model, args.res_mode, name)  # noqa: E731
+    work = GFLOP.get((args.model, args.res_mode))
+    peak = lambda rate: common.share_of_peak(work and rate * work / 1000, name)  # noqa: E731
     rows = [
         [f"the original's way, {count} workers", f"{rate:.1f}", f"{rate / best:.2f}", peak(rate)]
         for count, rate in port.items()

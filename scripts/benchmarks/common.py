@@ -9,9 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from semantic_aug import files, registry, runs
+from semantic_aug.datasets import ImageTable
 
 OUTPUT = registry.REPO_ROOT / "outputs" / "bench"
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0, "3090": 71.0}
+"""Dense half-precision peaks by a word of the GPU's name."""
 
 
 def machine() -> dict:
@@ -36,6 +41,17 @@ def machine() -> dict:
 def describe(found: dict) -> str:
     """The machine in one line."""
     return f"{found['gpu'] or '{cores} cores of {cpu}'.format(**found)}, torch {found['versions']['torch']}"
+
+
+def first_images(table: ImageTable, count: int) -> ImageTable:
+    """At most ``count`` images (0: all), drawn with a fixed seed."""
+    return table.take(np.random.default_rng(0).permutation(len(table))[:count]) if 0 < count < len(table) else table
+
+
+def share_of_peak(tflops: float | None, gpu: str | None) -> str:
+    """TFLOP/s as a share of the GPU's half-precision peak; "-" where one of them is unknown."""
+    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu and name in gpu), None)
+    return f"{100 * tflops / peak:.0f} %" if tflops and peak else "-"
 
 
 def timed(call: Callable[[], object], repeat: int = 3, warmup: int = 1) -> float:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.sampling import SD15, build_sd15
 from semantic_aug import allocator, cli, console
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
@@ -91,7 +92,8 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
         allocator.keep_freed_memory()  # as train_lora.py does
     torch.set_num_threads(threads)
     gpu = device == "cuda"
-    dataset = first_images(load_dataset(config.dataset, config.setting), images)
+    dataset = load_dataset(config.dataset, config.setting)
+    dataset = replace(dataset, train=common.first_images(dataset.train, images))
     config.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.model.mixed_precision, cpu=not gpu)
     source = BatchSource(
@@ -129,14 +131,6 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
     compiled = side == OURS and config.compiled(device)
     calls = None if compiled else common.calls_of(lambda: running.steps(1))
     pipe.send({"peak_memory_mb": round(peak), "calls_per_step": calls})
-
-
-def first_images(dataset, count: int):
-    """The data set with at most ``count`` training images (0: all), drawn with a fixed seed."""
-    train = dataset.train
-    if 0 < count < len(train):
-        train = train.take(np.random.default_rng(0).permutation(len(train))[:count])
-    return replace(dataset, train=train)
 
 
 class Side:
@@ -216,9 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     args.compile = args.compile or ("on" if gpu else "off")
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         folder = Path(place)
-        if args.base == "sd15-random":
-            from benchmarks.sampling import build_sd15
-
+        if args.base == SD15:
             base, args.resolution = build_sd15(folder / "base", 512), args.resolution or 224
         else:
             base = find_base(args.base)

@@ -26,11 +26,10 @@ from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
 
+SD15 = "sd15-random"
+"""Name of the base model that :func:`build_sd15` makes, and of a folder that holds one."""
 TFLOP_512 = 29.8
 """TFLOP of one 512 px image of Stable Diffusion 1.5 at strength 0.7, 25 steps, guidance; text and sources cached."""
-
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0, "3090": 71.0}
-"""Dense half-precision peaks by a word of the GPU's name."""
 
 
 def build_sd15(folder: Path, resolution: int) -> Path:
@@ -216,12 +215,6 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
     }
 
 
-def share_of_peak(rate: float, resolution: int, gpu: str | None) -> str:
-    """Share of the GPU's peak that Stable-Diffusion-1.5-sized work at 512 px comes to."""
-    peak = next((value for name, value in PEAK_TFLOPS.items() if gpu and name in gpu), None)
-    return f"{100 * rate * TFLOP_512 / peak:.0f} %" if peak and resolution == 512 else "-"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Times the port alone, the port at its best, and ours; prints and writes the table."""
     parser = cli.PlainParser(prog="bench.py sampling", description=__doc__.split("\n")[0])
@@ -249,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     console.quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         folder = Path(place)
-        base = build_sd15(folder / "base", 512) if args.base == "sd15-random" else find_base(args.base)
+        base = build_sd15(folder / "base", 512) if args.base == SD15 else find_base(args.base)
         args.resolution = args.resolution or read_geometry(base).native_resolution
         dataset = load_dataset(args.dataset, Setting())
         lora, tokens = write_checkpoint(folder / "checkpoint", base, dataset.source_names)
@@ -273,14 +266,12 @@ def main(argv: list[str] | None = None) -> int:
         ours = time_ours(files, dataset, args.dataset, args, devices, folder)
         single = time_ours(files, dataset, args.dataset, args, devices[:1], folder) if len(devices) > 1 else None
     name = torch.cuda.get_device_name(0) if gpu else None
+    counted = (Path(args.base).name, args.resolution, args.strength) == (SD15, 512, 0.7)
+    work = TFLOP_512 if counted else None
+    peak = lambda rate: common.share_of_peak(work and rate * work, name)  # noqa: E731
     rows = [
-        ["the original's way, one process", f"{alone:.3g}", "1", share_of_peak(alone, args.resolution, name)],
-        [
-            f"the original's way at its best ({many} processes)",
-            f"{best:.3g}",
-            f"{best / alone:.2f}",
-            share_of_peak(best, args.resolution, name),
-        ],
+        ["the original's way, one process", f"{alone:.3g}", "1", peak(alone)],
+        [f"the original's way at its best ({many} processes)", f"{best:.3g}", f"{best / alone:.2f}", peak(best)],
     ]
     for timing in filter(None, (ours, single)):
         rate = timing["images_per_second"]
@@ -289,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"ours, batch {timing['batch_size']}, {timing['processes']} process(es)",
                 f"{rate:.3g}",
                 f"{rate / alone:.2f}",
-                share_of_peak(rate, args.resolution, name) if timing is ours else "-",
+                peak(rate) if timing is ours else "-",
             ]
         )
     details = {
