@@ -45,6 +45,15 @@ def open_array(path: Path, dtype: type, shape: tuple[int, ...] | None = None) ->
     return array if array.dtype == dtype and shape in (None, array.shape) else None
 
 
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a ``.npz`` file by name; none where it is absent or damaged."""
+    try:
+        with np.load(path) as content:
+            return {name: content[name] for name in content.files}
+    except Exception:  # a damaged file raises errors of many kinds
+        return {}
+
+
 def _reserve(file: int, start: int, end: int) -> None:
     try:
         os.posix_fallocate(file, 0, end)

@@ -281,6 +281,8 @@ def test_a_local_folder_of_several_splits_by_scheme(tmp_path):
     )
     found = load_dataset(f"hf:{tmp_path / 'mine'}")
     assert (len(found.train), len(found.val), len(found.test)) == (8, 2, 4)
+    with pytest.raises(UserError, match="was written by save_to_disk from the configuration 'default': leave out 'fine'"):
+        load_dataset(f"hf:{tmp_path / 'mine'}:fine")
 
 
 def test_labels_may_be_strings(tmp_path):

@@ -333,6 +333,15 @@ def test_measure_refuses_in_one_line(tmp_path, image_folder, subset, changes, me
     assert not (tmp_path / "out").exists()
 
 
+def test_a_subset_is_never_shown_under_the_name_of_the_training_images(tmp_path, image_folder, subset):
+    folder = tmp_path / "real"
+    folder.symlink_to(subset, target_is_directory=True)
+    words = arguments(image_folder, folder, tmp_path / "out")
+    assert measure.main(words) == 0
+    names = [row["subset"] for row in evaluating.read_rows(tmp_path / "out" / "measures.csv")]
+    assert set(names) == {"real", "subset real"}
+
+
 def test_subsets_must_be_given_once_and_the_judge_must_know_the_classes(tmp_path, image_folder, subset, capsys):
     words = arguments(image_folder, subset, tmp_path / "out")
     bare = words[:2] + words[4:]

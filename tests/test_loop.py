@@ -119,7 +119,14 @@ def test_a_solver_that_gives_known_latents_back_is_accepted(tiny_base, schedule)
         config, names = config | {"use_karras_sigmas": True}, ["dpmsolver++", "unipc", "euler", "heun"]
     for name in names:
         for steps in (8,) if name == "pndm" else (1, 8):  # a multistep solver of the fourth order
-            loop.check_solver(config, SolverSettings(steps, scheduler=name))
+            loop.check_solver(config, SolverSettings(steps, scheduler=name), masked=True)
+
+
+def test_a_solver_between_whose_half_steps_sources_cannot_be_put_back_is_refused_with_masks(tiny_base):
+    config, settings = read_scheduler_config(tiny_base, ""), SolverSettings(25, scheduler="KDPM2DiscreteScheduler")
+    loop.check_solver(config, settings)
+    with pytest.raises(UserError, match="--scheduler KDPM2DiscreteScheduler with --object_mask: what a mask keeps"):
+        loop.check_solver(config, settings, masked=True)
 
 
 @pytest.mark.parametrize(

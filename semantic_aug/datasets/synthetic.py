@@ -27,6 +27,7 @@ from semantic_aug.errors import UserError, nearest_first, unknown
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
 from semantic_aug.seeding import numpy_rng
+from semantic_aug.tensors import load_arrays
 
 DATA, CONFIG_FILE = "data", "config.yaml"
 SOURCES_FILE = ".sources.npz"
@@ -424,9 +425,8 @@ def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray, file: s
 
 def read_sources(folder: Path, file: str = SOURCES_FILE) -> tuple[list[str], np.ndarray] | None:
     """What :func:`write_sources` kept; None for a subset made elsewhere."""
-    try:
-        with np.load(folder / file) as content:
-            keys = content["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-            return (keys, content["values"]) if len(keys) == len(content["values"]) else None
-    except Exception:  # absent, or of whatever kind a damaged file provokes
+    arrays = load_arrays(folder / file)
+    if not {"keys", "values"} <= arrays.keys():
         return None
+    keys = arrays["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0")
+    return (keys, arrays["values"]) if len(keys) == len(arrays["values"]) else None

@@ -255,15 +255,17 @@ def _step_options(scheduler, generators: list[torch.Generator], eta: float | Non
 # ------------------------------------------------------------------------------------------------- trying a solver
 
 
-def check_solver(config: Mapping[str, Any], settings: SolverSettings) -> None:
+def check_solver(config: Mapping[str, Any], settings: SolverSettings, masked: bool = False) -> None:
     """Tries a solver, in milliseconds, on random latents and a network that knows their noise: denoising has to give the
     latents back, whatever the strength.
 
     Args:
         config: the base model's ``scheduler_config``.
+        masked: sources are put back after each step where a mask keeps them.
 
     Raises:
-        UserError: the solver fails, does not denoise by the base model's noise schedule, or draws random numbers of its own.
+        UserError: the solver fails, does not denoise by the base model's noise schedule, draws random numbers of its own, or
+            takes steps between which sources cannot be put back.
     """
     steps, settings = settings.num_inference_steps, replace(settings, guidance_scale=1.0)
     scheduler = make_scheduler(config, settings.scheduler, settings.final_sigmas_type, settings.timestep_spacing)
@@ -283,6 +285,11 @@ def check_solver(config: Mapping[str, Any], settings: SolverSettings) -> None:
                 f"--scheduler {settings.scheduler} draws random numbers of its own, so that no image could be made again: "
                 "choose another one, such as euler_a"
             )
+        if masked and not _trial(config, scheduler, settings, strength, masked=True).evenly_noisy():
+            raise UserError(
+                f"--scheduler {settings.scheduler} with --object_mask: what a mask keeps would come back at another noise "
+                "level than that of the solver's half steps; choose another one, such as dpmsolver++"
+            )
 
 
 @dataclass
@@ -297,8 +304,16 @@ class _Trial:
         noise, error = (float(values.pow(2).mean().sqrt()) for values in (self.noises[0], self.error))
         return abs(noise - 1) < 0.3 and error < TRIAL_RMS / 10
 
+    def evenly_noisy(self) -> bool:
+        """Whether every input was as noisy as the first."""
+        first, *others = (float(noise.pow(2).mean().sqrt()) for noise in self.noises)
+        return all(abs(noise / first - 1) < 0.05 for noise in others)
 
-def _trial(config: Mapping[str, Any], scheduler: Any, settings: SolverSettings, strength: float) -> _Trial:
+
+def _trial(
+    config: Mapping[str, Any], scheduler: Any, settings: SolverSettings, strength: float, masked: bool = False
+) -> _Trial:
+    """Denoises noised latents, with a mask that keeps all of them where ``masked``."""
     alphas = make_scheduler(config, "ddpm").alphas_cumprod.double().clamp(2**-24)  # not 0, as some solvers have it
     logits, noises = torch.logit(alphas), []
     latents = TRIAL_RMS * torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -314,4 +329,5 @@ def _trial(config: Mapping[str, Any], scheduler: Any, settings: SolverSettings, 
     none = Conditions(torch.zeros(1, 1, 1))
     moments = torch.cat([latents, torch.full_like(latents, -30)], dim=1)  # a posterior without variance
     sampler, generator = Sampler(unet, scheduler, none, settings), torch.Generator().manual_seed(1)
-    return _Trial(noises, translate(sampler, moments, 1.0, none, [strength], [generator]) - latents)
+    masks = torch.zeros(1, 1, 8, 8, dtype=torch.bool) if masked else None
+    return _Trial(noises, translate(sampler, moments, 1.0, none, [strength], [generator], masks) - latents)

@@ -194,7 +194,7 @@ def find_model(args: argparse.Namespace, chosen: ModelSettings) -> RequestedMode
     noise_schedule = read_scheduler_config(files.folder, files.name)
     few = chosen.few_steps is not None
     solver = read_few_steps(args, files.name, noise_schedule) if few else read_solver(args)
-    check_solver(noise_schedule, solver)
+    check_solver(noise_schedule, solver, masked=args.object_mask is not None)
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)

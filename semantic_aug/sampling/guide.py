@@ -31,6 +31,7 @@ from semantic_aug.sampling.folder import REMEDY, has_images, recorded_identity
 from semantic_aug.sampling.masks import has_regions
 from semantic_aug.sampling.plan import Guide
 from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.tensors import load_arrays
 
 log = logging.getLogger(__name__)
 
@@ -248,13 +249,10 @@ def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run
 
 def read_guide(folder: Path) -> Guide:
     """What a subset's folder has kept; empty where there is nothing, or nothing whole."""
-    try:
-        with np.load(folder / GUIDE_FILE) as content:
-            arrays = {name: content[name] for name in content.files}
-            origin = json.loads(str(arrays.pop("origin")))
-    except Exception:  # absent, or of whatever kind a damaged file provokes
+    arrays = load_arrays(folder / GUIDE_FILE)
+    if "origin" not in arrays or not arrays.keys() <= set(Guide.__dataclass_fields__):  # a damaged name
         return Guide()
-    return Guide(**arrays, origin=origin)
+    return Guide(**arrays | {"origin": json.loads(str(arrays["origin"]))})
 
 
 def write_guide(folder: Path, guide: Guide) -> None:

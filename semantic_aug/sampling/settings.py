@@ -116,8 +116,8 @@ class ImageSettings:
         0.7,
         type=cli.number(0, 1, open_low=True),
         metavar="S",
-        help="share of the noise schedule that an image is noised by, in (0, 1]; from-noise strategies use 1; inversion-mix: "
-        "position between the source (0) and the image of the target class (1)",
+        help="share of the noise schedule that an image is noised by, in (0, 1]; from-noise strategies use 1, da-fusion "
+        "and diff-ii draw their own; inversion-mix: position between the source (0) and the image of the target class (1)",
         result=False,
     )
     strength_strategy: str = cli.setting(

@@ -36,9 +36,15 @@ def load_local(folder: Path, config: str | None = None) -> hub.Dataset | dict[st
         raise UserError(f"local copy {folder} is not a folder: correct the path, or unset it to load from the hub")
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         try:
-            return hub.load_from_disk(str(folder))
+            rows = hub.load_from_disk(str(folder))
         except Exception as error:  # the library and Arrow raise many kinds for damaged files
             raise UserError(f"{folder} was written by save_to_disk and cannot be read ({reason_of(error)})") from None
+        saved = next(iter(rows.values())).config_name if isinstance(rows, dict) else rows.config_name
+        if config not in (None, saved):
+            raise UserError(
+                f"{folder} was written by save_to_disk from the configuration '{saved or 'default'}': leave out '{config}'"
+            )
+        return rows
     folder, config = _configuration(folder, config)
     kind, files = _files_of_splits(folder, config)
     _check_files(folder, files)

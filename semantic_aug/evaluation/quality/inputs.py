@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from semantic_aug.evaluation.quality.clip import Clip
 
 SOURCE_COLUMN = "Source Image"
+REAL = "real"
+"""What tables call the training images; no subset is shown under this name."""
 NO_PART = ("config_dir",)
 """Entries of records by earlier versions that have no part in the result."""
 
@@ -235,8 +237,9 @@ def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow
 def open_subsets(settings: SubsetSettings, dataset: LoadedDataset, config_dir: Path) -> list[Subset]:
     """The subsets of the registry keys, then those of the folders, each under a name of its own. Raises UserError: none at
     all, one given twice, an unknown key, or a subset that cannot be read."""
-    named = {key: dataset.subsets(key, config_dir) for key in settings.syndata_key}
-    short = [Path(folder).name for folder in settings.syndata_dir]
+    shown = lambda name: f"subset {name}" if name == REAL else name  # noqa: E731
+    named = {shown(key): dataset.subsets(key, config_dir) for key in settings.syndata_key}
+    short = [shown(Path(folder).name) for folder in settings.syndata_dir]
     for folder, name in zip(settings.syndata_dir, short, strict=True):
         name = name if short.count(name) == 1 and name not in named else str(folder)
         if name in named:

@@ -8,12 +8,10 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.synthetic import locate
 from semantic_aug.evaluation import document
-from semantic_aug.evaluation.quality.inputs import Subset
+from semantic_aug.evaluation.quality.inputs import REAL, Subset
 
 ALL = "all"
 """Stands for every strength or every class in the totals."""
-REAL = "real"
-"""Name of the rows that give the real training images' own values, to compare with."""
 CSV_FILE, JSON_FILE, REPORT_FILE = "measures.csv", "measures.json", "measures.md"
 INTERVALS = "intervals"
 """Entry of a row: column -> 95 % confidence interval of its mean, or of its distance."""
