@@ -29,20 +29,20 @@ def known() -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark named first with the remaining arguments."""
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["--output"] and len(words) > 1:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--output"] and len(arguments) > 1:
         from benchmarks import common
 
-        common.OUTPUT, words = Path(words[1]).resolve(), words[2:]
-    if not words or words[0] in ("-h", "--help"):
+        common.OUTPUT, arguments = Path(arguments[1]).resolve(), arguments[2:]
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    if words[0] not in known():
-        raise unknown("benchmark", words[0], known(), "python scripts/bench.py NAME --help shows its flags")
-    module = importlib.import_module(f"benchmarks.{words[0]}")
+    if arguments[0] not in known():
+        raise unknown("benchmark", arguments[0], known(), "python scripts/bench.py NAME --help shows its flags")
+    module = importlib.import_module(f"benchmarks.{arguments[0]}")
     if not hasattr(module, "main"):
-        raise UserError(f"benchmark {words[0]} has no main")
-    return module.main(words[1:])
+        raise UserError(f"benchmark {arguments[0]} has no main")
+    return module.main(arguments[1:])
 
 
 if __name__ == "__main__":

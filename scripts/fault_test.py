@@ -86,29 +86,29 @@ class Workshop:
         """Changes an input; returns what restores it."""
         images = sorted((self.pictures / "train").rglob("*.png"))
         chosen, other = rng.sample(images, 2)
-        place = {
+        path = {
             "add image": chosen.with_name("added.png"),
             "change base": self.folder / "base" / "unet" / "diffusion_pytorch_model.safetensors",
             "change LoRA": self.folder / "ck" / "pytorch_lora_weights.safetensors",
         }.get(fault, chosen)
-        before = place.read_bytes() if place.exists() else None
+        before = path.read_bytes() if path.exists() else None
         if fault == "remove image":
-            place.unlink()
-        elif place.suffix == ".png":
-            put(place, other.read_bytes())
+            path.unlink()
+        elif path.suffix == ".png":
+            put(path, other.read_bytes())
         else:  # the last weight becomes another one
-            put(place, before[:-2] + bytes(2))
-        return lambda: put(place, before)
+            put(path, before[:-2] + bytes(2))
+        return lambda: put(path, before)
 
     def start(self, root: Path) -> subprocess.Popen:
         """Starts the command in a process group of its own."""
-        words = [
+        argv = [
             sys.executable, str(ROOT / "sample_mp.py"), "--dataset", f"folder:{self.pictures}", "--finetune_model_key", "ck",
             "--config_dir", str(self.folder / "config"), "--output_root", str(root), "--syn_dataset_multiplier",
             str(self.multiplier), "--batch_size", "4", "--num_inference_steps", "6", "--strength_strategy", "uniform",
             "--gpu_ids", *["cpu"] * self.processes,
         ]  # fmt: skip
-        return start(words)
+        return start(argv)
 
     @staticmethod
     def contents(root: Path) -> dict[str, str]:
@@ -186,10 +186,10 @@ class Training:
         return fine
 
 
-def start(words: list[str], **environment: str) -> subprocess.Popen:
+def start(argv: list[str], **environment: str) -> subprocess.Popen:
     """Starts a command in a process group of its own."""
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **environment}, **options)
+    return subprocess.Popen(argv, cwd=ROOT, env={**os.environ, **environment}, **options)
 
 
 def put(path: Path, content: bytes | None) -> None:
@@ -239,17 +239,17 @@ def disturb(fault: str, process: subprocess.Popen, root: Path, rng: random.Rando
 @contextlib.contextmanager
 def small_disk(megabytes: float):
     """A tmpfs of a given size, or None where this user may not mount one."""
-    place = Path(tempfile.mkdtemp(prefix="small-disk-"))
+    mount = Path(tempfile.mkdtemp(prefix="small-disk-"))
     options = f"size={int(megabytes * 1024)}k"
     mounted = (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True).returncode == 0
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], capture_output=True).returncode == 0
     )
     try:
-        yield place if mounted else None
+        yield mount if mounted else None
     finally:
         if mounted:
-            subprocess.run(["umount", "-l", place], check=False)
-        shutil.rmtree(place, ignore_errors=True)
+            subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(mount, ignore_errors=True)
 
 
 def fill_and_recover(workshop: Workshop, wanted: dict[str, str], rng: random.Random) -> bool | None:
@@ -374,11 +374,11 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="stage 2's sampling processes (default: 2)")
     args = parser.parse_args()
     tally, failed = Counter(), []
-    with tempfile.TemporaryDirectory(prefix="fault-test-") as place:
+    with tempfile.TemporaryDirectory(prefix="fault-test-") as temporary:
         if args.stage == 2:
-            workshop = Workshop(Path(place), args.images, args.processes)
+            workshop = Workshop(Path(temporary), args.images, args.processes)
         else:
-            workshop = Training(Path(place), args.stage)
+            workshop = Training(Path(temporary), args.stage)
         wanted = finish(workshop, workshop.folder / "undisturbed")
         assert len(wanted) >= (args.images + 1 if args.stage == 2 else 3), f"{len(wanted)} files"
         for seed in range(args.seed, args.seed + args.trials):

@@ -49,8 +49,8 @@ def page() -> str:
         parser = importlib.import_module(module).build_parser()
         lines.append(f"## {title}: {module}.py\n\n| flag | meaning |\n|---|---|")
         for group in parser._action_groups:
-            found = list(rows(group, parser))
-            lines += [f"| **{group.title}** | |", *found] if found else []
+            result = list(rows(group, parser))
+            lines += [f"| **{group.title}** | |", *result] if result else []
         lines.append("")
     return "\n".join(lines)
 

@@ -60,14 +60,14 @@ def positional_arguments(tree: ast.Module) -> Iterator[int]:
 
 def imports(tree: ast.Module, names: set[str]) -> set[str]:
     """Modules of the package that a module imports, anywhere in it."""
-    found = set()
+    result = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= parts if parts <= names else {node.module, *parts}
-    return found & names
+            result |= parts if parts <= names else {node.module, *parts}
+    return result & names
 
 
 def circles(trees: dict[str, ast.Module]) -> list[set[str]]:

@@ -286,11 +286,11 @@ def path(text: str) -> Path:
 path.metavar = "DIR"
 
 
-def path_or(*words: str) -> Callable[[str], str]:
-    """An argument type: one of ``words``, or a path as records spell it (relative to the repository root where below it)."""
+def path_or(*choices: str) -> Callable[[str], str]:
+    """An argument type: one of ``choices``, or a path as records spell it (relative to the repository root where below it)."""
 
     def parse(text: str) -> str:
-        return text if text in words else registry.shown_path(path(text))
+        return text if text in choices else registry.shown_path(path(text))
 
     return parse
 

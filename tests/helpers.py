@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def start(script: str, *arguments, env: dict | None = None, **options) -> subprocess.Popen:
     """Starts ``python script arguments`` in a process group of its own."""
-    words = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    argv = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(
-        words,
+        argv,
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -104,8 +104,8 @@ def main_here(main: Callable, arguments, meanwhile: Callable[[], object] | None 
 
 def contents(folder: Path, *patterns: str) -> dict[str, str]:
     """Relative path -> SHA-256 of the files that match; who last held the folder's lock is left out."""
-    found = [p for pattern in patterns for p in folder.rglob(pattern) if p.is_file() and p.name != ".lock"]
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+    result = [p for pattern in patterns for p in folder.rglob(pattern) if p.is_file() and p.name != ".lock"]
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(result)}
 
 
 def exchange(path: Path, content: bytes) -> None:
@@ -155,11 +155,11 @@ def sampling_arguments(workshop, image_folder, root, **changes):
         "gpu_ids": ["cpu"],
         **changes,
     }
-    words = []
+    argv = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *values] if value is not None else []
-    return words
+        argv += [f"--{name}", *values] if value is not None else []
+    return argv
 
 
 def same(folder: Path, undisturbed: dict[str, str]) -> bool:
@@ -206,10 +206,10 @@ def classify_arguments(image_folder, output_dir, **changes):
         "output_dir": output_dir,
         **changes,
     }
-    words = []
+    argv = []
     for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", *(value if isinstance(value, list) else [value])]
-    return words
+        argv += [f"--{name}"] if value is True else [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return argv
 
 
 def workers_of(process: subprocess.Popen | None = None) -> list[int]:

@@ -151,8 +151,8 @@ def test_a_process_keeps_the_object(animals, image_folder, tiny_base, tmp_path):
 
 def test_the_flags_make_masks_that_are_recorded(workshop, image_folder, judge_folder, tmp_path):
     def resolved(**flags):
-        words = sampling_arguments(workshop, image_folder, tmp_path, object_mask="background", **flags)
-        return sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in words]))
+        argv = sampling_arguments(workshop, image_folder, tmp_path, object_mask="background", **flags)
+        return sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv]))
 
     config, dataset = resolved(classifier=judge_folder)
     assert config.guide.objects.shape == (len(dataset.train), 2) and config.images.mask_threshold == 0.2

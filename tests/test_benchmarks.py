@@ -10,19 +10,19 @@ import tiny
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(name, monkeypatch, folder, *words, status: int = 0) -> dict:
+def run(name, monkeypatch, folder, *argv, status: int = 0) -> dict:
     """Runs a benchmark in this process, which returns ``status``; returns the figures it writes."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'scripts'}:{ROOT}")
     common = importlib.import_module("benchmarks.common")
     monkeypatch.setattr(common, "OUTPUT", folder)
-    assert importlib.import_module(f"benchmarks.{name}").main([str(word) for word in words]) == status
+    assert importlib.import_module(f"benchmarks.{name}").main([str(word) for word in argv]) == status
     return tiny.read_json(folder / f"{name}.json")
 
 
 def test_reading_data(tmp_path, monkeypatch):
-    words = ["--images", 8, "--source", 32, "--side", 16, "--batch", 4, "--repeat", 1, "--rows", 1100, "--workers", 1]
-    figures = run("data", monkeypatch, tmp_path, *words)
+    argv = ["--images", 8, "--source", 32, "--side", 16, "--batch", 4, "--repeat", 1, "--rows", 1100, "--workers", 1]
+    figures = run("data", monkeypatch, tmp_path, *argv)
     assert [opened["rows"] for opened in figures["list"]["runs"]] == [1100] * 3 and figures["images"]["ratio"] > 0
 
 
@@ -33,27 +33,27 @@ def test_plans(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_gpus_parts_in_small(tiny_base, image_folder, tmp_path, monkeypatch, capfd):
-    words = ["--rehearse", "--base", tiny_base, "--dataset", f"folder:{image_folder}"]
+    argv = ["--rehearse", "--base", tiny_base, "--dataset", f"folder:{image_folder}"]
     parts = ["stage-2", "stage-3-resnet50"]
-    figures = run("gpu", monkeypatch, tmp_path, *words, "--parts", *parts)["parts"]
+    figures = run("gpu", monkeypatch, tmp_path, *argv, "--parts", *parts)["parts"]
     assert sorted(figures) == parts
     sampling = figures["stage-2"]
     assert sampling["ours"]["batch_size"] == 2 and min(sampling["ratio_to_best"], *sampling["original"].values()) > 0
     assert figures["stage-3-resnet50"]["ours"]["images_per_second"] > 0
     # what does not end in time is stopped, and the figures that exist are kept
-    run("gpu", monkeypatch, tmp_path, *words, "--parts", "stage-1", "--minutes", 0.03, status=1)
+    run("gpu", monkeypatch, tmp_path, *argv, "--parts", "stage-1", "--minutes", 0.03, status=1)
     assert tiny.read_json(tmp_path / "gpu.json")["parts"] == figures
     assert "stage-1: ended after 2 s, with the time of --minutes" in capfd.readouterr().out
 
 
 def test_kernels(tiny_base, tmp_path, monkeypatch):
-    words = ["--base", tiny_base, "--device", "cpu", "--batch_size", 1, "--steps", 2]
-    figures = run("kernels", monkeypatch, tmp_path, *words)
+    argv = ["--base", tiny_base, "--device", "cpu", "--batch_size", 1, "--steps", 2]
+    figures = run("kernels", monkeypatch, tmp_path, *argv)
     assert min(figures["milliseconds"]["convolutions"], figures["tflop_per_image"]["attention"]) > 0
 
 
 def test_inversion(tiny_base, image_folder, tmp_path, monkeypatch):
-    words = [
+    argv = [
         "--base",
         tiny_base,
         "--dataset",
@@ -66,5 +66,5 @@ def test_inversion(tiny_base, image_folder, tmp_path, monkeypatch):
         1,
         3,
     ]
-    figures = run("inversion", monkeypatch, tmp_path, *words)
+    figures = run("inversion", monkeypatch, tmp_path, *argv)
     assert len(figures["rows"]) == 3 and figures["psnr"]["autoencoder"] > 0 and (tmp_path / "inversion.png").exists()

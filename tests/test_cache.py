@@ -273,8 +273,8 @@ print(int(pixels.sum()))
 
 
 def start(log, pause):
-    words = [sys.executable, "-c", WORKER, str(log), str(pause)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    argv = [sys.executable, "-c", WORKER, str(log), str(pause)]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_that_start_at_once_decode_each_image_once(folder, tmp_path):

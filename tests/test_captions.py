@@ -49,8 +49,8 @@ def captioned(tmp_path):
 
 def test_a_folders_metadata_gives_captions(captioned):
     table = load_dataset(f"folder:{captioned}").train
-    found = dict(zip(table.keys, table.extras["caption"].tolist(), strict=True))
-    assert found["train/red fox/train000.png"] == "in snow\nasleep" and found["train/blue jay/train000.png"] == ""
+    result = dict(zip(table.keys, table.extras["caption"].tolist(), strict=True))
+    assert result["train/red fox/train000.png"] == "in snow\nasleep" and result["train/blue jay/train000.png"] == ""
     assert len(table.take([0, 1]).extras["caption"]) == 2
 
 
@@ -87,11 +87,11 @@ def test_json_lines_give_captions_boxes_and_masks(tmp_path):
         train = load_dataset(f"folder:{folder}").train
     assert not notes  # the list is read, and so not left out
     columns = [train.extras[name].tolist() for name in ("caption", "box_text", "mask_path")]
-    found = dict(zip(train.keys, map(list, zip(*columns, strict=True)), strict=True))
-    assert found["train/toad/train000.png"] == ["wet\ngreen", "[1, 2, 30, 20]", ""]
-    assert found["train/toad/train001.png"] == ["", "[5, 6, 20, 10.5]", ""]  # the largest of several
-    assert found["train/red fox/train000.png"] == ["", "", str(folder / "train/m.png")]
-    assert parse_box(found["train/toad/train001.png"][1], "") == (5, 6, 25, 16.5)
+    result = dict(zip(train.keys, map(list, zip(*columns, strict=True)), strict=True))
+    assert result["train/toad/train000.png"] == ["wet\ngreen", "[1, 2, 30, 20]", ""]
+    assert result["train/toad/train001.png"] == ["", "[5, 6, 20, 10.5]", ""]  # the largest of several
+    assert result["train/red fox/train000.png"] == ["", "", str(folder / "train/m.png")]
+    assert parse_box(result["train/toad/train001.png"][1], "") == (5, 6, 25, 16.5)
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_the_share_of_class_prompts_and_lines_drawn_evenly(captioned):
     chosen = captions.choose(torch.full((4000,), row), drawn, template)
     texts, counts = np.unique([captions.texts[i] if i >= 0 else "class" for i in chosen.tolist()], return_counts=True)
     shares = dict(zip(texts.tolist(), (counts / 4000).tolist(), strict=True))
-    place = dataset.source_names.index("red fox")
+    position = dataset.source_names.index("red fox")
     assert shares == pytest.approx(
         {
             "class": 0.25,
-            f"a photo of a <class_{place}>, in snow": 0.375,
-            f"a photo of a <class_{place}>, asleep": 0.375,
+            f"a photo of a <class_{position}>, in snow": 0.375,
+            f"a photo of a <class_{position}>, asleep": 0.375,
         },
         abs=0.03,
     )
@@ -172,10 +172,10 @@ def test_captions_reach_the_text_encoder(captioned, tiny_base, tmp_path):
     from semantic_aug.finetune.model import TrainedModel
 
     for strategy in ("ti_db", "db"):  # encoded with gradients, and kept once encoded
-        words = ["--dataset", f"folder:{captioned}", "--pretrained_model_name_or_path", str(tiny_base),
+        argv = ["--dataset", f"folder:{captioned}", "--pretrained_model_name_or_path", str(tiny_base),
                  "--class_prompts_ratio", "0", "--finetune_strategy", strategy,
                  "--output_dir", str(tmp_path / "x")]  # fmt: skip
-        config, dataset = resolve(parse(words))
+        config, dataset = resolve(parse(argv))
         base = load_base(str(tiny_base))
         model = TrainedModel(base, config, dataset)
         label, row = torch.tensor([2, 2]), torch.tensor([-1, model.captions.texts.index(model.captions.texts[-1])])
@@ -187,12 +187,12 @@ def test_captions_reach_the_text_encoder(captioned, tiny_base, tmp_path):
 
 
 def test_a_share_of_captions_without_captions_is_refused(image_folder, tiny_base, tmp_path):
-    words = ["--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", str(tiny_base),
+    argv = ["--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", str(tiny_base),
              "--class_prompts_ratio", "0.5", "--output_dir", str(tmp_path / "x")]  # fmt: skip
     with pytest.raises(
         UserError, match="--class_prompts_ratio 0.5: data set animals-.* has no captions; give it a column"
     ):
-        resolve(parse(words))
+        resolve(parse(argv))
 
 
 def test_prompts_that_lose_their_class_are_refused_in_both_stages(bases, image_folder, tmp_path, workshop):
@@ -202,12 +202,12 @@ def test_prompts_that_lose_their_class_are_refused_in_both_stages(bases, image_f
 
     def train(base, **flags):
         flags = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": base, **flags}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        resolve(parse(words))
+        argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        resolve(parse(argv))
 
     def sample(**flags):
-        words = sampling_arguments(workshop, image_folder, tmp_path / "samples", **flags)
-        sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in words]))
+        argv = sampling_arguments(workshop, image_folder, tmp_path / "samples", **flags)
+        sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv]))
 
     train(bases["sd1"])  # the tiny tokenizer reads 48 tokens, a letter each
     for base in (bases["sd1"], bases["sdxl"]):

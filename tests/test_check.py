@@ -41,7 +41,7 @@ def report_of(folder):
 
 
 def kinds(report):
-    return {found.kind: found for found in report.findings}
+    return {findings.kind: findings for findings in report.findings}
 
 
 def test_a_good_folder_passes(good, tmp_path, capsys):
@@ -60,10 +60,10 @@ def test_unreadable_and_truncated_images(good):
     path.write_bytes(path.read_bytes()[:400])
     (good / "test" / "owl" / "0.png").write_text("<html>404</html>")
     report, _ = report_of(good)
-    found = kinds(report)["unreadable image"]
-    assert found.count == 3 and found.problem and all("\n" not in line for line in found.examples)
-    assert any("0.png is empty" in line for line in found.examples)
-    assert sum("1.png cannot be decoded" in line for line in found.examples) == 1
+    findings = kinds(report)["unreadable image"]
+    assert findings.count == 3 and findings.problem and all("\n" not in line for line in findings.examples)
+    assert any("0.png is empty" in line for line in findings.examples)
+    assert sum("1.png cannot be decoded" in line for line in findings.examples) == 1
 
 
 def test_exact_duplicates_within_and_across_splits(good):
@@ -71,12 +71,12 @@ def test_exact_duplicates_within_and_across_splits(good):
     shutil.copy(good / "train" / "owl" / "1.png", good / "train" / "toad" / "copy.png")
     shutil.copy(good / "train" / "owl" / "2.png", good / "test" / "owl" / "copy.png")
     report, _ = report_of(good)
-    found = kinds(report)
-    leak = found["exact duplicate across splits (a leak)"]
+    findings = kinds(report)
+    leak = findings["exact duplicate across splits (a leak)"]
     assert leak.problem and leak.examples == ["train/owl/2.png = test/owl/copy.png"]
-    assert found["exact duplicate under two labels"].examples == ["train/owl/1.png = train/toad/copy.png"]
-    assert not found["exact duplicate within a class of a split"].problem
-    assert report.findings[0].problem and not any("near" in kind for kind in found)
+    assert findings["exact duplicate under two labels"].examples == ["train/owl/1.png = train/toad/copy.png"]
+    assert not findings["exact duplicate within a class of a split"].problem
+    assert report.findings[0].problem and not any("near" in kind for kind in findings)
 
 
 def test_near_duplicates_within_and_across_splits(good):
@@ -84,9 +84,9 @@ def test_near_duplicates_within_and_across_splits(good):
     image.save(good / "train" / "owl" / "again.jpg", quality=70)
     image.resize((160, 144)).save(good / "test" / "owl" / "larger.png")
     report, _ = report_of(good)
-    found = kinds(report)
-    assert found["near duplicates within a class of a split"].examples == ["train/owl/0.png ~ train/owl/again.jpg"]
-    across = found["near duplicates across splits (a possible leak)"]
+    findings = kinds(report)
+    assert findings["near duplicates within a class of a split"].examples == ["train/owl/0.png ~ train/owl/again.jpg"]
+    across = findings["near duplicates across splits (a possible leak)"]
     assert across.count == 2 and "train/owl/0.png ~ test/owl/larger.png" in across.examples and not across.problem
 
 
@@ -131,10 +131,10 @@ def test_names_that_collide_and_classes_without_images(good, caplog):
                 np.random.default_rng([len(name), ord(name[0]), i]).integers(0, 256, (70, 70, 3), np.uint8)
             ).save(path)
     report, _ = report_of(good)
-    found = kinds(report)
-    (collision,) = [f for kind, f in found.items() if kind.startswith("class names that collide")]
+    findings = kinds(report)
+    (collision,) = [f for kind, f in findings.items() if kind.startswith("class names that collide")]
     assert collision.problem and collision.examples == ["'Barn_Owl' = 'barn owl'"]
-    assert found["class without a test image"].examples == ["Barn_Owl", "barn owl"]
+    assert findings["class without a test image"].examples == ["Barn_Owl", "barn owl"]
 
 
 def test_missing_splits_are_told(good):
@@ -177,8 +177,8 @@ def test_statuses_for_scripts(good, tmp_path, capsys):
     shutil.copy(good / "train" / "owl" / "2.png", good / "test" / "owl" / "copy.png")
     assert run_main(command.main, ["check", word, *out]) == 1
     assert "1 problems, 1 warnings: failed" in capsys.readouterr().out
-    for words in (["check", f"folder:{tmp_path / 'no'}"], ["check"], ["look"], ["check", word, "--workers", "0"]):
-        assert run_main(command.main, words) == 2
+    for argv in (["check", f"folder:{tmp_path / 'no'}"], ["check"], ["look"], ["check", word, "--workers", "0"]):
+        assert run_main(command.main, argv) == 2
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1 and error[0].startswith("error: ")
     before = sorted(p for p in good.rglob("*"))

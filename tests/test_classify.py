@@ -487,9 +487,9 @@ def test_the_best_epoch_is_validations(trained):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(trained, image_folder, subset, tmp_path):
-    words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
-    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "same", **words))
-    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "other", **words, seed=1))
+    argv = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
+    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "same", **argv))
+    run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "other", **argv, seed=1))
     losses = [
         [row.split(",")[2] for row in (f / "epochs.csv").read_text().splitlines()]
         for f in (trained[0], tmp_path / "same", tmp_path / "other")
@@ -520,10 +520,10 @@ def test_killed_and_started_again_equals_uninterrupted(image_folder, tmp_path, m
 def test_a_finished_run_is_not_run_again_and_other_arguments_are_refused(trained, image_folder, subset):
     folder, _ = trained
     before = contents(folder, "*")
-    words = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
-    assert "is finished already" in run_here("train_cls.py", *classify_arguments(image_folder, folder, **words))
+    argv = {"syndata_dir": [subset], "synthetic_prob": 0.3, "use_cutmix": True}
+    assert "is finished already" in run_here("train_cls.py", *classify_arguments(image_folder, folder, **argv))
     assert "other arguments (nepoch: 4 -> 5;" in refused(
-        "train_cls.py", *classify_arguments(image_folder, folder, **{**words, "nepoch": 5}), alone=True
+        "train_cls.py", *classify_arguments(image_folder, folder, **{**argv, "nepoch": 5}), alone=True
     )
     assert contents(folder, "*") == before
 

@@ -41,8 +41,8 @@ SMALL = {"model": "test_vit", "nepoch": 2}
 
 def train(image_folder, output_dir, **changes):
     """Runs train_cls.py in this process; returns what results.json holds, if anything."""
-    words = classify_arguments(image_folder, output_dir, **{**SMALL, **changes})
-    assert train_cls.main([str(word) for word in words]) == 0
+    argv = classify_arguments(image_folder, output_dir, **{**SMALL, **changes})
+    assert train_cls.main([str(word) for word in argv]) == 0
     return trainer.results_of(output_dir)
 
 
@@ -80,12 +80,12 @@ def test_records_of_versions_without_a_setting_stand_for_its_default():
 
 
 def test_seeds_are_runs_of_their_own_with_mean_and_spread(three_seeds, image_folder, tmp_path):
-    found = json.loads((three_seeds / "seeds.json").read_text())
+    result = json.loads((three_seeds / "seeds.json").read_text())
     each = [trainer.results_of(three_seeds / f"seed{s}")["test"] for s in (1, 2, 3)]
     losses = [scores["loss"] for scores in each]
-    assert len(set(losses)) == 3 and found["seeds"]["2"]["loss"] == losses[1]
-    assert found["mean"]["loss"] == pytest.approx(statistics.mean(losses))
-    assert found["std"]["loss"] == pytest.approx(statistics.stdev(losses))
+    assert len(set(losses)) == 3 and result["seeds"]["2"]["loss"] == losses[1]
+    assert result["mean"]["loss"] == pytest.approx(statistics.mean(losses))
+    assert result["std"]["loss"] == pytest.approx(statistics.stdev(losses))
     rows = list(csv.reader((three_seeds / "seeds.csv").open()))
     assert [row[0] for row in rows] == ["seed", "1", "2", "3", "mean", "std"] and rows[0][1] == "top1"
     alone = train(image_folder, tmp_path / "alone", seed=2)
@@ -114,9 +114,9 @@ def test_the_summary_groups_seeds_and_tells_requests_apart(three_seeds, image_fo
     runs = summary.find_runs([three_seeds, tmp_path, three_seeds / "seed1"])  # one of them named twice
     assert [len(group) for group in summary.grouped(runs)] == [3, 1]
     lines = summary.markdown(runs).splitlines()
-    found = json.loads((three_seeds / "seeds.json").read_text())
+    result = json.loads((three_seeds / "seeds.json").read_text())
     assert lines[0].startswith("| run | data set | setting | images | model | seeds | top1 | macro | ece |")
-    spread = f"{100 * found['mean']['ece']:.2f} ± {100 * found['std']['ece']:.2f}"
+    spread = f"{100 * result['mean']['ece']:.2f} ± {100 * result['std']['ece']:.2f}"
     name = load_dataset(f"folder:{image_folder}").name
     assert lines[2].startswith(f"| all | {name} | all data | 18 | test_vit | 3 | ") and spread in lines[2]
     assert lines[3].startswith("| mixed | ") and "±" not in lines[3] and len(lines) == 4
@@ -133,8 +133,8 @@ def test_summarize_prints_and_writes_the_table(three_seeds, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("summarize", ROOT / "scripts" / "summarize.py")
     summarize = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(summarize)
-    words = [str(three_seeds), "--output", str(tmp_path / "t.md"), "--scores", "top1", "loss"]
-    assert run_main(summarize.main, words) == 0
+    argv = [str(three_seeds), "--output", str(tmp_path / "t.md"), "--scores", "top1", "loss"]
+    assert run_main(summarize.main, argv) == 0
     out = capsys.readouterr().out
     assert out == (tmp_path / "t.md").read_text() and "| seeds | top1 | loss |" in out
     assert run_main(summarize.main, [str(three_seeds), "--scores", "top"]) == 2
@@ -161,8 +161,8 @@ def movable(image_folder, tmp_path_factory):
 def again(home, **changes):
     """The same command, wherever its files lie."""
     files = {"weights": home / "weights.pth", "syndata_dir": [f"{home}/subset", f"{home}/subset#kept"]}
-    words = {"allow_other_sources": True, "synthetic_prob": 0.5, **files, "nepoch": 1, **changes}
-    return train(home / "animals", home / "run", **words)
+    argv = {"allow_other_sources": True, "synthetic_prob": 0.5, **files, "nepoch": 1, **changes}
+    return train(home / "animals", home / "run", **argv)
 
 
 @pytest.fixture
@@ -182,8 +182,8 @@ def exchange_rows(file):
 
 def test_a_finished_run_is_found_when_all_has_moved(movable, moved, caplog):
     caplog.set_level("INFO")
-    found = again(moved, cache="off", gradient_accumulation_steps=2)
-    assert found == trainer.results_of(movable / "run") and "is finished already" in caplog.text
+    result = again(moved, cache="off", gradient_accumulation_steps=2)
+    assert result == trainer.results_of(movable / "run") and "is finished already" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -399,35 +399,35 @@ def test_going_on_is_exact_with_averaging_patience_and_parts(image_folder, tmp_p
 
 def plant(monkeypatch, *top1):
     """Evaluations find these scores, one after the other, whatever the classifier says."""
-    found = iter([{"top1": value, "macro": 1 - value, "loss": 1.0} for value in top1])
-    monkeypatch.setattr(trainer.Scores, "summary", lambda *_: next(found))
+    result = iter([{"top1": value, "macro": 1 - value, "loss": 1.0} for value in top1])
+    monkeypatch.setattr(trainer.Scores, "summary", lambda *_: next(result))
 
 
 def test_predictions_are_those_of_the_best_epoch(image_folder, tmp_path, monkeypatch):
     plant(monkeypatch, 0.9, 0.6, 0.4, 0.5)
-    scores, said = trainer.Trainer._scores, []
+    scores, output = trainer.Trainer._scores, []
 
     def noted(self, batches):
-        said.append(scores(self, batches).predicted.tolist())
+        output.append(scores(self, batches).predicted.tolist())
         return scores(self, batches)
 
     monkeypatch.setattr(trainer.Trainer, "_scores", noted)
     assert train(image_folder, tmp_path / "run", nepoch=3)["epoch"] == 1
     names = ["blue jay", "red fox", "toad"]
-    for split, wanted in (("val", said[0]), ("test", said[3])):
+    for split, wanted in (("val", output[0]), ("test", output[3])):
         rows = list(csv.DictReader((tmp_path / "run" / f"{split}_predictions.csv").open()))
         assert [row["predicted"] for row in rows] == [names[i] for i in wanted]
         table = getattr(load_dataset(f"folder:{image_folder}"), split)
         assert [row["file"] for row in rows] == list(table.keys)
         assert [row["class"] for row in rows] == [names[i] for i in table.labels]
-    assert said[2] != said[0]
+    assert output[2] != output[0]
 
 
 def test_a_folder_in_use_is_left_alone(image_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     with lock_folder(folder, "--output_dir"):
-        words = [str(word) for word in classify_arguments(image_folder, folder, **SMALL)]
-        assert run_main(train_cls.main, words) == 2
+        argv = [str(word) for word in classify_arguments(image_folder, folder, **SMALL)]
+        assert run_main(train_cls.main, argv) == 2
     err = capsys.readouterr().err
     assert (
         err.startswith(f"error: {folder} is being written by another run (process {os.getpid()} on")
@@ -460,8 +460,8 @@ def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch
     rows = list(csv.DictReader((tmp_path / "run" / "epochs.csv").open()))
     assert results["val"]["worst_group"] == pytest.approx(max(float(row["val_worst_group"]) for row in rows))
     assert results["test"]["worst_group"] <= results["test"]["average_group"] <= 1
-    said = read_predictions(tmp_path / "run")
-    assert said.shares("worst_group").sum() == pytest.approx(results["val"]["worst_group"])
+    output = read_predictions(tmp_path / "run")
+    assert output.shares("worst_group").sum() == pytest.approx(results["val"]["worst_group"])
     run, *_ = summary.find_runs([tmp_path])
     assert "| worst_group | average_group |" in summary.markdown([run])
 
@@ -493,9 +493,9 @@ def test_two_processes_equal_one_with_the_same_batch(image_folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = classify_arguments(image_folder, tmp_path / "two", **{**SMALL, **same})
+    argv = classify_arguments(image_folder, tmp_path / "two", **{**SMALL, **same})
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    both = [start("train_cls.py", *words, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    both = [start("train_cls.py", *argv, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     train(image_folder, tmp_path / "one", **same)
     for rank, process in enumerate(both):
         out, err = process.communicate(timeout=300)
@@ -514,9 +514,9 @@ def test_two_processes_equal_one_with_the_same_batch(image_folder, tmp_path):
 def test_a_checkpoint_loads_in_plain_timm_with_the_printed_lines(image_folder, tmp_path, capsys):
     results = train(image_folder, tmp_path / "run", model="vit_tiny_patch16_224", nepoch=1)
     lines = capsys.readouterr().out.splitlines()
-    place = lines.index("import timm")
+    position = lines.index("import timm")
     names = {}
-    exec("\n".join(lines[place : place + 2]), names)
+    exec("\n".join(lines[position : position + 2]), names)
     dataset = load_dataset(f"folder:{image_folder}")
     batches = trainer.EvalBatches(dataset.test, 32, 9)
     normalise = trainer.Normaliser((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), torch.device("cpu"))
@@ -530,10 +530,10 @@ def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_p
     wanted = trainer.results_of(three_seeds / "seed1")
     before = (three_seeds / "seed1" / "args.yaml").read_text()
     train(image_folder, three_seeds / "seed1", eval_only=True)
-    found = json.loads((three_seeds / "seed1" / "evaluation" / "results.json").read_text())
-    assert found["test"] == pytest.approx(wanted["test"]) and found["val"]["top1"] == wanted["val"]["top1"]
+    result = json.loads((three_seeds / "seed1" / "evaluation" / "results.json").read_text())
+    assert result["test"] == pytest.approx(wanted["test"]) and result["val"]["top1"] == wanted["val"]["top1"]
     for split, count in (("val", 6), ("test", 9)):
-        ours, again = (three_seeds / "seed1" / place / f"{split}_predictions.csv" for place in ("", "evaluation"))
+        ours, again = (three_seeds / "seed1" / part / f"{split}_predictions.csv" for part in ("", "evaluation"))
         assert ours.read_bytes() == again.read_bytes()
         run = read_predictions(three_seeds / "seed1", split)
         assert run.shares("top1").sum() == pytest.approx(wanted[split]["top1"]) and len(run.files) == count
@@ -577,8 +577,8 @@ def test_a_classifier_is_evaluated_on_a_copy_that_spells_its_classes_otherwise(t
         for name, spelling in other.items():
             shutil.copytree(image_folder / split / name, tmp_path / "copy" / split / spelling)
     train(tmp_path / "copy", tmp_path / "out", eval_only=True, weights=three_seeds / "seed1")
-    found = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
-    assert found["test"]["loss"] == pytest.approx(trainer.results_of(three_seeds / "seed1")["test"]["loss"])
+    result = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
+    assert result["test"]["loss"] == pytest.approx(trainer.results_of(three_seeds / "seed1")["test"]["loss"])
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation" / "test_predictions.csv").open()))
     wanted = {r["file"]: r for r in csv.DictReader((three_seeds / "seed1" / "test_predictions.csv").open())}
     back = {text: name for name, spelling in other.items() for text in (spelling, spelling.replace("_", " "))}
@@ -638,9 +638,9 @@ def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_fol
         ({"predict": tmp_path / "empty", "weights": seed1}, "--predict .*: no image there"),
     ]:
         folder = changes.pop("output_dir", tmp_path / "x")
-        words = classify_arguments(image_folder, folder, **{**SMALL, **changes})
+        argv = classify_arguments(image_folder, folder, **{**SMALL, **changes})
         with pytest.raises(UserError, match=message):
-            train_cls.main([str(word) for word in words])
+            train_cls.main([str(word) for word in argv])
 
 
 # --------------------------------------------------------------------------------------------------------- benchmark
@@ -705,17 +705,17 @@ def test_bad_requests_raise_one_line_that_names_the_flag(image_folder, tmp_path,
         changes = {"syndata_dir": [tmp_path / changes["syndata_dir"][0]]}
     if "weights" in changes:
         changes = {"weights": tmp_path / changes["weights"]}
-    words = classify_arguments(image_folder, tmp_path / "run", **{**SMALL, **changes})
+    argv = classify_arguments(image_folder, tmp_path / "run", **{**SMALL, **changes})
     with pytest.raises(UserError) as caught:
-        train_cls.main([str(word) for word in words])
+        train_cls.main([str(word) for word in argv])
     assert re.search(message, str(caught.value)), caught.value
 
 
 def test_a_damaged_subset_ends_the_program_with_status_2(image_folder, tmp_path, capsys):
     folder = write_subset(tmp_path / "gone", ROWS)
     next((folder / "data").rglob("*.png")).unlink()
-    words = classify_arguments(image_folder, tmp_path / "run", syndata_dir=[folder])
-    assert run_main(train_cls.main, [str(word) for word in words]) == 2
+    argv = classify_arguments(image_folder, tmp_path / "run", syndata_dir=[folder])
+    assert run_main(train_cls.main, [str(word) for word in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "is missing" in lines[0]
     assert not (tmp_path / "run").exists()

@@ -44,23 +44,23 @@ def arguments(image_folder, base, out, *more):
     ]  # fmt: skip
 
 
-def parsed(words):
-    return compare.build_parser().parse_args(words)
+def parsed(argv):
+    return compare.build_parser().parse_args(argv)
 
 
-def recipe(*words):
+def recipe(*argv):
     """The budget of the first setting."""
-    return compare.recipe_of(parsed(["--dataset", "elpv", *words]))
+    return compare.recipe_of(parsed(["--dataset", "elpv", *argv]))
 
 
 # ----------------------------------------------------------------------------------------------------- the commands
 
 
 def test_every_command_is_one_its_entry_script_takes(image_folder, tmp_path):
-    words = arguments(
+    argv = arguments(
         image_folder, "base", tmp_path, "--methods", *STAGES_ALONE, "--seeds", 1, 2, "--stage2_args", "--cpu_threads 2"
     )
-    jobs = compare.jobs_of(parsed(words), tmp_path)
+    jobs = compare.jobs_of(parsed(argv), tmp_path)
     assert [(job.setting, job.commands.subset_seed) for job in jobs] == [("2shot", 1), ("2shot", 2)]
     for job in jobs:
         taken = {}
@@ -88,10 +88,10 @@ def test_every_command_is_one_its_entry_script_takes(image_folder, tmp_path):
 
 
 def test_stage_one_runs_only_for_methods_that_need_it(image_folder, tmp_path):
-    words = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "real-only", "cutmix", "real-guidance")
-    assert {step.stage for step in compare.jobs_of(parsed(words), tmp_path)[0].pair.steps.values()} == {2, 3}
-    words = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "diff-mix", "diff-aug")
-    assert [s for s in compare.jobs_of(parsed(words), tmp_path)[0].pair.steps if s in ("ti", "ti_db")] == ["ti_db"]
+    argv = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "real-only", "cutmix", "real-guidance")
+    assert {step.stage for step in compare.jobs_of(parsed(argv), tmp_path)[0].pair.steps.values()} == {2, 3}
+    argv = arguments(image_folder, "base", tmp_path, "--seeds", 1, "--methods", "diff-mix", "diff-aug")
+    assert [s for s in compare.jobs_of(parsed(argv), tmp_path)[0].pair.steps if s in ("ti", "ti_db")] == ["ti_db"]
 
 
 def test_images_that_follow_the_real_only_classifier_come_after_it(tmp_path):
@@ -109,7 +109,7 @@ def test_images_that_follow_the_real_only_classifier_come_after_it(tmp_path):
 
 
 def test_values_may_be_given_for_each_setting(tmp_path):
-    words = [
+    argv = [
         "--dataset",
         "elpv",
         "--examples_per_class",
@@ -123,7 +123,7 @@ def test_values_may_be_given_for_each_setting(tmp_path):
         "--gamma",
         "0.8",
     ]
-    jobs = compare.jobs_of(parsed(words), tmp_path)
+    jobs = compare.jobs_of(parsed(argv), tmp_path)
     assert [(j.setting, j.commands.recipe.classify["nepoch"]) for j in jobs] == [("5shot", 40), ("all", 4)]
     assert [j.commands.recipe.synthetic for j in jobs] == [{"gamma": 0.8, "synthetic_prob": p} for p in (0.3, 0.1)]
 
@@ -131,23 +131,23 @@ def test_values_may_be_given_for_each_setting(tmp_path):
 def test_devices_reach_every_stage(tmp_path):
     assert Devices(("1", "0")).environment("4,7") == {"CUDA_VISIBLE_DEVICES": "7"}
     assert Devices(("1",)).environment(None) == {"CUDA_VISIBLE_DEVICES": "1"} and Devices().environment("4") == {}
-    words = ["--dataset", "elpv", "--gpu_ids", "1", "1", "--seeds", "1", "--methods", "diff-mix"]
-    made = compare.jobs_of(parsed(words), tmp_path)[0].pair.steps
-    assert "--gpu_ids 1 1 " in shlex.join(made["sample diff-mix"].arguments)
-    assert "--gpu 1 " in shlex.join(made["classify diff-mix"].arguments)
-    assert str(made["ti_db"]).startswith("CUDA_VISIBLE_DEVICES=")
+    argv = ["--dataset", "elpv", "--gpu_ids", "1", "1", "--seeds", "1", "--methods", "diff-mix"]
+    created = compare.jobs_of(parsed(argv), tmp_path)[0].pair.steps
+    assert "--gpu_ids 1 1 " in shlex.join(created["sample diff-mix"].arguments)
+    assert "--gpu 1 " in shlex.join(created["classify diff-mix"].arguments)
+    assert str(created["ti_db"]).startswith("CUDA_VISIBLE_DEVICES=")
 
 
 def test_extra_arguments_may_set_what_the_methods_do_not(tmp_path):
-    words = ["--dataset", "elpv", "--seeds", "1", "--methods", "diff-mix", "--stage2_args", "--contexts x"]
-    assert compare.jobs_of(parsed(words), tmp_path)[0].pair.steps["sample diff-mix"].arguments[-2:] == (
+    argv = ["--dataset", "elpv", "--seeds", "1", "--methods", "diff-mix", "--stage2_args", "--contexts x"]
+    assert compare.jobs_of(parsed(argv), tmp_path)[0].pair.steps["sample diff-mix"].arguments[-2:] == (
         "--contexts",
         "x",
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--methods", "diffmix"], "unknown method of --methods 'diffmix': did you mean 'diff-mix'?"),
         (["--shard_index", "2", "--num_shards", "2"], "--shard_index 2: expected a number below --num_shards 2"),
@@ -162,15 +162,15 @@ def test_extra_arguments_may_set_what_the_methods_do_not(tmp_path):
         (["--metods", "mixup"], "unknown argument --metods: did you mean --methods?"),
     ],
 )
-def test_mistakes_are_one_line(words, message, capsys):
-    assert run_main(dispatcher.main, ["compare", "--dataset", "elpv", *words]) == 2
+def test_mistakes_are_one_line(argv, message, capsys):
+    assert run_main(dispatcher.main, ["compare", "--dataset", "elpv", *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
 def test_a_report_of_a_folder_without_a_comparison_leaves_no_trace(tmp_path, capsys):
-    words = ["compare", "--dataset", "elpv", "--report_only", "--output_dir", str(tmp_path / "gone")]
-    assert run_main(dispatcher.main, words) == 2
+    argv = ["compare", "--dataset", "elpv", "--report_only", "--output_dir", str(tmp_path / "gone")]
+    assert run_main(dispatcher.main, argv) == 2
     assert "holds no comparison" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
@@ -180,7 +180,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
 
 
 def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
-    words = [
+    argv = [
         "--dataset",
         "elpv",
         "--examples_per_class",
@@ -191,7 +191,7 @@ def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
         "--output_dir",
         str(tmp_path),
     ]
-    assert compare.main([*words, "--dry_run"]) == 0
+    assert compare.main([*argv, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "12 runs (3 of stage 1, 3 of stage 2, 6 of stage 3) in 3 pairs of setting and seed; 12 to do" in out
     assert len(re.findall("^python train_cls.py ", out, re.M)) == 6 and not list(tmp_path.iterdir())
@@ -218,12 +218,12 @@ def make_pair(tmp_path):
     script.write_text(SCRIPT)
 
     def make(folder, kinds="ab", seconds=0.0):
-        made = {}
+        created = {}
         for stage, kind in enumerate(kinds, 4 - len(kinds)):
-            words = (str(script), kind, str(folder), str(seconds))
-            needs = tuple(made)[-1:]
-            made[kind] = Step(kind, stage, words, needs, f"{kind}.json", {})
-        return runner.Pair(folder, made)
+            argv = (str(script), kind, str(folder), str(seconds))
+            needs = tuple(created)[-1:]
+            created[kind] = Step(kind, stage, argv, needs, f"{kind}.json", {})
+        return runner.Pair(folder, created)
 
     return make
 
@@ -340,12 +340,12 @@ def test_shards_have_every_pair_once(tmp_path):
 
 def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
     """Writes what a finished classifier leaves."""
-    place = results.pair_folder(folder, setting, seed)
-    (place / "classify" / method).mkdir(parents=True)
+    path = results.pair_folder(folder, setting, seed)
+    (path / "classify" / method).mkdir(parents=True)
     scores = {"top1": top1, "macro": macro, "loss": 1.0}
     content = {"test": scores, "val": {"top1": top1 - 0.01, "macro": macro}, "steps": steps_taken}
-    (place / "classify" / method / "results.json").write_text(json.dumps(content))
-    records = runner.read_records(place)
+    (path / "classify" / method / "results.json").write_text(json.dumps(content))
+    records = runner.read_records(path)
     records[f"classify {method}"] = {
         "stage": 3,
         "seconds": 36.0,
@@ -356,7 +356,7 @@ def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
         records["ti_db"] = {"stage": 1, "seconds": 100.0, "done": True, "command": "python train_lora.py"}
         command = f"python sample_mp.py --finetune_model_key ti_db --sample_strategy {method}"
         records[f"sample {method}"] = {"stage": 2, "seconds": 50.0, "done": True, "command": command}
-    (place / "steps.json").write_text(json.dumps(records))
+    (path / "steps.json").write_text(json.dumps(records))
 
 
 @pytest.fixture
@@ -428,8 +428,8 @@ def test_in_a_browser_the_report_shows_intervals_without_a_mouse_and_loads_nothi
 def test_requests_add_up_and_another_budget_is_refused(partial):
     results.save_request(partial, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
     results.save_request(partial, ["--seeds", "3"], ["5shot", "10shot"], [3], ["real-only"])
-    found = results.collect(partial)
-    assert len(found.commands) == 2 and found.settings == ["5shot", "10shot"] and len(found.missing) == 3
+    result = results.collect(partial)
+    assert len(result.commands) == 2 and result.settings == ["5shot", "10shot"] and len(result.missing) == 3
     for flag, value, difference in (
         ("--multiplier", "7", "sample.syn_dataset_multiplier: 5.0 -> 7.0"),
         ("--val_fraction", "0.2", "shared.val_fraction: '0.1 by default' -> 0.2"),
@@ -467,8 +467,8 @@ def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_
 
 
 def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeypatch):
-    words = ["--dataset", "elpv", "--examples_per_class", "5", "-1", "--nepoch", "40", "4", "--methods", "diff-mix"]
-    jobs, checked = compare.jobs_of(parsed(words), tmp_path), []
+    argv = ["--dataset", "elpv", "--examples_per_class", "5", "-1", "--nepoch", "40", "4", "--methods", "diff-mix"]
+    jobs, checked = compare.jobs_of(parsed(argv), tmp_path), []
     monkeypatch.setattr(compare, "check_commands", lambda steps, folder: checked.append((folder.name, steps)))
     compare.check_stages(jobs, tmp_path, tmp_path)
     (first, steps), (second, (alone,)) = checked
@@ -484,18 +484,18 @@ def test_confusions_need_validation_images(tmp_path, animals):
 
 
 def test_the_words_that_share_the_work_are_no_part_of_a_request():
-    words = ["--dataset", "x", "--num_shards", "2", "--shard_index=1", "--report_only", "--seeds", "1"]
-    assert compare._request_arguments(words) == ["--dataset", "x", "--seeds", "1"]
+    argv = ["--dataset", "x", "--num_shards", "2", "--shard_index=1", "--report_only", "--seeds", "1"]
+    assert compare._request_arguments(argv) == ["--dataset", "x", "--seeds", "1"]
 
 
 # ---------------------------------------------------------------------------------------------------- from end to end
 
 
 def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base, tmp_path):
-    for name, place in (("animals", image_folder), ("base", tiny_base)):
-        shutil.copytree(place, tmp_path / name)
-    words = ["--dataset", f"folder:{tmp_path}/animals", "--pretrained_model_name_or_path", str(tmp_path / "base")]
-    budget = compare.recipe_of(parsed(words))
+    for name, folder in (("animals", image_folder), ("base", tiny_base)):
+        shutil.copytree(folder, tmp_path / name)
+    argv = ["--dataset", f"folder:{tmp_path}/animals", "--pretrained_model_name_or_path", str(tmp_path / "base")]
+    budget = compare.recipe_of(parsed(argv))
 
     def claim(*stages):
         runner.claim_data(StageCommands(budget, 1, tmp_path / "pair", Devices()), ROOT / "config", stages)
@@ -519,10 +519,10 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
 @pytest.mark.slow
 def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny_base, tmp_path):
     out = tmp_path / "out"
-    words = arguments(
+    argv = arguments(
         image_folder, tiny_base, out, "--seeds", 1, "--methods", "real-only", "diff-mix", "--keep", "results"
     )
-    command = [sys.executable, "-m", "semantic_aug.evaluation", "compare", *words]
+    command = [sys.executable, "-m", "semantic_aug.evaluation", "compare", *argv]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     steps_file = out / "2shot" / "seed1" / "steps.json"
     while process.poll() is None and not steps_file.exists():  # the first classifier is done
@@ -530,7 +530,7 @@ def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny
     process.kill()
     process.wait()
     first = json.loads(steps_file.read_text())["classify real-only"]
-    status, printed, err = main_here(dispatcher.main, ["compare", *words])
+    status, printed, err = main_here(dispatcher.main, ["compare", *argv])
     assert status == 0, err
     assert "2 of 2 classifiers" in printed
     records = json.loads(steps_file.read_text())
@@ -540,5 +540,5 @@ def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny
     assert "2 of 2 classifiers are finished." in text and "diff-mix" in text
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert rows[0]["steps"] == rows[1]["steps"] == "4"
-    status, printed, err = main_here(dispatcher.main, ["compare", *words])
+    status, printed, err = main_here(dispatcher.main, ["compare", *argv])
     assert status == 0 and "train_cls.py" not in printed + err  # nothing is left to do

@@ -125,8 +125,8 @@ def test_a_tasks_image_is_made_under_its_own_context_and_recorded(animals, image
     rows = list(paths.meta_rows(np.arange(4)))
     assert [row[-1] for row in rows] == [f"a photo of a {{}}, {SNOW[c]}" for c in plan.context[:4]]
     assert paths.further_columns[-1] == "Prompt" and tasks[0].text["prompt"] == rows[0][-1]
-    made, _ = BatchMaker(job, "cpu").pixels(tasks)
-    for task, image in zip(tasks, made, strict=True):
+    created, _ = BatchMaker(job, "cpu").pixels(tasks)
+    for task, image in zip(tasks, created, strict=True):
         template = f"a photo of a {{}}, {SNOW[task.context]}"
         named = Prompts(animals.source_names, animals.class_names, template=template)
         alone = Engine(ModelFiles("tiny", tiny_base), named, SolverSettings(4), tiny.RESOLUTION)
@@ -149,9 +149,9 @@ def test_contexts_are_part_of_what_a_subset_is_made_from(workshop, captioned, tm
 
     def identified(**flags):
         changes = {"config_dir": workshop / "config", "finetune_model_key": None, "sample_strategy": "real-gen"}
-        words = sampling_arguments(workshop, captioned, tmp_path / "out", **changes, **flags)
+        argv = sampling_arguments(workshop, captioned, tmp_path / "out", **changes, **flags)
         base = next(workshop.glob("config/finetuned_ckpts.yaml")).read_text().split("model_path: ")[1].splitlines()[0]
-        args = sample_mp.build_parser().parse_args([str(word) for word in (*words, "--model_path", base)])
+        args = sample_mp.build_parser().parse_args([str(word) for word in (*argv, "--model_path", base)])
         config, dataset = sampling.resolve(args)
         plan = sampling.plan_of(config, dataset)
         return config, identity_of(config, dataset, plan, hash_images(dataset.train)).compared
@@ -173,8 +173,8 @@ def test_contexts_are_part_of_what_a_subset_is_made_from(workshop, captioned, tm
 
 def finetuning(captioned, base, output, **flags):
     flags = {"contexts": "captions", "training_templates": "views", "output_dir": output, **flags}
-    words = ["--dataset", f"folder:{captioned}", "--pretrained_model_name_or_path", str(base)]
-    return parse([*words, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
+    argv = ["--dataset", f"folder:{captioned}", "--pretrained_model_name_or_path", str(base)]
+    return parse([*argv, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
 
 
 @pytest.mark.parametrize("strategy", ["ti_db", "db"])  # encoded with gradients, and without

@@ -31,24 +31,24 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_to_the_originals_layout_and_back(checkpoint, tmp_path, capsys):
-    there, back = tmp_path / "original", tmp_path / "back"
-    words = ["--lora_path", str(checkpoint[0]), "--embed_path", str(checkpoint[1]), "--output_dir", str(there)]
-    assert convert.main([*words, "--step", "35000"]) == 0
+    original, back = tmp_path / "original", tmp_path / "back"
+    argv = ["--lora_path", str(checkpoint[0]), "--embed_path", str(checkpoint[1]), "--output_dir", str(original)]
+    assert convert.main([*argv, "--step", "35000"]) == 0
     names = ["pytorch_lora_weights.safetensors", "checkpoint-35000/pytorch_model.bin"]
     names += ["learned_embeds-steps-last.bin", "learned_embeds-steps-35000.bin"]
-    assert capsys.readouterr().out.split() == [str(there / name) for name in names]
-    state = torch.load(there / names[1], weights_only=True)
+    assert capsys.readouterr().out.split() == [str(original / name) for name in names]
+    state = torch.load(original / names[1], weights_only=True)
     assert "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight" in state
-    assert all(".processor.to_" in key for key in state) and state.keys() == load_file(there / names[0]).keys()
-    content = torch.load(there / names[2], weights_only=True)
+    assert all(".processor.to_" in key for key in state) and state.keys() == load_file(original / names[0]).keys()
+    content = torch.load(original / names[2], weights_only=True)
     assert content["name2placeholder"] == {name: f"<class_{i}>" for i, name in enumerate(CLASSES)}
     assert content["placeholder2name"]["<class_1>"] == CLASSES[1]
     assert content["learned_embeds_dict"]["<class_2>"].shape == (tiny.WIDTH,)
 
-    lora_path = there / "checkpoint-35000"  # the registry's lora_path may name a folder
-    convert.main(["--lora_path", str(lora_path), "--embed_path", str(there / names[2]), "--output_dir", str(back),
+    lora_path = original / "checkpoint-35000"  # the registry's lora_path may name a folder
+    convert.main(["--lora_path", str(lora_path), "--embed_path", str(original / names[2]), "--output_dir", str(back),
                   "--layout", "diffusers"])  # fmt: skip
-    assert all(same(updates(checkpoint[0]), updates(place)) for place in (there, lora_path, back))
+    assert all(same(updates(checkpoint[0]), updates(folder)) for folder in (original, lora_path, back))
     first, last = tokens.load_tokens(checkpoint[1]), tokens.load_tokens(back / tokens.FILE_NAME)
     assert torch.equal(first.vectors, last.vectors) and first.names == last.names and last.class_names == CLASSES
 
@@ -58,7 +58,7 @@ def test_both_layouts_load_in_plain_diffusers_alike(checkpoint, tiny_base, tmp_p
 
     draw = torch.Generator().manual_seed(3)
     x, c = torch.randn(1, 4, 4, 4, generator=draw), torch.randn(1, 5, tiny.WIDTH, generator=draw)
-    made = []
+    created = []
     for layout in convert.LAYOUTS:
         convert.convert(checkpoint[0], None, tmp_path / layout, layout)
         pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
@@ -67,13 +67,13 @@ def test_both_layouts_load_in_plain_diffusers_alike(checkpoint, tiny_base, tmp_p
         else:
             pipe.load_lora_weights(tmp_path / layout)
         with torch.no_grad():
-            made.append(pipe.unet(x, torch.tensor(500), c).sample)
+            created.append(pipe.unet(x, torch.tensor(500), c).sample)
     unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
     with torch.no_grad():
         plain = unet(x, torch.tensor(500), c).sample
         lora.merge_into({"unet": unet}, lora.read_lora(checkpoint[0]), "file")
         wanted = unet(x, torch.tensor(500), c).sample
-    assert all((one - wanted).abs().max() <= 1e-5 for one in made) and (plain - wanted).abs().max() > 1e-3
+    assert all((one - wanted).abs().max() <= 1e-5 for one in created) and (plain - wanted).abs().max() > 1e-3
 
 
 def test_text_encoder_loras_travel_in_the_layout_of_diffusers(tmp_path):
@@ -100,9 +100,9 @@ def test_a_lora_of_some_projections_does_not_fit_the_originals_processors(tiny_b
 def test_tokens_the_originals_layout_cannot_hold(tmp_path):
     several = tokens.ClassTokens(("a", "b"), torch.zeros(4, 8), vectors_per_class=2)
     of_xl = tokens.ClassTokens(("a", "b"), torch.zeros(2, 8), further=(torch.zeros(2, 9),))
-    for held, words in ((several, "2 x 1 vectors"), (of_xl, "1 x 2 vectors")):
+    for held, argv in ((several, "2 x 1 vectors"), (of_xl, "1 x 2 vectors")):
         tokens.save_tokens(held, tmp_path / "t.safetensors")
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=argv):
             convert.convert(None, tmp_path / "t.safetensors", tmp_path / "no", "original")
 
 
@@ -113,7 +113,7 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("argv", "status", "output"),
     [
         (["--lora_path", "{lora}", "--output_dir", "{out}"], 0, "pytorch_lora_weights.safetensors"),
         (["--lora_path", "/no/none.bin", "--output_dir", "{out}"], 2, "error: lora_path /no/none.bin is not there"),
@@ -126,8 +126,8 @@ def test_nothing_is_overwritten(checkpoint, tmp_path):
         ),
     ],
 )
-def test_the_command(checkpoint, tmp_path, capsys, words, status, said):
-    words = [word.format(lora=checkpoint[0], out=tmp_path / "out") for word in words]
-    assert run_main(convert.main, words) == status
+def test_the_command(checkpoint, tmp_path, capsys, argv, status, output):
+    argv = [word.format(lora=checkpoint[0], out=tmp_path / "out") for word in argv]
+    assert run_main(convert.main, argv) == status
     out, err = capsys.readouterr()
-    assert said in out + err and (status == 0 or len(err.strip().splitlines()) == 1)
+    assert output in out + err and (status == 0 or len(err.strip().splitlines()) == 1)

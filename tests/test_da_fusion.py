@@ -128,20 +128,20 @@ def test_outside_the_mask_the_pixels_stay_close_to_the_source(cub, tmp_path):
     nothing = torch.zeros(1, 16, 16, dtype=torch.bool)
     right = nothing.clone()
     right[..., 12:] = True
-    made = {}
+    created = {}
     assert maker.pixels(tasks)[1] == {} and maker.masks.known.keys() == {0, 1}  # with the boxes of the data set
     for name, mask in (("source", nothing), ("right", right)):
         maker.masks.known = {0: mask, 1: nothing}
-        made[name], broken = maker.pixels(tasks)
+        created[name], broken = maker.pixels(tasks)
         assert not broken
-    difference = (made["right"].int() - made["source"].int()).abs().float().mean(-1)
+    difference = (created["right"].int() - created["source"].int()).abs().float().mean(-1)
     assert difference[0, :, 96:].mean() > 4 * difference[0, :, :64].mean()  # the decoder sees a little beyond a cell
     assert difference[1].max() <= 1
 
 
 def test_masks_come_from_the_data_sets_boxes(cub):
-    found = sources.SourceMasks(sources.SourceImages(cub.train, planned(cub.train)), (8, 8), "object")
-    batch = found.batch([0, 1])
+    result = sources.SourceMasks(sources.SourceImages(cub.train, planned(cub.train)), (8, 8), "object")
+    batch = result.batch([0, 1])
     size = cub.train.image(0).size
     assert torch.equal(batch[0], masks.box_mask(cub.train.extras["box"][0].tolist(), size, (8, 8)))
     assert 0 < batch[0].sum() < 64 and batch.shape == (2, 1, 8, 8)
@@ -180,10 +180,10 @@ def test_a_list_names_boxes_and_masks(tmp_path, mode):
     )
     masks.check_regions(images)
     assert images.extras["box"][0].tolist() == [5, 9, 11, 18]
-    found = sources.SourceMasks(sources.SourceImages(images, planned(images)), (4, 5), "object").batch([0, 1, 2])
+    result = sources.SourceMasks(sources.SourceImages(images, planned(images)), (4, 5), "object").batch([0, 1, 2])
     wanted = torch.zeros(1, 4, 5, dtype=torch.bool)
     wanted[0, 1, 0:2] = True  # of cells with 8 x 9 pixels: columns 5 to 10, rows 9 to 17
-    assert all(torch.equal(mask, wanted) for mask in found)
+    assert all(torch.equal(mask, wanted) for mask in result)
     background = sources.SourceMasks(sources.SourceImages(images, planned(images)), (4, 5), "background").batch([1])
     assert torch.equal(background[0], ~wanted)
 
@@ -280,8 +280,8 @@ def test_a_mask_that_is_exchanged_after_the_listing_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_masked_subset_is_refused_on_the_command_line_where_there_are_no_boxes(workshop, image_folder, tmp_path):
-    words = sampling_arguments(workshop, image_folder, tmp_path, object_mask="object")
-    assert "has no boxes of its objects" in refused("sample_mp.py", *words)
+    argv = sampling_arguments(workshop, image_folder, tmp_path, object_mask="object")
+    assert "has no boxes of its objects" in refused("sample_mp.py", *argv)
 
 
 # ------------------------------------------------------------------------------------------------------ the templates
@@ -303,9 +303,9 @@ def test_templates_come_from_a_set_or_a_file(tmp_path):
 
 
 def test_one_prompt_and_several_are_not_given_together():
-    words = ["--dataset", "elpv", "--prompt", "a {}", "--prompt_templates", "views"]
+    argv = ["--dataset", "elpv", "--prompt", "a {}", "--prompt_templates", "views"]
     with pytest.raises(UserError, match="--prompt is one prompt for all images, --prompt_templates several"):
-        sample_mp.resolve(sample_mp.build_parser().parse_args(words))
+        sample_mp.resolve(sample_mp.build_parser().parse_args(argv))
 
 
 def task_files(templates, seed=0):
@@ -332,9 +332,9 @@ def test_every_template_of_every_class_is_a_prompt_of_its_own(tiny_base):
     engine = Engine(files, Prompts(CLASSES, CLASSES, templates=templates), solver, tiny.RESOLUTION)
     assert engine.prompts == [f"a {kind} of a {name}" for kind in ("photo", "drawing") for name in CLASSES]
     alone = Engine(files, Prompts(CLASSES, CLASSES, template=templates[1]), solver, tiny.RESOLUTION)
-    made = engine.generate([3 + 1], [task_rng(0, 0)])
-    assert torch.equal(made, alone.generate([1], [task_rng(0, 0)]))
-    assert not torch.equal(made, engine.generate([1], [task_rng(0, 0)]))
+    created = engine.generate([3 + 1], [task_rng(0, 0)])
+    assert torch.equal(created, alone.generate([1], [task_rng(0, 0)]))
+    assert not torch.equal(created, engine.generate([1], [task_rng(0, 0)]))
 
 
 @pytest.mark.slow

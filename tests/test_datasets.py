@@ -33,34 +33,34 @@ def table_of(labels, names=None) -> ImageTable:
 
 
 def test_a_folder_with_splits(image_folder):
-    found = load_dataset(f"folder:{image_folder}")
+    dataset = load_dataset(f"folder:{image_folder}")
     assert (
-        found.name.startswith("animals-")
-        and found.class_names == CLASSES
-        and found.folders == ("blue-jay", "red-fox", "toad")
+        dataset.name.startswith("animals-")
+        and dataset.class_names == CLASSES
+        and dataset.folders == ("blue-jay", "red-fox", "toad")
     )
-    assert (len(found.train), len(found.val), len(found.test)) == (18, 6, 9)
-    assert found.train.image(0).mode == "RGB" and found.train.counts().tolist() == [6, 6, 6]
-    assert "3 classes, images: train 18, val 6, test 9" in found.describe()
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (18, 6, 9)
+    assert dataset.train.image(0).mode == "RGB" and dataset.train.counts().tolist() == [6, 6, 6]
+    assert "3 classes, images: train 18, val 6, test 9" in dataset.describe()
 
 
 def test_a_plain_folder_gets_a_held_out_validation_split(tmp_path, image_folder):
     shutil.copytree(image_folder / "train", tmp_path / "plain")
-    found = load_dataset(f"folder:{tmp_path / 'plain'}", Setting(val_fraction=0.3))
-    assert (len(found.train), len(found.val), found.test) == (12, 6, None)
-    assert not set(found.train.keys) & set(found.val.keys)
+    dataset = load_dataset(f"folder:{tmp_path / 'plain'}", Setting(val_fraction=0.3))
+    assert (len(dataset.train), len(dataset.val), dataset.test) == (12, 6, None)
+    assert not set(dataset.train.keys) & set(dataset.val.keys)
     again = load_dataset(f"folder:{tmp_path / 'plain'}", Setting(val_fraction=0.3, examples_per_class=1))
-    assert again.val.keys == found.val.keys  # few-shot draws come from what is left
-    assert set(again.train.keys) <= set(found.train.keys)
+    assert again.val.keys == dataset.val.keys  # few-shot draws come from what is left
+    assert set(again.train.keys) <= set(dataset.train.keys)
 
 
 def test_the_same_folder_through_the_yaml(tmp_path, image_folder):
     (tmp_path / "datasets.yaml").write_text(
         f"pets:\n  folder: {image_folder}\n  super_class: animal\n  class_names: {{red fox: Vulpes vulpes}}\n"
     )
-    found = load_dataset("pets", config_dir=tmp_path)
-    assert found.name == "pets" and found.spec.super_class == "animal"
-    assert found.class_names == ("blue jay", "Vulpes vulpes", "toad") and found.source_names == CLASSES
+    dataset = load_dataset("pets", config_dir=tmp_path)
+    assert dataset.name == "pets" and dataset.spec.super_class == "animal"
+    assert dataset.class_names == ("blue jay", "Vulpes vulpes", "toad") and dataset.source_names == CLASSES
 
 
 @pytest.mark.parametrize(
@@ -115,28 +115,28 @@ def test_awkward_class_names_survive(tmp_path):
         (tmp_path / "odd" / name).mkdir(parents=True)
         tiny.picture(0, 0).save(tmp_path / "odd" / name / "x.png")
         tiny.picture(0, 1).save(tmp_path / "odd" / name / "y.png")
-    found = load_dataset(f"folder:{tmp_path / 'odd'}")
-    assert set(found.source_names) == set(names) and len({f.casefold() for f in found.folders}) == len(names)
+    dataset = load_dataset(f"folder:{tmp_path / 'odd'}")
+    assert set(dataset.source_names) == set(names) and len({f.casefold() for f in dataset.folders}) == len(names)
 
 
 def test_names_that_collide_after_the_clean_up_keep_their_spelling(tmp_path, caplog):
     for name in ("red_fox", "red fox", "toad"):
         (tmp_path / "odd" / name).mkdir(parents=True)
         tiny.picture(0, 0).save(tmp_path / "odd" / name / "x.png")
-    found = load_dataset(f"folder:{tmp_path / 'odd'}")
-    assert found.class_names == ("red fox", "red_fox", "toad") and "coincide" in caplog.text
+    dataset = load_dataset(f"folder:{tmp_path / 'odd'}")
+    assert dataset.class_names == ("red fox", "red_fox", "toad") and "coincide" in caplog.text
 
 
 def test_more_shots_than_a_class_has_uses_all_and_says_so(image_folder, caplog):
-    found = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=50))
-    assert len(found.train) == 18 and "fewer than 50 training images" in caplog.text
+    dataset = load_dataset(f"folder:{image_folder}", Setting(examples_per_class=50))
+    assert len(dataset.train) == 18 and "fewer than 50 training images" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------ CSVs
 
 
-def names_of(*words) -> list[str]:
-    return [find_spec(str(word)).name for word in words]
+def names_of(*argv) -> list[str]:
+    return [find_spec(str(word)).name for word in argv]
 
 
 def test_default_names_are_readable_and_one_to_one(tmp_path):
@@ -164,20 +164,20 @@ def test_hub_ids_keep_plain_names_where_no_other_id_has_the_same():
 
 
 def test_a_registry_section_of_the_former_plain_name_is_found(image_folder, tmp_path, caplog):
-    found = load_dataset(f"folder:{image_folder}")
+    dataset = load_dataset(f"folder:{image_folder}")
     caplog.set_level(logging.INFO, "semantic_aug")
     file = tmp_path / registry.SUBSETS
     file.write_text("animals: {old: outputs/old, both: outputs/old2}\n")
-    assert found.subsets("old", tmp_path) == ["outputs/old"]
-    assert found.subsets("old#filtered", tmp_path) == ["outputs/old#filtered"]
+    assert dataset.subsets("old", tmp_path) == ["outputs/old"]
+    assert dataset.subsets("old#filtered", tmp_path) == ["outputs/old#filtered"]
     assert "old of synthetic_datasets.yaml is taken from section 'animals'" in caplog.text
-    registry.register(registry.SUBSETS, found.name, "both", "outputs/new", tmp_path)
-    assert found.subsets("both", tmp_path) == ["outputs/new"] and found.subsets("old", tmp_path) == ["outputs/old"]
-    with pytest.raises(UserError, match=f"unknown subset key of data set '{found.name}' 'bth': did you mean 'both'"):
-        found.subsets("bth", tmp_path)
-    file.write_text(f"pets: {{old: outputs/old}}\n{found.name}: {{}}\n")
+    registry.register(registry.SUBSETS, dataset.name, "both", "outputs/new", tmp_path)
+    assert dataset.subsets("both", tmp_path) == ["outputs/new"] and dataset.subsets("old", tmp_path) == ["outputs/old"]
+    with pytest.raises(UserError, match=f"unknown subset key of data set '{dataset.name}' 'bth': did you mean 'both'"):
+        dataset.subsets("bth", tmp_path)
+    file.write_text(f"pets: {{old: outputs/old}}\n{dataset.name}: {{}}\n")
     with pytest.raises(UserError, match="unknown subset key"):
-        found.subsets("old", tmp_path)
+        dataset.subsets("old", tmp_path)
 
 
 def write_csv(folder, lines, header="path,label,split"):
@@ -189,9 +189,13 @@ def write_csv(folder, lines, header="path,label,split"):
 
 def test_a_csv(tmp_path):
     word = write_csv(tmp_path, ["0.png,owl,train", "1.png,toad,train", "2.png,owl,validation", "3.png,toad,test"])
-    found = load_dataset(word)
-    assert found.class_names == ("owl", "toad") and (len(found.train), len(found.val), len(found.test)) == (2, 1, 1)
-    assert found.train.image(1).size == (40, 36)
+    dataset = load_dataset(word)
+    assert dataset.class_names == ("owl", "toad") and (len(dataset.train), len(dataset.val), len(dataset.test)) == (
+        2,
+        1,
+        1,
+    )
+    assert dataset.train.image(1).size == (40, 36)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +251,10 @@ def test_cub_from_local_copies_named_by_environment_variables(tmp_path, monkeypa
         else:
             hub_rows(count).save_to_disk(folder)
         monkeypatch.setenv(f"CUB_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(folder))
-    found = load_dataset("cub", Setting(examples_per_class=2, val_fraction=0.25))
-    assert found.class_names == ("Laysan Albatross", "Sooty Albatross") and found.spec.super_class == "bird"
-    assert (len(found.train), len(found.val), len(found.test)) == (4, 2, 4)
-    assert np.array_equal(np.asarray(found.test.image(0)), np.asarray(tiny.picture(0, 0)))
+    dataset = load_dataset("cub", Setting(examples_per_class=2, val_fraction=0.25))
+    assert dataset.class_names == ("Laysan Albatross", "Sooty Albatross") and dataset.spec.super_class == "bird"
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (4, 2, 4)
+    assert np.array_equal(np.asarray(dataset.test.image(0)), np.asarray(tiny.picture(0, 0)))
 
 
 def test_the_constant_in_the_module_serves_too(tmp_path, monkeypatch, no_cub_folders):
@@ -271,17 +275,19 @@ def test_aircraft_reads_its_own_variables(tmp_path, monkeypatch):
     for split in ("train", "test"):
         hub_rows(3, ("737-200", "F-16A/B")).save_to_disk(tmp_path / split)
         monkeypatch.setenv(f"AIRCRAFT_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(tmp_path / split))
-    found = load_dataset("aircraft")
-    assert found.class_names == ("737-200", "F-16A or B") and found.folders == ("737-200", "F-16A-B")
+    dataset = load_dataset("aircraft")
+    assert dataset.class_names == ("737-200", "F-16A or B") and dataset.folders == ("737-200", "F-16A-B")
 
 
 def test_a_local_folder_of_several_splits_by_scheme(tmp_path):
     hub.DatasetDict({"train": hub_rows(4), "validation": hub_rows(1), "test": hub_rows(2)}).save_to_disk(
         tmp_path / "mine"
     )
-    found = load_dataset(f"hf:{tmp_path / 'mine'}")
-    assert (len(found.train), len(found.val), len(found.test)) == (8, 2, 4)
-    with pytest.raises(UserError, match="was written by save_to_disk from the configuration 'default': leave out 'fine'"):
+    dataset = load_dataset(f"hf:{tmp_path / 'mine'}")
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (8, 2, 4)
+    with pytest.raises(
+        UserError, match="was written by save_to_disk from the configuration 'default': leave out 'fine'"
+    ):
         load_dataset(f"hf:{tmp_path / 'mine'}:fine")
 
 
@@ -297,10 +303,10 @@ def test_reading_labels_decodes_no_image(tmp_path):
         features=hub.Features({"image": hub.Image(), "label": rows.features["label"]}),
     )
     broken.save_to_disk(tmp_path / "mine")
-    found = load_dataset(f"hf:{tmp_path / 'mine'}")
-    assert found.train.counts().sum() + found.val.counts().sum() == len(rows)
+    dataset = load_dataset(f"hf:{tmp_path / 'mine'}")
+    assert dataset.train.counts().sum() + dataset.val.counts().sum() == len(rows)
     with pytest.raises(UserError, match="mine train\\[0\\] cannot be decoded"):
-        found.train.read(0)
+        dataset.train.read(0)
 
 
 def test_hub_data_without_images_or_labels(tmp_path):
@@ -428,13 +434,13 @@ def test_seeds_draw_different_sets():
 @given(st.lists(st.integers(1, 500), min_size=2, max_size=30), st.floats(0.001, 1))
 @settings(max_examples=100)
 def test_long_tail_counts_follow_the_profile(counts, factor):
-    found = subsets.long_tail_counts(counts, factor)
+    result = subsets.long_tail_counts(counts, factor)
     order = np.argsort(-np.asarray(counts), kind="stable")
     wanted = max(counts) * factor ** (np.arange(len(counts)) / (len(counts) - 1))
-    assert (np.diff(found[order]) <= 0).all() and (found >= 1).all() and (found <= counts).all()
-    assert (found[order] <= np.maximum(1, wanted + 1)).all()
+    assert (np.diff(result[order]) <= 0).all() and (result >= 1).all() and (result <= counts).all()
+    assert (result[order] <= np.maximum(1, wanted + 1)).all()
     full = np.asarray(counts)[order] >= wanted + 1
-    assert (np.abs(found[order] - np.maximum(1, wanted))[full] <= 1).all()
+    assert (np.abs(result[order] - np.maximum(1, wanted))[full] <= 1).all()
 
 
 @given(LABELS, st.floats(0, 0.9), st.integers(0, 3))
@@ -476,8 +482,8 @@ def test_validation_beside_few_shots_is_said_and_bounded(image_folder):
 
 
 def test_the_long_tail_setting_through_the_catalog(image_folder):
-    found = load_dataset(f"folder:{image_folder}", Setting(task="imbalanced", imbalance_factor=0.2))
-    assert sorted(found.train.counts().tolist()) == [1, 3, 6] and found.setting.suffix == "_imb0.2"
+    dataset = load_dataset(f"folder:{image_folder}", Setting(task="imbalanced", imbalance_factor=0.2))
+    assert sorted(dataset.train.counts().tolist()) == [1, 3, 6] and dataset.setting.suffix == "_imb0.2"
 
 
 # ------------------------------------------------------------------------------------------------------------ ELPV

@@ -129,8 +129,8 @@ def test_a_refused_strength_names_what_gave_it(strategy, how, few, message):
 
 def resolved(workshop, image_folder, tmp_path, **flags):
     changes = {"num_inference_steps": None, "config_dir": workshop / "config", **flags}
-    words = sampling_arguments(workshop, image_folder, tmp_path / "out", **changes)
-    return sampling.resolve(sample_mp.build_parser().parse_args([str(word) for word in words]))
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "out", **changes)
+    return sampling.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv]))
 
 
 def test_the_flags_make_the_solver_and_what_is_recorded(workshop, image_folder, tiny_base, tmp_path):
@@ -146,7 +146,7 @@ def test_the_flags_make_the_solver_and_what_is_recorded(workshop, image_folder, 
     assert resolved(workshop, image_folder, tmp_path, lcm_lora=lora)[0].solver == SolverSettings(8, 1.0, "lcm")
 
 
-def words(**flags):
+def command_line(**flags):
     return sample_mp.build_parser().parse_args(
         ["--dataset", "x", *(w for k, v in flags.items() for w in (f"--{k}", v))]
     )
@@ -162,8 +162,8 @@ def test_flags_that_conflict_whatever_the_data_set_are_refused_before_it(tmp_pat
         ({"sample_strategy": "diff-ii", "context_steps": "0.1"}, "--context_steps 0.1 goes with --contexts"),
     ):
         with pytest.raises(UserError, match=message):
-            sampling.resolve(words(**flags))
-    args = words(sample_strategy="diff-ii")
+            sampling.resolve(command_line(**flags))
+    args = command_line(sample_strategy="diff-ii")
     args.calibrate = args.dry_run = True
     with pytest.raises(UserError, match="--calibrate with --sample_strategy diff-ii"):
         sampling.resolve(args)
@@ -179,7 +179,7 @@ def test_flags_that_conflict_whatever_the_data_set_are_refused_before_it(tmp_pat
 )  # fmt: skip
 def test_settings_that_a_scheduler_ignores_are_refused(scheduler, ignored):
     for option, value in (("eta", "0.5"), ("timestep_spacing", "trailing"), ("final_sigmas_type", "sigma_min")):
-        args = words(scheduler=scheduler, **{option: value})
+        args = command_line(scheduler=scheduler, **{option: value})
         if option not in ignored:
             assert getattr(read_solver(args), option) == getattr(args, option)
             continue
@@ -191,9 +191,9 @@ def test_settings_that_a_scheduler_ignores_are_refused(scheduler, ignored):
 
 def test_a_distilled_models_settings_go_where_another_scheduler_ignores_them():
     defaults = solver_defaults("tcd", 4, None, None, PLAIN)
-    assert read_solver(words(few_steps="4", scheduler="euler"), defaults) == SolverSettings(4, 1.0, "euler")
+    assert read_solver(command_line(few_steps="4", scheduler="euler"), defaults) == SolverSettings(4, 1.0, "euler")
     with pytest.raises(UserError, match="--timestep_spacing trailing with --scheduler tcd, which ignores it"):
-        read_solver(words(few_steps="4", timestep_spacing="trailing"), defaults)
+        read_solver(command_line(few_steps="4", timestep_spacing="trailing"), defaults)
 
 
 def test_few_steps_are_refused_before_the_work(workshop, image_folder, tiny_base, tmp_path):

@@ -79,8 +79,8 @@ def diverging(trainer: Trainer, step: int):
 
 @pytest.mark.slow
 def test_stage_1_keeps_the_last_good_checkpoint(tiny_base, image_folder, tmp_path):
-    words = finetune_words(tiny_base, image_folder, tmp_path / "o", checkpoints_total_limit=1)
-    config, dataset = resolve(parse(words))
+    argv = finetune_words(tiny_base, image_folder, tmp_path / "o", checkpoints_total_limit=1)
+    config, dataset = resolve(parse(argv))
     config.output_dir.mkdir()
     trainer = Trainer(config, dataset, make_accelerator(config))
     diverging(trainer, 3)
@@ -95,13 +95,13 @@ def test_stage_1_registers_nothing(tiny_base, image_folder, tmp_path):
     shutil.copytree(registry.CONFIG_DIR, tmp_path / "config")
     before = (tmp_path / "config" / "finetuned_ckpts.yaml").read_text()
     rates = {"learning_rate": 1e15, "ti_learning_rate": 1e15, "max_grad_norm": 0, "checkpointing_steps": 0}
-    said = run_here(
+    output = run_here(
         "train_lora.py",
         *finetune_words(tiny_base, image_folder, tmp_path / "o", **rates),
         *("--register_key", "bad", "--config_dir", tmp_path / "config"),
         status=2,
     )
-    assert "training diverged" in said and "--learning_rate 1e+15" in said and "--max_grad_norm 1" in said
+    assert "training diverged" in output and "--learning_rate 1e+15" in output and "--max_grad_norm 1" in output
     assert (tmp_path / "config" / "finetuned_ckpts.yaml").read_text() == before
     assert not list((tmp_path / "o").glob("*.safetensors"))
 
@@ -125,12 +125,12 @@ def test_images_that_are_not_finite_are_counted_and_refused(workshop, image_fold
     entry = {**entries[section]["ck"], "embed_path": str(tmp_path / "ck" / "learned_embeds.safetensors")}
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({section: {"ck": entry}}))
-    words = sampling_arguments(workshop, image_folder, tmp_path / "s", config_dir=tmp_path / "config")
-    said = run_here("sample_mp.py", *words, status=2)
-    assert "18 images could not be made" in said and "its image is black everywhere" in said
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "s", config_dir=tmp_path / "config")
+    output = run_here("sample_mp.py", *argv, status=2)
+    assert "18 images could not be made" in output and "its image is black everywhere" in output
     (table,) = [meta_csv.read(path) for path in (tmp_path / "s").rglob("meta.csv")]
-    made = sorted((tmp_path / "s").rglob("*.png"))
-    assert len(made) == len(table) == 36 and all(np.asarray(Image.open(path)).any() for path in made)
+    created = sorted((tmp_path / "s").rglob("*.png"))
+    assert len(created) == len(table) == 36 and all(np.asarray(Image.open(path)).any() for path in created)
     targets = {table.class_names[target] for target in table.target}
     assert len(targets) == 2  # those of the class with the broken token are not there
 
@@ -143,8 +143,8 @@ def test_a_run_whose_images_are_all_black_ends_at_once(workshop, image_folder, t
     entry = {**entries[section]["ck"], "lora_path": str(tmp_path / "lora")}
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "finetuned_ckpts.yaml").write_text(yaml.safe_dump({section: {"ck": entry}}))
-    words = sampling_arguments(workshop, image_folder, tmp_path / "s", config_dir=tmp_path / "config")
-    assert "images are all black everywhere, since" in run_here("sample_mp.py", *words, status=2)
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "s", config_dir=tmp_path / "config")
+    assert "images are all black everywhere, since" in run_here("sample_mp.py", *argv, status=2)
     assert not list((tmp_path / "s").rglob("*.png"))
 
 
@@ -164,23 +164,23 @@ def test_only_the_image_that_is_not_finite_is_black(tiny_base):
 
 @pytest.mark.slow
 def test_stage_3_stops_and_writes_no_result(image_folder, tmp_path, capsys):
-    words = [str(word) for word in classify_arguments(image_folder, tmp_path / "o", lr=1e30)]
+    argv = [str(word) for word in classify_arguments(image_folder, tmp_path / "o", lr=1e30)]
     with pytest.raises(UserError, match=r"training diverged: .*lower --lr 1e\+30 and choose another --output_dir"):
-        train_cls.main(words)
+        train_cls.main(argv)
     assert not (tmp_path / "o" / "results.json").exists() and not (tmp_path / "o" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_an_evaluation_is_not_made_of_outputs_that_are_not_finite(image_folder, tmp_path):
-    words = [str(word) for word in classify_arguments(image_folder, tmp_path / "o", nepoch=1)]
-    assert train_cls.main(words) == 0
+    argv = [str(word) for word in classify_arguments(image_folder, tmp_path / "o", nepoch=1)]
+    assert train_cls.main(argv) == 0
     weights = load_file(tmp_path / "o" / "model.safetensors")
     for name in ("layer4.1.bn2.weight", "fc.weight"):
         weights[name] *= 1e30  # finite weights, outputs that are not
     save_file(weights, tmp_path / "o" / "model.safetensors")
     with pytest.raises(UserError, match="outputs are not finite"):
-        train_cls.main([*words, "--eval_only"])
+        train_cls.main([*argv, "--eval_only"])
     with pytest.raises(UserError, match="outputs are not finite"):
-        train_cls.main([*words, "--predict", str(image_folder / "test")])
+        train_cls.main([*argv, "--predict", str(image_folder / "test")])
     assert not (tmp_path / "o" / inference.PREDICTIONS_FILE).exists()
     assert not (tmp_path / "o" / inference.EVAL_FOLDER / "results.json").exists()

@@ -40,35 +40,35 @@ def commands(block: str, folder) -> list[list[str]]:
     return [text.split("\x1f")[:-1] for text in record.read_text().split("\x1e")[:-1]]
 
 
-def parser_of(words: list[str]):
+def parser_of(argv: list[str]):
     """The parser of a command and the words it gets; None for commands that are not ours."""
     for stage in ("train_lora", "sample_mp", "train_cls"):
-        if words[0].endswith(f"{stage}.py"):
-            return importlib.import_module(stage).build_parser(), words[1:]
-    if words[:2] == ["-m", "semantic_aug.evaluation"]:
+        if argv[0].endswith(f"{stage}.py"):
+            return importlib.import_module(stage).build_parser(), argv[1:]
+    if argv[:2] == ["-m", "semantic_aug.evaluation"]:
         from semantic_aug.evaluation.__main__ import COMMANDS
 
-        return importlib.import_module(COMMANDS[words[2]]).build_parser(), words[3:]
-    if words[0] == "-m" and words[1].startswith("semantic_aug."):
-        name = words[1] if words[1] != "semantic_aug.datasets" else "semantic_aug.datasets.__main__"
-        return importlib.import_module(name).build_parser(), words[2:]
-    if words[0] == "scripts/bench.py":
-        module = importlib.import_module(f"benchmarks.{words[1]}")
-        return (module.build_parser(), words[2:]) if hasattr(module, "build_parser") else None
-    if words[0] == "scripts/build_base.py":
-        return importlib.import_module("build_base").build_parser(), words[1:]
-    if words[0].startswith("scripts/"):
-        assert (ROOT / words[0]).is_file(), words
+        return importlib.import_module(COMMANDS[argv[2]]).build_parser(), argv[3:]
+    if argv[0] == "-m" and argv[1].startswith("semantic_aug."):
+        name = argv[1] if argv[1] != "semantic_aug.datasets" else "semantic_aug.datasets.__main__"
+        return importlib.import_module(name).build_parser(), argv[2:]
+    if argv[0] == "scripts/bench.py":
+        module = importlib.import_module(f"benchmarks.{argv[1]}")
+        return (module.build_parser(), argv[2:]) if hasattr(module, "build_parser") else None
+    if argv[0] == "scripts/build_base.py":
+        return importlib.import_module("build_base").build_parser(), argv[1:]
+    if argv[0].startswith("scripts/"):
+        assert (ROOT / argv[0]).is_file(), argv
     return None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_printed_commands_are_accepted(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    for words in commands("\n".join(blocks(page)), tmp_path):  # a reader goes down a page in one shell
-        found = parser_of(words)
-        if found is not None:
-            parser, rest = found
+    for argv in commands("\n".join(blocks(page)), tmp_path):  # a reader goes down a page in one shell
+        result = parser_of(argv)
+        if result is not None:
+            parser, rest = result
             parser.parse_args(rest)  # raises with the flag that is wrong
 
 
@@ -94,10 +94,10 @@ main_cls 'cub' '0' 2020 'resnet50' '224' 120 'diffmix_0.7' 0.5 0.1
 
 def test_the_commands_of_the_specification_are_accepted(tmp_path):
     stages = []
-    for words in commands(SPECIFICATION, tmp_path):
-        parser, rest = parser_of(words)
+    for argv in commands(SPECIFICATION, tmp_path):
+        parser, rest = parser_of(argv)
         args = parser.parse_args(rest)
-        stages.append((Path(words[0]).name, args.examples_per_class))
+        stages.append((Path(argv[0]).name, args.examples_per_class))
         assert args.dataset == "cub" and args.recipe.startswith("paper: ")
     scripts = ["train_lora.py"] * 2 + ["sample_mp.py"] * 5 + ["train_cls.py"]
     assert stages == [*zip(scripts, (-1, 5, -1, -1, -1, -1, 5, -1), strict=True)]
@@ -156,8 +156,8 @@ def test_the_readme_is_a_newcomers_page():
 
 
 def test_the_recorder_hands_over_what_bash_would(tmp_path):
-    found = commands('X="--a 1"\npython train_cls.py $X "b c" \\\n    --d', tmp_path)
-    assert found == [["train_cls.py", "--a", "1", "b c", "--d"]], sys.version
+    result = commands('X="--a 1"\npython train_cls.py $X "b c" \\\n    --d', tmp_path)
+    assert result == [["train_cls.py", "--a", "1", "b c", "--d"]], sys.version
 
 
 def test_the_page_of_flags_is_the_parsers(monkeypatch):

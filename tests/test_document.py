@@ -41,8 +41,8 @@ def report(folder):
 def texts(page: str, tag: str) -> list[str]:
     """The texts of a page's elements, without what is shown on hover."""
     page = re.sub(r'<span role="tooltip".*?</span>', "", page)
-    found = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-    return [html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in found]
+    result = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+    return [html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in result]
 
 
 def test_markdown_and_page_hold_the_same(tmp_path):

@@ -33,7 +33,7 @@ def everything(folder):
 
 
 @pytest.mark.parametrize(
-    ("program", "words", "message"),
+    ("program", "argv", "message"),
     [
         (train_cls, ["--predict", "gone"], "--predict .*gone: not a folder or file"),
         (train_cls, ["--eval_only", "--output_dir", "gone"], "--output_dir .*gone: no trained classifier there"),
@@ -43,12 +43,12 @@ def everything(folder):
         (pseudo_label, ["--classifier", "gone", "--output_dir", "x"], "gone holds no finished classifier"),
     ],
 )
-def test_paths_that_lead_nowhere_are_refused_before_data_are_read(program, words, message, tmp_path, monkeypatch):
+def test_paths_that_lead_nowhere_are_refused_before_data_are_read(program, argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("prepare_process", "let_waiting_threads_sleep"):  # what comes before torch is loaded
         monkeypatch.setattr(allocator, name, None)
     with pytest.raises(UserError, match=message):
-        program.main(["--dataset", "folder:nowhere", *words])
+        program.main(["--dataset", "folder:nowhere", *argv])
 
 
 @pytest.mark.parametrize("existing", [[], [".hidden"]])
@@ -152,9 +152,9 @@ def test_a_refused_command_leaves_no_folder_and_a_dry_run_refuses_it_too(
     script, flags, message, dry, tiny_base, image_folder, tmp_path, capsys
 ):
     base = ["--pretrained_model_name_or_path", tiny_base] if script == "train_lora.py" else []
-    words = ["--dataset", f"folder:{image_folder}", "--output_dir", tmp_path / "a" / "out", *base, *flags]
+    argv = ["--dataset", f"folder:{image_folder}", "--output_dir", tmp_path / "a" / "out", *base, *flags]
     module = {"train_lora.py": train_lora, "train_cls.py": train_cls}[script]
-    assert run_main(module.main, [*map(str, words), *(["--dry_run"] if dry else [])]) == 2
+    assert run_main(module.main, [*map(str, argv), *(["--dry_run"] if dry else [])]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0] and not any(tmp_path.iterdir())
 
@@ -171,8 +171,8 @@ def test_a_refused_command_leaves_no_folder_and_a_dry_run_refuses_it_too(
     ],
 )
 def test_stage_1_refuses_before_the_images_are_listed(flags, message, tiny_base, tmp_path, capsys):
-    words = ["--dataset", f"folder:{tmp_path / 'absent'}", "--pretrained_model_name_or_path", tiny_base, *FINETUNE]
-    assert run_main(train_lora.main, [*map(str, words), *flags]) == 2
+    argv = ["--dataset", f"folder:{tmp_path / 'absent'}", "--pretrained_model_name_or_path", tiny_base, *FINETUNE]
+    assert run_main(train_lora.main, [*map(str, argv), *flags]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0], error
 
@@ -202,18 +202,18 @@ def test_the_registry_of_the_default_folder_is_read_before_anything_runs(tmp_pat
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_refused_sampling_leaves_no_folder(workshop, image_folder, tmp_path, dry):
-    words = sampling_arguments(workshop, image_folder, tmp_path / "out", finetune_model_key="foreign")
-    line = refused("sample_mp.py", *words, *(["--dry_run"] if dry else []))
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "out", finetune_model_key="foreign")
+    line = refused("sample_mp.py", *argv, *(["--dry_run"] if dry else []))
     assert "no token" in line, line
     assert not any(tmp_path.iterdir()), sorted(everything(tmp_path))[3:]
 
 
 @pytest.mark.parametrize("flags", [[], ["--finetune_strategy", "db", "--train_text_encoder_lora", "--random_crops"]])
 def test_a_dry_run_of_a_good_request_passes_and_writes_nothing(flags, tiny_base, image_folder, tmp_path, capsys):
-    words = ["--dataset", f"folder:{image_folder}", "--output_dir", f"{tmp_path}/out", "--dry_run"]
+    argv = ["--dataset", f"folder:{image_folder}", "--output_dir", f"{tmp_path}/out", "--dry_run"]
     base = ["--pretrained_model_name_or_path", str(tiny_base), "--register_key", "new", "--config_dir", str(tmp_path)]
-    assert run_main(train_lora.main, [*words, *base, *flags, *map(str, FINETUNE)]) == 0, capsys.readouterr().err
-    assert run_main(train_cls.main, [*words, "--weights", "none", *map(str, CLASSIFY)]) == 0, capsys.readouterr().err
+    assert run_main(train_lora.main, [*argv, *base, *flags, *map(str, FINETUNE)]) == 0, capsys.readouterr().err
+    assert run_main(train_cls.main, [*argv, "--weights", "none", *map(str, CLASSIFY)]) == 0, capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
@@ -233,34 +233,34 @@ def test_a_dry_run_downloads_nothing_and_says_what_a_run_would(image_folder, tin
          "the data set Multimodal-Fatima/CUB_train from the hub (unless you set CUB_ROOT to the unpacked official download"),
         (train_cls, [*data, *map(str, CLASSIFY)], "the pre-trained weights of resnet18 from the hub"),
     ]  # fmt: skip
-    for module, words, message in cases:
-        assert run_main(module.main, words) == 0
+    for module, argv, message in cases:
+        assert run_main(module.main, argv) == 0
         assert f"a run would download {message}" in capsys.readouterr().out
     assert run_main(train_cls.main, [*data, *map(str, CLASSIFY), "--trainable_layers", "stages9"]) == 2
 
 
 @pytest.mark.slow
 def test_a_dry_run_says_that_the_folder_is_another_runs(image_folder, tiny_base, tmp_path):
-    words = list(map(str, classify_arguments(image_folder, tmp_path / "three", nepoch=1)))
-    assert train_cls.main(words) == 0 and train_cls.main([*words, "--dry_run"]) == 0
+    argv = list(map(str, classify_arguments(image_folder, tmp_path / "three", nepoch=1)))
+    assert train_cls.main(argv) == 0 and train_cls.main([*argv, "--dry_run"]) == 0
     with pytest.raises(UserError, match=r"three holds a run with other arguments \(lr: 0.02 -> 0.03"):
-        train_cls.main([*words, "--lr", "0.03", "--dry_run"])
+        train_cls.main([*argv, "--lr", "0.03", "--dry_run"])
     one = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": tiny_base, "report_to": "none"}
     one |= {"output_dir": tmp_path / "one", "max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0}
-    words = [str(word) for name, value in one.items() for word in (f"--{name}", value)]
-    assert train_lora.main([*words, "--dry_run"]) == 0 and not (tmp_path / "one").exists()
-    assert train_lora.main(words) == 0 and train_lora.main([*words, "--dry_run"]) == 0
+    argv = [str(word) for name, value in one.items() for word in (f"--{name}", value)]
+    assert train_lora.main([*argv, "--dry_run"]) == 0 and not (tmp_path / "one").exists()
+    assert train_lora.main(argv) == 0 and train_lora.main([*argv, "--dry_run"]) == 0
     with pytest.raises(UserError, match=r"one holds a run with other arguments \(rank: 10 -> 3"):
-        train_lora.main([*words, "--rank", "3", "--dry_run"])
+        train_lora.main([*argv, "--rank", "3", "--dry_run"])
 
 
 def test_stages_1_and_3_name_the_value_of_a_setting_that_is_left_out(image_folder, tmp_path):
-    def one(*words):
-        return finetune.parse(["--dataset", "x", "--output_dir", str(tmp_path / "one"), *words])
+    def one(*argv):
+        return finetune.parse(["--dataset", "x", "--output_dir", str(tmp_path / "one"), *argv])
 
-    def three(*words):
-        words = ["--dataset", f"folder:{image_folder}", "--output_dir", str(tmp_path / "three"), *words]
-        return classify.read_config(train_cls.build_parser().parse_args(words))
+    def three(*argv):
+        argv = ["--dataset", f"folder:{image_folder}", "--output_dir", str(tmp_path / "three"), *argv]
+        return classify.read_config(train_cls.build_parser().parse_args(argv))
 
     checkpoints.take_folder(one("--contexts", "captions", "--split", "half"), None, 1)
     with pytest.raises(UserError, match=r"\(setting.split: 'half' -> 'official'; contexts: 'captions' -> none\)"):
@@ -332,11 +332,11 @@ def test_what_flags_and_base_model_decide_is_refused_before_the_data_set_is_read
         train_lora: ["--pretrained_model_name_or_path"],
         sample_mp: ["--sample_strategy", "real-mix", "--model_path"],
     }
-    words = ["--dataset", f"folder:{tmp_path}/none", *base.get(module, [])] + [str(tiny_base)] * (module in base)
+    argv = ["--dataset", f"folder:{tmp_path}/none", *base.get(module, [])] + [str(tiny_base)] * (module in base)
     with pytest.raises(UserError, match=f"{tmp_path}/none"):
-        module.main(words)
+        module.main(argv)
     with pytest.raises(UserError, match=message):
-        module.main([*words, *flags.split()])
+        module.main([*argv, *flags.split()])
     assert not list(tmp_path.iterdir())
 
 
@@ -345,9 +345,9 @@ def test_real_runs_look_at_the_disk_before_they_begin(tiny_base, image_folder, w
         raise UserError(f"{flag}: {needed > 0}")
 
     monkeypatch.setattr(files, "check_space", nothing_free)
-    words = classify_arguments(image_folder, tmp_path / "three", nepoch=1)
+    argv = classify_arguments(image_folder, tmp_path / "three", nepoch=1)
     with pytest.raises(UserError, match="--output_dir: True"):
-        train_cls.main(list(map(str, words)))
+        train_cls.main(list(map(str, argv)))
     one = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": tiny_base, "report_to": "none"}
     one |= {"output_dir": tmp_path / "one", "max_train_steps": 1, "train_batch_size": 2}
     with pytest.raises(UserError, match="--output_dir: True"):

@@ -119,8 +119,8 @@ def test_neighbours_and_spread_equal_looking_at_every_pair():
         return 1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y)
 
     table = np.array([[far(x, y) for y in b] for x in a])
-    found, rows = distances.neighbours(a, b, 3)
-    assert np.allclose(found, np.sort(table, 1)[:, :3], atol=1e-6) and (rows == np.argsort(table, 1)[:, :3]).all()
+    result, rows = distances.neighbours(a, b, 3)
+    assert np.allclose(result, np.sort(table, 1)[:, :3], atol=1e-6) and (rows == np.argsort(table, 1)[:, :3]).all()
     assert (distances.neighbours(a, a, 1, skip_self=True)[1][:, 0] != np.arange(30)).all()
     pairs = [far(a[i], a[j]) for i in range(30) for j in range(i)]
     assert distances.mean_pairwise(a) == pytest.approx(np.mean(pairs), rel=1e-5)
@@ -178,12 +178,12 @@ def test_scores_and_label_mass_follow_the_labels(animals, subset):
 
     images = read_subset(subset, animals)
     p = np.tile([0.2, 0.5, 0.3], (len(images), 1))
-    found = faithfulness.scores(p, images, gamma=0.5)
+    result = faithfulness.scores(p, images, gamma=0.5)
     i = int(np.flatnonzero((images.source == 0) & (images.strength == 0.9))[0])  # 0 -> 1
     weight = 0.9**0.5
-    assert found["label_agreement"][i] == pytest.approx((1 - weight) * 0.2 + weight * 0.5, rel=1e-5)
-    assert (found["source_probability"][i], found["target_probability"][i]) == (0.2, 0.5)
-    assert found["target_top1"][i] == 1 and found["source_top1"][i] == 0
+    assert result["label_agreement"][i] == pytest.approx((1 - weight) * 0.2 + weight * 0.5, rel=1e-5)
+    assert (result["source_probability"][i], result["target_probability"][i]) == (0.2, 0.5)
+    assert result["target_top1"][i] == 1 and result["source_top1"][i] == 0
     assert faithfulness.label_mass(p, images)[i] == pytest.approx(0.7)
     same = images.take(np.array([i]))
     same.target[:] = 0
@@ -213,8 +213,8 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     tmp_path, image_folder, subset, judge_folder, clip_folder, capsys
 ):
     out = tmp_path / "out"
-    words = arguments(image_folder, subset, out, classifier=judge_folder, clip=clip_folder, reference=subset)
-    assert measure.main(words) == 0
+    argv = arguments(image_folder, subset, out, classifier=judge_folder, clip=clip_folder, reference=subset)
+    assert measure.main(argv) == 0
     rows = evaluating.read_rows(out / "measures.csv")
     totals = {row["strength"]: row for row in rows if row["target_class"] == "all" and row["subset"] == "mixed"}
     assert set(totals) == {"0.3", "0.9", "all"} and totals["all"]["images"] == "12"
@@ -244,17 +244,17 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     assert "evaluation gallery --dataset" in table and "| mixed | 0.3 | 6 |" in table
     with Image.open(out / "faithfulness_diversity.png") as picture:
         assert picture.size[0] > 400
-    said = capsys.readouterr().out
-    assert "| mixed | 0.3 | 6 |" in said and "| real | all | 18 |" in said and "near-copies" in said
-    assert measure.main(words) == 0  # the same again is no other run
+    output = capsys.readouterr().out
+    assert "| mixed | 0.3 | 6 |" in output and "| real | all | 18 |" in output and "near-copies" in output
+    assert measure.main(argv) == 0  # the same again is no other run
     with pytest.raises(UserError, match="other arguments .*gamma.*choose another --output_dir"):
-        measure.main([*words, "--gamma", "0.9"])
+        measure.main([*argv, "--gamma", "0.9"])
     picture = next(subset.rglob("*.png"))
     kept = picture.read_bytes()
     try:
         exchange(picture, kept[:-1] + bytes([kept[-1] ^ 1]))
         with pytest.raises(UserError, match="mixed: 12 images as before, the same labels, other content.*--output_dir"):
-            measure.main(words)
+            measure.main(argv)
     finally:
         picture.write_bytes(kept)
 
@@ -277,14 +277,14 @@ def test_a_subset_of_another_tool_is_measured_without_what_it_lacks(tmp_path, im
     rows = translated(animals, strengths=(0.9,), copies=True)
     other = evaluating.write_subset(tmp_path / "other", rows, evaluating.FIVE)
     assert measure.main(arguments(image_folder, other, tmp_path / "out")) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for note in (
         "source_distance of other is left out: it needs the column 'Source Image'",
         "they need --classifier",
         "clip_score is left out: it needs --clip",
         "faithfulness_diversity.png is left out: it needs --classifier or --clip",
     ):
-        assert note in said
+        assert note in output
     row = next(r for r in evaluating.read_rows(tmp_path / "out" / "measures.csv") if r["target_class"] == "all")
     assert (
         not {"source_distance", "target_probability", "clip_score"} & set(row)
@@ -336,15 +336,15 @@ def test_measure_refuses_in_one_line(tmp_path, image_folder, subset, changes, me
 def test_a_subset_is_never_shown_under_the_name_of_the_training_images(tmp_path, image_folder, subset):
     folder = tmp_path / "real"
     folder.symlink_to(subset, target_is_directory=True)
-    words = arguments(image_folder, folder, tmp_path / "out")
-    assert measure.main(words) == 0
+    argv = arguments(image_folder, folder, tmp_path / "out")
+    assert measure.main(argv) == 0
     names = [row["subset"] for row in evaluating.read_rows(tmp_path / "out" / "measures.csv")]
     assert set(names) == {"real", "subset real"}
 
 
 def test_subsets_must_be_given_once_and_the_judge_must_know_the_classes(tmp_path, image_folder, subset, capsys):
-    words = arguments(image_folder, subset, tmp_path / "out")
-    bare = words[:2] + words[4:]
+    argv = arguments(image_folder, subset, tmp_path / "out")
+    bare = argv[:2] + argv[4:]
     with pytest.raises(UserError, match="no synthetic subset is given: expected --syndata_key or --syndata_dir"):
         measure.main(bare)
     with pytest.raises(UserError, match="is given twice"):
@@ -352,7 +352,7 @@ def test_subsets_must_be_given_once_and_the_judge_must_know_the_classes(tmp_path
     images = [tiny.picture(label, k) for label in range(3) for k in range(4)]
     other = evaluating.write_judge(tmp_path / "judge", images, [0] * 4 + [1] * 4 + [2] * 4, ("cat", "dog", "cow"), 32)
     with pytest.raises(UserError, match="--classifier knows 3 classes that are not the 3 of animals"):
-        measure.main([*words, "--classifier", str(other)])
+        measure.main([*argv, "--classifier", str(other)])
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
@@ -363,8 +363,8 @@ def test_pictures_show_translations_neighbours_and_failures(
 ):
     out = tmp_path / "out"
     other = evaluating.write_subset(tmp_path / "other", translated(animals), evaluating.FIVE)
-    words = arguments(image_folder, [subset, other], out, classifier=judge_folder, rows=4, size=32)
-    assert pictures.main(words) == 0
+    argv = arguments(image_folder, [subset, other], out, classifier=judge_folder, rows=4, size=32)
+    assert pictures.main(argv) == 0
     names = {
         "translations.png",
         *(f"{kind}-{n}.png" for kind in ("neighbours", "failures") for n in ("mixed", "other")),
@@ -374,9 +374,9 @@ def test_pictures_show_translations_neighbours_and_failures(
         assert sheet.height > 4 * 32
     alone = arguments(image_folder, other, tmp_path / "alone", rows=4, size=32)
     assert pictures.main(alone) == 0
-    said = capsys.readouterr().out
-    assert "translations are left out: they need the column 'Source Image'" in said
-    assert "failures are left out: they need --classifier" in said
+    output = capsys.readouterr().out
+    assert "translations are left out: they need the column 'Source Image'" in output
+    assert "failures are left out: they need --classifier" in output
     assert {path.name for path in (tmp_path / "alone").glob("*.png")} == {"neighbours-all.png"}
     with pytest.raises(UserError, match="--kinds failures needs a classifier: give --classifier"):
         pictures.main([*alone, "--kinds", "failures"])
@@ -395,8 +395,8 @@ def test_sources_are_shown_over_all_classes(animals, subset):
 
 def test_the_command_line_lists_its_commands_and_knows_the_nearest(capsys):
     assert command.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in command.COMMANDS)
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in command.COMMANDS)
     done = subprocess.run(
         [sys.executable, "-m", "semantic_aug.evaluation", "mesure"], cwd=ROOT, capture_output=True, text=True
     )

@@ -45,7 +45,7 @@ def subset(animals, tmp_path_factory):
     return folder
 
 
-def words(image_folder, subset, out, **changes):
+def command_line(image_folder, subset, out, **changes):
     flags = {"dataset": f"folder:{image_folder}", "syndata_dir": subset, "output_dir": out, **changes}
     return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
@@ -56,7 +56,7 @@ def exports(image_folder, subset, tmp_path_factory):
     root = tmp_path_factory.mktemp("exports")
     for name in WITH_REAL:
         more = {"with_real": True, "shard_images": 8}
-        assert export.main(words(image_folder, subset, root / name, format=name, **more)) == 0
+        assert export.main(command_line(image_folder, subset, root / name, format=name, **more)) == 0
     return {name: root / name for name in WITH_REAL}
 
 
@@ -98,10 +98,10 @@ def test_class_folders_are_what_torchvision_and_timm_read(exports, animals, expe
     assert mapped.reader.class_to_idx == read.class_to_idx
     rows = evaluating.read_rows(folder / "metadata.csv")
     assert len(rows) == 45 and all((folder / row["file_name"]).is_file() for row in rows)
-    made = [row for row in rows if row["synthetic"] == "1"]
-    assert [int(row["label_index"]) for row in made] == hard.tolist()
-    assert [float(row["target_weight"]) + float(row["source_weight"]) for row in made] == [1.0] * 12
-    assert made[0]["source_image"] == animals.train.keys[0] and made[0]["origin"] == "images/000000.png"
+    created = [row for row in rows if row["synthetic"] == "1"]
+    assert [int(row["label_index"]) for row in created] == hard.tolist()
+    assert [float(row["target_weight"]) + float(row["source_weight"]) for row in created] == [1.0] * 12
+    assert created[0]["source_image"] == animals.train.keys[0] and created[0]["origin"] == "images/000000.png"
 
 
 def test_datasets_opens_the_folder_with_class_labels_and_soft_labels(exports, animals, expected, tmp_path):
@@ -110,10 +110,10 @@ def test_datasets_opens_the_folder_with_class_labels_and_soft_labels(exports, an
     read = load_dataset(str(exports["hf"]), cache_dir=str(tmp_path))
     assert {name: len(split) for name, split in read.items()} == {"train": 30, "validation": 6, "test": 9}
     assert read["train"].features["label"] == ClassLabel(names=list(animals.source_names))
-    made = read["train"].filter(lambda synthetic: synthetic, input_columns="synthetic").with_format("numpy")
-    assert made["label"][:].tolist() == expected[0].tolist()
-    np.testing.assert_allclose(made["soft_label"][:], expected[1], atol=1e-6)
-    np.testing.assert_allclose(np.sum(made["soft_label"][:], axis=1), 1, atol=1e-6)
+    created = read["train"].filter(lambda synthetic: synthetic, input_columns="synthetic").with_format("numpy")
+    assert created["label"][:].tolist() == expected[0].tolist()
+    np.testing.assert_allclose(created["soft_label"][:], expected[1], atol=1e-6)
+    np.testing.assert_allclose(np.sum(created["soft_label"][:], axis=1), 1, atol=1e-6)
     assert read["train"][18]["image"].text == TEXT  # the first synthetic image, as it was made
     assert np.array_equal(np.asarray(read["train"][0]["image"].convert("RGB")), np.asarray(animals.train.image(0)))
     assert read["train"][0]["subset"] is None and read["train"][0]["soft_label"][read["train"][0]["label"]] == 1
@@ -128,12 +128,12 @@ def test_webdataset_and_timm_read_the_shards(exports, animals, expected):
     urls = str(folder / "train-{000000..000003}.tar")
     samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil"))
     assert len(samples) == 30 and len({sample["__key__"] for sample in samples}) == 30
-    made = sorted((s for s in samples if s["json"]["synthetic"]), key=lambda sample: sample["__key__"])
-    assert [sample["cls"] for sample in made] == expected[0].tolist()
-    np.testing.assert_allclose([sample["json"]["soft_label"] for sample in made], expected[1], atol=1e-6)
+    created = sorted((s for s in samples if s["json"]["synthetic"]), key=lambda sample: sample["__key__"])
+    assert [sample["cls"] for sample in created] == expected[0].tolist()
+    np.testing.assert_allclose([sample["json"]["soft_label"] for sample in created], expected[1], atol=1e-6)
     np.testing.assert_allclose([sum(sample["json"]["soft_label"]) for sample in samples], 1, atol=1e-6)
     assert [s["json"]["synthetic"] for s in samples] != sorted(s["json"]["synthetic"] for s in samples)  # mixed
-    assert made[0]["png"].size == (64, 64) and made[0]["json"]["label"] == animals.source_names[expected[0][0]]
+    assert created[0]["png"].size == (64, 64) and created[0]["json"]["label"] == animals.source_names[expected[0][0]]
     assert create_dataset("wds/", root=str(folder), split="val", batch_size=2).reader.num_samples == 6
 
 
@@ -141,8 +141,8 @@ def test_the_list_is_a_data_set_of_ours_again(exports, animals, expected):
     again = load_dataset(f"csv:{exports['csv'] / 'images.csv'}")
     assert again.source_names == animals.source_names
     assert [len(again.train), len(again.val), len(again.test)] == [30, 6, 9]
-    made = [label for key, label in zip(again.train.keys, again.train.labels, strict=True) if "synthetic" in key]
-    assert made == expected[0].tolist()
+    created = [label for key, label in zip(again.train.keys, again.train.labels, strict=True) if "synthetic" in key]
+    assert created == expected[0].tolist()
 
 
 # --------------------------------------------------------------------------------------------------------- what is kept
@@ -152,7 +152,7 @@ def test_files_are_linked_or_copied_byte_by_byte(exports, image_folder, subset, 
     row = next(r for r in evaluating.read_rows(exports["imagefolder"] / "metadata.csv") if r["synthetic"] == "1")
     original, linked = subset / "data" / row["origin"], exports["imagefolder"] / row["file_name"]
     assert original.samefile(linked)
-    export.main(words(image_folder, subset, tmp_path / "copied", format="csv", copy=True))
+    export.main(command_line(image_folder, subset, tmp_path / "copied", format="csv", copy=True))
     copied = tmp_path / "copied/images/train/synthetic-000000.png"
     assert copied.read_bytes() == original.read_bytes() and not original.samefile(copied)
 
@@ -163,12 +163,12 @@ def test_card_and_facts_say_what_the_images_are(exports, animals, image_folder, 
     measure.write_images(measures / measure.IMAGES_FILE, [part], {part.name: {"near_copies": np.arange(12) < 3}})
     made_from = {"subsets": {part.name: list_identity(part.images, animals.source_names)}}
     files.write_text(measures / runs.ARGS_FILE, runs.arguments_text({runs.MADE_FROM: made_from}))
-    export.main(words(image_folder, subset, out, format="csv", measures=measures))
+    export.main(command_line(image_folder, subset, out, format="csv", measures=measures))
     facts = json.loads((out / "export.json").read_text())
     assert facts["images"] == {"train": {"real": 0, "synthetic": 12}} and sum(facts["class_counts"]) == 12
     assert facts["subsets"][0]["near_copies"] == 0.25 and facts["dataset"]["license"] == "not stated"
-    made = facts["subsets"][0]["made_with"][0]
-    assert made["base_model_license"] == "cc-by-nc-sa-4.0" and made["num_inference_steps"] == 25
+    created = facts["subsets"][0]["made_with"][0]
+    assert created["base_model_license"] == "cc-by-nc-sa-4.0" and created["num_inference_steps"] == 25
     text = (out / "README.md").read_text()
     assert card.DISCLOSURE in text and "cc-by-nc-sa-4.0" in text and "25 % near-copies" in text
     everything = "".join(path.read_text() for path in out.iterdir() if path.is_file())
@@ -178,20 +178,22 @@ def test_card_and_facts_say_what_the_images_are(exports, animals, image_folder, 
         assert "synthetic" in front["tags"] and (name == "hf") == ("configs" in front)
     with pytest.raises(UserError, match="--measures .*absent holds no images.csv"):
         export.main(
-            words(image_folder, subset, tmp_path / "no", format="csv", measures=tmp_path / "absent", dry_run=True)
+            command_line(
+                image_folder, subset, tmp_path / "no", format="csv", measures=tmp_path / "absent", dry_run=True
+            )
         )
     other = translated(subset, tmp_path)  # of which the run of measure says nothing
     with pytest.raises(UserError, match="--measures .* is not about the images of subset three as they are now"):
-        export.main(words(image_folder, other, tmp_path / "no", format="csv", measures=measures))
+        export.main(command_line(image_folder, other, tmp_path / "no", format="csv", measures=measures))
     assert not (tmp_path / "no").exists()
 
 
 def test_a_foreign_config_beside_a_subset_is_passed_over(image_folder, subset, tmp_path):
     other = translated(subset, tmp_path)
     (other / "config.yaml").write_text("data: /a/path\narguments: [1]\ntemplate: {a: 1}\n")
-    export.main(words(image_folder, other, tmp_path / "out", format="csv"))
-    (made,) = json.loads((tmp_path / "out" / "export.json").read_text())["subsets"]
-    assert made["made_with"] == [{"base_model": "not known", "base_model_license": "not known"}]
+    export.main(command_line(image_folder, other, tmp_path / "out", format="csv"))
+    (created,) = json.loads((tmp_path / "out" / "export.json").read_text())["subsets"]
+    assert created["made_with"] == [{"base_model": "not known", "base_model_license": "not known"}]
 
 
 def test_real_images_come_as_the_stages_see_them(tmp_path):
@@ -210,7 +212,7 @@ def test_real_images_come_as_the_stages_see_them(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(folder / name, **options)
     subset = evaluating.write_subset(tmp_path / "made", [(photograph, "a", "b", 0.5, "")], evaluating.FIVE)
-    export.main(words(folder, subset, tmp_path / "out", format="csv", with_real=True, val_fraction=0))
+    export.main(command_line(folder, subset, tmp_path / "out", format="csv", with_real=True, val_fraction=0))
     train = load_dataset(f"folder:{folder}", Setting(val_fraction=0)).train
     for row, line in enumerate(evaluating.read_rows(tmp_path / "out" / "images.csv")[:5]):
         with Image.open(tmp_path / "out" / line["path"]) as image:
@@ -249,13 +251,13 @@ def test_a_model_card_names_the_licence_and_what_it_forbids_is_said(tmp_path, ca
 
 def test_light_targets_are_left_out(image_folder, subset, tmp_path, capsys):
     def exported(name, **changes):
-        assert export.main(words(image_folder, subset, tmp_path / name, format="csv", **changes)) == 0
+        assert export.main(command_line(image_folder, subset, tmp_path / name, format="csv", **changes)) == 0
         return evaluating.read_rows(tmp_path / name / "images.csv")
 
     rows = exported("half", min_target_weight=0.5)  # 0.1^0.5 is less; where the classes are one it has all the weight
     assert len(rows) == 9 and all(row["strength"] != "0.1" or row["source"] == row["target"] for row in rows)
     assert len(exported("all", min_target_weight=1)) == 6
-    assert run_main(export.main, words(image_folder, translated(subset, tmp_path), tmp_path / "no", format="csv",
+    assert run_main(export.main, command_line(image_folder, translated(subset, tmp_path), tmp_path / "no", format="csv",
                                        min_target_weight=1)) == 2  # fmt: skip
     assert "--min_target_weight 1 leaves none of 3" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
@@ -273,7 +275,7 @@ def translated(subset, tmp_path):
 @pytest.mark.parametrize("name", WITH_REAL)
 def test_an_export_goes_on_and_writes_nothing_twice(name, exports, image_folder, subset, tmp_path):
     out = shutil.copytree(exports[name], tmp_path / name, copy_function=os.link)  # the card says the folder's name
-    arguments = words(image_folder, subset, out, format=name, with_real=True, shard_images=8)
+    arguments = command_line(image_folder, subset, out, format=name, with_real=True, shard_images=8)
     before = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
     images = sorted(p for p in out.rglob("*") if p.suffix in (".png", ".parquet", ".tar"))
     images[-1].unlink()
@@ -292,17 +294,17 @@ def test_other_folders_are_refused_and_left_as_they_are(exports, image_folder, s
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("mine")
-    assert run_main(export.main, words(image_folder, subset, full, format="csv")) == 2
-    assert run_main(export.main, words(image_folder, subset, full, format="csv", dry_run=True)) == 2
+    assert run_main(export.main, command_line(image_folder, subset, full, format="csv")) == 2
+    assert run_main(export.main, command_line(image_folder, subset, full, format="csv", dry_run=True)) == 2
     assert [path.name for path in full.iterdir()] == ["thesis.txt"]
     out = exports["csv"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
-    assert run_main(export.main, words(image_folder, subset, out, format="hf", with_real=True)) == 2
-    assert run_main(export.main, words(image_folder, subset, out, format="csv", gamma=1, with_real=True)) == 2
+    assert run_main(export.main, command_line(image_folder, subset, out, format="hf", with_real=True)) == 2
+    assert run_main(export.main, command_line(image_folder, subset, out, format="csv", gamma=1, with_real=True)) == 2
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("error: ")]) == 4
-    assert run_main(export.main, words(image_folder, subset, tmp_path / "dry", format="csv", dry_run=True)) == 0
+    assert run_main(export.main, command_line(image_folder, subset, tmp_path / "dry", format="csv", dry_run=True)) == 0
     assert not (tmp_path / "dry").exists()
 
 
@@ -322,7 +324,7 @@ def test_folders_of_classes_sort_in_the_order_of_the_labels():
 def test_the_lines_of_every_card_open_its_export(name, exports, image_folder, subset, tmp_path, monkeypatch):
     folder = exports.get(name, tmp_path / "original")
     if name == "original":
-        export.main(words(image_folder, subset, folder, format=name))
+        export.main(command_line(image_folder, subset, folder, format=name))
     (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -46,8 +46,8 @@ def request_of(base, image_folder, output_dir, **changes):
         "train_text_encoder_lora": True,
         **changes,
     }
-    words = [w for name, v in flags.items() for w in ([f"--{name}"] if v is True else [f"--{name}", str(v)])]
-    return resolve(parse(words))
+    argv = [w for name, v in flags.items() for w in ([f"--{name}"] if v is True else [f"--{name}", str(v)])]
+    return resolve(parse(argv))
 
 
 def train(*arguments, **changes):

@@ -81,10 +81,10 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
 ):
     before = {path: digest(path) for path in sorted(subset.rglob("*")) if path.is_file()}
     config = tmp_path / "config"
-    words = arguments(
+    argv = arguments(
         image_folder, subset, classifier=judge_folder, threshold=0.5, config_dir=config, register_key="clean"
     )
-    assert command.main(words) == 0
+    assert command.main(argv) == 0
     assert {path: digest(path) for path in before} == before  # nothing that was there has changed
     full, rest = read_subset(subset, animals), read_subset(f"{subset}#filtered", animals)
     planted = {f"{number:06d}.png" for number in (3, 9, 15)}
@@ -98,8 +98,8 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
     assert all((float(row["confidence"]) >= 0.5) == (row["kept"] == "1") for row in scores)
     with Image.open(subset / "filter-filtered" / "dropped.png") as sheet:
         assert sheet.width > 3 * command.SHEET_SIZE
-    said = capsys.readouterr().out
-    assert "kept 15 of 18" in said and "| toad | 6 | 5 |" in said
+    output = capsys.readouterr().out
+    assert "kept 15 of 18" in output and "| toad | 6 | 5 |" in output
     # the registry, and stage 3 by key and by folder
     assert registry.subsets(animals.name, "clean", config) == [f"{registry.shown_path(subset)}#filtered"]
     by_key = classify_arguments(image_folder, tmp_path / "run", syndata_key="clean", config_dir=config)
@@ -108,7 +108,7 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
         assert train_cls.main([*map(str, flags), "--dry_run"]) == 0
         assert "synthetic: 15 images of" in capsys.readouterr().out
     # the same again changes nothing, another filter needs another name and may start from the first
-    assert command.main(words) == 0
+    assert command.main(argv) == 0
     stricter = arguments(image_folder, f"{subset}#filtered", classifier=judge_folder, keep=0.6)
     with pytest.raises(UserError, match="meta-filtered.csv was made otherwise .*choose another --name"):
         command.main(stricter)
@@ -131,10 +131,10 @@ def test_sources_left_as_they_were_go_only_where_the_target_must_be_seen(
             rows.append((train.image(of[shown][k]), name, animals.source_names[target], 0.7, train.keys[of[label][k]]))
     subset = evaluating.write_subset(tmp_path / "half-way", rows)
     for judged_as, left in (("label", 18), ("target", 12)):
-        words = arguments(
+        argv = arguments(
             image_folder, subset, classifier=judge_folder, threshold=0.5, judged_as=judged_as, name=judged_as
         )
-        assert command.main(words) == 0
+        assert command.main(argv) == 0
         assert len(read_subset(f"{subset}#{judged_as}", animals)) == left
     numbers = {int(path.stem) % 6 for path in read_subset(f"{subset}#target", animals).paths}
     assert numbers == {2, 3, 4, 5}
@@ -162,21 +162,21 @@ def test_five_columns_and_a_key_of_several_folders(tmp_path, image_folder, anima
     config = tmp_path / "config"
     config.mkdir()
     (config / "synthetic_datasets.yaml").write_text(yaml.safe_dump({animals.name: {"pair": folders}}))
-    words = ["--dataset", f"folder:{image_folder}", "--syndata_key", "pair", "--by", "classifier", "--keep", "0.5"]
-    words += ["--classifier", str(judge_folder), "--config_dir", str(config), "--register_key", "half", "--gpu", "cpu"]
-    assert command.main(words) == 0
+    argv = ["--dataset", f"folder:{image_folder}", "--syndata_key", "pair", "--by", "classifier", "--keep", "0.5"]
+    argv += ["--classifier", str(judge_folder), "--config_dir", str(config), "--register_key", "half", "--gpu", "cpu"]
+    assert command.main(argv) == 0
     assert registry.subsets(animals.name, "half", config) == [f"{registry.shown_path(f)}#filtered" for f in folders]
     assert registry.subsets(animals.name, "pair#filtered", config) == [f"{f}#filtered" for f in folders]
     assert len(read_subset(f"{folders[1]}#filtered", animals)) == 9
 
 
 def test_a_class_that_would_be_emptied_is_named(image_folder, animals, subset, judge_folder, capsys):
-    words = arguments(image_folder, subset, classifier=judge_folder, threshold=1.0)
-    assert command.main(words) == 0
+    argv = arguments(image_folder, subset, classifier=judge_folder, threshold=1.0)
+    assert command.main(argv) == 0
     assert "target classes have too few images above --threshold 1 and keep their best 1" in capsys.readouterr().out
     assert len(np.unique(read_subset(f"{subset}#filtered", animals).target)) == 3
     with pytest.raises(UserError, match="--threshold 1 keeps none of 18 images .*nothing was written; lower it"):
-        command.main([*words, "--name", "none", "--min_per_class", "0"])
+        command.main([*argv, "--name", "none", "--min_per_class", "0"])
     assert not (subset / "meta-none.csv").exists()
 
 
@@ -223,8 +223,8 @@ def test_precision_on_photographs_with_planted_noise_and_wrong_cells(tmp_path):
         rows += [(val.image(i), name, name, 1.0, "") for i in other[:2]]
         bad += [False] * 20 + [True] * 5
     subset = evaluating.write_subset(tmp_path / "planted", rows, evaluating.FIVE)
-    words = ["--dataset", "elpv", "--syndata_dir", str(subset), "--by", "classifier", "--classifier", str(judge)]
-    assert command.main([*words, "--keep", "0.8", "--gpu", "cpu"]) == 0
+    argv = ["--dataset", "elpv", "--syndata_dir", str(subset), "--by", "classifier", "--classifier", str(judge)]
+    assert command.main([*argv, "--keep", "0.8", "--gpu", "cpu"]) == 0
     dropped = np.array([row["kept"] == "0" for row in evaluating.read_rows(subset / "filter-filtered" / "scores.csv")])
     bad = np.array(bad)
     precision = bad[dropped].mean()

@@ -65,8 +65,8 @@ def uninterrupted(tiny_base, image_folder, tmp_path_factory):
 def test_output_contract(uninterrupted, tiny_base, image_folder):
     folder, config, out = uninterrupted
     assert [p.name for p in checkpoints.listed(folder)] == ["checkpoint-3", "checkpoint-6"]
-    for place in (folder, folder / "checkpoint-6"):
-        assert all((place / name).is_file() for name in WEIGHTS)
+    for path in (folder, folder / "checkpoint-6"):
+        assert all((path / name).is_file() for name in WEIGHTS)
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["rank"] == 2 and args["setting"]["examples_per_class"] == -1 and args["resolution"] == tiny.RESOLUTION
     rows = (folder / "metrics.csv").read_text().splitlines()
@@ -103,15 +103,15 @@ def test_a_finished_run_is_not_run_again(uninterrupted, tiny_base, image_folder)
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tiny_base, image_folder, tmp_path):
-    words = arguments(tiny_base, image_folder, tmp_path / "run")
-    process = start("train_lora.py", *words)
+    argv = arguments(tiny_base, image_folder, tmp_path / "run")
+    process = start("train_lora.py", *argv)
     while not (tmp_path / "run" / "checkpoint-3").exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     (tmp_path / "run" / ".checkpoint-6.tmp").mkdir(exist_ok=True)  # as if the kill came in the middle of writing it
-    assert "unfinished run: add --resume_from_checkpoint latest" in refused("train_lora.py", *words)
-    run_here("train_lora.py", *words, "--resume_from_checkpoint", "latest")
+    assert "unfinished run: add --resume_from_checkpoint latest" in refused("train_lora.py", *argv)
+    run_here("train_lora.py", *argv, "--resume_from_checkpoint", "latest")
     ours, wanted = weights(tmp_path / "run"), weights(uninterrupted[0])
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in wanted)
     assert [r.split(",")[1] for r in (tmp_path / "run" / "metrics.csv").read_text().splitlines()][-1] == [
@@ -121,16 +121,16 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, tiny
 
 @pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(uninterrupted, tiny_base, image_folder, tmp_path):
-    words = arguments(tiny_base, image_folder, tmp_path / "run", checkpointing_steps=0, max_train_steps=400)
-    process = start("train_lora.py", *words)
+    argv = arguments(tiny_base, image_folder, tmp_path / "run", checkpointing_steps=0, max_train_steps=400)
+    process = start("train_lora.py", *argv)
     while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "--resume_from_checkpoint latest resumes" in err
-    found = checkpoints.listed(tmp_path / "run")
-    assert len(found) == 1 and checkpoints.load_state(found[0])["step"] == int(found[0].name.split("-")[1])
+    result = checkpoints.listed(tmp_path / "run")
+    assert len(result) == 1 and checkpoints.load_state(result[0])["step"] == int(result[0].name.split("-")[1])
 
 
 @pytest.mark.slow
@@ -167,11 +167,11 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_base, image_folder, tmp_
 def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_folder, tmp_path):
     script = "tests/tracing_finetune.py"
     run(script, *arguments(tiny_base, image_folder, tmp_path / "one", max_train_steps=4))
-    words = arguments(tiny_base, image_folder, tmp_path / "two", max_train_steps=4, train_batch_size=2)
+    argv = arguments(tiny_base, image_folder, tmp_path / "two", max_train_steps=4, train_batch_size=2)
     # what accelerate launch does for several processes, without needing a GPU
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(ROOT / script), *map(str, words)],
+        [*launch, str(ROOT / script), *map(str, argv)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -210,8 +210,8 @@ def test_two_processes_follow_one_and_each_other_step_by_step(tiny_base, image_f
 )
 @pytest.mark.slow
 def test_bad_requests_are_one_line(tiny_base, image_folder, tmp_path, changes, message):
-    words = arguments(tiny_base, image_folder, tmp_path / "run", **changes)
-    status, _, err = main_here(train_lora.main, words)
+    argv = arguments(tiny_base, image_folder, tmp_path / "run", **changes)
+    status, _, err = main_here(train_lora.main, argv)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(lines) == 1 and message in lines[0], err
     assert "Traceback" not in err

@@ -58,10 +58,10 @@ def request(tiny_base, image_folder, output_dir, **changes):
         "output_dir": output_dir,
         **changes,
     }
-    words = []
+    argv = []
     for name, value in flags.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [] if value is True else [value])]
-    return resolve(parse(words))
+        argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else [] if value is True else [value])]
+    return resolve(parse(argv))
 
 
 def make_trainer(*arguments, **changes):
@@ -97,10 +97,10 @@ def test_fifty_steps_equal_the_plain_loops(tiny_base, image_folder, tmp_path, mo
     begin = {name: value.clone() for name, value in plain.result().items()}
     losses = np.array([[float(ours.optimizer_step()[0]), plain.step(draw)] for draw in draws])
     checkpoints.save_weights(ours.model, tmp_path / "run")
-    found, wanted = trained(tmp_path / "run"), plain.result()
-    assert found.keys() == wanted.keys() and len(found) > 0
+    result, wanted = trained(tmp_path / "run"), plain.result()
+    assert result.keys() == wanted.keys() and len(result) > 0
     assert np.abs(losses[:, 0] - losses[:, 1]).max() < TOLERANCE / 10
-    assert all((found[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
+    assert all((result[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
     assert any((wanted[k] - begin[k]).abs().max() > 100 * TOLERANCE for k in wanted)  # it did train
     assert losses[0, 0] == pytest.approx(losses[0, 1], abs=1e-6)
     fresh = load_base(str(tiny_base)).text_encoder.get_input_embeddings().weight
@@ -140,9 +140,9 @@ def test_stopped_at_any_step_and_resumed_equals_not_stopped(
     shutil.copytree(parts / f"checkpoint-{stop}", later)
     assert checkpoints.find(parts, "latest") == parts / f"checkpoint-{stop}"
     make_trainer(tiny_base, image_folder, parts, resume_from_checkpoint="latest", **changes).train()
-    found, wanted = trained(parts), trained(whole)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+    result, wanted = trained(parts), trained(whole)
+    assert result.keys() == wanted.keys()
+    assert all(torch.equal(result[k], wanted[k]) for k in wanted)
     assert not list(parts.glob(".*"))  # leftovers are gone
 
 
@@ -217,9 +217,9 @@ def test_a_finished_run_is_not_the_result_of_something_else(moved, change, messa
 
 def test_checkpoints_of_other_images_are_not_gone_on_with(moved):
     other_bytes(moved / "animals/train/toad/train000.png")
-    for words in ({}, {"output": "new"}):
+    for argv in ({}, {"output": "new"}):
         with pytest.raises(UserError, match="the same names and labels, other content"):
-            finetune(moved, resume_from_checkpoint=moved / "run/checkpoint-2", **words)
+            finetune(moved, resume_from_checkpoint=moved / "run/checkpoint-2", **argv)
     assert not list((moved / "new").glob("[!.]*"))
 
 
@@ -230,11 +230,11 @@ def test_a_run_goes_on_with_another_split_of_the_same_batch(movable, moved):
     with pytest.raises(UserError, match="effective_batch: 4 -> 8"):
         finetune(moved, resume_from_checkpoint="latest", **(split | {"train_batch_size": 2}))
     finetune(moved, resume_from_checkpoint="latest", **split)
-    found, wanted = losses(moved / "run"), losses(movable / "run")
-    assert found.keys() == wanted.keys() == {1, 2, 3, 4}
-    assert all(found[step] == pytest.approx(wanted[step], abs=1e-5) for step in wanted)
-    found, wanted = trained(moved / "run"), trained(movable / "run")
-    assert all((found[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
+    result, wanted = losses(moved / "run"), losses(movable / "run")
+    assert result.keys() == wanted.keys() == {1, 2, 3, 4}
+    assert all(result[step] == pytest.approx(wanted[step], abs=1e-5) for step in wanted)
+    result, wanted = trained(moved / "run"), trained(movable / "run")
+    assert all((result[k] - wanted[k]).abs().max() < TOLERANCE for k in wanted)
 
 
 def test_images_that_change_while_a_run_goes_on(movable, moved, monkeypatch):
@@ -253,8 +253,8 @@ def test_images_that_change_while_a_run_goes_on(movable, moved, monkeypatch):
     monkeypatch.undo()
     picture.write_bytes(kept)
     finetune(moved, output="new", resume_from_checkpoint="latest")
-    found, wanted = trained(moved / "new"), trained(movable / "run")
-    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    result, wanted = trained(moved / "new"), trained(movable / "run")
+    assert result.keys() == wanted.keys() and all(torch.equal(result[k], wanted[k]) for k in wanted)
 
 
 def test_tokens_say_which_images_they_were_trained_on(movable):
@@ -544,8 +544,8 @@ def test_every_schedule_of_diffusers_is_to_be_had(name):
 
 
 def test_piecewise_constant_rates():
-    found = rates("piecewise_constant", lr_step_rules="1:3,0.5:6,0.1")
-    assert found == [1] * 3 + [0.5] * 3 + [0.1] * 6
+    result = rates("piecewise_constant", lr_step_rules="1:3,0.5:6,0.1")
+    assert result == [1] * 3 + [0.5] * 3 + [0.1] * 6
 
 
 @pytest.mark.parametrize(
@@ -579,13 +579,13 @@ def test_the_benchmark_trains_both_ways_on_the_same(tiny_base, image_folder, tmp
     from benchmarks import common, finetune
 
     monkeypatch.setattr(common, "OUTPUT", tmp_path / "bench")
-    words = ["--base", tiny_base, "--dataset", f"folder:{image_folder}", "--steps", 2, "--batch_size", 4]
-    words += ["--pairs", 1, "--rounds", 2]
-    assert finetune.main([str(word) for word in [*words, "--device", "cpu"]]) == 0
-    found = tiny.read_json(tmp_path / "bench" / "finetune.json")
-    assert found["largest_difference_of_losses"] < TOLERANCE and found["ratio"] > 0
-    for side in found["sides"].values():
+    argv = ["--base", tiny_base, "--dataset", f"folder:{image_folder}", "--steps", 2, "--batch_size", 4]
+    argv += ["--pairs", 1, "--rounds", 2]
+    assert finetune.main([str(word) for word in [*argv, "--device", "cpu"]]) == 0
+    result = tiny.read_json(tmp_path / "bench" / "finetune.json")
+    assert result["largest_difference_of_losses"] < TOLERANCE and result["ratio"] > 0
+    for side in result["sides"].values():
         assert len(side["losses"]) == 3 + 2 * 2 and len(side["rates"]) == 2 and side["peak_memory_mb"] > 0
-    port, ours = (found["sides"][side]["calls_per_step"] for side in ("the original's way", "ours"))
+    port, ours = (result["sides"][side]["calls_per_step"] for side in ("the original's way", "ours"))
     assert 0 < ours < 0.7 * port
     assert "| the original's way | " in capsys.readouterr().out

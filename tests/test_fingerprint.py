@@ -127,8 +127,8 @@ def test_two_processes_at_once(folder, cache_folder):
     ]
     expected = " ".join(fingerprint.content_hashes(table_of(folder)))
     for process in pair:
-        said, _ = process.communicate()
-        assert process.returncode == 0 and set(said.splitlines()) == {expected}
+        output, _ = process.communicate()
+        assert process.returncode == 0 and set(output.splitlines()) == {expected}
     assert [p.suffix for p in cache_folder.iterdir()] == [".npy"]  # no leftovers
 
 
@@ -175,13 +175,13 @@ def test_what_differs_is_said(folder):
 
     swapped = (folder / "cat/0.bmp").read_bytes()
     exchange(folder / "cat/0.bmp", (folder / "dog/0.bmp").read_bytes())
-    said = fingerprint.data_difference(record, identity_of(folder))
-    assert said == "train: 6 images as before, the same names and labels, other content"
+    output = fingerprint.data_difference(record, identity_of(folder))
+    assert output == "train: 6 images as before, the same names and labels, other content"
     exchange(folder / "cat/0.bmp", swapped)
 
     other = replace(before, train=replace(before.train, labels=np.array([1, 0, 0, 1, 1, 1])))
-    said = fingerprint.data_difference(record, fingerprint.data_identity(other))
-    assert said == "train: 6 images as before, the same names and content, other labels"
+    output = fingerprint.data_difference(record, fingerprint.data_identity(other))
+    assert output == "train: 6 images as before, the same names and content, other labels"
 
     caption = {"caption": np.array(["a"] * 6, object)}
     other = replace(before, train=replace(before.train, extras=caption))

@@ -68,8 +68,8 @@ def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
         end = min(len(data), start + rng.choice((1, 2, 8, 64, 512)))
         kind = rng.randrange(8)
         if kind == 0:  # flipped bits
-            for place in rng.sample(range(len(data)), min(len(data), rng.choice((1, 3, 20)))):
-                data[place] ^= 1 << rng.randrange(8)
+            for position in rng.sample(range(len(data)), min(len(data), rng.choice((1, 3, 20)))):
+                data[position] ^= 1 << rng.randrange(8)
         elif kind == 1:  # cut off
             del data[start:]
         elif kind == 2:  # a lost block
@@ -81,9 +81,9 @@ def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
         elif kind == 5:  # foreign bytes
             data[start:start] = rng.randbytes(rng.choice((1, 7, 100)))
         elif kind == 6:  # the head is damaged
-            for place in range(min(len(data), 64)):
+            for position in range(min(len(data), 64)):
                 if rng.random() < 0.1:
-                    data[place] = rng.randrange(256)
+                    data[position] = rng.randrange(256)
         elif rng.random() < 0.1:  # nothing is left
             data.clear()
     return bytes(data)
@@ -93,24 +93,24 @@ def damaged_text(content: str, rng: random.Random) -> bytes:
     """A text file after one to three slips of an editor, a script or a spreadsheet program."""
     lines = content.split("\n")
     for _ in range(rng.randint(1, 3)):
-        place = rng.randrange(len(lines))
-        line, kind = lines[place], rng.randrange(7)
+        position = rng.randrange(len(lines))
+        line, kind = lines[position], rng.randrange(7)
         at = rng.randrange(len(line) + 1)
         if kind == 0:
-            lines[place] = line[:at] + rng.choice(NASTY) + line[at:]
+            lines[position] = line[:at] + rng.choice(NASTY) + line[at:]
         elif kind == 1:
-            lines[place] = line[:at] + rng.choice(NASTY) + line[at + 1 :]
+            lines[position] = line[:at] + rng.choice(NASTY) + line[at + 1 :]
         elif kind == 2:
-            del lines[place]
+            del lines[position]
             lines = lines or [""]
         elif kind == 3:
             lines.insert(rng.randrange(len(lines) + 1), line)
         elif kind == 4:
-            lines[place] = line[:at]
+            lines[position] = line[:at]
         elif kind == 5:
-            lines[place] = rng.choice(("  ", "\t", "")) + line.strip()
+            lines[position] = rng.choice(("  ", "\t", "")) + line.strip()
         else:
-            lines[place] = line.replace(rng.choice((",", ":", "/", ".")), rng.choice(NASTY), 1)
+            lines[position] = line.replace(rng.choice((",", ":", "/", ".")), rng.choice(NASTY), 1)
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "cp1252", "latin-1"))
     data = rng.choice(("\n", "\n", "\n", "\r\n", "\r")).join(lines).encode(encoding, "replace")
     return damaged_bytes(data, rng) if data and rng.random() < 0.2 else data
@@ -122,8 +122,8 @@ def damaged_text(content: str, rng: random.Random) -> bytes:
 class Outcome:
     """What one command came to."""
 
-    def __init__(self, main, *words):
-        self.status, self.out, self.err = main_here(main, words)
+    def __init__(self, main, *argv):
+        self.status, self.out, self.err = main_here(main, argv)
 
     @property
     def line(self) -> str:
@@ -201,7 +201,7 @@ def house(tmp_path_factory, tiny_base):
     return folder
 
 
-def classify(folder: Path, *words, config: Path | None = None) -> Outcome:
+def classify(folder: Path, *argv, config: Path | None = None) -> Outcome:
     """``train_cls.py --dry_run``."""
     flags = (
         "--model",
@@ -218,10 +218,10 @@ def classify(folder: Path, *words, config: Path | None = None) -> Outcome:
         "cpu",
     )
     where = ("--config_dir", config or folder / "config", "--output_dir", folder / "out", "--val_fraction", 0)
-    return Outcome(train_cls.main, *flags, *where, "--dry_run", *words)
+    return Outcome(train_cls.main, *flags, *where, "--dry_run", *argv)
 
 
-def sample(folder: Path, *words, config: Path | None = None) -> Outcome:
+def sample(folder: Path, *argv, config: Path | None = None) -> Outcome:
     """``sample_mp.py --dry_run``."""
     flags = (
         "--gpu_ids",
@@ -234,15 +234,15 @@ def sample(folder: Path, *words, config: Path | None = None) -> Outcome:
         folder / "out",
     )
     return Outcome(
-        sample_mp.main, *flags, "--config_dir", config or folder / "config", "--val_fraction", 0, "--dry_run", *words
+        sample_mp.main, *flags, "--config_dir", config or folder / "config", "--val_fraction", 0, "--dry_run", *argv
     )
 
 
-def finetune(folder: Path, base: Path, *words, config: Path | None = None) -> Outcome:
+def finetune(folder: Path, base: Path, *argv, config: Path | None = None) -> Outcome:
     """``train_lora.py --dry_run``."""
     flags = ("--pretrained_model_name_or_path", base, "--report_to", "none", "--output_dir", folder / "out")
     return Outcome(
-        train_lora.main, *flags, "--config_dir", config or folder / "config", "--val_fraction", 0, "--dry_run", *words
+        train_lora.main, *flags, "--config_dir", config or folder / "config", "--val_fraction", 0, "--dry_run", *argv
     )
 
 
@@ -293,11 +293,11 @@ def test_damaged_images(house, tmp_path):
         path.write_bytes(originals[path])
         if complaint := outcome.complaint((0, 1, 2)):
             return complaint
-        said = outcome.out + outcome.err
+        output = outcome.out + outcome.err
         if outcome.status == 0 and not whole:
             return f"{path.name} does not decode, check passes"
-        if path.name not in said and (counted(outcome) != 12 if outcome.status < 2 else True):
-            return f"{path.name} is not named: {said[-300:]}"
+        if path.name not in output and (counted(outcome) != 12 if outcome.status < 2 else True):
+            return f"{path.name} is not named: {output[-300:]}"
         return None
 
     trials("image", 120, attempt)
@@ -314,16 +314,16 @@ def test_damaged_lists(house, tiny_base):
             outcome = check(house, word)
             if outcome.status == 1:  # a problem, which is named
                 return outcome.complaint((1,)) or (None if "PROBLEM" in outcome.out else "status 1 without a problem")
-            said = counted(outcome) if outcome.status == 0 else 0
+            output = counted(outcome) if outcome.status == 0 else 0
         else:
-            run = (classify, sample, lambda folder, *words: finetune(folder, tiny_base, *words))[number % 4 - 1]
+            run = (classify, sample, lambda folder, *argv: finetune(folder, tiny_base, *argv))[number % 4 - 1]
             more = ("--sample_strategy", "real-mix", "--model_path", tiny_base) if number % 4 == 2 else ()
             outcome = run(house, "--dataset", word, *more)
-            said = outcome.images() if outcome.status == 0 else 0
+            output = outcome.images() if outcome.status == 0 else 0
         if complaint := outcome.complaint():
             return complaint
-        if outcome.status == 0 and said < rows_of(path) and not outcome.err.strip():
-            return f"{rows_of(path)} rows, {said} images, without a word"
+        if outcome.status == 0 and output < rows_of(path) and not outcome.err.strip():
+            return f"{rows_of(path)} rows, {output} images, without a word"
         return None
 
     trials("list", 240, attempt)
@@ -347,7 +347,7 @@ def test_damaged_lists_of_unlabelled_images(house, tiny_base, tmp_path):
         "path,taken\n" + "".join(f"{index}.png,2026-11-{index}\n" for index in range(6)),
         tmp_path / "pool.csv",
     )
-    words = ("--dataset", "mine", "--config_dir", house / "config", "--pretrained_model_name_or_path", tiny_base)
+    argv = ("--dataset", "mine", "--config_dir", house / "config", "--pretrained_model_name_or_path", tiny_base)
 
     def resolved(arguments):
         print(f"images: train {len(resolve(parse(arguments))[1].unlabelled)}")
@@ -355,7 +355,7 @@ def test_damaged_lists_of_unlabelled_images(house, tiny_base, tmp_path):
 
     def attempt(rng, number):
         path.write_bytes(damaged_text(content, rng))
-        outcome = Outcome(resolved, *words, "--val_fraction", 0, "--report_to", "none", "--unlabelled", path)
+        outcome = Outcome(resolved, *argv, "--val_fraction", 0, "--report_to", "none", "--unlabelled", path)
         if complaint := outcome.complaint():
             return complaint
         return None if outcome.status or outcome.images() <= 6 else f"{outcome.images()} of 6 images"
@@ -373,8 +373,8 @@ def test_damaged_registry_files(house, tmp_path, tiny_base):
         (config / name).write_bytes(damaged_text(originals[name], rng))
         try:
             if name == "finetuned_ckpts.yaml":
-                words = ("--dataset", "mine", "--finetune_model_key", rng.choice(("ck", "db")))
-                outcome = sample(house, *words, config=config)
+                argv = ("--dataset", "mine", "--finetune_model_key", rng.choice(("ck", "db")))
+                outcome = sample(house, *argv, config=config)
                 wanted = " 12 images (1 x 12"
             elif name == "synthetic_datasets.yaml":
                 key = rng.choice(("s", "both"))
@@ -401,14 +401,14 @@ def test_damaged_parquet(house, tmp_path):
     features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=list(CLASSES))})
     encoded = [{"bytes": path.read_bytes(), "path": None} for path in sorted((house / "animals").rglob("*.png"))]
     data = {"image": encoded * 4, "label": [0, 1] * 4}
-    place = tmp_path / "copy" / "train-00000-of-00001.parquet"
-    place.parent.mkdir()
-    hub.Dataset.from_dict(data, features=features).to_parquet(place)
-    content = place.read_bytes()
+    path = tmp_path / "copy" / "train-00000-of-00001.parquet"
+    path.parent.mkdir()
+    hub.Dataset.from_dict(data, features=features).to_parquet(path)
+    content = path.read_bytes()
 
     def attempt(rng, number):
-        place.write_bytes(damaged_bytes(content, rng))
-        outcome = check(house, f"hf:{place.parent}")
+        path.write_bytes(damaged_bytes(content, rng))
+        outcome = check(house, f"hf:{path.parent}")
         if complaint := outcome.complaint((0, 1, 2)):
             return complaint
         return None if outcome.status or counted(outcome) == 8 else f"{counted(outcome)} of 8 rows, check passes"
@@ -458,9 +458,9 @@ def test_damaged_meta_csv(house, tmp_path):
         if complaint := outcome.complaint():
             return complaint
         if outcome.status == 0:
-            said = int(re.search(r"synthetic: (\d+) images", outcome.out)[1])
-            if said < rows_of(subset / "meta.csv"):
-                return f"{rows_of(subset / 'meta.csv')} rows, {said} synthetic images"
+            output = int(re.search(r"synthetic: (\d+) images", outcome.out)[1])
+            if output < rows_of(subset / "meta.csv"):
+                return f"{rows_of(subset / 'meta.csv')} rows, {output} synthetic images"
         return None
 
     trials("meta", 160, attempt)

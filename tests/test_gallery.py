@@ -67,8 +67,8 @@ def subsets(photographs, tmp_path_factory) -> list[Path]:
 
 
 def arguments(photographs, subsets, out, *further) -> list[str]:
-    words = ["--dataset", f"folder:{photographs}", "--syndata_dir", *map(str, subsets), "--output_dir", str(out)]
-    return [*words, "--gpu", "cpu", *map(str, further)]
+    argv = ["--dataset", f"folder:{photographs}", "--syndata_dir", *map(str, subsets), "--output_dir", str(out)]
+    return [*argv, "--gpu", "cpu", *map(str, further)]
 
 
 def content_of(folder: Path) -> dict:
@@ -148,15 +148,15 @@ def test_the_same_command_makes_only_what_is_missing_and_another_is_refused(gall
 
 
 def test_a_gallery_of_an_earlier_version_is_continued(photographs, subsets, tmp_path):
-    words = arguments(photographs, subsets[1:], tmp_path / "out")
-    assert command.main(words) == 0
+    argv = arguments(photographs, subsets[1:], tmp_path / "out")
+    assert command.main(argv) == 0
     record = runs.load_arguments(tmp_path / "out")
     for name in ("corrupt_prob", "corrupt_classes", "split"):  # flags that the earlier version did not have
         record.pop(name, None)
     files.write_text(tmp_path / "out" / runs.ARGS_FILE, runs.arguments_text(record))
-    assert command.main(words) == 0
+    assert command.main(argv) == 0
     with pytest.raises(UserError, match=r"other arguments \(corrupt_prob: 0.0 -> 0.5\).*choose another --output_dir"):
-        command.main([*words, "--corrupt_prob", "0.5"])
+        command.main([*argv, "--corrupt_prob", "0.5"])
 
 
 def test_copies_can_be_moved_and_none_leaves_thumbnails_alone(photographs, subsets, tmp_path):
@@ -220,8 +220,8 @@ def test_values_of_a_classifier_of_clip_and_of_measure(animals, image_folder, ju
 
 
 def filtering(photographs, folder, review, *further) -> list[str]:
-    words = ["--dataset", f"folder:{photographs}", "--syndata_dir", str(folder), "--by", "review", "--gpu", "cpu"]
-    return [*words, "--review", str(review), *map(str, further)]
+    argv = ["--dataset", f"folder:{photographs}", "--syndata_dir", str(folder), "--by", "review", "--gpu", "cpu"]
+    return [*argv, "--review", str(review), *map(str, further)]
 
 
 def test_a_review_becomes_a_list_and_holds_only_for_the_images_that_were_looked_at(
@@ -281,8 +281,8 @@ def test_a_review_becomes_a_list_and_holds_only_for_the_images_that_were_looked_
 def test_a_bad_review_is_refused_in_one_line(photographs, subsets, tmp_path, text, further, message, capsys):
     if text is not None:
         (tmp_path / "review.json").write_text(text)
-    words = filtering(photographs, subsets[1], tmp_path / "review.json", *further)
-    assert run_main(filter_command.main, words) == 2
+    argv = filtering(photographs, subsets[1], tmp_path / "review.json", *further)
+    assert run_main(filter_command.main, argv) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert not list(subsets[1].glob("meta-*")) and not list(subsets[1].glob("filter-*"))
@@ -461,9 +461,9 @@ def test_in_a_browser_three_are_rejected_saved_and_dropped(gallery, browser, pho
         Path(name).name for name in names
     }
     changes = {"syndata_dir": f"{ours}#reviewed", "model": "test_vit", "nepoch": 1}
-    words = classify_arguments(photographs, tmp_path / "run", **changes)
+    argv = classify_arguments(photographs, tmp_path / "run", **changes)
     capsys.readouterr()
-    assert train_cls.main(list(map(str, words))) == 0
+    assert train_cls.main(list(map(str, argv))) == 0
     assert f"synthetic: {IMAGES - 3} images of" in capsys.readouterr().out
     assert (tmp_path / "run/results.json").is_file()
 

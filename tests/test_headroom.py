@@ -122,7 +122,7 @@ def test_the_command_writes_its_report_and_never_reads_test(tmp_path, monkeypatc
     for file in (folder / "test").rglob("*.png"):
         file.write_bytes(b"not an image")
     out = tmp_path / "out"
-    words = [
+    argv = [
         "--dataset",
         f"folder:{folder}",
         "--weights",
@@ -134,7 +134,7 @@ def test_the_command_writes_its_report_and_never_reads_test(tmp_path, monkeypatc
         "--output_dir",
         str(out),
     ]
-    assert headroom.main([*words, "--seeds", "0", "1"]) == 0
+    assert headroom.main([*argv, "--seeds", "0", "1"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("headroom of animals") and "too little data to say" in first
     report = (out / headroom.REPORT).read_text()
@@ -142,9 +142,9 @@ def test_the_command_writes_its_report_and_never_reads_test(tmp_path, monkeypatc
     assert "too little data to say" in (out / "report.html").read_text()
     rows = list(csv.DictReader((out / headroom.TABLE).read_text().splitlines()))
     assert {row["seed"] for row in rows} == {"0", "1"} and all(0 <= float(row["macro"]) <= 1 for row in rows)
-    assert headroom.main([*words, "--seeds", "0", "1"]) == 0  # once more, the same
+    assert headroom.main([*argv, "--seeds", "0", "1"]) == 0  # once more, the same
     assert (out / headroom.REPORT).read_text() == report
-    assert run_main(headroom.main, [*words, "--seeds", "3"]) == 2
+    assert run_main(headroom.main, [*argv, "--seeds", "3"]) == 2
     assert "seeds: [0, 1] -> [3]" in capsys.readouterr().err
 
 
@@ -159,20 +159,20 @@ def test_a_failure_leaves_no_folder_behind(tmp_path, monkeypatch):
 
 def test_compare_says_first_whether_there_is_anything_to_win(tmp_path, monkeypatch, capsys, image_folder):
     monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
-    words = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--gpu_ids", "cpu"]
-    compare.print_headroom(compare.build_parser().parse_args(words), tmp_path)
+    argv = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--gpu_ids", "cpu"]
+    compare.print_headroom(compare.build_parser().parse_args(argv), tmp_path)
     first, line = capsys.readouterr().out.splitlines()
     assert first == "measuring headroom of 2shot, on at most 10 images per class"
     assert line.startswith("headroom of animals") and "too little data to say" in line
     assert (tmp_path / "headroom" / "2shot" / headroom.REPORT).is_file()
     assert "split" not in runs.load_arguments(tmp_path / "headroom" / "2shot")  # as records of earlier versions
     tail = ["--task", "imbalanced"]  # a curve over images per class says nothing of a long tail
-    compare.print_headroom(compare.build_parser().parse_args([*words, *tail]), tmp_path)
+    compare.print_headroom(compare.build_parser().parse_args([*argv, *tail]), tmp_path)
     assert capsys.readouterr().out == ""
 
 
-def printed_by_compare(capsys, folder, *words):
-    compare.print_headroom(compare.build_parser().parse_args(["--dataset", *map(str, words)]), folder)
+def printed_by_compare(capsys, folder, *argv):
+    compare.print_headroom(compare.build_parser().parse_args(["--dataset", *map(str, argv)]), folder)
     return capsys.readouterr().out.splitlines()
 
 

@@ -32,11 +32,11 @@ def group_of(module: str) -> str:
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = [
+    result = [
         (".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p)
         for p in PACKAGE.rglob("*.py")
     ]
-    return sorted(found + [(p.stem, p) for p in ROOT.glob("*.py")])
+    return sorted(result + [(p.stem, p) for p in ROOT.glob("*.py")])
 
 
 def imported(path: Path) -> set[str]:
@@ -73,8 +73,8 @@ def test_the_two_houses_of_evaluation_do_not_import_each_other(house, other):
     folder = PACKAGE / "evaluation" / house
     assert len(list(folder.glob("*.py"))) > 3
     for path in folder.rglob("*.py"):
-        found = [name for name in imported(path) if name.startswith(f"semantic_aug.evaluation.{other}")]
-        assert not found, f"{path} imports {found}"
+        result = [name for name in imported(path) if name.startswith(f"semantic_aug.evaluation.{other}")]
+        assert not result, f"{path} imports {result}"
 
 
 def test_the_rule_can_fail():
@@ -98,14 +98,14 @@ def test_public_functions_and_classes_have_docstrings(module, path):
 
 def library_imports() -> str:
     """The import statements at the top of all files that bring in libraries."""
-    found = set()
+    result = set()
     for _, path in modules():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] not in ("semantic_aug", "__future__"):
-                found.add(ast.unparse(node))
+                result.add(ast.unparse(node))
             elif isinstance(node, ast.Import):
-                found |= {f"import {alias.name}" for alias in node.names if not alias.name.startswith("semantic_aug")}
-    return "\n".join(sorted(found))
+                result |= {f"import {alias.name}" for alias in node.names if not alias.name.startswith("semantic_aug")}
+    return "\n".join(sorted(result))
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +182,13 @@ def test_help_is_quick_and_gives_every_flag_a_text(script):
 
 def test_nothing_names_a_machine():
     """No absolute paths of a person's machine in what is shipped."""
-    words = ["/" + "work/", "/" + "home/", "/" + "Users/", "/" + "root/"]
+    prefixes = ["/" + "work/", "/" + "home/", "/" + "Users/", "/" + "root/"]
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in files:
         path = ROOT / name
         if path.suffix in (".py", ".sh", ".md", ".yaml", ".toml", ".txt") and path.is_file():
             text = path.read_text(encoding="utf-8")
-            assert not [w for w in words if w in text], f"{name}: {[w for w in words if w in text]}"
+            assert not [w for w in prefixes if w in text], f"{name}: {[w for w in prefixes if w in text]}"
 
 
 def test_pickles_are_opened_with_weights_only():

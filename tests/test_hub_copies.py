@@ -64,8 +64,8 @@ def check_splits(splits, names=CLASSES) -> None:
         expected = {}
         for i in range(COUNTS[split]):
             expected[np.asarray(tiny.picture(i % 2, START[split] + i)).tobytes()] = CLASSES[i % 2]
-        found = dict(zip(content_of(table), (table.class_names[label] for label in table.labels), strict=True))
-        assert found == expected
+        result = dict(zip(content_of(table), (table.class_names[label] for label in table.labels), strict=True))
+        assert result == expected
 
 
 LAYOUTS = (

@@ -272,14 +272,14 @@ def test_the_same_files_from_three_processes_and_after_a_kill(workshop, image_fo
     run_here("sample_mp.py", *sampling_arguments(workshop, image_folder, tmp_path / "a", **options))
     undisturbed = {**subset_contents(tmp_path / "a" / name), "": ""}
     assert len(undisturbed) == 56 and not (tmp_path / "a" / name / ".moments").exists()
-    words = sampling_arguments(workshop, image_folder, tmp_path / "b", gpu_ids=["cpu"] * 2, **options)
-    process = start("sample_mp.py", *words)
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "b", gpu_ids=["cpu"] * 2, **options)
+    process = start("sample_mp.py", *argv)
     wait_for_images(tmp_path / "b", 4, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert 4 <= len(list((tmp_path / "b").rglob("*.png"))) < 54
-    words = sampling_arguments(workshop, image_folder, tmp_path / "b", gpu_ids=["cpu"] * 3, **options)
-    run_here("sample_mp.py", *words)
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "b", gpu_ids=["cpu"] * 3, **options)
+    run_here("sample_mp.py", *argv)
     assert same(tmp_path / "b" / name, undisturbed)
     with open(tmp_path / "b" / name / "meta.csv", newline="") as file:
         for row in csv.DictReader(file):

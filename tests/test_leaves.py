@@ -137,13 +137,13 @@ NAMES = st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=20, uniq
 @given(NAMES)
 @settings(max_examples=200)
 def test_slugs_are_one_to_one_safe_and_independent_of_order(names):
-    found = meta_csv.slugs(names)
-    assert len({s.casefold() for s in found}) == len(names)
+    result = meta_csv.slugs(names)
+    assert len({s.casefold() for s in result}) == len(names)
     assert all(
         s and s.isascii() and s not in (".", "..") and not set(s) & set('/\\:*?"<>| \n') and s[0] not in ".-"
-        for s in found
+        for s in result
     )
-    assert dict(zip(reversed(names), meta_csv.slugs(names[::-1]), strict=True)) == dict(zip(names, found, strict=True))
+    assert dict(zip(reversed(names), meta_csv.slugs(names[::-1]), strict=True)) == dict(zip(names, result, strict=True))
 
 
 def test_plain_names_keep_readable_slugs():

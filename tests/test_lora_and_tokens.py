@@ -436,8 +436,8 @@ def test_installed_tokens_change_only_prompts_that_name_them(tiny_base):
     plain, taught = load_base(str(tiny_base)), load_base(str(tiny_base))
     learned = tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH))
     tokens.install(learned, taught.tokenizer, taught.text_encoder)
-    words = ["a photo of a toad", ""]
-    assert torch.equal(plain.encode(words, tiny.RESOLUTION).hidden, taught.encode(words, tiny.RESOLUTION).hidden)
+    argv = ["a photo of a toad", ""]
+    assert torch.equal(plain.encode(argv, tiny.RESOLUTION).hidden, taught.encode(argv, tiny.RESOLUTION).hidden)
     ids = taught.tokenizer("a <class_2> bird").input_ids
     assert len(plain.tokenizer) + 2 in ids and ids.count(len(plain.tokenizer) + 2) == 1
 
@@ -460,8 +460,8 @@ def test_initial_vectors_are_the_mean_of_the_words(tiny_base):
     model = load_base(str(tiny_base))
     table = model.text_encoder.get_input_embeddings().weight
     for initializer, text in (("class_name", "toad"), ("super_class", "small animal"), ("wet stone", "wet stone")):
-        made = tokens.initial_tokens(
+        created = tokens.initial_tokens(
             ("toad",), ("toad",), "small animal", initializer, model.tokenizer, model.text_encoder
         )
         ids = model.tokenizer(text, add_special_tokens=False).input_ids
-        assert torch.allclose(made.vectors[0], table[ids].mean(0))
+        assert torch.allclose(created.vectors[0], table[ids].mean(0))

@@ -36,8 +36,8 @@ def test_focal_is_the_papers_and_for_two_classes_torchvisions(gamma):
 
     logits, labels = logits_and_labels()
     p = logits.softmax(-1)[torch.arange(12), labels]
-    found = expected(losses.focal_terms(logits, gamma), one_hot(labels, 5))
-    assert torch.allclose(found, -((1 - p) ** gamma) * p.log(), atol=1e-5)
+    result = expected(losses.focal_terms(logits, gamma), one_hot(labels, 5))
+    assert torch.allclose(result, -((1 - p) ** gamma) * p.log(), atol=1e-5)
     z, two = logits[:, 0], labels % 2
     pair = torch.stack([torch.zeros(12), z], -1)
     wanted = sigmoid_focal_loss(z, two.float(), alpha=-1, gamma=gamma)
@@ -54,18 +54,18 @@ def test_focal_has_a_gradient_where_a_class_is_certain():
 def test_ldam_lowers_the_labels_logit_by_its_margin(scale):
     logits, labels = logits_and_labels(1.0)
     margins = torch.tensor(losses.ldam_margins(COUNTS, 0.5))
-    found = expected(losses.ldam_terms(logits, margins, scale), one_hot(labels, 5))
+    result = expected(losses.ldam_terms(logits, margins, scale), one_hot(labels, 5))
     lowered = logits.double() - one_hot(labels, 5) * margins
-    assert torch.allclose(found, F.cross_entropy(scale * lowered, labels, reduction="none").float(), atol=1e-4)
+    assert torch.allclose(result, F.cross_entropy(scale * lowered, labels, reduction="none").float(), atol=1e-4)
     assert margins.max() == 0.5 == margins[4] and margins[0] == pytest.approx(0.5 * 500**-0.25)
 
 
 def test_balanced_softmax_shifts_by_log_frequency():
     logits, labels = logits_and_labels()
-    found = expected(losses.balanced_softmax_terms(logits, torch.tensor(COUNTS)), one_hot(labels, 5))
+    result = expected(losses.balanced_softmax_terms(logits, torch.tensor(COUNTS)), one_hot(labels, 5))
     weighted = logits.exp() * torch.tensor(COUNTS)
     wanted = -(weighted[torch.arange(12), labels] / weighted.sum(-1)).log()
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(result, wanted, atol=1e-5)
 
 
 def test_cross_entropy_of_soft_labels_is_timms():
@@ -100,8 +100,8 @@ def test_weights_divide_as_torchs_weighted_mean():
     lowered = logits - one_hot(labels, 5) * torch.tensor(losses.ldam_margins(COUNTS, 0.5), dtype=torch.float32)
     weights = torch.tensor(losses.effective_number_weights(COUNTS), dtype=torch.float32)
     targets = one_hot(labels, 5)
-    found = criterion(logits, targets, 3).sum() / criterion.weight_sum(targets)
-    assert found.item() == pytest.approx(F.cross_entropy(30 * lowered, labels, weight=weights).item(), rel=1e-5)
+    result = criterion(logits, targets, 3).sum() / criterion.weight_sum(targets)
+    assert result.item() == pytest.approx(F.cross_entropy(30 * lowered, labels, weight=weights).item(), rel=1e-5)
     assert not criterion.weighted(2) and criterion.weighted(3)
 
 

@@ -80,18 +80,18 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 
 
 def test_an_array_has_its_space_before_it_is_mapped(tmp_path, monkeypatch):
-    made = tensors.create_array(tmp_path / "a.npy", np.float32, (300, 1000))
-    assert os.stat(tmp_path / "a.npy").st_blocks * 512 >= made.nbytes and not made.any()
-    made[7] = 3
-    made.flush()
+    created = tensors.create_array(tmp_path / "a.npy", np.float32, (300, 1000))
+    assert os.stat(tmp_path / "a.npy").st_blocks * 512 >= created.nbytes and not created.any()
+    created[7] = 3
+    created.flush()
     assert tensors.open_array(tmp_path / "a.npy", np.float32, (300, 1000))[7, 0] == 3
 
     def refuse(*_):
         raise OSError(errno.EOPNOTSUPP, "no such call on this file system")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    made = tensors.create_array(tmp_path / "b.npy", np.float32, (300, 1000))
-    assert os.stat(tmp_path / "b.npy").st_blocks * 512 >= made.nbytes
+    created = tensors.create_array(tmp_path / "b.npy", np.float32, (300, 1000))
+    assert os.stat(tmp_path / "b.npy").st_blocks * 512 >= created.nbytes
     assert tensors.open_array(tmp_path / "b.npy", np.float32).shape == (300, 1000)
     (tmp_path / "b.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-10])
     assert tensors.open_array(tmp_path / "b.npy", np.float32) is None

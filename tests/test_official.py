@@ -76,12 +76,12 @@ def test_all_splits(name, use):
 )
 def test_all_settings(name, use, setting):
     use(name)
-    found, whole = load_dataset(name, setting), load_dataset(name, Setting(subset_seed=setting.subset_seed))
-    assert set(found.train.keys) <= set(whole.train.keys) and found.val.keys == whole.val.keys
-    assert found.test.keys == whole.test.keys and found.test.labels.tolist() == whole.test.labels.tolist()
+    dataset, whole = load_dataset(name, setting), load_dataset(name, Setting(subset_seed=setting.subset_seed))
+    assert set(dataset.train.keys) <= set(whole.train.keys) and dataset.val.keys == whole.val.keys
+    assert dataset.test.keys == whole.test.keys and dataset.test.labels.tolist() == whole.test.labels.tolist()
     if setting.examples_per_class > 0 and not setting.corrupt_prob:
-        assert found.train.counts().max() == setting.examples_per_class
-    assert len(found.train) > 0 and len(set(found.folders)) == len(found.class_names)
+        assert dataset.train.counts().max() == setting.examples_per_class
+    assert len(dataset.train) > 0 and len(set(dataset.folders)) == len(dataset.class_names)
 
 
 def test_prompt_names(use):
@@ -126,9 +126,9 @@ def test_shot_thresholds_are_those_of_the_published_long_tails():
 
 def test_waterbirds_groups_stay_with_their_images(use):
     use("waterbird")
-    found = load_dataset("waterbird", Setting(examples_per_class=3))
-    assert found.spec.group_names[3] == "water bird on water"
-    for table in (found.train, found.val, found.test):
+    dataset = load_dataset("waterbird", Setting(examples_per_class=3))
+    assert dataset.spec.group_names[3] == "water bird on water"
+    for table in (dataset.train, dataset.val, dataset.test):
         water_bird = [key.startswith("001.") for key in table.keys]
         on_water = [int(key[-5]) % 2 for key in table.keys]
         expected = [2 * bird + place for bird, place in zip(water_bird, on_water, strict=True)]
@@ -337,9 +337,13 @@ def test_local_copies_in_the_hubs_format(name, layout, use, tmp_path, monkeypatc
         else:
             data.save_to_disk(tmp_path / split)
         monkeypatch.setenv(f"{name.upper()}_HUG_LOCAL_IMAGE_{split.upper()}_DIR", str(tmp_path / split))
-    found = load_dataset(name, Setting(val_fraction=0.3))
-    assert found.source_names == ("b_b", "a_a") and (len(found.train), len(found.val), len(found.test)) == (4, 2, 4)
-    assert np.array_equal(np.asarray(found.test.image(1)), np.asarray(tiny.picture(1, 1)))
+    dataset = load_dataset(name, Setting(val_fraction=0.3))
+    assert dataset.source_names == ("b_b", "a_a") and (len(dataset.train), len(dataset.val), len(dataset.test)) == (
+        4,
+        2,
+        4,
+    )
+    assert np.array_equal(np.asarray(dataset.test.image(1)), np.asarray(tiny.picture(1, 1)))
 
 
 def test_nothing_is_written_into_the_download(use, downloads):
@@ -347,8 +351,8 @@ def test_nothing_is_written_into_the_download(use, downloads):
         use(name)
         folder = downloads[name][0]
         before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-        found = load_dataset(name)
-        np.asarray(found.train.image(0))
+        dataset = load_dataset(name)
+        np.asarray(dataset.train.image(0))
         assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 

@@ -134,8 +134,8 @@ def planes(tmp_path, monkeypatch):
 
 
 def test_a_subset_goes_there_and_back(planes, tmp_path):
-    words = ["--dataset", "aircraft", "--syndata_dir", str(write_planes(tmp_path / "theirs")), "--format", "original"]
-    assert export.main([*words, "--output_dir", str(tmp_path / "ours")]) == 0
+    argv = ["--dataset", "aircraft", "--syndata_dir", str(write_planes(tmp_path / "theirs")), "--format", "original"]
+    assert export.main([*argv, "--output_dir", str(tmp_path / "ours")]) == 0
     first, again = (read_subset(tmp_path / name, planes) for name in ("theirs", "ours"))
     assert np.array_equal(first.labels(0.5, 3), again.labels(0.5, 3)) and len(again) == 12
     table = pandas.read_csv(tmp_path / "ours" / "meta.csv")
@@ -179,8 +179,8 @@ def test_its_classes_read_our_folder_and_its_script_composes_the_export(planes, 
         table[np.arange(12) > 1].to_csv(own / "meta_10-100per.csv", index=index)
         filtered = read_subset(f"{own}#10-100per", planes)
         assert np.array_equal(filtered.labels(0.5, 3), subset.labels(0.5, 3)[2:]) and filtered.paths == subset.paths[2:]
-    words = ["--dataset", "aircraft", "--syndata_dir", str(own), "--format", "original"]
-    assert export.main([*words, "--output_dir", str(tmp_path / "export")]) == 0
+    argv = ["--dataset", "aircraft", "--syndata_dir", str(own), "--format", "original"]
+    assert export.main([*argv, "--output_dir", str(tmp_path / "export")]) == 0
     compose(tmp_path / "export", 7)
     composed = read_subset(tmp_path / "export", planes)
     rows = read_as_the_original(tmp_path / "export", label_of)  # every class name is one that it knows
@@ -200,9 +200,9 @@ def test_the_originals_names_of_the_classes():
 
 
 def test_real_images_and_classes_of_one_folder_do_not_fit_that_layout(planes, tmp_path):
-    words = ["--dataset", "aircraft", "--syndata_dir", str(write_planes(tmp_path / "theirs")), "--format", "original"]
+    argv = ["--dataset", "aircraft", "--syndata_dir", str(write_planes(tmp_path / "theirs")), "--format", "original"]
     with pytest.raises(UserError, match="--with_real with --format original"):
-        export.main([*words, "--with_real", "--output_dir", str(tmp_path / "ours")])
+        export.main([*argv, "--with_real", "--output_dir", str(tmp_path / "ours")])
     with pytest.raises(UserError, match="class 'a_b' shares the folder"):
         export_formats.original_folders(["a b", "a_b"])
     assert not (tmp_path / "ours").exists()
@@ -271,16 +271,16 @@ def images_of_the_original(base: Path, folder: Path, sources, prompts, strengths
     pipe.scheduler = make_scheduler(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "np"}
-    made = [
+    created = [
         pipe(prompt, image=image, strength=s, generator=[task_rng(0, i)], **options).images[0]
         for i, (image, prompt, s) in enumerate(zip(sources, prompts, strengths, strict=True))
     ]
-    return [(255 * image).round().astype(np.uint8) for image in made]
+    return [(255 * image).round().astype(np.uint8) for image in created]
 
 
-def differences(made, wanted) -> np.ndarray:
+def differences(created, wanted) -> np.ndarray:
     """In grey levels, by image."""
-    return np.stack([np.abs(a.astype(int) - b.astype(int)) for a, b in zip(made, wanted, strict=True)])
+    return np.stack([np.abs(a.astype(int) - b.astype(int)) for a, b in zip(created, wanted, strict=True)])
 
 
 @pytest.fixture
@@ -297,21 +297,21 @@ def prompts_of(dataset) -> Prompts:
 def test_both_layouts_make_the_images_of_the_plain_pipeline(tiny_base, cub, tmp_path):
     folder, strengths = write_original(tmp_path / "theirs", tiny_base), (0.5, 0.9, 1.0)
     sources = [tiny.picture(i, i, (tiny.RESOLUTION,) * 2) for i in range(3)]
-    said = [f"a photo of a <class_{(i + 1) % 3}> bird" for i in range(3)]
-    wanted = images_of_the_original(tiny_base, folder, sources, said, strengths)
+    output = [f"a photo of a <class_{(i + 1) % 3}> bird" for i in range(3)]
+    wanted = images_of_the_original(tiny_base, folder, sources, output, strengths)
     for lora, step in ((folder / "pytorch_lora_weights.safetensors", "last"), (folder / "checkpoint-10", 10)):
         files = ModelFiles("tiny", tiny_base, lora, folder / f"learned_embeds-steps-{step}.bin")
         engine = Engine(files, prompts_of(cub), SolverSettings(6, 4.0), tiny.RESOLUTION)
-        assert engine.prompts[1] == said[0]
+        assert engine.prompts[1] == output[0]
         generators = [task_rng(0, i) for i in range(3)]
-        made = engine.translate(engine.encode(sources), [1, 2, 0], strengths, generators).numpy()
-        assert differences(made, wanted).max() <= 1
+        created = engine.translate(engine.encode(sources), [1, 2, 0], strengths, generators).numpy()
+        assert differences(created, wanted).max() <= 1
     for changes in ({"lora": None}, {"tokens": None}):  # each file shows in the images
         engine = Engine(replace(files, **changes), prompts_of(cub), SolverSettings(6, 4.0), tiny.RESOLUTION)
-        made = engine.translate(
+        created = engine.translate(
             engine.encode(sources), [1, 2, 0], strengths, [task_rng(0, i) for i in range(3)]
         ).numpy()
-        assert differences(made, wanted)[2].max() > 1
+        assert differences(created, wanted)[2].max() > 1
 
 
 def test_our_checkpoint_in_their_layout_has_their_names(tmp_path):

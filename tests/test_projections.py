@@ -23,8 +23,8 @@ def random_call(base, parameters, dtype=torch.float32):
     if base.family.sizes:
         width = base.unet.config.projection_class_embeddings_input_dim - 6 * base.unet.config.addition_time_embed_dim
         added = {"text_embeds": torch.randn(count, width, generator=rng), "time_ids": torch.full((count, 6), 64.0)}
-    told = Conditions(hidden, added).unet_arguments()
-    out = base.unet(noisy, torch.tensor([1, 500, 999]), **told, return_dict=False)[0]
+    arguments = Conditions(hidden, added).unet_arguments()
+    out = base.unet(noisy, torch.tensor([1, 500, 999]), **arguments, return_dict=False)[0]
     return out, torch.autograd.grad(out.float().square().mean(), [hidden, *parameters])
 
 
@@ -45,9 +45,9 @@ def join(unet):
 
 def joined_call(base, flat, parameters, dtype=torch.float32):
     """:func:`random_call` with the gradient of the one tensor taken apart into those of the parameters in it."""
-    out, (told, gradient) = random_call(base, [flat.values], dtype)
+    out, (arguments, gradient) = random_call(base, [flat.values], dtype)
     places = [slice(p.storage_offset(), p.storage_offset() + p.numel()) for p in parameters]
-    return out, (told, *(gradient[place].view(p.shape) for place, p in zip(places, parameters, strict=True)))
+    return out, (arguments, *(gradient[folder].view(p.shape) for folder, p in zip(places, parameters, strict=True)))
 
 
 def bytes_held(network) -> int:
@@ -100,7 +100,7 @@ def test_half_precision_takes_half_of_the_calls_and_is_as_exact(bases, family, m
     from benchmarks.common import calls_of
 
     _, wanted = random_call(*base_with_lora(bases[family]))
-    found = {}
+    result = {}
     for joined in (False, True):
         base, parameters = base_with_lora(bases[family])
         call = partial(random_call, in_half_precision(base), parameters, torch.bfloat16)
@@ -112,7 +112,7 @@ def test_half_precision_takes_half_of_the_calls_and_is_as_exact(bases, family, m
         errors = [
             float((one.float() - other).norm() / other.norm()) for one, other in zip(gradients, wanted, strict=True)
         ]
-        found[joined] = calls, np.mean(errors)
-    (plain, plain_error), (ours, error) = found.values()
+        result[joined] = calls, np.mean(errors)
+    (plain, plain_error), (ours, error) = result.values()
     assert ours < 0.55 * plain
     assert error < 1.5 * plain_error < 0.2  # rounding, no more (the ratio is 0.5 to 1.3 on other weights)

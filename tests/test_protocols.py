@@ -66,8 +66,8 @@ def birds(request, tmp_path, monkeypatch):
 
 def test_a_model_of_cub_is_tested_on_waterbirds_by_group(birds, tmp_path):
     changes = {"dataset": "cub", "test_dataset": "waterbird", "model": "test_vit", "nepoch": 1, "val_fraction": 0}
-    words = [str(word) for word in classify_arguments(None, tmp_path / "run", **changes)]
-    assert train_cls.main(words) == 0
+    argv = [str(word) for word in classify_arguments(None, tmp_path / "run", **changes)]
+    assert train_cls.main(argv) == 0
     results, rows = results_of(tmp_path / "run"), list(csv.DictReader((tmp_path / "run/test_predictions.csv").open()))
     assert len(rows) == 6 and results["train_images"] == 12
     for row in rows:  # the label is the species of the file's folder, whichever copy of CUB named it
@@ -80,16 +80,16 @@ def test_a_model_of_cub_is_tested_on_waterbirds_by_group(birds, tmp_path):
     shares = {names[group]: np.mean(hits) for group, hits in right.items()}
     assert results["test_groups"] == pytest.approx(shares)
     assert results["test"]["worst_group"] == pytest.approx(min(shares.values()))
-    assert train_cls.main([*words, "--eval_only"]) == 0
+    assert train_cls.main([*argv, "--eval_only"]) == 0
     assert json.loads((tmp_path / "run/evaluation/results.json").read_text())["test_groups"] == results["test_groups"]
 
 
 @pytest.mark.parametrize("birds", ["official"], indirect=True)
 def test_a_run_tested_elsewhere_has_a_folder_of_its_own_and_foreign_classes_are_refused(birds, image_folder):
-    def config(*words):
-        return read_config(build_parser("").parse_args([*words, "--gpu", "cpu", "--model", "test_vit"]))
+    def config(*argv):
+        return read_config(build_parser("").parse_args([*argv, "--gpu", "cpu", "--model", "test_vit"]))
 
-    here, there = (run_name(config("--dataset", "cub", *words), []) for words in ([], ["--test_dataset", "waterbird"]))
+    here, there = (run_name(config("--dataset", "cub", *argv), []) for argv in ([], ["--test_dataset", "waterbird"]))
     assert there == here + "-test_waterbird"
     with pytest.raises(UserError, match="class of --test_dataset waterbird '001.Black_footed_Albatross'"):
         resolve(config("--dataset", f"folder:{image_folder}", "--test_dataset", "waterbird"))
@@ -113,8 +113,8 @@ def test_windows_are_those_of_torchvision_from_the_same_draws(size):
         while len(drawn) < 10 and (not drawn or not fits(width, height, *drawn[-1])):
             drawn.append((torch.empty(1).uniform_(*crops.AREA).item(), torch.empty(1).uniform_(*logs).exp().item()))
         corner = ((left + 0.5) / (width - w + 1), (top + 0.5) / (height - h + 1))
-        found = crops.window(width, height, [a for a, _ in drawn], [r for _, r in drawn], corner)
-        assert found == (left, top, left + w, top + h)
+        result = crops.window(width, height, [a for a, _ in drawn], [r for _, r in drawn], corner)
+        assert result == (left, top, left + w, top + h)
 
 
 def fits(width, height, area, aspect):
@@ -158,9 +158,9 @@ def test_parts_of_a_batch_have_its_resized_crops(image_folder, tmp_path):
 
 
 def test_a_classifier_of_resized_crops_keeps_the_aspect_of_what_it_sees(image_folder, tmp_path):
-    words = classify_arguments(image_folder, tmp_path / "run", model="test_vit", nepoch=1, augmentation="resized_crop")
-    words = [str(word) for word in words]
-    assert train_cls.main(words) == 0
+    argv = classify_arguments(image_folder, tmp_path / "run", model="test_vit", nepoch=1, augmentation="resized_crop")
+    argv = [str(word) for word in argv]
+    assert train_cls.main(argv) == 0
     wide = Image.new("RGB", (200, 100), "red")
     wide.paste("blue", (50, 0, 150, 100))  # the middle square, all that is seen
     classifier = inference.load_run(tmp_path / "run")
@@ -170,7 +170,7 @@ def test_a_classifier_of_resized_crops_keeps_the_aspect_of_what_it_sees(image_fo
     ]
     assert np.allclose(*seen, atol=1e-4)
     scores = results_of(tmp_path / "run")["test"]
-    assert train_cls.main([*words, "--eval_only"]) == 0
+    assert train_cls.main([*argv, "--eval_only"]) == 0
     again = json.loads((tmp_path / "run/evaluation/results.json").read_text())["test"]
     assert again == pytest.approx(scores)
 
@@ -225,7 +225,7 @@ def test_without_validation_all_images_train_and_the_last_epoch_is_tested_once(b
         return row
 
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", recorded)
-    monkeypatch.setattr(trainer, "evaluate", lambda *words: evaluated.append(len(states)) or evaluate(*words))
+    monkeypatch.setattr(trainer, "evaluate", lambda *argv: evaluated.append(len(states)) or evaluate(*argv))
     changes = {"dataset": "cub", "model": "test_vit", "nepoch": 3, "val_fraction": 0}
     assert train_cls.main([str(word) for word in classify_arguments(None, tmp_path / "run", **changes)]) == 0
     results = results_of(tmp_path / "run")

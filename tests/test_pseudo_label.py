@@ -116,22 +116,22 @@ def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path,
     images, labels = [tiny.picture(i % 3, 500 + i) for i in range(60)], [i % 3 for i in range(60)]
     judge = evaluating.write_judge(tmp_path / "judge", images, labels, NAMES, 64)
     out = tmp_path / "subset"
-    words = ["--dataset", f"folder:{image_folder}", "--classifier", judge, "--unlabelled", pool, "--output_dir", out]
-    words = [str(word) for word in [*words, "--pseudo_threshold", 0.5, "--gpu", "cpu"]]
-    assert pseudo_label.main([*words, "--dry_run"]) == 0 and not out.exists()
+    argv = ["--dataset", f"folder:{image_folder}", "--classifier", judge, "--unlabelled", pool, "--output_dir", out]
+    argv = [str(word) for word in [*argv, "--pseudo_threshold", 0.5, "--gpu", "cpu"]]
+    assert pseudo_label.main([*argv, "--dry_run"]) == 0 and not out.exists()
     assert "unlabelled 9" in capsys.readouterr().out
-    assert run_main(pseudo_label.main, [*words, "--pseudo_threshold", "0.999999"]) == 2 and not out.exists()
+    assert run_main(pseudo_label.main, [*argv, "--pseudo_threshold", "0.999999"]) == 2 and not out.exists()
     assert "none of 9 unlabelled images reaches it" in capsys.readouterr().err
-    assert pseudo_label.main(words) == 0
+    assert pseudo_label.main(argv) == 0
     assert "of 9 unlabelled images have a pseudo-label: blue jay" in capsys.readouterr().out
     before = (out / "meta.csv").read_bytes()
     (out / UNLABELLED_FILE).unlink()  # as an earlier version leaves it
-    assert pseudo_label.main(words) == 0 and (out / "meta.csv").read_bytes() == before
+    assert pseudo_label.main(argv) == 0 and (out / "meta.csv").read_bytes() == before
     assert (out / UNLABELLED_FILE).is_file()
-    assert run_main(pseudo_label.main, [*words, "--pseudo_threshold", "0.6"]) == 2
+    assert run_main(pseudo_label.main, [*argv, "--pseudo_threshold", "0.6"]) == 2
     assert "pseudo_threshold: 0.5 -> 0.6" in capsys.readouterr().err
     (pool / "more.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
-    assert run_main(pseudo_label.main, words) == 2
+    assert run_main(pseudo_label.main, argv) == 2
     assert "made from other data (unlabelled:" in capsys.readouterr().err
 
 
@@ -141,24 +141,24 @@ def test_a_classifier_of_other_images_is_refused_before_the_pool_is_read(image_f
     record = {"model": "test_vit", "resolution": 32}
     record[runs.MADE_FROM] = {"data": data_identity(whole, columns=("group",))}
     (run / runs.ARGS_FILE).write_text(runs.arguments_text(record))
-    words = ["--dataset", f"folder:{image_folder}", "--unlabelled", pool, "--output_dir", tmp_path / "out", "--dry_run"]
-    words = [str(word) for word in (*words, "--gpu", "cpu", "--classifier")]
-    assert pseudo_label.main([*words, str(run)]) == 0
+    argv = ["--dataset", f"folder:{image_folder}", "--unlabelled", pool, "--output_dir", tmp_path / "out", "--dry_run"]
+    argv = [str(word) for word in (*argv, "--gpu", "cpu", "--classifier")]
+    assert pseudo_label.main([*argv, str(run)]) == 0
     monkeypatch.setattr(pseudo_label, "read_pool", None)
     with pytest.raises(
         UserError, match="was trained on other images than those of animals.*2shot.*train: 6 images now"
     ):
-        pseudo_label.main([*words, str(run), "--examples_per_class", "2"])
+        pseudo_label.main([*argv, str(run), "--examples_per_class", "2"])
     with pytest.raises(UserError, match="gone holds no finished classifier"):
-        pseudo_label.main([*words, str(tmp_path / "gone")])
+        pseudo_label.main([*argv, str(tmp_path / "gone")])
 
 
 # --------------------------------------------------------------------------------------------------------- compare
 
 
 def parsed(image_folder, *more):
-    words = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--seeds", "7", "--gpu_ids", "cpu"]
-    return compare.build_parser().parse_args([*words, *map(str, more)])
+    argv = ["--dataset", f"folder:{image_folder}", "--examples_per_class", "2", "--seeds", "7", "--gpu_ids", "cpu"]
+    return compare.build_parser().parse_args([*argv, *map(str, more)])
 
 
 def test_the_method_labels_by_the_real_only_classifier_of_its_seed(image_folder, pool, tmp_path):
@@ -203,8 +203,8 @@ def test_a_setting_keeps_the_pool_of_its_first_results_and_the_threshold_of_its_
 
     def claim(threshold):
         methods = ["pseudo-label", "diff-mix+unlabelled"]
-        words = ["--methods", *methods, "--unlabelled", pool, "--pseudo_threshold", threshold]
-        (job,) = compare.jobs_of(parsed(image_folder, *words), tmp_path / "out")
+        argv = ["--methods", *methods, "--unlabelled", pool, "--pseudo_threshold", threshold]
+        (job,) = compare.jobs_of(parsed(image_folder, *argv), tmp_path / "out")
         compare.claim_pool(job, tmp_path / "out", dataset, CONFIG_DIR)
         return job.pair.folder / result
 

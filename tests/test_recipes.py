@@ -65,8 +65,8 @@ OTHER_NAMES = {
 }
 
 
-def stage_3(*words):
-    return classify.read_config(train_cls.build_parser().parse_args(list(map(str, words))))
+def stage_3(*argv):
+    return classify.read_config(train_cls.build_parser().parse_args(list(map(str, argv))))
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def copies(tmp_path_factory):
         yield subsets
 
 
-def dry_run(module, words, capsys) -> tuple[dict, str]:
+def dry_run(module, argv, capsys) -> tuple[dict, str]:
     """The settings that a dry run prints, which are those that a run records, and all that it prints."""
-    assert run_main(module.main, [*map(str, words), "--recipe", "paper", "--dry_run"]) == 0
+    assert run_main(module.main, [*map(str, argv), "--recipe", "paper", "--dry_run"]) == 0
     text = capsys.readouterr().out
     lines = itertools.dropwhile(lambda line: not line.startswith("dataset: "), text.splitlines())
     return yaml.safe_load("\n".join(itertools.takewhile(re.compile(r"[a-z_0-9]+:|[ -]").match, lines))) or {}, text
@@ -103,7 +103,7 @@ def test_the_dry_run_of_every_row_of_stage_3_is_the_authors(model, copies, capsy
     mixings = itertools.cycle(("cutmix", "mixup"))
     for (dataset, rates), kind in zip(RATES[model].items(), mixings, strict=False):
         for resolution, rate in rates.items():
-            words = [
+            argv = [
                 "--dataset",
                 dataset,
                 "--res_mode",
@@ -114,8 +114,8 @@ def test_the_dry_run_of_every_row_of_stage_3_is_the_authors(model, copies, capsy
                 "--gpu",
                 "cpu",
             ]
-            words += ["--examples_per_class", count := next(shots), "--syndata_dir", copies[dataset], "--nepoch", 120]
-            record, _ = dry_run(train_cls, words, capsys)
+            argv += ["--examples_per_class", count := next(shots), "--syndata_dir", copies[dataset], "--nepoch", 120]
+            record, _ = dry_run(train_cls, argv, capsys)
             row = (model, dataset, resolution)
             assert {name: record[name] for name in AUTHORS} == AUTHORS, row
             assert (record["lr"], record["batch_size"]) == (rate, BATCHES[model][resolution]), row
@@ -137,9 +137,9 @@ def test_the_dry_runs_of_stages_1_and_2_are_the_authors(task, copies, tiny_base,
         ("flower", None),
         ("caltech", "real-mix"),
     ):
-        words, half = ["--dataset", dataset, "--task", task], dataset in ("flower", "caltech")
+        argv, half = ["--dataset", dataset, "--task", task], dataset in ("flower", "caltech")
         out = ["--pretrained_model_name_or_path", tiny_base, "--report_to", "none", "--output_dir", tmp_path / "run"]
-        record, _ = dry_run(train_lora, [*words, *out], capsys)
+        record, _ = dry_run(train_lora, [*argv, *out], capsys)
         assert (record["learning_rate"], record["ti_learning_rate"], record["effective_batch"]) == (5e-5, 5e-5, 8)
         setting = {"split": "official", **record["setting"]}
         assert (record["training_templates"], setting["val_fraction"]) == ("photo", 0)
@@ -147,7 +147,7 @@ def test_the_dry_runs_of_stages_1_and_2_are_the_authors(task, copies, tiny_base,
         assert setting["imbalance_profile"] == ("original" if tail else "exponential")
         if strategy is None:  # the small copy of flower has images of few classes, of which stage 2 cannot plan
             continue
-        words += [
+        argv += [
             "--model_path",
             tiny_base,
             "--sample_strategy",
@@ -157,7 +157,7 @@ def test_the_dry_runs_of_stages_1_and_2_are_the_authors(task, copies, tiny_base,
             "--output_root",
             tmp_path,
         ]
-        text, mixed = dry_run(sample_mp, words, capsys)[1], strategy == "real-mix"
+        text, mixed = dry_run(sample_mp, argv, capsys)[1], strategy == "real-mix"
         values = {
             "val_fraction 0": True,
             "pairing independent": mixed,
@@ -203,8 +203,8 @@ def test_a_rate_is_found_under_every_name_of_the_network(model, name):
 def test_stage_2_pairs_as_the_authors_only_where_classes_are_mixed():
     parser = sample_mp.build_parser()
     for strategy, pairing in (("diff-mix", "independent"), ("real-mix", "independent"), ("diff-aug", "balanced")):
-        words = ["--dataset", "cub", "--recipe", "paper", "--sample_strategy", strategy]
-        assert parser.parse_args(words).pairing == pairing
+        argv = ["--dataset", "cub", "--recipe", "paper", "--sample_strategy", strategy]
+        assert parser.parse_args(argv).pairing == pairing
 
 
 def test_flags_win_and_the_rest_is_said_and_recorded():
@@ -223,7 +223,7 @@ def test_flags_win_and_the_rest_is_said_and_recorded():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("--dataset cub --recipe papr", "unknown --recipe 'papr': did you mean 'paper'"),
         (
@@ -234,9 +234,9 @@ def test_flags_win_and_the_rest_is_said_and_recorded():
         ("--dataset cub --recipe paper --optimizer adamw", "no lr for .*--optimizer adamw"),
     ],
 )
-def test_a_missing_row_is_one_line(words, message):
+def test_a_missing_row_is_one_line(argv, message):
     with pytest.raises(UserError, match=message):
-        stage_3(*words.split())
+        stage_3(*argv.split())
 
 
 def write(folder, text):
@@ -245,16 +245,16 @@ def write(folder, text):
 
 
 def test_recipes_of_ones_own_stand_beside_ours(tmp_path):
-    words = write(
+    argv = write(
         tmp_path,
         "mine:\n  train_cls:\n    - set: {nepoch: 7, syndata_key: [a, b], lr: 1e-3}\n"
         "    - {when: {res_mode: 128, gamma: 0.50}, set: {lr: 0.5}}\n",
     )
-    config = stage_3(*words, "--recipe", "mine", "--res_mode", 128)
+    config = stage_3(*argv, "--recipe", "mine", "--res_mode", 128)
     assert (config.training.nepoch, config.training.lr) == (7, 0.5) and config.synthetic.syndata_key == ("a", "b")
     assert config.run.recipe == "mine: nepoch 7, syndata_key a b, lr 0.5"
-    assert stage_3(*words, "--recipe", "mine").training.lr == 1e-3
-    assert stage_3(*words).run.recipe == "default: sets nothing"
+    assert stage_3(*argv, "--recipe", "mine").training.lr == 1e-3
+    assert stage_3(*argv).run.recipe == "default: sets nothing"
     assert "-mine-" in classify_run_name(config)
 
 
@@ -282,9 +282,9 @@ def classify_run_name(config):
     ],
 )
 def test_rows_that_are_none_are_named(tmp_path, rows, message):
-    words = write(tmp_path, f"mine:\n  train_cls:\n    {rows}\n")
+    argv = write(tmp_path, f"mine:\n  train_cls:\n    {rows}\n")
     with pytest.raises(UserError, match=re.escape(message)):
-        stage_3(*words, "--recipe", "mine")
+        stage_3(*argv, "--recipe", "mine")
 
 
 def test_a_recipe_without_stages_is_named(tmp_path):
@@ -303,14 +303,14 @@ def test_a_table_of_learning_rates_of_earlier_versions_is_refused_by_name(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "processes", "size", "steps"),
+    ("argv", "processes", "size", "steps"),
     [("", 1, 8, 1), ("", 4, 2, 1), ("--train_batch_size 2", 1, 2, 4), ("--train_batch_size 3", 1, None, 0),
      ("--gradient_accumulation_steps 2", 2, 2, 2), ("--effective_batch 16", 2, 8, 1), ("", 3, None, 0),
      ("--train_batch_size 1 --gradient_accumulation_steps 2", 1, None, 0),  # micro-batches of 4
      ("--train_batch_size 4 --gradient_accumulation_steps 2", 1, 4, 2), ("--train_batch_size 32", 1, 8, 1)],
 )  # fmt: skip
-def test_stage_1_takes_batches_of_8_over_all_processes(words, processes, size, steps):
-    config = finetune.parse(["--dataset", "cub", "--recipe", "paper", *words.split()])
+def test_stage_1_takes_batches_of_8_over_all_processes(argv, processes, size, steps):
+    config = finetune.parse(["--dataset", "cub", "--recipe", "paper", *argv.split()])
     assert config.images.templates == ("a photo of a {}",)
     if size is None:
         with pytest.raises(UserError, match="--effective_batch 8: it does not split evenly over"):
@@ -318,7 +318,7 @@ def test_stage_1_takes_batches_of_8_over_all_processes(words, processes, size, s
     else:
         train = config.train.split(processes)
         assert (train.train_batch_size, train.gradient_accumulation_steps) == (size, steps)
-        assert replace(config, train=train).record(processes)["effective_batch"] == (16 if "16" in words else 8)
+        assert replace(config, train=train).record(processes)["effective_batch"] == (16 if "16" in argv else 8)
 
 
 def test_training_templates(tmp_path):
@@ -327,10 +327,10 @@ def test_training_templates(tmp_path):
     older = finetune.parse(["--dataset", "cub", "--training_templates", "textual_inversion"]).images.templates
     assert len(set(older)) == 27 and all(text.count("{}") == 1 for text in older)
     (tmp_path / "t.txt").write_text("a sketch of a {}\n{}\n")
-    words = ["--dataset", "cub", "--training_templates", str(tmp_path / "t.txt")]
-    assert finetune.parse(words).images.templates == ("a sketch of a {}", "{}")
+    argv = ["--dataset", "cub", "--training_templates", str(tmp_path / "t.txt")]
+    assert finetune.parse(argv).images.templates == ("a sketch of a {}", "{}")
     with pytest.raises(UserError, match="--training_templates .*: expected a text file"):
-        assert finetune.parse([*words[:-1], str(tmp_path / "none.txt")]).images.templates
+        assert finetune.parse([*argv[:-1], str(tmp_path / "none.txt")]).images.templates
 
 
 # ------------------------------------------------------------------------------------------- the authors' training, plainly
@@ -390,13 +390,13 @@ def plain_training(config, dataset):
 
 @pytest.mark.parametrize("kind", ["use_cutmix", "use_mixup"])
 def test_ten_epochs_follow_the_authors_training(kind, image_folder, tmp_path):
-    words = ["--dataset", f"folder:{image_folder}", "--recipe", "paper", "--model", NETWORK, "--weights", "none"]
-    words += ["--res_mode", "64", "--nepoch", "10", "--batch_size", "7", "--lr", "0.01", "--gpu", "cpu", f"--{kind}"]
-    words += ["--output_dir", str(tmp_path / "run")]
-    assert train_cls.main(words) == 0
+    argv = ["--dataset", f"folder:{image_folder}", "--recipe", "paper", "--model", NETWORK, "--weights", "none"]
+    argv += ["--res_mode", "64", "--nepoch", "10", "--batch_size", "7", "--lr", "0.01", "--gpu", "cpu", f"--{kind}"]
+    argv += ["--output_dir", str(tmp_path / "run")]
+    assert train_cls.main(argv) == 0
     with open(tmp_path / "run" / "epochs.csv") as rows:
         losses = [float(row["train_loss"]) for row in csv.DictReader(rows)]
-    config = stage_3(*words)
+    config = stage_3(*argv)
     dataset = load_dataset(config.dataset, config.setting)
     assert len(dataset.train) % 7  # an epoch drops a part of a batch, which the schedule counts
     assert losses == pytest.approx(plain_training(config, dataset), rel=0, abs=1e-5) and len(losses) == 10

@@ -44,8 +44,8 @@ def test_three_processes_make_the_same_files(workshop, image_folder, tmp_path, u
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, image_folder, tmp_path, undisturbed):
-    words = sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu", "cpu"], num_inference_steps=6)
-    process = start("sample_mp.py", *words)
+    argv = sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu", "cpu"], num_inference_steps=6)
+    process = start("sample_mp.py", *argv)
     wait_for_images(tmp_path, 6, process)
     os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice by themselves
     process.communicate()
@@ -54,27 +54,27 @@ def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, i
     victims[0].unlink()
     victims[1].write_bytes(victims[1].read_bytes()[:100])
     moved = shutil.copytree(image_folder, tmp_path / "another disk" / "animals")
-    words = sampling_arguments(workshop, moved, tmp_path)
-    run_here("sample_mp.py", *words, "--num_shards", "2", "--shard_index", "1")
-    words = sampling_arguments(workshop, moved, tmp_path, gpu_ids=["cpu"] * 3)
-    run_here("sample_mp.py", *words)
+    argv = sampling_arguments(workshop, moved, tmp_path)
+    run_here("sample_mp.py", *argv, "--num_shards", "2", "--shard_index", "1")
+    argv = sampling_arguments(workshop, moved, tmp_path, gpu_ids=["cpu"] * 3)
+    run_here("sample_mp.py", *argv)
     assert same(tmp_path / SUBSET, undisturbed)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / SUBSET).rglob("*.png")}
-    assert "54 of 54 images (0 made now" in run_here("sample_mp.py", *words)
+    assert "54 of 54 images (0 made now" in run_here("sample_mp.py", *argv)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / SUBSET).rglob("*.png")}
 
 
 @pytest.mark.slow
 def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop, image_folder, tmp_path, undisturbed):
-    words = sampling_arguments(workshop, image_folder, tmp_path)
-    process = start("sample_mp.py", *words)
+    argv = sampling_arguments(workshop, image_folder, tmp_path)
+    process = start("sample_mp.py", *argv)
     wait_for_images(tmp_path, 4, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does, to parent and workers alike
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "the same command makes the rest" in err
     table = meta_csv.read(tmp_path / SUBSET / "meta.csv")
     assert 4 <= len(table) < 54 and len(table) == len(list((tmp_path / SUBSET).rglob("*.png")))
-    run_here("sample_mp.py", *words)
+    run_here("sample_mp.py", *argv)
     assert same(tmp_path / SUBSET, undisturbed)
 
 
@@ -84,8 +84,8 @@ def test_a_killed_worker_is_replaced(workshop, image_folder, tmp_path, undisturb
         wait_for_images(tmp_path, 3)
         os.kill(workers_of()[0], signal.SIGKILL)
 
-    words = sampling_arguments(workshop, image_folder, tmp_path)
-    assert "is replaced" in run_here("sample_mp.py", *words, meanwhile=kill)
+    argv = sampling_arguments(workshop, image_folder, tmp_path)
+    assert "is replaced" in run_here("sample_mp.py", *argv, meanwhile=kill)
     assert same(tmp_path / SUBSET, undisturbed)
 
 
@@ -99,12 +99,12 @@ def test_shards_make_the_same_files(workshop, image_folder, tmp_path, undisturbe
 @pytest.mark.slow
 def test_a_folder_made_otherwise_or_in_use_is_not_touched(workshop, image_folder, undisturbed):
     folder = Path(undisturbed[""])
-    words = sampling_arguments(workshop, image_folder, folder.parents[1])
-    line = refused("sample_mp.py", *words, "--guidance_scale", "3", "--seed", "5")
+    argv = sampling_arguments(workshop, image_folder, folder.parents[1])
+    line = refused("sample_mp.py", *argv, "--guidance_scale", "3", "--seed", "5")
     assert "guidance_scale: 7.5 -> 3.0" in line and "seed: 0 -> 5" in line and "--output_root" in line
     with lock_folder(folder, "--output_root"):
         assert f"is being written by another run (process {os.getpid()} on" in refused(
-            "sample_mp.py", *words, alone=True
+            "sample_mp.py", *argv, alone=True
         )
     assert same(folder, undisturbed)
 

@@ -38,9 +38,9 @@ def pictures(tmp_path) -> Path:
 def request_of(workshop, tmp_path):
     """Makes resolved requests for subsets below ``out``, as the command line does."""
 
-    def make(pictures, *words, **changes):
+    def make(pictures, *argv, **changes):
         flags = sampling_arguments(workshop, pictures, tmp_path / "out", **changes)
-        return sample_mp.resolve(sample_mp.build_parser().parse_args([*map(str, flags), *words]))
+        return sample_mp.resolve(sample_mp.build_parser().parse_args([*map(str, flags), *argv]))
 
     return make
 
@@ -194,9 +194,9 @@ def test_another_folder_of_the_same_name_is_refused(request_of, workshop, pictur
     other = tiny.write_image_folder(tmp_path / "other" / "animals", classes=("red fox", "toad", "blue jay"))
     with pytest.raises(UserError, match="the same names and labels, other content"):
         reopened(*request_of(other))
-    words = sampling_arguments(workshop, other, tmp_path / "out")
+    argv = sampling_arguments(workshop, other, tmp_path / "out")
     with pytest.raises(UserError, match="holds a subset made otherwise"):
-        sample_mp.main([*map(str, words), "--dry_run"])
+        sample_mp.main([*map(str, argv), "--dry_run"])
 
 
 def test_prompts_and_weights_are_part_of_the_identity(request_of, pictures, workshop, tmp_path):
@@ -472,7 +472,7 @@ def test_the_list_of_the_latest_run_is_right_whatever_the_number_of_shards(tmp_p
 def test_data_that_changes_while_a_job_runs_never_becomes_an_image(
     workshop, pictures, request_of, tmp_path, undisturbed
 ):
-    words = sampling_arguments(workshop, pictures, tmp_path / "out", num_inference_steps=6)
+    argv = sampling_arguments(workshop, pictures, tmp_path / "out", num_inference_steps=6)
     folder, image = tmp_path / "out" / SUBSET, pictures / "train" / "toad" / "train001.png"
     content = image.read_bytes()
 
@@ -481,7 +481,7 @@ def test_data_that_changes_while_a_job_runs_never_becomes_an_image(
             time.sleep(0.01)
         shutil.copy(pictures / "train" / "red fox" / "train001.png", image)  # before a process has read it
 
-    err = run_here("sample_mp.py", *words, status=2, meanwhile=exchange_source)
+    err = run_here("sample_mp.py", *argv, status=2, meanwhile=exchange_source)
     assert f"image {image} was exchanged while images were made from it" in err
     image.write_bytes(content)
 
@@ -490,12 +490,12 @@ def test_data_that_changes_while_a_job_runs_never_becomes_an_image(
         shutil.copy(pictures / "test" / "toad" / "test001.png", pictures / "train" / "blue jay" / "new.png")
         os.kill(workers_of()[0], signal.SIGKILL)  # its replacement lists the data set anew
 
-    err = run_here("sample_mp.py", *words, status=2, meanwhile=add_source_and_kill)
+    err = run_here("sample_mp.py", *argv, status=2, meanwhile=add_source_and_kill)
     assert "19 training images now, 18 in the plan (1 new, 0 gone; 'train/blue jay/new.png' is new" in err
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
     assert (folder / "meta.csv").exists()
     with pytest.raises(UserError, match="train: 19 images now, 18 when the run began"):
         reopened(*request_of(pictures))
     (pictures / "train" / "blue jay" / "new.png").unlink()
-    run_here("sample_mp.py", *words)
+    run_here("sample_mp.py", *argv)
     assert same(folder, undisturbed)

@@ -309,23 +309,23 @@ def test_planning_and_restarting_do_not_grow_faster_than_the_tasks(tmp_path):
 
 @pytest.mark.slow
 def test_five_shards_some_at_once_and_merged(workshop, image_folder, tmp_path, undisturbed):
-    words = sampling_arguments(workshop, image_folder, tmp_path)
-    together = [start("sample_mp.py", *words, "--num_shards", "5", "--shard_index", str(i)) for i in (0, 3)]
+    argv = sampling_arguments(workshop, image_folder, tmp_path)
+    together = [start("sample_mp.py", *argv, "--num_shards", "5", "--shard_index", str(i)) for i in (0, 3)]
     for process in together:
         process.communicate(timeout=600)
         assert process.returncode == 0
-    line = refused("sample_mp.py", *words, "--merge")
+    line = refused("sample_mp.py", *argv, "--merge")
     assert "images are there and listed in meta.csv" in line and "run the shards again" in line
     for index in (1, 2, 4):
-        run_here("sample_mp.py", *words, "--num_shards", "5", "--shard_index", str(index))
-    assert "all 54 images are there" in run_here("sample_mp.py", *words, "--merge", "--verify", "content")
+        run_here("sample_mp.py", *argv, "--num_shards", "5", "--shard_index", str(index))
+    assert "all 54 images are there" in run_here("sample_mp.py", *argv, "--merge", "--verify", "content")
     assert same(tmp_path / SUBSET, undisturbed) and not (tmp_path / SUBSET / ".moments").exists()
 
 
 @pytest.mark.slow
 def test_of_two_runs_started_at_once_one_goes_on(workshop, image_folder, tmp_path, undisturbed):
-    words = sampling_arguments(workshop, image_folder, tmp_path)
-    both = [start("sample_mp.py", *words) for _ in range(2)]
+    argv = sampling_arguments(workshop, image_folder, tmp_path)
+    both = [start("sample_mp.py", *argv) for _ in range(2)]
     outputs = [process.communicate(timeout=600) for process in both]
     codes = sorted(process.returncode for process in both)
     assert codes == [0, 2], outputs
@@ -340,18 +340,18 @@ def test_a_process_that_stands_still_is_replaced(workshop, image_folder, tmp_pat
         wait_for_images(tmp_path, 3)
         os.kill(workers_of()[0], signal.SIGSTOP)
 
-    words = sampling_arguments(workshop, image_folder, tmp_path, worker_timeout=3)
-    assert "is replaced: silent for" in run_here("sample_mp.py", *words, meanwhile=stop)
+    argv = sampling_arguments(workshop, image_folder, tmp_path, worker_timeout=3)
+    assert "is replaced: silent for" in run_here("sample_mp.py", *argv, meanwhile=stop)
     assert same(tmp_path / SUBSET, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_batch_slower_than_the_limit_of_silence_goes_on_as_long_as_it_works(workshop, image_folder, tmp_path):
     """The first batch of a large model on a CPU takes hours; here hundreds of steps against a limit of two seconds."""
-    words = sampling_arguments(
+    argv = sampling_arguments(
         workshop, image_folder, tmp_path, syn_dataset_multiplier=0.4, num_inference_steps=700, worker_timeout=2
     )
-    process = start("sample_mp.py", *words)
+    process = start("sample_mp.py", *argv)
     wait_for_images(tmp_path, 1, process)
     written = time.monotonic()
     os.killpg(process.pid, signal.SIGSTOP)  # Ctrl-Z: what nobody could hear is nobody's silence
@@ -448,8 +448,8 @@ def test_a_batch_that_hangs_three_times_is_set_aside_and_named(workshop, tmp_pat
 
 @pytest.mark.slow
 def test_calibration_says_how_long_and_writes_nothing(workshop, image_folder, tmp_path):
-    words = sampling_arguments(workshop, image_folder, tmp_path / "out", num_shards=3, shard_index=0)
-    out = run_here("sample_mp.py", *words, "--dry_run", "--calibrate")
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "out", num_shards=3, shard_index=0)
+    out = run_here("sample_mp.py", *argv, "--dry_run", "--calibrate")
     assert "images/s with 1 process(es), saving included" in out and "one of 3 shard(s)" in out
     assert not (tmp_path / "out").exists()
 
@@ -459,9 +459,9 @@ def test_ray_makes_the_same_files_and_survives_a_killed_and_a_stopped_actor(
     workshop, image_folder, tmp_path, undisturbed
 ):
     pytest.importorskip("ray")
-    words = sampling_arguments(workshop, image_folder, tmp_path, engine="ray", worker_timeout=5)
+    argv = sampling_arguments(workshop, image_folder, tmp_path, engine="ray", worker_timeout=5)
     mark = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OF_THIS_TEST": str(tmp_path)}
-    process = start("sample_mp.py", *words, env=mark)
+    process = start("sample_mp.py", *argv, env=mark)
     for number, images in ((signal.SIGKILL, 4), (signal.SIGSTOP, 16)):
         wait_for_images(tmp_path, images, process)
         actors = [p for p in psutil.process_iter(["cmdline"]) if "ray::ImageActor" in " ".join(p.info["cmdline"] or [])]

@@ -39,31 +39,31 @@ def table_of(labels) -> ImageTable:
 
 @given(COUNTS, FACTORS)
 def test_the_exponential_profile(counts, factor):
-    found = subsets.long_tail_counts(counts, factor)
+    result = subsets.long_tail_counts(counts, factor)
     order = np.argsort(-np.asarray(counts), kind="stable")
-    assert (np.diff(found[order]) <= 0).all() and found.max() == max(counts)
+    assert (np.diff(result[order]) <= 0).all() and result.max() == max(counts)
     for rank, k in enumerate(order):
         wanted = max(counts) * factor ** (rank / (len(counts) - 1))
-        assert abs(found[k] - min(counts[k], max(1, wanted))) <= 1
+        assert abs(result[k] - min(counts[k], max(1, wanted))) <= 1
 
 
 @given(COUNTS, FACTORS)
 def test_the_original_profile_is_the_authors_formula(counts, factor):
-    found = subsets.long_tail_counts(counts, factor, "original")
+    result = subsets.long_tail_counts(counts, factor, "original")
     order = np.argsort(-np.asarray(counts), kind="stable")
     mean = sum(counts) / len(counts)
     for rank, k in enumerate(order):
         wanted = mean * factor ** (rank / max(1, len(counts) - 2))
         either = {math.floor(wanted * (1 - 1e-12)), math.floor(wanted * (1 + 1e-12))}  # whole but for rounding
-        assert found[k] in {min(counts[k], max(1, number)) for number in either}
+        assert result[k] in {min(counts[k], max(1, number)) for number in either}
 
 
 def test_the_original_counts_of_cub():
     """5,994 images of 200 species, 29 or 30 each, imbalance 0.01."""
     counts = [30] * 194 + [29] * 6
     assert sum(counts) == 5994
-    found = subsets.long_tail_counts(counts, 0.01, "original")
-    assert found[:4].tolist() == [29, 29, 28, 27] and found[-1] == 1 and (np.diff(found) <= 0).all()
+    result = subsets.long_tail_counts(counts, 0.01, "original")
+    assert result[:4].tolist() == [29, 29, 28, 27] and result[-1] == 1 and (np.diff(result) <= 0).all()
 
 
 def test_equal_classes_keep_everything_at_imbalance_one():
@@ -98,8 +98,8 @@ def test_the_flag_reaches_the_setting():
 
     parser = cli.Parser(prog="x")
     add_shared(parser)
-    words = ["--dataset", "elpv", "--task", "imbalanced", "--imbalance_profile", "original"]
-    setting = cli.read_settings(Setting, parser.parse_args(words))
+    argv = ["--dataset", "elpv", "--task", "imbalanced", "--imbalance_profile", "original"]
+    setting = cli.read_settings(Setting, parser.parse_args(argv))
     assert setting.suffix == "_imb0.01orig" and setting.corrupt_prob == 0
 
 
@@ -154,14 +154,14 @@ def test_the_three_stages_see_and_record_the_same_noisy_labels(image_folder):
     from semantic_aug.classify import config as classify
     from semantic_aug.finetune import config as finetune
 
-    words = ["--dataset", f"folder:{image_folder}", "--corrupt_prob", "0.5", "--corrupt_classes", "all"]
-    words += ["--subset_seed", "3"]
+    argv = ["--dataset", f"folder:{image_folder}", "--corrupt_prob", "0.5", "--corrupt_classes", "all"]
+    argv += ["--subset_seed", "3"]
     parsers = (finetune.build_parser(), sample_mp.build_parser(), classify.build_parser(""))
-    settings = [cli.read_settings(Setting, parser.parse_args(words)) for parser in parsers]
+    settings = [cli.read_settings(Setting, parser.parse_args(argv)) for parser in parsers]
     assert settings == [Setting(corrupt_prob=0.5, corrupt_classes="all", subset_seed=3)] * 3
     clean, noisy = (load_dataset(f"folder:{image_folder}", s).train for s in (Setting(), settings[0]))
     assert 0 < (clean.labels != noisy.labels).sum() < len(clean)
-    records = (finetune.parse(words).record(), classify.read_config(parsers[2].parse_args(words)).record())
+    records = (finetune.parse(argv).record(), classify.read_config(parsers[2].parse_args(argv)).record())
     assert all(record["setting"]["corrupt_prob"] == 0.5 for record in records)
 
 
@@ -267,9 +267,13 @@ ROWS = [("0.png", "owl", "train"), ("1.png", "toad", "train"), ("2.png", "owl", 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
 def test_lists_in_both_formats(tmp_path, name):
-    found = load_dataset(f"csv:{write_list(tmp_path, ROWS, name)}")
-    assert found.class_names == ("owl", "toad") and (len(found.train), len(found.val), len(found.test)) == (2, 1, 1)
-    assert found.train.keys == ["0.png", "1.png"] and found.test.image(0).size == (40, 36)
+    dataset = load_dataset(f"csv:{write_list(tmp_path, ROWS, name)}")
+    assert dataset.class_names == ("owl", "toad") and (len(dataset.train), len(dataset.val), len(dataset.test)) == (
+        2,
+        1,
+        1,
+    )
+    assert dataset.train.keys == ["0.png", "1.png"] and dataset.test.image(0).size == (40, 36)
 
 
 def test_a_parquet_of_numbers_as_labels_and_further_columns(tmp_path):
@@ -362,8 +366,8 @@ def test_a_million_rows_open_in_a_few_times_what_their_files_take_and_500_megaby
         out.writelines(
             f"class_{i % 1000:04d}/image_{i // 1000 * 7919 % 10**7:08d}.jpg,class {i % 1000}\n" for i in range(10**6)
         )
-    words = [sys.executable, "-c", MILLION, str(tmp_path / "list.csv")]
-    rows, ratio, megabytes = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    argv = [sys.executable, "-c", MILLION, str(tmp_path / "list.csv")]
+    rows, ratio, megabytes = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert int(rows) == 10**6 and float(ratio) <= 6 and float(megabytes) <= 500  # 3 were measured
 
 

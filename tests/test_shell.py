@@ -35,13 +35,13 @@ def shell(tmp_path):
     return run
 
 
-def words(done: subprocess.CompletedProcess) -> list[str]:
+def command_line(done: subprocess.CompletedProcess) -> list[str]:
     return [word.strip("[]") for word in done.stdout.strip().split("] [")]
 
 
-def flag(found: list[str], name: str, count: int = 1) -> list[str]:
-    place = found.index(name)
-    return found[place + 1 : place + 1 + count]
+def flag(result: list[str], name: str, count: int = 1) -> list[str]:
+    position = result.index(name)
+    return result[position + 1 : position + 1 + count]
 
 
 KINDS = [kind for kind in ("bash", "zsh") if shutil.which(kind)]
@@ -50,22 +50,24 @@ KINDS = [kind for kind in ("bash", "zsh") if shutil.which(kind)]
 @pytest.mark.parametrize("kind", KINDS)
 def test_finetune_as_printed(shell, kind):
     call = "finetune" if kind == "zsh" else "bash finetune"
-    found = words(shell(f"source scripts/finetune.sh\n{call} 'cub' 'ti_db' 5 35000 --rank 4 --prompt 'a b'", kind))
-    assert found[0].endswith("train_lora.py")
-    assert flag(found, "--dataset") == ["cub"] and flag(found, "--finetune_strategy") == ["ti_db"]
-    assert flag(found, "--examples_per_class") == ["5"] and flag(found, "--max_train_steps") == ["35000"]
-    assert flag(found, "--pretrained_model_name_or_path") == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
-    assert found[-4:] == ["--rank", "4", "--prompt", "a b"]  # further words are passed on, quoted ones whole
+    result = command_line(
+        shell(f"source scripts/finetune.sh\n{call} 'cub' 'ti_db' 5 35000 --rank 4 --prompt 'a b'", kind)
+    )
+    assert result[0].endswith("train_lora.py")
+    assert flag(result, "--dataset") == ["cub"] and flag(result, "--finetune_strategy") == ["ti_db"]
+    assert flag(result, "--examples_per_class") == ["5"] and flag(result, "--max_train_steps") == ["35000"]
+    assert flag(result, "--pretrained_model_name_or_path") == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    assert result[-4:] == ["--rank", "4", "--prompt", "a b"]  # further words are passed on, quoted ones whole
 
 
 def test_several_gpus_go_through_accelerate(shell):
-    found = words(
+    result = command_line(
         shell("source scripts/finetune.sh; finetune cub ti_db -1 10", CUDA_VISIBLE_DEVICES="0,3", MODEL_NAME="my base")
     )
-    assert found[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and flag(found, "--num_processes") == [
+    assert result[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and flag(result, "--num_processes") == [
         "2"
     ]
-    assert flag(found, "--pretrained_model_name_or_path") == ["my base"]
+    assert flag(result, "--pretrained_model_name_or_path") == ["my base"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,16 +76,16 @@ def test_sample_takes_gpu_ids_as_array_or_string(shell, kind, ids):
     call = "sample" if kind == "zsh" else "bash sample"
     if kind == "zsh":
         ids = ids.replace("export ", "")
-    found = words(shell(f"source scripts/sample.sh\n{ids}\n{call} 'cub' 'ti_db_latest' 'diff-mix' 0.7", kind))
-    assert found[0].endswith("sample_mp.py") and flag(found, "--gpu_ids", 3) == ["0", "0", "1"]
-    assert flag(found, "--finetune_model_key") == ["ti_db_latest"] and flag(found, "--aug_strength") == ["0.7"]
-    assert flag(found, "--syn_dataset_multiplier") == ["5"] and flag(found, "--examples_per_class") == ["-1"]
+    result = command_line(shell(f"source scripts/sample.sh\n{ids}\n{call} 'cub' 'ti_db_latest' 'diff-mix' 0.7", kind))
+    assert result[0].endswith("sample_mp.py") and flag(result, "--gpu_ids", 3) == ["0", "0", "1"]
+    assert flag(result, "--finetune_model_key") == ["ti_db_latest"] and flag(result, "--aug_strength") == ["0.7"]
+    assert flag(result, "--syn_dataset_multiplier") == ["5"] and flag(result, "--examples_per_class") == ["-1"]
 
 
 def test_sample_fewshot_as_printed(shell):
     lines = "source scripts/sample.sh\nexport GPU_IDS=(0 0 0 1 1 1)\n"
-    found = words(shell(lines + "bash sample_fewshot 5 'cub' '5shot_ti_db_latest' 'diff-mix' 0.7"))
-    assert flag(found, "--examples_per_class") == ["5"] and flag(found, "--gpu_ids", 6) == [
+    result = command_line(shell(lines + "bash sample_fewshot 5 'cub' '5shot_ti_db_latest' 'diff-mix' 0.7"))
+    assert flag(result, "--examples_per_class") == ["5"] and flag(result, "--gpu_ids", 6) == [
         "0",
         "0",
         "0",
@@ -91,16 +93,16 @@ def test_sample_fewshot_as_printed(shell):
         "1",
         "1",
     ]
-    assert flag(words(shell("source scripts/sample.sh; sample cub None real-mix uniform")), "--strength_strategy") == [
-        "uniform"
-    ]
-    assert "--gpu_ids" not in words(shell("source scripts/sample.sh; sample cub k diff-mix 0.7"))
+    assert flag(
+        command_line(shell("source scripts/sample.sh; sample cub None real-mix uniform")), "--strength_strategy"
+    ) == ["uniform"]
+    assert "--gpu_ids" not in command_line(shell("source scripts/sample.sh; sample cub k diff-mix 0.7"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_main_cls_as_printed(shell, kind):
     lines = "source scripts/classification.sh\nmain_cls 'cub' '0' 2020 'resnet50' '224' 120 'diffmix_0.7' 0.5 0.1 --use_cutmix"
-    found = words(shell(lines, kind))
+    result = command_line(shell(lines, kind))
     expected = {
         "--dataset": "cub",
         "--gpu": "0",
@@ -113,22 +115,22 @@ def test_main_cls_as_printed(shell, kind):
         "--synthetic_prob": "0.1",
     }
     assert (
-        found[0].endswith("train_cls.py")
-        and {k: flag(found, k)[0] for k in expected} == expected
-        and found[-3] == "--use_cutmix"
+        result[0].endswith("train_cls.py")
+        and {k: flag(result, k)[0] for k in expected} == expected
+        and result[-3] == "--use_cutmix"
     )
-    few = words(
+    few = command_line(
         shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1", kind)
     )
     assert flag(few, "--examples_per_class") == ["5"] and flag(few, "--syndata_key") == ["None"]
 
 
 def test_several_gpus_train_one_classifier_through_accelerate(shell):
-    found = words(
+    result = command_line(
         shell("source scripts/classification.sh; main_cls cub 0,2,3 2020 resnet50 224 120 None 0.5 0.1 --ema_decay 0.9")
     )
-    assert found[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and "--gpu" not in found
-    assert flag(found, "--num_processes") == ["3"] and flag(found, "--res_mode") == ["224"] and found[-1] == "0.9"
+    assert result[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"] and "--gpu" not in result
+    assert flag(result, "--num_processes") == ["3"] and flag(result, "--res_mode") == ["224"] and result[-1] == "0.9"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,15 +147,15 @@ def test_several_gpus_train_one_classifier_through_accelerate(shell):
 def test_every_setting_has_a_wrapper_with_main_cls_order(shell, kind, wrapper, first, flags):
     prefix = "bash " if kind == "bash" else ""
     call = f"{prefix}{wrapper} {first} elpv cpu 2021 vit_b_16 384 30 'a key' 0.8 0.3 --nepoch 2 --seeds 1 2"
-    found = words(shell(f"source scripts/classification.sh; {call}", kind))
+    result = command_line(shell(f"source scripts/classification.sh; {call}", kind))
     fixed = {"--dataset": "elpv", "--gpu": "cpu", "--seed": "2021", "--model": "vit_b_16", "--res_mode": "384"}
     fixed |= {"--syndata_key": "a key", "--gamma": "0.8", "--synthetic_prob": "0.3", "--seeds": "1"}
-    assert found[0].endswith("train_cls.py") and {k: flag(found, k)[0] for k in fixed} == fixed
+    assert result[0].endswith("train_cls.py") and {k: flag(result, k)[0] for k in fixed} == fixed
     for name, value in flags.items():
-        assert name in found and (name == "--use_cutmix" or flag(found, name) == [value])
-    last = len(found) - 1 - found[::-1].index("--nepoch")
-    assert found[last + 1] == "2" and found.index("--nepoch") < last  # a flag given after the words wins
-    assert max(found.index(name) for name in flags) < last
+        assert name in result and (name == "--use_cutmix" or flag(result, name) == [value])
+    last = len(result) - 1 - result[::-1].index("--nepoch")
+    assert result[last + 1] == "2" and result.index("--nepoch") < last  # a flag given after the words wins
+    assert max(result.index(name) for name in flags) < last
     few = shell(f"source scripts/classification.sh; {wrapper} {first} elpv cpu", kind)
     assert few.returncode == 2 and few.stderr.startswith(f"error: {wrapper} needs {10 if first else 9} arguments")
 
@@ -161,8 +163,8 @@ def test_every_setting_has_a_wrapper_with_main_cls_order(shell, kind, wrapper, f
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_on_waterbirds_is_chosen_by_the_worst_group(shell, kind):
     call = "main_cls_waterbird waterbird 0 2020 resnet50 224 120 None 0.5 0.1"
-    found = words(shell(f"source scripts/classification.sh; {call}", kind))
-    assert flag(found, "--select_by") == ["worst_group"] and "--test_dataset" not in found
+    result = command_line(shell(f"source scripts/classification.sh; {call}", kind))
+    assert flag(result, "--select_by") == ["worst_group"] and "--test_dataset" not in result
 
 
 @pytest.mark.parametrize(
@@ -189,8 +191,8 @@ def test_a_wrapper_returns_the_programs_status_and_the_shell_lives_on(shell, scr
 )
 def test_the_papers_data_sets_take_its_recipe_unless_told_otherwise(shell, kind, script, call):
     for dataset, recipe in {"cub": "paper", "pascal": "paper", "elpv": "default", "folder:/cub": "default"}.items():
-        found = words(shell(f"source scripts/{script}.sh; {call.replace('DATA', dataset)} --recipe mine", kind))
-        assert flag(found, "--recipe") == [recipe] and "mine" in found[found.index("--recipe") + 2 :]
+        result = command_line(shell(f"source scripts/{script}.sh; {call.replace('DATA', dataset)} --recipe mine", kind))
+        assert flag(result, "--recipe") == [recipe] and "mine" in result[result.index("--recipe") + 2 :]
 
 
 def test_too_few_words_are_one_line(shell):

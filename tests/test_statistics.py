@@ -28,10 +28,10 @@ def test_the_crossed_interval_holds_for_other_images_and_the_paired_one_does_not
     hits, narrow, trials = 0, 0, 400
     for _ in range(trials):
         first, second = crossed(rng, 0.1, seeds, len(strata), strata)
-        found = crossed_difference(first, second, strata)
+        result = crossed_difference(first, second, strata)
         alone = paired_difference(*({s: float(v.sum()) for s, v in each.items()} for each in (first, second)))
-        assert found.mean == pytest.approx(alone.mean) and found.count == 3
-        hits += found.low <= 0.1 <= found.high
+        assert result.mean == pytest.approx(alone.mean) and result.count == 3
+        hits += result.low <= 0.1 <= result.high
         narrow += alone.low <= 0.1 <= alone.high
     assert hits >= 0.94 * trials  # binomial: 95 % of 400 has a spread of 1.1 points
     assert narrow < hits - 0.03 * trials
@@ -41,9 +41,9 @@ def test_the_crossed_interval_by_hand():
     # no spread over seeds: what is left is the mean of N paired differences, with N - 1 degrees of freedom
     ones, strata = np.array([1, 1, 0, 0, 0, 0, -1, 0, 0, 1.0]), np.zeros(10, int)
     first, second = {1: ones / 10, 2: ones / 10}, {1: np.zeros(10), 2: np.zeros(10), 3: np.ones(10)}
-    found = crossed_difference(first, second, strata)
+    result = crossed_difference(first, second, strata)
     interval = scipy.stats.t.interval(0.95, 9, ones.mean(), scipy.stats.sem(ones))
-    assert (found.low, found.high) == pytest.approx(interval) and found.count == 2
+    assert (result.low, result.high) == pytest.approx(interval) and result.count == 2
     assert crossed_difference(first, {3: ones}, strata) is None
     assert math.isnan(crossed_difference({1: ones}, second, strata).low)
     same = crossed_difference(first, first, strata)
@@ -63,9 +63,9 @@ def test_the_interval_over_images_is_the_textbooks():
 
 def test_the_paired_interval_is_the_textbooks():
     """Differences 1, 2, 3, 4: mean 2.5, s = 1.290994, t(0.975, 3) = 3.182446, half width 2.054260."""
-    found = paired_difference({1: 2.0, 2: 4.0, 3: 6.0, 4: 8.0, 9: 0.0}, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
-    assert found.count == 4 and found.mean == pytest.approx(2.5)
-    assert (found.low, found.high) == (pytest.approx(0.445740, abs=1e-5), pytest.approx(4.554260, abs=1e-5))
-    assert found.clear and paired_difference({1: 1.0}, {2: 1.0}) is None
+    result = paired_difference({1: 2.0, 2: 4.0, 3: 6.0, 4: 8.0, 9: 0.0}, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0})
+    assert result.count == 4 and result.mean == pytest.approx(2.5)
+    assert (result.low, result.high) == (pytest.approx(0.445740, abs=1e-5), pytest.approx(4.554260, abs=1e-5))
+    assert result.clear and paired_difference({1: 1.0}, {2: 1.0}) is None
     alone = paired_difference({1: 0.5}, {1: 0.25})
     assert alone.mean == 0.25 and not alone.clear and difference_text(alone) == "+25.00 (one seed)"

@@ -147,8 +147,8 @@ def cache(tmp_path, monkeypatch):
 
 def resolved(animals_folder, subset, tmp_path, **changes):
     flags = {"syndata_dir": subset, "soft_labels": "teacher", "teacher_folds": 2, "nepoch": 1, "model": "test_resnet"}
-    words = classify_arguments(animals_folder, tmp_path / "run", **{**flags, **changes})
-    return run.resolve(read_config(train_cls.build_parser().parse_args(list(map(str, words)))))
+    argv = classify_arguments(animals_folder, tmp_path / "run", **{**flags, **changes})
+    return run.resolve(read_config(train_cls.build_parser().parse_args(list(map(str, argv)))))
 
 
 def labelled(request, train=run.train):
@@ -215,8 +215,8 @@ def test_each_image_has_the_label_of_the_classifier_that_left_out_its_source(
 @pytest.mark.slow
 def test_a_teacher_that_was_interrupted_goes_on(animals_folder, subset, tmp_path, cache, monkeypatch):
     undisturbed = labelled(resolved(animals_folder, subset, tmp_path, nepoch=3)).soft
-    for made in (*cache.iterdir(), subset / next(p.name for p in subset.glob("teacher-*"))):
-        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    for created in (*cache.iterdir(), subset / next(p.name for p in subset.glob("teacher-*"))):
+        shutil.rmtree(created) if created.is_dir() else created.unlink()
     monkeypatch.setattr(trainer, "SAVE_SECONDS", -1.0)
     epochs, train_epoch = [], trainer.Trainer._train_epoch
 
@@ -273,10 +273,10 @@ def test_each_kind_of_classifier_has_its_own_folder_and_labels(animals_folder, s
 
 def test_images_whose_sources_are_not_recorded_are_counted(animals_folder, tmp_path, caplog):
     rows = [(tiny.picture(0, n), "toad", "red fox", strength, "") for n, strength in enumerate((0.5, 0.7, 1.0))]
-    made = evaluating.write_subset(
+    created = evaluating.write_subset(
         tmp_path / "made", [*rows, (tiny.picture(0, 9), "toad", "toad", 0.5, "train/toad/train000.png")]
     )
-    config, dataset, _ = resolved(animals_folder, made, tmp_path)
+    config, dataset, _ = resolved(animals_folder, created, tmp_path)
     teacher.subset_labels(config, dataset)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "the sources of 2 images are not recorded" in warnings[0]
@@ -293,16 +293,16 @@ def test_a_run_of_other_images_is_refused_before_its_labels_are_made():
 
 
 def test_the_command_says_what_it_would_train_and_refuses_early(animals_folder, subset, tmp_path, cache, capsys):
-    words = classify_arguments(
+    argv = classify_arguments(
         animals_folder, tmp_path / "run", model="test_resnet", syndata_dir=subset, soft_labels="mixed"
     )
-    assert train_cls.main([*map(str, words), "--dry_run"]) == 0
+    assert train_cls.main([*map(str, argv), "--dry_run"]) == 0
     assert "13 images by 5 classifiers of 9 to 10 of the 12 training images" in capsys.readouterr().out
     assert not (tmp_path / "run").exists() and not cache.joinpath("teachers").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("not to be touched")
     with pytest.raises(UserError, match="is not empty"):
-        train_cls.main(list(map(str, words)))
+        train_cls.main(list(map(str, argv)))
     assert not list(cache.glob("teachers/*/without-*"))
     with pytest.raises(UserError, match="--soft_labels: there are no synthetic images"):
         train_cls.main([*map(str, classify_arguments(animals_folder, tmp_path / "x")), "--soft_labels", "teacher"])

@@ -31,34 +31,34 @@ def grid():
     return candidates([Candidate(*candidate) for candidate in values], DEFAULT, 0)
 
 
-def settings_of(*words):
+def settings_of(*argv):
     """What a search chooses among."""
-    args = tune.build_parser().parse_args(["--dataset", "elpv", *words])
+    args = tune.build_parser().parse_args(["--dataset", "elpv", *argv])
     return cli.read_settings(GridSettings, args)
 
 
 def test_candidates_are_the_grid_the_default_first():
-    found = grid()
-    assert found[0] == DEFAULT and len(found) == 54 == len(set(found)) and found == grid()
+    result = grid()
+    assert result[0] == DEFAULT and len(result) == 54 == len(set(result)) and result == grid()
     assert len(candidates([Candidate(0.5, 0.3, 0.1, 5.0)], DEFAULT, 0)) == 2  # the default outside the grid
 
 
 def test_the_default_search_has_high_probabilities_and_teacher_labels():
-    found = settings_of().candidates(0)
-    assert found[0] == DEFAULT and {c.probability for c in found} == {0.1, 0.3, 0.5, 0.7}
-    by_labels = {labels: [c for c in found if c.labels == labels] for labels in ("strength", "teacher")}
-    assert len(by_labels["strength"]) == 72 and len(by_labels["teacher"]) == 24 == len(found) - 72
+    result = settings_of().candidates(0)
+    assert result[0] == DEFAULT and {c.probability for c in result} == {0.1, 0.3, 0.5, 0.7}
+    by_labels = {labels: [c for c in result if c.labels == labels] for labels in ("strength", "teacher")}
+    assert len(by_labels["strength"]) == 72 and len(by_labels["teacher"]) == 24 == len(result) - 72
     assert {c.gamma for c in by_labels["teacher"]} == {0.5}  # which has no part in them
-    assert len({c.name for c in found}) == len(found) and DEFAULT.name == "s0.7-g0.5-p0.3-m5"
+    assert len({c.name for c in result}) == len(result) and DEFAULT.name == "s0.7-g0.5-p0.3-m5"
     former = [c.name for c in settings_of("--labels", "strength", "--probs", "0.1", "0.3", "0.5").candidates(0)]
     assert former == [c.name for c in grid()]
 
 
 def test_labels_of_one_class_do_not_depend_on_gamma_whoever_gives_them():
-    words = ["--strategy", "diff-mix", "diff-aug", "--labels", "mixed", "--gammas", "0.3", "0.5", "0.8"]
-    found = [c for c in settings_of(*words).candidates(0) if c.labels == "mixed"]
-    assert {c.gamma for c in found if c.strategy == "diff-aug"} == {0.5}
-    assert {c.gamma for c in found if not c.strategy} == {0.3, 0.5, 0.8}
+    argv = ["--strategy", "diff-mix", "diff-aug", "--labels", "mixed", "--gammas", "0.3", "0.5", "0.8"]
+    result = [c for c in settings_of(*argv).candidates(0) if c.labels == "mixed"]
+    assert {c.gamma for c in result if c.strategy == "diff-aug"} == {0.5}
+    assert {c.gamma for c in result if not c.strategy} == {0.3, 0.5, 0.8}
 
 
 def test_a_search_keeps_its_grid(tmp_path):
@@ -75,20 +75,20 @@ def test_a_search_keeps_its_grid(tmp_path):
 
 def test_every_strategy_that_starts_from_images_can_be_searched(tmp_path):
     names = ["diff-mix", "da-fusion", "diff-aug", *(n for n, s in STRATEGIES.items() if s.start == "inversion")]
-    words = ["--strategy", *names, "--strengths", "0.7", "--probs", "0.3", "--multipliers", "5"]
-    found = settings_of(*words).candidates(0)
-    of = {name: [c for c in found if c.strategy == name] for name in names[1:]}
+    argv = ["--strategy", *names, "--strengths", "0.7", "--probs", "0.3", "--multipliers", "5"]
+    result = settings_of(*argv).candidates(0)
+    of = {name: [c for c in result if c.strategy == name] for name in names[1:]}
     # da-fusion draws its own strengths, and a label of one class does not depend on gamma
     assert sorted(c.name for c in of["da-fusion"]) == ["da-fusion-g0.5-p0.3-m5", "da-fusion-g0.5-p0.3-m5-teacher"]
     assert sorted(c.name for c in of["diff-aug"]) == [
         "diff-aug-s0.7-g0.5-p0.3-m5",
         "diff-aug-s0.7-g0.5-p0.3-m5-teacher",
     ]
-    tuning, _ = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv", *words]), tmp_path)
+    tuning, _ = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv", *argv]), tmp_path)
     for name, step in tuning.pair.steps.items():
         if step.stage == 2:
             args = sample_mp.build_parser().parse_args(list(step.arguments[1:]))
-            assert name == f"sample {args.register_key}" and args.register_key in {c.subset for c in found}
+            assert name == f"sample {args.register_key}" and args.register_key in {c.subset for c in result}
             assert args.register_key.startswith(args.sample_strategy) or args.register_key == "s0.7"
             assert ("--aug_strength" in step.arguments) == (not STRATEGIES[args.sample_strategy].strengths)
     assert len({s.name for s in tuning.pair.steps.values() if s.stage == 2}) == len(names)
@@ -143,7 +143,7 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--seeds", "1"], "--seeds 1: expected two or more"),
         (["--trials", "5"], "--trials 5: the smallest search has 6 runs"),
@@ -153,8 +153,8 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
         (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for each run already"),
     ],
 )
-def test_mistakes_are_one_line(words, message, capsys):
-    assert run_main(dispatcher.main, ["tune", "--dataset", "elpv", *words]) == 2
+def test_mistakes_are_one_line(argv, message, capsys):
+    assert run_main(dispatcher.main, ["tune", "--dataset", "elpv", *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
@@ -182,8 +182,8 @@ def test_parts_of_a_subset_are_nested_and_even_over_targets():
 
 def write_predictions(folder, right, images):
     """Predictions of one class, the first ``right`` of which are right."""
-    said = [f"{i}.png,a,{'a' if i < right else 'b'}" for i in range(images)]
-    (folder / "val_predictions.csv").write_text("\n".join(["file,class,predicted", *said]) + "\n")
+    output = [f"{i}.png,a,{'a' if i < right else 'b'}" for i in range(images)]
+    (folder / "val_predictions.csv").write_text("\n".join(["file,class,predicted", *output]) + "\n")
 
 
 @pytest.fixture
@@ -198,16 +198,16 @@ def search(tmp_path, tiny_base, monkeypatch):
             args = train_cls.build_parser().parse_args(list(step.arguments[1:]))
             good = (args.gamma == 0.8) + (args.syndata_max is None)
             score = {"top1": 0.5 + 0.1 * good, "macro": 0.3}
-            place = pair.folder / "classify" / name.removeprefix("classify ")
-            place.mkdir(parents=True)
-            (place / "results.json").write_text(json.dumps({"val": score, "test": score, "steps": 4}))
+            position = pair.folder / "classify" / name.removeprefix("classify ")
+            position.mkdir(parents=True)
+            (position / "results.json").write_text(json.dumps({"val": score, "test": score, "steps": 4}))
             if images:
-                write_predictions(place, round(images * score["top1"]), images)
+                write_predictions(position, round(images * score["top1"]), images)
         elif step.stage == 2:
-            place = pair.folder / "aug_samples" / name.removeprefix("sample ") / "elpv" / "subset"
-            place.mkdir(parents=True)
-            (place / "meta.csv").write_text("")
-            (place / "config.yaml").write_text(yaml.safe_dump({"images": 200, "arguments": {}}))
+            position = pair.folder / "aug_samples" / name.removeprefix("sample ") / "elpv" / "subset"
+            position.mkdir(parents=True)
+            (position / "meta.csv").write_text("")
+            (position / "config.yaml").write_text(yaml.safe_dump({"images": 200, "arguments": {}}))
         else:
             (pair.folder / name).mkdir(parents=True)
             (pair.folder / name / "summary.json").write_text("{}")
@@ -215,7 +215,7 @@ def search(tmp_path, tiny_base, monkeypatch):
 
     monkeypatch.setattr(tune.Pair, "run", fake)
 
-    def start(*words, val_images=200):
+    def start(*argv, val_images=200):
         nonlocal images
         images = val_images
         began.clear()
@@ -231,7 +231,7 @@ def search(tmp_path, tiny_base, monkeypatch):
             "--seeds",
             "1",
             "2",
-            *words,
+            *argv,
         ]
         return run_main(tune.main, given), list(began)
 
@@ -239,8 +239,8 @@ def search(tmp_path, tiny_base, monkeypatch):
 
 
 def test_the_whole_search_reports_registers_and_goes_on(search, tmp_path, capsys):
-    words = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]
-    status, began = search(*words)
+    argv = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]
+    status, began = search(*argv)
     out = capsys.readouterr().out
     assert status == 0 and began[:4] == ["ti_db", "sample s0.5", "sample s0.7", "sample s0.9"]
     assert sum(name.startswith("classify") for name in began) <= 30
@@ -254,13 +254,13 @@ def test_the_whole_search_reports_registers_and_goes_on(search, tmp_path, capsys
     assert any("-teacher-seed" in name for name in began) and "| labels | strength | gamma |" in report
     assert "(chosen)" in report and command in report and "s0.7-g0.5-p0.3-m5 (default)" in report
     assert (tmp_path / "5shot" / "report.png").exists() and "which is the default" not in report
-    assert search(*words) == (0, [])  # all is done
+    assert search(*argv) == (0, [])  # all is done
 
 
 def test_few_validation_images_do_not_take_the_defaults_place(search, tmp_path, capsys):
     # ahead by ten points under every seed, which is two images of twenty, the same two
-    words = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]
-    assert search(*words, val_images=20)[0] == 0
+    argv = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]
+    assert search(*argv, val_images=20)[0] == 0
     out, report = capsys.readouterr().out, (tmp_path / "5shot" / "report.md").read_text()
     assert "chosen: s0.7-g0.5-p0.3-m5 (the default; s" in out and "within what chance does" in out
     assert "which is the default: s" in report and "--gamma 0.5" in out and "+10.00 [-" in report
@@ -305,12 +305,12 @@ def test_a_budget_in_hours_bounds_the_runs_and_is_fixed_at_the_start(search, tmp
 
 
 def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
-    words = ["--labels", "strength", "--budget_hours"]
-    assert search(*words, "0.05")[0] == 2
+    argv = ["--labels", "strength", "--budget_hours"]
+    assert search(*argv, "0.05")[0] == 2
     assert "--budget_hours 0.05: 3 min are spent, and the smallest search has 4 runs of 36 s" in capsys.readouterr().err
     assert search("--budget_hours", "0.1")[0] == 2
     assert "--budget_hours 0.1: 6 min are spent or needed by teachers, and the smallest" in capsys.readouterr().err
-    assert search(*words, "0.1")[0] == 0
+    assert search(*argv, "0.1")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------- from end to end
@@ -318,7 +318,7 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
 
 @pytest.mark.slow
 def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
-    words = [
+    argv = [
         "--dataset", f"folder:{image_folder}", "--pretrained_model_name_or_path", tiny_base, "--examples_per_class", 2,
         "--max_train_steps", 2, "--train_batch_size", 2, "--multipliers", 1, 2, "--num_inference_steps", 4, "--model",
         "test_vit", "--res_mode", 32, "--nepoch", 2, "--batch_size", 3, "--gpu_ids", "cpu", "--stage3_args",
@@ -326,7 +326,7 @@ def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
         "--trials", 4,
         "--output_dir", tmp_path / "out", "--config_dir", tmp_path / "config", "--register_key", "best",
     ]  # fmt: skip
-    status, printed, err = main_here(dispatcher.main, ["tune", *words])
+    status, printed, err = main_here(dispatcher.main, ["tune", *argv])
     assert status == 0, err
     runs = sorted(p.parent.name for p in (tmp_path / "out" / "2shot" / "classify").glob("*/results.json"))
     assert runs == [f"s0.7-g0.5-p0.3-m{m}-seed{s}" for m in (1, 2) for s in (1, 2)]
@@ -339,24 +339,24 @@ def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
 def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune.Tuning, "results", lambda *_: {"val": None})
     with pytest.raises(UserError):
-        tuning, found = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv"]), tmp_path / "x")
+        tuning, result = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv"]), tmp_path / "x")
         tuning.pair.done = lambda name: True
-        tuning.trial(found[0], 1, None)
+        tuning.trial(result[0], 1, None)
 
 
-def resolved(words):
+def resolved(argv):
     """What stage 3 makes of a command line."""
-    return run.resolve(read_config(train_cls.build_parser().parse_args(list(map(str, words)))))
+    return run.resolve(read_config(train_cls.build_parser().parse_args(list(map(str, argv)))))
 
 
 def test_a_part_of_no_subset_is_refused(image_folder, tmp_path):
-    words = [*classify_arguments(image_folder, tmp_path), "--syndata_max", 5]
+    argv = [*classify_arguments(image_folder, tmp_path), "--syndata_max", 5]
     with pytest.raises(UserError, match="--syndata_max: there are no synthetic images"):
-        resolved(words)
+        resolved(argv)
 
 
 def test_the_part_reaches_the_training_images(image_folder, tmp_path):
     write_subset(tmp_path / "syn", ROWS)
-    words = [*classify_arguments(image_folder, tmp_path / "out"), "--syndata_dir", tmp_path / "syn", "--syndata_max", 3]
-    config, _, synthetic = resolved(words)
+    argv = [*classify_arguments(image_folder, tmp_path / "out"), "--syndata_dir", tmp_path / "syn", "--syndata_max", 3]
+    config, _, synthetic = resolved(argv)
     assert len(synthetic) == 3 and config.synthetic.syndata_max == 3 and len(set(synthetic.target.tolist())) == 3

@@ -141,9 +141,9 @@ def test_a_stopped_run_ends_as_one_that_was_not_and_is_of_its_pool_alone(
 
 
 def test_a_dry_run_says_how_many_and_what_share(tiny_base, image_folder, tmp_path, pool, capsys):
-    words = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": tiny_base, "unlabelled": pool}
-    words |= {"output_dir": tmp_path / "run", "report_to": "none", "unlabelled_share": 0.3}
-    stage.run(parse([*(text for name, value in words.items() for text in (f"--{name}", str(value))), "--dry_run"]))
+    argv = {"dataset": f"folder:{image_folder}", "pretrained_model_name_or_path": tiny_base, "unlabelled": pool}
+    argv |= {"output_dir": tmp_path / "run", "report_to": "none", "unlabelled_share": 0.3}
+    stage.run(parse([*(text for name, value in argv.items() for text in (f"--{name}", str(value))), "--dry_run"]))
     line = "unlabelled: 9 images, on average 2.4 of the 8 images of a step (0.3), under captions like 'a photo'\n"
     assert line in capsys.readouterr().out and not (tmp_path / "run").exists()
 

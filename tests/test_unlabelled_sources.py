@@ -164,8 +164,8 @@ def test_a_head_without_a_gpu_asks_the_classifier_on_its_cpu(pool, workshop, ima
     options = {"sources": "both", "unlabelled": pool, "classifier": judge_folder, "engine": "ray", "gpu_ids": [0]}
 
     def resolved(batch_size):
-        words = sampling_arguments(workshop, image_folder, tmp_path, **options, batch_size=batch_size)
-        return sample_mp.resolve(build_parser().parse_args(list(map(str, words))))[0]
+        argv = sampling_arguments(workshop, image_folder, tmp_path, **options, batch_size=batch_size)
+        return sample_mp.resolve(build_parser().parse_args(list(map(str, argv))))[0]
 
     assert resolved(4).guide.pool_classes.shape == (5, 3)
     with pytest.raises(UserError, match="--batch_size: this machine has no GPU"):
@@ -290,8 +290,8 @@ def test_a_subset_of_both_kinds_of_sources_reaches_stage_3(
 
 
 def test_without_a_classifier_a_source_is_of_no_class_of_the_data_set(pool, workshop, image_folder, tmp_path):
-    words = sampling_arguments(workshop, image_folder, tmp_path, sources="unlabelled", unlabelled=pool)
-    config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, words))))
+    argv = sampling_arguments(workshop, image_folder, tmp_path, sources="unlabelled", unlabelled=pool)
+    config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, argv))))
     paths = task_paths(config, dataset, plan_of(config, dataset))
     assert paths.folders[-1] == "unlabelled" and "unlabelled" in describe_plan(config, dataset)
     meta_csv.write(tmp_path / "meta.csv", paths.meta_rows(np.arange(54)), paths.further_columns)
@@ -331,8 +331,8 @@ def test_a_killed_run_leaves_no_record_without_its_lists(
 ):
     (pool / "broken.png").write_bytes(b"no image")
     options = {"sources": "both", "unlabelled": pool, "classifier": judge_folder}
-    words = sampling_arguments(workshop, image_folder, tmp_path, **options)
-    config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, words))))
+    argv = sampling_arguments(workshop, image_folder, tmp_path, **options)
+    config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, argv))))
     assert len(config.guide.pool_classes) == 6  # an image that cannot be read refuses no other
 
     def killed(*_):

@@ -141,19 +141,19 @@ class Describer:
             backbone: network of the features; None: clusters are of the layout alone.
         """
         function, words = MEASUREMENTS[recipe.captions]
-        measured, found, layouts = [], [], []
+        measured, result, layouts = [], [], []
         for batch in _views(images, recipe):
             measured.append({name: value.cpu().numpy() for name, value in function(batch).items()})
             if recipe.captions == "general":
                 layouts.append(layout(batch))
             if backbone is not None:
                 device = next(backbone.parameters()).device
-                found.append(features(to_tensor(batch.permute(0, 2, 3, 1).numpy(), device), backbone))
+                result.append(features(to_tensor(batch.permute(0, 2, 3, 1).numpy(), device), backbone))
         columns = []
         for name in (name for name in words if name in measured[0]):
             rank = np.concatenate([values[name] for values in measured]).argsort().argsort()
             columns.append([words[name][r * len(words[name]) // len(rank)] for r in rank])
-        for values, groups in ((found, (COARSE, FINE)), (layouts, (LAYOUT,))):
+        for values, groups in ((result, (COARSE, FINE)), (layouts, (LAYOUT,))):
             for names in groups if values else ():
                 columns.append([names[i] for i in clusters(np.concatenate(values), len(names))])
         return cls(list(zip(*columns, strict=True)), recipe.subject)

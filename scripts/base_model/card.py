@@ -48,14 +48,14 @@ def sample(model: BaseModel, captions: list[str], resolution: int, key: str) -> 
     """One image for each caption; uint8 ``(B, S, S, 3)``."""
     shape, null = model.geometry.latent_shape(resolution), model.encode_null(resolution)
     sampler = Sampler(model.unet, make_scheduler(model.scheduler_config), null, SOLVER)
-    made = []
+    created = []
     for start in range(0, len(captions), 16):
         some = captions[start : start + 16]
         noise = [torch_rng("base", key, start + i) for i in range(len(some))]
         embeds = model.encode(some, resolution)
         latents = generate(sampler, shape, embeds, noise)
-        made.append(decode_latents(model.vae, latents).numpy())
-    return np.concatenate(made)
+        created.append(decode_latents(model.vae, latents).numpy())
+    return np.concatenate(created)
 
 
 def nearest(images: np.ndarray, references: np.ndarray, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +96,8 @@ def write_card(folder: Path, material: Material, config: Config, identity: str, 
     rng = numpy_rng("base", "card")
     rows = rng.integers(len(material.describer.words), size=COMPARED)
     captions = [material.describer.caption(int(row), rng) for row in rows]
-    made = sample(model, captions, recipe.size, "card")
-    distance, which = nearest(made, material.pixels)
+    created = sample(model, captions, recipe.size, "card")
+    distance, which = nearest(created, material.pixels)
     usual, _ = nearest(material.kept_out, material.pixels)
     threshold = np.percentile(usual, COPY_PERCENTILE)
     figures = {
@@ -119,7 +119,7 @@ def write_card(folder: Path, material: Material, config: Config, identity: str, 
     write_json(folder / RECORD, record)
     closest = distance.argsort()[:SHOWN]
     draw_samples(folder / "samples.png", model, material, rebuilt, recipe)
-    pairs = [made[closest], material.pixels[which[closest]]]
+    pairs = [created[closest], material.pixels[which[closest]]]
     grid([_cells(images) for images in pairs], ["generated", "nearest in training"]).save(folder / "nearest.png")
     write_text(folder / "README.md", card(record, config, material))
 
@@ -150,20 +150,20 @@ def _millions(model: BaseModel) -> float:
 
 def _log(folder: Path, recipe: Recipe) -> dict:
     """Steps and seconds of both stages, and the validation losses of the last row that has them."""
-    found: dict = {}
+    result: dict = {}
     for stage, batch in (("autoencoder", recipe.autoencoder_batch), ("denoiser", recipe.denoiser_batch)):
         with open(folder / f"{stage}.csv", newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
         last = rows[-1]
-        found |= {f"{stage}_steps": int(last["images"]) // batch, f"{stage}_batch": batch}
-        found |= {f"{stage}_images": int(last["images"]), f"{stage}_seconds": round(float(last["seconds"]))}
+        result |= {f"{stage}_steps": int(last["images"]) // batch, f"{stage}_batch": batch}
+        result |= {f"{stage}_images": int(last["images"]), f"{stage}_seconds": round(float(last["seconds"]))}
     validated = [row for row in rows if row["kept_out_loss"]]
     if validated:
         losses = [float(row["kept_out_loss"]) for row in validated]
-        found["kept_out_loss"], found["seen_loss"] = losses[-1], float(validated[-1]["seen_loss"])
-        found["lowest_kept_out_loss"] = min(losses)
-        found["lowest_kept_out_loss_at"] = int(validated[int(np.argmin(losses))]["images"])
-    return found
+        result["kept_out_loss"], result["seen_loss"] = losses[-1], float(validated[-1]["seen_loss"])
+        result["lowest_kept_out_loss"] = min(losses)
+        result["lowest_kept_out_loss_at"] = int(validated[int(np.argmin(losses))]["images"])
+    return result
 
 
 def command(config: Config, record: dict) -> str:

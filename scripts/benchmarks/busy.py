@@ -51,9 +51,9 @@ print((time.perf_counter() - began) / steps, (time.process_time() - used) / step
 def time_steps(args: argparse.Namespace, spins: int) -> tuple[float, float]:
     """Wall-clock and processor seconds of a training step in a process of its own."""
     env = {name: value for name, value in os.environ.items() if name not in SPIN_VARIABLES}
-    words = [args.model, args.res_mode, args.batch_size, args.steps]
+    argv = [args.model, args.res_mode, args.batch_size, args.steps]
     done = subprocess.run(
-        [sys.executable, "-c", STEPS, *map(str, words)],
+        [sys.executable, "-c", STEPS, *map(str, argv)],
         cwd=REPO_ROOT,
         env={**env, "GOMP_SPINCOUNT": str(spins)},
         capture_output=True,
@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
     """Times both ways without and with other programs; prints and writes the table."""
     args = build_parser().parse_args(argv)
     console.set_up_logging()
-    found = {others: measure(args, others) for others in (0, args.others)}
+    result = {others: measure(args, others) for others in (0, args.others)}
     median = {
         (others, way): statistics.median(wall for wall, _ in times)
-        for others, ways in found.items()
+        for others, ways in result.items()
         for way, times in ways.items()
     }
     idle = median[0, "PyTorch's own"]
@@ -104,10 +104,10 @@ def main(argv: list[str] | None = None) -> int:
             way,
             others,
             f"{1000 * median[others, way]:.0f}",
-            f"{1000 * statistics.median(used for _, used in found[others][way]):.0f}",
+            f"{1000 * statistics.median(used for _, used in result[others][way]):.0f}",
             f"{median[others, way] / idle:.2f}",
         ]
-        for others in found
+        for others in result
         for way in WAYS
     ]
     header = [
@@ -117,5 +117,5 @@ def main(argv: list[str] | None = None) -> int:
         "processor ms per step",
         "ratio to PyTorch's own, idle",
     ]
-    common.publish("busy", header, rows, {"arguments": vars(args), "seconds": {str(k): v for k, v in found.items()}})
+    common.publish("busy", header, rows, {"arguments": vars(args), "seconds": {str(k): v for k, v in result.items()}})
     return 0

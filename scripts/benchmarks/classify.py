@@ -101,8 +101,8 @@ def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path) -> d
     running.run()
     seconds = time.perf_counter() - began
     lines = (config.output_dir / trainer.EPOCHS_FILE).read_text().splitlines()
-    place = trainer.COLUMNS.index("images_per_second")
-    rates = [float(line.split(",")[place]) for line in lines[1:]]
+    position = trainer.COLUMNS.index("images_per_second")
+    rates = [float(line.split(",")[position]) for line in lines[1:]]
     seen = config.training.nepoch * running.steps_per_epoch * running.train_batches.batch_size
     rate = seen / seconds
     return {"images_per_second": rate, "steady": max(rates), "rates": rates, "seconds_to_first_step": ready}
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset = load_dataset(args.dataset, Setting())
     train, val = (common.first_images(table, args.images) for table in (dataset.train, dataset.val))
     dataset = replace(dataset, train=train, val=val, test=None)  # both evaluate on validation only
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder = Path(temporary)
         subset = write_subset(folder / "subset", dataset, args.synthetic)
         config = settings_of(args, dataset, folder / "ours")
         # libraries and kernels, for both alike

@@ -38,9 +38,9 @@ def machine() -> dict:
     }  # fmt: skip
 
 
-def describe(found: dict) -> str:
+def describe(info: dict) -> str:
     """The machine in one line."""
-    return f"{found['gpu'] or '{cores} cores of {cpu}'.format(**found)}, torch {found['versions']['torch']}"
+    return f"{info['gpu'] or '{cores} cores of {cpu}'.format(**info)}, torch {info['versions']['torch']}"
 
 
 def first_images(table: ImageTable, count: int) -> ImageTable:
@@ -91,9 +91,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def publish(name: str, header: Sequence[str], rows: Sequence[Sequence[object]], details: dict) -> Path:
     """Prints the table and the machine, and writes everything to ``outputs/bench/{name}.json``."""
-    found = machine()
-    print(f"\n{table(header, rows)}\n\n{describe(found)}")
+    info = machine()
+    print(f"\n{table(header, rows)}\n\n{describe(info)}")
     path = OUTPUT / f"{name}.json"
-    files.write_json(path, {"machine": found, "header": list(header), "rows": [list(row) for row in rows], **details})
+    files.write_json(path, {"machine": info, "header": list(header), "rows": [list(row) for row in rows], **details})
     print(f"written: {registry.shown_path(path)}")
     return path

@@ -92,10 +92,10 @@ def read_images(args: argparse.Namespace, scratch: Path) -> tuple[list[list[str]
 
     def store(mode: str) -> tuple[ImageStore, float]:
         began = time.perf_counter()
-        made = ImageStore(
+        created = ImageStore(
             table.image, len(table), args.side, 0, workers=args.workers, cache=mode, identity=table.signature()
         )
-        return made, time.perf_counter() - began
+        return created, time.perf_counter() - began
 
     each_time, _ = store("off")
     cached, first = store("disk")
@@ -122,21 +122,21 @@ def read_images(args: argparse.Namespace, scratch: Path) -> tuple[list[list[str]
 def open_list(rows: int, scratch: Path) -> tuple[list[list[str]], dict]:
     """Opens a long CSV three times, each in a fresh process; the median time and the largest peak."""
     write_list(scratch / "list.csv", rows)
-    found = []
+    result = []
     for _ in range(3):
         done = subprocess.run(
             [sys.executable, "-c", OPEN_LIST, str(scratch / "list.csv")],
             cwd=registry.REPO_ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        found.append(json.loads(done.stdout))
-    assert all(one["rows"] == rows for one in found)
-    seconds, busy = (float(np.median([one[name] for one in found])) for name in ("open_s", "cpu_s"))
-    peak = max(one["peak_mb"] for one in found)
+        result.append(json.loads(done.stdout))
+    assert all(one["rows"] == rows for one in result)
+    seconds, busy = (float(np.median([one[name] for one in result])) for name in ("open_s", "cpu_s"))
+    peak = max(one["peak_mb"] for one in result)
     return [
         [f"opening a CSV of {rows:,} rows", f"{seconds:.2f} s", ""],
         ["CPU time of that process, importing included", f"{busy:.2f} s", ""],
         ["peak memory of that process, Python and all", f"{peak:.0f} MB", ""],
-    ], {"runs": found, "open_s": seconds, "cpu_s": busy, "peak_mb": peak, "load_average": os.getloadavg()}
+    ], {"runs": result, "open_s": seconds, "cpu_s": busy, "peak_mb": peak, "load_average": os.getloadavg()}
 
 
 def build_parser() -> argparse.ArgumentParser:

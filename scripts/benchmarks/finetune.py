@@ -50,8 +50,8 @@ def settings_of(args: argparse.Namespace, base: Path, folder: Path) -> FinetuneC
         "report_to": "none",
         "seed": 0,
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return resolve(parse(words))[0]
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return resolve(parse(argv))[0]
 
 
 class Port:
@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     args.steps = args.steps or (50 if gpu else 6)
     args.mixed_precision = args.mixed_precision or ("fp16" if gpu else "no")
     args.compile = args.compile or ("on" if gpu else "off")
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder = Path(temporary)
         if args.base == SD15:
             base, args.resolution = build_sd15(folder / "base", 512), args.resolution or 224
         else:

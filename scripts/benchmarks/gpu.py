@@ -76,17 +76,17 @@ WITHOUT_BASE, WITHOUT_DATASET = ("classify",), ("kernels",)
 
 def arguments_of(part: Part, args: argparse.Namespace, base: str) -> list[str]:
     """The arguments of a part's benchmark."""
-    words = shlex.split(part.rehearsal if args.rehearse else part.arguments)
-    words += ["--device", "cpu" if args.rehearse else "cuda"]
-    words += [] if part.benchmark in WITHOUT_BASE else ["--base", base]
-    return words + ([] if part.benchmark in WITHOUT_DATASET else ["--dataset", args.dataset])
+    argv = shlex.split(part.rehearsal if args.rehearse else part.arguments)
+    argv += ["--device", "cpu" if args.rehearse else "cuda"]
+    argv += [] if part.benchmark in WITHOUT_BASE else ["--base", base]
+    return argv + ([] if part.benchmark in WITHOUT_DATASET else ["--dataset", args.dataset])
 
 
 def run_part(part: Part, arguments: list[str], folder: Path, limit: float) -> str | None:
     """Runs a part for at most ``limit`` seconds; returns why it has no figures, or None."""
     (folder / f"{part.benchmark}.json").unlink(missing_ok=True)
-    words = [sys.executable, str(BENCH), "--output", str(folder), part.benchmark, *arguments]
-    process = subprocess.Popen(words, env={**os.environ, **part.environment}, start_new_session=True)
+    argv = [sys.executable, str(BENCH), "--output", str(folder), part.benchmark, *arguments]
+    process = subprocess.Popen(argv, env={**os.environ, **part.environment}, start_new_session=True)
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -105,12 +105,12 @@ def card_row(figures: Mapping[str, Any]) -> str:
     def show(name: str, text) -> str:
         return text(parts[name]) if name in parts else "-"
 
-    def steps(found: Mapping[str, Any]) -> str:
-        rates = sorted(found["sides"]["ours"]["rates"])
-        return f"{rates[len(rates) // 2]:.3g} ({found['ratio']:.2f})"
+    def steps(result: Mapping[str, Any]) -> str:
+        rates = sorted(result["sides"]["ours"]["rates"])
+        return f"{rates[len(rates) // 2]:.3g} ({result['ratio']:.2f})"
 
-    def whole(found: Mapping[str, Any]) -> str:
-        return f"{found['ours']['images_per_second']:.0f} ({found['ratio_to_best']:.2f})"
+    def whole(result: Mapping[str, Any]) -> str:
+        return f"{result['ours']['images_per_second']:.0f} ({result['ratio_to_best']:.2f})"
 
     cells = [
         machine["gpu"] or f"{machine['cores']} cores (rehearsal)",
@@ -175,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             print(f"{name}: {missing}")
         else:
-            found = files.read_json(folder / name / f"{part.benchmark}.json")
-            figures["parts"][name] = {**found, "seconds": round(time.monotonic() - began, 1)}
+            result = files.read_json(folder / name / f"{part.benchmark}.json")
+            figures["parts"][name] = {**result, "seconds": round(time.monotonic() - began, 1)}
         files.write_json(path, figures)
     print(f"\n{card_row(figures)}")
     return int(failed)

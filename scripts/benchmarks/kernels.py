@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     gpu, size = args.device == "cuda", args.batch_size
     args.dtype, args.compile = args.dtype or ("fp16" if gpu else "fp32"), args.compile or ("on" if gpu else "off")
     solver = SolverSettings(num_inference_steps=args.steps)
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        base = build_sd15(Path(place) / SD15, 512) if args.base == SD15 else find_base(args.base)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        base = build_sd15(Path(temporary) / SD15, 512) if args.base == SD15 else find_base(args.base)
         resolution, prompts = read_geometry(base).native_resolution, Prompts(("one", "two"), ("one", "two"))
 
         def engine(compiled_batch: int | None) -> Engine:

@@ -48,10 +48,10 @@ class OriginalItems(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.synthetic is not None and random.random() < self.probability:
-            found = self.synthetic.iloc[random.randrange(len(self.synthetic))]
-            weight = found["Strength"] ** self.gamma
-            image = Image.open(self.subset / "data" / found["Path"]).convert("RGB")
-            source, target = (self.names[found[f"{which} Directory"]] for which in ("First", "Second"))
+            result = self.synthetic.iloc[random.randrange(len(self.synthetic))]
+            weight = result["Strength"] ** self.gamma
+            image = Image.open(self.subset / "data" / result["Path"]).convert("RGB")
+            source, target = (self.names[result[f"{which} Directory"]] for which in ("First", "Second"))
             label = (1 - weight) * self._one_hot(source) + weight * self._one_hot(target)
             return self.transform(image), label
         image = self.table.image(int(self.real.iloc[index]["row"]))

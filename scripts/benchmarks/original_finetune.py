@@ -169,10 +169,10 @@ class OriginalTrainer:
 
     def result(self) -> dict[str, Tensor]:
         """What was trained, by the names our own files give it: LoRA weights and class tokens."""
-        found = {}
+        result = {}
         if self.config.model.trains_lora:
-            found |= lora.trained_state(self.accelerator.unwrap_model(self.unet))
+            result |= lora.trained_state(self.accelerator.unwrap_model(self.unet))
         if self.tokens is not None:
             rows = self.table.detach().float().cpu()[self.is_class_token.cpu()]
-            found |= dict(zip(self.tokens.names, rows, strict=True))
-        return found
+            result |= dict(zip(self.tokens.names, rows, strict=True))
+        return result

@@ -56,14 +56,14 @@ class OriginalSampler:
         )
         autocast = torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
         with autocast:
-            made = self.pipe(
+            created = self.pipe(
                 image=[image],
                 prompt=[f"a photo of a {self.names[target]} {self.super_class}".strip()],
                 strength=strength,
                 guidance_scale=7.5,
                 num_inference_steps=25,
             ).images[0]
-        made.resize(image.size, Image.Resampling.BILINEAR).save(path)
+        created.resize(image.size, Image.Resampling.BILINEAR).save(path)
         print(f"save {path}")
 
 

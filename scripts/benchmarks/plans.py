@@ -78,14 +78,14 @@ def measure(tasks: int, folder: Path, make_files: bool, pipe) -> None:
     planned = time.perf_counter() - began
     began = time.perf_counter()
     done = store.finished_tasks(folder, paths, Records(folder), np.ones(tasks, bool))
-    found = time.perf_counter() - began
+    result = time.perf_counter() - began
     assert int((~done).sum()) == -(-tasks // GONE_EVERY), "what is missing was not found"
     began = time.perf_counter()
     rows = store.write_meta(folder, paths, done)
     written = time.perf_counter() - began
     assert rows == int(done.sum())
     pipe.send(
-        {"tasks": tasks, "plan_s": planned, "missing_s": found, "meta_s": written, "peak_mb": peak_memory(),
+        {"tasks": tasks, "plan_s": planned, "missing_s": result, "meta_s": written, "peak_mb": peak_memory(),
          "imports_mb": at_start}
     )  # fmt: skip
 
@@ -109,23 +109,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=cli.whole(1), nargs="+", default=[100_000, 1_000_000, 10_000_000], help="tasks")
     parser.add_argument("--place", type=Path, default=None, help="folder for the files (default: the temporary one)")
     args = parser.parse_args(argv)
-    found = []
+    result = []
     for tasks in args.sizes:
         folder = Path(tempfile.mkdtemp(prefix="plans-", dir=args.place))
         try:
             in_a_process(tasks, folder, True)
-            found.append(in_a_process(tasks, folder, False))
+            result.append(in_a_process(tasks, folder, False))
         finally:
             shutil.rmtree(folder)
-        print(found[-1], flush=True)
+        print(result[-1], flush=True)
     rows = [
         [
             f"{row['tasks']:,}",
             *(f"{row[name]:.1f}" for name in ("plan_s", "missing_s", "meta_s")),
             f"{row['peak_mb']:.0f}",
         ]
-        for row in found
+        for row in result
     ]
     header = ["tasks", "plan, s", "find what is missing, s", "meta.csv, s", "peak memory, MB"]
-    common.publish("plans", header, rows, {"sizes": found})
+    common.publish("plans", header, rows, {"sizes": result})
     return 0

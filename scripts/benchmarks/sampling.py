@@ -40,10 +40,10 @@ def build_sd15(folder: Path, resolution: int) -> Path:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    found = importlib.util.find_spec("open_clip")
-    if found is None:
+    result = importlib.util.find_spec("open_clip")
+    if result is None:
         raise UserError("--base sd15-random takes CLIP's vocabulary from the package open_clip_torch: pip install it")
-    with gzip.open(Path(next(iter(found.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz") as packed:
+    with gzip.open(Path(next(iter(result.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz") as packed:
         lines = packed.read().decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -140,14 +140,14 @@ def time_original(
     arguments = (files.folder, files.lora, files.tokens, device, super_class)
     running = []
     for index in range(processes):
-        place = folder / str(index)
-        place.mkdir(parents=True)
+        subset = folder / str(index)
+        subset.mkdir(parents=True)
         share = (
             sources[index::processes],
             targets[index::processes],
             args.strength,
             args.resolution,
-            place,
+            subset,
             barrier,
             threads,
         )
@@ -190,12 +190,12 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         dataset,
     )
     plan = sampling.plan_of(config, dataset)
-    paths, place = sampling.task_paths(config, dataset, plan), folder / f"ours-{len(devices)}"
-    running.make_folders(place, dataset.folders)
+    paths, subset = sampling.task_paths(config, dataset, plan), folder / f"ours-{len(devices)}"
+    running.make_folders(subset, dataset.folders)
     everything = np.ones(len(plan), bool)
     origin = identity_of(config, dataset, plan, hash_images(dataset.train)).origin
     launcher = running.make_launcher(
-        Job(config, place, origin, config.compiled(len(plan))),
+        Job(config, subset, origin, config.compiled(len(plan))),
         lambda batch: running.image_tasks(plan.numbers(batch), paths, everything),
         lambda rows: None,
         len(plan),
@@ -240,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console.set_up_logging()
     console.quiet_libraries()
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder = Path(temporary)
         base = build_sd15(folder / "base", 512) if args.base == SD15 else find_base(args.base)
         args.resolution = args.resolution or read_geometry(base).native_resolution
         dataset = load_dataset(args.dataset, Setting())

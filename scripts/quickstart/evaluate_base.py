@@ -43,10 +43,10 @@ CARD = HERE / "model_card.md"
 """Template of the model card."""
 
 
-def python(*words) -> None:
+def python(*argv) -> None:
     """Runs one of the entry scripts; finished ones say so and return at once."""
-    print("python", *words, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print("python", *argv, flush=True)
+    subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def load_test_photographs(size: int) -> np.ndarray:
@@ -136,11 +136,11 @@ def distance_to_real(subset: Path) -> dict:
     from semantic_aug.evaluation.quality.inputs import open_subset
 
     dataset = load_dataset("elpv")
-    extractor, made = features.load_extractor(), open_subset("made", [str(subset)], dataset, True).images
-    ours = extractor.features(made.image, len(made))
+    extractor, created = features.load_extractor(), open_subset("made", [str(subset)], dataset, True).images
+    ours = extractor.features(created.image, len(created))
     # as many photographs of each class as there are images of it: the subset is balanced, the photographs are not
     rows, rng = [], np.random.default_rng(0)
-    for label, count in enumerate(np.bincount(made.target)):
+    for label, count in enumerate(np.bincount(created.target)):
         photographs = np.flatnonzero(dataset.train.labels == label)
         rows.append(rng.choice(photographs, min(count, len(photographs)), replace=False))
     chosen = np.concatenate(rows)
@@ -152,10 +152,10 @@ def distance_to_real(subset: Path) -> dict:
 def judge_accuracy(folders: list[Path]) -> dict:
     """Mean and standard deviation over seeds of the judges' own test accuracy."""
 
-    found = [json.loads((folder / "results.json").read_text())["test"] for folder in folders]
+    result = [json.loads((folder / "results.json").read_text())["test"] for folder in folders]
     figures: dict = {"seeds": list(JUDGE_SEEDS)}
     for name in ("top1", "macro"):
-        values = [f[name] for f in found]
+        values = [f[name] for f in result]
         figures[f"test_{name}"] = {
             "mean": round(float(np.mean(values)), 4),
             "std": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None,
@@ -194,24 +194,24 @@ def draw_samples(path: Path) -> None:
 def model_card(figures: dict) -> str:
     """The model card, every figure as measured."""
     recipe = json.loads((ROOT / BASE / RECIPE_FILE).read_text()) if (ROOT / BASE / RECIPE_FILE).exists() else {}
-    found = {name: figures.get(name, {}) for name in ("autoencoder", "judge", "all_images", "ten_shot")}
+    result = {name: figures.get(name, {}) for name in ("autoencoder", "judge", "all_images", "ten_shot")}
 
     def percent(group: str, name: str) -> str:
-        value = found[group].get(name)
+        value = result[group].get(name)
         return "not measured" if value is None else f"{100 * value:.1f} %"
 
     def agreement_row(title: str, group: str) -> str:
         cells = []
         for name in ("cell_type", "defect"):
-            spread = f" (\u00b1 {100 * found[group].get(f'{name}_spread', 0):.1f})" if len(JUDGE_SEEDS) > 1 else ""
+            spread = f" (\u00b1 {100 * result[group].get(f'{name}_spread', 0):.1f})" if len(JUDGE_SEEDS) > 1 else ""
             cells.append(percent(group, f"{name}_share") + spread)
-        return f"| {title} | {cells[0]} | {cells[1]} | {found[group].get('images', 0)} |"
+        return f"| {title} | {cells[0]} | {cells[1]} | {result[group].get('images', 0)} |"
 
-    judge = found["judge"].get("test_top1", {})
+    judge = result["judge"].get("test_top1", {})
     spread_of_judge = f" \u00b1 {100 * judge['std']:.1f}" if judge.get("std") is not None else ""
     return CARD.read_text(encoding="utf-8").format(
-        psnr=found["autoencoder"].get("test_psnr_db", "not measured"),
-        test_images=found["autoencoder"].get("test_images", 0),
+        psnr=result["autoencoder"].get("test_psnr_db", "not measured"),
+        test_images=result["autoencoder"].get("test_images", 0),
         recipe=recipe,
         judge_seeds=", ".join(map(str, JUDGE_SEEDS)),
         judge=f"{100 * judge['mean']:.1f}{spread_of_judge} %" if judge else "not measured",

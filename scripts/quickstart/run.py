@@ -130,11 +130,11 @@ class Quickstart:
             raise KeyboardInterrupt
         print(process.stdout.partition("\n")[0], flush=True)
 
-    def has_result(self, words: Sequence[str]) -> bool:
+    def has_result(self, argv: Sequence[str]) -> bool:
         """Whether the result of a command exists, which may have been removed since it was run."""
-        if words[0] not in RESULTS:
+        if argv[0] not in RESULTS:
             return bool(self.subsets)
-        return (ROOT / words[words.index("--output_dir") + 1] / RESULTS[words[0]]).is_file()
+        return (ROOT / argv[argv.index("--output_dir") + 1] / RESULTS[argv[0]]).is_file()
 
     def run_steps(self) -> None:
         """Runs what is not done yet.
@@ -144,23 +144,23 @@ class Quickstart:
             KeyboardInterrupt: it was interrupted.
         """
         commands = self.commands()
-        for position, (name, words) in enumerate(commands.items(), 1):
-            entry = self.times.setdefault(name, {"seconds": 0.0, "done": False, "command": words})
-            if entry["done"] and entry["command"] == words and self.has_result(words):
+        for position, (name, argv) in enumerate(commands.items(), 1):
+            entry = self.times.setdefault(name, {"seconds": 0.0, "done": False, "command": argv})
+            if entry["done"] and entry["command"] == argv and self.has_result(argv):
                 print(f"[{position}/{len(commands)}] {name}: done before, in {entry['seconds']:.0f} s")
                 continue
             if entry["done"]:  # a step that is run again counts once
                 entry.update(seconds=0.0, done=False)
-            print(f"[{position}/{len(commands)}] {name}: python {shlex.join(words)}", flush=True)
+            print(f"[{position}/{len(commands)}] {name}: python {shlex.join(argv)}", flush=True)
             began = time.monotonic()
-            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
             try:
                 status = process.wait()
             except KeyboardInterrupt:
                 status = process.wait()  # the step got the signal too and makes its work safe
                 raise
             finally:
-                entry.update(seconds=round(entry["seconds"] + time.monotonic() - began, 1), command=words)
+                entry.update(seconds=round(entry["seconds"] + time.monotonic() - began, 1), command=argv)
                 files.write_json(self.times_file, self.times)
             if status == EXIT_INTERRUPTED:
                 raise KeyboardInterrupt
@@ -218,8 +218,8 @@ class Quickstart:
         """The gallery of each synthetic subset."""
         for subset in self.subsets:
             output = gallery_of(subset).parent
-            words = [*self.data, "--syndata_dir", str(subset), "--output_dir", str(output), "--processes", "1"]
-            if gallery.main(words):
+            argv = [*self.data, "--syndata_dir", str(subset), "--output_dir", str(output), "--processes", "1"]
+            if gallery.main(argv):
                 raise UserError(f"no gallery could be made of {subset}")
 
     def write_report(self) -> Table:
@@ -242,7 +242,7 @@ class Quickstart:
             Heading(f"Times ({total / 60:.1f} minutes in all)"),
             Table(["step", "seconds"], [[name, f"{entry['seconds']:.0f}"] for name, entry in self.times.items()]),
             Heading("Commands"),
-            Code("\n".join(f"python {shlex.join(words)}" for words in self.commands().values())),
+            Code("\n".join(f"python {shlex.join(argv)}" for argv in self.commands().values())),
         ]
         write(Report(self.title, blocks), folder / "report.md")
         return table
@@ -283,9 +283,10 @@ class Quickstart:
             noise = [task_rng(0, row) for _ in wanted]
             from PIL import Image
 
-            made = engine.translate(moments, wanted, strengths * 2, noise)
+            created = engine.translate(moments, wanted, strengths * 2, noise)
             cells = [
-                Cell(Image.fromarray(image.numpy()), data.class_names[t]) for image, t in zip(made, wanted, strict=True)
+                Cell(Image.fromarray(image.numpy()), data.class_names[t])
+                for image, t in zip(created, wanted, strict=True)
             ]
             rows.append([Cell(photograph, data.class_names[label]), *cells])
         titles = ["photograph", *(f"s = {s}" for _ in range(2) for s in strengths)]

@@ -21,7 +21,7 @@ COMMANDS = {
     "pseudo-label": "semantic_aug.evaluation.experiments.pseudo_label",
     "tune": "semantic_aug.evaluation.experiments.tune",
 }
-"""Each command's module; its ``main`` takes the words after the command, its first docstring line is the summary."""
+"""Each command's module; its ``main`` takes the arguments after the command, its first docstring line is the summary."""
 
 
 def _summary(module: str) -> str:
@@ -32,17 +32,17 @@ def _summary(module: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<12} {_summary(module)}" for name, module in COMMANDS.items()]
         print("usage: python -m semantic_aug.evaluation COMMAND ... (COMMAND --help lists its flags)", *lines, sep="\n")
         return 0
-    if words[0] not in COMMANDS:
-        raise unknown("command", words[0], COMMANDS, "python -m semantic_aug.evaluation --help says what each does")
+    if arguments[0] not in COMMANDS:
+        raise unknown("command", arguments[0], COMMANDS, "python -m semantic_aug.evaluation --help says what each does")
     let_waiting_threads_sleep()
     console.quiet_libraries()
     console.set_up_logging()
-    return importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+    return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
 
 
 if __name__ == "__main__":

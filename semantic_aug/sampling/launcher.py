@@ -41,14 +41,14 @@ class Outcome:
     """What a launch did.
 
     Attributes:
-        made: images written.
+        written: images.
         unreadable: task number -> why its source could not be read.
         set_aside: batch -> the last error of a batch that failed :data:`MAX_ATTEMPTS` times.
         interrupted: whether a signal stopped it.
         seconds: wall time, loading included.
     """
 
-    made: int = 0
+    written: int = 0
     unreadable: dict[int, str] = field(default_factory=dict)
     set_aside: dict[int, str] = field(default_factory=dict)
     interrupted: bool = False
@@ -126,7 +126,7 @@ class Dispatcher:
         """Books a batch that a process finished."""
         self.on_rows(rows)
         self.failures = 0
-        self.outcome.made += len(rows)
+        self.outcome.written += len(rows)
         self.outcome.unreadable.update(failures)
         self.marks.setdefault(process, []).append((time.monotonic(), len(rows)))
         if self.bar is not None:
@@ -210,8 +210,8 @@ class Dispatcher:
             return
         self._status_written = now
         elapsed = self.bar.format_dict["elapsed"] if self.bar is not None else 0.0
-        rate = self.outcome.made / elapsed if elapsed else 0.0
-        done = self.already + self.outcome.made
+        rate = self.outcome.written / elapsed if elapsed else 0.0
+        done = self.already + self.outcome.written
         content = {
             "state": state,
             "pid": os.getpid(),

@@ -302,7 +302,7 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset) -> str:
         )
         launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (TIMED + 1) * len(devices)])
         size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.images.image_format}"))
-    rate, made = launcher.steady_rate(), launcher.outcome.made
+    rate, written = launcher.steady_rate(), launcher.outcome.written
     if not rate:
         return f"too few batches to time ({plan.num_batches} in all): the whole is done in moments"
     shards = config.output.num_shards
@@ -310,7 +310,7 @@ def calibrate(config: SampleConfig, dataset: LoadedDataset) -> str:
     return (
         f"measured {rate:.3g} images/s with {len(devices)} process(es), saving included: "
         f"{len(plan) / rate / 3600:.2f} hours for all {len(plan)} images, {shard / rate / 3600:.2f} hours for one of "
-        f"{shards} shard(s); {size / made * len(plan) / 1e6:,.0f} MB of disk"
+        f"{shards} shard(s); {size / written * len(plan) / 1e6:,.0f} MB of disk"
     )
 
 
@@ -349,10 +349,10 @@ def make_folders(folder: Path, folders: Sequence[str]) -> None:
 
 
 def _conclude(subset: Subset, outcome: Outcome) -> Path:
-    folder, made, (finished, wanted) = subset.folder, outcome.made, subset.count()
-    rate = f", {made / outcome.seconds:.2f} images/s" if made and outcome.seconds else ""
+    folder, written, (finished, wanted) = subset.folder, outcome.written, subset.count()
+    rate = f", {written / outcome.seconds:.2f} images/s" if written and outcome.seconds else ""
     seconds = f"{outcome.seconds:.0f} s{rate}"
-    log.info("%s: %d of %d images (%d made now in %s)", folder, finished, wanted, made, seconds)
+    log.info("%s: %d of %d images (%d written now in %s)", folder, finished, wanted, written, seconds)
     if outcome.interrupted:
         raise Interrupted(
             f"interrupted: {finished} of {wanted} images are in {folder}; the same command makes the rest"

@@ -194,7 +194,7 @@ class Target:
     shard_images: int
     seed: int
 
-    def place(self, content: Path | bytes, path: str) -> None:
+    def put(self, content: Path | bytes, path: str) -> None:
         """Brings a file to its place, unless an earlier run has. Raises UserError: a file of another size is in its place."""
         target = self.folder / path
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -274,7 +274,7 @@ def write_original(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> 
         strength = float(split.strengths[row])
         path = meta_csv.relative_path(target.class_folders[a], target.class_folders[b], row, strength)
         content, ending = split.content(row)
-        target.place(content if ending == ".png" else _as_png(split.synthetic.image(row)), f"data/{path}")
+        target.put(content if ending == ".png" else _as_png(split.synthetic.image(row)), f"data/{path}")
         rows.append((names[a], names[b], row, meta_csv.strength_text(strength), path))
         bar.update()
     meta_csv.write(target.folder / meta_csv.FILE_NAME, rows, ())
@@ -294,7 +294,7 @@ def _place_all(
             for row in range(len(split)):
                 content, ending = split.content(row)
                 path = path_of(split, row, ending)
-                target.place(content, path)
+                target.put(content, path)
                 values = split.metadata(row)
                 if split is splits[0] and row == 0:
                     writer.writerow([first, "split", *values])
