@@ -1,6 +1,7 @@
 """Every benchmark runs in small; those of stages 1 and 3 are tested beside their stages."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,14 @@ import tiny
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(name, monkeypatch, folder, *argv, status: int = 0) -> dict:
+def run(name, monkeypatch, folder, *argv, status: int = 0, file: str | None = None) -> dict:
     """Runs a benchmark in this process, which returns ``status``; returns the figures it writes."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'scripts'}:{ROOT}")
     common = importlib.import_module("benchmarks.common")
     monkeypatch.setattr(common, "OUTPUT", folder)
     assert importlib.import_module(f"benchmarks.{name}").main([str(word) for word in argv]) == status
-    return tiny.read_json(folder / f"{name}.json")
+    return tiny.read_json(folder / f"{file or name}.json")
 
 
 def test_reading_data(tmp_path, monkeypatch):
@@ -35,15 +36,15 @@ def test_plans(tmp_path, monkeypatch):
 def test_a_gpus_parts_in_small(tiny_base, image_folder, tmp_path, monkeypatch, capfd):
     argv = ["--rehearse", "--base", tiny_base, "--dataset", f"folder:{image_folder}"]
     parts = ["stage-2", "stage-3-resnet50"]
-    figures = run("gpu", monkeypatch, tmp_path, *argv, "--parts", *parts)["parts"]
+    figures = run("gpu", monkeypatch, tmp_path, *argv, "--parts", *parts, file="gpu-rehearsal")["parts"]
     assert sorted(figures) == parts
     sampling = figures["stage-2"]
     assert sampling["ours"]["batch_size"] == 2 and min(sampling["ratio_to_best"], *sampling["original"].values()) > 0
     assert figures["stage-3-resnet50"]["ours"]["images_per_second"] > 0
     # what does not end in time is stopped, and the figures that exist are kept
-    run("gpu", monkeypatch, tmp_path, *argv, "--parts", "stage-1", "--minutes", 0.03, status=1)
-    assert tiny.read_json(tmp_path / "gpu.json")["parts"] == figures
-    assert "stage-1: ended after 2 s, with the time of --minutes" in capfd.readouterr().out
+    run("gpu", monkeypatch, tmp_path, *argv, "--parts", "stage-1", "--minutes", 0.03, status=1, file="gpu-rehearsal")
+    assert tiny.read_json(tmp_path / "gpu-rehearsal.json")["parts"] == figures
+    assert re.search("stage-1: ended after . s, with the time of --minutes", capfd.readouterr().out)
 
 
 def test_kernels(tiny_base, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def run_part(part: Part, arguments: list[str], folder: Path, limit: float) -> st
     return f"exit status {status}: see its messages above" if status else None
 
 
-def card_row(figures: Mapping[str, Any]) -> str:
+def card_row(card: str, figures: Mapping[str, Any]) -> str:
     """The card's row of the table in docs/speed.md."""
     machine, parts = figures["machine"], figures["parts"]
 
@@ -113,13 +113,13 @@ def card_row(figures: Mapping[str, Any]) -> str:
         return f"{result['ours']['images_per_second']:.0f} ({result['ratio_to_best']:.2f})"
 
     cells = [
-        machine["gpu"] or f"{machine['cores']} cores (rehearsal)",
+        card,
         show("stage-2", lambda f: f"{f['ours']['images_per_second']:.3g} ({f['ratio_to_best']:.2f})"),
         show("stage-1", steps),
         show("stage-1-graphs", steps),
         show("stage-3-resnet50", whole),
         show("stage-3-vit", whole),
-        f"{datetime.date.today()}, {machine['git_revision']}, torch {machine['versions']['torch']}",
+        f"{datetime.date.today()}, {(machine['git_revision'] or '')[:7]}, torch {machine['versions']['torch']}",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up_logging()
     check(args)
     end = time.monotonic() + 60 * args.minutes
-    path, folder = common.OUTPUT / "gpu.json", common.OUTPUT / "gpu"
+    folder = common.OUTPUT / ("gpu-rehearsal" if args.rehearse else "gpu")
+    path = folder.with_suffix(".json")
     folder.mkdir(parents=True, exist_ok=True)
     figures = figures_so_far(path)
     base, failed = args.base or base_for(args.rehearse, folder), False
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             result = files.read_json(folder / name / f"{part.benchmark}.json")
             figures["parts"][name] = {**result, "seconds": round(time.monotonic() - began, 1)}
         files.write_json(path, figures)
-    print(f"\n{card_row(figures)}")
+    print(f"\n{card_row('rehearsal' if args.rehearse else figures['machine']['gpu'], figures)}")
     return int(failed)
 
 
@@ -198,5 +199,8 @@ def base_for(rehearse: bool, folder: Path) -> str:
     from benchmarks.sampling import SD15, build_sd15
 
     if not (folder / SD15 / "model_index.json").exists():
+        import torch
+
         build_sd15(folder / SD15, 512)
+        torch.cuda.empty_cache()  # the parts want all of the card
     return str(folder / SD15)
