@@ -330,4 +330,4 @@ def _trial(
     moments = torch.cat([latents, torch.full_like(latents, -30)], dim=1)  # a posterior without variance
     sampler, generator = Sampler(unet, scheduler, none, settings), torch.Generator().manual_seed(1)
     masks = torch.zeros(1, 1, 8, 8, dtype=torch.bool) if masked else None
-    return _Trial(noises, translate(sampler, moments, 1.0, none, [strength], [generator], masks) - latents)
+    return _Trial(noises, translate(sampler, moments, 1.0, none, [strength], [generator], masks=masks) - latents)
