@@ -352,7 +352,7 @@ def _conclude(subset: Subset, outcome: Outcome) -> Path:
     folder, written, (finished, wanted) = subset.folder, outcome.written, subset.count()
     rate = f", {written / outcome.seconds:.2f} images/s" if written and outcome.seconds else ""
     seconds = f"{outcome.seconds:.0f} s{rate}"
-    log.info("%s: %d of %d images (%d written now in %s)", folder, finished, wanted, written, seconds)
+    log.info("%s: %d of %d images (%d made now in %s)", folder, finished, wanted, written, seconds)
     if outcome.interrupted:
         raise Interrupted(
             f"interrupted: {finished} of {wanted} images are in {folder}; the same command makes the rest"
