@@ -15,7 +15,7 @@ from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv, tensors
-from semantic_aug.classify import mixing, models, trainer
+from semantic_aug.classify import data, mixing, models, trainer
 from semantic_aug.classify.config import LossSettings, MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
 from semantic_aug.classify.losses import make_criterion, one_hot, smooth
@@ -282,6 +282,23 @@ def test_batches_repeat_and_do_not_depend_on_the_cache(tmp_path, animals):
     one, two, other = (list(b.epoch(3)) for b in (make(10**9), make(0), make(10**9, 2)))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, two))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(one, other))
+
+
+def test_batches_cut_on_the_device_are_the_same(tmp_path, animals, monkeypatch):
+    monkeypatch.setattr(data, "COPIED_IMAGES", 4)
+    synthetic = read_subset(write_subset(tmp_path / "s", ROWS), animals)
+    half = SyntheticSettings(synthetic_prob=0.5)
+    for subset in (synthetic, None):
+        one, other = (TrainBatches(animals.train, subset, half, 28, 6, 1, cache=cache) for cache in ("off", "device"))
+        for a, b in zip(one.epoch(3), other.epoch(3), strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        assert other.real.pixels is None  # held once
+    one, other = (EvalBatches(animals.test, 28, 4, cache=cache) for cache in ("off", "device"))
+    for a, b in zip(one.part(), other.part(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    monkeypatch.setattr(data, "available_memory", lambda: 18 * 32 * 32 * 3)
+    with pytest.raises(UserError, match=r"^--cache device: 18 images of 32 px take .* more than 40% of the .* on cpu"):
+        TrainBatches(animals.train, None, half, 28, 6, 1, cache="device")
 
 
 def test_crops_are_each_images_own():

@@ -53,6 +53,13 @@ def three_seeds(image_folder, tmp_path_factory):
     return folder
 
 
+def test_images_held_on_the_device_change_no_result(image_folder, tmp_path):
+    results = [train(image_folder, tmp_path / cache, cache=cache) for cache in ("auto", "device")]
+    assert results[0] == {**results[1], "seconds": results[0]["seconds"]}
+    one, other = ((tmp_path / cache / "model.safetensors").read_bytes() for cache in ("auto", "device"))
+    assert one == other
+
+
 def test_every_setting_that_changes_the_result_is_recorded():
     config = ClassifyConfig(
         dataset="elpv", syndata=("s",), loss=LossSettings("ls"), mixing=MixSettings(True, True, True)

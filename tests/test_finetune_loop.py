@@ -64,11 +64,11 @@ def request(tiny_base, image_folder, output_dir, **changes):
     return resolve(parse(argv))
 
 
-def make_trainer(*arguments, **changes):
+def make_trainer(*arguments, cpu=True, **changes):
     """A trainer ready for :meth:`optimizer_step`, in process."""
     config, dataset = request(*arguments, **changes)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    running = trainer.Trainer(config, dataset, Accelerator(cpu=True, mixed_precision=config.model.mixed_precision))
+    running = trainer.Trainer(config, dataset, Accelerator(cpu=cpu, mixed_precision=config.model.mixed_precision))
     running.prepare()
     return running
 

@@ -85,7 +85,7 @@ def test_class_tokens_learn_nothing_from_unlabelled_images(tiny_base, image_fold
     (vectors,), lora = running.model.vectors, running.model.lora_parameters
     for rows, learned in (([18, 26, 20, 21], False), ([0, 26, 17, 21], True)):
         draw = replace(running.source.draw(0), index=torch.tensor(rows))
-        running._loss(draw).backward()
+        running._forward_and_backward(running._batch(draw))
         assert bool(vectors.grad.abs().sum() > 0) == learned
         assert all(parameter.grad.abs().sum() > 0 for parameter in lora[:1])
         running.optimizer.zero_grad()

@@ -6,8 +6,8 @@ python scripts/bench.py finetune --base sd15-random --device cuda  # an SD-1.5-s
 Each side lives in a process of its own, so that its peak memory is its own; while one trains, the other waits. How fast a
 process is depends on where its memory happens to lie (by a tenth and more on a CPU), so there are several pairs of them.
 
-Where nothing is compiled, the calls of one more step are counted: how fast a GPU can be told what to do often is how fast
-it is.
+Where nothing is compiled or recorded, the calls of one more step are counted: how fast a GPU can be told what to do often is
+how fast it is.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def settings_of(args: argparse.Namespace, base: Path, folder: Path) -> FinetuneC
         "seed": 0,
     }
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    argv += ["--cuda_graph"] if args.cuda_graph else []
     return resolve(parse(argv))[0]
 
 
@@ -128,8 +129,8 @@ def serve(side: str, config: FinetuneConfig, images: int, warmup: int, device: s
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
-    compiled = side == OURS and config.compiled(device)
-    calls = None if compiled else common.calls_of(lambda: running.steps(1))
+    counted = side == PORT or not (config.compiled(device) or config.model.cuda_graph)
+    calls = common.calls_of(lambda: running.steps(1)) if counted else None
     pipe.send({"peak_memory_mb": round(peak), "calls_per_step": calls})
 
 
@@ -196,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=cli.whole(0), default=3, help="steps before the first round (default: 3)")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None, help="default: GPU fp16")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default=None, help="of ours (default: GPU on)")
+    parser.add_argument("--cuda_graph", action="store_true", help="of ours: record a step and replay it")
     return parser
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from semantic_aug import cli
 from semantic_aug.classify.draws import SYNTHETIC_MODES, SyntheticSettings
 from semantic_aug.classify.mixing import MixSettings
-from semantic_aug.datasets.cache import MODES as CACHES
+from semantic_aug.datasets.cache import MODES
 from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
 from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 from semantic_aug.errors import UserError
@@ -25,6 +25,9 @@ CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
 AUGMENTATIONS = ("crop", "resized_crop")
 LR_SCHEDULES = ("cosine", "scaled_cosine", "step")
 CLASS_WEIGHT_MEANS = ("images", "weights")
+ON_DEVICE = "device"
+"""Images are decoded as with ``auto``, then held on the device, where batches are cut."""
+CACHES = (*MODES, ON_DEVICE)
 SELECT_BY = ("top1", "macro", "worst_group")
 WEIGHTS = ("auto", "none", "torchvision")
 """Pre-trained weights that are no file."""
@@ -279,7 +282,8 @@ class PlacementSettings:
         "auto",
         choices=CACHES,
         help="where decoded and resized images are kept: in memory, in outputs/cache (shared by runs; DIFFMIX_CACHE names "
-        "another folder, DIFFMIX_CACHE_GB its bound), or nowhere; auto: by size",
+        "another folder, DIFFMIX_CACHE_GB its bound), or nowhere; auto: by size; device: on the GPU, which then cuts the "
+        "batches",
         result=False,
     )
     output_dir: Path | None = cli.setting(

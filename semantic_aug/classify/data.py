@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from semantic_aug.classify.config import ON_DEVICE
 from semantic_aug.classify.crops import ResizedCrops
 from semantic_aug.classify.draws import EpochDraws, SyntheticSettings, minority_rows
 from semantic_aug.classify.losses import one_hot
@@ -25,6 +26,8 @@ from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import open_pixels
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.devices import available_memory
+from semantic_aug.errors import UserError
+from semantic_aug.files import size_text
 from semantic_aug.seeding import numpy_rng
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ CROP_SHARE = 0.875
 
 RAM_SHARE = 0.4
 """Share of the available memory that decoded images may take; beyond it they are decoded each time."""
+
+COPIED_IMAGES = 256
+"""Images that go to the device at once."""
 
 
 def resized_side(resolution: int) -> int:
@@ -50,7 +56,8 @@ class ImageStore:
         side: pixels; the whole picture is resized to a square, bicubic.
         budget: bytes the decoded images may take in memory.
         workers: decoding threads.
-        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES`` or
+            ``semantic_aug.classify.config.ON_DEVICE``.
         identity: what the images are (a table's ``signature()``); without it they are never kept on disk.
         keep_aspect: the shorter side is resized and the middle kept, instead of the whole picture.
     """
@@ -70,6 +77,7 @@ class ImageStore:
         self.read, self.count, self.side, self.keep_aspect = read, count, side, keep_aspect
         self.pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
         content = f"{identity} {'crop' if keep_aspect else 'squash'} bicubic" if identity is not None else None
+        cache = "auto" if cache == ON_DEVICE else cache
         self.pixels = open_pixels(self.decode, count, side, content, cache, memory=budget, workers=workers)
 
     def decode(self, index: int) -> np.ndarray:
@@ -116,6 +124,41 @@ def centre(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, margin : margin + size, margin : margin + size])
 
 
+class DevicePixels:
+    """All images of some stores on a device, one store after the other, from which a batch is cut at once.
+
+    Raises:
+        UserError: they take more than :data:`RAM_SHARE` of its free memory.
+    """
+
+    def __init__(self, stores: Sequence[ImageStore], device: torch.device | str):
+        device = torch.device(device)
+        count, side = sum(store.count for store in stores), stores[0].side
+        need, free = count * side * side * 3, available_memory()
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        if need > RAM_SHARE * free:
+            raise UserError(
+                f"--cache {ON_DEVICE}: {count} images of {side} px take {size_text(need)}, more than {RAM_SHARE:.0%} of the "
+                f"{size_text(free)} that are free on {device}; give --cache auto"
+            )
+        self.pixels = torch.empty((count, side, side, 3), dtype=torch.uint8, device=device)
+        first = 0
+        for store in stores:
+            for rows in np.split(np.arange(store.count), range(COPIED_IMAGES, store.count, COPIED_IMAGES)):
+                self.pixels[first : first + len(rows)] = torch.from_numpy(store.batch(rows))
+                first += len(rows)
+            store.pixels = None  # no second copy in memory
+
+    def windows(self, items: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray) -> Tensor:
+        """As :func:`crop`, of the images ``items`` ``(B,)``: uint8 ``(B, size, size, 3)`` on the device."""
+        across = np.arange(size)
+        rows = tops[:, None] + across
+        columns = lefts[:, None] + np.where(flips[:, None], across[::-1], across)
+        indices = items[:, None, None], rows[:, :, None], columns[:, None, :]
+        return self.pixels[tuple(torch.from_numpy(index).to(self.pixels.device) for index in indices)]
+
+
 def views(store: ImageStore, rows: np.ndarray) -> Sequence[np.ndarray]:
     """Some images of a store, uint8 ``(S, S, 3)`` each, without a copy where they are decoded already."""
     return [store.pixels[row] for row in rows] if store.pixels is not None else store.batch(rows)
@@ -141,7 +184,8 @@ class TrainBatches:
         resolution: side of the crops in pixels.
         batch_size: items per batch; the last, smaller part of an epoch is dropped unless it is all there is.
         budget: bytes for decoded images in memory.
-        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        cache: as of :class:`ImageStore`.
+        device: that then holds them.
         augmentation: one of ``semantic_aug.classify.config.AUGMENTATIONS``; resized crops are cut from the whole images,
             which are decoded each time.
         epochs: of the whole training, where the draws change over them.
@@ -158,6 +202,7 @@ class TrainBatches:
         *,
         budget: int | None = None,
         cache: str = "auto",
+        device: torch.device | str = "cpu",
         augmentation: str = "crop",
         epochs: int | None = None,
     ):
@@ -179,6 +224,8 @@ class TrainBatches:
             )
             # soft labels y = (1 - s^gamma) onehot(source) + s^gamma onehot(target)
             self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(settings.gamma, k))])
+        stores = [store for store in (self.real, self.synthetic) if store is not None]
+        self.on_device = DevicePixels(stores, device) if cache == ON_DEVICE else None
         targets, strengths = (synthetic.target, synthetic.strength) if self.synthetic else (None, None)
         options = {"counts": real.counts(), "strengths": strengths, "epochs": epochs}
         self.draws = EpochDraws(len(real), targets, settings, batch_size, seed, **options)
@@ -217,7 +264,7 @@ class TrainBatches:
     def _load(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Pixels and targets of the items at some positions, augmented."""
         pixels = (self._resized_crops if self.whole else self._crops)(items, positions, rng)
-        return torch.from_numpy(pixels), self.targets[torch.from_numpy(items[positions])]
+        return torch.as_tensor(pixels), self.targets[torch.from_numpy(items[positions])]
 
     def _resized_crops(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         crops = ResizedCrops(len(items), rng)
@@ -229,10 +276,12 @@ class TrainBatches:
 
         return np.stack(list(self.real.pool.map(augmented, positions.tolist())))
 
-    def _crops(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _crops(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray | Tensor:
         room = self.real.side - self.resolution + 1
         tops, lefts = rng.integers(room, size=(2, len(items)))[:, positions]
         flips, items = (rng.random(len(items)) < 0.5)[positions], items[positions]
+        if self.on_device is not None:
+            return self.on_device.windows(items, tops, lefts, self.resolution, flips)
         images: list[np.ndarray] = [None] * len(items)
         for store, first, chosen in (
             (self.real, 0, items < self.real.count),
@@ -251,16 +300,25 @@ class EvalBatches:
     Args:
         resolution: side in pixels.
         batch_size: images per batch.
-        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES``.
+        cache: as of :class:`ImageStore`.
+        device: that then holds them.
         keep_aspect: see :class:`ImageStore`.
     """
 
     def __init__(
-        self, table: ImageTable, resolution: int, batch_size: int, *, cache: str = "auto", keep_aspect: bool = False
+        self,
+        table: ImageTable,
+        resolution: int,
+        batch_size: int,
+        *,
+        cache: str = "auto",
+        device: torch.device | str = "cpu",
+        keep_aspect: bool = False,
     ):
         side, budget = resized_side(resolution), int(available_memory() * RAM_SHARE)
         options = {"cache": cache, "identity": table.signature(), "keep_aspect": keep_aspect}
         self.store = ImageStore(table.image, len(table), side, budget, **options)
+        self.on_device = DevicePixels([self.store], device) if cache == ON_DEVICE else None
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 
     def part(self, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -268,8 +326,13 @@ class EvalBatches:
         ``(B,)``."""
         for start in range(part * self.batch_size, self.store.count, parts * self.batch_size):
             rows = np.arange(start, min(self.store.count, start + self.batch_size))
-            pixels = torch.from_numpy(centre(self.store.batch(rows), self.resolution))
-            yield torch.from_numpy(rows), pixels, self.labels[rows]
+            yield torch.from_numpy(rows), self._middle(rows), self.labels[rows]
+
+    def _middle(self, rows: np.ndarray) -> Tensor:
+        if self.on_device is None:
+            return torch.from_numpy(centre(self.store.batch(rows), self.resolution))
+        margins = np.full(len(rows), (self.store.side - self.resolution) // 2)
+        return self.on_device.windows(rows, margins, margins, self.resolution, np.zeros(len(rows), bool))
 
 
 class Normaliser:
@@ -286,7 +349,7 @@ class Normaliser:
         self.device = device
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()
         moved = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return moved.to(torch.float32) * self.scale - self.shift

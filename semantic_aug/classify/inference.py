@@ -192,7 +192,8 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
     processes = Processes(config.device)
     for split, table in (("val", dataset.val), ("test", dataset.test)):
         if table is not None:
-            size, options = 2 * config.training.batch_size, {"keep_aspect": classifier.keep_aspect}
+            size = 2 * config.training.batch_size
+            options = {"device": processes.device, "keep_aspect": classifier.keep_aspect}
             batches = EvalBatches(table, classifier.resolution, size, cache=config.placement.cache, **options)
             classes = len(classifier.class_names)
             scores = evaluate(classifier.model, batches, classifier.normalise, classes, processes, classifier.amp)

@@ -109,6 +109,7 @@ class Trainer:
             training.batch_size,
             config.seed,
             cache=config.placement.cache,
+            device=self.device,
             augmentation=training.augmentation,
             epochs=training.nepoch,
         )
@@ -132,8 +133,8 @@ class Trainer:
 
     def _eval_batches(self, table: ImageTable) -> EvalBatches:
         size, resolution = 2 * self.config.training.batch_size, self.config.classifier.res_mode
-        cache, keep_aspect = self.config.placement.cache, self.config.training.keep_aspect
-        return EvalBatches(table, resolution, size, cache=cache, keep_aspect=keep_aspect)
+        options = {"device": self.device, "keep_aspect": self.config.training.keep_aspect}
+        return EvalBatches(table, resolution, size, cache=self.config.placement.cache, **options)
 
     def _check_batch_norm(self) -> None:
         """Refuses batches whose smallest part BatchNorm cannot train on; synchronised over GPUs it sees all parts."""

@@ -91,6 +91,13 @@ class ModelSettings:
         help="compile what trains; auto: on a GPU where the run is long enough to repay it",
         result=False,
     )
+    cuda_graph: bool = cli.setting(
+        False,
+        help="record forward and backward pass as one CUDA graph and replay it, compiled or not: on one GPU, without "
+        "micro-batches and --gradient_checkpointing",
+        result=False,
+        absent=False,
+    )
 
     def __post_init__(self):
         if self.train_text_encoder_lora and not self.trains_lora:

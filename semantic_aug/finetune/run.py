@@ -104,8 +104,22 @@ def check_flags(config: FinetuneConfig) -> None:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
     check_tracker(config.output.report_to)
+    check_cuda_graph(config)
     if key := config.output.register_key:
         registry.check_writable(registry.CHECKPOINTS, key, config.run.config_dir)
+
+
+def check_cuda_graph(config: FinetuneConfig) -> None:
+    """Refuses ``--cuda_graph`` where a step is more than one pass on one GPU. Raises UserError: names what is in the way."""
+    obstacles = {
+        "no GPU that PyTorch can use": not torch.cuda.is_available(),
+        "several processes": launched() > 1,
+        "micro-batches (--gradient_accumulation_steps)": config.train.gradient_accumulation_steps > 1,
+        "--gradient_checkpointing": config.model.gradient_checkpointing,
+    }
+    present = [name for name, there in obstacles.items() if there]
+    if config.model.cuda_graph and present:
+        raise UserError(f"--cuda_graph with {' and '.join(present)}: one pass on one GPU is recorded; leave it out")
 
 
 def resolution_of(config: FinetuneConfig, folder: Path) -> int:

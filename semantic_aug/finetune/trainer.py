@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from semantic_aug.errors import Interrupted, UserError, signals_to
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource, Draw
 from semantic_aug.finetune.config import FinetuneConfig
+from semantic_aug.finetune.graph import RecordedStep
 from semantic_aug.finetune.latents import LatentCache, PixelCache, Share, image_sizes
 from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
 from semantic_aug.finetune.validation import validation_grid
@@ -127,6 +129,9 @@ class Trainer:
         )
         if self._scaler_state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
+        self._pass = self._forward_and_backward
+        if self.config.model.cuda_graph:
+            self._pass = RecordedStep(self._forward_and_backward, self._parameters())
 
     def train(self) -> dict:
         """Runs (or resumes) to ``max_train_steps`` and writes the final files; returns the summary that ``summary.json``
@@ -196,12 +201,9 @@ class Trainer:
             last = micro == train.gradient_accumulation_steps - 1
             part = draw.part(micro * accelerator.num_processes + accelerator.process_index, train.train_batch_size)
             with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
-                loss = self._loss(part) / train.gradient_accumulation_steps
-                accelerator.backward(loss)
-            total += loss.detach()
+                total += self._pass(self._batch(part))
         if train.max_grad_norm:  # gradient clipping
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            norm = accelerator.clip_grad_norm_(parameters, train.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(self._parameters(), train.max_grad_norm)
         self._stepper.step()
         self.schedule.step()
         self._stepper.zero_grad(set_to_none=True)
@@ -215,20 +217,38 @@ class Trainer:
             values = values.pin_memory()
         return values.to(device, non_blocking=True)
 
-    def _loss(self, draw: Draw) -> Tensor:
-        settings = self.config.train
-        # latents: a sample of the VAE's posterior
-        moments = self._moved(self.latents.gather(draw.index, draw.view, draw.flip))
-        latents = sample_posterior(moments, self._moved(draw.posterior), self.base.vae.config.scaling_factor)
-        # forward diffusion: noise of the drawn timesteps
-        noise, timesteps = self._moved(draw.noise), self._moved(draw.timestep)
-        noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
-        target = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
-        # conditioning: prompts, and image sizes in XL
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """All that is trained."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _batch(self, draw: Draw) -> dict[str, Tensor]:
+        """All that a pass takes of a draw, on the device: moments, random numbers, timesteps, conditions."""
         captions = self.model.captions.choose(draw.index, draw.caption, draw.template)
         sizes = None if self.sizes is None else self.sizes[draw.index, draw.view, draw.flip.long()]
-        conditions = self.model.conditions(self.labels[draw.index], draw.template, captions, sizes)
-        conditions = {name: self._moved(value) for name, value in conditions.items()}
+        batch = {
+            "moments": self.latents.gather(draw.index, draw.view, draw.flip),
+            "posterior": draw.posterior,
+            "noise": draw.noise,
+            "timesteps": draw.timestep,
+            **self.model.conditions(self.labels[draw.index], draw.template, captions, sizes),
+        }
+        return {name: self._moved(value) for name, value in batch.items()}
+
+    def _forward_and_backward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """A micro-batch's part of the step's mean loss; its gradients are added to the parameters'."""
+        loss = self._loss(**batch) / self.config.train.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _loss(
+        self, moments: Tensor, posterior: Tensor, noise: Tensor, timesteps: Tensor, **conditions: Tensor
+    ) -> Tensor:
+        settings = self.config.train
+        # latents: a sample of the VAE's posterior
+        latents = sample_posterior(moments, posterior, self.base.vae.config.scaling_factor)
+        # forward diffusion: noise of the drawn timesteps
+        noisy = losses.add_noise(latents, noise, timesteps, self.alphas)
+        target = losses.target(latents, noise, timesteps, self.alphas, self.prediction_type)
         predicted = self._wrapped(noisy.to(self.dtype), timesteps, conditions)
         # min-SNR loss weights
         weights = None
