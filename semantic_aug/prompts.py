@@ -254,7 +254,7 @@ def caption_prompt(caption: str, phrase: str, name: str) -> str:
     """An image's own caption, speaking of the class by its phrase, which replaces ``{}`` or the class's name; a caption with
     neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch"."""
     if "{}" in caption:
-        return fill(caption, phrase)
+        return fill(caption, phrase).replace("{}", phrase)
     named = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", caption, count=1, flags=re.IGNORECASE)
     return fill(named if "{}" in named else f"{SAMPLING_TEMPLATE}, {caption}", phrase)
 

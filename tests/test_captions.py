@@ -22,6 +22,7 @@ from semantic_aug.sampling.masks import parse_box
     ("caption", "wanted"),
     [
         ("an {} on a stone", "a <class_0> animal on a stone"),
+        ("an {} beside another {}", "a <class_0> animal beside another <class_0> animal"),
         ("A Red Fox in snow", "A <class_0> animal in snow"),
         ("sleeping in the sun", "a photo of a <class_0> animal, sleeping in the sun"),
         ("red foxes at play", "a photo of a <class_0> animal, red foxes at play"),  # a longer word is not the name

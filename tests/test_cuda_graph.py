@@ -37,28 +37,31 @@ class Recorded(TorchDispatchMode):
         return call(*args, **(kwargs or {}))
 
 
-def repeated(parameters):
-    """As a CUDA graph repeats a function: results come where they came when it was recorded."""
+class Repeated:
+    """Repeats a function as a CUDA graph does: results come where they came when it was recorded."""
 
-    def record(keep_results):
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def warm_up(self, function):
+        return function()
+
+    def record(self, keep_results):
         step = keep_results.__self__
         keep_results()
-        loss, gradients = step.loss, step.gradients
-        recorded_at = step.batch
+        loss, gradients, batch = step.loss, step.gradients, step.batch
 
         def replay():
-            assert step.batch is recorded_at and all(p.grad is None for p in parameters)
+            assert step.batch is batch and all(p.grad is None for p in self.parameters)
             keep_results()
             loss.copy_(step.loss)
-            for place, gradient in zip(gradients, step.gradients, strict=True):
-                place.copy_(gradient)
+            for kept, gradient in zip(gradients, step.gradients, strict=True):
+                kept.copy_(gradient)
             step.loss, step.gradients = loss, gradients
 
-        for parameter in parameters:
+        for parameter in self.parameters:
             parameter.grad = None  # recording is not doing
         return replay
-
-    return record
 
 
 CASES = [
@@ -78,7 +81,7 @@ def test_a_recorded_step_is_the_plain_one(bases, image_folder, tmp_path, family,
         running = make_trainer(bases[family], image_folder, tmp_path / name, **changes)
         if name == "recorded":
             parameters = running._parameters()
-            step = RecordedStep(running._pass, parameters, repeated(parameters), warm_up=lambda function: function())
+            step = RecordedStep(running._pass, parameters, Repeated(parameters))
             running._pass = step
         losses.append([float(running.optimizer_step()[0]) for _ in range(WARM_UP_STEPS + 3)])
         weights.append([parameter.detach().clone() for parameter in running._parameters()])
@@ -107,11 +110,15 @@ def test_a_pass_reads_nothing_on_the_host(bases, image_folder, tmp_path, family,
         ({}, "no GPU that PyTorch can use"),
         ({"gradient_accumulation_steps": 2}, "micro-batches"),
         ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        ({"ACCELERATE_USE_CPU": "true"}, "accelerate set to the CPU"),
+        ({"LOCAL_RANK": "0"}, "a distributed launch"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(tiny_base, image_folder, tmp_path, monkeypatch, changes, named):
     if changes:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in [name for name in changes if name.isupper()]:
+            monkeypatch.setenv(name, changes.pop(name))
     elif torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=f"^--cuda_graph with {named}"):

@@ -143,6 +143,7 @@ def test_stopped_at_any_step_and_resumed_equals_not_stopped(
     result, wanted = trained(parts), trained(whole)
     assert result.keys() == wanted.keys()
     assert all(torch.equal(result[k], wanted[k]) for k in wanted)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)  # a row's mean is over all its steps
     assert not list(parts.glob(".*"))  # leftovers are gone
 
 
@@ -391,7 +392,21 @@ def test_class_names_are_encoded_once(tiny_base, image_folder, tmp_path):
     again = running.model.conditions(labels.flip(0), templates.flip(0))["hidden"]
     assert torch.equal(again, first.flip(0)) and not calls
     running.model.conditions(labels, templates + 1)
-    assert calls == [1] and not first.requires_grad
+    assert calls == [1, 1] and not first.requires_grad  # the third prompt is new with another template
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_prompt_is_encoded_alike_whatever_is_held(bases, image_folder, tmp_path, family):
+    """A resumed run holds none of them, and pictures add theirs."""
+    labels, templates = torch.arange(8) % 3, torch.arange(8)
+    sizes = torch.full((8, 6), 32.0)
+    results = []
+    for held in (8, 3):
+        running = make_trainer(bases[family], image_folder, tmp_path / str(held), finetune_strategy="db")
+        for rows in (slice(held), slice(8)):
+            conditions = running.model.conditions(labels[rows], templates[rows], time_ids=sizes[rows])
+        results.append(conditions)
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
 @pytest.fixture
@@ -489,6 +504,16 @@ def test_half_precision_keeps_its_small_updates(tiny_base, image_folder, tmp_pat
             parameter += 0.5
     running._validate()
     assert drawn.read_bytes() != first  # pictures are of the weights as they are now
+
+
+def test_pictures_are_decoded_in_the_autoencoders_own_precision(tiny_base, image_folder, tmp_path):
+    """Beside networks in fp16 it stays in float32, where it does not overflow."""
+    running = make_trainer(tiny_base, image_folder, tmp_path, mixed_precision="bf16", num_validation_images=1)
+    running.base.vae.float()
+    seen = []
+    running.base.vae.decoder.conv_out.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    running._validate()
+    assert set(seen) == {torch.float32}
 
 
 def test_compiling_is_for_long_runs_on_a_gpu(tiny_base, image_folder, tmp_path):

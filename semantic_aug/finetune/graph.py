@@ -13,22 +13,27 @@ WARM_UP_STEPS = 3
 """Steps that run as usual before one is recorded: libraries choose their kernels and take their memory at the first calls."""
 
 
-def record_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Records what a function does on the GPU, without doing it; returns what does it again, with the same memory."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+class GraphRecorder:
+    """Records on the stream on which what comes before has run: autograd remembers the streams of parameters."""
 
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
 
-def on_own_stream(function: Callable[[], Tensor]) -> Tensor:
-    """Calls a function on another stream than the usual one, as what comes before a recording should be."""
-    stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(usual)
-    with torch.cuda.stream(stream):
-        result = function()
-    usual.wait_stream(stream)
-    return result
+    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
+        """Calls a function."""
+        usual = torch.cuda.current_stream()
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
+            result = function()
+        usual.wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Records what a function does on the GPU, without doing it; returns what does it again, with the same memory."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            function()
+        return graph.replay
 
 
 class RecordedStep:
@@ -39,18 +44,16 @@ class RecordedStep:
         function: from the tensors of a batch, by name, to its loss, a scalar; adds the gradients to ``parameters``. It may
             read no value from the device, and what changes from step to step it takes from its argument.
         parameters: what is trained; without gradients whenever a step begins.
-        record: from a function to what repeats it.
-        warm_up: calls the function before it is recorded.
+        recorder: has the methods of :class:`GraphRecorder`, which is the default.
     """
 
     def __init__(
         self,
         function: Callable[[Mapping[str, Tensor]], Tensor],
         parameters: Sequence[nn.Parameter],
-        record: Callable[[Callable[[], None]], Callable[[], None]] = record_graph,
-        warm_up: Callable[[Callable[[], Tensor]], Tensor] = on_own_stream,
+        recorder: GraphRecorder | None = None,
     ):
-        self.function, self.parameters, self.record, self.warm_up = function, parameters, record, warm_up
+        self.function, self.parameters, self.recorder = function, parameters, recorder or GraphRecorder()
         self.calls = 0
         self.batch: dict[str, Tensor] = {}
         self.loss: Tensor | None = None
@@ -61,10 +64,10 @@ class RecordedStep:
         """The loss of a batch, whose names, shapes and precisions are the same at every call; it lasts until the next."""
         self.calls += 1
         if self.calls <= WARM_UP_STEPS:
-            return self.warm_up(lambda: self.function(batch))
+            return self.recorder.warm_up(lambda: self.function(batch))
         if self.replay is None:
             self.batch = {name: value.clone() for name, value in batch.items()}
-            self.replay = self.record(self._keep_results)
+            self.replay = self.recorder.record(self._keep_results)
         for name, value in batch.items():
             self.batch[name].copy_(value, non_blocking=True)
         self.replay()

@@ -134,13 +134,12 @@ class TrainedModel(nn.Module):
     def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
         """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
         held = {row: self._encoded.get(row) for row in set(rows)}
-        new, fresh = sorted(row for row, encoded in held.items() if encoded is None), {}
-        if new:
-            ids = self._ids(new)
-            sizes = {} if time_ids is None else {"time_ids": time_ids[:1].expand(len(new), -1)}
+        fresh = {}
+        for row in sorted(row for row, encoded in held.items() if encoded is None):
+            # each by itself: in a batch of another size its last bits may differ, and what is held differs after a restart
+            sizes = {} if time_ids is None else {"time_ids": time_ids[:1]}
             with torch.no_grad():
-                encoded = self.conditioning(ids | sizes)
-            fresh = {row: encoded[[i]] for i, row in enumerate(new)}
+                fresh[row] = self.conditioning(self._ids([row]) | sizes)
         conditioning = Conditions.cat(fresh[row] if row in fresh else held[row] for row in rows)
         for row, encoded in fresh.items():
             if row < self.class_prompts:

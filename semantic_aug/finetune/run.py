@@ -111,14 +111,19 @@ def check_flags(config: FinetuneConfig) -> None:
 
 def check_cuda_graph(config: FinetuneConfig) -> None:
     """Refuses ``--cuda_graph`` where a step is more than one pass on one GPU. Raises UserError: names what is in the way."""
+    if not config.model.cuda_graph:
+        return
+    from accelerate.utils import parse_flag_from_env  # takes a second to import
+
     obstacles = {
         "no GPU that PyTorch can use": not torch.cuda.is_available(),
-        "several processes": launched() > 1,
+        "accelerate set to the CPU": parse_flag_from_env("ACCELERATE_USE_CPU"),
+        "a distributed launch": launched() > 1 or "LOCAL_RANK" in os.environ,
         "micro-batches (--gradient_accumulation_steps)": config.train.gradient_accumulation_steps > 1,
         "--gradient_checkpointing": config.model.gradient_checkpointing,
     }
     present = [name for name, there in obstacles.items() if there]
-    if config.model.cuda_graph and present:
+    if present:
         raise UserError(f"--cuda_graph with {' and '.join(present)}: one pass on one GPU is recorded; leave it out")
 
 

@@ -86,6 +86,7 @@ class Trainer:
         )
         self.labels = torch.from_numpy(self.images.labels)
         self.step = 0
+        self.logged_step, self.loss_sum = 0, 0.0  # the last row of the metrics, and the losses since then
         self.stop_signal: int | None = None
         self._scaler_state: dict | None = None
         if origin is not None:
@@ -144,7 +145,7 @@ class Trainer:
         metrics = runs.MetricsCsv(path, METRIC_COLUMNS, self.step) if accelerator.is_main_process else None
         began, first, last = time.monotonic(), self.step, config.train.max_train_steps
         loss_log = LossLog(accelerator.device, CHECK_STEPS, lambda part: accelerator.reduce(part, "mean"))
-        total, logged_at, logged_step = 0.0, began, self.step
+        logged_at, timed_from = began, self.step
         with signals_to(self._note_signal), self._progress_bar() as bar:
             while self.step < last:
                 loss, norm = self.optimizer_step()
@@ -154,16 +155,18 @@ class Trainer:
                 stopping = self._should_stop()
                 saving = stopping or self._is_due(config.output.checkpointing_steps)
                 if loss_log.count == CHECK_STEPS or logging_due or saving:
-                    total += self._sum_of_losses(loss_log)
+                    self.loss_sum += self._sum_of_losses(loss_log)
                 if logging_due:
-                    now, count = time.monotonic(), self.step - logged_step
-                    row = {"loss": total / count, "steps_per_second": count / (now - logged_at)}
+                    now, count = time.monotonic(), self.step - self.logged_step
+                    rate = (self.step - timed_from) / (now - logged_at)
+                    row = {"loss": self.loss_sum / count, "steps_per_second": rate}
                     row |= self._learning_rates() | ({"grad_norm": float(norm)} if norm is not None else {})
                     if metrics is not None:
                         metrics.add(step=self.step, **row)
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                     accelerator.log(row, step=self.step)
-                    total, logged_at, logged_step = 0.0, now, self.step
+                    self.logged_step, self.loss_sum = self.step, 0.0
+                    logged_at, timed_from = now, self.step
                 if saving:
                     self._checkpoint()
                 if stopping:
@@ -287,6 +290,8 @@ class Trainer:
             ) from None
         self.schedule.load_state_dict(state["schedule"])
         self.step, self._scaler_state = state["step"], state["scaler"]
+        # checkpoints of earlier versions say nothing of the losses
+        self.logged_step, self.loss_sum = state.get("logged_step", self.step), state.get("loss_sum", 0.0)
         log.info("resuming from %s", folder)
 
     def _checkpoint(self) -> None:
@@ -303,6 +308,8 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "effective_batch": self.effective_batch,
+            "logged_step": self.logged_step,
+            "loss_sum": self.loss_sum,
         }
         checkpoints.save_checkpoint(self.config.output_dir, self.step, self.model, state, limit)
 
@@ -380,10 +387,9 @@ class Trainer:
         self.model.eval()
         before = self.base.vae.device
         self.base.vae.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            image = validation_grid(
-                self.model, self.base, self.dataset.class_names, self.config.images.resolution, count, self.config.seed
-            )
+        image = validation_grid(
+            self.model, self.base, self.dataset.class_names, self.config.images.resolution, count, self.config.seed
+        )
         self.base.vae.to(before)
         self.model.train()
         with files.atomic_path(self.config.output_dir / "validation" / f"step-{self.step:06d}.png") as temporary:
