@@ -85,12 +85,13 @@ def parse(argv: list[str] | None = None) -> Config:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = replace(PRESETS[args.preset], **given)
     recipe.check()
-    work_dir = args.work_dir or args.output_dir.with_name(f"{args.output_dir.name}-training")
+    output_dir = args.output_dir.absolute()
+    work_dir = args.work_dir or output_dir.with_name(f"{output_dir.name}-training")
     return Config(
         images=args.images,
         exclude=tuple(args.exclude),
         recipe=recipe,
-        output_dir=args.output_dir,
+        output_dir=output_dir,
         work_dir=work_dir,
         minutes=args.budget,
         until=args.until,

@@ -153,6 +153,7 @@ def test_extra_arguments_may_set_what_the_methods_do_not(tmp_path):
         (["--shard_index", "2", "--num_shards", "2"], "--shard_index 2: expected a number below --num_shards 2"),
         (["--nepoch", "1", "2"], "--nepoch 1 2: expected one value, or one for each of the 1"),
         (["--examples_per_class", "0"], "--examples_per_class 0: expected a number of images, or -1"),
+        (["--examples_per_class", "3", "3"], "--examples_per_class 3 twice: a setting has one budget"),
         (["--gpu_ids", "gpu0"], "--gpu_ids gpu0: expected GPU numbers or the word cpu"),
         (["--stage3_args", "--seed 3"], "--stage3_args: --seed is set for each run already"),
         (
@@ -233,7 +234,7 @@ def runs(folder):
 
 
 def test_steps_run_once_and_only_what_is_needed_is_repeated(make_pair, tmp_path):
-    pair = make_pair(tmp_path / "pair")
+    pair = make_pair(tmp_path / "pair", seconds=0.1)
     for name in pair.missing():
         pair.run(name)
     assert runs(pair.folder) == ["a", "b"] and pair.missing() == []
@@ -472,6 +473,9 @@ def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeyp
     monkeypatch.setattr(compare, "check_commands", lambda steps, folder: checked.append((folder.name, steps)))
     compare.check_stages(jobs, tmp_path, tmp_path)
     (first, steps), (second, (alone,)) = checked
+    assert [step.arguments[step.arguments.index("--sample_strategy") + 1] for step in steps if step.stage == 2] == [
+        "real-mix"
+    ]
     assert (first, second) == ("5shot", "all") and sorted(step.stage for step in steps) == [1, 2, 3]
     assert "--nepoch 4 " in shlex.join(alone.arguments) and "--nepoch 40 " in shlex.join(steps[0].arguments)
 

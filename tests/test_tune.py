@@ -214,6 +214,7 @@ def search(tmp_path, tiny_base, monkeypatch):
         pair._record(step, 36.0, True)
 
     monkeypatch.setattr(tune.Pair, "run", fake)
+    monkeypatch.setattr(tune, "check_stages", lambda *_: None)
 
     def start(*argv, val_images=200):
         nonlocal images
@@ -334,6 +335,22 @@ def test_a_search_from_end_to_end(image_folder, tiny_base, tmp_path):
     assert arguments["syndata_max"] == 6  # 1 x 6 of the pool's 12
     script, *use = shlex.split(printed.strip().splitlines()[-1].removeprefix("python "))
     run_here(script, *use, "--dry_run")
+
+
+def test_a_flag_that_a_stage_refuses_is_refused_before_anything_runs(image_folder, tiny_base, tmp_path, capsys):
+    argv = [
+        "--dataset",
+        f"folder:{image_folder}",
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--seeds",
+        "1",
+        "2",
+    ]
+    argv += ["--examples_per_class", "3", "--stage3_args", "--criterion foccal", "--output_dir", str(tmp_path / "tune")]
+    assert run_main(tune.main, argv) == 2
+    assert "train_cls.py refuses" in capsys.readouterr().err
+    assert not (tmp_path / "tune" / "args.yaml").exists() and not (tmp_path / "tune" / ".check").exists()
 
 
 def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monkeypatch, capsys):

@@ -88,7 +88,7 @@ class Recipe:
         for flag, channels, multiple in (
             ("autoencoder_channels", self.autoencoder_channels, 8), ("unet_channels", self.unet_channels, 16),
         ):  # fmt: skip
-            if any(count < multiple or count % multiple for count in channels):
+            if not channels or any(count < multiple or count % multiple for count in channels):
                 raise UserError(f"--{flag} {' '.join(map(str, channels))}: expected multiples of {multiple}")
         flags = self.unet_attention
         if len(flags) != len(self.unet_channels) or not set(flags) <= {0, 1} or not any(flags):

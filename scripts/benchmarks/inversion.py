@@ -26,6 +26,7 @@ from semantic_aug.datasets.images import fit
 from semantic_aug.diffusion.base import find_base, read_geometry
 from semantic_aug.diffusion.loop import decode_latents
 from semantic_aug.diffusion.schedulers import SolverSettings
+from semantic_aug.errors import UserError
 
 BASE = "scripts/quickstart/base"
 BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measures every pair of steps and guidance; prints and writes the table and the picture."""
     args = build_parser().parse_args(argv)
     data = load_dataset(args.dataset)
+    if data.test is None:
+        raise UserError(f"--dataset {args.dataset} has no test images, which are inverted here")
     names = Prompts(data.source_names, data.class_names, data.spec.super_class)
     model = ModelFiles(args.base, find_base(args.base))
     engine = Engine(model, names, SolverSettings(1, 1.0, "ddim"), read_geometry(model.folder).native_resolution)

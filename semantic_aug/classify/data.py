@@ -136,7 +136,8 @@ class DevicePixels:
         count, side = sum(store.count for store in stores), stores[0].side
         need, free = count * side * side * 3, available_memory()
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + kept  # by PyTorch, of an earlier run in this process
         if need > RAM_SHARE * free:
             raise UserError(
                 f"--cache {ON_DEVICE}: {count} images of {side} px take {size_text(need)}, more than {RAM_SHARE:.0%} of the "

@@ -98,7 +98,7 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     names = metadata_of(path).get("classes", dataset.source_names)
     order = class_order(names, dataset, f"{flag} {path}")
     classifier = _load(
-        path, flag, config.classifier.model, config.classifier.res_mode, names, torch.device(config.device)
+        path, flag, config.classifier.model, config.classifier.res_mode, names, Processes(config.device).device
     )
     model = classifier.model if order == sorted(order) else Reordered(classifier.model, order).eval()
     side = _record_of(path).get("resolution", config.classifier.res_mode)

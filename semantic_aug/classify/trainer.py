@@ -118,7 +118,9 @@ class Trainer:
         self._check_batch_norm()
         self.counts = dataset.train.counts()
         self.criterion = make_criterion(config.loss, self.counts, self.device)
+        # test images, too, are opened before hours are spent
         self.val_batches = self._eval_batches(dataset.val) if dataset.val else None
+        self.test_batches = self._eval_batches(dataset.test) if dataset.test is not None else None
         self.optimizer = make_optimizer(self.model, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.steps_per_epoch = self.train_batches.steps_per_epoch
@@ -331,7 +333,7 @@ class Trainer:
         }
         final, predicted = {}, {"val": self.best["predicted"]} if self.best else {}
         if dataset.test is not None:
-            final["test"] = self._scores(self._eval_batches(dataset.test))
+            final["test"] = self._scores(self.test_batches)
             predicted["test"] = final["test"].predicted
             results["test"] = self._summary(final["test"], dataset.test)
             results |= test_groups(final["test"], dataset)

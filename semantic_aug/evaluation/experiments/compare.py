@@ -31,6 +31,7 @@ from semantic_aug.evaluation.experiments.commands import (
     StageCommands,
     Step,
     setting_name,
+    stand_in,
 )
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR, FOLDS
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
@@ -99,6 +100,9 @@ class ComparisonSettings:
         for shots in self.examples_per_class:
             if shots < 1 and shots != -1:
                 raise UserError(f"--examples_per_class {shots}: expected a number of images, or -1 for all")
+        for shots in self.examples_per_class:
+            if self.examples_per_class.count(shots) > 1:
+                raise UserError(f"--examples_per_class {shots} twice: a setting has one budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +273,8 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
 def _checked_samples(commands: StageCommands, job: Job) -> list[Step]:
     """Runs of stage 2 with the flags of single methods, without the checkpoint and the classifier that are still to be
     trained."""
-    steps, pool = [commands.sample("real-guidance")], commands.recipe.pseudo.get("unlabelled")
+    pool, used = commands.recipe.pseudo.get("unlabelled"), [METHODS[name].strategy for name in job.methods]
+    steps = [commands.sample(name) for name in dict.fromkeys(stand_in(name) for name in used if name)]
     for name, sample in {name: METHODS[name].sample for name in job.methods if METHODS[name].sample}.items():
         if UNLABELLED in sample.values():
             steps.append(commands.sample("real-mix", name, sources=sample["sources"], unlabelled=pool))

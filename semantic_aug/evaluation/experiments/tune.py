@@ -6,20 +6,22 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets.synthetic import subset_record
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.experiments import halving, report
-from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command, stand_in
 from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings
 from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
+    check_commands,
     claim_data,
     duration,
     interruptible,
@@ -265,9 +267,23 @@ def prepare(tuning: Tuning, config_dir: Path) -> None:
         "subset_seed": tuning.commands.subset_seed,
         "multiplier": tuning.multiplier,
     }
+    if not (tuning.folder / runs.ARGS_FILE).exists():
+        check_stages(tuning, config_dir)
     runs.claim(tuning.folder, record, "--output_dir", absent=tuning.recipe.defaults)
     claim_data(tuning.commands, config_dir, (1, 2, 3))
     prepare_config(tuning.folder, config_dir)
+
+
+def check_stages(tuning: Tuning, config_dir: Path) -> None:
+    """Lets the stages check their flags before the first of them runs. Raises UserError: a stage refuses."""
+    commands = replace(tuning.commands, folder=tuning.folder / ".check")
+    prepare_config(commands.folder, config_dir)
+    steps = [commands.classify("real-only", commands.subset_seed), commands.finetune("ti_db")]
+    steps += [commands.sample(name) for name in dict.fromkeys(map(stand_in, tuning.grid.strategy))]
+    try:
+        check_commands(steps, commands.folder)
+    finally:
+        shutil.rmtree(commands.folder, ignore_errors=True)
 
 
 def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, held: int) -> report.SearchResult:

@@ -136,7 +136,7 @@ class SplitImages:
     def content(self, row: int) -> tuple[Path | bytes, str]:
         """The file of an image, or its encoded bytes where the source holds no file, and its ending.
 
-        A real image that other programs would read otherwise than the stages do (sideways, with what its transparency hides,
+        An image that other programs would read otherwise than the stages do (sideways, with what its transparency hides,
         or 16-bit samples cut off) is encoded anew.
         """
         if row >= self.reals:
@@ -147,7 +147,7 @@ class SplitImages:
             ending = ENDINGS.get(sniff(stored[:HEAD]), "")
         else:
             ending = Path(stored).suffix.lower() if stored is not None else ""
-        if ending in FILE_ENDINGS and (row >= self.reals or reads_alike(stored)):
+        if ending in FILE_ENDINGS and reads_alike(stored):
             return stored if isinstance(stored, bytes) else Path(stored), ending
         return _as_png(self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)), ".png"
 

@@ -137,7 +137,7 @@ def kept_lines(file: Path, selected: np.ndarray) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = (row for row in csv.reader(lines) if row)
+        rows = (row for row in csv.reader(lines) if any(cell.strip() for cell in row))
         writer.writerow(next(rows))
         writer.writerows(row for row, chosen in zip(rows, selected, strict=True) if chosen)
     return out.getvalue()

@@ -302,7 +302,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float] | None:
     values = values[~np.isnan(values.astype(float))]
     if len(values) < 2:
         return None
-    if values.dtype == bool:
+    if np.isin(values, (0, 1)).all():  # a share
         interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return float(interval.low), float(interval.high)
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))

@@ -21,7 +21,7 @@ from semantic_aug.evaluation.quality.inputs import (
     make_parser,
     read_inputs,
 )
-from semantic_aug.meta_csv import slug
+from semantic_aug.meta_csv import slugs
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.seeding import numpy_rng
 
@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None) -> int:
             print("note: translations are left out: they need the column 'Source Image' of meta.csv")
         else:
             _save(folder / "translations.png", sheet)
-    for subset in inputs.subsets:
-        end = f"{slug(subset.name)}.png" if len(inputs.subsets) > 1 else "all.png"
+    names = slugs([subset.name for subset in inputs.subsets])
+    for subset, name in zip(inputs.subsets, names, strict=True):
+        end = f"{name}.png" if len(inputs.subsets) > 1 else "all.png"
         if extractor:
             _save(folder / f"neighbours-{end}", neighbours(inputs, settings, subset, extractor))
         if classifier:
