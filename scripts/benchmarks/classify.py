@@ -66,7 +66,7 @@ def settings_of(args: argparse.Namespace, dataset: LoadedDataset, folder: Path) 
         synthetic=SyntheticSettings(synthetic_prob=args.synthetic_prob),
         classifier=ModelSettings(model=args.model, weights="none", res_mode=args.res_mode),
         training=training,
-        placement=PlacementSettings(gpu="cpu" if args.device == "cpu" else "0", output_dir=folder / "ours"),
+        placement=PlacementSettings(gpu="cpu" if args.device == "cpu" else "0", output_dir=folder),
     )
     return with_derived(config, dataset)
 
@@ -95,8 +95,7 @@ def time_ours(config: ClassifyConfig, dataset: LoadedDataset, subset: Path, cach
     torch.backends.cudnn.deterministic = False
     allocator.keep_freed_memory()  # as train_cls.py does; the port has run before
     synthetic = read_subset(subset, dataset)
-    placement = replace(config.placement, cache=cache, output_dir=config.output_dir.with_name(cache))
-    config = replace(config, placement=placement)
+    config = replace(config, placement=replace(config.placement, cache=cache, output_dir=config.output_dir / cache))
     config.output_dir.mkdir(parents=True)
     began = time.perf_counter()
     running = trainer.Trainer(config, dataset, synthetic)

@@ -6,8 +6,8 @@ python scripts/bench.py finetune --base sd15-random --device cuda  # an SD-1.5-s
 Each side lives in a process of its own, so that its peak memory is its own; while one trains, the other waits. How fast a
 process is depends on where its memory happens to lie (by a tenth and more on a CPU), so there are several pairs of them.
 
-Where nothing is compiled or recorded, the calls of one more step are counted: how fast a GPU can be told what to do often is
-how fast it is.
+Where nothing is compiled or recorded, the calls of one more step are counted: a GPU is often as fast as its kernels can be
+launched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forward and backward pass of a step as one CUDA graph: a GPU is told once what to do, and then only to do it again.
+"""Forward and backward pass of a step as one CUDA graph, which starts all their kernels with one launch.
 
 A step of Stable Diffusion at a small batch is thousands of kernels that take less time to run than to launch. Not yet measured
 on a GPU; ``python scripts/bench.py gpu`` does it.

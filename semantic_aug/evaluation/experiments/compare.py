@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
@@ -38,6 +38,7 @@ from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
+    checking,
     claim_data,
     duration,
     has_finished_step,
@@ -261,13 +262,12 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
         if not (folder / job.setting / results.RECIPE_FILE).is_file():
             new.setdefault(job.setting, job)
     for number, job in enumerate(new.values()):
-        commands = replace(job.commands, folder=folder / ".check" / job.setting)
-        prepare_config(commands.folder, config_dir)
-        steps = [commands.classify("real-only", commands.subset_seed)]
-        if number == 0:
-            steps += _checked_samples(commands, job) if 2 in job.stages else []
-            steps += [commands.finetune("ti_db")] if 1 in job.stages else []
-        check_commands(steps, commands.folder)
+        with checking(job.commands, folder, config_dir) as commands:
+            steps = [commands.classify("real-only", commands.subset_seed)]
+            if number == 0:
+                steps += _checked_samples(commands, job) if 2 in job.stages else []
+                steps += [commands.finetune("ti_db")] if 1 in job.stages else []
+            check_commands(steps, commands.folder)
 
 
 def _checked_samples(commands: StageCommands, job: Job) -> list[Step]:

@@ -7,8 +7,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from semantic_aug import files, registry, runs
@@ -216,6 +218,17 @@ def has_finished_step(folder: Path) -> bool:
 def read_records(folder: Path) -> dict[str, dict]:
     """The recorded steps of a pair's folder; see :attr:`Pair.records`."""
     return files.read_json(folder / STEPS_FILE) or {}
+
+
+@contextlib.contextmanager
+def checking(commands: StageCommands, folder: Path, config_dir: Path) -> Iterator[StageCommands]:
+    """The same commands in a folder of this process's own below ``folder``, with the registries, to be checked there; it is
+    removed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as scratch:
+        own = Path(scratch) / commands.recipe.name
+        prepare_config(own, config_dir)
+        yield replace(commands, folder=own)
 
 
 def check_commands(steps: Iterable[Step], folder: Path) -> None:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
@@ -22,6 +21,7 @@ from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
     check_commands,
+    checking,
     claim_data,
     duration,
     interruptible,
@@ -276,14 +276,10 @@ def prepare(tuning: Tuning, config_dir: Path) -> None:
 
 def check_stages(tuning: Tuning, config_dir: Path) -> None:
     """Lets the stages check their flags before the first of them runs. Raises UserError: a stage refuses."""
-    commands = replace(tuning.commands, folder=tuning.folder / ".check")
-    prepare_config(commands.folder, config_dir)
-    steps = [commands.classify("real-only", commands.subset_seed), commands.finetune("ti_db")]
-    steps += [commands.sample(name) for name in dict.fromkeys(map(stand_in, tuning.grid.strategy))]
-    try:
+    with checking(tuning.commands, tuning.folder, config_dir) as commands:
+        steps = [commands.classify("real-only", commands.subset_seed), commands.finetune("ti_db")]
+        steps += [commands.sample(name) for name in dict.fromkeys(map(stand_in, tuning.grid.strategy))]
         check_commands(steps, commands.folder)
-    finally:
-        shutil.rmtree(commands.folder, ignore_errors=True)
 
 
 def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, held: int) -> report.SearchResult:
