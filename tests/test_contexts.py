@@ -13,7 +13,6 @@ import tiny
 from semantic_aug.augmentations import strategies
 from semantic_aug.augmentations.engine import Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts
-from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
@@ -22,12 +21,10 @@ from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import context_of, read_contexts, read_templates, without_classes
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling import identity as identities
-from semantic_aug.sampling.identity import identity_of
 from semantic_aug.sampling.job import Origin
 from semantic_aug.sampling.plan import PlanSettings, make_plan
-from semantic_aug.sampling.run import image_tasks
 from semantic_aug.sampling.settings import ImageSettings
+from semantic_aug.sampling.subset import PlannedSubset, plan_subset, task_paths
 from semantic_aug.sampling.worker import BatchMaker
 from semantic_aug.seeding import task_rng
 
@@ -119,8 +116,8 @@ def test_a_tasks_image_is_made_under_its_own_context_and_recorded(animals, image
     labels, keys = animals.train.labels, animals.train.keys
     options = {"strategy": strategies.find("real-gen"), "strengths": (1.0,), "multiplier": 1, "batch_size": 4}
     plan = make_plan(labels, keys, 3, PlanSettings(**options, seed=0, contexts=3))
-    paths = sampling.task_paths(job.config, animals, plan)
-    tasks = image_tasks(plan.numbers(0), paths, np.ones(len(plan), bool))
+    paths = task_paths(job.config, animals, plan)
+    tasks = PlannedSubset(job.config, animals, plan, paths, identity=None).tasks(0, np.ones(len(plan), bool))
     assert [task.context for task in tasks] == plan.context[:4].tolist()
     rows = list(paths.meta_rows(np.arange(4)))
     assert [row[-1] for row in rows] == [f"a photo of a {{}}, {SNOW[c]}" for c in plan.context[:4]]
@@ -153,22 +150,22 @@ def test_contexts_are_part_of_what_a_subset_is_made_from(workshop, captioned, tm
         base = next(workshop.glob("config/finetuned_ckpts.yaml")).read_text().split("model_path: ")[1].splitlines()[0]
         args = sample_mp.build_parser().parse_args([str(word) for word in (*argv, "--model_path", base)])
         config, dataset = sampling.resolve(args)
-        plan = sampling.plan_of(config, dataset)
-        return config, identity_of(config, dataset, plan, hash_images(dataset.train)).compared
+        return config, plan_subset(config, dataset).identity
 
-    _, plain = identified()
+    plain = identified()[1].compared
     assert "contexts_sha256" not in plain
     config, own = identified(contexts="captions")
     assert config.prompts.contexts == ("in snow", "asleep", "at night", "in the snow")
-    assert identities._arguments(config)["contexts"] == "captions"
-    assert own["contexts_sha256"] and own["plan_sha256"] != plain["plan_sha256"]
+    own, arguments = own.compared, own.arguments
+    assert arguments["contexts"] == "captions" and own["contexts_sha256"] and own["plan_sha256"] != plain["plan_sha256"]
     file.write_text("in the snow\nat night\n")
     config, one = identified(contexts=file)
     assert config.prompts.contexts == ("in the snow", "at night")
     file.write_text("in the snow\nby day\n")
     other = identified(contexts=file)[1]
-    assert {name for name in one if one[name] != other[name]} == {"contexts_sha256"}
-    assert identities._arguments(config)["contexts"] == str(file)  # recorded, and not compared
+    differing = {name for name in one.compared if one.compared[name] != other.compared[name]}
+    assert differing == {"contexts_sha256"}
+    assert one.arguments["contexts"] == str(file)  # recorded, and not compared
 
 
 def finetuning(captioned, base, output, **flags):

@@ -17,6 +17,7 @@ from semantic_aug.sampling import config as sampling
 from semantic_aug.sampling.job import Weights
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.solver import read_solver
+from semantic_aug.sampling.subset import plan_of
 from semantic_aug.seeding import task_rng
 
 PLAIN = {"_class_name": "PNDMScheduler", "timestep_spacing": "leading"}
@@ -138,7 +139,7 @@ def test_the_flags_make_the_solver_and_what_is_recorded(workshop, image_folder, 
     config, dataset = resolved(workshop, image_folder, tmp_path, few_steps=4, distilled_lora=lora)
     assert config.solver == SolverSettings(4, 1.0, "tcd", eta=0.3) and config.model.extra_lora == lora
     assert config.strengths == (0.5,) and sampling.subset_folder(config, dataset).name.endswith("Strength0.5")
-    assert Weights.of(config.model).extra_lora and set(sampling.plan_of(config, dataset).strengths) == {0.5}
+    assert Weights.of(config.model).extra_lora and set(plan_of(config, dataset).strengths) == {0.5}
     config, _ = resolved(workshop, image_folder, tmp_path, few_steps=4, distilled="turbo", strength_strategy="uniform")
     assert sorted(set(config.strengths)) == [0.25, 0.5, 0.75] and config.solver.timestep_spacing == "trailing"
     config, _ = resolved(workshop, image_folder, tmp_path, few_steps=2, lcm_lora=lora, scheduler="ddim")

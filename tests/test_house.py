@@ -68,6 +68,20 @@ def test_imports_only_go_down(module, path):
         )
 
 
+REQUEST = "settings solver config identity subset claim run".split()
+"""Modules that a request of stage 2 passes, in this order."""
+
+
+def test_a_request_goes_one_way_through_stage_2():
+    folder, before = PACKAGE / "sampling", []
+    for path in folder.glob("*.py"):
+        names = {name.rpartition(".")[2] for name in imported(path) if name.startswith("semantic_aug.sampling.")}
+        position = REQUEST.index(path.stem) if path.stem in REQUEST else REQUEST.index("identity")
+        assert not names & set(REQUEST[position + 1 :]), path
+        before += sorted(names & set(REQUEST[:position]))
+    assert {"config", "identity", "subset", "claim"} <= set(before)
+
+
 @pytest.mark.parametrize(("house", "other"), [("quality", "experiments"), ("experiments", "quality")])
 def test_the_two_houses_of_evaluation_do_not_import_each_other(house, other):
     folder = PACKAGE / "evaluation" / house

@@ -27,13 +27,12 @@ from semantic_aug.diffusion import inversion, loop
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.config import describe_cost, plan_of, task_paths
 from semantic_aug.sampling.job import Origin, Task
 from semantic_aug.sampling.plan import repeated_tasks
-from semantic_aug.sampling.run import warn_of_repeats
 from semantic_aug.sampling.settings import ImageSettings, build_parser
 from semantic_aug.sampling.solver import read_solver
 from semantic_aug.sampling.sources import BLOCK, PlannedSources, SourceImages, SourceInversions, block_files
+from semantic_aug.sampling.subset import PlannedSubset, describe_cost, plan_of, task_paths, warn_of_repeats
 from semantic_aug.sampling.worker import BatchMaker
 
 EMBEDDED = ROOT / "scripts" / "quickstart" / "base"
@@ -334,7 +333,7 @@ def test_a_dry_run_warns_of_repeated_images_and_of_classes_with_one(animals, tmp
     names, solver = Prompts(CLASSES, CLASSES, contexts=("in snow", "at night")), SolverSettings(25, 1.0, "ddim")
     config = job_of(one, tmp_path, model=None, prompts=names, solver=solver, images=images).config
     plan = plan_of(config, one)
-    warn_of_repeats(config, one, task_paths(config, one, plan))
+    warn_of_repeats(PlannedSubset(config, one, plan, task_paths(config, one, plan), identity=None))
     repeated = repeated_tasks(plan, [])
     assert repeated >= 4 and f"{repeated} of 15 images repeat another one" in caplog.text  # no step has a context
     assert "1 classes have one training image each ('blue jay'), between which and itself diff-ii" in caplog.text

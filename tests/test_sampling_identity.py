@@ -20,11 +20,13 @@ from semantic_aug.datasets.fingerprint import data_identity, hash_images
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling import files, identity
+from semantic_aug.sampling import files
 from semantic_aug.sampling import folder as store
 from semantic_aug.sampling import run as running
+from semantic_aug.sampling.claim import belongs, warn
 from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.sources import DataChanged, PlannedSources, SourceImages, block_files
+from semantic_aug.sampling.subset import plan_of, plan_subset
 from semantic_aug.sampling.worker import BatchMaker
 
 
@@ -56,17 +58,18 @@ def changed(config, **changes):
 
 def begin(config, dataset, rows=()) -> Path:
     """Claims the subset's folder, and puts the images that the plan makes of some training images in place."""
-    with running.opened(config, dataset) as subset:
+    subset = plan_subset(config, dataset)
+    with running.opened(subset) as opened:
         for number in np.flatnonzero(np.isin(subset.plan.source, rows)).tolist():
             content = files.encode_image(np.full((8, 8, 3), number, np.uint8), subset.paths.text(number))
             row = files.write_image(subset.folder / store.DATA / subset.paths.relative(number), content)
-            subset.records.append([(number, *row)])
+            opened.records.append([(number, *row)])
     return subset.folder
 
 
 def reopened(config, dataset) -> int:
     """Images that a restart finds."""
-    with running.opened(config, dataset) as subset:
+    with running.opened(plan_subset(config, dataset)) as subset:
         return int(subset.done.sum())
 
 
@@ -97,7 +100,7 @@ def test_how_each_part_was_computed_is_recorded_beside_the_identity(request_of, 
     config, dataset = request_of(pictures)
     monkeypatch.setattr(running, "make_launcher", lambda *_: _Nothing())
     for changes in ({}, {}, {"devices": ("cpu", "cpu")}, {"devices": ("cpu", "cpu"), "compile": "on"}):
-        running.make(changed(config, **changes), dataset)
+        running.make(plan_subset(changed(config, **changes), dataset))
     record = store.recorded_identity(sampling.subset_folder(config, dataset))
     assert record["runs"] == [
         {"shard": "0 of 1", "after_images": 0, "compiled": compiled, "processes": processes}
@@ -120,13 +123,14 @@ def test_shards_that_choose_their_batch_size_settle_on_the_first_ones(request_of
     config, dataset = request_of(pictures, batch_size="auto")
     large, small = (changed(config, batch_size=size, num_shards=2) for size in (8, 4))
     with (
-        running.opened(large, dataset) as first,
-        running.opened(changed(small, shard_index=1), dataset) as second,
+        running.opened(plan_subset(large, dataset)) as first,
+        running.opened(plan_subset(changed(small, shard_index=1), dataset)) as second,
     ):
-        assert first.config.placement.batch_size == second.config.placement.batch_size == second.plan.batch_size == 8
+        sizes = [opened.planned.config.placement.batch_size for opened in (first, second)]
+        assert sizes == [8, 8] and second.planned.plan.batch_size == 8
         assert (first.mine ^ second.mine).all()
     given = changed(small, automatic_batch=False)
-    with pytest.raises(UserError, match="batch_size: 8 -> 4"), running.opened(given, dataset):
+    with pytest.raises(UserError, match="batch_size: 8 -> 4"), running.opened(plan_subset(given, dataset)):
         pass
 
 
@@ -181,8 +185,8 @@ def test_a_changed_data_set_is_refused_and_nothing_is_touched(request_of, pictur
     changed = request_of(pictures, finetune_model_key="db")
     for refusing in (
         lambda: reopened(*changed),
-        lambda: running.merge(*changed),
-        lambda: running.check_folder(*changed),
+        lambda: running.merge(plan_subset(*changed)),
+        lambda: belongs(plan_subset(*changed)),
     ):
         with pytest.raises(UserError, match=f"{message}.*nothing was touched; choose another --output_root"):
             refusing()
@@ -304,12 +308,12 @@ def test_noisy_labels_are_part_of_what_a_subset_is_made_from(request_of, picture
     wrong = np.flatnonzero(dataset.train.labels != clean.train.labels).tolist()
     assert wrong and (np.bincount(dataset.train.labels, minlength=3) > 0).all()
     folder = begin(config, dataset, wrong)
-    plan = sampling.plan_of(config, dataset)
+    plan = plan_of(config, dataset)
     assert (plan.source_class == dataset.train.labels[plan.source]).all()
     assert yaml.safe_load((folder / "config.yaml").read_text())["arguments"]["corrupt_prob"] == 0.3
     with pytest.raises(UserError, match=r"labels.*; corrupt_prob: 0.3 -> 0.0"):
         reopened(*request_of(pictures, subset_seed=1))
-    with running.opened(config, dataset) as subset:
+    with running.opened(plan_subset(config, dataset)) as subset:
         subset.close()
     assert len(read_subset(folder, dataset)) == np.isin(plan.source, wrong).sum()
     with pytest.raises(
@@ -320,8 +324,8 @@ def test_noisy_labels_are_part_of_what_a_subset_is_made_from(request_of, picture
 
 def test_the_profile_of_a_long_tail_is_recorded_where_it_is_not_the_default(request_of, pictures):
     plain, original = (
-        identity.identity_of(config, dataset, sampling.plan_of(config, dataset), hash_images(dataset.train)).arguments
-        for config, dataset in (
+        plan_subset(*request).identity.arguments
+        for request in (
             request_of(pictures, task="imbalanced", imbalance_profile=profile)
             for profile in ("exponential", "original")
         )
@@ -332,7 +336,7 @@ def test_the_profile_of_a_long_tail_is_recorded_where_it_is_not_the_default(requ
 def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):
     config, dataset = request_of(pictures)
     folder = begin(config, dataset, [0, 1])
-    with running.opened(config, dataset) as subset:
+    with running.opened(plan_subset(config, dataset)) as subset:
         subset.close()
     assert len(read_subset(folder, dataset)) == 6
     few = load_dataset(f"folder:{pictures}", dataclasses.replace(dataset.setting, examples_per_class=5))
@@ -362,17 +366,17 @@ def test_a_checkpoint_of_other_images_is_told_in_one_line(request_of, workshop, 
     (folder / "args.yaml").write_text(yaml.safe_dump({"made_from": {"data": trained_on}}))
     caplog.set_level("WARNING")
     caplog.clear()
-    running.check_folder(config, dataset)
+    warn(plan_subset(config, dataset))
     assert not caplog.messages
     (pictures / "train" / "toad" / "train001.png").write_bytes(b"other")
-    running.check_folder(config, dataset)
+    warn(plan_subset(config, dataset))
     assert len(caplog.messages) == 1
     assert "was trained on other images than these (train: 18 images as before, the same names and" in caplog.text
 
 
 def test_merging_where_there_is_no_subset_makes_none(request_of, pictures, tmp_path):
     with pytest.raises(UserError, match="--merge: .* holds no subset"):
-        running.merge(*request_of(pictures))
+        running.merge(plan_subset(*request_of(pictures)))
     assert not (tmp_path / "out").exists()
 
 
@@ -413,7 +417,7 @@ def test_a_pipe_in_place_of_an_image_is_told_and_not_waited_for(request_of, pict
     path, (config, dataset) = pictures / "train" / "toad" / "train001.png", request_of(pictures)
     path.unlink()
     os.mkfifo(path)
-    running.check_folder(config, dataset)
+    warn(plan_subset(config, dataset))
     assert "1 training images cannot be read ('train/toad/train001.png' the first): nothing will be made" in caplog.text
 
 
@@ -423,11 +427,11 @@ def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(re
     names = block_files(plan, "vae")
     assert len(names) == 3 and not set(names) & set(block_files(plan, "another vae"))
     exchange(pictures)
-    changed = block_files(PlannedSources.of(dataset.train, running.hash_images(dataset.train)), "vae")
+    changed = block_files(PlannedSources.of(dataset.train, hash_images(dataset.train)), "vae")
     assert [a == b for a, b in zip(names, changed, strict=True)] == [True, False, True]  # rows 13 and 14 of 18
     folder = begin(config, dataset)
-    with running.opened(config, dataset) as subset:
-        usable = block_files(subset.identity.origin.sources, subset.identity.origin.encoder)
+    origin = plan_subset(config, dataset).identity.origin
+    usable = block_files(origin.sources, origin.encoder)
     (folder / ".moments").mkdir()
     for name in (usable[0], names[0], "0000000.safetensors", f".{usable[1]}.123"):
         (folder / ".moments" / name).write_bytes(b"")
@@ -439,8 +443,7 @@ def test_a_process_refuses_weights_that_changed_since_the_plan(request_of, pictu
     config, dataset = request_of(pictures)
     lora = shutil.copy(config.model.lora, tmp_path / "lora.safetensors")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=Path(lora)))
-    with running.opened(config, dataset) as subset:
-        job = subset.job()
+    job = plan_subset(config, dataset).job(tmp_path)
     assert BatchMaker(job, "cpu").sources is not None
     shutil.copy(config.model.tokens, lora)
     with pytest.raises(UserError, match=f"the weights in {lora} changed while images were made with them"):

@@ -33,12 +33,12 @@ from semantic_aug.datasets.unlabelled import read_unlabelled, with_unlabelled
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import faithfulness
 from semantic_aug.evaluation.quality.export_formats import SplitImages
-from semantic_aug.sampling import identity as identities
-from semantic_aug.sampling.config import describe_plan, plan_of, task_paths
+from semantic_aug.sampling import claim as claims
 from semantic_aug.sampling.guide import make_guide, pool_classes, read_guide, write_guide
 from semantic_aug.sampling.plan import Guide
-from semantic_aug.sampling.run import check_folder, opened
+from semantic_aug.sampling.run import check, opened
 from semantic_aug.sampling.settings import ImageSettings, build_parser
+from semantic_aug.sampling.subset import describe, plan_subset
 
 
 @pytest.fixture
@@ -292,8 +292,9 @@ def test_a_subset_of_both_kinds_of_sources_reaches_stage_3(
 def test_without_a_classifier_a_source_is_of_no_class_of_the_data_set(pool, workshop, image_folder, tmp_path):
     argv = sampling_arguments(workshop, image_folder, tmp_path, sources="unlabelled", unlabelled=pool)
     config, dataset = sample_mp.resolve(build_parser().parse_args(list(map(str, argv))))
-    paths = task_paths(config, dataset, plan_of(config, dataset))
-    assert paths.folders[-1] == "unlabelled" and "unlabelled" in describe_plan(config, dataset)
+    subset = plan_subset(config, dataset)
+    paths = subset.paths
+    assert paths.folders[-1] == "unlabelled" and "unlabelled" in describe(subset)
     meta_csv.write(tmp_path / "meta.csv", paths.meta_rows(np.arange(54)), paths.further_columns)
     with open(tmp_path / "meta.csv", newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -339,18 +340,18 @@ def test_a_killed_run_leaves_no_record_without_its_lists(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(identities, "_write", killed)
-        opened(config, dataset).__enter__()
+        patch.setattr(claims, "_write", killed)
+        opened(plan_subset(config, dataset)).__enter__()
     (folder,) = (tmp_path / "animals").iterdir()
     recorded = [read_sources(folder, UNLABELLED_FILE), read_sources(folder)]
     assert recorded[0][0] == list(dataset.unlabelled.keys) and recorded[1][0] == list(dataset.train.keys)
     assert read_guide(folder).digest == config.guide.digest and not (folder / "config.yaml").exists()
-    with opened(config, dataset):
+    with opened(plan_subset(config, dataset)):
         assert (folder / "config.yaml").exists() and "cannot be read" not in caplog.text
     (folder / UNLABELLED_FILE).unlink()
-    with opened(config, dataset):  # of a run that an earlier version began
+    with opened(plan_subset(config, dataset)):  # of a run that an earlier version began
         assert read_sources(folder, UNLABELLED_FILE)[0] == recorded[0][0]
     (pool / "broken.png").unlink()
     os.mkfifo(pool / "broken.png")
-    check_folder(replace(config, output=replace(config.output, output_root=tmp_path / "other")), dataset)
+    check(plan_subset(replace(config, output=replace(config.output, output_root=tmp_path / "other")), dataset))
     assert "1 unlabelled images cannot be read ('broken.png' the first): nothing will be made" in caplog.text

@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from benchmarks import common, original_sampling
 from semantic_aug import cli, console
 from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.datasets import Setting, load_dataset
-from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.diffusion.base import EMBEDDED_MODEL, find_base, read_geometry
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
@@ -166,9 +166,8 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
     """Images per second of stage 2 as it is, from the first finished batch of every process on, and the time to load."""
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling import run as running
-    from semantic_aug.sampling.identity import identity_of
-    from semantic_aug.sampling.job import Job
     from semantic_aug.sampling.settings import ImageSettings, OutputSettings, Placement
+    from semantic_aug.sampling.subset import plan_subset
 
     dtype = "fp32" if devices[0] == "cpu" else "fp16"
     multiplier = max(args.images * args.ours_factor, 1) / len(dataset.train)
@@ -189,18 +188,11 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
         ),
         dataset,
     )
-    plan = sampling.plan_of(config, dataset)
-    paths, subset = sampling.task_paths(config, dataset, plan), folder / f"ours-{len(devices)}"
-    running.make_folders(subset, dataset.folders)
-    everything = np.ones(len(plan), bool)
-    origin = identity_of(config, dataset, plan, hash_images(dataset.train)).origin
-    launcher = running.make_launcher(
-        Job(config, subset, origin, config.compiled(len(plan))),
-        lambda batch: running.image_tasks(plan.numbers(batch), paths, everything),
-        lambda rows: None,
-        len(plan),
-        0,
-    )
+    subset, folder = plan_subset(config, dataset), folder / f"ours-{len(devices)}"
+    plan = subset.plan
+    running.make_folders(folder, dataset.folders)
+    tasks_of = partial(subset.tasks, missing=np.ones(len(plan), bool))
+    launcher = running.make_launcher(subset.job(folder), tasks_of, lambda rows: None, len(plan), 0)
     began, own = time.monotonic(), time.process_time()
     launcher.run(range(plan.num_batches))
     first, own = max(marks[0][0] for marks in launcher.marks.values()) - began, (time.process_time() - own) / len(plan)

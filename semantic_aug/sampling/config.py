@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,19 +25,17 @@ from semantic_aug.devices import CPU, actors_of, processes_of
 from semantic_aug.diffusion.base import DEFAULT_MODEL, Geometry, find_base, read_geometry, read_scheduler_config
 from semantic_aug.diffusion.distilled import effective_strength
 from semantic_aug.diffusion.loop import check_solver
-from semantic_aug.diffusion.schedulers import SolverSettings, check_strength, first_step
+from semantic_aug.diffusion.schedulers import SolverSettings, check_strength
 from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
-from semantic_aug.meta_csv import EVEN, strength_text, without_slashes
+from semantic_aug.meta_csv import strength_text
 from semantic_aug.prompts import CAPTIONS, contexts_of, without_classes
-from semantic_aug.sampling.files import TaskPaths
 from semantic_aug.sampling.folder import recorded_identity
 from semantic_aug.sampling.guide import LoadClassifier, make_guide
 from semantic_aug.sampling.masks import check_mask, check_regions, with_regions
-from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide, Plan, PlanSettings, make_plan
+from semantic_aug.sampling.plan import UNIFORM_STRENGTHS, Guide
 from semantic_aug.sampling.resources import automatic_batch_size, disk_bytes, fitting
 from semantic_aug.sampling.settings import ImageSettings, ModelSettings, OutputSettings, Placement, check_flags
 from semantic_aug.sampling.solver import read_few_steps, read_solver
-from semantic_aug.sampling.sources import BLOCK, source_table
 
 COMPILE_IMAGES = 3000
 """Images per process from which compiling (a minute or two on a GPU) is worth it."""
@@ -299,24 +295,6 @@ def choose_strengths(
     return tuple(strengths), label
 
 
-def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
-    """The plan of a request."""
-    settings = PlanSettings(
-        strategy=config.strategy,
-        strengths=config.strengths,
-        multiplier=config.images.syn_dataset_multiplier,
-        batch_size=config.placement.batch_size,
-        seed=config.run.seed,
-        task=config.setting.task,
-        pairing=config.images.pairing,
-        contexts=len(config.prompts.contexts),
-        sources=config.images.sources,
-        guide=config.guide,
-        pool=() if dataset.unlabelled is None else dataset.unlabelled.keys,
-    )
-    return make_plan(dataset.train.labels, dataset.train.keys, len(dataset.class_names), settings)
-
-
 def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
     """``{output_root}/{dataset}/{subset}``."""
     name = runs.subset_name(
@@ -334,73 +312,6 @@ def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
     count = config.images.syn_dataset_multiplier * len(dataset.train) / config.output.num_shards
     needed = disk_bytes(count, config.images)
     files.check_space(folder, int(needed) // 4 - existing, "--output_root")
-
-
-def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> TaskPaths:
-    """The file names of a plan's tasks."""
-    names, keys, folders = dataset.source_names, dataset.train.keys, dataset.folders
-    prompts, source_label = config.prompts, None
-    if dataset.unlabelled is not None:
-        table = source_table(dataset)
-        names, keys, folders = table.class_names, table.keys, (*folders, UNLABELLED)
-        source_label = source_label_of(config.guide, dataset)
-    templates = prompts.every_template if prompts.contexts else prompts.templates
-    options = {"templates": templates, "contexts": prompts.contexts, "source_label": source_label}
-    return TaskPaths(plan, names, folders, keys, config.run.seed, config.images.image_format, **options)
-
-
-def source_label_of(guide: Guide, dataset: LoadedDataset) -> Callable[[int], str]:
-    """From a row of the sources to what ``meta.csv`` says of the classes of an unlabelled one; empty of a labelled one."""
-    first, names = len(dataset.train), without_slashes(dataset.source_names)
-
-    def label(row: int) -> str:
-        if row < first:
-            return ""
-        if guide.pool_classes is None:
-            return EVEN
-        columns = (guide.pool_classes[row - first].tolist(), guide.pool_weights[row - first].tolist())
-        weights = {names[k]: weight / 10_000 for k, weight in zip(*columns, strict=True) if weight}
-        return json.dumps(weights, ensure_ascii=False)
-
-    return label
-
-
-def describe_plan(config: SampleConfig, dataset: LoadedDataset) -> str:
-    """The plan as text, for ``--dry_run``: counts per class, strengths, files, batches, disk."""
-    plan, folder, images = plan_of(config, dataset), subset_folder(config, dataset), config.images
-    contexts, names = len(config.prompts.contexts), source_table(dataset).class_names
-    sources, targets = (np.bincount(classes, minlength=len(names)) for classes in (plan.source_class, plan.target))
-    lines = [
-        f"{len(plan)} images ({images.syn_dataset_multiplier:g} x {len(dataset.train)} training images) in "
-        f"{plan.num_batches} batches of {plan.batch_size}, to {folder}",
-        f"strategy {config.strategy.name}: weights {config.strategy.weights}, from {config.strategy.start}, "
-        f"pairing {config.strategy.pairing}" + (f" ({images.pairing})" if config.strategy.pairing == "mixed" else ""),
-        "strengths: "
-        + ", ".join(f"{s:g} x {int(np.count_nonzero(plan.strength_code == i))}" for i, s in enumerate(plan.strengths)),
-        *([f"contexts: {contexts}, each {len(plan) / contexts:.3g} times"] if contexts else []),
-        describe_cost(config, plan, len(dataset.train)),
-        f"disk needed: about {disk_bytes(len(plan), images) / 1e6:,.0f} MB",
-        f"{'class':40s} {'as source':>10s} {'as target':>10s}",
-    ]
-    lines += [f"{name[:40]:40s} {s:10d} {t:10d}" for name, s, t in zip(names, sources, targets, strict=True)]
-    return "\n".join(lines)
-
-
-def describe_cost(config: SampleConfig, plan: Plan, count: int) -> str:
-    """The evaluations of the U-Net that a plan of ``count`` training images takes, one image each; guidance takes two a
-    step. Sources are inverted in whole blocks."""
-    steps, each = config.solver.num_inference_steps, 2 if config.solver.guidance_scale > 1 else 1
-    images = np.bincount(plan.strength_code, minlength=len(plan.strengths)).tolist()
-    if config.strategy.start == "image":
-        run = sum(n * (steps - first_step(steps, s)) for n, s in zip(images, plan.strengths, strict=True))
-    else:
-        run = len(plan) * steps
-    text = f"U-Net evaluations: {each * run:,} to denoise"
-    if plan.partner is not None:
-        blocks = np.union1d(plan.source, plan.partner) // BLOCK
-        inverted = int(np.isin(np.arange(count) // BLOCK, blocks).sum())
-        text += f", {inverted * steps:,} to invert {inverted} training images once"
-    return text
 
 
 def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfig:

@@ -8,28 +8,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from semantic_aug import registry
 from semantic_aug.datasets import LoadedDataset
-from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.datasets.synthetic import SOURCES_FILE, UNLABELLED_FILE
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
 from semantic_aug.run_lock import lock_folder
-from semantic_aug.sampling import identity as identities
-from semantic_aug.sampling.config import (
-    SampleConfig,
-    describe_plan,
-    plan_of,
-    subset_folder,
-    task_paths,
-    with_batch_size,
-)
-from semantic_aug.sampling.files import TaskPaths
+from semantic_aug.sampling import claim as claims
+from semantic_aug.sampling.config import SampleConfig, with_batch_size
 from semantic_aug.sampling.folder import (
     CONFIG_FILE,
     DATA,
@@ -41,10 +33,11 @@ from semantic_aug.sampling.folder import (
     write_meta,
 )
 from semantic_aug.sampling.guide import GUIDE_FILE, read_guide
-from semantic_aug.sampling.job import Job, Task
+from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
-from semantic_aug.sampling.plan import Guide, Plan, batches_of_shard, repeated_tasks
+from semantic_aug.sampling.plan import batches_of_shard
 from semantic_aug.sampling.sources import block_files
+from semantic_aug.sampling.subset import PlannedSubset, describe, plan_subset, warn_of_repeats
 
 log = logging.getLogger(__name__)
 
@@ -57,26 +50,20 @@ TIMED = 3
 
 
 @dataclass
-class Subset:
-    """A subset's folder opened for writing: its plan and its finished tasks.
+class OpenedSubset:
+    """A subset's folder opened for writing.
 
     Attributes:
-        config: the request, with the batch size that the folder was begun with.
-        identity: what the subset is made from.
+        planned: request, plan and file names, with the batch size that the folder was begun with.
         folder: of the subset.
-        plan: of all tasks.
-        paths: file names.
         batches: numbers of this run's batches, in the order they are made.
         mine: bool ``(T,)``, this run's tasks.
         records: of this run.
         done: bool ``(T,)``, tasks whose file exists.
     """
 
-    config: SampleConfig
-    identity: identities.Identity
+    planned: PlannedSubset
     folder: Path
-    plan: Plan
-    paths: TaskPaths
     batches: np.ndarray
     mine: np.ndarray
     records: Records
@@ -86,53 +73,45 @@ class Subset:
         """Finished images of this run, and all of them."""
         return int((self.mine & self.done).sum()), int(self.mine.sum())
 
-    def job(self) -> Job:
-        """What goes to the processes."""
-        # the plan has been drawn; masks are still needed
-        config = replace(self.config, guide=Guide(objects=self.config.guide.objects))
-        return Job(config, self.folder, self.identity.origin, config.compiled(len(self.plan)))
-
     def close(self) -> None:
         """Writes ``meta.csv``, and removes what only an unfinished subset needs."""
-        write_meta(self.folder, self.paths, self.done)
+        write_meta(self.folder, self.planned.paths, self.done)
         if self.done.all():
             shutil.rmtree(self.folder / MOMENTS, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def opened(config: SampleConfig, dataset: LoadedDataset) -> Iterator[Subset]:
+def opened(subset: PlannedSubset) -> Iterator[OpenedSubset]:
     """Takes the lock, claims the folder, and finds the finished tasks. Raises UserError: a folder of another subset, or one in
     use."""
-    folder, shard = subset_folder(config, dataset), (config.output.num_shards, config.output.shard_index)
-    identity, plan = _identified(config, dataset)
+    folder, output = subset.folder, subset.config.output
+    shard = output.num_shards, output.shard_index
     with lock_folder(folder, "--output_root", *shard):
         with locked(folder / CLAIM_LOCK):  # two shards that begin together settle on one batch size and one guide
-            begun, kept = with_batch_size(config, dataset), read_guide(folder)
-            if kept.origin == config.guide.origin and kept.arrays().keys() == config.guide.arrays().keys():
-                begun = replace(begun, guide=kept)
-            if begun != config or begun.guide.digest != config.guide.digest:
-                config, (identity, plan) = begun, _identified(begun, dataset)
-            paths = task_paths(config, dataset, plan)
-            identities.claim(folder, identity, paths, config.guide, alone=shard[0] == 1)
-        identities.warn(config, identity)
-        warn_of_repeats(config, dataset, paths)
-        make_folders(folder, paths.folders)
-        batches = batches_of_shard(plan, *shard, config.run.seed)
-        mine = np.zeros(len(plan), bool)
+            subset = as_begun(subset)
+            claims.claim(subset, alone=shard[0] == 1)
+        claims.warn(subset)
+        warn_of_repeats(subset)
+        make_folders(folder, subset.paths.folders)
+        batches = batches_of_shard(subset.plan, *shard, subset.config.run.seed)
+        mine = np.zeros(len(subset.plan), bool)
         for batch in batches:
-            mine[slice(*plan.starts[batch : batch + 2])] = True
-        records = Records(folder, *shard)
-        if shard[0] == 1 and identity.origin.sources is not None:
-            remove_stale_moments(folder, block_files(identity.origin.sources, identity.origin.encoder))
-        done = finished_tasks(folder, paths, records, mine, content=config.output.verify == "content")
-        yield Subset(
-            config, identity, folder, plan, paths=paths, batches=batches, mine=mine, records=records, done=done
-        )
+            mine[slice(*subset.plan.starts[batch : batch + 2])] = True
+        records, origin = Records(folder, *shard), subset.identity.origin
+        if shard[0] == 1 and origin.sources is not None:
+            remove_stale_moments(folder, block_files(origin.sources, origin.encoder))
+        done = finished_tasks(folder, subset.paths, records, mine, content=output.verify == "content")
+        yield OpenedSubset(subset, folder, batches, mine, records=records, done=done)
 
 
-def _identified(config: SampleConfig, dataset: LoadedDataset) -> tuple[identities.Identity, Plan]:
-    plan = plan_of(config, dataset)
-    return identities.identity_of(config, dataset, plan, hash_images(dataset.train)), plan
+def as_begun(subset: PlannedSubset) -> PlannedSubset:
+    """The subset with the batch size and the guide that another shard has begun its folder with meanwhile."""
+    config, kept = subset.config, read_guide(subset.folder)
+    begun = with_batch_size(config, subset.dataset)
+    if kept.origin == config.guide.origin and kept.arrays().keys() == config.guide.arrays().keys():
+        begun = replace(begun, guide=kept)
+    same = begun == config and begun.guide.digest == config.guide.digest
+    return subset if same else plan_subset(begun, subset.dataset)
 
 
 def run(config: SampleConfig, dataset: LoadedDataset) -> None:
@@ -157,13 +136,14 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
         f"{placement.batch_size}"
     )
     warn_of_license(model.name, license_of(model.name, model.folder))
+    subset = plan_subset(config, dataset)
     if config.run.dry_run:
-        check(config, dataset)
-        print(describe_plan(config, dataset))
+        check(subset)
+        print(describe(subset))
         if config.output.calibrate:
-            print(calibrate(config, dataset))
+            print(calibrate(subset))
         return
-    folder = (merge if config.output.merge else make)(config, dataset)
+    folder = (merge if config.output.merge else make)(subset)
     key, config_dir = config.output.register_key, config.run.config_dir
     entry = registry.shown_path(folder)
     print(f"subset: {entry}\nto use it, add to {registry.shown_path(config_dir / registry.SUBSETS)}:")
@@ -178,128 +158,94 @@ def default_key(config: SampleConfig) -> str:
     return "_".join(part for part in parts if part)
 
 
-def check(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Checks for ``--dry_run`` what a run finds out: installs the class tokens in the base model without its weights, and
-    compares the folder. Raises UserError: tokens of another base model, a folder of another subset."""
+def check(subset: PlannedSubset) -> None:
+    """Checks for ``--dry_run`` what a run finds out before its processes start: installs the class tokens in the base model
+    without its weights, and compares the folder; nothing is written.
+
+    Raises:
+        UserError: tokens of another base model, a folder of another subset.
+    """
     from semantic_aug.diffusion import tokens
     from semantic_aug.diffusion.base import load_skeleton
 
-    base = load_skeleton(config.model.name, config.model.folder)
-    if config.model.tokens is not None:
-        tokens.install_all(tokens.load_tokens(config.model.tokens), base.tokenizers, base.text_encoders)
-    check_folder(config, dataset)
+    model = subset.config.model
+    base = load_skeleton(model.name, model.folder)
+    if model.tokens is not None:
+        tokens.install_all(tokens.load_tokens(model.tokens), base.tokenizers, base.text_encoders)
+    claims.belongs(subset)
+    claims.warn(subset)
+    warn_of_repeats(subset)
 
 
-def check_folder(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Checks for ``--dry_run`` what a run checks before its processes start; nothing is written. Raises UserError: the folder
-    holds another subset (says what differs)."""
-    identity, plan = _identified(config, dataset)
-    paths = task_paths(config, dataset, plan)
-    identities.belongs(subset_folder(config, dataset), identity, paths)
-    identities.warn(config, identity)
-    warn_of_repeats(config, dataset, paths)
-
-
-def warn_of_repeats(config: SampleConfig, dataset: LoadedDataset, paths: TaskPaths) -> None:
-    """Tells of images that come out identical, since a strategy that starts from two inverted images draws nothing more."""
-    plan, prompts = paths.plan, []
-    if plan.partner is None:
-        return
-    if len(paths.templates) > 1:
-        prompts.append(np.array([paths.template(n) for n in range(len(plan))]))
-    if plan.context is not None and round(config.images.context_steps * config.solver.num_inference_steps):
-        prompts.append(plan.context)
-    if repeated := repeated_tasks(plan, prompts):
-        log.warning(
-            "%d of %d images repeat another one, with the same two photographs, position and prompt: lower "
-            "--syn_dataset_multiplier, or give --contexts or --prompt_templates", repeated, len(plan),
-        )  # fmt: skip
-    single = np.flatnonzero(np.bincount(dataset.train.labels) == 1)
-    if config.strategy.pairing == "same" and len(single):
-        names = ", ".join(f"'{dataset.source_names[label]}'" for label in single[:5]) + ", ..." * (len(single) > 5)
-        log.warning(
-            "%d classes have one training image each (%s), between which and itself %s makes nothing new: raise "
-            "--examples_per_class", len(single), names, config.strategy.name,
-        )  # fmt: skip
-
-
-def make(config: SampleConfig, dataset: LoadedDataset) -> Path:
+def make(subset: PlannedSubset) -> Path:
     """Makes (what is missing of) the subset and writes ``meta.csv``; returns the subset's folder.
 
     Raises:
         UserError: a folder of another subset or in use, weights that do not fit, sources that cannot be read.
         Interrupted: stopped by a signal; everything made so far is in place and listed.
     """
-    folder = subset_folder(config, dataset)
-    with no_trace(folder, BEFORE_RESULTS), opened(config, dataset) as subset:
-        missing = subset.mine & ~subset.done
+    with no_trace(subset.folder, BEFORE_RESULTS), opened(subset) as run:
+        subset, folder, missing = run.planned, run.folder, run.mine & ~run.done
 
         def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:
             for number, size, _ in rows:
                 name = subset.paths.relative(number)
-                if (subset.folder / DATA / name).stat().st_size != size:
-                    raise UserError(f"{name} changed while it was written: another process works in {subset.folder}")
-            subset.records.append(rows)
-            subset.done[[row[0] for row in rows]] = True
+                if (folder / DATA / name).stat().st_size != size:
+                    raise UserError(f"{name} changed while it was written: another process works in {folder}")
+            run.records.append(rows)
+            run.done[[row[0] for row in rows]] = True
 
-        finished, wanted = subset.count()
+        finished, wanted = run.count()
         if finished:
-            log.info("%s: %d of %d images exist, %d to make", subset.folder, finished, wanted, wanted - finished)
-        job = subset.job()
-        launcher = make_launcher(
-            job, lambda batch: image_tasks(subset.plan.numbers(batch), subset.paths, missing), on_rows, wanted, finished
-        )
+            log.info("%s: %d of %d images exist, %d to make", folder, finished, wanted, wanted - finished)
+        job = subset.job(folder)
+        launcher = make_launcher(job, lambda batch: subset.tasks(batch, missing), on_rows, wanted, finished)
         if missing.any():
-            with locked(subset.folder / CLAIM_LOCK):
-                shard = f"{config.output.shard_index} of {config.output.num_shards}"
-                how = {"compiled": job.compiled, "processes": len(config.placement.devices)}
-                identities.note_run(subset.folder, shard, finished, **how)
+            with locked(folder / CLAIM_LOCK):
+                shard = f"{job.config.output.shard_index} of {job.config.output.num_shards}"
+                how = {"compiled": job.compiled, "processes": len(job.config.placement.devices)}
+                claims.note_run(folder, shard, finished, **how)
         try:
-            outcome = launcher.run([b for b in subset.batches if missing[slice(*subset.plan.starts[b : b + 2])].any()])
+            outcome = launcher.run([b for b in run.batches if missing[slice(*subset.plan.starts[b : b + 2])].any()])
         except UserError:
             with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
-                subset.close()
+                run.close()
             raise
-        subset.close()
-    return _conclude(subset, outcome)
+        run.close()
+    return _conclude(run, outcome)
 
 
-def merge(config: SampleConfig, dataset: LoadedDataset) -> Path:
+def merge(subset: PlannedSubset) -> Path:
     """Joins and checks what shards made: verifies every file, writes ``meta.csv``, reports what is missing. Raises UserError:
     shards are still at work, or images are missing."""
-    folder = subset_folder(config, dataset)
+    folder = subset.folder
     if recorded_identity(folder) is None:
         raise UserError(f"--merge: {folder} holds no subset; run the shards first, or correct --output_root")
-    with opened(config, dataset) as subset:
-        subset.close()
-        finished, wanted = subset.count()
+    with opened(subset) as run:
+        run.close()
+        finished, wanted = run.count()
     if finished < wanted:
         raise UserError(
-            f"{subset.folder}: {finished} of {wanted} images are there and listed in meta.csv, number "
-            f"{int(np.flatnonzero(~subset.done)[0])} is the first missing one: run the shards again, or the command without "
+            f"{folder}: {finished} of {wanted} images are there and listed in meta.csv, number "
+            f"{int(np.flatnonzero(~run.done)[0])} is the first missing one: run the shards again, or the command without "
             "--num_shards"
         )
-    log.info("%s: all %d images are there and listed in meta.csv", subset.folder, wanted)
-    return subset.folder
+    log.info("%s: all %d images are there and listed in meta.csv", folder, wanted)
+    return folder
 
 
-def calibrate(config: SampleConfig, dataset: LoadedDataset) -> str:
+def calibrate(subset: PlannedSubset) -> str:
     """Times a few batches on the given processes, saving included, and says how long the whole will take.
 
     Nothing is written into the subset's folder.
     """
-    devices, (identity, plan) = config.placement.devices, _identified(config, dataset)
-    paths, everything = task_paths(config, dataset, plan), np.ones(len(plan), bool)
+    config, plan = subset.config, subset.plan
+    devices, everything = config.placement.devices, np.ones(len(plan), bool)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as temporary:
         folder = Path(temporary) / "calibration"
-        make_folders(folder, paths.folders)
-        launcher = make_launcher(
-            Job(config, folder, identity.origin, config.compiled(len(plan))),
-            lambda batch: image_tasks(plan.numbers(batch), paths, everything),
-            lambda rows: None,
-            len(plan),
-            0,
-        )
+        make_folders(folder, subset.paths.folders)
+        tasks_of = partial(subset.tasks, missing=everything)
+        launcher = make_launcher(subset.job(folder), tasks_of, lambda rows: None, len(plan), 0)
         launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (TIMED + 1) * len(devices)])
         size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.images.image_format}"))
     rate, written = launcher.steady_rate(), launcher.outcome.written
@@ -323,33 +269,14 @@ def make_launcher(job: Job, tasks_of: Callable, on_rows: Callable, total: int, a
     return Launcher(job, tasks_of, on_rows, total, already)
 
 
-def image_tasks(batch_numbers: Sequence[int], paths: TaskPaths, missing) -> list[Task]:
-    """The tasks of one batch; those that are not missing go along without a path."""
-    plan = paths.plan
-    return [
-        Task(
-            number=n,
-            source=int(plan.source[n]),
-            target=int(plan.target[n]),
-            strength=plan.strength(n),
-            path=paths.relative(n) if missing[n] else None,
-            text=paths.text(n) if missing[n] else {},
-            template=paths.template(n),
-            context=paths.context(n),
-            partner=-1 if plan.partner is None else int(plan.partner[n]),
-        )
-        for n in batch_numbers
-    ]
-
-
 def make_folders(folder: Path, folders: Sequence[str]) -> None:
     """The class folders under ``data/``."""
     for name in folders:
         (folder / DATA / name).mkdir(parents=True, exist_ok=True)
 
 
-def _conclude(subset: Subset, outcome: Outcome) -> Path:
-    folder, written, (finished, wanted) = subset.folder, outcome.written, subset.count()
+def _conclude(run: OpenedSubset, outcome: Outcome) -> Path:
+    folder, written, (finished, wanted) = run.folder, outcome.written, run.count()
     rate = f", {written / outcome.seconds:.2f} images/s" if written and outcome.seconds else ""
     seconds = f"{outcome.seconds:.0f} s{rate}"
     log.info("%s: %d of %d images (%d made now in %s)", folder, finished, wanted, written, seconds)
