@@ -272,6 +272,32 @@ def test_every_setting_trains(image_folder, tmp_path, changes):
     assert np.isfinite(results["test"]["loss"])
 
 
+def test_a_ratio_with_a_remainder_resumes_alike_and_not_a_run_of_an_earlier_version(
+    image_folder, tmp_path, monkeypatch
+):
+    subset, whole = write_subset(tmp_path / "s", ROWS * 3), tmp_path / "whole"
+    changes = {"syndata_dir": [subset], "synthetic_mode": "ratio", "synthetic_prob": 0.4}  # 7.2 of 18 images an epoch
+    train(image_folder, whole, **changes)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        epoch = trainer.Trainer._train_epoch
+        patch.setattr(
+            trainer.Trainer, "_train_epoch", lambda self, *rest: interrupt() if self.epoch else epoch(self, *rest)
+        )
+        train(image_folder, tmp_path / "killed", **changes)
+    train(image_folder, tmp_path / "killed", **changes)
+    assert (whole / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
+    record = yaml.safe_load((whole / "args.yaml").read_text())
+    del record["draws"]["remainder"]  # which earlier versions dropped
+    (whole / "args.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(UserError, match="draws.remainder: none -> 'carried from epoch to epoch'.*another --output_dir"):
+        train(image_folder, whole, dry_run=True, **changes)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 # ----------------------------------------------------------------------------------------------------------- freezing
 
 

@@ -204,12 +204,26 @@ def counted(settings, targets=None, real=40, epochs=30, batch=7, **options):
 def test_ratio_gives_every_batch_its_share():
     _, steps = counted(drawn_by("ratio", 3 / 7))
     assert {len(s) for s in steps} == {3}
-    draws, steps = counted(drawn_by("ratio", 0.25))  # 1.75 a batch: one or two, in sum exact over an epoch
-    assert {len(s) for s in steps} == {1, 2}
-    assert all(
-        abs(sum(map(len, steps[i : i + 5])) - 0.25 * 35) < 1 for i in range(0, len(steps), draws.steps_per_epoch)
-    )
+    assert {len(s) for s in counted(drawn_by("ratio", 0.25))[1]} == {1, 2}  # 1.75 a batch
     assert {len(s) for s in counted(drawn_by("ratio", 1.0))[1]} == {7}
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.1, 0.25, 0.3, 1 / 3, "0.9:0.2", "0.01:0.5"])
+def test_the_remainder_of_a_ratio_is_carried_over_the_whole_run(probability):
+    settings = SyntheticSettings(synthetic_mode="ratio", synthetic_prob=probability)
+    draws, steps = counted(settings, epochs=30)
+    p = np.repeat(np.linspace(*settings.probabilities, 30), draws.steps_per_epoch)
+    assert np.abs(np.cumsum([len(s) for s in steps]) - 7 * np.cumsum(p)).max() < 1
+    again = EpochDraws(40, np.arange(12) % 3, settings, 7, seed=1, epochs=30)  # as a resumed run draws
+    resumed = again.batch(17, 3, again.order(17), np.random.default_rng([17, 3]))
+    assert np.array_equal(resumed[resumed >= 40] - 40, steps[17 * draws.steps_per_epoch + 3]) and draws.carried
+
+
+@pytest.mark.parametrize(
+    ("mode", "probability", "epochs"), [("ratio", 0.2, 300), ("ratio", 3 / 7, 300), ("ratio", 0.3, 1), ("item", 0.3, 9)]
+)
+def test_nothing_is_carried_where_an_epoch_holds_its_share(mode, probability, epochs):
+    assert not counted(drawn_by(mode, probability), epochs=epochs)[0].carried
 
 
 def test_item_draws_each_item_alone():

@@ -23,6 +23,7 @@ from semantic_aug.classify.config import (
     ClassifyConfig,
     SyntheticSettings,
 )
+from semantic_aug.classify.draws import EpochDraws
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, make_skeleton, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
@@ -112,7 +113,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
         dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
     folders = subset_folders(synthetic, dataset, config.run.config_dir)
     images = load_synthetic(folders, dataset, synthetic)
-    resolved = replace(with_derived(config, dataset), syndata=folders)
+    resolved = replace(with_derived(config, dataset), syndata=folders, carried=carries_over(config, dataset, images))
     check(resolved, dataset)
     folder = placement.output_dir
     if folder is None:
@@ -166,6 +167,16 @@ def load_synthetic(
             "several (sample_mp.py --strength_strategy uniform, or several subsets)"
         )
     return images
+
+
+def carries_over(config: ClassifyConfig, dataset: LoadedDataset, images: SyntheticImages | None) -> bool:
+    """Whether the synthetic images of an epoch depend on the earlier ones, see :attr:`EpochDraws.carried`."""
+    if images is None:
+        return False
+    training, options = config.training, {"counts": dataset.train.counts(), "strengths": images.strength}
+    options |= {"epochs": training.nepoch}
+    draws = EpochDraws(len(dataset.train), images.target, config.synthetic, training.batch_size, config.seed, **options)
+    return draws.carried
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
