@@ -60,6 +60,33 @@ def test_ldam_lowers_the_labels_logit_by_its_margin(scale):
     assert margins.max() == 0.5 == margins[4] and margins[0] == pytest.approx(0.5 * 500**-0.25)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 70.0, 100.0, 1000.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 20.0])
+def test_ldam_and_its_gradient_are_exact_at_any_scale_and_certainty(scale, spread, soft):
+    logits, labels = logits_and_labels(spread)
+    targets = torch.softmax(logits.flip(0) / 4, -1) if soft else one_hot(labels, 5)
+    margins = torch.tensor(losses.ldam_margins(COUNTS, 0.5))
+    ours, plain = (logits.clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    # for each label its logit lowered by its margin, (B, K, K), and the plain cross-entropy of that
+    lowered = scale * (plain[:, None] - torch.diag(margins))
+    wanted = expected(-lowered.log_softmax(-1).diagonal(dim1=1, dim2=2), targets.double())
+    result = expected(losses.ldam_terms(ours, margins, scale), targets)
+    wanted.sum().backward(), result.sum().backward()
+    assert torch.allclose(result.double(), wanted, rtol=1e-6, atol=1e-12) and torch.isfinite(ours.grad).all()
+    assert torch.allclose(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("scale", [30.0, 200.0])
+def test_ldam_is_finite_where_a_class_is_certain(scale):
+    """Right by far, wrong by far, and two that are equal."""
+    logits = torch.tensor([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0], [7.0, 7.0, -9.0]], requires_grad=True)
+    loss = expected(losses.ldam_terms(logits, torch.full((3,), 0.5), scale), one_hot(torch.zeros(3), 3))
+    loss.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert loss.tolist() == pytest.approx([0, 400.5 * scale, 0.5 * scale], abs=1e-4)
+
+
 def test_balanced_softmax_shifts_by_log_frequency():
     logits, labels = logits_and_labels()
     result = expected(losses.balanced_softmax_terms(logits, torch.tensor(COUNTS)), one_hot(labels, 5))
