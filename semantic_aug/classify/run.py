@@ -25,7 +25,14 @@ from semantic_aug.classify.config import (
 )
 from semantic_aug.classify.draws import EpochDraws
 from semantic_aug.classify.losses import make_criterion
-from semantic_aug.classify.models import freeze, make_model, make_skeleton, timm_lines, timm_name, weights_identity
+from semantic_aug.classify.models import (
+    check_resolution,
+    freeze,
+    make_model,
+    make_skeleton,
+    timm_lines,
+    weights_identity,
+)
 from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
 from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, results_of
@@ -105,9 +112,9 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     """Loads the data set and the synthetic images, and derives what was not given. Raises UserError: a value that does not
     exist here, or a combination that cannot work."""
     synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
-    timm_name(classifier.model)
     device_of(placement.gpu)
     check_flags(config)
+    check_resolution(classifier.model, classifier.res_mode)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
     if config.evaluation.test_dataset:
         dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
