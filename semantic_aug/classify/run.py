@@ -39,6 +39,7 @@ from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, r
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.overlap import refuse_training_images
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
@@ -116,8 +117,11 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     check_flags(config)
     check_resolution(classifier.model, classifier.res_mode)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
-    if config.evaluation.test_dataset:
-        dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
+    if word := config.evaluation.test_dataset:
+        tested = dataset.tested_on(word, config.run.config_dir)
+        if not (config.use.eval_only or config.use.predict):  # what a trained classifier has seen, its record tells
+            refuse_training_images(dataset, tested.test, f"--test_dataset {word}")
+        dataset = tested
     folders = subset_folders(synthetic, dataset, config.run.config_dir)
     images = load_synthetic(folders, dataset, synthetic)
     resolved = replace(with_derived(config, dataset), syndata=folders, carried=carries_over(config, dataset, images))
