@@ -428,6 +428,37 @@ def test_one_image_is_refused_only_where_batch_norm_sees_one_value(name, resolut
             model(image)
 
 
+@pytest.mark.parametrize(
+    ("name", "resolution"), [("resnet18", 16), ("test_vit", 128), ("vit_b_16", 100), ("halonet26t", 256)]
+)
+def test_a_resolution_that_a_model_takes_is_not_refused(name, resolution):
+    state = torch.get_rng_state()
+    models.check_resolution(name, resolution)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class NeedsValues(torch.nn.Module):
+    """Takes shapes from values, which tensors on the meta device do not have."""
+
+    def __init__(self, largest):
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, images):
+        if int(images.new_full((), images.shape[-1])) > self.largest:
+            raise AssertionError
+        return images
+
+
+def test_only_a_model_that_fails_with_values_is_refused(monkeypatch):
+    monkeypatch.setattr(models, "make_model", lambda *_: (NeedsValues(32), None))
+    models.check_resolution("resnet18", 32)
+    with pytest.raises(
+        UserError, match=r"--res_mode 64: --model resnet18 .*64 x 64 pixels \(AssertionError\); give another"
+    ):
+        models.check_resolution("resnet18", 64)
+
+
 def test_weights_from_files(tmp_path):
     import timm
     from safetensors.torch import save_file

@@ -272,6 +272,32 @@ def test_every_setting_trains(image_folder, tmp_path, changes):
     assert np.isfinite(results["test"]["loss"])
 
 
+def test_a_ratio_with_a_remainder_resumes_alike_and_not_a_run_of_an_earlier_version(
+    image_folder, tmp_path, monkeypatch
+):
+    subset, whole = write_subset(tmp_path / "s", ROWS * 3), tmp_path / "whole"
+    changes = {"syndata_dir": [subset], "synthetic_mode": "ratio", "synthetic_prob": 0.4}  # 7.2 of 18 images an epoch
+    train(image_folder, whole, **changes)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        epoch = trainer.Trainer._train_epoch
+        patch.setattr(
+            trainer.Trainer, "_train_epoch", lambda self, *rest: interrupt() if self.epoch else epoch(self, *rest)
+        )
+        train(image_folder, tmp_path / "killed", **changes)
+    train(image_folder, tmp_path / "killed", **changes)
+    assert (whole / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
+    record = yaml.safe_load((whole / "args.yaml").read_text())
+    del record["draws"]["remainder"]  # which earlier versions dropped
+    (whole / "args.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(UserError, match="draws.remainder: none -> 'carried from epoch to epoch'.*another --output_dir"):
+        train(image_folder, whole, dry_run=True, **changes)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 # ----------------------------------------------------------------------------------------------------------- freezing
 
 
@@ -576,6 +602,53 @@ def test_a_run_is_not_evaluated_on_images_it_was_trained_on(three_seeds, image_f
     assert not (run / "evaluation").exists()
     train(data, run, eval_only=True, **setting)
     assert "was trained at --res_mode 64 and is used at 32" in caplog.text
+
+
+@pytest.fixture
+def other_set(image_folder, tmp_path):
+    """Another data set of the same classes: new training and validation images, and the animals' own test images."""
+    folder = tiny.write_image_folder(tmp_path / "other", train=3, val=1, test=0)
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        tiny.picture(number % 3, 5000 + number).save(path)
+    shutil.copytree(image_folder / "test", folder / "test")
+    return folder
+
+
+@pytest.mark.parametrize("dry", [{}, {"dry_run": True}])
+def test_a_test_set_with_training_images_is_refused_by_content(image_folder, other_set, tmp_path, dry):
+    shutil.copy(image_folder / "train" / "toad" / "train002.png", other_set / "test" / "toad" / "holiday.png")
+    message = r"--test_dataset .*other holds 1 training images of animals.* \('.*holiday.png' is '.*train002.png'\)"
+    with pytest.raises(UserError, match=message):
+        train(image_folder, tmp_path / "run", test_dataset=f"folder:{other_set}", **dry)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_that_repeats_its_training_photographs_in_its_test_split_trains(image_folder, other_set, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "animals")
+    for folder in (data, other_set):  # the other one's test images are the data set's own
+        shutil.copy(data / "train" / "toad" / "train002.png", folder / "test" / "toad" / "again.png")
+    train(data, tmp_path / "run", dry_run=True)
+    train(data, tmp_path / "run", dry_run=True, test_dataset=f"folder:{other_set}")
+
+
+def test_a_run_is_not_evaluated_on_another_data_set_with_its_training_images(
+    three_seeds, image_folder, other_set, tmp_path
+):
+    run, gone = three_seeds / "seed1", shutil.copytree(three_seeds / "seed1", tmp_path / "gone")
+    record = yaml.safe_load((run / "args.yaml").read_text())
+    (gone / "args.yaml").write_text(yaml.safe_dump(record | {"dataset": f"folder:{tmp_path / 'unmounted'}"}))
+    moved, changes = shutil.copytree(image_folder, tmp_path / "moved"), {"eval_only": True, "dry_run": True}
+    separate = {"test_dataset": f"folder:{other_set}"}
+    requests = [(image_folder, run, separate), (other_set, run, {}), (moved, run, separate), (moved, gone, separate)]
+    for data, more in ((other_set, {}), (moved, {}), (moved, separate)):
+        train(data, tmp_path / "out", weights=run, **changes, **more)
+    shutil.copy(image_folder / "train" / "toad" / "train002.png", other_set / "test" / "toad" / "holiday.png")
+    message = (
+        r"--eval_only: 1 test images \('.*holiday.png'\) are training images of the classifier .* \(by content, of "
+    )
+    for data, weights, more in requests:
+        with pytest.raises(UserError, match=message):
+            train(data, tmp_path / "out", weights=weights, **changes, **more)
 
 
 def test_a_classifier_is_evaluated_on_a_copy_that_spells_its_classes_otherwise(three_seeds, image_folder, tmp_path):

@@ -323,6 +323,21 @@ def test_stages_1_and_3_name_the_value_of_a_setting_that_is_left_out(image_folde
         (train_cls, "--eval_only --seeds 1 2", "--seeds is for training: leave it out, and name one of its runs"),
         (train_cls, "--syndata_dir none", "synthetic subset .*none is not a folder"),
         (train_cls, "--test_dataset nope", "unknown data set 'nope'"),
+        (
+            train_cls,
+            "--model crossvit_tiny_240",
+            "--res_mode 224: --model crossvit_tiny_240 cannot take images of 224 x 224 .*240 is what it was made for",
+        ),
+        (
+            train_cls,
+            "--model xcit_nano_12_p8_224 --res_mode 100",
+            "--res_mode 100: --model xcit_nano_12_p8_224 .*divide",
+        ),
+        (
+            headroom,
+            "--model dla34 --res_mode 100",
+            "--res_mode 100: --model dla34 cannot take images of 100 x 100 pixels",
+        ),
     ],
 )
 def test_what_flags_and_base_model_decide_is_refused_before_the_data_set_is_read(

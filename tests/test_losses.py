@@ -60,6 +60,33 @@ def test_ldam_lowers_the_labels_logit_by_its_margin(scale):
     assert margins.max() == 0.5 == margins[4] and margins[0] == pytest.approx(0.5 * 500**-0.25)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 70.0, 100.0, 1000.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 20.0])
+def test_ldam_and_its_gradient_are_exact_at_any_scale_and_certainty(scale, spread, soft):
+    logits, labels = logits_and_labels(spread)
+    targets = torch.softmax(logits.flip(0) / 4, -1) if soft else one_hot(labels, 5)
+    margins = torch.tensor(losses.ldam_margins(COUNTS, 0.5))
+    ours, plain = (logits.clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    # for each label its logit lowered by its margin, (B, K, K), and the plain cross-entropy of that
+    lowered = scale * (plain[:, None] - torch.diag(margins))
+    wanted = expected(-lowered.log_softmax(-1).diagonal(dim1=1, dim2=2), targets.double())
+    result = expected(losses.ldam_terms(ours, margins, scale), targets)
+    wanted.sum().backward(), result.sum().backward()
+    assert torch.allclose(result.double(), wanted, rtol=1e-6, atol=1e-12) and torch.isfinite(ours.grad).all()
+    assert torch.allclose(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("scale", [30.0, 200.0])
+def test_ldam_is_finite_where_a_class_is_certain(scale):
+    """Right by far, wrong by far, and two that are equal."""
+    logits = torch.tensor([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0], [7.0, 7.0, -9.0]], requires_grad=True)
+    loss = expected(losses.ldam_terms(logits, torch.full((3,), 0.5), scale), one_hot(torch.zeros(3), 3))
+    loss.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert loss.tolist() == pytest.approx([0, 400.5 * scale, 0.5 * scale], abs=1e-4)
+
+
 def test_balanced_softmax_shifts_by_log_frequency():
     logits, labels = logits_and_labels()
     result = expected(losses.balanced_softmax_terms(logits, torch.tensor(COUNTS)), one_hot(labels, 5))
@@ -204,12 +231,26 @@ def counted(settings, targets=None, real=40, epochs=30, batch=7, **options):
 def test_ratio_gives_every_batch_its_share():
     _, steps = counted(drawn_by("ratio", 3 / 7))
     assert {len(s) for s in steps} == {3}
-    draws, steps = counted(drawn_by("ratio", 0.25))  # 1.75 a batch: one or two, in sum exact over an epoch
-    assert {len(s) for s in steps} == {1, 2}
-    assert all(
-        abs(sum(map(len, steps[i : i + 5])) - 0.25 * 35) < 1 for i in range(0, len(steps), draws.steps_per_epoch)
-    )
+    assert {len(s) for s in counted(drawn_by("ratio", 0.25))[1]} == {1, 2}  # 1.75 a batch
     assert {len(s) for s in counted(drawn_by("ratio", 1.0))[1]} == {7}
+
+
+@pytest.mark.parametrize("probability", [0.02, 0.1, 0.25, 0.3, 1 / 3, "0.9:0.2", "0.01:0.5"])
+def test_the_remainder_of_a_ratio_is_carried_over_the_whole_run(probability):
+    settings = SyntheticSettings(synthetic_mode="ratio", synthetic_prob=probability)
+    draws, steps = counted(settings, epochs=30)
+    p = np.repeat(np.linspace(*settings.probabilities, 30), draws.steps_per_epoch)
+    assert np.abs(np.cumsum([len(s) for s in steps]) - 7 * np.cumsum(p)).max() < 1
+    again = EpochDraws(40, np.arange(12) % 3, settings, 7, seed=1, epochs=30)  # as a resumed run draws
+    resumed = again.batch(17, 3, again.order(17), np.random.default_rng([17, 3]))
+    assert np.array_equal(resumed[resumed >= 40] - 40, steps[17 * draws.steps_per_epoch + 3]) and draws.carried
+
+
+@pytest.mark.parametrize(
+    ("mode", "probability", "epochs"), [("ratio", 0.2, 300), ("ratio", 3 / 7, 300), ("ratio", 0.3, 1), ("item", 0.3, 9)]
+)
+def test_nothing_is_carried_where_an_epoch_holds_its_share(mode, probability, epochs):
+    assert not counted(drawn_by(mode, probability), epochs=epochs)[0].carried
 
 
 def test_item_draws_each_item_alone():

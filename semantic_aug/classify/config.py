@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from semantic_aug import cli
-from semantic_aug.classify.draws import SYNTHETIC_MODES, SyntheticSettings
+from semantic_aug.classify.draws import SyntheticSettings
 from semantic_aug.classify.mixing import MixSettings
 from semantic_aug.datasets.cache import MODES
 from semantic_aug.datasets.settings import Setting, add_shared, dataset_name
@@ -315,6 +315,7 @@ class ClassifyConfig:
     use: UseSettings = field(default_factory=UseSettings)
     placement: PlacementSettings = field(default_factory=PlacementSettings)
     syndata: tuple[str, ...] = ()
+    carried: bool = False
     device: str = "cpu"
 
     @property
@@ -341,11 +342,7 @@ class ClassifyConfig:
             "recipe": self.run.recipe,
             "syndata": self.syndata,
             **_recorded(synthetic),
-            "draws": {
-                "mode": synthetic.synthetic_mode if self.syndata else SYNTHETIC_MODES[0],
-                "probability": synthetic.synthetic_prob if self.syndata else 0.0,
-                "balanced": synthetic.synthetic_balanced,
-            },
+            "draws": synthetic.draws_record(bool(self.syndata), self.carried),
             **_recorded(self.classifier),
             **_recorded(self.training),
             "loss": _recorded(self.loss) | {"smoothing": self.loss.label_smoothing},

@@ -23,6 +23,8 @@ SOFT_LABELS = ("strength", "teacher", "mixed")
 TEACHER_CLASSES = ("all", "pair")
 CURRICULA = ("none", "strength")
 CURRICULUM_ORDERS = ("strong_first", "weak_first")
+ROUNDING = 1e-6
+"""Of a number of images that is added up from shares."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,20 @@ class SyntheticSettings:
         """Whether the draws depend on how far the training is."""
         return self.curriculum != "none" or len(set(self.probabilities)) > 1
 
+    def draws_record(self, used: bool, carried: bool) -> dict:
+        """How synthetic images enter the batches, as ``args.yaml`` keeps it.
+
+        Args:
+            used: whether there are any.
+            carried: see :attr:`EpochDraws.carried`; runs of versions that dropped the remainder do not name it.
+        """
+        record = {
+            "mode": self.synthetic_mode if used else SYNTHETIC_MODES[0],
+            "probability": self.synthetic_prob if used else 0.0,
+            "balanced": self.synthetic_balanced,
+        }
+        return record | ({"remainder": "carried from epoch to epoch"} if carried else {})
+
 
 def balanced_rows(
     labels: np.ndarray, count: int, rng: np.random.Generator, weights: np.ndarray | None = None
@@ -294,12 +310,28 @@ class EpochDraws:
 
     def _swapped(self, epoch: int, step: int, size: int, rng: np.random.Generator) -> np.ndarray:
         """Which items of a batch are synthetic, bool ``(size,)``."""
-        first, last = self.settings.probabilities
-        p = first + (last - first) * self._progress(epoch)
         if self.settings.synthetic_mode == "item":  # the paper's way: each item by itself
-            return rng.random(size) < p
-        # ratio: the fraction that a batch cannot hold is carried to the next, so that the epoch's share is p
-        whole: Sequence[int] = [int((step + after) * p * size + 1e-9) for after in (0, 1)]
+            return rng.random(size) < self._probability(epoch)
+        # ratio: the fraction that a batch cannot hold is carried to the next, so that the training's share is p
+        whole: Sequence[int] = [int(self._synthetic_share(epoch, step + after) + ROUNDING) for after in (0, 1)]
         swap = np.zeros(size, bool)
         swap[rng.permutation(size)[: whole[1] - whole[0]]] = True
         return swap
+
+    def _probability(self, epoch: int) -> float:
+        first, last = self.settings.probabilities
+        return first + (last - first) * self._progress(epoch)
+
+    def _synthetic_share(self, epoch: int, step: int) -> float:
+        """The synthetic share of all items before a step, in items: p added up over the training so far."""
+        # p goes along a line: over the earlier epochs its mean is that of the first and the last of them
+        earlier = epoch * (self._probability(0) + self._probability(epoch - 1)) / 2 if epoch else 0.0
+        return (earlier * self.steps_per_epoch + step * self._probability(epoch)) * self.batch_size
+
+    @property
+    def carried(self) -> bool:
+        """Whether an epoch begins with a fraction of a synthetic image that the earlier ones could not hold."""
+        if self.targets is None or self.settings.synthetic_mode != "ratio":
+            return False
+        shares = [self._synthetic_share(epoch, 0) for epoch in range(1, self.epochs or 1)]
+        return any(abs(share - round(share)) > ROUNDING for share in shares)

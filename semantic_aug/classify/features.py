@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from semantic_aug.classify.data import ImageStore, Normaliser
-from semantic_aug.classify.models import make_model, weights_identity
+from semantic_aug.classify.models import check_resolution, make_model, weights_identity
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import cache_folder
 from semantic_aug.datasets.fingerprint import content_digest, hash_files, hash_images
@@ -119,8 +119,9 @@ def load_extractor(
         levels: the means of all levels (:class:`LevelMeans`) where the model gives them, instead of the output.
 
     Raises:
-        UserError: an unknown model, or weights that cannot be had.
+        UserError: an unknown model, one that cannot take this resolution, or weights that cannot be had.
     """
+    check_resolution(name, resolution)
     with torch.random.fork_rng(devices=[]):  # weights "none" are the same in every process
         torch.manual_seed(0)
         model, normalisation = make_model(name, 0, resolution, weights)

@@ -25,11 +25,12 @@ from semantic_aug.classify.models import class_order, make_model, normalisation_
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import RESULTS_FILE
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
-from semantic_aug.datasets.fingerprint import data_identity
+from semantic_aug.datasets.fingerprint import content_digest, data_identity, hash_images
 from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.overlap import shared_images
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, WouldDownload, no_downloads
 from semantic_aug.registry import shown_path
 
 log = logging.getLogger(__name__)
@@ -111,25 +112,52 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
 
 
 def refuse_seen_images(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Refuses to evaluate a run of this data set on images that it was trained on under another setting, as far as its record
-    tells. Raises UserError: says what the settings differ in."""
+    """Refuses to evaluate a run on images that it was trained on, as far as its record tells.
+
+    The splits of the data set that it was trained on are compared by name, those of another one by content.
+
+    Raises:
+        UserError: names one of the images, and says what the settings differ in.
+    """
     recorded = _record_of(classifier.path)
-    kept = recorded.get("setting")
-    if recorded.get("dataset") != config.dataset or not isinstance(kept, Mapping):
+    kept, own = recorded.get("setting"), recorded.get("dataset") == config.dataset
+    if not isinstance(kept, Mapping):
         return
-    trained = Setting(**{name: value for name, value in kept.items() if name in cli.settings_of(Setting)})
-    if trained == dataset.setting:
+    setting = Setting(**{name: value for name, value in kept.items() if name in cli.settings_of(Setting)})
+    if own and setting == dataset.setting and not config.evaluation.test_dataset:
         return
-    seen = set(load_dataset(config.dataset, trained, config.run.config_dir).train.keys)
-    other = {"test"} if config.evaluation.test_dataset else set()  # of another data set
-    for split in sorted({"val", "test"} - other):
+    trained = _training_data(recorded, setting, config)
+    for split in ("test", "val"):
         table = getattr(dataset, split)
-        if shared := sorted(seen.intersection(table.keys if table is not None else ())):
-            changed = "; ".join(runs.differences(asdict(trained), asdict(dataset.setting)))
+        if trained is None or table is None:
+            continue
+        if own and not (split == "test" and config.evaluation.test_dataset):
+            shared = sorted(set(trained.train.keys).intersection(table.keys))
+            changed = "; ".join(runs.differences(asdict(setting), asdict(dataset.setting)))
+            reason = f"({changed}): give the flags that it was trained with"
+        else:
+            shared = [name for name, _ in shared_images(table, trained.train, getattr(trained, split))]
+            reason = f"(by content, of {trained.name}{setting.suffix}): give images that it was not trained on"
+        if shared:
             raise UserError(
                 f"--eval_only: {len(shared)} {split} images ('{shared[0]}') are training images of the classifier "
-                f"{shown_path(classifier.path)} ({changed}): give the flags that it was trained with"
+                f"{shown_path(classifier.path)} {reason}"
             )
+
+
+def _training_data(recorded: Mapping[str, Any], setting: Setting, config: ClassifyConfig) -> LoadedDataset | None:
+    """The data set that a run was trained on: where its record says, or the present one where that holds the same training
+    images; None where neither is on this machine."""
+    word, options = recorded.get("dataset"), (setting, config.run.config_dir)
+    if word == config.dataset:
+        return load_dataset(word, *options)
+    with contextlib.suppress(UserError, OSError, WouldDownload), no_downloads(True):
+        return load_dataset(str(word), *options)
+    with contextlib.suppress(UserError):
+        data, made_from = load_dataset(config.dataset, *options), recorded.get(runs.MADE_FROM) or {}
+        kept = (made_from.get("data") or {}).get("train") or {}
+        return data if content_digest(hash_images(data.train).hex()) == kept.get("content") else None
+    return None
 
 
 def _record_of(path: Path) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from semantic_aug import cli, registry
 from semantic_aug.classify.config import build_parser, read_config
 from semantic_aug.classify.draws import EpochDraws, SyntheticSettings
 from semantic_aug.classify.losses import one_hot
+from semantic_aug.classify.models import check_resolution
 from semantic_aug.classify.run import check_synthetic, load_synthetic, subset_folders, train, with_derived
 from semantic_aug.classify.teacher import subset_labels, with_teacher_labels
 from semantic_aug.datasets import Setting, load_dataset
@@ -89,6 +90,7 @@ class SoftLabelDataset(Dataset):
         if settings.soft_labels != "strength" and self.synthetic is not None:
             request = read_config(build_parser("").parse_args(["--dataset", dataset.name, *shlex.split(teacher)]))
             request = replace(request, synthetic=settings, syndata=folders)
+            check_resolution(request.classifier.model, request.classifier.res_mode)
             labels = subset_labels(with_derived(request, dataset), dataset)
             self.synthetic = with_teacher_labels(self.synthetic, labels, settings, train)
         images, options = self.synthetic, {"counts": self.real.counts(), "epochs": epochs}

@@ -63,10 +63,19 @@ def ldam_terms(logits: Tensor, margins: Tensor, scale: float) -> Tensor:
         margins: ``(K,)``, see :func:`ldam_margins`.
         scale: s.
     """
-    scaled = scale * logits.double()  # 1 - p below cancels in single precision once a class is sure
-    log_p, shift = F.log_softmax(scaled, dim=-1), scale * margins.double()
-    # the denominator with the label's logit lowered: sum_j exp(s z_j) (1 + p_k (exp(-s m_k) - 1))
-    return (-log_p + shift + torch.log1p(log_p.exp() * torch.expm1(-shift))).float()
+    scaled, shift = scale * logits.double(), scale * margins.double()
+    # l_k = log(1 + exp(s m_k) r_k), r_k the odds against k: their logarithm keeps what 1 - p_k loses once a class is sure
+    return F.softplus(shift + log_other_classes(scaled) - scaled).float()
+
+
+def log_other_classes(logits: Tensor) -> Tensor:
+    """log sum_(j != k) exp(z_j) for every class k, ``(B, K)`` as the logits, exact for a class that is sure."""
+    largest = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+    total = logits.logsumexp(-1, keepdim=True)
+    # every class but the largest has at most half of the probability: 1 - p does not cancel
+    p = (logits - total).exp().masked_fill(largest, 0)
+    without_largest = logits.masked_fill(largest, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.where(largest, without_largest, total + torch.log1p(-p))
 
 
 def balanced_softmax_terms(logits: Tensor, counts: Tensor) -> Tensor:

@@ -88,6 +88,42 @@ def make_skeleton(name: str, num_classes: int, resolution: int) -> nn.Module:
         return make_model(name, num_classes, resolution, "none")[0]
 
 
+def check_resolution(name: str, resolution: int) -> None:
+    """Refuses a resolution that a model cannot be made for or cannot take, before its weights are loaded.
+
+    A model without values is run on the meta device, which computes shapes alone; where that fails, a model with values on
+    the CPU decides.
+
+    Raises:
+        UserError: it cannot; or an unknown model.
+    """
+    import timm
+
+    name = timm_name(name)
+    try:
+        with torch.device("meta"):
+            return _run(name, resolution)
+    except Exception as error:  # networks raise many kinds
+        log.debug("%s on the meta device at %d pixels: %r", name, resolution, error)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _run(name, resolution)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")[:160]
+        size = timm.get_pretrained_cfg_value(name, "input_size")
+        raise UserError(
+            f"--res_mode {resolution}: --model {name} cannot take images of {resolution} x {resolution} pixels ({reason}); "
+            f"give another --res_mode{f' ({size[-1]} is what it was made for)' if size else ''} or another --model"
+        ) from error
+
+
+@torch.no_grad()
+def _run(name: str, resolution: int) -> None:
+    """Makes a model and gives it two images."""
+    model, _ = make_model(name, 2, resolution, "none")
+    model.eval()(torch.zeros(2, 3, resolution, resolution))
+
+
 def normalisation_of(model: nn.Module, file: Path | None) -> Normalisation:
     """How a model's images are normalised: as its file says, where train_cls.py wrote one that does, else timm's way."""
     config = {**model.pretrained_cfg, **(metadata_of(file) if file else {})}

@@ -23,14 +23,23 @@ from semantic_aug.classify.config import (
     ClassifyConfig,
     SyntheticSettings,
 )
+from semantic_aug.classify.draws import EpochDraws
 from semantic_aug.classify.losses import make_criterion
-from semantic_aug.classify.models import freeze, make_model, make_skeleton, timm_lines, timm_name, weights_identity
+from semantic_aug.classify.models import (
+    check_resolution,
+    freeze,
+    make_model,
+    make_skeleton,
+    timm_lines,
+    weights_identity,
+)
 from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
 from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, results_of
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.overlap import refuse_training_images
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
@@ -104,15 +113,18 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     """Loads the data set and the synthetic images, and derives what was not given. Raises UserError: a value that does not
     exist here, or a combination that cannot work."""
     synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
-    timm_name(classifier.model)
     device_of(placement.gpu)
     check_flags(config)
+    check_resolution(classifier.model, classifier.res_mode)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
-    if config.evaluation.test_dataset:
-        dataset = dataset.tested_on(config.evaluation.test_dataset, config.run.config_dir)
+    if word := config.evaluation.test_dataset:
+        tested = dataset.tested_on(word, config.run.config_dir)
+        if not (config.use.eval_only or config.use.predict):  # what a trained classifier has seen, its record tells
+            refuse_training_images(dataset, tested.test, f"--test_dataset {word}")
+        dataset = tested
     folders = subset_folders(synthetic, dataset, config.run.config_dir)
     images = load_synthetic(folders, dataset, synthetic)
-    resolved = replace(with_derived(config, dataset), syndata=folders)
+    resolved = replace(with_derived(config, dataset), syndata=folders, carried=carries_over(config, dataset, images))
     check(resolved, dataset)
     folder = placement.output_dir
     if folder is None:
@@ -166,6 +178,16 @@ def load_synthetic(
             "several (sample_mp.py --strength_strategy uniform, or several subsets)"
         )
     return images
+
+
+def carries_over(config: ClassifyConfig, dataset: LoadedDataset, images: SyntheticImages | None) -> bool:
+    """Whether the synthetic images of an epoch depend on the earlier ones, see :attr:`EpochDraws.carried`."""
+    if images is None:
+        return False
+    training, options = config.training, {"counts": dataset.train.counts(), "strengths": images.strength}
+    options |= {"epochs": training.nepoch}
+    draws = EpochDraws(len(dataset.train), images.target, config.synthetic, training.batch_size, config.seed, **options)
+    return draws.carried
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 
 from semantic_aug import registry
 from semantic_aug.datasets.catalog import LoadedDataset, read_splits
-from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images
+from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.datasets.overlap import by_content
 from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
 from semantic_aug.datasets.readers.hub import read_hub_images
@@ -85,10 +86,10 @@ def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | st
             trained on them; or none is left.
     """
     hashes = [value.tobytes() for value in hash_images(images).values]
-    left_out = set(_by_content(dataset.train))
+    left_out = set(by_content(dataset.train))
     for split in ("test", "val"):
         table = getattr(dataset, split)
-        labelled = _by_content(table) if table is not None else {}
+        labelled = by_content(table) if table is not None else {}
         if str(path).startswith(DATASET):
             left_out.update(labelled)
             continue
@@ -102,8 +103,3 @@ def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | st
     if not len(rest):
         raise UserError(f"--unlabelled {path}: all {len(images)} images are labelled training images; give others")
     return rest
-
-
-def _by_content(table: ImageTable) -> dict[bytes, str]:
-    values = [value.tobytes() for value in hash_images(table).values]
-    return {value: key for value, key in zip(values, table.keys, strict=True) if value != UNREADABLE}

@@ -314,10 +314,13 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses, measures, reports."""
+    from semantic_aug.classify.models import check_resolution
+
     args = build_parser().parse_args(argv)
     settings = cli.read_settings(HeadroomSettings, args)
     if settings.weights not in classify.WEIGHTS:
         classify.weight_file(registry.resolve_path(settings.weights))
+    check_resolution(settings.model, settings.res_mode)
     if args.dry_run:
         print(load_data(settings, args.dataset, args.config_dir).describe())
         return 0
