@@ -214,3 +214,29 @@ def test_bash_itself_still_works_and_strict_shells_do_too(shell, tmp_path):
 def test_sourcing_works_from_anywhere(shell, tmp_path):
     done = shell(f"cd {tmp_path}; source {ROOT}/scripts/sample.sh; bash sample cub k diff-mix 0.7")
     assert str(ROOT / "sample_mp.py") in done.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_path_for_cd_changes_nothing(shell, kind, tmp_path):
+    """With CDPATH, cd prints where it goes, and prefers another folder of the same name."""
+    (tmp_path / "scripts").mkdir()
+    for search in (".", tmp_path):
+        done = shell(f"CDPATH={search}\nsource scripts/sample.sh\nsample cub k diff-mix 0.7; echo $CDPATH", kind)
+        assert command_line(done)[0] == str(ROOT / "sample_mp.py") and done.stdout.endswith(f"\n{search}\n")
+
+
+@pytest.mark.parametrize("script", ["setup", "test", "quickstart"])
+def test_a_search_path_for_cd_leads_no_script_elsewhere(script, tmp_path):
+    (tmp_path / "repository" / "scripts").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
+    lines = (ROOT / "scripts" / f"{script}.sh").read_text().splitlines(keepends=True)
+    cd = next(number for number, line in enumerate(lines) if "cd " in line and "BASH_SOURCE" in line)
+    (tmp_path / "repository" / "scripts" / "begin.sh").write_text("".join(lines[: cd + 1]) + "pwd\n")
+    done = subprocess.run(
+        ["bash", "scripts/begin.sh"],
+        cwd=tmp_path / "repository",
+        env={**os.environ, "CDPATH": str(tmp_path / "elsewhere")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path / 'repository'}\n"
