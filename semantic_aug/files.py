@@ -62,7 +62,18 @@ def write_text(path: Path, text: str) -> None:
 def csv_writer(path: Path) -> Iterator[Any]:
     """What writes the rows of a CSV that appears whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        yield csv.writer(out, lineterminator="\n")
+        yield csv.writer(_LineFeeds(out), lineterminator="\r\n")
+
+
+class _LineFeeds:
+    """Ends each row of a CSV by a line feed alone, where the writer's rows end by both line breaks: it quotes a cell that holds
+    a character of its line ending and, before Python 3.13, no other, and readers take either for the end of a row."""
+
+    def __init__(self, out: IO[str]):
+        self.out = out
+
+    def write(self, row: str) -> None:
+        self.out.write(row.removesuffix("\r\n") + "\n")
 
 
 def write_json(path: Path, content: Any) -> None:
