@@ -227,7 +227,16 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
             f"entry {dataset}/{key} of {shown_path(config_dir / SUBSETS)} holds {entry!r}: "
             "expected a folder or a list of folders"
         )
-    return [f"{item.partition('#')[0]}#{variant}" for item in listed] if variant else listed
+    return [f"{part_variant(item)[0]}#{variant}" for item in listed] if variant else listed
+
+
+def part_variant(item: str) -> tuple[str, str]:
+    """The folder of a subset, and the variant after a ``#``, empty without one. A ``#`` before the last slash is part of the
+    folder's name, and so is one in the name of a folder that exists."""
+    folder, mark, variant = item.rpartition("#")
+    if not mark or "/" in variant or resolve_path(item).is_dir():
+        return item, ""
+    return folder, variant
 
 
 def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> bool:
