@@ -14,7 +14,7 @@ from PIL import Image
 import tiny
 from semantic_aug import registry
 from semantic_aug.datasets import ImageTable, Setting, find_spec, load_dataset, subsets
-from semantic_aug.datasets.images import fit, open_image
+from semantic_aug.datasets.images import fit, open_image, reads_alike
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.sets import elpv, elpv_shortcut
@@ -342,6 +342,19 @@ def encoded(image: Image.Image, kind="PNG", **options) -> bytes:
 def test_every_mode_becomes_rgb(image, kind, pixel):
     opened = open_image(encoded(image, kind))
     assert opened.mode == "RGB" and opened.size == (3, 2) and opened.getpixel((1, 1)) == pixel
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_a_transparent_colour_is_laid_over_white(mode):
+    """As optimisers of PNG files write pictures that were cut out."""
+    image = Image.new(mode, (3, 2))
+    colour = (0, 0, 0) if mode == "RGB" else 0
+    assert open_image(encoded(image)).getpixel((1, 1)) == (0, 0, 0) and reads_alike(encoded(image))
+    content = encoded(image, transparency=colour)
+    assert open_image(content).getpixel((1, 1)) == (255, 255, 255) and not reads_alike(content)
+    image.putpixel((0, 0), 1 if mode in "1P" else 90 if mode == "L" else (90, 90, 90))
+    kept = open_image(encoded(image, transparency=colour)).getpixel((0, 0))
+    assert kept == open_image(encoded(image)).getpixel((0, 0))
 
 
 def test_exif_rotation_is_applied():

@@ -243,7 +243,9 @@ def test_a_search_path_for_cd_leads_no_script_elsewhere(script, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ids", ["GPU_IDS=$(printf '0\\n1\\n2')", "IFS=$'\\n'; GPU_IDS=(0 1 2)", "IFS=,; GPU_IDS=(0 1 2)"])
+@pytest.mark.parametrize(
+    "ids", ["GPU_IDS=$(printf '0\\n1\\n2')", "IFS=$'\\n'; GPU_IDS=(0 1 2)", "IFS=,; GPU_IDS=(0 1 2)"]
+)
 def test_gpu_ids_on_several_lines_are_all_taken(shell, kind, ids):
     result = command_line(shell(f"source scripts/sample.sh\n{ids}\nsample cub k diff-mix 0.7", kind))
     assert flag(result, "--gpu_ids", 4) == ["0", "1", "2", "--aug_strength"]
