@@ -138,6 +138,8 @@ def _note_outside_splits(
             kind = unlabelled if split_of(child.name) else "folder beside the splits left out"
             note(kind, [f"{text_of(child.name)} with {number} images"])
     note("images beside the split folders left out", [walk.name_of(file) for file in files if walk.is_image(file)])
+    lists = [file.name for file in files if file.name in captions.METADATA]
+    note("lists of captions, boxes or masks beside the split folders left out: each split folder has its own", lists)
 
 
 def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
