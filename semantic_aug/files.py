@@ -32,6 +32,17 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Error numbers of a file system that has no locks."""
 
 
+def home_expanded(path: str | os.PathLike) -> Path:
+    """A path with ``~`` and ``~USER`` at its start replaced by the home folder. Raises UserError: there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        home = Path(path).parts[0]
+        raise UserError(
+            f"{path}: no home folder is known for {home}: give the whole path, or ./{home} for a folder"
+        ) from None
+
+
 @contextmanager
 def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """A temporary name in the same folder, moved to ``path`` when the block ends well and removed when it does not.

@@ -19,7 +19,7 @@ from semantic_aug.datasets.readers.folder import Walk
 from semantic_aug.datasets.settings import DATASET
 from semantic_aug.datasets.table import table_of_files
 from semantic_aug.errors import UserError
-from semantic_aug.files import atomic_path, sha256_text
+from semantic_aug.files import atomic_path, home_expanded, sha256_text
 from semantic_aug.tensors import create_array, open_array
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def image_files(path: Path, flag: str) -> list[Path]:
 
 def open_table(word: str, flag: str) -> ImageTable:
     """The images of a folder or list as a table without labels, in the order of their paths."""
-    path = Path(word).expanduser()
+    path = home_expanded(word)
     files = image_files(path, flag)
     root = path if path.is_dir() else path.parent
     keys = [file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix() for file in files]
