@@ -1,10 +1,10 @@
 # What the wrappers share. Sourced by them; works in bash 4+ and zsh, and never ends the shell it is sourced into.
 
-# The repository, from where this file lies.
+# The repository, from where this file lies. With a CDPATH, cd would look elsewhere first and print where it went.
 if [ -n "${BASH_VERSION:-}" ]; then
-    _diffmix_scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+    _diffmix_scripts="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 else
-    _diffmix_scripts="$(cd "$(dirname "${(%):-%x}")" && pwd)"
+    _diffmix_scripts="$(CDPATH='' cd -- "$(dirname "${(%):-%x}")" && pwd)"
 fi
 DIFFMIX_ROOT="$(dirname "$_diffmix_scripts")"
 

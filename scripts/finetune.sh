@@ -9,16 +9,14 @@ else
     . "$(dirname "${(%):-%x}")/common.sh"
 fi
 
-# How many GPUs stage 1 gets: the entries of CUDA_VISIBLE_DEVICES, else all there are, at least one process.
+# How many GPUs stage 1 gets: the entries of CUDA_VISIBLE_DEVICES (empty: none), else all there are; 0 without one.
 _diffmix_processes() {
     if [ -n "${NUM_PROCESSES:-}" ]; then
         printf '%s\n' "$NUM_PROCESSES"
-    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        printf '%s\n' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .
-    elif command -v nvidia-smi >/dev/null 2>&1; then
-        nvidia-smi --list-gpus 2>/dev/null | grep -c . || printf '1\n'
-    else
-        printf '1\n'
+    elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        printf '%s\n' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || :
+    else # a failing nvidia-smi writes its message, of several lines, where the list would stand
+        { nvidia-smi --list-gpus 2>/dev/null || :; } | grep -c '^GPU [0-9]' || :
     fi
 }
 
@@ -27,6 +25,12 @@ finetune() {
     local dataset="$1" strategy="$2" examples="$3" steps="$4" processes
     shift 4
     processes="$(_diffmix_processes)"
+    case "$processes" in
+        *[!0-9]*)
+            printf 'error: NUM_PROCESSES=%s: expected a whole number\n' "$processes" >&2
+            return 2
+            ;;
+    esac
     set -- "$DIFFMIX_ROOT/train_lora.py" --dataset "$dataset" --finetune_strategy "$strategy" \
         --recipe "$(_diffmix_recipe "$dataset")" --resume_from_checkpoint latest \
         --examples_per_class "$examples" --max_train_steps "$steps" \

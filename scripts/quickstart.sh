@@ -6,6 +6,6 @@
 #   scripts/quickstart.sh --smoke         either with tiny counts, to see that everything works
 # It may be interrupted; run again, it resumes from what is there.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh requirements.txt scripts/quickstart/requirements.txt
 exec .venv/bin/python scripts/quickstart/run.py "$@"

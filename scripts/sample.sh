@@ -29,14 +29,16 @@ _diffmix_sample() {
     else
         set -- --aug_strength "$strength" "$@"
     fi
-    # an array (0 0 1) and a string "0 0 1" read alike; no GPU_IDS: the program takes every GPU, or every CPU core
+    # an array (0 0 1) and a string "0 0 1" read alike, also on several lines and whatever the user's shell separates words
+    # by; no GPU_IDS: the program takes every GPU, or every CPU core
+    local IFS=$' \t\n'
     local ids="${GPU_IDS[*]:-}"
     if [ -n "$ids" ]; then
         local -a list
         if [ -n "${ZSH_VERSION:-}" ]; then
             eval 'list=(${=ids})'
         else
-            read -r -a list <<<"$ids"
+            read -r -d '' -a list <<<"$ids" || : # to the end of the text, which is no failure
         fi
         set -- --gpu_ids "${list[@]}" "$@"
     fi

@@ -3,7 +3,7 @@
 #   scripts/setup.sh requirements.txt [more.txt ...]
 # Run again, it installs only what changed. PYTHON names the interpreter (default: python3).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

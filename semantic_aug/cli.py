@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from semantic_aug import registry
 from semantic_aug.errors import UserError, nearest_first, unknown
+from semantic_aug.files import home_expanded
 from semantic_aug.foreign_flags import instead_of
 
 T = TypeVar("T")
@@ -298,7 +299,7 @@ def path_or(*choices: str) -> Callable[[str], str]:
 def model(text: str) -> str:
     """An argument type: a model's folder, where there is one in the folder in which the command was typed; else the text
     itself, which is a hub id or a folder of the repository."""
-    relative = Path(text).expanduser()
+    relative = home_expanded(text)
     return registry.shown_path(relative) if not relative.is_absolute() and text and relative.is_dir() else text
 
 

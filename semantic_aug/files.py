@@ -32,6 +32,17 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Error numbers of a file system that has no locks."""
 
 
+def home_expanded(path: str | os.PathLike) -> Path:
+    """A path with ``~`` and ``~USER`` at its start replaced by the home folder. Raises UserError: there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        home = Path(path).parts[0]
+        raise UserError(
+            f"{path}: no home folder is known for {home}: give the whole path, or ./{home} for a folder"
+        ) from None
+
+
 @contextmanager
 def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """A temporary name in the same folder, moved to ``path`` when the block ends well and removed when it does not.
@@ -62,7 +73,18 @@ def write_text(path: Path, text: str) -> None:
 def csv_writer(path: Path) -> Iterator[Any]:
     """What writes the rows of a CSV that appears whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        yield csv.writer(out, lineterminator="\n")
+        yield csv.writer(_LineFeeds(out), lineterminator="\r\n")
+
+
+class _LineFeeds:
+    """Ends each row of a CSV by a line feed alone, where the writer's rows end by both line breaks: it quotes a cell that holds
+    a character of its line ending and, before Python 3.13, no other, and readers take either for the end of a row."""
+
+    def __init__(self, out: IO[str]):
+        self.out = out
+
+    def write(self, row: str) -> None:
+        self.out.write(row.removesuffix("\r\n") + "\n")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -6,9 +6,9 @@ tokens, by its cleaned-up name, followed by the data set's super-class: "a photo
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from semantic_aug.errors import UserError, nearest_first
+from semantic_aug.files import home_expanded
 
 TEMPLATES = (
     "a photo of a {}",
@@ -244,7 +244,7 @@ def read_templates(word: str, flag: str = "--prompt_templates") -> tuple[str, ..
 def _read_lines(word: str, flag: str, expected: str) -> tuple[str, ...]:
     """The distinct lines of a text file, without blank ones and those starting with ``#``."""
     try:  # a byte-order mark, as Windows' editors write it, is no part of the first line
-        lines = [line.strip() for line in Path(word).expanduser().read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in home_expanded(word).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{flag} {word}: expected a text file with one {expected}") from None
     return tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))

@@ -12,7 +12,7 @@ from typing import Any
 
 from semantic_aug import yaml_files
 from semantic_aug.errors import UserError, unknown
-from semantic_aug.files import locked
+from semantic_aug.files import home_expanded, locked
 from semantic_aug.yaml_files import as_list, kind_of
 from semantic_aug.yaml_files import read as read_yaml
 from semantic_aug.yaml_files import to_text as to_yaml  # noqa: F401 (a block to print and paste)
@@ -52,13 +52,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def resolve_path(path: str | os.PathLike) -> Path:
     """A path of a registry or a default: ``~`` expanded, relative ones taken from the repository root."""
-    path = Path(path).expanduser()
+    path = home_expanded(path)
     return path if path.is_absolute() else REPO_ROOT / path
 
 
 def typed_path(text: str) -> Path:
     """A path of a flag: ``~`` expanded, relative ones taken from the folder in which the command was typed."""
-    return Path(text).expanduser().absolute()
+    return home_expanded(text).absolute()
 
 
 def shown_path(path: str | os.PathLike) -> str:
@@ -227,7 +227,16 @@ def subsets(dataset: str, key: str, config_dir: Path = CONFIG_DIR) -> list[str]:
             f"entry {dataset}/{key} of {shown_path(config_dir / SUBSETS)} holds {entry!r}: "
             "expected a folder or a list of folders"
         )
-    return [f"{item.partition('#')[0]}#{variant}" for item in listed] if variant else listed
+    return [f"{part_variant(item)[0]}#{variant}" for item in listed] if variant else listed
+
+
+def part_variant(item: str) -> tuple[str, str]:
+    """The folder of a subset, and the variant after a ``#``, empty without one. A ``#`` before the last slash is part of the
+    folder's name, and so is one in the name of a folder that exists."""
+    folder, mark, variant = item.rpartition("#")
+    if not mark or "/" in variant or resolve_path(item).is_dir():
+        return item, ""
+    return folder, variant
 
 
 def register(file: str, dataset: str, key: str, entry: Any, config_dir: Path = CONFIG_DIR) -> bool:

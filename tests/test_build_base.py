@@ -199,6 +199,27 @@ def test_images_that_cannot_be_used_are_refused(pool, tmp_path):
     assert "part 1/004.png is its renamed.png" in line
 
 
+def test_folders_are_read_as_data_sets_are(tmp_path):
+    """Litter of systems and editors is no image of the pool, and a test split of links is found in it."""
+    from base_model import images
+
+    folder = write_pool(tmp_path / "pool", 24)
+    elsewhere = write_pool(tmp_path / "elsewhere", 3)
+    for name in ("@eaDir/SYNOPHOTO_THUMB_M.png", ".ipynb_checkpoints/copy.png", "._000.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        tiny.picture(1, 99).save(folder / name)
+    assert len(images.open_table(str(folder), "--images")) == 24
+    (folder / "linked").symlink_to(elsewhere)
+    keys = images.open_table(str(folder), "--images").keys
+    assert len(keys) == 27 and "linked/part 0/000.png" in keys
+    (folder / "linked").unlink()
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "linked").symlink_to(folder / "part 1")
+    tiny.picture(0, 98).save(tmp_path / "test" / "another.png")
+    with pytest.raises(UserError, match="--images holds 8 of the images of --exclude"):
+        images.open_pool(str(folder), [str(tmp_path / "test")], 0.1)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

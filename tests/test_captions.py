@@ -76,6 +76,16 @@ def test_a_metadata_file_about_something_else_is_passed_over(tmp_path):
     assert "caption" not in load_dataset(f"folder:{folder}").train.extras
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_list_above_the_splits_is_not_passed_over_in_silence(tmp_path, name):
+    """The hub's image folders may have one list for all splits; here each split has its own."""
+    folder = tiny.write_image_folder(tmp_path / "animals", train=2)
+    (folder / name).write_text("file_name,caption\ntrain/toad/train000.png,wet\n")
+    with collected() as notes:
+        assert "caption" not in load_dataset(f"folder:{folder}").train.extras
+    assert [(note.cases, "each split folder has its own" in note.kind) for note in notes] == [((name,), True)]
+
+
 def test_json_lines_give_captions_boxes_and_masks(tmp_path):
     folder = tiny.write_image_folder(tmp_path / "animals", train=2)
     lines = [

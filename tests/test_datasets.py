@@ -14,11 +14,13 @@ from PIL import Image
 import tiny
 from semantic_aug import registry
 from semantic_aug.datasets import ImageTable, Setting, find_spec, load_dataset, subsets
-from semantic_aug.datasets.images import fit, open_image
+from semantic_aug.datasets.__main__ import main as datasets_main
+from semantic_aug.datasets.images import fit, open_image, reads_alike
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
 from semantic_aug.datasets.sets import elpv, elpv_shortcut
-from semantic_aug.errors import UserError
+from semantic_aug.datasets.settings import dataset_name
+from semantic_aug.errors import UserError, run_main
 
 CLASSES = ("blue jay", "red fox", "toad")
 
@@ -86,6 +88,22 @@ def test_unknown_names_and_schemes():
         load_dataset("foldr:/x")
     with pytest.raises(UserError, match="is not a folder"):
         load_dataset("folder:/does/not/exist")
+
+
+@pytest.mark.parametrize("word", ["folder:~nobody-here/x", "csv:~nobody-here/x.csv", "hf:~nobody-here/x"])
+def test_the_home_of_an_unknown_user_is_one_clear_line(tmp_path, monkeypatch, capsys, word):
+    message = "~nobody-here/x(.csv)?: no home folder is known for ~nobody-here: give the whole path"
+    for read in (load_dataset, dataset_name):
+        with pytest.raises(UserError, match=message):
+            read(word)
+    (tmp_path / "datasets.yaml").write_text("mine: {folder: ~nobody-here/x}\n")
+    with pytest.raises(UserError, match=message):
+        load_dataset("mine", config_dir=tmp_path)
+    assert run_main(datasets_main, ["--config_dir", "~nobody-here", "list"]) == 2
+    assert capsys.readouterr().err.startswith("error: ~nobody-here: no home folder")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"({tmp_path}|~)/x"):
+        load_dataset(word.replace("~nobody-here", "~"))
 
 
 def test_bad_folders_are_one_clear_line(tmp_path):
@@ -342,6 +360,19 @@ def encoded(image: Image.Image, kind="PNG", **options) -> bytes:
 def test_every_mode_becomes_rgb(image, kind, pixel):
     opened = open_image(encoded(image, kind))
     assert opened.mode == "RGB" and opened.size == (3, 2) and opened.getpixel((1, 1)) == pixel
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_a_transparent_colour_is_laid_over_white(mode):
+    """As optimisers of PNG files write pictures that were cut out."""
+    image = Image.new(mode, (3, 2))
+    colour = (0, 0, 0) if mode == "RGB" else 0
+    assert open_image(encoded(image)).getpixel((1, 1)) == (0, 0, 0) and reads_alike(encoded(image))
+    content = encoded(image, transparency=colour)
+    assert open_image(content).getpixel((1, 1)) == (255, 255, 255) and not reads_alike(content)
+    image.putpixel((0, 0), 1 if mode in "1P" else 90 if mode == "L" else (90, 90, 90))
+    kept = open_image(encoded(image, transparency=colour)).getpixel((0, 0))
+    assert kept == open_image(encoded(image)).getpixel((0, 0))
 
 
 def test_exif_rotation_is_applied():

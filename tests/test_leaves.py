@@ -160,7 +160,18 @@ def test_equal_names_are_refused():
 
 # -------------------------------------------------------------------------------------------------------- meta.csv
 
-HOSTILE = ["a,b", 'say "x"', "line\nbreak", "Ünï/cödé", "NA", " space ", "001"]
+HOSTILE = [
+    "a,b",
+    'say "x"',
+    "line\nbreak",
+    "carriage\rreturn",
+    "of a DOS script\r",
+    "both\r\n",
+    "Ünï/cödé",
+    "NA",
+    " space ",
+    "001",
+]
 
 
 def test_meta_csv_round_trip_with_hostile_class_names(tmp_path):

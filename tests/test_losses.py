@@ -397,6 +397,20 @@ def test_a_registered_key_takes_a_variant(tmp_path):
         registry.subsets("d", "three#best", tmp_path)
 
 
+def test_a_folder_may_have_a_number_sign_in_its_name(tmp_path, image_folder):
+    """``--output_root "/data/run #2"`` makes subsets below such a folder."""
+    from semantic_aug import registry
+
+    dataset, above = load_dataset(f"folder:{image_folder}"), tmp_path / "run #2"
+    for folder in (write_subset(above / "s", ROWS), write_subset(tmp_path / "s#1", ROWS)):
+        lines = (folder / "meta.csv").read_text().splitlines()
+        (folder / "meta-best.csv").write_text("\n".join(lines[:3]) + "\n")
+        assert len(read_subset(folder, dataset)) == 4 and len(read_subset(f"{folder}#best", dataset)) == 2
+        (tmp_path / "synthetic_datasets.yaml").write_text(f"d: {{one: '{folder}', two: ['{folder}#old']}}\n")
+        assert registry.subsets("d", "one#best", tmp_path) == registry.subsets("d", "two#best", tmp_path)
+        assert registry.subsets("d", "one#best", tmp_path) == [f"{folder}#best"]
+
+
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 

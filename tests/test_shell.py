@@ -214,3 +214,71 @@ def test_bash_itself_still_works_and_strict_shells_do_too(shell, tmp_path):
 def test_sourcing_works_from_anywhere(shell, tmp_path):
     done = shell(f"cd {tmp_path}; source {ROOT}/scripts/sample.sh; bash sample cub k diff-mix 0.7")
     assert str(ROOT / "sample_mp.py") in done.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_path_for_cd_changes_nothing(shell, kind, tmp_path):
+    """With CDPATH, cd prints where it goes, and prefers another folder of the same name."""
+    (tmp_path / "scripts").mkdir()
+    for search in (".", tmp_path):
+        done = shell(f"CDPATH={search}\nsource scripts/sample.sh\nsample cub k diff-mix 0.7; echo $CDPATH", kind)
+        assert command_line(done)[0] == str(ROOT / "sample_mp.py") and done.stdout.endswith(f"\n{search}\n")
+
+
+@pytest.mark.parametrize("script", ["setup", "test", "quickstart"])
+def test_a_search_path_for_cd_leads_no_script_elsewhere(script, tmp_path):
+    (tmp_path / "repository" / "scripts").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
+    lines = (ROOT / "scripts" / f"{script}.sh").read_text().splitlines(keepends=True)
+    cd = next(number for number, line in enumerate(lines) if "cd " in line and "BASH_SOURCE" in line)
+    (tmp_path / "repository" / "scripts" / "begin.sh").write_text("".join(lines[: cd + 1]) + "pwd\n")
+    done = subprocess.run(
+        ["bash", "scripts/begin.sh"],
+        cwd=tmp_path / "repository",
+        env={**os.environ, "CDPATH": str(tmp_path / "elsewhere")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path / 'repository'}\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "ids", ["GPU_IDS=$(printf '0\\n1\\n2')", "IFS=$'\\n'; GPU_IDS=(0 1 2)", "IFS=,; GPU_IDS=(0 1 2)"]
+)
+def test_gpu_ids_on_several_lines_are_all_taken(shell, kind, ids):
+    result = command_line(shell(f"source scripts/sample.sh\n{ids}\nsample cub k diff-mix 0.7", kind))
+    assert flag(result, "--gpu_ids", 4) == ["0", "1", "2", "--aug_strength"]
+
+
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\\nNVML library version: 535.161\\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("says", "status", "visible", "count"),
+    [
+        ("GPU 0: H200 (UUID: a)\\nGPU 1: H200 (UUID: b)\\n", 0, None, 2),
+        ("GPU 0: H200 (UUID: a)\\nGPU 1: H200 (UUID: b)\\n", 0, "", 1),
+        (MISMATCH, 18, None, 1),
+        ("No devices were found\\n", 6, None, 1),
+        ("", 9, None, 1),
+    ],
+)
+def test_finetune_counts_the_gpus_there_are(shell, kind, tmp_path, says, status, visible, count):
+    """A driver that fails prints its message where the list of GPUs would stand."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{says}'; exit {status}\n")
+    program.chmod(0o755)
+    lines = "" if visible is None else f"export CUDA_VISIBLE_DEVICES={visible}\n"
+    done = shell(
+        f"set -euo pipefail\nPATH={tmp_path}:$PATH\n{lines}source scripts/finetune.sh; finetune cub ti_db 5 9", kind
+    )
+    result = command_line(done)
+    assert done.returncode == 0 and done.stderr == ""
+    assert (flag(result, "--num_processes") == ["2"]) if count == 2 else result[0].endswith("train_lora.py")
+
+
+def test_a_number_of_processes_that_is_none_is_one_line(shell):
+    done = shell("source scripts/finetune.sh; finetune cub ti_db 5 10; echo status $?", NUM_PROCESSES="two")
+    assert done.stdout == "status 2\n" and done.stderr == "error: NUM_PROCESSES=two: expected a whole number\n"

@@ -15,10 +15,11 @@ import numpy as np
 from semantic_aug.datasets import ImageTable, load_dataset
 from semantic_aug.datasets.fingerprint import content_hashes
 from semantic_aug.datasets.images import EXTENSIONS, fit
+from semantic_aug.datasets.readers.folder import Walk
 from semantic_aug.datasets.settings import DATASET
 from semantic_aug.datasets.table import table_of_files
 from semantic_aug.errors import UserError
-from semantic_aug.files import atomic_path, sha256_text
+from semantic_aug.files import atomic_path, home_expanded, sha256_text
 from semantic_aug.tensors import create_array, open_array
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class Pool:
 
 
 def image_files(path: Path, flag: str) -> list[Path]:
-    """The image files of a folder with all folders below it, or of a text file with one path a line.
+    """The image files of a folder with all folders below it, as data sets are read (linked folders are entered, litter is
+    passed over), or of a text file with one path a line.
 
     Args:
         path: folder, or list whose relative paths start at the list's folder.
@@ -56,7 +58,9 @@ def image_files(path: Path, flag: str) -> list[Path]:
         UserError: absent, or without an image.
     """
     if path.is_dir():
-        files = [p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()]
+        walk = Walk(path)
+        files = list(map(Path, walk.images(path)))
+        walk.note_left_out()
         wanted = f"expected images ({', '.join(EXTENSIONS)}) in it or in folders below it"
     elif path.is_file():
         wanted = "expected the path of one image a line, absolute or relative to the list's folder"
@@ -77,7 +81,7 @@ def image_files(path: Path, flag: str) -> list[Path]:
 
 def open_table(word: str, flag: str) -> ImageTable:
     """The images of a folder or list as a table without labels, in the order of their paths."""
-    path = Path(word).expanduser()
+    path = home_expanded(word)
     files = image_files(path, flag)
     root = path if path.is_dir() else path.parent
     keys = [file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix() for file in files]

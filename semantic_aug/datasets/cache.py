@@ -44,7 +44,7 @@ KINDS = ("pixels-*.npy", "features-*.npy", "hashes-*.npy", "teachers/*")
 """What lies in the folder; all count towards the bound and go by the same rule."""
 REMOVED = ".removed"
 """Ends the name of a folder that is being removed."""
-VERSION = 2
+VERSION = 3
 """Counts changes of the format or of the decoding; part of every name."""
 
 Decode = Callable[[int], np.ndarray]

@@ -24,6 +24,7 @@ from semantic_aug.datasets.spec import DatasetSpec, Splits, check_classes
 from semantic_aug.datasets.subsets import apply_setting, few_shot, hold_out
 from semantic_aug.datasets.table import ImageTable, refuse_missing
 from semantic_aug.errors import UserError, unknown
+from semantic_aug.files import home_expanded
 from semantic_aug.meta_csv import hashed_slug, slug, slugs
 from semantic_aug.prompts import RULES, ClassIndex, clean_class_name
 
@@ -109,8 +110,8 @@ def find_spec(word: str, config_dir: Path = registry.CONFIG_DIR) -> DatasetSpec:
         if scheme not in _SCHEMES or not rest:
             raise unknown("data set scheme", scheme, _SCHEMES, "expected folder:PATH, csv:PATH or hf:ID")
         field = "hub" if scheme == "hf" else scheme
-        entry = {field: rest if scheme == "hf" else str(Path(rest).expanduser().absolute())}
-        former = slug(rest.replace("/", "-") if scheme == "hf" else Path(rest).expanduser().absolute().stem)
+        entry = {field: rest if scheme == "hf" else str(home_expanded(rest).absolute())}
+        former = slug(rest.replace("/", "-") if scheme == "hf" else home_expanded(rest).absolute().stem)
         return replace(spec_of_entry(default_name(scheme, rest), entry), former_name=former)
     entries = registry.read_yaml(config_dir / registry.DATASETS)
     if word in entries:
@@ -132,7 +133,7 @@ def default_name(scheme: str, rest: str) -> str:
     id's name has such digits only where another id could have the same name without them.
     """
     rest, config = parse_id(rest) if scheme == "hf" else (rest, None)
-    path = Path(rest).expanduser()
+    path = home_expanded(rest)
     if scheme == "hf" and not path.exists():
         rest = f"{rest}:{config}" if config else rest
         plain = slug(rest.replace("/", "-"))

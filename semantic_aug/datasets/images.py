@@ -132,7 +132,7 @@ def reads_alike(source: str | Path | bytes) -> bool:
     8 bits a sample, with sound metadata. Its header tells, as a rule."""
     try:
         with _quiet(), Image.open(_stream(source, _name(source))) as image:
-            plain = image.mode == "RGB" or (image.mode in ("1", "L", "P", "CMYK") and "transparency" not in image.info)
+            plain = image.mode in ("RGB", "1", "L", "P", "CMYK") and "transparency" not in image.info
             orientation = _orientation_in_header(image)
         return plain and (read_image(source)[1].orientation if orientation is None else orientation) == 1
     except (UserError, MemoryError):
@@ -250,7 +250,8 @@ def _animated(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """Any PIL mode to 8-bit RGB, alpha laid over white; and how samples of other than 8 bits were brought to 8, else empty.
+    """Any PIL mode to 8-bit RGB, alpha or a transparent colour laid over white; and how samples of other than 8 bits were
+    brought to 8, else empty.
 
     Integer samples of more than 8 bits are divided by the power of two that brings the smallest of 8, 10, 12, 14 and 16
     bits that holds the image's largest value to 8 bits. Floating-point samples in [0, 1] are multiplied by 255. Others
@@ -259,7 +260,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     Raises:
         ValueError: a sample that is not finite.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image, ""
     if image.mode[0] in "IF":
         values, scaling = _to_bytes(np.asarray(image))

@@ -6,6 +6,7 @@ from pathlib import Path
 from semantic_aug import cli
 from semantic_aug.datasets.readers.hub import parse_id
 from semantic_aug.errors import UserError
+from semantic_aug.files import home_expanded
 from semantic_aug.runs import number_text, setting_suffix
 
 TASKS = ("vanilla", "imbalanced")
@@ -20,7 +21,7 @@ def dataset_name(text: str) -> str:
     """An argument type: the name of a data set, or ``scheme:PATH`` with the path made absolute."""
     scheme, colon, rest = text.partition(":")
     rest, config = parse_id(rest) if scheme == "hf" else (rest, None)
-    local = scheme in ("folder", "csv") or (scheme == "hf" and Path(rest).expanduser().exists())
+    local = scheme in ("folder", "csv") or (scheme == "hf" and home_expanded(rest).exists())
     end = f":{config}" if config else ""
     return f"{scheme}:{cli.path(rest)}{end}" if colon and rest and local else text
 

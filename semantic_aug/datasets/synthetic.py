@@ -216,7 +216,7 @@ def read_subset(
 def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
     """The folder of a subset and the file that lists its images, which need not exist; ``#NAME`` at the end chooses
     ``meta-NAME.csv``. Raises UserError: no such folder, or no such variant; lists the variants."""
-    path, _, variant = str(folder).partition("#")
+    path, variant = registry.part_variant(str(folder))
     root = registry.resolve_path(path)
     if not root.is_dir():
         raise UserError(

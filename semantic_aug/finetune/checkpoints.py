@@ -21,6 +21,7 @@ from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.diffusion.base import Geometry, weight_files
 from semantic_aug.errors import UserError
+from semantic_aug.files import home_expanded
 from semantic_aug.finetune.config import GROUPS, FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.tensors import load_pickle
@@ -108,7 +109,7 @@ def find(output_dir: Path, wanted: str) -> Path | None:
     if wanted == "latest":
         whole = listed(output_dir)
         return whole[-1] if whole else None
-    path = Path(wanted).expanduser()
+    path = home_expanded(wanted)
     for candidate in (path, output_dir / wanted):
         if (candidate / STATE_FILE).is_file():
             return candidate

@@ -20,6 +20,7 @@ from semantic_aug.datasets.readers.notes import note
 from semantic_aug.datasets.spec import Splits, split_of, unify
 from semantic_aug.datasets.table import MASK_PATH, ImageTable, is_regular, table_of_files
 from semantic_aug.errors import UserError
+from semantic_aug.files import home_expanded
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 EXPECTED = f"files ending in {', '.join(EXTENSIONS[:5])}, ..."
@@ -78,7 +79,7 @@ def read_folder(folder: str | os.PathLike) -> Splits:
         UserError: not a folder, no class folders, fewer than two classes, a class folder without an image, two folders for
             one split, or a folder that may not be listed.
     """
-    root = Path(os.path.abspath(Path(folder).expanduser()))
+    root = Path(os.path.abspath(home_expanded(folder)))
     if not root.is_dir():
         hint = "; unpack the archive first" if root.suffix.lower() in ARCHIVES and root.exists() else ""
         raise UserError(f"{root} is not a folder: expected a folder with one folder of images per class{hint}")
@@ -138,6 +139,8 @@ def _note_outside_splits(
             kind = unlabelled if split_of(child.name) else "folder beside the splits left out"
             note(kind, [f"{text_of(child.name)} with {number} images"])
     note("images beside the split folders left out", [walk.name_of(file) for file in files if walk.is_image(file)])
+    lists = [file.name for file in files if file.name in captions.METADATA]
+    note("lists of captions, boxes or masks beside the split folders left out: each split folder has its own", lists)
 
 
 def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:

@@ -22,6 +22,7 @@ from semantic_aug.datasets.readers.hub_files import load_local
 from semantic_aug.datasets.spec import Splits, split_of, unify
 from semantic_aug.datasets.table import ImageTable, below, file_stamp
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
+from semantic_aug.files import home_expanded
 
 if TYPE_CHECKING:
     import datasets as hub
@@ -54,7 +55,7 @@ class HubSplit:
 
 def parse_id(text: str) -> tuple[str, str | None]:
     """``ID`` or ``ID:CONFIGURATION``, where ``ID`` is a hub id or a local folder."""
-    if Path(text).expanduser().exists():
+    if home_expanded(text).exists():
         return text, None
     repo, colon, config = text.rpartition(":")
     return (repo, config) if colon and repo and config else (text, None)
@@ -87,7 +88,7 @@ def read_hub_id(
     """
     if config is None:
         repo, config = parse_id(repo)
-    if local is None and Path(repo).expanduser().exists():
+    if local is None and home_expanded(repo).exists():
         local = repo
     where, splits = HubSplit(repo, "train", local), _all_splits(repo, local, config)
     chosen, left_out = {}, []
@@ -118,7 +119,7 @@ def read_hub_images(word: str, class_name: str) -> ImageTable:
     import datasets as hub
 
     repo, config = parse_id(word)
-    local = repo if Path(repo).expanduser().exists() else None
+    local = repo if home_expanded(repo).exists() else None
     splits = _all_splits(repo, local, config)
     kept = {str(name): rows for name, rows in splits.items() if split_of(str(name)) in (None, "train")}
     if not kept:
@@ -134,7 +135,7 @@ def read_hub_images(word: str, class_name: str) -> ImageTable:
 
 
 def _all_splits(repo: str, local: str | None, config: str | None) -> Mapping[str, hub.Dataset]:
-    splits = load_local(Path(local).expanduser(), config) if local else _from_hub(HubSplit(repo), None, config)
+    splits = load_local(home_expanded(local), config) if local else _from_hub(HubSplit(repo), None, config)
     return splits if isinstance(splits, dict) else {"train": splits}
 
 
@@ -150,7 +151,7 @@ def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Split
 
 
 def _load_split(where: HubSplit) -> hub.Dataset:
-    rows = load_local(Path(where.local).expanduser()) if where.local else _from_hub(where, where.split)
+    rows = load_local(home_expanded(where.local)) if where.local else _from_hub(where, where.split)
     if not isinstance(rows, dict):
         return rows
     if where.split in rows:
@@ -285,7 +286,7 @@ def _located(path: str, where: HubSplit) -> str:
     """The file of an image that is not in the rows themselves: relative paths start at the local copy."""
     if where.local is None or "://" in path or Path(path).is_absolute():
         return path
-    root = Path(where.local).expanduser()
+    root = home_expanded(where.local)
     return str(root / below(root, path, f"data set {where.local}, split {where.split}"))
 
 

@@ -25,6 +25,7 @@ from semantic_aug.datasets.readers.notes import note
 from semantic_aug.datasets.spec import SPLITS, Splits, split_of, unify
 from semantic_aug.datasets.table import ImageTable, below, table_of_files
 from semantic_aug.errors import UserError
+from semantic_aug.files import home_expanded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,10 +61,10 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
         UserError: not there, not a table, a missing column, an empty label, an unknown split, a relative path outside
             ``root``, an image under two labels or in train and another split, or a class that train lacks.
     """
-    file = Path(file).expanduser()
+    file = home_expanded(file)
     if not file.is_file():
         raise UserError(f"{file} is not there: expected a CSV or parquet file with the columns path and label")
-    base = Path(os.path.abspath(Path(root).expanduser() if root else file.parent))
+    base = Path(os.path.abspath(home_expanded(root) if root else file.parent))
     if not base.is_dir():
         raise UserError(
             f"root {base} of the list {file} is not a folder: correct root, the folder that paths start from"
@@ -292,7 +293,7 @@ def _key(text: str, base: Path, where: Callable[[], str]) -> str:
         if "\0" in text:
             raise UserError(f"{where()}: '{text!r}' is no path: correct it")
         text = text.replace("\\", "/")
-    text = str(Path(text).expanduser()) if text.startswith("~/") and not Path(base, text).exists() else text
+    text = str(home_expanded(text)) if text.startswith("~/") and not Path(base, text).exists() else text
     if text.startswith(os.sep):  # the user's own list may name any place
         path, start = os.path.normpath(text), str(base).rstrip(os.sep) + os.sep
         return path[len(start) :] if path.startswith(start) else path

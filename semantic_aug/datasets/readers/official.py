@@ -22,6 +22,7 @@ from semantic_aug.datasets.readers.hub import HubSplit, read_hub
 from semantic_aug.datasets.spec import DatasetSpec, Splits
 from semantic_aug.datasets.table import ImageTable, below, table_of_files
 from semantic_aug.errors import UserError, unknown
+from semantic_aug.files import home_expanded
 
 
 def chosen_root(spec: DatasetSpec) -> Path | None:
@@ -34,7 +35,7 @@ def chosen_root(spec: DatasetSpec) -> Path | None:
     other = next((name for name in others if os.environ.get(name)), None)
     if other:
         raise UserError(f"both {variable} and {other} are set: unset one, so that it is clear which copy is meant")
-    root = Path(text).expanduser().absolute()
+    root = home_expanded(text).absolute()
     if not root.is_dir():
         raise UserError(f"{variable}={text} is not a folder: expected the unpacked official download of '{spec.name}'")
     return root
