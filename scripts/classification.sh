@@ -69,6 +69,6 @@ _diffmix_main_cls() {
                 --multi_gpu --num_machines 1 --num_processes "$(printf '%s\n' "$gpu" | tr ',' '\n' | grep -c .)" \
                 --mixed_precision no --dynamo_backend no "$@"
             ;;
-        *) "$(_diffmix_python)" "$@" --gpu "$gpu" ;;
+        *) "$(_diffmix_python)" "$1" --gpu "$gpu" "${@:2}" ;;
     esac
 }

@@ -44,7 +44,7 @@ _diffmix_usage() {
 bash() {
     case "${1:-}" in
         finetune | sample | sample_fewshot | main_cls | main_cls_fewshot | main_cls_cutmix | main_cls_imb | main_cls_waterbird)
-            if [ ! -e "$1" ] && typeset -f "$1" >/dev/null; then
+            if [ ! -f "$1" ] && typeset -f "$1" >/dev/null; then
                 "$@"
                 return $?
             fi

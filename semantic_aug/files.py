@@ -73,7 +73,12 @@ def write_text(path: Path, text: str) -> None:
 def csv_writer(path: Path) -> Iterator[Any]:
     """What writes the rows of a CSV that appears whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        yield csv.writer(_LineFeeds(out), lineterminator="\r\n")
+        yield csv_rows(out)
+
+
+def csv_rows(out: IO[str]) -> Any:
+    """The writer of the rows of a CSV into an open text file."""
+    return csv.writer(_LineFeeds(out), lineterminator="\r\n")
 
 
 class _LineFeeds:

@@ -265,3 +265,18 @@ def test_the_setting_applies_to_hub_copies(tmp_path):
     for split in COUNTS:
         rows(split).to_parquet(str(tmp_path / f"{split}.parquet"))
     assert load_dataset(f"hf:{tmp_path}", Setting(examples_per_class=1)).train.counts().tolist() == [1, 1]
+
+
+def test_images_in_the_rows_and_beside_them_are_read_together(tmp_path):
+    copy = hub.DatasetDict({"train": rows("train"), "test": rows("test")})
+    (tmp_path / "3.png").write_bytes(encoded(1, 3))
+    mixed = copy["train"].cast_column("image", hub.Image(decode=False)).to_list()
+    mixed[3]["image"] = {"bytes": None, "path": str(tmp_path / "3.png")}
+    for first in (0, 3):  # an image that holds its bytes comes first, or one that is a file
+        order = [mixed[first], *(row for i, row in enumerate(mixed) if i != first)]
+        hub.DatasetDict({**copy, "train": hub.Dataset.from_list(order, copy["train"].features)}).save_to_disk(
+            tmp_path / f"{first}"
+        )
+        train = load_dataset(f"hf:{tmp_path / str(first)}", Setting(val_fraction=0)).train
+        wanted = [np.asarray(tiny.picture(i % 2, i)).tobytes() for i in range(6)]
+        assert sorted(content_of(train)) == sorted(wanted)

@@ -124,6 +124,21 @@ def test_lists_in_the_cells_of_a_parquet_file(folder):
         read_listing(folder / "list.parquet")
 
 
+def test_cells_of_a_parquet_file_that_are_no_label(folder):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    paths = ["img/0.png", "img/1.png"]
+    parquet.write_table(pa.table({"path": paths, "label": [1.0, float("nan")]}), folder / "list.parquet")
+    with pytest.raises(UserError, match="list.parquet row 2: the label is empty"):
+        read_listing(folder / "list.parquet")
+    parquet.write_table(
+        pa.table({"path": paths, "Path": paths[::-1], "label": ["owl", "toad"]}), folder / "list.parquet"
+    )
+    with pytest.raises(UserError, match="list.parquet has two columns named 'path': rename one"):
+        read_listing(folder / "list.parquet")
+
+
 def test_windows_paths_are_found_and_real_backslashes_kept(folder):
     (folder / "img" / "3.png").rename(folder / "odd\\name.png")
     rows = ["img\\0.png,owl", ".\\img\\1.png,toad", "odd\\name.png,owl", "img\\gone.png,toad"]

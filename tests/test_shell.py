@@ -117,8 +117,10 @@ def test_main_cls_as_printed(shell, kind):
     assert (
         result[0].endswith("train_cls.py")
         and {k: flag(result, k)[0] for k in expected} == expected
-        and result[-3] == "--use_cutmix"
+        and result[-1] == "--use_cutmix"
     )
+    chosen = command_line(shell(f"{lines} --gpu cpu", kind))
+    assert [chosen[i + 1] for i, word in enumerate(chosen) if word == "--gpu"] == ["0", "cpu"]  # the last one wins
     few = command_line(
         shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1", kind)
     )
@@ -204,9 +206,10 @@ def test_too_few_words_are_one_line(shell):
 
 def test_bash_itself_still_works_and_strict_shells_do_too(shell, tmp_path):
     (tmp_path / "x.sh").write_text("echo script $1\n")
+    (tmp_path / "finetune").mkdir()  # a folder is no script
     done = shell(
         f"set -euo pipefail\nfor s in finetune sample classification; do source scripts/$s.sh; done\n"
-        f"bash {tmp_path}/x.sh one; bash -c 'echo two'; bash finetune a b 1 2"
+        f"bash {tmp_path}/x.sh one; bash -c 'echo two'; cd {tmp_path}; bash finetune a b 1 2"
     )
     assert done.returncode == 0 and done.stdout.startswith("script one\ntwo\n") and "--max_train_steps" in done.stdout
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "tf_efficientnet_lite0"
 """Its ImageNet weights come in a Python package, so no model hub is needed."""
-VERSION = 2
+VERSION = 3
 """Counts changes of how features are made; part of every cache file's name."""
 
 

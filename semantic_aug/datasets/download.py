@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import zipfile
@@ -47,7 +48,7 @@ def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) ->
     splits = spec.read_official(folder)
     counts = ", ".join(f"{split} {len(table)}" for split, table in splits.items())
     line = f"{spec.name}: {len(splits['train'].class_names)} classes, images: {counts}"
-    return line, f"export {spec.variables[0]}={folder}"
+    return line, f"export {spec.variables[0]}={shlex.quote(str(folder))}"
 
 
 def download_official(spec: DatasetSpec, root: Path) -> Path:

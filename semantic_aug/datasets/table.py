@@ -213,8 +213,10 @@ def missing_files(table: ImageTable) -> list[int]:
     for start in range(0, len(rows), LOOKED_UP):
         folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for index in range(start, min(len(rows), start + LOOKED_UP)):
-            folder, name = os.path.split(table.encoded(rows[index]))
-            folders[folder].append((index, name))
+            place = table.encoded(rows[index])
+            if not isinstance(place, bytes):  # rows of a hub data set may hold some images and name others
+                folder, name = os.path.split(place)
+                folders[folder].append((index, name))
         parts = in_threads(lambda item: _missing_in(*item), list(folders.items()), QUESTIONS)
         missing += itertools.chain.from_iterable(parts)
     return sorted(missing)

@@ -99,7 +99,10 @@ def read_listing(file: str | os.PathLike, root: str | os.PathLike | None = None)
 
 def _check_columns(columns: Sequence[str], file: Path) -> list[str]:
     """The columns that are read, as the file spells them."""
-    spelled = {name.strip().casefold(): name for name in columns}
+    folded = [name.strip().casefold() for name in columns]
+    spelled = dict(zip(folded, columns, strict=True))
+    if twice := next((name for name in COLUMNS if folded.count(name) > 1), None):
+        raise UserError(f"{file} has two columns named '{twice}': rename one")
     for name in COLUMNS[:2]:
         if name not in spelled:
             raise UserError(
@@ -191,7 +194,10 @@ def _as_texts(column: pa.ChunkedArray, name: str, file: Path) -> pa.ChunkedArray
     """A parquet column as strings: of a list of captions one a line, of a box its numbers with commas between them. Raises
     UserError: lists in another column."""
     import pyarrow as pa
+    from pyarrow import compute
 
+    if pa.types.is_floating(column.type):  # as pandas writes an empty cell
+        column = compute.if_else(compute.is_nan(column), pa.scalar(None, column.type), column)
     kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
     if not any(is_kind(column.type) for is_kind in kinds):
         return column.cast(pa.string())

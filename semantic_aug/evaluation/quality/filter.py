@@ -135,7 +135,7 @@ def kept(confidence: np.ndarray, classes: np.ndarray, settings: FilterSettings) 
 def kept_lines(file: Path, selected: np.ndarray) -> str:
     """The text of a meta.csv with only some of its rows, all columns as they are."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = files.csv_rows(out)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = (row for row in csv.reader(lines) if any(cell.strip() for cell in row))
         writer.writerow(next(rows))
