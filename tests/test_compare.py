@@ -339,12 +339,12 @@ def test_shards_have_every_pair_once(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
-    """Writes what a finished classifier leaves."""
+def finished(folder, setting, method, seed, top1, macro, steps_taken=8, splits=("test", "val")):
+    """Writes what a finished classifier leaves, on a data set with some of the splits."""
     path = results.pair_folder(folder, setting, seed)
     (path / "classify" / method).mkdir(parents=True)
-    scores = {"top1": top1, "macro": macro, "loss": 1.0}
-    content = {"test": scores, "val": {"top1": top1 - 0.01, "macro": macro}, "steps": steps_taken}
+    scores = {"test": {"top1": top1, "macro": macro, "loss": 1.0}, "val": {"top1": top1 - 0.01, "macro": macro}}
+    content = {split: scores[split] if split in splits else None for split in scores} | {"steps": steps_taken}
     (path / "classify" / method / "results.json").write_text(json.dumps(content))
     records = runner.read_records(path)
     records[f"classify {method}"] = {
@@ -388,9 +388,53 @@ def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
     assert rows[3] == {
         "setting": "5shot", "method": "diff-mix", "seed": "1", "top1": "0.6", "macro": "0.5", "val_top1": "0.59",
         "val_macro": "0.5", "steps": "8", "seconds_stage1": "100.0", "seconds_stage2": "50.0", "seconds_stage3": "36.0",
+        "split": "test",
     }  # fmt: skip
     assert (partial / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (partial / "commands.sh").read_text().count("python train_cls.py") == 5
+    assert "| method | seeds | test top1 | test macro | validation top1 | steps |" in text
+    assert "| method | test top1 - real-only | test top1 - cutmix |" in text and "on these test images" in text
+    assert "Validation chooses the epoch, test is evaluated once." in text and "no test split" not in text
+
+
+def test_scores_on_validation_are_called_so(tmp_path):
+    results.claim_setting(tmp_path, recipe())
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "mixup"])
+    for seed in (1, 2):
+        finished(tmp_path, "5shot", "real-only", seed, 0.51, 0.4, splits=["val"])
+        finished(tmp_path, "5shot", "mixup", seed, 0.61, 0.5, splits=["val"])
+    report.write_comparison(tmp_path)
+    for text in ((tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert "There is no test split: scores are on the validation images, which chose the epoch as well" in text
+        assert "test is evaluated once" not in text and "these test images" not in text and "test top1" not in text
+        assert "on these validation images" in text
+    text = (tmp_path / "report.md").read_text()
+    assert "| method | seeds | validation top1 | validation macro | steps |" in text
+    assert "| mixup | 2 | 60.00 ± 0.00 | 50.00 ± 0.00 | 8 |" in text
+    assert "| method | validation top1 - real-only | validation macro - real-only |" in text
+    row, *_ = csv.DictReader((tmp_path / "results.csv").open())
+    assert "top1" not in row and (row["val_top1"], row["val_macro"], row["split"]) == ("0.5", "0.4", "val")
+    finished(tmp_path, "10shot", "mixup", 1, 0.7, 0.6)  # another data set has one
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["10shot"], [1], ["mixup"])
+    report.write_comparison(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(row["top1"], row["val_top1"], row["split"]) for row in rows[-2:]] == [
+        ("", "0.6", "val"),
+        ("0.7", "0.69", "test"),
+    ]
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "test is evaluated once. The others have no test split" in text and "| 1 | 70.00 | 60.00 | 69.00 | 8 |" in text
+    )
+
+
+def test_runs_without_any_split_have_a_report_without_scores(tmp_path):
+    results.claim_setting(tmp_path, recipe())
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1], ["real-only"])
+    finished(tmp_path, "5shot", "real-only", 1, 0.5, 0.4, splits=[])
+    report.write_comparison(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "have no scores" in text and "| real-only | 1 | 8 |" in text and not (tmp_path / "report.png").exists()
 
 
 @pytest.mark.slow

@@ -352,10 +352,10 @@ def train_seeds(
     Returns:
         What :func:`semantic_aug.classify.metrics.statistics_of` gives.
     """
-    rows, origin = {}, origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
-    for seed in seeds:
-        rows[seed] = metrics.scores_of(train(seeded(config, seed), dataset, synthetic, origin))
-    statistics = metrics.statistics_of(rows)
+    origin = origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
+    results = {seed: train(seeded(config, seed), dataset, synthetic, origin) for seed in seeds}
+    rows = {seed: metrics.scores_of(of_seed) for seed, of_seed in results.items()}
+    statistics = metrics.statistics_of(rows, runs.judged_split(results[seeds[0]]))
     if Processes(config.device).main:
         metrics.write_statistics(statistics, config.output_dir)
     return statistics
