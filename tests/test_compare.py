@@ -26,7 +26,7 @@ import train_lora
 from semantic_aug.augmentations.strategies import STRATEGIES
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation.experiments import compare, report, results, runner
+from semantic_aug.evaluation.experiments import checks, compare, report, results, runner
 from semantic_aug.evaluation.experiments.commands import METHODS, Devices, StageCommands, Step
 
 STAGES_ALONE = [name for name, method in METHODS.items() if not method.unlabelled]
@@ -180,6 +180,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "unknown command 'compar': did you mean 'compare'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
     argv = [
         "--dataset",
@@ -191,11 +192,84 @@ def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
         "diff-mix",
         "--output_dir",
         str(tmp_path),
+        "--pretrained_model_name_or_path",
+        "no-such/model",
     ]
     assert compare.main([*argv, "--dry_run"]) == 0
     out = capsys.readouterr().out
+    assert out.count("a run would download the base model no-such/model from the hub; what depends") == 1
     assert "12 runs (3 of stage 1, 3 of stage 2, 6 of stage 3) in 3 pairs of setting and seed; 12 to do" in out
     assert len(re.findall("^python train_cls.py ", out, re.M)) == 6 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--methods", "real-only", "diff-ii", "--stage2_args", "--eta 0.5"],
+            "sample_mp.py refuses 'sample diff-ii': --eta 0.5 with --sample_strategy diff-ii, which inverts images",
+        ),
+        (
+            ["--methods", "real-only", "cutmix", "--stage3_args", "--unmixed_epochs 1 1"],
+            "train_cls.py refuses 'classify cutmix': --unmixed_epochs 1 1: none of the --nepoch 2 epochs is left for mixing",
+        ),
+        (
+            ["--methods", "real-only", "da-fusion", "--stage1_args", "--report_to clearml"],
+            "train_lora.py refuses 'ti': --report_to clearml needs the package clearml",
+        ),
+        (
+            ["--methods", "diff-mix+curriculum", "--num_inference_steps", "1"],
+            "sample_mp.py refuses 'sample diff-mix+curriculum': --strength_strategy uniform: strength 0.3",
+        ),
+        (
+            ["--methods", "real-only", "pseudo-label", "--unlabelled", "gone"],
+            "gone: not there; expected a folder of images",
+        ),
+    ],
+)
+def test_flags_of_every_method_are_checked_before_anything_runs(argv, message, dry, image_folder, tmp_path, capsys):
+    argv = [*arguments(image_folder, "base", tmp_path / "out", "--seeds", 1), *argv, *(["--dry_run"] if dry else [])]
+    assert run_main(compare.main, argv) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and message in err[0] and not list(tmp_path.iterdir())
+
+
+def test_commands_checked_without_a_checkpoint_refuse_nothing_that_the_methods_take(tmp_path):
+    (tmp_path / "contexts.txt").write_text("in the snow\n")
+    extra = ["--stage2_args", f"--contexts {tmp_path}/contexts.txt --context_steps 0.5", "--num_inference_steps", "4"]
+    extra += ["--stage3_args", "--synthetic_balanced --weights none --target_class_num 2"]
+    (job,) = compare.jobs_of(
+        parsed(["--dataset", "elpv", "--seeds", "1", "--methods", "inversion-mix", "--aug_strength", "0.02", *extra]),
+        tmp_path,
+    )
+    steps = job.pair.steps.values()
+    instead = [*checks.sample_checks(job.commands, ["inversion-mix"]), *checks.classify_checks(job.commands, steps)]
+    checks.check_flags([*steps, *instead], ROOT / "config")
+    assert [step.arguments[-2:] for step in instead] == [
+        ("--contexts", f"{tmp_path}/contexts.txt"),
+        ("--weights", "none"),
+    ]
+    real = StageCommands(job.commands.recipe, 1, tmp_path, Devices()).method_steps(["real-only", "inversion-mix"])
+    (refused,) = checks.classify_checks(job.commands, real.values())
+    with pytest.raises(UserError, match="'classify real-only': --synthetic_balanced: there are no synthetic images"):
+        checks.check_flags([refused], ROOT / "config")
+
+
+@pytest.mark.slow
+def test_a_dry_run_checks_data_base_model_and_classifier_and_leaves_no_trace(image_folder, tiny_base, tmp_path, capsys):
+    argv = arguments(image_folder, tiny_base, tmp_path / "out", "--seeds", 1, "--methods", "diff-mix", "--dry_run")
+    good = [*argv, "--stage3_args", "--weights none --synthetic_balanced"]
+    assert run_main(compare.main, good) == 0, capsys.readouterr().err
+    assert "3 runs (1 of stage 1, 1 of stage 2, 1 of stage 3)" in capsys.readouterr().out
+    for flags, message in (
+        (["--model", "resnet1800"], "train_cls.py refuses: unknown --model 'resnet1800'"),
+        (["--pretrained_model_name_or_path", str(tmp_path / "gone")], "sample_mp.py refuses: base model folder '"),
+    ):
+        assert run_main(compare.main, [*argv, *flags]) == 2
+        err = capsys.readouterr().err.strip().splitlines()
+        assert len(err) == 1 and message in err[0]
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------- the runner
@@ -254,6 +328,20 @@ def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
     ):
         pair.run("bad")
     assert "some noise" in (pair.folder / "logs" / "bad.log").read_text() and pair.missing() == ["bad"]
+
+
+def test_a_refused_stage_says_what_resumes_and_what_is_another_request(tmp_path):
+    pair = runner.Pair(
+        tmp_path / "set" / "seed1", {"c": Step("c", 3, ("train_cls.py", "--no_such_flag"), (), "c.json", {})}
+    )
+    with pytest.raises(UserError, match="unknown argument --no_such_flag") as caught:
+        pair.run("c")
+    text = str(caught.value)
+    assert (
+        "once the cause is fixed, the same command resumes from here; with other flags, a corrected --stageN_args"
+        in text
+    )
+    assert text.endswith("it is another request: give another --output_dir")
 
 
 DRIVER = """
@@ -490,7 +578,7 @@ def test_a_setting_keeps_what_recipes_set_in_its_stages(tmp_path):
     def claim(lr):
         row = f"{{when: {{model: resnet18}}, set: {{lr: {lr}}}}}"
         (tmp_path / "recipes.yaml").write_text(f"# rates\ndefault: {{train_cls: [{row}]}}\n")
-        results.claim_setting(tmp_path / "out", job.commands.recipe, compare.recipes_in_effect(job, tmp_path))
+        results.claim_setting(tmp_path / "out", job.commands.recipe, checks.recipes_in_effect(job.commands, tmp_path))
 
     claim(0.1)
     (tmp_path / "recipes.yaml").write_text("")
@@ -498,7 +586,7 @@ def test_a_setting_keeps_what_recipes_set_in_its_stages(tmp_path):
     with pytest.raises(UserError, match="stage3_recipe: 'default: lr 0.1' -> 'default: lr 0.2'.*choose another"):
         claim(0.2)
     results.claim_setting(tmp_path / "old", job.commands.recipe)  # an earlier version's record
-    results.claim_setting(tmp_path / "old", job.commands.recipe, compare.recipes_in_effect(job, tmp_path))
+    results.claim_setting(tmp_path / "old", job.commands.recipe, checks.recipes_in_effect(job.commands, tmp_path))
 
 
 def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_path):
@@ -514,7 +602,7 @@ def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_
 def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeypatch):
     argv = ["--dataset", "elpv", "--examples_per_class", "5", "-1", "--nepoch", "40", "4", "--methods", "diff-mix"]
     jobs, checked = compare.jobs_of(parsed(argv), tmp_path), []
-    monkeypatch.setattr(compare, "check_commands", lambda steps, folder: checked.append((folder.name, steps)))
+    monkeypatch.setattr(checks, "check_commands", lambda steps, folder: checked.append((folder.name, steps)) or [])
     compare.check_stages(jobs, tmp_path, tmp_path)
     (first, steps), (second, (alone,)) = checked
     assert [step.arguments[step.arguments.index("--sample_strategy") + 1] for step in steps if step.stage == 2] == [
@@ -546,7 +634,10 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     budget = compare.recipe_of(parsed(argv))
 
     def claim(*stages):
-        runner.claim_data(StageCommands(budget, 1, tmp_path / "pair", Devices()), ROOT / "config", stages)
+        commands = StageCommands(budget, 1, tmp_path / "pair", Devices())
+        dataset = runner.claim_data(commands, ROOT / "config")
+        if 1 in stages:
+            runner.claim_base(commands, dataset)
 
     claim(3)
     claim(1, 2, 3)  # methods that need a base model may come later
@@ -561,7 +652,7 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / runner.STEPS_FILE).write_text('{"ti_db": {"done": true}}')
     with pytest.raises(UserError, match="does not say which images its steps were made from"):
-        runner.claim_data(StageCommands(budget, 1, tmp_path / "old", Devices()), ROOT / "config", (3,))
+        runner.claim_data(StageCommands(budget, 1, tmp_path / "old", Devices()), ROOT / "config")
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ SOFT_LABELS = ("strength", "teacher", "mixed")
 TEACHER_CLASSES = ("all", "pair")
 CURRICULA = ("none", "strength")
 CURRICULUM_ORDERS = ("strong_first", "weak_first")
+NEED_SYNTHETIC = ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels")
+"""Settings that are refused where there are no synthetic images."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from semantic_aug.classify.config import (
     ClassifyConfig,
     SyntheticSettings,
 )
+from semantic_aug.classify.draws import NEED_SYNTHETIC
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import freeze, make_model, make_skeleton, timm_lines, timm_name, weights_identity
 from semantic_aug.classify.optimizer import make_optimizer
@@ -144,7 +145,7 @@ def check_synthetic(settings: SyntheticSettings) -> None:
     """Refuses settings of synthetic images where there are none."""
     if any(settings.syndata_key or ()) or settings.syndata_dir:
         return
-    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels"):
+    for name in NEED_SYNTHETIC:
         if getattr(settings, name) != getattr(SyntheticSettings, name):
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
 

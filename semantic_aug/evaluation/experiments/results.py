@@ -98,15 +98,18 @@ def pair_folder(folder: Path, setting: str, seed: int) -> Path:
     return folder / setting / f"seed{seed}"
 
 
-def claim_setting(folder: Path, recipe: Recipe, in_effect: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Fixes a setting's budget, or finds that it has this one. Raises UserError: the folder's runs of this setting have
-    another budget.
+def claim_setting(
+    folder: Path, recipe: Recipe, in_effect: Mapping[str, str] = MappingProxyType({}), dry_run: bool = False
+) -> None:
+    """Fixes a setting's budget, or finds that it has this one; a dry run writes nothing. Raises UserError: the folder's runs of
+    this setting have another budget.
 
     Args:
         in_effect: what the stages' recipes set, by name; records of earlier versions lack it.
     """
     folder, absent = registry.resolve_path(folder) / recipe.name, {**recipe.defaults, **in_effect}
-    runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", file=RECIPE_FILE, absent=absent)
+    options = {"file": RECIPE_FILE, "absent": absent, "dry_run": dry_run}
+    runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", **options)
 
 
 def save_request(
