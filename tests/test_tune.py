@@ -334,6 +334,20 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
     assert search(*argv, "0.1")[0] == 0
 
 
+def test_a_search_with_more_seeds_than_its_plan_has_runs_for_is_planned_anew(search, tmp_path, capsys):
+    argv = ["--labels", "strength", "--budget_hours", "0.1"]
+    assert search(*argv)[0] == 0 and json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 6
+    capsys.readouterr()
+    assert search(*argv, "--seeds", "1", "2", "3", "4")[0] == 2
+    assert "and the smallest search has 8 runs of 36 s: give at least" in capsys.readouterr().err
+
+
+def test_a_search_over_many_seeds_has_runs_for_two_candidates_by_default(search, tmp_path):
+    argv = ["--labels", "strength", "--strengths", "0.7", "--seeds", *map(str, range(21))]
+    assert search(*argv)[0] == 0  # the smallest search has 42 runs
+    assert json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 42
+
+
 # ------------------------------------------------------------------------------------------------- from end to end
 
 

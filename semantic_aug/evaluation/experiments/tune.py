@@ -229,9 +229,10 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
     """
     asked = {"trials": budget.trials, "budget_hours": budget.budget_hours}
     plan = files.read_json(tuning.folder / PLAN_FILE)
-    if plan and plan["asked"] == asked:
+    if plan and plan["asked"] == asked and plan["trials"] >= budget.smallest:  # of fewer seeds, it may be too small
         return plan["trials"]
-    trials = budget.trials or (DEFAULT_TRIALS if budget.budget_hours is None else sys.maxsize)
+    default = max(DEFAULT_TRIALS, budget.smallest)
+    trials = budget.trials or (default if budget.budget_hours is None else sys.maxsize)
     if budget.budget_hours is not None:
         spent, needed = tuning.spent() + teachers * seconds, budget.smallest
         done = sum(entry["done"] for entry in tuning.pair.records.values() if entry["stage"] == 3)
