@@ -18,6 +18,8 @@ from semantic_aug.files import csv_writer, write_text
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
 """What a record keeps beside the arguments: the run's origin, and why it must not be resumed."""
+SPLIT_TITLES = {"test": "test", "val": "validation"}
+"""Splits that a classifier may be judged on, by their order of preference -> what tables call them."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "timm", "datasets", "numpy", "pillow")
 
 
@@ -107,6 +109,12 @@ def difference(name: str, then: Any, now: Any) -> str:
 def value_text(value: Any) -> str:
     """A value as messages show it: ``none`` stands for None."""
     return "none" if value is None else repr(value)
+
+
+def judged_split(results: Mapping[str, Any]) -> str | None:
+    """The split that the results of a classifier are judged on: ``test``, or ``val`` where there is no test split; None without
+    either."""
+    return next((split for split in SPLIT_TITLES if results[split]), None)
 
 
 class Origin(Protocol):

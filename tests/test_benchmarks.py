@@ -47,6 +47,17 @@ def test_a_gpus_parts_in_small(tiny_base, image_folder, tmp_path, monkeypatch, c
     assert re.search("stage-1: ended after . s, with the time of --minutes", capfd.readouterr().out)
 
 
+@pytest.mark.slow
+def test_sampling_says_where_there_are_too_few_batches_to_time(tiny_base, image_folder, tmp_path, monkeypatch, capfd):
+    argv = ["--base", tiny_base, "--dataset", f"folder:{image_folder}", "--device", "cpu", "--images", 4]
+    argv += ["--processes", 1, "--strength", 0.1]
+    figures = run("sampling", monkeypatch, tmp_path, *argv, "--ours_factor", 1)  # one batch
+    assert figures["ours"]["images_per_second"] is None and figures["ratio_to_best"] is None
+    assert "| ours, batch 16, 1 process(es) | too few batches to time: give more --images" in capfd.readouterr().out
+    figures = run("sampling", monkeypatch, tmp_path, *argv, "--ours_factor", 2, "--batch_size", 2)
+    assert figures["ours"]["images_per_second"] > 0 and figures["ratio_to_best"] > 0
+
+
 def test_kernels(tiny_base, tmp_path, monkeypatch):
     argv = ["--base", tiny_base, "--device", "cpu", "--batch_size", 1, "--steps", 2]
     figures = run("kernels", monkeypatch, tmp_path, *argv)

@@ -107,7 +107,19 @@ def test_seeds_go_on_where_they_were(three_seeds, image_folder, capsys, monkeypa
     monkeypatch.setattr(trainer.Trainer, "run", lambda self: begun.append(self.config.seed) or whole(self))
     train(image_folder, three_seeds, seeds=[1, 2, 3])
     assert begun == [2] and (three_seeds / "seeds.csv").read_text() == before
-    assert "| mean ± std |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| mean ± std |" in out and "| seed | test top1 | test top5 | test macro |" in out
+
+
+def test_seeds_and_summary_name_validation_where_there_is_no_test_split(tmp_path, capsys):
+    images = tiny.write_image_folder(tmp_path / "images", train=3, val=1, test=0)
+    train(images, tmp_path / "all", seeds=[1, 2], nepoch=1)
+    assert "| seed | validation top1 | validation top5 |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "all" / "seeds.json").read_text())
+    assert result["split"] == "val"
+    assert next(csv.reader((tmp_path / "all" / "seeds.csv").open()))[:2] == ["seed", "val_top1"]
+    header, _, line = summary.markdown(summary.find_runs([tmp_path / "all"])).splitlines()
+    assert "| model | split | seeds | top1 |" in header and "| test_vit | validation | 2 |" in line
 
 
 def test_one_seed_has_no_spread(image_folder, tmp_path):
@@ -122,10 +134,10 @@ def test_the_summary_groups_seeds_and_tells_requests_apart(three_seeds, image_fo
     assert [len(group) for group in summary.grouped(runs)] == [3, 1]
     lines = summary.markdown(runs).splitlines()
     result = json.loads((three_seeds / "seeds.json").read_text())
-    assert lines[0].startswith("| run | data set | setting | images | model | seeds | top1 | macro | ece |")
+    assert lines[0].startswith("| run | data set | setting | images | model | split | seeds | top1 | macro | ece |")
     spread = f"{100 * result['mean']['ece']:.2f} ± {100 * result['std']['ece']:.2f}"
     name = load_dataset(f"folder:{image_folder}").name
-    assert lines[2].startswith(f"| all | {name} | all data | 18 | test_vit | 3 | ") and spread in lines[2]
+    assert lines[2].startswith(f"| all | {name} | all data | 18 | test_vit | test | 3 | ") and spread in lines[2]
     assert lines[3].startswith("| mixed | ") and "±" not in lines[3] and len(lines) == 4
 
 

@@ -26,7 +26,7 @@ import train_lora
 from semantic_aug.augmentations.strategies import STRATEGIES
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
-from semantic_aug.evaluation.experiments import compare, report, results, runner
+from semantic_aug.evaluation.experiments import checks, compare, report, results, runner
 from semantic_aug.evaluation.experiments.commands import METHODS, Devices, StageCommands, Step
 
 STAGES_ALONE = [name for name, method in METHODS.items() if not method.unlabelled]
@@ -180,6 +180,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert "unknown command 'compar': did you mean 'compare'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
     argv = [
         "--dataset",
@@ -191,11 +192,84 @@ def test_a_dry_run_prints_the_runs_and_their_number(tmp_path, capsys):
         "diff-mix",
         "--output_dir",
         str(tmp_path),
+        "--pretrained_model_name_or_path",
+        "no-such/model",
     ]
     assert compare.main([*argv, "--dry_run"]) == 0
     out = capsys.readouterr().out
+    assert out.count("a run would download the base model no-such/model from the hub; what depends") == 1
     assert "12 runs (3 of stage 1, 3 of stage 2, 6 of stage 3) in 3 pairs of setting and seed; 12 to do" in out
     assert len(re.findall("^python train_cls.py ", out, re.M)) == 6 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--methods", "real-only", "diff-ii", "--stage2_args", "--eta 0.5"],
+            "sample_mp.py refuses 'sample diff-ii': --eta 0.5 with --sample_strategy diff-ii, which inverts images",
+        ),
+        (
+            ["--methods", "real-only", "cutmix", "--stage3_args", "--unmixed_epochs 1 1"],
+            "train_cls.py refuses 'classify cutmix': --unmixed_epochs 1 1: none of the --nepoch 2 epochs is left for mixing",
+        ),
+        (
+            ["--methods", "real-only", "da-fusion", "--stage1_args", "--report_to clearml"],
+            "train_lora.py refuses 'ti': --report_to clearml needs the package clearml",
+        ),
+        (
+            ["--methods", "diff-mix+curriculum", "--num_inference_steps", "1"],
+            "sample_mp.py refuses 'sample diff-mix+curriculum': --strength_strategy uniform: strength 0.3",
+        ),
+        (
+            ["--methods", "real-only", "pseudo-label", "--unlabelled", "gone"],
+            "gone: not there; expected a folder of images",
+        ),
+    ],
+)
+def test_flags_of_every_method_are_checked_before_anything_runs(argv, message, dry, image_folder, tmp_path, capsys):
+    argv = [*arguments(image_folder, "base", tmp_path / "out", "--seeds", 1), *argv, *(["--dry_run"] if dry else [])]
+    assert run_main(compare.main, argv) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and message in err[0] and not list(tmp_path.iterdir())
+
+
+def test_commands_checked_without_a_checkpoint_refuse_nothing_that_the_methods_take(tmp_path):
+    (tmp_path / "contexts.txt").write_text("in the snow\n")
+    extra = ["--stage2_args", f"--contexts {tmp_path}/contexts.txt --context_steps 0.5", "--num_inference_steps", "4"]
+    extra += ["--stage3_args", "--synthetic_balanced --weights none --target_class_num 2"]
+    (job,) = compare.jobs_of(
+        parsed(["--dataset", "elpv", "--seeds", "1", "--methods", "inversion-mix", "--aug_strength", "0.02", *extra]),
+        tmp_path,
+    )
+    steps = job.pair.steps.values()
+    instead = [*checks.sample_checks(job.commands, ["inversion-mix"]), *checks.classify_checks(job.commands, steps)]
+    checks.check_flags([*steps, *instead], ROOT / "config")
+    assert [step.arguments[-2:] for step in instead] == [
+        ("--contexts", f"{tmp_path}/contexts.txt"),
+        ("--weights", "none"),
+    ]
+    real = StageCommands(job.commands.recipe, 1, tmp_path, Devices()).method_steps(["real-only", "inversion-mix"])
+    (refused,) = checks.classify_checks(job.commands, real.values())
+    with pytest.raises(UserError, match="'classify real-only': --synthetic_balanced: there are no synthetic images"):
+        checks.check_flags([refused], ROOT / "config")
+
+
+@pytest.mark.slow
+def test_a_dry_run_checks_data_base_model_and_classifier_and_leaves_no_trace(image_folder, tiny_base, tmp_path, capsys):
+    argv = arguments(image_folder, tiny_base, tmp_path / "out", "--seeds", 1, "--methods", "diff-mix", "--dry_run")
+    good = [*argv, "--stage3_args", "--weights none --synthetic_balanced"]
+    assert run_main(compare.main, good) == 0, capsys.readouterr().err
+    assert "3 runs (1 of stage 1, 1 of stage 2, 1 of stage 3)" in capsys.readouterr().out
+    for flags, message in (
+        (["--model", "resnet1800"], "train_cls.py refuses: unknown --model 'resnet1800'"),
+        (["--pretrained_model_name_or_path", str(tmp_path / "gone")], "sample_mp.py refuses: base model folder '"),
+    ):
+        assert run_main(compare.main, [*argv, *flags]) == 2
+        err = capsys.readouterr().err.strip().splitlines()
+        assert len(err) == 1 and message in err[0]
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------- the runner
@@ -254,6 +328,20 @@ def test_a_failed_step_says_why_and_where_the_rest_is(make_pair, tmp_path):
     ):
         pair.run("bad")
     assert "some noise" in (pair.folder / "logs" / "bad.log").read_text() and pair.missing() == ["bad"]
+
+
+def test_a_refused_stage_says_what_resumes_and_what_is_another_request(tmp_path):
+    pair = runner.Pair(
+        tmp_path / "set" / "seed1", {"c": Step("c", 3, ("train_cls.py", "--no_such_flag"), (), "c.json", {})}
+    )
+    with pytest.raises(UserError, match="unknown argument --no_such_flag") as caught:
+        pair.run("c")
+    text = str(caught.value)
+    assert (
+        "once the cause is fixed, the same command resumes from here; with other flags, a corrected --stageN_args"
+        in text
+    )
+    assert text.endswith("it is another request: give another --output_dir")
 
 
 DRIVER = """
@@ -339,12 +427,12 @@ def test_shards_have_every_pair_once(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def finished(folder, setting, method, seed, top1, macro, steps_taken=8):
-    """Writes what a finished classifier leaves."""
+def finished(folder, setting, method, seed, top1, macro, steps_taken=8, splits=("test", "val")):
+    """Writes what a finished classifier leaves, on a data set with some of the splits."""
     path = results.pair_folder(folder, setting, seed)
     (path / "classify" / method).mkdir(parents=True)
-    scores = {"top1": top1, "macro": macro, "loss": 1.0}
-    content = {"test": scores, "val": {"top1": top1 - 0.01, "macro": macro}, "steps": steps_taken}
+    scores = {"test": {"top1": top1, "macro": macro, "loss": 1.0}, "val": {"top1": top1 - 0.01, "macro": macro}}
+    content = {split: scores[split] if split in splits else None for split in scores} | {"steps": steps_taken}
     (path / "classify" / method / "results.json").write_text(json.dumps(content))
     records = runner.read_records(path)
     records[f"classify {method}"] = {
@@ -388,9 +476,53 @@ def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
     assert rows[3] == {
         "setting": "5shot", "method": "diff-mix", "seed": "1", "top1": "0.6", "macro": "0.5", "val_top1": "0.59",
         "val_macro": "0.5", "steps": "8", "seconds_stage1": "100.0", "seconds_stage2": "50.0", "seconds_stage3": "36.0",
+        "split": "test",
     }  # fmt: skip
     assert (partial / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (partial / "commands.sh").read_text().count("python train_cls.py") == 5
+    assert "| method | seeds | test top1 | test macro | validation top1 | steps |" in text
+    assert "| method | test top1 - real-only | test top1 - cutmix |" in text and "on these test images" in text
+    assert "Validation chooses the epoch, test is evaluated once." in text and "no test split" not in text
+
+
+def test_scores_on_validation_are_called_so(tmp_path):
+    results.claim_setting(tmp_path, recipe())
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "mixup"])
+    for seed in (1, 2):
+        finished(tmp_path, "5shot", "real-only", seed, 0.51, 0.4, splits=["val"])
+        finished(tmp_path, "5shot", "mixup", seed, 0.61, 0.5, splits=["val"])
+    report.write_comparison(tmp_path)
+    for text in ((tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert "There is no test split: scores are on the validation images, which chose the epoch as well" in text
+        assert "test is evaluated once" not in text and "these test images" not in text and "test top1" not in text
+        assert "on these validation images" in text
+    text = (tmp_path / "report.md").read_text()
+    assert "| method | seeds | validation top1 | validation macro | steps |" in text
+    assert "| mixup | 2 | 60.00 ± 0.00 | 50.00 ± 0.00 | 8 |" in text
+    assert "| method | validation top1 - real-only | validation macro - real-only |" in text
+    row, *_ = csv.DictReader((tmp_path / "results.csv").open())
+    assert "top1" not in row and (row["val_top1"], row["val_macro"], row["split"]) == ("0.5", "0.4", "val")
+    finished(tmp_path, "10shot", "mixup", 1, 0.7, 0.6)  # another data set has one
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["10shot"], [1], ["mixup"])
+    report.write_comparison(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(row["top1"], row["val_top1"], row["split"]) for row in rows[-2:]] == [
+        ("", "0.6", "val"),
+        ("0.7", "0.69", "test"),
+    ]
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "test is evaluated once. The others have no test split" in text and "| 1 | 70.00 | 60.00 | 69.00 | 8 |" in text
+    )
+
+
+def test_runs_without_any_split_have_a_report_without_scores(tmp_path):
+    results.claim_setting(tmp_path, recipe())
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1], ["real-only"])
+    finished(tmp_path, "5shot", "real-only", 1, 0.5, 0.4, splits=[])
+    report.write_comparison(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "have no scores" in text and "| real-only | 1 | 8 |" in text and not (tmp_path / "report.png").exists()
 
 
 @pytest.mark.slow
@@ -446,7 +578,7 @@ def test_a_setting_keeps_what_recipes_set_in_its_stages(tmp_path):
     def claim(lr):
         row = f"{{when: {{model: resnet18}}, set: {{lr: {lr}}}}}"
         (tmp_path / "recipes.yaml").write_text(f"# rates\ndefault: {{train_cls: [{row}]}}\n")
-        results.claim_setting(tmp_path / "out", job.commands.recipe, compare.recipes_in_effect(job, tmp_path))
+        results.claim_setting(tmp_path / "out", job.commands.recipe, checks.recipes_in_effect(job.commands, tmp_path))
 
     claim(0.1)
     (tmp_path / "recipes.yaml").write_text("")
@@ -454,7 +586,7 @@ def test_a_setting_keeps_what_recipes_set_in_its_stages(tmp_path):
     with pytest.raises(UserError, match="stage3_recipe: 'default: lr 0.1' -> 'default: lr 0.2'.*choose another"):
         claim(0.2)
     results.claim_setting(tmp_path / "old", job.commands.recipe)  # an earlier version's record
-    results.claim_setting(tmp_path / "old", job.commands.recipe, compare.recipes_in_effect(job, tmp_path))
+    results.claim_setting(tmp_path / "old", job.commands.recipe, checks.recipes_in_effect(job.commands, tmp_path))
 
 
 def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_path):
@@ -470,7 +602,7 @@ def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_
 def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeypatch):
     argv = ["--dataset", "elpv", "--examples_per_class", "5", "-1", "--nepoch", "40", "4", "--methods", "diff-mix"]
     jobs, checked = compare.jobs_of(parsed(argv), tmp_path), []
-    monkeypatch.setattr(compare, "check_commands", lambda steps, folder: checked.append((folder.name, steps)))
+    monkeypatch.setattr(checks, "check_commands", lambda steps, folder: checked.append((folder.name, steps)) or [])
     compare.check_stages(jobs, tmp_path, tmp_path)
     (first, steps), (second, (alone,)) = checked
     assert [step.arguments[step.arguments.index("--sample_strategy") + 1] for step in steps if step.stage == 2] == [
@@ -502,7 +634,10 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     budget = compare.recipe_of(parsed(argv))
 
     def claim(*stages):
-        runner.claim_data(StageCommands(budget, 1, tmp_path / "pair", Devices()), ROOT / "config", stages)
+        commands = StageCommands(budget, 1, tmp_path / "pair", Devices())
+        dataset = runner.claim_data(commands, ROOT / "config")
+        if 1 in stages:
+            runner.claim_base(commands, dataset)
 
     claim(3)
     claim(1, 2, 3)  # methods that need a base model may come later
@@ -517,7 +652,7 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / runner.STEPS_FILE).write_text('{"ti_db": {"done": true}}')
     with pytest.raises(UserError, match="does not say which images its steps were made from"):
-        runner.claim_data(StageCommands(budget, 1, tmp_path / "old", Devices()), ROOT / "config", (3,))
+        runner.claim_data(StageCommands(budget, 1, tmp_path / "old", Devices()), ROOT / "config")
 
 
 @pytest.mark.slow

@@ -294,6 +294,19 @@ def test_a_subset_of_another_tool_is_measured_without_what_it_lacks(tmp_path, im
     assert not (tmp_path / "out" / "faithfulness_diversity.png").exists()
 
 
+def test_a_chart_without_diversity_does_not_ask_for_the_classifier_that_was_given(
+    tmp_path, image_folder, animals, judge_folder, capsys
+):
+    rows = translated(animals, strengths=(0.9,))[::2]  # one image per class, and no sources
+    other = evaluating.write_subset(tmp_path / "other", rows, evaluating.FIVE)
+    assert measure.main(arguments(image_folder, other, tmp_path / "out", classifier=judge_folder)) == 0
+    output = capsys.readouterr().out
+    assert (
+        "faithfulness_diversity.png is left out: every subset and strength needs a distance of the same kind" in output
+    )
+    assert "needs --classifier" not in output and not (tmp_path / "out" / "faithfulness_diversity.png").exists()
+
+
 CONTENT = "a digest of the images"
 
 

@@ -15,6 +15,8 @@ from PIL import Image, PngImagePlugin
 
 from semantic_aug import files, runs
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.datasets.synthetic import UNLABELLED_FILE, write_sources
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.quality import card, export, export_formats, measure
@@ -186,6 +188,29 @@ def test_card_and_facts_say_what_the_images_are(exports, animals, image_folder, 
     with pytest.raises(UserError, match="--measures .* is not about the images of subset three as they are now"):
         export.main(command_line(image_folder, other, tmp_path / "no", format="csv", measures=measures))
     assert not (tmp_path / "no").exists()
+
+
+def test_pseudo_labelled_photographs_are_called_so(animals, image_folder, subset, tmp_path, capsys):
+    """Unlabelled photographs under a classifier's labels: no model made them."""
+    pool, names = animals.train.take(np.arange(4)), animals.source_names
+    rows = [(pool.image(i), names[i % 3], names[i % 3], 1.0, "") for i in range(4)]
+    pseudo = evaluating.write_subset(tmp_path / "pseudo", rows, evaluating.FIVE)
+    write_sources(pseudo, pool.keys, hash_images(pool).values, UNLABELLED_FILE)
+    (pseudo / runs.ARGS_FILE).write_text(runs.arguments_text({"pseudo_threshold": 0.9}))
+    assert export.main(command_line(image_folder, pseudo, tmp_path / "out", format="csv")) == 0
+    assert "0 synthetic images, 4 pseudo-labelled photographs" in capsys.readouterr().out
+    facts, text = json.loads((tmp_path / "out/export.json").read_text()), (tmp_path / "out/README.md").read_text()
+    assert facts["images"] == {"train": {"real": 0, "synthetic": 0, "pseudo_labelled": 4}}
+    assert facts["disclosure"] == card.PSEUDO_LABELLED and card.PSEUDO_LABELLED in text and "diffusion" not in text
+    assert "least_probability: 0.9" in text and "synthetic image was made" not in text and "base model" not in text
+    assert "synthetic" not in yaml.safe_load(text.split("---")[1])["tags"]
+    assert {row["synthetic"] for row in evaluating.read_rows(tmp_path / "out/images.csv")} == {"0"}
+    both = [*command_line(image_folder, subset, tmp_path / "both", format="csv"), "--syndata_dir", subset, pseudo]
+    assert export.main([str(word) for word in both]) == 0
+    text = (tmp_path / "both/README.md").read_text()
+    assert "| train | 0 | 12 | 4 |" in text and card.DISCLOSURE in text and card.PSEUDO_LABELLED in text
+    flags = [row["synthetic"] for row in evaluating.read_rows(tmp_path / "both/images.csv")]
+    assert sorted(flags) == ["0"] * 4 + ["1"] * 12
 
 
 def test_a_foreign_config_beside_a_subset_is_passed_over(image_folder, subset, tmp_path):

@@ -183,8 +183,12 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
     shutil.copy(next((image_folder / "test" / "toad").iterdir()), pool / "holiday.png")
     args = parsed(image_folder, "--methods", "pseudo-label", "--unlabelled", pool)
     (job,) = compare.jobs_of(args, tmp_path / "out")
-    with pytest.raises(UserError, match="holds 1 test images"):
-        compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="holds 1 test images"):
+            compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR, dry_run)
+    (pool / "holiday.png").unlink()
+    compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR, dry_run=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import yaml
 from helpers import ROWS, classify_arguments, main_here, run_here, write_subset
 
 import sample_mp
+import tiny
 import train_cls
 from semantic_aug import cli
 from semantic_aug.augmentations.strategies import STRATEGIES
@@ -214,7 +215,7 @@ def search(tmp_path, tiny_base, monkeypatch):
         pair._record(step, 36.0, True)
 
     monkeypatch.setattr(tune.Pair, "run", fake)
-    monkeypatch.setattr(tune, "check_stages", lambda *_: None)
+    monkeypatch.setattr(tune, "check_stages", lambda *_: [])
 
     def start(*argv, val_images=200):
         nonlocal images
@@ -270,6 +271,25 @@ def test_few_validation_images_do_not_take_the_defaults_place(search, tmp_path, 
     assert (args.gamma, args.synthetic_prob, args.syndata_max) == (0.5, 0.3, None)
 
 
+def test_a_search_without_validation_images_is_refused_before_the_pool_is_made(search, tiny_base, tmp_path, capsys):
+    images = tiny.write_image_folder(tmp_path / "images", train=3, val=0)
+    argv = ["--dataset", f"folder:{images}", "--pretrained_model_name_or_path", str(tiny_base), "--seeds", "1", "2"]
+    argv += ["--val_fraction", "0", "--output_dir", str(tmp_path / "out")]
+    for dry in ([], ["--dry_run"]):
+        assert run_main(tune.main, [*argv, *dry]) == 2
+        assert "has no validation images to choose by: give --val_fraction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_flags_of_every_step_are_checked_before_anything_runs(dry, image_folder, tmp_path, capsys):
+    argv = ["--dataset", f"folder:{image_folder}", "--strategy", "diff-mix", "inversion-mix", "--seeds", "1", "2"]
+    argv += ["--stage2_args", "--eta 0.5 --scheduler ddim", "--output_dir", str(tmp_path / "out")]
+    assert run_main(tune.main, [*argv, *(["--dry_run"] if dry else [])]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and "refuses 'sample inversion-mix-s0.5': --eta 0.5 with --sample_strategy" in err[0]
+    assert not list(tmp_path.rglob("*.*")) or not dry
+
+
 def test_runs_without_predictions_are_one_line(search, capsys):
     assert search("--trials", "6", val_images=0)[0] == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
@@ -312,6 +332,20 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
     assert search("--budget_hours", "0.1")[0] == 2
     assert "--budget_hours 0.1: 6 min are spent or needed by teachers, and the smallest" in capsys.readouterr().err
     assert search(*argv, "0.1")[0] == 0
+
+
+def test_a_search_with_more_seeds_than_its_plan_has_runs_for_is_planned_anew(search, tmp_path, capsys):
+    argv = ["--labels", "strength", "--budget_hours", "0.1"]
+    assert search(*argv)[0] == 0 and json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 6
+    capsys.readouterr()
+    assert search(*argv, "--seeds", "1", "2", "3", "4")[0] == 2
+    assert "and the smallest search has 8 runs of 36 s: give at least" in capsys.readouterr().err
+
+
+def test_a_search_over_many_seeds_has_runs_for_two_candidates_by_default(search, tmp_path):
+    argv = ["--labels", "strength", "--strengths", "0.7", "--seeds", *map(str, range(21))]
+    assert search(*argv)[0] == 0  # the smallest search has 42 runs
+    assert json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 42
 
 
 # ------------------------------------------------------------------------------------------------- from end to end

@@ -112,9 +112,13 @@ def card_row(card: str, figures: Mapping[str, Any]) -> str:
     def whole(result: Mapping[str, Any]) -> str:
         return f"{result['ours']['images_per_second']:.0f} ({result['ratio_to_best']:.2f})"
 
+    def sampled(result: Mapping[str, Any]) -> str:
+        rate = result["ours"]["images_per_second"]
+        return f"{rate:.3g} ({result['ratio_to_best']:.2f})" if rate else "too few batches"
+
     cells = [
         card,
-        show("stage-2", lambda f: f"{f['ours']['images_per_second']:.3g} ({f['ratio_to_best']:.2f})"),
+        show("stage-2", sampled),
         show("stage-1", steps),
         show("stage-1-graph", steps),
         show("stage-1-compiled-graph", steps),

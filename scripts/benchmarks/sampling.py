@@ -28,6 +28,7 @@ from semantic_aug.errors import UserError
 
 SD15 = "sd15-random"
 """Name of the base model that :func:`build_sd15` makes, and of a folder that holds one."""
+TOO_FEW = "too few batches to time: give more --images, or a smaller --batch_size"
 TFLOP_512 = 29.8
 """TFLOP of one 512 px image of Stable Diffusion 1.5 at strength 0.7, 25 steps, guidance; text and sources cached."""
 
@@ -163,7 +164,10 @@ def time_original(
 
 
 def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, ...], folder: Path) -> dict:
-    """Images per second of stage 2 as it is, from the first finished batch of every process on, and the time to load."""
+    """Images per second of stage 2 as it is, from the first finished batch of every process on, and the time to load.
+
+    The rate is None where a process made fewer than three batches: the time between its first and its last but one is none.
+    """
     from semantic_aug.sampling import config as sampling
     from semantic_aug.sampling import run as running
     from semantic_aug.sampling.settings import ImageSettings, OutputSettings, Placement
@@ -196,12 +200,12 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
     began, own = time.monotonic(), time.process_time()
     launcher.run(range(plan.num_batches))
     first, own = max(marks[0][0] for marks in launcher.marks.values()) - began, (time.process_time() - own) / len(plan)
-    rate = launcher.steady_rate()
+    rate = launcher.steady_rate() or None
     return {
         "images_per_second": rate,
         "processes": len(devices),
         "launcher_cpu_seconds_per_image": own,
-        "launcher_share_of_an_image": own * rate / len(devices),
+        "launcher_share_of_an_image": own * rate / len(devices) if rate else None,
         "seconds_to_first_batches": round(first, 1),
         "batch_size": config.placement.batch_size,
     }
@@ -266,21 +270,19 @@ def main(argv: list[str] | None = None) -> int:
         [f"the original's way at its best ({many} processes)", f"{best:.3g}", f"{best / alone:.2f}", peak(best)],
     ]
     for timing in filter(None, (ours, single)):
-        rate = timing["images_per_second"]
-        rows.append(
-            [
-                f"ours, batch {timing['batch_size']}, {timing['processes']} process(es)",
-                f"{rate:.3g}",
-                f"{rate / alone:.2f}",
-                peak(rate) if timing is ours else "-",
-            ]
+        rate, title = (
+            timing["images_per_second"],
+            f"ours, batch {timing['batch_size']}, {timing['processes']} process(es)",
         )
+        figures = [f"{rate:.3g}", f"{rate / alone:.2f}"] if rate else [TOO_FEW, "-"]
+        rows.append([title, *figures, peak(rate) if rate and timing is ours else "-"])
+    rate = ours["images_per_second"]
     details = {
         "arguments": vars(args),
         "ours": ours,
         "ours_one_process": single,
         "original": {"one": alone, "best": best},
-        "ratio_to_best": ours["images_per_second"] / best,
+        "ratio_to_best": rate / best if rate else None,
         "peak_memory_of_children_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }
     header = [

@@ -25,6 +25,8 @@ CURRICULA = ("none", "strength")
 CURRICULUM_ORDERS = ("strong_first", "weak_first")
 ROUNDING = 1e-6
 """Of a number of images that is added up from shares."""
+NEED_SYNTHETIC = ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels")
+"""Settings that are refused where there are no synthetic images."""
 
 
 @dataclass(frozen=True)

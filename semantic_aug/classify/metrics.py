@@ -20,6 +20,7 @@ from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.spec import SHOT_THRESHOLDS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.divergence import check_outputs
+from semantic_aug.runs import SPLIT_TITLES, judged_split
 
 SEEDS_CSV, SEEDS_JSON = "seeds.csv", "seeds.json"
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -263,22 +264,25 @@ def report(results: dict, say: Callable[[str], None]) -> None:
 
 
 def scores_of(results: Mapping) -> dict[str, float]:
-    """The scores a run is judged by: those on test, or on validation where there is no test split."""
-    return {name: value for name, value in (results["test"] or results["val"] or {}).items() if name in SCORE_NAMES}
+    """The scores on :func:`semantic_aug.runs.judged_split`; empty without one."""
+    scores = results.get(judged_split(results)) or {}
+    return {name: value for name, value in scores.items() if name in SCORE_NAMES}
 
 
-def statistics_of(rows: Mapping[int, Mapping[str, float]]) -> dict:
+def statistics_of(rows: Mapping[int, Mapping[str, float]], split: str | None) -> dict:
     """Mean and sample standard deviation (n - 1) of every score that all seeds have.
 
     Args:
         rows: seed -> scores.
+        split: that the scores are on; see :func:`semantic_aug.runs.judged_split`.
 
     Returns:
-        ``seeds`` (as strings, JSON's keys), ``mean`` and ``std``; ``std`` is None for a single seed.
+        ``split``, ``seeds`` (as strings, JSON's keys), ``mean`` and ``std``; ``std`` is None for a single seed.
     """
     names = [name for name in SCORE_NAMES if all(name in row for row in rows.values())]
     values = {name: [row[name] for row in rows.values()] for name in names}
     return {
+        "split": split,
         "seeds": {str(seed): {name: row[name] for name in names} for seed, row in rows.items()},
         "mean": {name: fmean(values[name]) for name in names},
         "std": {name: stdev(values[name]) if len(rows) > 1 else None for name in names},
@@ -286,11 +290,12 @@ def statistics_of(rows: Mapping[int, Mapping[str, float]]) -> dict:
 
 
 def write_statistics(statistics: Mapping, folder: Path) -> None:
-    """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``."""
+    """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``; columns of scores on
+    validation begin with ``val_``."""
     files.write_json(folder / SEEDS_JSON, statistics)
-    names = list(statistics["mean"])
+    names, prefix = list(statistics["mean"]), "val_" if statistics["split"] == "val" else ""
     with files.csv_writer(folder / SEEDS_CSV) as writer:
-        writer.writerow(["seed", *names])
+        writer.writerow(["seed", *(prefix + name for name in names)])
         for title, row in (*statistics["seeds"].items(), ("mean", statistics["mean"]), ("std", statistics["std"])):
             writer.writerow([title, *("" if row[name] is None else f"{row[name]:.8g}" for name in names)])
 
@@ -306,4 +311,5 @@ def statistics_table(statistics: Mapping) -> str:
     names = list(statistics["mean"])
     rows = [[seed, *(percent(name, row[name]) for name in names)] for seed, row in statistics["seeds"].items()]
     spread = [percent(name, statistics["mean"][name], statistics["std"][name]) for name in names]
-    return markdown_table(["seed", *names], [*rows, ["mean ± std", *spread]])
+    title = SPLIT_TITLES.get(statistics["split"], "")
+    return markdown_table(["seed", *(f"{title} {name}" for name in names)], [*rows, ["mean ± std", *spread]])

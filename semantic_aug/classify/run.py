@@ -23,7 +23,7 @@ from semantic_aug.classify.config import (
     ClassifyConfig,
     SyntheticSettings,
 )
-from semantic_aug.classify.draws import EpochDraws
+from semantic_aug.classify.draws import NEED_SYNTHETIC, EpochDraws
 from semantic_aug.classify.losses import make_criterion
 from semantic_aug.classify.models import (
     check_resolution,
@@ -156,7 +156,7 @@ def check_synthetic(settings: SyntheticSettings) -> None:
     """Refuses settings of synthetic images where there are none."""
     if any(settings.syndata_key or ()) or settings.syndata_dir:
         return
-    for name in ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels"):
+    for name in NEED_SYNTHETIC:
         if getattr(settings, name) != getattr(SyntheticSettings, name):
             raise UserError(f"--{name}: there are no synthetic images; give --syndata_key or --syndata_dir")
 
@@ -374,10 +374,10 @@ def train_seeds(
     Returns:
         What :func:`semantic_aug.classify.metrics.statistics_of` gives.
     """
-    rows, origin = {}, origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
-    for seed in seeds:
-        rows[seed] = metrics.scores_of(train(seeded(config, seed), dataset, synthetic, origin))
-    statistics = metrics.statistics_of(rows)
+    origin = origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
+    results = {seed: train(seeded(config, seed), dataset, synthetic, origin) for seed in seeds}
+    rows = {seed: metrics.scores_of(of_seed) for seed, of_seed in results.items()}
+    statistics = metrics.statistics_of(rows, runs.judged_split(results[seeds[0]]))
     if Processes(config.device).main:
         metrics.write_statistics(statistics, config.output_dir)
     return statistics

@@ -234,6 +234,12 @@ def subset_record(root: Path) -> dict[str, Any]:
     return record if isinstance(record.get("arguments"), Mapping) else {}
 
 
+def is_pseudo_labelled(root: Path) -> bool:
+    """Whether a subset holds unlabelled photographs as they are, under the labels of a classifier: it lists their contents, and
+    stage 2, which lists those that it translates, writes a record besides."""
+    return (root / UNLABELLED_FILE).is_file() and not (root / CONFIG_FILE).is_file()
+
+
 def read_subsets(
     folders: Sequence[str | os.PathLike], dataset: LoadedDataset, allow_other_sources: bool = False
 ) -> SyntheticImages:

@@ -111,12 +111,10 @@ def resolve(
     """
     settings = (ModelSettings, ImageSettings, Placement, OutputSettings, cli.StageSettings)
     chosen, images, placement, output, run = (cli.read_settings(cls, args) for cls in settings)
-    check_flags(args)
-    check_unlabelled(images.unlabelled)
+    check_request(args)
     if output.register_key:
         registry.check_writable(registry.SUBSETS, output.register_key, run.config_dir)
-    few, solver = chosen.few_steps is not None, read_solver(args)
-    choose_strengths(images, chosen.few_steps if few else solver.num_inference_steps, few)
+    few = chosen.few_steps is not None
     sentences, placement, model = chosen.texts(), resolve_placement(placement), None
     with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed; downloaded after that
         model = find_model(args, chosen)
@@ -161,6 +159,16 @@ def resolve(
     predict = output.calibrate or not run.dry_run
     guide = make_guide(images, dataset, device, load_classifier, folder, grid, predict=predict)
     return replace(config, guide=guide), dataset
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together or name nothing, whatever data set and model are. Raises UserError: names one."""
+    chosen, images, _ = (cli.read_settings(cls, args) for cls in (ModelSettings, ImageSettings, OutputSettings))
+    check_flags(args)
+    check_unlabelled(images.unlabelled)
+    few, solver = chosen.few_steps is not None, read_solver(args)
+    choose_strengths(images, chosen.few_steps if few else solver.num_inference_steps, few)
+    chosen.texts()
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,6 @@ LABEL_STEP = "label unlabelled"
 """Name of the step that makes pseudo-labels."""
 
 
-def stand_in(strategy: str) -> str:
-    """The strategy without a checkpoint that is most like another one, whose flags can be checked before stage 1 has run."""
-    row = strategies.find(strategy)
-    if row.start == "noise":
-        return "real-gen"
-    return "real-mix" if row.pairing == "mixed" else "real-guidance"
-
-
 @dataclass(frozen=True)
 class Method:
     """One way of training a classifier, a row of a comparison.

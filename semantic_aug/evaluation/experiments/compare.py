@@ -13,32 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
-from semantic_aug.classify import config as classify
 from semantic_aug.datasets import LoadedDataset, Setting
 from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, no_downloads, unknown
-from semantic_aug.evaluation.experiments import headroom, pseudo_label, report, results
+from semantic_aug.evaluation.experiments import checks, headroom, pseudo_label, report, results
 from semantic_aug.evaluation.experiments.commands import (
     DEFAULT_METHODS,
     LABEL_STEP,
     METHODS,
     REAL_ONLY,
-    SCRIPTS,
     UNLABELLED,
     Method,
     StageCommands,
     Step,
     setting_name,
-    stand_in,
 )
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR, FOLDS
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
-    check_commands,
-    checking,
+    claim_base,
     claim_data,
     duration,
     has_finished_step,
@@ -54,8 +50,6 @@ from semantic_aug.evaluation.experiments.settings import (
     join_stage_args,
     recipe_of,
 )
-from semantic_aug.finetune import config as finetune
-from semantic_aug.sampling import settings as sampling
 
 log = logging.getLogger(__name__)
 
@@ -254,45 +248,44 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
         waiting = busy
 
 
-def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path) -> None:
-    """Lets the stages check their flags before the first of them runs: stage 3 those of every setting that is new, since their
-    lengths and batches differ, the others those of the first one. Raises UserError: a stage refuses."""
-    new: dict[str, Job] = {}
+def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, dry_run: bool = False) -> list[str]:
+    """Checks the steps that are still to run before the first of them: the flags of all, and the stages that no pair of their
+    setting has finished a step of by dry runs, stage 3 in every setting, since their lengths and batches differ, the others in
+    the first one. Returns what a run would download, a line each. Raises UserError: a stage refuses."""
+    by_setting, sampled, missing = {}, False, []
     for job in jobs:
-        if not (folder / job.setting / results.RECIPE_FILE).is_file():
-            new.setdefault(job.setting, job)
-    for number, job in enumerate(new.values()):
-        with checking(job.commands, folder, config_dir) as commands:
-            steps = [commands.classify("real-only", commands.subset_seed)]
-            if number == 0:
-                steps += _checked_samples(commands, job) if 2 in job.stages else []
-                steps += [commands.finetune("ti_db")] if 1 in job.stages else []
-            check_commands(steps, commands.folder)
+        by_setting.setdefault(job.setting, []).append(job)
+    steps_of = {
+        name: list({step: job.pair.steps[step] for job in of_setting for step in job.pair.missing()}.values())
+        for name, of_setting in by_setting.items()
+    }
+    for steps in steps_of.values():
+        checks.check_flags(steps, config_dir)
+    for name, steps in steps_of.items():
+        first, stages = by_setting[name][0], checks.unchecked_stages([job.pair for job in by_setting[name]])
+        stages -= {1, 2} if sampled else set()
+        sampled |= bool(stages & {1, 2})
+        if stages:
+            with checks.checking(first.commands, folder, config_dir, dry_run) as commands:
+                dry_runs = checks.classify_checks(commands, steps) if 3 in stages else []
+                dry_runs += _checked_samples(commands, first) if 2 in stages else []
+                dry_runs += checks.finetune_checks(commands, steps) if 1 in stages else []
+                missing += checks.check_commands(dry_runs, commands.folder)
+    return list(dict.fromkeys(missing))
 
 
 def _checked_samples(commands: StageCommands, job: Job) -> list[Step]:
     """Runs of stage 2 with the flags of single methods, without the checkpoint and the classifier that are still to be
     trained."""
-    pool, used = commands.recipe.pseudo.get("unlabelled"), [METHODS[name].strategy for name in job.methods]
-    steps = [commands.sample(name) for name in dict.fromkeys(stand_in(name) for name in used if name)]
-    for name, sample in {name: METHODS[name].sample for name in job.methods if METHODS[name].sample}.items():
-        if UNLABELLED in sample.values():
-            steps.append(commands.sample("real-mix", name, sources=sample["sources"], unlabelled=pool))
-        elif REAL_ONLY not in sample.values():
-            steps.append(commands.sample("real-mix", name, **sample))
+    pool, methods = commands.recipe.pseudo.get("unlabelled"), [METHODS[name] for name in job.methods]
+    steps = checks.sample_checks(commands, [method.strategy for method in methods if method.strategy])
+    for method in methods:
+        if UNLABELLED in method.sample.values():
+            options = {"sources": method.sample["sources"], "unlabelled": pool}
+            steps.append(commands.sample("real-mix", method.name, **options))
+        elif method.sample and REAL_ONLY not in method.sample.values():
+            steps.append(commands.sample("real-mix", method.name, **method.sample))
     return steps
-
-
-def recipes_in_effect(job: Job, config_dir: Path) -> dict[str, str]:
-    """What recipes.yaml sets in each stage of a setting, by its name in the record of the budget: a pair that is begun later
-    copies the file as it is then. Raises UserError: a stage refuses its flags."""
-    commands, parsers = job.commands, (finetune.build_parser(), sampling.build_parser(), classify.build_parser(""))
-    steps = commands.finetune("ti_db"), commands.sample("diff-mix"), commands.classify("real-only", 0)
-    registries = ["--config_dir", str(config_dir)]
-    return {
-        f"stage{stage}_recipe": parser.parse_args([*step.arguments[1:], *registries]).recipe
-        for stage, parser, step in zip(SCRIPTS, parsers, steps, strict=True)
-    }
 
 
 def pool_per_class(shots: int) -> int:
@@ -336,17 +329,27 @@ def refuse_without_validation(job: Job, dataset: LoadedDataset) -> None:
             raise UserError(f"--methods {name}: {dataset.name} has no validation images; give --val_fraction")
 
 
-def claim(jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path) -> None:
-    """Ties the settings of all jobs to their budgets, and the selected jobs to their images and base model. Raises UserError:
-    a stage refuses, or the folder holds runs with another budget or of other data."""
-    check_stages(selected, folder, config_dir)
+def claim(
+    jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path, dry_run: bool = False
+) -> list[str]:
+    """Checks the stages, and ties the settings of all jobs to their budgets, the selected jobs to their images, unlabelled
+    images and base model; a dry run writes nothing. Returns what a run would download, a line each.
+
+    Raises:
+        UserError: a stage refuses, or the folder holds runs with another budget or of other data.
+    """
+    missing = check_stages(selected, folder, config_dir, dry_run)
     for job in {job.setting: job for job in jobs}.values():
-        results.claim_setting(folder, job.commands.recipe, recipes_in_effect(job, config_dir))
+        results.claim_setting(folder, job.commands.recipe, checks.recipes_in_effect(job.commands, config_dir), dry_run)
     for job in selected:
-        dataset = claim_data(job.commands, config_dir, job.stages)
-        refuse_without_validation(job, dataset)
-        if any(METHODS[method].unlabelled for method in job.methods):
-            claim_pool(job, folder, dataset, config_dir)
+        with checks.noting_downloads(missing):
+            dataset = claim_data(job.commands, config_dir, dry_run)
+            refuse_without_validation(job, dataset)
+            if any(METHODS[method].unlabelled for method in job.methods):
+                claim_pool(job, folder, dataset, config_dir, dry_run)
+            if job.stages & {1, 2}:
+                claim_base(job.commands, dataset, dry_run)
+    return missing
 
 
 def _has_results(root: Path, steps: Iterable[Step], method: str) -> bool:
@@ -357,9 +360,10 @@ def _has_results(root: Path, steps: Iterable[Step], method: str) -> bool:
     return any(any(root.glob(f"seed*/{pattern}")) for pattern in patterns)
 
 
-def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path) -> None:
-    """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels. Raises
-    UserError: some are evaluated, or the setting has results of other images or labels with another threshold."""
+def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path, dry_run: bool = False) -> None:
+    """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels; a dry run
+    writes nothing. Raises UserError: some are evaluated, or the setting has results of other images or labels with another
+    threshold."""
     settings = UnlabelledSettings(**job.commands.recipe.pseudo)
     if has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():
         config_dir = job.pair.folder / "config"  # which it keeps
@@ -378,8 +382,9 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path)
     used = {name: _has_results(root, job.commands.method_steps([name]).values(), name) for name in users}
     labelled = any(used[name] for name, method in users.items() if method.pseudo)
     if any(used.values()):
-        runs.claim(root / "pseudo-label", record, "--output_dir", () if labelled else ("pseudo_threshold",))
-    if not labelled:  # another threshold may be chosen, and where nothing is made of it, another pool
+        ignored = () if labelled else ("pseudo_threshold",)
+        runs.claim(root / "pseudo-label", record, "--output_dir", ignored, dry_run=dry_run)
+    if not labelled and not dry_run:  # another threshold may be chosen, and where nothing is made of it, another pool
         files.write_text(root / "pseudo-label" / runs.ARGS_FILE, runs.arguments_text(record))
 
 
@@ -390,12 +395,16 @@ def main(argv: list[str] | None = None) -> int:
     settings = cli.read_settings(ComparisonSettings, args)
     folder = cli.read_settings(Placement, args).folder("compare", args)
     jobs = jobs_of(args, folder)
+    selected = jobs[sharing.shard_index :: sharing.num_shards]
     if args.dry_run:
         print_runs(jobs)
+        check_unlabelled(args.unlabelled)
+        with interruptible(), no_downloads(True):
+            missing = claim(jobs, selected, folder, args.config_dir, dry_run=True)
+        print(*missing, sep="\n", end="\n" if missing else "")
         return 0
     if not sharing.report_only:
         check_unlabelled(args.unlabelled)
-        selected = jobs[sharing.shard_index :: sharing.num_shards]
         with interruptible():
             claim(jobs, selected, folder, args.config_dir)
             request = _request_arguments(sys.argv[1:] if argv is None else argv)

@@ -105,26 +105,36 @@ def write_comparison(folder: Path) -> Comparison:
         for (setting, seed), records in comparison.records.items():
             lines += [f"# {setting}, seed {seed}", *(entry["command"] for entry in records.values()), ""]
         files.write_text(folder / COMMANDS, "\n".join(lines))
-        if comparison.rows:
+        if comparison.score_names:
             panels = {
-                setting: {score: comparison.by_method(setting, score) for score in comparison.score_names}
-                for setting in comparison.settings
+                f"{setting}, {split_title(split)}": {
+                    score: comparison.by_method(setting, split, score) for score in comparison.score_names
+                }
+                for setting, split in comparison.parts
             }
             draw_bars({name: panel for name, panel in panels.items() if any(panel.values())}, folder / CHART)
         write(comparison_report(comparison, folder), folder / REPORT)
     return comparison
 
 
+def split_title(split: str | None) -> str:
+    """What tables and texts call the split that scores are on."""
+    return runs.SPLIT_TITLES.get(split, "neither test nor validation")
+
+
 def _write_csv(comparison: Comparison, path: Path) -> None:
+    """Scores on test by their names, those on validation after ``val_``; ``split`` is the one that a run is judged on."""
     scores, stages = comparison.score_names, (1, 2, 3)
+    tested = scores if any(row.split == "test" for row in comparison.rows) else []
     with files.csv_writer(path) as writer:
         times = [f"seconds_stage{n}" for n in stages]
-        writer.writerow(["setting", "method", "seed", *scores, *(f"val_{s}" for s in scores), "steps", *times])
+        writer.writerow(["setting", "method", "seed", *tested, *(f"val_{s}" for s in scores), "steps", *times, "split"])
         for row in comparison.rows:
-            cells = [part.get(s) for part in (row.scores, row.val) for s in scores]
+            test = row.scores if row.split == "test" else {}
+            cells = [*(test.get(s) for s in tested), *(row.val.get(s) for s in scores)]
             numbers = ["" if value is None else f"{value:.8g}" for value in cells]
             times = [f"{row.seconds[n]:.1f}" if n in row.seconds else "" for n in stages]
-            writer.writerow([row.setting, row.method, row.seed, *numbers, row.steps, *times])
+            writer.writerow([row.setting, row.method, row.seed, *numbers, row.steps, *times, row.split or ""])
 
 
 def comparison_report(comparison: Comparison, folder: Path) -> Report:
@@ -140,7 +150,7 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
         Paragraph(
             "Percent, mean ± standard deviation over seeds. Each seed draws its own training images and has its own stages 1 "
             "and 2; within a setting all methods have the same optimisation steps and, where they use any, as many synthetic "
-            "images. Validation chooses the epoch, test is evaluated once."
+            f"images. {_judgement(comparison)}"
         )
     )
     users = [
@@ -153,38 +163,70 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
                 + (" pseudo-label has as many as reach its threshold." if "pseudo-label" in users else "")
             )
         )
-    if comparison.rows:
+    if comparison.score_names:
         blocks.append(Picture(CHART, "scores by method"))
     for setting in comparison.settings:
-        blocks += _setting_section(comparison, setting)
+        parts = [split for name, split in comparison.parts if name == setting]
+        blocks += [Heading(setting), *([] if parts else [Paragraph("No result yet.")])]
+        for split in parts:
+            blocks += _score_tables(comparison, setting, split)
     blocks += [*_time_section(comparison), *_recipe_section(comparison), *_command_section(comparison)]
     return Report(f"Comparison on {dataset}", [*blocks, *_run_section(comparison, folder)])
 
 
-def _setting_section(comparison: Comparison, setting: str) -> list[Block]:
-    rows = [row for row in comparison.rows if row.setting == setting]
-    if not rows:
-        return [Heading(setting), Paragraph("No result yet.")]
+def _judgement(comparison: Comparison) -> str:
+    """On which split the scores are, as sentences."""
+    splits = {split for _, split in comparison.parts}
+    sentences = []
+    if "test" in splits or not splits:
+        sentences.append("Validation chooses the epoch, test is evaluated once.")
+    if "val" in splits:
+        which = "The others have" if "test" in splits else "There is"
+        sentences.append(
+            f"{which} no test split: scores are on the validation images, which chose the epoch as well, so expect less on "
+            "new images."
+        )
+    if None in splits:
+        sentences.append("Runs without test and validation images have no scores.")
+    return " ".join(sentences)
+
+
+def _score_tables(comparison: Comparison, setting: str, split: str | None) -> list[Block]:
+    rows = [row for row in comparison.rows if (row.setting, row.split) == (setting, split)]
     scores = [name for name in comparison.score_names if any(name in row.scores for row in rows)]
     methods = list(dict.fromkeys(row.method for row in rows))
     lines = []
     for method in methods:
         seeds = [row for row in rows if row.method == method]
         cells = [spread_cell({row.seed: row.scores[s] for row in seeds if s in row.scores}) for s in scores]
-        cells.append(spread_cell({row.seed: row.val["top1"] for row in seeds if "top1" in row.val}))
+        if split == "test":
+            cells.append(spread_cell({row.seed: row.val["top1"] for row in seeds if "top1" in row.val}))
         steps = ", ".join(map(str, sorted({row.steps for row in seeds})))
         lines.append([method, str(len(seeds)), *cells, steps])
-    blocks = [Heading(setting), Table(["method", "seeds", *scores, "validation top1", "steps"], lines)]
-    columns = [(score, baseline) for score in scores for baseline in BASELINES if baseline in methods]
-    if columns and len(methods) > 1:
-        blocks += _difference_table(comparison, setting, methods, columns)
+    columns = [*(f"{split_title(split)} {name}" for name in scores), *(["validation top1"] if split == "test" else [])]
+    blocks: list[Block] = [Table(["method", "seeds", *columns, "steps"], lines)]
+    pairs = [(score, baseline) for score in scores for baseline in BASELINES if baseline in methods]
+    if pairs and len(methods) > 1:
+        tables = {score: comparison.by_method(setting, split, score) for score in scores}
+        blocks += _difference_table(tables, split_title(split), methods, pairs)
     return blocks
 
 
 def _difference_table(
-    comparison: Comparison, setting: str, methods: Sequence[str], columns: Sequence[tuple[str, str]]
+    tables: Mapping[str, Mapping[str, Mapping[int, float]]],
+    split: str,
+    methods: Sequence[str],
+    columns: Sequence[tuple[str, str]],
 ) -> list[Block]:
-    tables, rows = {score: comparison.by_method(setting, score) for score, _ in columns}, []
+    """Differences to the baselines.
+
+    Args:
+        tables: score -> method -> seed -> value.
+        split: title of the split that the scores are on.
+        methods: rows.
+        columns: score and baseline of each column.
+    """
+    rows = []
     for method in methods:
         cells = []
         for score, baseline in columns:
@@ -195,9 +237,10 @@ def _difference_table(
             rows.append([method, *cells])
     text = (
         "Paired differences over common seeds in points, with 95 % confidence intervals (Student's t) for other seeds on these "
-        "test images; bold: zero is outside."
+        f"{split} images; bold: zero is outside."
     )
-    return [Paragraph(text), Table(["method", *(f"{score} - {baseline}" for score, baseline in columns)], rows)]
+    titles = [f"{split} {score} - {baseline}" for score, baseline in columns]
+    return [Paragraph(text), Table(["method", *titles], rows)]
 
 
 def _time_section(comparison: Comparison) -> list[Block]:

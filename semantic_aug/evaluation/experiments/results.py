@@ -31,7 +31,8 @@ class Row:
     Attributes:
         method: row of the comparison.
         seed: of draw and training.
-        scores: on test, or on validation where the data set has no test split.
+        scores: on ``split``.
+        split: ``test``, or ``val`` where the data set has no test split; None where it has neither.
         val: the same on validation; empty without such a split.
         steps: optimisation steps.
         seconds: stage -> seconds; those of stages 1 and 2 are shared with the pair's other methods.
@@ -41,6 +42,7 @@ class Row:
     method: str
     seed: int
     scores: Mapping[str, float]
+    split: str | None
     val: Mapping[str, float]
     steps: int
     seconds: Mapping[int, float]
@@ -71,11 +73,22 @@ class Comparison:
         """The scores that some run has."""
         return [name for name in SCORES if any(name in row.scores for row in self.rows)]
 
-    def by_method(self, setting: str, score: str) -> dict[str, dict[int, float]]:
-        """Method -> seed -> a score, of one setting, in the table's order."""
+    @property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """The settings with a result, each with the split that its scores are on; twice where the data set got a test split
+        between two of its seeds."""
+        return [
+            (setting, split)
+            for setting in self.settings
+            for split in (*runs.SPLIT_TITLES, None)
+            if any((row.setting, row.split) == (setting, split) for row in self.rows)
+        ]
+
+    def by_method(self, setting: str, split: str | None, score: str) -> dict[str, dict[int, float]]:
+        """Method -> seed -> a score on a split, of one setting, in the table's order."""
         out: dict[str, dict[int, float]] = {}
         for row in self.rows:
-            if row.setting == setting and score in row.scores:
+            if (row.setting, row.split) == (setting, split) and score in row.scores:
                 out.setdefault(row.method, {})[row.seed] = row.scores[score]
         return out
 
@@ -85,15 +98,18 @@ def pair_folder(folder: Path, setting: str, seed: int) -> Path:
     return folder / setting / f"seed{seed}"
 
 
-def claim_setting(folder: Path, recipe: Recipe, in_effect: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Fixes a setting's budget, or finds that it has this one. Raises UserError: the folder's runs of this setting have
-    another budget.
+def claim_setting(
+    folder: Path, recipe: Recipe, in_effect: Mapping[str, str] = MappingProxyType({}), dry_run: bool = False
+) -> None:
+    """Fixes a setting's budget, or finds that it has this one; a dry run writes nothing. Raises UserError: the folder's runs of
+    this setting have another budget.
 
     Args:
         in_effect: what the stages' recipes set, by name; records of earlier versions lack it.
     """
     folder, absent = registry.resolve_path(folder) / recipe.name, {**recipe.defaults, **in_effect}
-    runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", file=RECIPE_FILE, absent=absent)
+    options = {"file": RECIPE_FILE, "absent": absent, "dry_run": dry_run}
+    runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", **options)
 
 
 def save_request(
@@ -140,13 +156,12 @@ def collect(folder: Path) -> Comparison:
         if results is None:
             comparison.missing.append((setting, method, seed))
             continue
-        test_scores = results["test"] or results["val"] or {}
-        scores = {name: value for name, value in test_scores.items() if name in SCORES}
+        split, val = runs.judged_split(results), results["val"] or {}
+        scores = {name: value for name, value in (results.get(split) or {}).items() if name in SCORES}
         names = METHODS[method].step_names if method in METHODS else {3: f"classify {method}"}
         seconds = {3: 0.0} | {stage: records[name]["seconds"] for stage, name in names.items() if name in records}
-        comparison.rows.append(
-            Row(setting, method, seed, scores, results["val"] or {}, steps=results["steps"], seconds=seconds)
-        )
+        taken = {"steps": results["steps"], "seconds": seconds}
+        comparison.rows.append(Row(setting, method, seed, scores=scores, split=split, val=val, **taken))
     return comparison
 
 

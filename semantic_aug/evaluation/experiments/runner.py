@@ -7,10 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from semantic_aug import files, registry, runs
@@ -18,12 +16,15 @@ from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.errors import EXIT_INTERRUPTED, Interrupted, UserError, end_with_parent, signals_to
-from semantic_aug.evaluation.experiments.commands import StageCommands, Step
+from semantic_aug.evaluation.experiments.commands import SCRIPTS, StageCommands, Step
 
 log = logging.getLogger(__name__)
 
 STEPS_FILE = "steps.json"
 LOGS = "logs"
+OTHER_FLAGS = (
+    "; with other flags, a corrected --stageN_args among them, it is another request: give another --output_dir"
+)
 MADE_FROM = "made_from"
 """Folder of a pair that records the images and the base model of its steps."""
 COPIED = (registry.DATASETS, registry.RECIPES)
@@ -156,8 +157,8 @@ class Pair:
         if status:
             raise UserError(
                 f"{self.folder.parent.name}, {self.folder.name}: step '{name}' ended with status {status}: "
-                f"{last_line(log_file)} (whole output: {registry.shown_path(log_file)}); once fixed, the same command "
-                "resumes from here"
+                f"{last_line(log_file)} (whole output: {registry.shown_path(log_file)}); once the cause is fixed, the same "
+                f"command resumes from here{OTHER_FLAGS if step.arguments[0] in SCRIPTS.values() else ''}"
             )
 
     def _record(self, step: Step, seconds: float, done: bool) -> None:
@@ -169,10 +170,8 @@ class Pair:
         files.write_json(self.folder / STEPS_FILE, records)
 
 
-def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int]) -> LoadedDataset:
-    """Ties a pair to the images it draws and to the base model, or finds that its steps were made from these.
-
-    Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
+def claim_data(commands: StageCommands, config_dir: Path, dry_run: bool = False) -> LoadedDataset:
+    """Ties a pair to the images it draws, or finds that its steps were made from these; a dry run writes nothing.
 
     Returns:
         The data set under the pair's setting.
@@ -181,7 +180,7 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
         UserError: they were made from something else, or by a version that did not record it.
     """
     folder, recipe = commands.folder, commands.recipe
-    data_folder, base_folder = folder / MADE_FROM / "data", folder / MADE_FROM / "base_model"
+    data_folder = folder / MADE_FROM / "data"
     if read_records(folder) and not data_folder.is_dir():
         raise UserError(
             f"{registry.shown_path(folder)} does not say which images its steps were made from (an earlier version ran "
@@ -190,14 +189,21 @@ def claim_data(commands: StageCommands, config_dir: Path, stages: Iterable[int])
     chosen = {name: value for name, value in recipe.shared.items() if name != "dataset" and value is not None}
     setting = Setting(**chosen, subset_seed=commands.subset_seed)
     dataset = load_dataset(recipe.shared["dataset"], setting, config_dir)
-    runs.claim(data_folder, {}, "--output_dir", origin=RunOrigin(dataset))
-    if {1, 2} & set(stages):
-        from semantic_aug.diffusion.base import find_base, weight_files
-
-        base = find_base(recipe.base)
-        weights = RunOrigin(dataset, (), further=lambda: {"base_model": files_digest(weight_files(base), base)})
-        runs.claim(base_folder, {}, "--output_dir", origin=weights)
+    runs.claim(data_folder, {}, "--output_dir", origin=RunOrigin(dataset), dry_run=dry_run)
     return dataset
+
+
+def claim_base(commands: StageCommands, dataset: LoadedDataset, dry_run: bool = False) -> None:
+    """Ties a pair that runs stages 1 or 2 to its base model, as :func:`claim_data` to its images.
+
+    Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
+    """
+    from semantic_aug.diffusion.base import find_base, weight_files
+
+    base = find_base(commands.recipe.base)
+    weights = RunOrigin(dataset, (), further=lambda: {"base_model": files_digest(weight_files(base), base)})
+    folder = commands.folder / MADE_FROM / "base_model"
+    runs.claim(folder, {}, "--output_dir", origin=weights, dry_run=dry_run)
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:
@@ -218,26 +224,6 @@ def has_finished_step(folder: Path) -> bool:
 def read_records(folder: Path) -> dict[str, dict]:
     """The recorded steps of a pair's folder; see :attr:`Pair.records`."""
     return files.read_json(folder / STEPS_FILE) or {}
-
-
-@contextlib.contextmanager
-def checking(commands: StageCommands, folder: Path, config_dir: Path) -> Iterator[StageCommands]:
-    """The same commands in a folder of this process's own below ``folder``, with the registries, to be checked there; it is
-    removed at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as scratch:
-        own = Path(scratch) / commands.recipe.name
-        prepare_config(own, config_dir)
-        yield replace(commands, folder=own)
-
-
-def check_commands(steps: Iterable[Step], folder: Path) -> None:
-    """Runs commands as dry runs, before hours are spent on the steps before them. Raises UserError: one is refused; says
-    why."""
-    for step in steps:
-        log_file = folder / LOGS / f"stage{step.stage}.log"
-        if run_command([*step.arguments, "--dry_run"], log_file, step.environment):
-            raise UserError(f"{step.arguments[0]} refuses: {last_line(log_file)}")
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from semantic_aug.classify.metrics import SCORE_NAMES, percent, scores_of, stati
 from semantic_aug.classify.trainer import RESULTS_FILE, results_of
 from semantic_aug.console import markdown_table
 from semantic_aug.errors import UserError
-from semantic_aug.runs import MADE_FROM
+from semantic_aug.runs import MADE_FROM, SPLIT_TITLES, judged_split
 
 SHOWN = tuple(name for name in SCORE_NAMES if name not in ("loss", "top5"))
 _SEED = re.compile(r"[-_]?seed\d+$")
@@ -51,13 +51,15 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but the seed (and what has no part in the outcome) together; order is kept."""
+    """Runs that differ in nothing but the seed (and what has no part in the outcome) and are judged on the same split together;
+    order is kept."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         # the names of files tell runs apart whose record does not say what the files held
         ignored = {"seed", *MAY_CHANGE} - ({*BY_CONTENT} if MADE_FROM not in run.arguments else set())
         rest = {key: value for key, value in run.arguments.items() if key not in ignored}
-        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
+        key = json.dumps([rest, judged_split(run.results)], sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -69,22 +71,24 @@ def name_of(group: Sequence[Run]) -> str:
 
 
 def markdown(runs: Sequence[Run], scores: Sequence[str] = SHOWN) -> str:
-    """The table: a row per request, mean and standard deviation over its seeds, in percent.
+    """The table: a row per request, mean and standard deviation over its seeds, in percent, on test or, as the column ``split``
+    says, on validation where there is no test split.
 
     A run started twice under one seed counts once. Scores that no run has get no column.
     """
     rows = []
     for group in grouped(runs):
         by_seed = {run.arguments["seed"]: scores_of(run.results) for run in group}
-        rows.append((group, statistics_of(by_seed)))
+        rows.append((group, statistics_of(by_seed, judged_split(group[0].results))))
     columns = [name for name in scores if any(name in summary["mean"] for _, summary in rows)]
     lines = []
     for group, summary in rows:
         results = group[0].results
         cells = [name_of(group), *(results[key] for key in ("dataset", "setting", "train_images", "model"))]
+        cells.append(SPLIT_TITLES.get(summary["split"], "none"))
         spread = [
             percent(name, summary["mean"][name], summary["std"][name]) if name in summary["mean"] else ""
             for name in columns
         ]
         lines.append([*cells, len(summary["seeds"]), *spread])
-    return markdown_table(["run", "data set", "setting", "images", "model", "seeds", *columns], lines, texts=5)
+    return markdown_table(["run", "data set", "setting", "images", "model", "split", "seeds", *columns], lines, texts=6)

@@ -9,19 +9,19 @@ import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets.synthetic import subset_record
-from semantic_aug.errors import UserError
-from semantic_aug.evaluation.experiments import halving, report
-from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command, stand_in
+from semantic_aug.errors import UserError, no_downloads
+from semantic_aug.evaluation.experiments import checks, halving, report
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
 from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings
 from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import (
     Pair,
-    check_commands,
-    checking,
+    claim_base,
     claim_data,
     duration,
     interruptible,
@@ -125,13 +125,9 @@ class Tuning:
         count = subset_record(self.subset_folder(candidate))["images"]
         return max(1, round(count * candidate.multiplier / self.multiplier))
 
-    def classify_flags(self, candidate: Candidate) -> dict:
-        """Flags of stage 3 in which candidates differ."""
-        flags = {
-            "gamma": candidate.gamma,
-            "synthetic_prob": candidate.probability,
-            "syndata_max": self.images(candidate),
-        }
+    def classify_flags(self, candidate: Candidate, images: int | None) -> dict:
+        """Flags of stage 3 in which candidates differ; ``images``: see :meth:`images`."""
+        flags = {"gamma": candidate.gamma, "synthetic_prob": candidate.probability, "syndata_max": images}
         return flags | ({"soft_labels": candidate.labels} if candidate.labels != "strength" else {})
 
     def ensure(self, name: str, held: int | None) -> None:
@@ -149,11 +145,15 @@ class Tuning:
         """The results of a finished run."""
         return files.read_json(self.run_folder(candidate, seed) / "results.json")
 
+    def trial_step(self, candidate: Candidate, seed: int, images: int | None) -> Step:
+        """The run of a candidate under a seed; ``images``: see :meth:`images`."""
+        flags = self.classify_flags(candidate, images)
+        return self.commands.classify(f"{candidate.name}-seed{seed}", seed, candidate.subset, **flags)
+
     def trial(self, candidate: Candidate, seed: int, held: int | None) -> float:
         """Runs a candidate under a seed, unless done; returns its validation score. Raises UserError: the data set has no
         validation images, or not this score."""
-        flags = self.classify_flags(candidate)
-        step = self.commands.classify(f"{candidate.name}-seed{seed}", seed, candidate.subset, **flags)
+        step = self.trial_step(candidate, seed, self.images(candidate))
         self.pair.steps[step.name] = step
         self.ensure(step.name, held)
         val = self.results(candidate, seed)["val"] or {}
@@ -210,7 +210,7 @@ class Tuning:
             "config_dir": None if config_dir == registry.CONFIG_DIR else config_dir,
             **self.recipe.classify,
             "syndata_key": key,
-            **self.classify_flags(chosen),
+            **self.classify_flags(chosen, self.images(chosen)),
             "gpu": ids[0] if ids else None,
         }
         return str(Step("use", 3, command(3, flags, self.recipe.extra.get(3, ())), (), "", {}))
@@ -229,9 +229,10 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
     """
     asked = {"trials": budget.trials, "budget_hours": budget.budget_hours}
     plan = files.read_json(tuning.folder / PLAN_FILE)
-    if plan and plan["asked"] == asked:
+    if plan and plan["asked"] == asked and plan["trials"] >= budget.smallest:  # of fewer seeds, it may be too small
         return plan["trials"]
-    trials = budget.trials or (DEFAULT_TRIALS if budget.budget_hours is None else sys.maxsize)
+    default = max(DEFAULT_TRIALS, budget.smallest)
+    trials = budget.trials or (default if budget.budget_hours is None else sys.maxsize)
     if budget.budget_hours is not None:
         spent, needed = tuning.spent() + teachers * seconds, budget.smallest
         done = sum(entry["done"] for entry in tuning.pair.records.values() if entry["stage"] == 3)
@@ -259,27 +260,48 @@ def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Cand
     return tuning, candidates
 
 
-def prepare(tuning: Tuning, config_dir: Path) -> None:
-    """Ties the folder to the search, its images and its base model. Raises UserError: the folder holds another search."""
+def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path, dry_run: bool = False) -> list[str]:
+    """Checks the stages, and ties the folder to the search, its images and its base model; a dry run writes nothing. Returns
+    what a run would download, a line each.
+
+    Raises:
+        UserError: a stage refuses, the folder holds another search, or there is nothing to choose by.
+    """
     record = {
         **tuning.recipe.record(),
         "strategy": tuning.strategy,
         "subset_seed": tuning.commands.subset_seed,
         "multiplier": tuning.multiplier,
     }
-    if not (tuning.folder / runs.ARGS_FILE).exists():
-        check_stages(tuning, config_dir)
-    runs.claim(tuning.folder, record, "--output_dir", absent=tuning.recipe.defaults)
-    claim_data(tuning.commands, config_dir, (1, 2, 3))
-    prepare_config(tuning.folder, config_dir)
+    claim = partial(runs.claim, tuning.folder, record, "--output_dir", absent=tuning.recipe.defaults)
+    claim(dry_run=True)
+    missing = check_stages(tuning, candidates, config_dir, dry_run)
+    claim(dry_run=dry_run)
+    with checks.noting_downloads(missing):
+        dataset = claim_data(tuning.commands, config_dir, dry_run)
+        if dataset.val is None:
+            raise UserError(f"{dataset.name} has no validation images to choose by: give --val_fraction")
+        claim_base(tuning.commands, dataset, dry_run)
+    if not dry_run:
+        prepare_config(tuning.folder, config_dir)
+    return missing
 
 
-def check_stages(tuning: Tuning, config_dir: Path) -> None:
-    """Lets the stages check their flags before the first of them runs. Raises UserError: a stage refuses."""
-    with checking(tuning.commands, tuning.folder, config_dir) as commands:
-        steps = [commands.classify("real-only", commands.subset_seed), commands.finetune("ti_db")]
-        steps += [commands.sample(name) for name in dict.fromkeys(map(stand_in, tuning.grid.strategy))]
-        check_commands(steps, commands.folder)
+def check_stages(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path, dry_run: bool) -> list[str]:
+    """Checks the flags of the pool and of a trial with each kind of labels, and by dry runs the stages of which no step has
+    finished. Returns what a run would download, a line each. Raises UserError: a stage refuses."""
+    pool = [tuning.pair.steps[name] for name in tuning.pair.steps if not tuning.pair.done(name)]
+    trials = [tuning.trial_step(candidate, 0, None) for candidate in {c.labels: c for c in candidates}.values()]
+    checks.check_flags([*pool, *trials], config_dir)
+    finished = {entry["stage"] for entry in tuning.pair.records.values() if entry["done"]}
+    stages = {1, 2, 3} - finished
+    if not stages:
+        return []
+    with checks.checking(tuning.commands, tuning.folder, config_dir, dry_run) as commands:
+        steps = checks.classify_checks(commands, trials) if 3 in stages else []
+        steps += checks.sample_checks(commands, tuning.grid.strategy) if 2 in stages else []
+        steps += checks.finetune_checks(commands, pool) if 1 in stages else []
+        return checks.check_commands(steps, commands.folder)
 
 
 def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, held: int) -> report.SearchResult:
@@ -326,7 +348,7 @@ def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, con
             raise UserError(
                 f"{tuning.folder} is being worked on by another process: wait for it, or give another --output_dir"
             )
-        prepare(tuning, config_dir)
+        prepare(tuning, candidates, config_dir)
         result = search(tuning, candidates, budget, held)
         chosen, best = result.chosen, result.best
         subset = tuning.subset_folder(chosen)
@@ -352,6 +374,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(*tuning.pair.steps.values(), *(candidate.name for candidate in candidates), sep="\n")
         print(f"{len(candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
+        with interruptible(), no_downloads(True):
+            missing = prepare(tuning, candidates, args.config_dir, dry_run=True)
+        print(*missing, sep="\n", end="\n" if missing else "")
         return 0
     with interruptible():
         run(tuning, candidates, budget, args.config_dir)

@@ -9,7 +9,7 @@ import yaml
 
 from semantic_aug import console, registry, runs
 from semantic_aug.datasets import LoadedDataset
-from semantic_aug.datasets.synthetic import locate, subset_record
+from semantic_aug.datasets.synthetic import is_pseudo_labelled, locate, subset_record
 from semantic_aug.diffusion.license import NOT_KNOWN, license_of
 from semantic_aug.evaluation.quality.export_formats import HF_SPLITS, SplitImages
 from semantic_aug.evaluation.quality.inputs import Subset
@@ -24,6 +24,10 @@ SETTINGS = (
 DISCLOSURE = (
     "Images marked as synthetic were made by a diffusion model and are no photographs of anything that exists. What was "
     "written into their files when they were made (PNG text chunks) is still there."
+)
+PSEUDO_LABELLED = (
+    "Pseudo-labelled photographs are real: unlabelled images as they are, each under the class that a classifier gave it, "
+    "which may be wrong. They are not marked as synthetic."
 )
 OPENING = {
     "imagefolder": 'from torchvision.datasets import ImageFolder\n\ntrain = ImageFolder("{folder}/train")',
@@ -44,9 +48,14 @@ def near_copies(folder: Path | None, subset: Subset, class_names: Sequence[str])
 
 
 def _describe_subset(subset: Subset, copies: float | None) -> dict[str, Any]:
-    records = [subset_record(locate(folder)[0]) for folder in subset.folders]
     origins = []
-    for record in records:
+    for root in [locate(folder)[0] for folder in subset.folders]:
+        if is_pseudo_labelled(root):
+            threshold = (runs.load_arguments(root) or {}).get("pseudo_threshold")
+            known = {} if threshold is None else {"least_probability": threshold}
+            origins.append({"labels": "by a classifier (pseudo-labels)", **known, "license_of_photographs": NOT_KNOWN})
+            continue
+        record = subset_record(root)
         name = record["arguments"].get("base_model") if record else None
         base = Path(name).name if name and Path(name).is_absolute() else name  # a folder's path concerns nobody else
         license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
@@ -69,14 +78,14 @@ def describe(
     return runs.plain(
         {
             "format": settings.format,
-            "images": {s.name: {"real": s.reals, "synthetic": len(s) - s.reals} for s in splits},
+            "images": {split.name: split.counts for split in splits},
             "class_names": list(names),
             "class_counts": np.bincount(splits[0].labels, minlength=len(names)).tolist(),
             "gamma": settings.gamma,
             "min_target_weight": settings.min_target_weight,
             "left_out": left_out,
             "unlabelled_sources": sum(len(split.uncertain) for split in splits),
-            "disclosure": DISCLOSURE,
+            "disclosure": " ".join(_disclosures(splits[0].counts)),
             "dataset": {
                 "name": dataset.name,
                 "part": dataset.setting.suffix.lstrip("_") or "all training images",
@@ -89,17 +98,31 @@ def describe(
     )
 
 
+def _disclosures(counts: Mapping[str, int]) -> list[str]:
+    """What is to be said of images that are not the data set's own, by the counts of the training split."""
+    pseudo = counts.get("pseudo_labelled", 0)
+    return [*([DISCLOSURE] if counts["synthetic"] or not pseudo else []), *([PSEUDO_LABELLED] if pseudo else [])]
+
+
+def _origins(facts: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """What is known of the folders of subsets whose description has an entry: ``base_model`` of images that a model made,
+    ``license_of_photographs`` of pseudo-labelled ones."""
+    return [origin for subset in facts["subsets"] for origin in subset["made_with"] if kind in origin]
+
+
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    models = [origin["base_model_license"] for subset in facts["subsets"] for origin in subset["made_with"]]
+    made, photographs = _origins(facts, "base_model"), _origins(facts, "license_of_photographs")
+    models = [origin["base_model_license"] for origin in made]
+    models += [origin["license_of_photographs"] for origin in photographs]
     ids = {text.lower().replace(" ", "-") for text in (facts["dataset"]["license"], *models)}
     known = len(ids) == 1 and next(iter(ids)).startswith(("cc-by", "cc0", "apache", "mit"))
     total = sum(sum(counts.values()) for counts in facts["images"].values())
     bounds = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", float("inf"): "n>1M"}
     front: dict[str, Any] = {
         "license": next(iter(ids)) if known else "other",
-        "pretty_name": f"{facts['dataset']['name']}, synthetic",
+        "pretty_name": f"{facts['dataset']['name']}, {'synthetic' if made else 'pseudo-labelled'}",
         "task_categories": ["image-classification"],
-        "tags": ["synthetic", "data-augmentation", "diff-mix"],
+        "tags": ["synthetic", "data-augmentation", "diff-mix"] if made else ["data-augmentation", "pseudo-labels"],
         "size_categories": [next(text for most, text in bounds.items() if total < most)],
     }
     if facts["format"] == "hf":
@@ -110,44 +133,29 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
     """The card in Markdown, with the front matter that the hub reads; ``shards`` is the number of the training split's."""
-    data = facts["dataset"]
+    data, counts = facts["dataset"], facts["images"]
+    made, pseudo = _origins(facts, "base_model"), any("pseudo_labelled" in of_split for of_split in counts.values())
+    kinds = {"real": "real images", "synthetic": "synthetic images"} | (
+        {"pseudo_labelled": "pseudo-labelled photographs"} if pseudo else {}
+    )
+    title = "synthetic images" if made else "pseudo-labelled photographs"
     lines = [
-        f"# {data['name']} with synthetic images",
+        f"# {data['name']} with {title}",
         "",
-        DISCLOSURE,
+        facts["disclosure"],
         "",
         console.markdown_table(
-            ["split", "real images", "synthetic images"],
-            [(name, count["real"], count["synthetic"]) for name, count in facts["images"].items()],
+            ["split", *kinds.values()],
+            [(name, *(of_split.get(kind, 0) for kind in kinds)) for name, of_split in counts.items()],
         ),
         "",
         "```python",
         OPENING[facts["format"]].format(folder=folder.name, last=max(0, shards - 1)),
         "```",
         "",
-        "## Labels",
-        f"A synthetic image was made from a source image (class a) for a target class b at strength s. Its soft label is "
-        f"(1 - s^g) onehot(a) + s^g onehot(b) with g = {facts['gamma']:g}: `source_weight` and `target_weight`. `label` is the "
-        f"class of the larger weight. Images with a target weight below {facts['min_target_weight']:g} are left out "
-        f"({facts['left_out']} of them).",
-        *(
-            [
-                f"Of {unlabelled} images the source has no label: what a classifier says of it, or an even share of every "
-                "class, stands instead of onehot(a); `source` is its most probable class, empty where all are alike, both "
-                "weights are entries of the soft label, and `label` is its largest."
-            ]
-            if (unlabelled := facts["unlabelled_sources"])
-            else []
-        ),
+        *_label_lines(facts, bool(made), pseudo),
         "",
-        "| label | class | training images |",
-        "|---:|---|---:|",
-        *(
-            f"| {label} | {name} | {count} |"
-            for label, (name, count) in enumerate(zip(facts["class_names"], facts["class_counts"], strict=True))
-        ),
-        "",
-        "## How the synthetic images were made",
+        f"## How the {title} were made" if made else "## Where the photographs come from",
     ]
     for subset in facts["subsets"]:
         copies = subset["near_copies"]
@@ -160,6 +168,43 @@ def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
         f"- images of {data['name']} ({data['part']}), real and as training data: {data['license']}",
     ]
     lines += [f"  - {data[name]}" for name in ("citation", "homepage") if data[name]]
-    models = {(m["base_model"], m["base_model_license"]) for s in facts["subsets"] for m in s["made_with"]}
-    lines += [f"- base model {name}: {license}" for name, license in sorted(models)]
+    lines += [
+        f"- base model {name}: {license}"
+        for name, license in sorted({(origin["base_model"], origin["base_model_license"]) for origin in made})
+    ]
+    licences = {origin["license_of_photographs"] for origin in _origins(facts, "license_of_photographs")}
+    lines += [f"- pseudo-labelled photographs: {license}" for license in sorted(licences)]
     return _front_matter(facts) + "\n".join(lines) + "\n"
+
+
+def _label_lines(facts: Mapping[str, Any], made: bool, pseudo: bool) -> list[str]:
+    """What the labels mean, and how many images each has.
+
+    Args:
+        made: there are images that a model made.
+        pseudo: there are pseudo-labelled photographs.
+    """
+    lines = ["## Labels"]
+    if made:
+        lines.append(
+            f"A synthetic image was made from a source image (class a) for a target class b at strength s. Its soft label is "
+            f"(1 - s^g) onehot(a) + s^g onehot(b) with g = {facts['gamma']:g}: `source_weight` and `target_weight`. `label` is "
+            f"the class of the larger weight. Images with a target weight below {facts['min_target_weight']:g} are left out "
+            f"({facts['left_out']} of them)."
+        )
+    if pseudo:
+        lines.append("The label of a pseudo-labelled photograph is the classifier's, with the weight 1.")
+    if unlabelled := facts["unlabelled_sources"]:
+        lines.append(
+            f"Of {unlabelled} images the source has no label: what a classifier says of it, or an even share of every "
+            "class, stands instead of onehot(a); `source` is its most probable class, empty where all are alike, both "
+            "weights are entries of the soft label, and `label` is its largest."
+        )
+    rows = enumerate(zip(facts["class_names"], facts["class_counts"], strict=True))
+    return [
+        *lines,
+        "",
+        "| label | class | training images |",
+        "|---:|---|---:|",
+        *(f"| {label} | {name} | {count} |" for label, (name, count) in rows),
+    ]

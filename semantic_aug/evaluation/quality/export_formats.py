@@ -53,6 +53,7 @@ class SplitImages:
         subsets: name of each synthetic image's subset.
         origins: each synthetic image's path below the ``data/`` of its subset.
         sources: key of each synthetic image's source image, empty where it is not known.
+        photographs: whether each image of a subset is a real photograph with a classifier's label; empty: none is.
     """
 
     name: str
@@ -63,11 +64,19 @@ class SplitImages:
     subsets: Sequence[str] = ()
     origins: Sequence[str] = ()
     sources: Sequence[str] = ()
+    photographs: Sequence[bool] = ()
 
     @property
     def reals(self) -> int:
-        """Number of real images."""
+        """Number of real images with their own labels."""
         return len(self.real) if self.real is not None else 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of real and synthetic images, and of pseudo-labelled photographs where there are any."""
+        pseudo = sum(self.photographs)
+        counts = {"real": self.reals, "synthetic": len(self) - self.reals - pseudo}
+        return counts | ({"pseudo_labelled": pseudo} if pseudo else {})
 
     def __len__(self) -> int:
         return self.reals + (len(self.synthetic) if self.synthetic is not None else 0)
@@ -164,7 +173,7 @@ class SplitImages:
             "source_weight": source_weight,
             "target_weight": target_weight,
             "strength": None if number < 0 else float(self.strengths[row]),
-            "synthetic": number >= 0,
+            "synthetic": number >= 0 and not (len(self.photographs) and self.photographs[number]),
             "subset": None if number < 0 else self.subsets[number],
             "origin": self.real.keys[row] if number < 0 else self.origins[number],
             "source_image": None if number < 0 else self.sources[number] or None,

@@ -17,7 +17,7 @@ from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest, hash_files
 from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
 from semantic_aug.datasets.settings import ABSENT, DatasetName, Setting, add_shared
-from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
+from semantic_aug.datasets.synthetic import SyntheticImages, is_pseudo_labelled, locate, read_subsets
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 
@@ -131,6 +131,12 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def photographs(self) -> np.ndarray:
+        """bool ``(M,)``, images that are real photographs with a classifier's label."""
+        roots = [root for root, _ in map(locate, self.folders) if is_pseudo_labelled(root)]
+        return np.array([any(root in path.parents for root in roots) for path in self.images.paths], bool)
 
     @property
     def strengths(self) -> np.ndarray:

@@ -380,9 +380,10 @@ def main(argv: list[str] | None = None) -> int:
         rows += measurer.rows(images, real, other)
         values[subset.name] = images.values
     rows += measurer.rows(real, real)
-    notes, columns = measurer.notes(inputs.subsets, real), column_names(extractor.network)
-    if report.axes_of(rows) is None:
-        notes.append(f"{report.PICTURE_FILE} is left out: it needs --classifier or --clip")
+    notes, columns = (
+        [*measurer.notes(inputs.subsets, real), *report.picture_notes(rows)],
+        column_names(extractor.network),
+    )
     facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
     links = report.subset_section(inputs.subsets, folder, args)
     written = [*report.write(folder, rows, columns, facts, links), folder / IMAGES_FILE]

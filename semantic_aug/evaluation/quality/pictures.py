@@ -14,6 +14,7 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.inputs import (
     NO_PART,
+    SOURCE_COLUMN,
     FeatureSettings,
     Inputs,
     OutputSettings,
@@ -165,7 +166,10 @@ def main(argv: list[str] | None = None) -> int:
     if "translations" in kinds:
         sheet = translations(inputs, settings, args.seed)
         if sheet is None:
-            print("note: translations are left out: they need the column 'Source Image' of meta.csv")
+            print(
+                f"note: translations are left out: they need the column '{SOURCE_COLUMN}' of meta.csv, with training images of "
+                "this setting"
+            )
         else:
             _save(folder / "translations.png", sheet)
     names = slugs([subset.name for subset in inputs.subsets])

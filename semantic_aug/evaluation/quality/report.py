@@ -8,7 +8,7 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.synthetic import locate
 from semantic_aug.evaluation import document
-from semantic_aug.evaluation.quality.inputs import REAL, Subset
+from semantic_aug.evaluation.quality.inputs import REAL, SOURCE_COLUMN, Subset
 
 ALL = "all"
 """Stands for every strength or every class in the totals."""
@@ -56,13 +56,25 @@ def value_text(value, digits: int) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def axes_of(rows: Sequence[Mapping]) -> tuple[str, str] | None:
-    """Columns of diversity and faithfulness that all totals have, or None where faithfulness was not measured."""
+def axes_of(rows: Sequence[Mapping]) -> tuple[str | None, str | None]:
+    """Columns of diversity and faithfulness that all totals have; None where they have none."""
     rows = [row for row in totals(rows) if row["subset"] != REAL]
     common = [name for name in AXES if all(name in row for row in rows)]
     diversity = next((name for name in common if name.endswith("distance")), None)
     faithful = next((name for name in common if not name.endswith("distance")), None)
-    return (diversity, faithful) if diversity and faithful else None
+    return diversity, faithful
+
+
+def picture_notes(rows: Sequence[Mapping]) -> list[str]:
+    """Why there is no picture, a line each; none where there is one."""
+    diversity, faithful = axes_of(rows)
+    reasons = [] if faithful else ["it needs --classifier or --clip"]
+    if not diversity:
+        reasons.append(
+            "every subset and strength needs a distance of the same kind: source_distance, from the column "
+            f"'{SOURCE_COLUMN}' of meta.csv, or class_distance, from two images of a class"
+        )
+    return [f"{PICTURE_FILE} is left out: {reason}" for reason in reasons]
 
 
 def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
@@ -106,7 +118,7 @@ def write(
     files.write_json(folder / JSON_FILE, {**runs.plain(facts), "rows": [dict(row) for row in rows]})
     written, axes = [CSV_FILE, JSON_FILE, REPORT_FILE, document.PAGE_FILE], axes_of(rows)
     blocks: list[document.Block] = [table(rows, columns)]
-    if axes:
+    if all(axes):
         draw(folder / PICTURE_FILE, rows, axes)
         written.append(PICTURE_FILE)
         blocks.append(document.Picture(PICTURE_FILE, "faithfulness against diversity, a point per subset and strength"))
