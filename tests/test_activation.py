@@ -20,11 +20,13 @@ from semantic_aug.classify.data import Normaliser
 from semantic_aug.classify.inference import load_run
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
+from semantic_aug.sampling.claim import warn
 from semantic_aug.sampling.guide import make_guide, write_guide
 from semantic_aug.sampling.job import Task
 from semantic_aug.sampling.plan import Guide
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.sources import SourceImages, SourceMasks
+from semantic_aug.sampling.subset import plan_subset
 from semantic_aug.sampling.worker import BatchMaker
 
 pytest.importorskip("pytorch_grad_cam")
@@ -149,12 +151,16 @@ def test_a_process_keeps_the_object(animals, image_folder, tiny_base, tmp_path):
     assert seen[0][0, 0].tolist() == [[False, False, True, True]] * 4
 
 
-def test_the_flags_make_masks_that_are_recorded(workshop, image_folder, judge_folder, tmp_path):
+def test_the_flags_make_masks_that_are_recorded(workshop, image_folder, judge_folder, tmp_path, caplog):
     def resolved(**flags):
         argv = sampling_arguments(workshop, image_folder, tmp_path, object_mask="background", **flags)
         return sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv]))
 
     config, dataset = resolved(classifier=judge_folder)
+    for strategy, told in (("diff-mix", True), ("diff-aug", False)):
+        caplog.clear()
+        warn(plan_subset(*resolved(classifier=judge_folder, sample_strategy=strategy)))
+        assert ("keeps the object of each source, while labels name the target" in caplog.text) == told
     assert config.guide.objects.shape == (len(dataset.train), 2) and config.images.mask_threshold == 0.2
     with pytest.raises(UserError, match="has no boxes .* or --classifier RUN, which finds objects"):
         resolved()

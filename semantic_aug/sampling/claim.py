@@ -41,7 +41,8 @@ RETIRED = {"guidance_stop": 1.0, "reuse_interval": 1}
 
 
 def warn(subset: PlannedSubset) -> None:
-    """Tells what does not stop a run: images that cannot be read, a checkpoint that was trained on other images."""
+    """Tells what does not stop a run: images that cannot be read, a checkpoint that was trained on other images, labels that
+    the images cannot follow."""
     config, identity = subset.config, subset.identity
     planned, labelled = identity.origin.sources, len(identity.table)
     content = np.empty((0, 1)) if planned is None else planned.content
@@ -57,6 +58,12 @@ def warn(subset: PlannedSubset) -> None:
             "checkpoint %s was trained on other images than these (%s): is --finetune_model_key of this data set and setting?",
             path,
             data_difference({"train": {**now, **then}}, {"train": now}),
+        )
+    if config.images.object_mask == "background" and config.strategy.pairing == "mixed":
+        log.warning(
+            "--object_mask background keeps the object of each source, while labels name the target of %s by s^gamma: take a "
+            "strategy within a class, such as diff-aug, or a --gamma in stage 3 that leaves the target little",
+            config.strategy.name,
         )
 
 
