@@ -186,6 +186,8 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
     for dry_run in (True, False):
         with pytest.raises(UserError, match="holds 1 test images"):
             compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR, dry_run)
+        with pytest.raises(UserError, match="holds 1 test images"):
+            compare._claim_all([job], [job], tmp_path / "out", CONFIG_DIR, dry_run=True)
     (pool / "holiday.png").unlink()
     compare.claim_pool(job, tmp_path / "out", load_dataset(args.dataset), CONFIG_DIR, dry_run=True)
     assert not (tmp_path / "out").exists()

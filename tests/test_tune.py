@@ -325,6 +325,12 @@ def test_a_budget_in_hours_bounds_the_runs_and_is_fixed_at_the_start(search, tmp
     assert search("--budget_hours", "0.25") == (0, [])
 
 
+def test_a_budget_in_hours_counts_the_teachers_that_are_asked_for(search, tmp_path):
+    # 900 s: the pool takes 4 x 36 s, the teachers 2 x 36 s, 19 classifiers are left
+    assert search("--budget_hours", "0.25", "--stage3_args", "--teacher_folds 2")[0] == 0
+    assert json.loads((tmp_path / "5shot" / "plan.json").read_text())["trials"] == 19
+
+
 def test_a_budget_that_is_too_small_says_how_much_is_needed(search, capsys):
     argv = ["--labels", "strength", "--budget_hours"]
     assert search(*argv, "0.05")[0] == 2

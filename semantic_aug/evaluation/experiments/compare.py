@@ -339,6 +339,15 @@ def claim(
         UserError: a stage refuses, or the folder holds runs with another budget or of other data.
     """
     missing = check_stages(selected, folder, config_dir, dry_run)
+    if not dry_run:  # what is refused leaves no record behind that would refuse its correction
+        _claim_all(jobs, selected, folder, config_dir, dry_run=True)
+    return [*missing, *_claim_all(jobs, selected, folder, config_dir, dry_run)]
+
+
+def _claim_all(
+    jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path, dry_run: bool
+) -> list[str]:
+    missing: list[str] = []
     for job in {job.setting: job for job in jobs}.values():
         results.claim_setting(folder, job.commands.recipe, checks.recipes_in_effect(job.commands, config_dir), dry_run)
     for job in selected:

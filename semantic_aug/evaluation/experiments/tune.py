@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
+from semantic_aug.classify import config as classify
 from semantic_aug.datasets.synthetic import subset_record
 from semantic_aug.errors import UserError, no_downloads
 from semantic_aug.evaluation.experiments import checks, halving, report
@@ -28,7 +29,7 @@ from semantic_aug.evaluation.experiments.runner import (
     pair_lock,
     prepare_config,
 )
-from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, default_of, recipe_of
+from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,11 @@ class Tuning:
         """The run of a candidate under a seed; ``images``: see :meth:`images`."""
         flags = self.classify_flags(candidate, images)
         return self.commands.classify(f"{candidate.name}-seed{seed}", seed, candidate.subset, **flags)
+
+    def teachers(self, candidate: Candidate) -> int:
+        """How many classifiers are trained for the labels by teachers."""
+        arguments = self.trial_step(candidate, 0, None).arguments[1:]
+        return classify.read_config(classify.build_parser("").parse_args(arguments)).synthetic.teacher_folds
 
     def trial(self, candidate: Candidate, seed: int, held: int | None) -> float:
         """Runs a candidate under a seed, unless done; returns its validation score. Raises UserError: the data set has no
@@ -317,7 +323,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
     tuning.trial(default, seeds[0], held)
     seconds = tuning.seconds(default, seeds[0])
     labels = {candidate.labels for candidate in candidates}
-    trials = trials_within(tuning, budget, seconds, default_of(3, "teacher_folds") if len(labels) > 1 else 0)
+    trials = trials_within(tuning, budget, seconds, tuning.teachers(default) if len(labels) > 1 else 0)
     first = halving.affordable(trials, len(candidates), len(seeds))
     planned = sum(halving.rungs(first, len(seeds)))
     log.info("%d of %d candidates, %d classifier runs of about %s", first, len(candidates), planned, duration(seconds))
