@@ -127,6 +127,19 @@ def test_neighbours_and_spread_equal_looking_at_every_pair():
     assert np.isnan(distances.mean_pairwise(a[:1]))
 
 
+def test_the_fitting_gamma_is_the_one_that_the_predictions_were_drawn_with():
+    rng = np.random.default_rng(5)
+    for gamma in (0.3, 1.0, 6.0):
+        strengths = rng.choice([0.3, 0.5, 0.7, 0.9], 4000)
+        target = rng.binomial(1, strengths**gamma).astype(float)
+        assert faithfulness.fitting_gamma(strengths, 1 - target, target) == pytest.approx(gamma, rel=0.1)
+    one = faithfulness.fitting_gamma(np.full(3, 0.5), np.array([0.6, 0.2, 0.1]), np.array([0.2, 0.0, 0.1]))
+    assert one == pytest.approx(2, rel=1e-3)  # 0.3 of 1.2: a quarter
+    never, always = np.zeros(4), np.ones(4)
+    assert faithfulness.fitting_gamma(np.full(4, 0.9), always, never) > 99
+    assert faithfulness.fitting_gamma(np.full(4, 0.9), never, always) < 0.0101
+
+
 def test_intervals_of_distances_hold_for_other_images():
     """Of 60 draws of 50 images, about 57 intervals hold what very many images give."""
     rng = np.random.default_rng(4)
@@ -229,6 +242,11 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     assert any("frechet distance of mixed: 12 synthetic" in note for note in content["notes"])
     whole = {"subset": "mixed", "strength": "all", "target_class": "all"}
     total = next(row for row in content["rows"] if whole.items() <= row.items())
+    shares = measure.read_images(out / "images.csv", "mixed")
+    target, source = (shares[f"{name}_probability"][:6].sum() for name in ("target", "source"))  # of s = 0.3
+    fitting = float(low["fitting_gamma"])
+    assert fitting == pytest.approx(np.log(target / (target + source)) / np.log(0.3), rel=1e-3)
+    assert float(high["fitting_gamma"]) < 1 < fitting  # at 0.9 images look like the target, at 0.3 like the source
     values = measure.read_images(out / "images.csv", "mixed")["source_distance"]
     interval = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
     assert total["intervals"]["source_distance"] == pytest.approx(interval, rel=1e-4)

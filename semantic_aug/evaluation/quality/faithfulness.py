@@ -7,6 +7,9 @@ from semantic_aug.classify.models import class_order
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
 
+GAMMAS = (0.01, 100.0)
+"""Bounds of :func:`fitting_gamma`."""
+
 
 def class_probabilities(classifier: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
     """Class probabilities ``(M, K)`` of synthetic images, classes in the data set's order. Raises UserError: the classifier
@@ -36,6 +39,29 @@ def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> 
         "target_top1": (best == images.target).astype(float),
         "label_agreement": (labels * probabilities).sum(1),
     }
+
+
+def fitting_gamma(strengths: np.ndarray, source: np.ndarray, target: np.ndarray) -> float:
+    """The gamma whose soft labels say what the classifier sees in images between two classes: under it the cross-entropy of
+    (1 - s^gamma, s^gamma) to the probabilities of source and target is least.
+
+    Of images of one strength s it is log q / log s, where q is the target's share of the two probabilities.
+
+    Args:
+        strengths: ``(N,)`` in (0, 1).
+        source: ``(N,)``, probability of each image's source class.
+        target: ``(N,)``, of its target class.
+
+    Returns:
+        A number between the :data:`GAMMAS`.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def cross_entropy(log_gamma: float) -> float:
+        log_share = np.exp(log_gamma) * np.log(strengths)
+        return float(-(target * log_share + source * np.log(-np.expm1(log_share))).sum())
+
+    return float(np.exp(minimize_scalar(cross_entropy, bounds=np.log(GAMMAS), method="bounded").x))
 
 
 def target_mass(probabilities: np.ndarray, images: SyntheticImages) -> np.ndarray:

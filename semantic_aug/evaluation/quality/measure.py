@@ -83,11 +83,12 @@ IMAGE_COLUMNS = (
     *("source_distance", "nearest_real", "near_copies"),
 )
 """Values that an image may have."""
+FITTING_GAMMA = "fitting_gamma"
 
 
 def column_names(network: str) -> list[str]:
     """All columns, in order; those of distances between sets name the network."""
-    names = ["subset", "strength", "target_class", "images", *IMAGE_COLUMNS, "class_distance"]
+    names = ["subset", "strength", "target_class", "images", *IMAGE_COLUMNS, FITTING_GAMMA, "class_distance"]
     for prefix in ("", "reference_"):
         names += [f"{prefix}frechet_{network}", f"{prefix}kernel_{network}", f"{prefix}kernel_{network}_std"]
     return names
@@ -103,6 +104,7 @@ class ImageSet:
         strengths: ``(N,)``, rounded; None for real images.
         features: float32 ``(N, D)``.
         values: by column, ``(N,)`` each; NaN where an image has none.
+        between: ``(N,)``, strength of each image between two known classes, NaN of others; None without a classifier.
     """
 
     name: str
@@ -110,6 +112,7 @@ class ImageSet:
     strengths: np.ndarray | None
     features: np.ndarray
     values: Mapping[str, np.ndarray]
+    between: np.ndarray | None = None
 
     def groups(self) -> Iterator[tuple[float | str, int | None, np.ndarray]]:
         """Strength, class and rows ``(N,)`` of each group: per strength, per class where strengths differ, all."""
@@ -125,6 +128,15 @@ class ImageSet:
         for label in classes:
             yield strength, int(label), self.classes == label
         yield strength, None, np.ones(len(self.classes), bool)
+
+    def fitting_gamma(self, rows: np.ndarray) -> float:
+        """The gamma whose labels say what the classifier sees in these images; NaN where none is between two classes."""
+        if self.between is None or not (rows := rows & ~np.isnan(self.between)).any():
+            return float("nan")
+        from semantic_aug.evaluation.quality import faithfulness
+
+        probabilities = (self.values[name][rows] for name in ("source_probability", "target_probability"))
+        return faithfulness.fitting_gamma(self.between[rows], *probabilities)
 
     def class_distance(self, rows: np.ndarray) -> float:
         """Mean cosine distance of two images of one class, classes weighted by their images."""
@@ -192,7 +204,7 @@ class Measurer:
         images, features = subset.images, self.extractor.of_images(subset.images, self.batch_size)
         nearest = distances.neighbours(features, real.features)[0][:, 0]
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
-        known = subset.sources >= 0
+        known, between = subset.sources >= 0, None
         if known.any():
             values["source_distance"] = np.full(len(subset), np.nan)
             sources = real.features[subset.sources[known]]
@@ -200,9 +212,11 @@ class Measurer:
         if self.classifier:
             probabilities = faithfulness.class_probabilities(self.classifier, images, self.dataset)
             values |= faithfulness.scores(probabilities, images, self.settings.gamma)
+            mixed = (images.source != images.target) & ~images.of_any_class & (images.strength < 1)
+            between = np.where(mixed, images.strength, np.nan)
         if self.clip:
             values["clip_score"] = self.clip_scores(images.image, images.target)
-        return ImageSet(subset.name, images.target, subset.strengths, features, values)
+        return ImageSet(subset.name, images.target, subset.strengths, features, values, between)
 
     def measure_reference(self, subset: Subset) -> ImageSet:
         """A subset to which others have distances between sets only."""
@@ -234,6 +248,7 @@ class Measurer:
                 warnings.simplefilter("ignore", RuntimeWarning)
                 row |= {name: float(np.nanmean(values[chosen])) for name, values in images.values.items()}
             row[report.INTERVALS] = {name: mean_interval(values[chosen]) for name, values in images.values.items()}
+            row[FITTING_GAMMA] = images.fitting_gamma(chosen)
             row["class_distance"] = images.class_distance(chosen)
             if label is None:  # the report's rows; a resample of few images of a class says little
                 rng = numpy_rng(self.seed, "bootstrap", str(strength))
