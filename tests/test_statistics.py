@@ -67,5 +67,8 @@ def test_the_paired_interval_is_the_textbooks():
     assert result.count == 4 and result.mean == pytest.approx(2.5)
     assert (result.low, result.high) == (pytest.approx(0.445740, abs=1e-5), pytest.approx(4.554260, abs=1e-5))
     assert result.clear and paired_difference({1: 1.0}, {2: 1.0}) is None
+    flat = paired_difference({1: 0.5, 2: 0.7}, {1: 0.4, 2: 0.6})  # ten of a hundred images each
+    assert flat.mean == pytest.approx(0.1) and not flat.clear
+    assert difference_text(flat) == "+10.00 (the same under 2 seeds)"
     alone = paired_difference({1: 0.5}, {1: 0.25})
     assert alone.mean == 0.25 and not alone.clear and difference_text(alone) == "+25.00 (one seed)"

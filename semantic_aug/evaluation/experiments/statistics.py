@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+NO_SPREAD = 1e-9
+"""Width below which an interval says nothing: a few seeds differ by the very same number of images."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,13 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves zero out; none without a width does."""
+        return (self.low > 0 or self.high < 0) and not self.flat
+
+    @property
+    def flat(self) -> bool:
+        """Whether the interval has no width, since the seeds have no spread."""
+        return self.high - self.low < NO_SPREAD
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
@@ -112,5 +119,7 @@ def difference_text(difference: Difference | None) -> str:
     text = f"{100 * difference.mean:+.2f}"
     if math.isnan(difference.low):
         return f"{text} (one seed)"
+    if difference.flat:
+        return f"{text} (the same under {difference.count} seeds)"
     text += f" [{100 * difference.low:.2f}, {100 * difference.high:.2f}]"
     return f"**{text}**" if difference.clear else text

@@ -242,7 +242,7 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
     if budget.budget_hours is not None:
         spent, needed = tuning.spent() + teachers * seconds, budget.smallest
         done = sum(entry["done"] for entry in tuning.pair.records.values() if entry["stage"] == 3)
-        trials = min(trials, done + max(0, int((budget.budget_hours * 3600 - spent) / seconds)))
+        trials = min(trials, done + max(0, int((budget.budget_hours * 3600 - spent) / seconds + 1e-6)))
         if trials < needed:
             spent_text = f"{duration(spent)} are spent{' or needed by teachers' if teachers else ''}"
             enough = math.ceil((spent + (needed - done) * seconds) / 36) / 100  # hours, rounded up
@@ -329,7 +329,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
     log.info("%d of %d candidates, %d classifier runs of about %s", first, len(candidates), planned, duration(seconds))
     best, scores = halving.search(candidates[:first], seeds, lambda *trial: tuning.trial(*trial, held))
     differences = tuning.differences(scores, default)
-    chosen = best if differences[best].low > 0 else default
+    chosen = best if differences[best].clear and differences[best].mean > 0 else default
     return report.SearchResult(
         dataset=tuning.recipe.shared["dataset"],
         setting=tuning.recipe.name,
