@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import importlib
-import json
 
 import pytest
 import run
@@ -81,33 +80,6 @@ def test_the_sentence_below_the_table_compares_photographs_with_photographs(tmp_
     # two of four more in the first class, one of four in the second: the mean of 50 and 25 points
     assert "Test macro of real + Diff-Mix, in points: +37.5 [" in text and "+12.5 [" in text
     assert text.count(" to real") == 2
-
-
-def test_the_task_with_a_shortcut_compares_the_worst_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    quickstart = run.Quickstart(TASKS["shortcut"])
-    right = {
-        "real only": "1111 1000 0100 1111",
-        "real + CutMix": "1111 0000 1111 1111",
-        "real + Diff-Mix": "1110 1110 1100 1111",
-    }
-    for name, answers in right.items():
-        folder = tmp_path / quickstart.result_folder(name)
-        folder.mkdir(parents=True)
-        rows = [
-            [f"{group}{i}.jpg", group // 2, group // 2 if a == "1" else 9, group]
-            for group, of_group in enumerate(answers.split())
-            for i, a in enumerate(of_group)
-        ]
-        with open(folder / "test_predictions.csv", "w", newline="") as lines:
-            csv.writer(lines).writerows([["file", "class", "predicted", "group"], *rows])
-        scores = {"top1": 0.5, "macro": 0.5, "worst_group": 0.25}
-        (folder / "results.json").write_text(json.dumps({"test": scores, "val": scores, "steps": 8}))
-        quickstart.times[name] = {"seconds": 1.0}
-    text = quickstart.differences()  # its worst group has 50 % right, theirs 25 % and none
-    assert "Test worst group of real + Diff-Mix, in points: +25.0 [" in text and "+50.0 [" in text
-    table = quickstart.table().markdown()
-    assert "| test worst group |" in table and "| 25.0 % |" in table
 
 
 def test_without_photographs_and_network_one_line_says_what_to_fetch(tmp_path, monkeypatch, capsys):

@@ -42,7 +42,6 @@ from semantic_aug.evaluation.experiments.statistics import image_interval  # noq
 from semantic_aug.evaluation.quality import gallery  # noqa: E402
 
 CHECKPOINT = "quickstart"
-SCORES = {"top1": "top-1", "macro": "macro", "worst_group": "worst group"}
 RESULTS = {"train_lora.py": "summary.json", "train_cls.py": "results.json"}
 """What a finished run has in its output folder."""
 
@@ -182,7 +181,7 @@ class Quickstart:
             folder = ROOT / self.result_folder(name)
             results = json.loads((folder / "results.json").read_text())
             predictions, cells = read_predictions(folder, "test"), []
-            for score in self.task.scores:
+            for score in ("top1", "macro"):
                 low, high = image_interval(predictions.shares(score), predictions.strata(score))
                 detail = (
                     f"95 % interval over {len(predictions.files)} photographs: {100 * low:.1f} to {100 * high:.1f} %"
@@ -194,22 +193,20 @@ class Quickstart:
                 f"{self.times[name]['seconds']:.0f} s",
             ]
             rows.append([name, *cells])
-        columns = [f"test {SCORES[score]}" for score in self.task.scores]
-        return Table(["training data", *columns, "validation top-1", "steps", "time"], rows)
+        return Table(["training data", "test top-1", "test macro", "validation top-1", "steps", "time"], rows)
 
     def differences(self) -> str:
-        """What synthetic images changed in the last score, one sentence for each method that has them."""
-        score = self.task.scores[-1]
+        """What synthetic images changed in test macro, one sentence for each method that has them."""
         folders = {name: ROOT / self.result_folder(name) for name in self.task.methods}
         runs, sentences = {name: read_predictions(folder, "test") for name, folder in folders.items()}, []
         synthetic = [name for name, flags in self.task.methods.items() if "--syndata_key" in flags]
         for name in synthetic:
             parts = []
             for other in (other for other in runs if other not in synthetic):
-                gain = runs[name].shares(score) - runs[other].shares(score)
-                low, high = image_interval(gain, runs[name].strata(score))
+                gain = runs[name].shares("macro") - runs[other].shares("macro")
+                low, high = image_interval(gain, runs[name].strata("macro"))
                 parts.append(f"{100 * gain.sum():+.1f} [{100 * low:.1f}, {100 * high:.1f}] to {other}")
-            sentences.append(f"Test {SCORES[score]} of {name}, in points: {', '.join(parts)}.")
+            sentences.append(f"Test macro of {name}, in points: {', '.join(parts)}.")
         return " ".join([*sentences, "The 95 % intervals are for other test photographs, not for other seeds."])
 
     @property
@@ -229,7 +226,6 @@ class Quickstart:
         """Writes ``report.md`` and ``report.html`` (the picture lies beside them); returns the table."""
         table, folder = self.table(), ROOT / self.out
         strengths = ", ".join(map(str, self.task.strengths))
-        others = "the other class" if len(self.task.targets(0, 2)) == 1 else "two other classes"
         total = sum(entry["seconds"] for entry in self.times.values())
         runs = [folder / "finetune", *(ROOT / self.result_folder(name) for name in self.task.methods)]
         blocks = [
@@ -240,7 +236,7 @@ class Quickstart:
                 "steps; the best epoch is validation's, test is evaluated once."
             ),
             Picture("report.png", "translations"),
-            Paragraph(f"Each row: a photograph, and its translations to {others} at strengths {strengths}."),
+            Paragraph(f"Each row: a photograph, and its translations to two other classes at strengths {strengths}."),
             Heading("Synthetic images and runs"),
             Items([*subset_links(self.subsets, folder), *(link(run.name, run, folder) for run in runs)]),
             Heading(f"Times ({total / 60:.1f} minutes in all)"),
@@ -282,19 +278,18 @@ class Quickstart:
             label = row * count // self.size.picture_rows
             index = int((data.train.labels == label).argmax())
             photograph = fit(data.train.image(index), resolution)
-            targets = task.targets(label, count)
-            moments = engine.encode([photograph]).expand(len(targets) * len(strengths), -1, -1, -1)
-            wanted = [target for target in targets for _ in strengths]
+            moments = engine.encode([photograph]).expand(2 * len(strengths), -1, -1, -1)
+            wanted = [target for target in task.targets(label, count) for _ in strengths]
             noise = [task_rng(0, row) for _ in wanted]
             from PIL import Image
 
-            created = engine.translate(moments, wanted, strengths * len(targets), noise)
+            created = engine.translate(moments, wanted, strengths * 2, noise)
             cells = [
                 Cell(Image.fromarray(image.numpy()), data.class_names[t])
                 for image, t in zip(created, wanted, strict=True)
             ]
             rows.append([Cell(photograph, data.class_names[label]), *cells])
-        titles = ["photograph", *(f"s = {s}" for _ in targets for s in strengths)]
+        titles = ["photograph", *(f"s = {s}" for _ in range(2) for s in strengths)]
         grid(rows, column_titles=titles, title=f"{self.title}: translations between classes").save(path)
         seconds = round(time.monotonic() - began, 1)
         self.times["picture"] = {"seconds": seconds, "done": True, "command": finetuned_by}
@@ -308,9 +303,8 @@ def main(argv: list[str] | None = None) -> int:
         "--task",
         choices=TASKS,
         default="elpv",
-        help="elpv: photographs of solar cells, which install with a package; shortcut: some of these, whose crystal seems to "
-        "give the class away; signs: photographs of hands, downloaded (16 MB) where SIGNS_ROOT does not name a copy "
-        "(default: elpv)",
+        help="elpv: photographs of solar cells, which install with a package; signs: photographs of hands, downloaded (16 MB) "
+        "where SIGNS_ROOT does not name a copy (default: elpv)",
     )
     parser.add_argument("--smoke", action="store_true", help="tiny counts, to see that everything works")
     parser.add_argument(

@@ -47,8 +47,7 @@ class Task:
             before.
         classifier: flags of every classifier.
         methods: row of the table -> further flags of its classifier.
-        scores: of the table, as ``results.json`` has them; the last one is compared.
-        targets: the classes to which the picture translates a photograph, from its label and the number of classes.
+        targets: the two classes to which the picture translates a photograph, from its label and the number of classes.
         strengths: of the picture.
         note: what the classifiers are, below the table.
     """
@@ -63,8 +62,7 @@ class Task:
     sample: tuple[str, ...]
     classifier: tuple[str, ...]
     methods: Mapping[str, tuple[str, ...]]
-    scores: tuple[str, ...] = ("top1", "macro")
-    targets: Callable[[int, int], tuple[int, ...]]
+    targets: Callable[[int, int], tuple[int, int]]
     strengths: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     note: str
 
@@ -103,26 +101,6 @@ ELPV = Task(
     note="EfficientNet-Lite0 at 128 px",
 )
 
-SHORTCUT = Task(
-    title="ELPV with a shortcut",
-    dataset="elpv_shortcut",
-    base="scripts/quickstart/base",
-    folder="quickstart_shortcut",
-    size=Size(shots=40, finetune_steps=400, multiplier=5, epochs=80, eval_every=10, picture_rows=6),
-    setting={"subset_seed": 2020},
-    finetune=RATES,
-    sample=("--sample_strategy", "diff-mix", "--aug_strength", "0.5"),
-    classifier=(
-        *(*NETWORK, "--res_mode", "128", "--lr", "0.01"),
-        *("--gamma", "0.5", "--synthetic_prob", "0.5", "--select_by", "worst_group"),
-    ),
-    methods={"real only": (), "real + CutMix": ("--use_cutmix",), "real + Diff-Mix": ("--syndata_key", SUBSET)},
-    scores=("top1", "macro", "worst_group"),
-    targets=lambda label, classes: (1 - label,),
-    note="EfficientNet-Lite0 at 128 px; 95 of 100 training photographs of a class are of one crystal, which so seems to tell "
-    "the class, and the worst of the four groups of crystal and class shows who looked at it",
-)
-
 SIGNS = Task(
     title="Sign Language Digits",
     dataset="signs",
@@ -144,4 +122,4 @@ SIGNS = Task(
     note="EfficientNet-Lite0 at 96 px; Diff-Mix translates the other training photographs, whose labels are not used",
 )
 
-TASKS = {"elpv": ELPV, "shortcut": SHORTCUT, "signs": SIGNS}
+TASKS = {"elpv": ELPV, "signs": SIGNS}
