@@ -341,7 +341,7 @@ def claim(
     missing = check_stages(selected, folder, config_dir, dry_run)
     if not dry_run:  # what is refused leaves no record behind that would refuse its correction
         _claim_all(jobs, selected, folder, config_dir, dry_run=True)
-    return [*missing, *_claim_all(jobs, selected, folder, config_dir, dry_run)]
+    return list(dict.fromkeys([*missing, *_claim_all(jobs, selected, folder, config_dir, dry_run)]))
 
 
 def _claim_all(
