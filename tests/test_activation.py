@@ -157,10 +157,10 @@ def test_the_flags_make_masks_that_are_recorded(workshop, image_folder, judge_fo
         return sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv]))
 
     config, dataset = resolved(classifier=judge_folder)
-    for strategy, told in (("diff-mix", True), ("diff-aug", False)):
+    for strategy, warned in (("diff-mix", True), ("diff-aug", False)):
         caplog.clear()
         warn(plan_subset(*resolved(classifier=judge_folder, sample_strategy=strategy)))
-        assert ("keeps the object of each source, while labels name the target" in caplog.text) == told
+        assert ("keeps the object of each source, while labels name the target" in caplog.text) == warned
     assert config.guide.objects.shape == (len(dataset.train), 2) and config.images.mask_threshold == 0.2
     with pytest.raises(UserError, match="has no boxes .* or --classifier RUN, which finds objects"):
         resolved()

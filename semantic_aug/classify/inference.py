@@ -120,18 +120,18 @@ def refuse_seen_images(classifier: Classifier, config: ClassifyConfig, dataset: 
         UserError: names one of the images, and says what the settings differ in.
     """
     recorded = _record_of(classifier.path)
-    kept, own = recorded.get("setting"), recorded.get("dataset") == config.dataset
+    kept, same_dataset = recorded.get("setting"), recorded.get("dataset") == config.dataset
     if not isinstance(kept, Mapping):
         return
     setting = Setting(**{name: value for name, value in kept.items() if name in cli.settings_of(Setting)})
-    if own and setting == dataset.setting and not config.evaluation.test_dataset:
+    if same_dataset and setting == dataset.setting and not config.evaluation.test_dataset:
         return
     trained = _training_data(recorded, setting, config)
     for split in ("test", "val"):
         table = getattr(dataset, split)
         if trained is None or table is None:
             continue
-        if own and not (split == "test" and config.evaluation.test_dataset):
+        if same_dataset and not (split == "test" and config.evaluation.test_dataset):
             shared = sorted(set(trained.train.keys).intersection(table.keys))
             changed = "; ".join(runs.differences(asdict(setting), asdict(dataset.setting)))
             reason = f"({changed}): give the flags that it was trained with"

@@ -1,4 +1,4 @@
-"""Images of one data set among those of another, told by content whatever their names are."""
+"""Images of one data set among those of another, compared by content, not by name."""
 
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.fingerprint import UNREADABLE, hash_images

@@ -213,9 +213,9 @@ def missing_files(table: ImageTable) -> list[int]:
     for start in range(0, len(rows), LOOKED_UP):
         folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for index in range(start, min(len(rows), start + LOOKED_UP)):
-            place = table.encoded(rows[index])
-            if not isinstance(place, bytes):  # rows of a hub data set may hold some images and name others
-                folder, name = os.path.split(place)
+            source = table.encoded(rows[index])
+            if not isinstance(source, bytes):  # rows of a hub data set may hold some images and name others
+                folder, name = os.path.split(source)
                 folders[folder].append((index, name))
         parts = in_threads(lambda item: _missing_in(*item), list(folders.items()), QUESTIONS)
         missing += itertools.chain.from_iterable(parts)

@@ -55,7 +55,6 @@ class OpenedSubset:
 
     Attributes:
         planned: request, plan and file names, with the batch size that the folder was begun with.
-        folder: of the subset.
         batches: numbers of this run's batches, in the order they are made.
         mine: bool ``(T,)``, this run's tasks.
         records: of this run.
@@ -63,11 +62,15 @@ class OpenedSubset:
     """
 
     planned: PlannedSubset
-    folder: Path
     batches: np.ndarray
     mine: np.ndarray
     records: Records
     done: np.ndarray
+
+    @property
+    def folder(self) -> Path:
+        """Of the subset."""
+        return self.planned.folder
 
     def count(self) -> tuple[int, int]:
         """Finished images of this run, and all of them."""
@@ -101,7 +104,7 @@ def opened(subset: PlannedSubset) -> Iterator[OpenedSubset]:
         if shard[0] == 1 and origin.sources is not None:
             remove_stale_moments(folder, block_files(origin.sources, origin.encoder))
         done = finished_tasks(folder, subset.paths, records, mine, content=output.verify == "content")
-        yield OpenedSubset(subset, folder, batches, mine, records=records, done=done)
+        yield OpenedSubset(subset, batches, mine, records, done)
 
 
 def as_begun(subset: PlannedSubset) -> PlannedSubset:

@@ -32,9 +32,9 @@ def checking(commands: StageCommands, folder: Path, config_dir: Path, dry_run: b
     keep = False
     try:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as scratch:
-            own = Path(scratch) / commands.recipe.name
-            prepare_config(own, config_dir)
-            yield replace(commands, folder=own)
+            pair = Path(scratch) / commands.recipe.name
+            prepare_config(pair, config_dir)
+            yield replace(commands, folder=pair)
         keep = not dry_run
     finally:
         with contextlib.suppress(OSError):

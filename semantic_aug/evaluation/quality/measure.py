@@ -395,10 +395,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += measurer.rows(images, real, other)
         values[subset.name] = images.values
     rows += measurer.rows(real, real)
-    notes, columns = (
-        [*measurer.notes(inputs.subsets, real), *report.picture_notes(rows)],
-        column_names(extractor.network),
-    )
+    notes = [*measurer.notes(inputs.subsets, real), *report.picture_notes(rows)]
+    columns = column_names(extractor.network)
     facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
     links = report.subset_section(inputs.subsets, folder, args)
     written = [*report.write(folder, rows, columns, facts, links), folder / IMAGES_FILE]
