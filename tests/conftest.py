@@ -27,6 +27,24 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+SLOW_PNG = """
+import os, time
+replace = os.replace
+def slow(source, target, **options):
+    time.sleep(0.04 * str(target).endswith(".png"))
+    replace(source, target, **options)
+os.replace = slow
+"""
+
+
+@pytest.fixture
+def slow_images(tmp_path_factory, monkeypatch):
+    """Processes that are started take 40 ms for each PNG they write, so that a signal reaches them before their last one."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "sitecustomize.py").write_text(SLOW_PNG)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Headless Chromium, one for all tests of a process."""

@@ -265,6 +265,7 @@ def test_a_process_makes_what_lies_between_source_and_partner(tiny_base, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_the_same_files_from_three_processes_and_after_a_kill(workshop, image_folder, tmp_path):
     options = {"sample_strategy": "inversion-mix", "strength_strategy": "uniform"}
     name = "animals/inversion-mix-Multi3-ck-StrengthUniform"

@@ -43,6 +43,7 @@ def test_three_processes_make_the_same_files(workshop, image_folder, tmp_path, u
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, image_folder, tmp_path, undisturbed):
     argv = sampling_arguments(workshop, image_folder, tmp_path, gpu_ids=["cpu", "cpu"], num_inference_steps=6)
     process = start("sample_mp.py", *argv)
@@ -65,6 +66,7 @@ def test_killed_in_the_middle_and_started_again_makes_the_same_files(workshop, i
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop, image_folder, tmp_path, undisturbed):
     argv = sampling_arguments(workshop, image_folder, tmp_path)
     process = start("sample_mp.py", *argv)
@@ -79,6 +81,7 @@ def test_an_interruption_says_how_to_go_on_and_keeps_a_consistent_table(workshop
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_a_killed_worker_is_replaced(workshop, image_folder, tmp_path, undisturbed):
     def kill():
         wait_for_images(tmp_path, 3)

@@ -472,6 +472,7 @@ def test_the_list_of_the_latest_run_is_right_whatever_the_number_of_shards(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_data_that_changes_while_a_job_runs_never_becomes_an_image(
     workshop, pictures, request_of, tmp_path, undisturbed
 ):

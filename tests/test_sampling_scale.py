@@ -335,6 +335,7 @@ def test_of_two_runs_started_at_once_one_goes_on(workshop, image_folder, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_a_process_that_stands_still_is_replaced(workshop, image_folder, tmp_path, undisturbed):
     def stop():
         wait_for_images(tmp_path, 3)
@@ -455,6 +456,7 @@ def test_calibration_says_how_long_and_writes_nothing(workshop, image_folder, tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("slow_images")
 def test_ray_makes_the_same_files_and_survives_a_killed_and_a_stopped_actor(
     workshop, image_folder, tmp_path, undisturbed
 ):
