@@ -597,9 +597,11 @@ def test_confusions_on_validation_are_told_by_a_run_that_was_tested(three_seeds,
     assert np.trace(confusions) / len(dataset.val) == results["val"]["top1"]
 
 
-def test_a_run_is_not_evaluated_on_images_it_was_trained_on(three_seeds, image_folder, tmp_path, caplog):
+@pytest.fixture
+def recorded_run(three_seeds, image_folder, tmp_path):
+    """A data set whose validation images are drawn, a run that says it was trained on it, and the setting of that."""
     data = tmp_path / "animals"
-    for split in ("train", "test"):  # validation is drawn
+    for split in ("train", "test"):
         shutil.copytree(image_folder / split, data / split)
     run = tmp_path / "run"
     run.mkdir()
@@ -608,12 +610,28 @@ def test_a_run_is_not_evaluated_on_images_it_was_trained_on(three_seeds, image_f
     setting = {"subset_seed": 3, "val_fraction": 0.3}
     record |= {"dataset": f"folder:{data}", "setting": Setting(**setting).record(), "resolution": 64}
     (run / "args.yaml").write_text(yaml.safe_dump(record))
+    return data, run, setting
+
+
+def test_a_run_is_not_evaluated_on_images_it_was_trained_on(recorded_run, caplog):
+    data, run, setting = recorded_run
     for dry in ({}, {"dry_run": True}):
         with pytest.raises(UserError, match=r"--eval_only: \d+ val images .* training images of .*subset_seed: 3 -> 0"):
             train(data, run, eval_only=True, val_fraction=0.3, **dry)
     assert not (run / "evaluation").exists()
     train(data, run, eval_only=True, **setting)
     assert "was trained at --res_mode 64 and is used at 32" in caplog.text
+
+
+def test_a_run_does_not_start_from_weights_that_have_seen_its_validation_images(recorded_run, tmp_path):
+    data, weights, setting = recorded_run
+    for dry in ({}, {"dry_run": True}):
+        with pytest.raises(
+            UserError, match=r"--weights: \d+ val images .*subset_seed: 3 -> 0.*\): give other --weights"
+        ):
+            train(data, tmp_path / "new", weights=weights, val_fraction=0.3, **dry)
+    assert not (tmp_path / "new").exists()
+    train(data, tmp_path / "new", weights=weights, dry_run=True, **setting)
 
 
 @pytest.fixture

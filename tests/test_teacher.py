@@ -292,6 +292,16 @@ def test_a_run_of_other_images_is_refused_before_its_labels_are_made():
     assert "synthetic: 3 images now, 0" in run.BeforeLabels.compare({"data": {"test": None}}, before)
 
 
+def test_teachers_do_not_start_from_weights_that_have_seen_the_sources(animals_folder, subset, tmp_path):
+    seen = tmp_path / "seen"
+    train_cls.main([*map(str, classify_arguments(animals_folder, seen, nepoch=1, model="test_resnet"))])
+    message = r"--soft_labels teacher: \d+ training images \('train/.*\) are training images of .*: give other --w"
+    with pytest.raises(UserError, match=message):
+        labelled(resolved(animals_folder, subset, tmp_path, weights=seen))
+    argv = classify_arguments(animals_folder, tmp_path / "warm", weights=seen, model="test_resnet", dry_run=True)
+    assert train_cls.main([*map(str, argv)]) == 0
+
+
 def test_the_command_says_what_it_would_train_and_refuses_early(animals_folder, subset, tmp_path, cache, capsys):
     argv = classify_arguments(
         animals_folder, tmp_path / "run", model="test_resnet", syndata_dir=subset, soft_labels="mixed"

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 EVAL_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
+NAMES = {"train": "training", "val": "val", "test": "test"}
+"""How messages name the images of each split."""
 
 
 @dataclass
@@ -111,37 +113,46 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     return replace(classifier, model=model, class_names=dataset.source_names, amp=config.training.amp)
 
 
-def refuse_seen_images(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Refuses to evaluate a run on images that it was trained on, as far as its record tells.
+def refuse_seen_images(
+    path: Path, config: ClassifyConfig, dataset: LoadedDataset, flag: str, splits: Sequence[str] = ("test", "val")
+) -> None:
+    """Refuses a run's weights where images of some splits are among those that it was trained on, as far as its record tells.
 
     The splits of the data set that it was trained on are compared by name, those of another one by content.
+
+    Args:
+        path: weight file.
+        flag: that asks for the use of the weights; the error begins with it.
 
     Raises:
         UserError: names one of the images, and says what the settings differ in.
     """
-    recorded = _record_of(classifier.path)
+    recorded = _record_of(path)
     kept, same_dataset = recorded.get("setting"), recorded.get("dataset") == config.dataset
     if not isinstance(kept, Mapping):
         return
     setting = Setting(**{name: value for name, value in kept.items() if name in cli.settings_of(Setting)})
-    if same_dataset and setting == dataset.setting and not config.evaluation.test_dataset:
+    same_splits = same_dataset and setting == dataset.setting
+    if same_splits and "train" not in splits and not config.evaluation.test_dataset:
         return
     trained = _training_data(recorded, setting, config)
-    for split in ("test", "val"):
+    for split in splits:
         table = getattr(dataset, split)
         if trained is None or table is None:
             continue
         if same_dataset and not (split == "test" and config.evaluation.test_dataset):
             shared = sorted(set(trained.train.keys).intersection(table.keys))
-            changed = "; ".join(runs.differences(asdict(setting), asdict(dataset.setting)))
-            reason = f"({changed}): give the flags that it was trained with"
+            how = "; ".join(runs.differences(asdict(setting), asdict(dataset.setting)))
+            advice = "give the flags that it was trained with"
         else:
-            shared = [name for name, _ in shared_images(table, trained.train, getattr(trained, split))]
-            reason = f"(by content, of {trained.name}{setting.suffix}): give images that it was not trained on"
+            known = getattr(trained, split) if split != "train" else None
+            shared = [name for name, _ in shared_images(table, trained.train, known)]
+            how = f"by content, of {trained.name}{setting.suffix}"
+            advice = "give images that it was not trained on"
         if shared:
             raise UserError(
-                f"--eval_only: {len(shared)} {split} images ('{shared[0]}') are training images of the classifier "
-                f"{shown_path(classifier.path)} {reason}"
+                f"{flag}: {len(shared)} {NAMES[split]} images ('{shared[0]}') are training images of the classifier "
+                f"{shown_path(path)}{f' ({how})' if how else ''}: {advice if flag == '--eval_only' else 'give other --weights'}"
             )
 
 

@@ -20,8 +20,10 @@ from semantic_aug.classify.config import (
     DEFAULT_LR,
     MAY_CHANGE,
     MODEL_FILE,
+    WEIGHTS,
     ClassifyConfig,
     SyntheticSettings,
+    classifier_file,
 )
 from semantic_aug.classify.draws import NEED_SYNTHETIC, EpochDraws
 from semantic_aug.classify.losses import make_criterion
@@ -95,7 +97,7 @@ def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
     classifier = inference.load(config, dataset)
     print(f"classifier: {registry.shown_path(classifier.path)}")
     if not images:
-        inference.refuse_seen_images(classifier, config, dataset)
+        inference.refuse_seen_images(classifier.path, config, dataset, "--eval_only")
     if config.run.dry_run:
         return 0
     if images:
@@ -117,11 +119,14 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     check_flags(config)
     check_resolution(classifier.model, classifier.res_mode)
     dataset = load_dataset(config.dataset, config.setting, config.run.config_dir)
+    training = not (config.use.eval_only or config.use.predict)
     if word := config.evaluation.test_dataset:
         tested = dataset.tested_on(word, config.run.config_dir)
-        if not (config.use.eval_only or config.use.predict):  # what a trained classifier has seen, its record tells
+        if training:  # what a trained classifier has seen, its record tells
             refuse_training_images(dataset, tested.test, f"--test_dataset {word}")
         dataset = tested
+    if training and classifier.weights not in WEIGHTS:
+        inference.refuse_seen_images(classifier_file(config)[1], config, dataset, "--weights")
     folders = subset_folders(synthetic, dataset, config.run.config_dir)
     images = load_synthetic(folders, dataset, synthetic)
     resolved = replace(with_derived(config, dataset), syndata=folders, carried=carries_over(config, dataset, images))

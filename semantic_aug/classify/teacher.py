@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from semantic_aug import files, registry, runs, tensors
 from semantic_aug.classify import inference
-from semantic_aug.classify.config import MAY_CHANGE, ClassifyConfig, UseSettings
+from semantic_aug.classify.config import MAY_CHANGE, WEIGHTS, ClassifyConfig, UseSettings, classifier_file
 from semantic_aug.classify.draws import SyntheticSettings
 from semantic_aug.classify.models import weights_identity
 from semantic_aug.classify.processes import Processes
@@ -365,6 +365,9 @@ def subset_labels(config: ClassifyConfig, dataset: LoadedDataset) -> list[Subset
     """The teacher labels of each subset of a resolved request; none where labels are those of the strengths."""
     if config.synthetic.soft_labels == "strength" or not config.syndata:
         return []
+    if config.classifier.weights not in WEIGHTS:  # which would carry what they saw into every teacher
+        flag = f"--soft_labels {config.synthetic.soft_labels}"
+        inference.refuse_seen_images(classifier_file(config)[1], config, dataset, flag, ("train",))
     teachers = Teachers.of(config, dataset)
     return [SubsetLabels(teachers, folder) for folder in config.syndata]
 
