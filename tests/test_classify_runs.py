@@ -645,9 +645,13 @@ def other_set(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("dry", [{}, {"dry_run": True}])
-def test_a_test_set_with_training_images_is_refused_by_content(image_folder, other_set, tmp_path, dry):
-    shutil.copy(image_folder / "train" / "toad" / "train002.png", other_set / "test" / "toad" / "holiday.png")
-    message = r"--test_dataset .*other holds 1 training images of animals.* \('.*holiday.png' is '.*train002.png'\)"
+@pytest.mark.parametrize(("split", "kind"), [("train", "training"), ("val", "validation")])
+def test_a_test_set_with_training_or_validation_images_is_refused_by_content(
+    image_folder, other_set, tmp_path, dry, split, kind
+):
+    image = min((image_folder / split / "toad").iterdir())
+    shutil.copy(image, other_set / "test" / "toad" / "holiday.png")
+    message = rf"--test_dataset .*other holds 1 {kind} images of animals.* \('.*holiday.png' is '.*{image.name}'\)"
     with pytest.raises(UserError, match=message):
         train(image_folder, tmp_path / "run", test_dataset=f"folder:{other_set}", **dry)
     assert not (tmp_path / "run").exists()

@@ -41,7 +41,7 @@ from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, r
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.overlap import refuse_training_images
+from semantic_aug.datasets.overlap import refuse_known_images
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
@@ -123,7 +123,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     if word := config.evaluation.test_dataset:
         tested = dataset.tested_on(word, config.run.config_dir)
         if training:  # what a trained classifier has seen, its record tells
-            refuse_training_images(dataset, tested.test, f"--test_dataset {word}")
+            refuse_known_images(dataset, tested.test, f"--test_dataset {word}")
         dataset = tested
     if training and classifier.weights not in WEIGHTS:
         inference.refuse_seen_images(classifier_file(config)[1], config, dataset, "--weights")

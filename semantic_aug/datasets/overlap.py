@@ -27,13 +27,15 @@ def shared_images(images: ImageTable, others: ImageTable, known: ImageTable | No
     return [(key, names[value]) for key, value in shared if value not in left_out]
 
 
-def refuse_training_images(dataset: LoadedDataset, test: ImageTable, where: str) -> None:
-    """Refuses test images of another data set that this one trains on. Raises UserError: names one of them.
+def refuse_known_images(dataset: LoadedDataset, test: ImageTable, where: str) -> None:
+    """Refuses test images of another data set that this one trains on, or chooses the epoch by. Raises UserError: names one of
+    them.
 
-    Photographs that the data set's own test split shares with its training split are no matter of the other's.
+    Photographs that the data set's own test split shares with its other splits are no matter of the other's.
     """
-    if shared := shared_images(test, dataset.train, dataset.test):
-        raise UserError(
-            f"{where} holds {len(shared)} training images of {dataset.name}{dataset.setting.suffix} among its test images "
-            f"('{shared[0][0]}' is '{shared[0][1]}'): remove them from it, or give a data set of other images"
-        )
+    for kind, table in (("training", dataset.train), ("validation", dataset.val)):
+        if table is not None and (shared := shared_images(test, table, dataset.test)):
+            raise UserError(
+                f"{where} holds {len(shared)} {kind} images of {dataset.name}{dataset.setting.suffix} among its test images "
+                f"('{shared[0][0]}' is '{shared[0][1]}'): remove them from it, or give a data set of other images"
+            )
