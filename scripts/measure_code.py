@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SCRIPTS = ("train_lora.py", "sample_mp.py", "train_cls.py")
+SETTINGS_MODULES = ("cli", "config", "draws", "flags", "job", "mixing", "options", "request", "settings")
+"""Names of the modules that declare or hand on settings, in earlier layouts too."""
 MEASURES = (
     "files of the package",
     "lines of the package",
@@ -98,16 +100,20 @@ def circles(trees: dict[str, ast.Module]) -> list[set[str]]:
 def places_of_flags(root: Path, trees: dict[str, ast.Module]) -> Counter:
     """In how many places each flag of the stages is declared or copied.
 
-    Counted are a dataclass field, a word in quotes, and a keyword that takes the value of an attribute of the same name.
+    Counted are a field of a dataclass in a module of settings, the flag in quotes, and a keyword that takes the value of an
+    attribute of the same name. The evaluation has commands of its own, whose flags may have the same names.
     """
     flags = {word.strip("'\"[],").removeprefix("--") for name in SCRIPTS for word in stage_help(root, name).split()
              if word.strip("[").startswith("--")}  # fmt: skip
     places = Counter()
-    for tree in trees.values():
+    for module, tree in trees.items():
+        if module.startswith("semantic_aug.evaluation"):
+            continue
+        settings = module.rpartition(".")[2] in SETTINGS_MODULES
         for node in ast.walk(tree):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                places[node.target.id] += 1
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                places[node.target.id] += settings
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):
                 places[node.value.removeprefix("--")] += 1
             elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Attribute):
                 places[node.arg] += node.value.attr == node.arg
