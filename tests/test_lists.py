@@ -61,6 +61,7 @@ def test_other_encodings_name_the_line(folder, codec):
         (b"path,label\nhttps://a.b/0.png,owl\n", "line 2: .* is an address: download"),
         (b"path,label\nimg/0.png,owl\n\n\nimg/1.png,a,b\n", "line 5: expected 2 columns, got 3"),
         (b'path,label,caption\nimg/0.png,owl,"one\ntwo"\nimg/1.png, ,x\n', "line 4: the label is empty"),
+        (b'path,label\nimg/0.png,owl\nimg/1.png,"owl\nimg/2.png,toad\n', "line 3: unexpected end of data: correct its"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(folder, content, message):

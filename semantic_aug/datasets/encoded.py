@@ -1,10 +1,8 @@
-"""Encoded images as bytes: which format they are, their EXIF orientation, and the same image without its metadata.
-
-EXIF blocks are TIFF files in small (CIPA DC-008, section 4.6): a header, then directories of twelve-byte entries.
-"""
+"""Encoded images as bytes: which format they are, their EXIF orientation, and the same image without its metadata."""
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 
 from PIL import Image
@@ -43,42 +41,13 @@ def sniff(head: bytes | None) -> str | None:
     return None
 
 
-def orientation_of(image: Image.Image, exif: bytes | None = None) -> int:
-    """The EXIF orientation of an opened image, 1 to 8; 1 where there is none.
-
-    The entry is looked up in the first directory of the EXIF block, whatever the rest of the block is like; what
-    Pillow finds elsewhere (XMP, TIFF) counts where that lookup finds nothing.
-
-    Args:
-        image: opened, decoded or not.
-        exif: the block, where the image was opened without it.
-    """
-    block = image.info.get("exif") if exif is None else exif
-    orientation = _orientation_in(block) if isinstance(block, bytes) else None
-    if orientation is None:
-        try:
-            orientation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # of whatever kind damaged metadata provokes
-            return 1
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 where there is none, or where the metadata are damaged before it."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of whatever kind damaged metadata provokes
+        return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def _orientation_in(block: bytes) -> int | None:
-    """The orientation in the first directory of a TIFF-structured block, or None."""
-    block = block[6:] if block.startswith(b"Exif\0\0") else block
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None or len(block) < 10:
-        return None
-    (start,) = struct.unpack_from(order + "I", block, 4)
-    if start + 2 > len(block):
-        return None
-    (count,) = struct.unpack_from(order + "H", block, start)
-    for entry in range(start + 2, min(start + 2 + 12 * count, len(block) - 11), 12):
-        tag, kind, values = struct.unpack_from(order + "HHI", block, entry)
-        if tag == ORIENTATION and values == 1 and kind in (1, 3, 4):
-            (value,) = struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], block, entry + 8)
-            return value if 1 <= value <= 8 else None
-    return None
 
 
 def metadata_follows(file) -> bool:
@@ -92,18 +61,27 @@ def metadata_follows(file) -> bool:
 
 
 def without_metadata(content: bytes) -> bytes:
-    """An encoded JPEG, PNG, WebP or TIFF image without EXIF, XMP, colour profiles and comments; others as they are."""
+    """An encoded PNG, JPEG or TIFF image without the metadata on which Pillow may fail; others as they are. The orientation
+    stays."""
     kind = sniff(content[:HEAD])
-    if kind == "JPEG":
-        return content[:2] + b"".join(part for name, part in _jpeg_parts(content) if not _is_jpeg_metadata(name))
     if kind == "PNG":
-        dropped = (b"eXIf", b"iTXt", b"tEXt", b"zTXt", b"iCCP", b"tIME", b"pHYs")
-        return content[:8] + b"".join(part for name, part in _png_chunks(content) if name not in dropped)
-    if kind == "WEBP":
-        parts = [part for name, part in _riff_chunks(content) if name not in (b"EXIF", b"XMP ", b"ICCP")]
-        body = b"WEBP" + b"".join(parts)
-        return b"RIFF" + struct.pack("<I", len(body)) + body
+        return content[:8] + b"".join(_png_chunks_of_pixels(content))
+    if kind == "JPEG":
+        return content.replace(b"MPF\0", b"    ", 1)  # the index of further pictures
     return _tiff_of_pixels(content) if kind == "TIFF" else content
+
+
+def _png_chunks_of_pixels(content: bytes) -> Iterator[bytes]:
+    """The chunks of a PNG file (length, name, data, checksum) but texts, times and profiles; EXIF with the right checksum."""
+    at = 8
+    while at + 8 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        name, chunk = content[at + 4 : at + 8], content[at:end]
+        if name == b"eXIf":
+            chunk = chunk[:-4] + struct.pack(">I", zlib.crc32(chunk[4:-4]))
+        if name not in (b"iTXt", b"tEXt", b"zTXt", b"iCCP", b"tIME", b"pHYs"):
+            yield chunk
+        at = end
 
 
 _PIXEL_TAGS = {*range(254, 260), 262, 266, 273, 274, *range(277, 281), 284, 317, 320, *range(322, 326), 338, 339, 347}
@@ -137,56 +115,3 @@ def _end_of_pixels(content: bytes, entries: list[bytes], order: str) -> int:
             values[tag] = struct.unpack_from(code, *location)
     offsets, lengths = values.get(273) or values[324], values.get(279) or values[325]
     return max(offset + length for offset, length in zip(offsets, lengths, strict=True))
-
-
-def _is_jpeg_metadata(marker: int) -> bool:
-    """Application segments but JFIF's and Adobe's, which tell the colour transform; and comments."""
-    return (0xE1 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE
-
-
-def _jpeg_parts(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Markers and segments of a JPEG file after its first two bytes; what follows the start of the scan is one part."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker == 0xFF:  # filling
-            at += 1
-            continue
-        if marker == 0xDA:
-            break
-        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-        yield marker, content[at:end]
-        at = end
-    yield 0xDA, content[at:]
-
-
-def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Names and whole chunks of a PNG file: length, name, data, checksum."""
-    at = 8
-    while at + 8 <= len(content):
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        yield content[at + 4 : at + 8], content[at:end]
-        at = end
-
-
-def _riff_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Names and whole chunks of a WebP file: name, length, data, filled up to an even length."""
-    at = 12
-    while at + 8 <= len(content):
-        length = int.from_bytes(content[at + 4 : at + 8], "little")
-        end = at + 8 + length + length % 2
-        yield content[at : at + 4], content[at:end]
-        at = end
-
-
-def exif_block(content: bytes) -> bytes | None:
-    """The EXIF block of an encoded JPEG, PNG or WebP image, or None."""
-    kind = sniff(content[:HEAD])
-    if kind == "JPEG":
-        parts = (part[4:] for name, part in _jpeg_parts(content) if name == 0xE1)
-        return next((part for part in parts if part.startswith(b"Exif\0\0")), None)
-    if kind == "PNG":
-        return next((part[8:-4] for name, part in _png_chunks(content) if name == b"eXIf"), None)
-    if kind == "WEBP":
-        return next((part[8:] for name, part in _riff_chunks(content) if name == b"EXIF"), None)
-    return None

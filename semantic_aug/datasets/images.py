@@ -20,7 +20,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from semantic_aug.datasets.encoded import (
     HEAD,
     HEIC,
-    exif_block,
     metadata_follows,
     orientation_of,
     sniff,
@@ -103,7 +102,7 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> tuple[Ima
             if sniff(content[:HEAD]) == HEIC and reads_heic():
                 return _decode(io.BytesIO(content), name)
             try:
-                return _decode(io.BytesIO(without_metadata(content)), name, exif_block(content), damaged=True)
+                return _decode(io.BytesIO(without_metadata(content)), name, damaged=True)
             except Exception:
                 raise error from None
 
@@ -149,7 +148,7 @@ def _orientation_in_header(image: Image.Image) -> int | None:
     return orientation_of(image)
 
 
-def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False) -> tuple[Image.Image, Stored]:
+def _decode(source, name: str, damaged: bool = False) -> tuple[Image.Image, Stored]:
     with _quiet(), Image.open(source) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(
@@ -158,9 +157,9 @@ def _decode(source, name: str, exif: bytes | None = None, damaged: bool = False)
             )
         kind, animated = image.format or "", _animated(image)
         colour16 = image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)
-        stored_orientation = orientation_of(image, exif) if kind == "TIFF" else 1
+        stored_orientation = orientation_of(image) if kind == "TIFF" else 1
         image.load()
-        orientation = orientation_of(image, exif)  # 1 if Pillow has applied it; PNG may have it behind the pixels
+        orientation = orientation_of(image)  # 1 if Pillow has applied it; PNG may have it behind the pixels
         transparent = image.mode in _ALPHA_MODES or "transparency" in image.info
         rgb, scaling = to_rgb(image)
         if colour16:

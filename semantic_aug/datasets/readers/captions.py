@@ -31,16 +31,16 @@ def as_column(captions: Iterable[str | Sequence[str] | None]) -> np.ndarray:
     return column
 
 
-def as_regions(
-    boxes: Iterable[str | None] | None, masks: Iterable[str | None] | None, base: Path
-) -> dict[str, np.ndarray]:
-    """Boxes (texts) and masks (paths relative to ``base``) of the images as ``extras`` columns, as far as there are such; they
-    are checked where they are used."""
-    columns = {} if boxes is None else {BOX_TEXT: as_column(text and text.strip() for text in boxes)}
-    if masks is not None:
-        texts = ((text or "").strip().replace("\\", "/") for text in masks)
-        columns[MASK_PATH] = as_column(text and os.path.join(base, text) for text in texts)
-    return columns
+def as_extras(texts: Mapping[str, Iterable[str | None]], base: Path) -> dict[str, np.ndarray]:
+    """The ``extras`` columns of captions, boxes and masks (paths relative to ``base``); boxes and masks are
+    checked where they are used."""
+    extras = {"caption": as_column(texts["caption"])} if "caption" in texts else {}
+    if "box" in texts:
+        extras[BOX_TEXT] = as_column(text and text.strip() for text in texts["box"])
+    if "mask" in texts:
+        paths = ((text or "").strip().replace("\\", "/") for text in texts["mask"])
+        extras[MASK_PATH] = as_column(path and os.path.join(base, path) for path in paths)
+    return extras
 
 
 def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
@@ -78,9 +78,7 @@ def read_metadata(folder: Path, files: Sequence[str]) -> dict[str, np.ndarray]:
         if rows[index] is not None:
             raise UserError(f"{where}: '{name}' is listed twice: put its captions into one cell")
         rows[index] = row
-    texts = {name: [row and row.get(name) for row in rows] for name in columns}
-    captions = {"caption": as_column(texts["caption"])} if "caption" in texts else {}
-    return captions | as_regions(texts.get("box"), texts.get("mask"), folder)
+    return as_extras({name: [row and row.get(name) for row in rows] for name in columns}, folder)
 
 
 Records = Iterator[tuple[int, dict[str, str]]]

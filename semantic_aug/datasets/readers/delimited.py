@@ -7,7 +7,6 @@ tells which.
 
 import codecs
 import csv
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,11 +64,11 @@ class TextTable:
         with _open(self.path, self.encoding) as lines:
             for _ in range(self.skipped):
                 lines.readline()
-            reader = _reader(lines, self.separator)
+            reader, line = _reader(lines, self.separator, strict=True), self.skipped
             try:
                 for cells in reader:
                     line = self.skipped + reader.line_num
-                    if not any(cell.strip() for cell in cells):
+                    if not "".join(cells).strip():
                         continue
                     if len(cells) != len(self.columns):
                         raise UserError(
@@ -80,7 +79,7 @@ class TextTable:
             except UnicodeDecodeError:
                 raise not_text(self.path, self.encoding) from None
             except csv.Error as error:
-                raise UserError(f"{self.path} line {self.skipped + reader.line_num}: {error}: correct it") from None
+                raise UserError(f"{self.path} line {line + 1}: {error}: correct its double quotes") from None
 
 
 def read_header(path: Path, wanted: Sequence[str] = ()) -> TextTable:
@@ -145,15 +144,6 @@ def _open(path: Path, encoding: str) -> TextIO:
     return open(path, encoding=encoding, newline="")
 
 
-def _reader(lines: Iterator[str] | TextIO, separator: str):
+def _reader(lines: Iterator[str] | TextIO, separator: str, strict: bool = False):
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # captions of any size; the library's own limit is 128 KiB
-    return csv.reader(lines, delimiter=separator)
-
-
-def as_utf8(table: TextTable) -> io.BytesIO:
-    """The file's content in UTF-8."""
-    try:
-        with _open(table.path, table.encoding) as text:
-            return io.BytesIO(text.read().encode())
-    except UnicodeError:
-        raise not_text(table.path, table.encoding) from None
+    return csv.reader(lines, delimiter=separator, strict=strict)
