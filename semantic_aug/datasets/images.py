@@ -10,21 +10,14 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from semantic_aug.datasets.encoded import (
-    HEAD,
-    HEIC,
-    metadata_follows,
-    orientation_of,
-    sniff,
-    without_metadata,
-)
+from semantic_aug.datasets.encoded import HEAD, HEIC, metadata_follows, orientation_of, sniff, without_metadata
 from semantic_aug.errors import UserError
 
 EXTENSIONS = (
@@ -92,38 +85,48 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> tuple[Ima
         UserError: the file is missing, empty, truncated, no image, no regular file, or larger than :data:`MAX_PIXELS`.
     """
     name = name or _name(source)
-    with _named_errors(source, name):
-        try:
-            return _decode(_stream(source, name), name)
-        except (UserError, MemoryError, FileNotFoundError, Image.DecompressionBombError):
-            raise
-        except Exception as error:  # of whatever kind a damaged file provokes
-            content = source if isinstance(source, bytes) else Path(source).read_bytes()
-            if sniff(content[:HEAD]) == HEIC and reads_heic():
+    try:
+        return _decode(_stream(source, name), name)
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"image {name} is not there: restore it or remove it from the data set") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {name} is taken for a decompression bomb ({error}): shrink it or remove it") from None
+    except PermissionError as error:
+        raise UserError(f"image {name} cannot be read ({error.strerror}): give yourself permission to") from None
+    except Exception as error:  # of whatever kind a damaged file provokes
+        reason = "no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        return _decode_without_metadata(source, name, f"cannot be decoded ({reason})")
+
+
+def _decode_without_metadata(source: str | Path | bytes, name: str, failure: str) -> tuple[Image.Image, Stored]:
+    """Decodes an image that Pillow cannot read as it is. Raises UserError: the ``failure``, or a better reason."""
+    remedy = "replace it or remove it from the data set"
+    with suppress(Exception):
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not content:
+            failure = "is empty"
+        elif sniff(content[:HEAD]) == HEIC:
+            failure, remedy = "is a HEIC image, which Pillow does not read", HEIC_REMEDY
+            if reads_heic():
                 return _decode(io.BytesIO(content), name)
-            try:
-                return _decode(io.BytesIO(without_metadata(content)), name, damaged=True)
-            except Exception:
-                raise error from None
+        else:
+            return _decode(io.BytesIO(without_metadata(content)), name, damaged=True)
+    raise UserError(f"image {name} {failure}: {remedy}") from None
 
 
 def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """(width, height) of the upright image in pixels, from the header where that says it."""
-    name = name or _name(source)
-    with _named_errors(source, name):
-        try:
-            with _quiet(), Image.open(_stream(source, name)) as image:
-                kind, (width, height) = image.format, image.size
-                if kind == "TIFF":  # some versions of Pillow give the upright size here, others the stored one
-                    width, height = image.tag_v2[256], image.tag_v2[257]
-                orientation = _orientation_in_header(image)
-            if orientation is not None:
-                return (height, width) if orientation in _SIDEWAYS else (width, height)
-        except (UserError, MemoryError, FileNotFoundError, Image.DecompressionBombError):
-            raise
-        except Exception:  # of whatever kind a damaged file provokes
-            pass
-        return open_image(source, name).size
+    """(width, height) of the upright image in pixels, from the header where that says it. Raises UserError: as
+    :func:`read_image`."""
+    with suppress(Exception), _quiet(), Image.open(_stream(source, name or _name(source))) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow give the upright size here, others the stored one
+            width, height = image.tag_v2[256], image.tag_v2[257]
+        orientation = _orientation_in_header(image)
+        if orientation is not None:
+            return (height, width) if orientation in _SIDEWAYS else (width, height)
+    return open_image(source, name).size
 
 
 def reads_alike(source: str | Path | bytes) -> bool:
@@ -193,38 +196,6 @@ def _stream(source: str | Path | bytes, name: str):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise UserError(f"image {name} is {kind}: expected a file; remove it from the data set")
     return source
-
-
-@contextmanager
-def _named_errors(source: str | Path | bytes, name: str) -> Iterator[None]:
-    """Whatever a missing or damaged file provokes, as an error that names it."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except FileNotFoundError:
-        raise UserError(f"image {name} is not there: restore it or remove it from the data set") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {name} is taken for a decompression bomb ({error}): shrink it or remove it") from None
-    except PermissionError as error:
-        raise UserError(f"image {name} cannot be read ({error.strerror}): give yourself permission to") from None
-    except Exception as error:
-        head = _head(source)
-        if sniff(head) == HEIC:
-            raise UserError(f"image {name} is a HEIC image, which Pillow does not read: {HEIC_REMEDY}") from None
-        reason = "no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
-        what = "is empty" if head == b"" else f"cannot be decoded ({reason})"
-        raise UserError(f"image {name} {what}: replace it or remove it from the data set") from None
-
-
-def _head(source: str | Path | bytes) -> bytes | None:
-    if isinstance(source, bytes):
-        return source[:HEAD]
-    try:
-        with open(source, "rb") as file:
-            return file.read(HEAD)
-    except OSError:
-        return None
 
 
 def reads_heic() -> bool:
