@@ -16,10 +16,9 @@ import yaml
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 
-NULLS = ("", "~", "null", "Null", "NULL")
+_NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 _PLAIN = re.compile(r"([A-Za-z_./]|[0-9]+[g-np-wyzG-NP-WYZ])[\w./+-]*", re.ASCII)
 _KEYWORDS = re.compile(r"y|n|yes|no|on|off|true|false|null|\.nan|\.inf|[._]*", re.IGNORECASE)
-_MERGE = "<<"
 
 
 def read_text(path: Path) -> str | None:
@@ -44,8 +43,10 @@ def parse(text: str, path: Path) -> dict[str, Any]:
         UserError: damaged, not a mapping, or a name written twice in one mapping; names the file and the line.
     """
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        content = None if node is None else _Values(path).of(node)
+        loader = _TextLoader(text)
+        loader.name = str(path)
+        node = loader.get_single_node()
+        content = None if node is None else loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -93,48 +94,29 @@ def as_read(value: Any) -> Any:
     return None if value is None else str(value)
 
 
-class _Values:
-    """Values of the nodes of one file; aliases share theirs."""
+class _TextLoader(yaml.SafeLoader):
+    """Takes every scalar for text but plain nulls, and every name for text."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.values: dict[int, Any] = {}
-        self.pending: set[int] = set()
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
-    def of(self, node: Any) -> Any:
-        if isinstance(node, yaml.ScalarNode):
-            quoted = node.style is not None  # or a block of text
-            return node.value if quoted or node.value not in NULLS else None
-        if id(node) in self.pending:
-            raise UserError(
-                f"{self.path}, line {node.start_mark.line + 1}: an alias that contains itself: correct the file"
-            )
-        if id(node) not in self.values:
-            self.pending.add(id(node))
-            mapping = isinstance(node, yaml.MappingNode)
-            self.values[id(node)] = self._mapping(node) if mapping else [self.of(item) for item in node.value]
-            self.pending.remove(id(node))
-        return self.values[id(node)]
-
-    def _mapping(self, node: Any) -> dict[str, Any]:
-        out, lines, merged = {}, {}, {}
-        for key, value in node.value:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 raise UserError(
-                    f"{self.path}, line {line}: a list or mapping as a name, expected text: correct the file"
+                    f"{self.name}, line {line}: a list or mapping as a name, expected text: correct the file"
                 )
-            if key.style is None and key.value == _MERGE:
-                for part in as_list(self.of(value)):
-                    merged = {**(part if isinstance(part, dict) else {}), **merged}
-                continue
-            if key.value in lines:
+            if key.value in lines and key.tag != _MERGE:
                 raise UserError(
-                    f"{self.path}: '{key.value}' is written twice, in line {lines[key.value]} and in line {line}: join the two"
+                    f"{self.name}: '{key.value}' is written twice, in line {lines[key.value]} and in line {line}: join the two"
                 )
             lines[key.value] = line
-            out[key.value] = self.of(value)
-        return {**merged, **out}
+        self.flatten_mapping(node)  # merged mappings come first
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

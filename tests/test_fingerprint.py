@@ -65,24 +65,24 @@ def blake(path):
 
 def test_hashes_are_those_of_the_encoded_bytes_and_files_are_read_once(folder, read):
     expected = [blake(folder / name / f"{i}.bmp") for name in ("cat", "dog") for i in range(3)]
-    assert fingerprint.content_hashes(table_of(folder)) == expected and len(read) == 6
-    assert fingerprint.content_hashes(table_of(folder)) == expected and len(read) == 6  # from the cache
+    assert fingerprint.hash_images(table_of(folder)).hex() == expected and len(read) == 6
+    assert fingerprint.hash_images(table_of(folder)).hex() == expected and len(read) == 6  # from the cache
 
 
 def test_only_what_was_touched_is_read_again(folder, read):
-    before = fingerprint.content_hashes(table_of(folder))
+    before = fingerprint.hash_images(table_of(folder)).hex()
     exchange(folder / "cat/1.bmp", (folder / "dog/0.bmp").read_bytes())
     shutil.copy(folder / "cat/0.bmp", folder / "cat/9.bmp")
     del read[:]
-    after = fingerprint.content_hashes(table_of(folder))
+    after = fingerprint.hash_images(table_of(folder)).hex()
     assert after == [before[0], before[3], before[2], before[0], *before[3:]]
     assert sorted(map(os.path.basename, read)) == ["1.bmp", "9.bmp"]
 
 
 def test_what_changed_a_moment_ago_is_not_trusted(folder, read, monkeypatch):
     monkeypatch.setattr(fingerprint, "SETTLED_SECONDS", 60.0)
-    fingerprint.content_hashes(table_of(folder))
-    fingerprint.content_hashes(table_of(folder))
+    fingerprint.hash_images(table_of(folder)).hex()
+    fingerprint.hash_images(table_of(folder)).hex()
     assert len(read) == 12
 
 
@@ -91,19 +91,19 @@ def test_unreadable_images_have_a_marker(folder):
     for name in ("cat/0.bmp", "dog/2.bmp"):
         (folder / name).unlink()
     (folder / "dog/2.bmp").mkdir()
-    hashes = fingerprint.content_hashes(table)
+    hashes = fingerprint.hash_images(table).hex()
     assert [i for i, value in enumerate(hashes) if value == "0" * 32] == [0, 5]
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged_costs_only_time(folder, read, cache_folder, monkeypatch):
-    expected = fingerprint.content_hashes(table_of(folder))
+    expected = fingerprint.hash_images(table_of(folder)).hex()
     (kept,) = cache_folder.glob("hashes-*.npy")
     kept.write_bytes(b"nonsense")
-    assert fingerprint.content_hashes(table_of(folder)) == expected and len(read) == 12
+    assert fingerprint.hash_images(table_of(folder)).hex() == expected and len(read) == 12
     blocked = folder.parent / "file"
     blocked.write_text("")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(blocked / "cache"))
-    assert fingerprint.content_hashes(table_of(folder)) == expected and len(read) == 18
+    assert fingerprint.hash_images(table_of(folder)).hex() == expected and len(read) == 18
 
 
 def test_hashes_count_towards_the_bound(folder, cache_folder, monkeypatch):
@@ -111,7 +111,7 @@ def test_hashes_count_towards_the_bound(folder, cache_folder, monkeypatch):
     old = cache_folder / "pixels-old.npy"
     old.write_bytes(bytes(1000))
     monkeypatch.setenv(cache.BOUND_VARIABLE, str(1000 / 1e9))
-    fingerprint.content_hashes(table_of(folder))
+    fingerprint.hash_images(table_of(folder)).hex()
     assert not old.exists() and len(list(cache_folder.glob("hashes-*.npy"))) == 1
 
 
@@ -119,13 +119,13 @@ def test_two_processes_at_once(folder, cache_folder):
     code = (
         "import sys; from semantic_aug.datasets import fingerprint\n"
         "from semantic_aug.datasets.readers.folder import read_folder; fingerprint.SETTLED_SECONDS = -1\n"
-        "for _ in range(20): print(*fingerprint.content_hashes(read_folder(sys.argv[1])['train']))"
+        "for _ in range(20): print(*fingerprint.hash_images(read_folder(sys.argv[1])['train']).hex())"
     )
     pair = [
         subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    expected = " ".join(fingerprint.content_hashes(table_of(folder)))
+    expected = " ".join(fingerprint.hash_images(table_of(folder)).hex())
     for process in pair:
         output, _ = process.communicate()
         assert process.returncode == 0 and set(output.splitlines()) == {expected}
@@ -150,13 +150,13 @@ def test_hub_tables_hold_images_or_name_files(folder, tmp_path, read, inside, mo
     expected = [blake(path) for path in paths]
     for _ in range(2):
         table = read_hub_id(str(tmp_path / "copy"))["train"]
-        assert fingerprint.content_hashes(table) == expected and len(read) == 6
+        assert fingerprint.hash_images(table).hex() == expected and len(read) == 6
     assert sum(isinstance(source, bytes) for source in read) == len(chosen)
     beside = next((i for i, path in enumerate(paths) if path not in chosen), None)
     if beside is not None:
         exchange(paths[beside], paths[beside - 1].read_bytes())
         expected[beside] = expected[beside - 1]
-        assert fingerprint.content_hashes(table) == expected and len(read) == 7
+        assert fingerprint.hash_images(table).hex() == expected and len(read) == 7
 
 
 def test_the_record_of_a_moved_data_set_is_the_same(folder, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_aug.datasets import ImageTable, load_dataset
-from semantic_aug.datasets.fingerprint import content_hashes
+from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.datasets.images import EXTENSIONS, fit
 from semantic_aug.datasets.readers.folder import Walk
 from semantic_aug.datasets.settings import DATASET
@@ -105,10 +105,10 @@ def open_pool(word: str, excluded: Sequence[str], share: float) -> Pool:
         if dataset.val is None:
             raise UserError(f"--images {word}: the data set has no validation images to keep out; name a folder")
         tables = [dataset.train, dataset.val]
-        hashes = [content_hashes(table) for table in tables]
+        hashes = [hash_images(table).hex() for table in tables]
     else:
         whole = open_table(word, "--images")
-        contents = content_hashes(whole)
+        contents = hash_images(whole).hex()
         first = {content: row for row, content in reversed(list(enumerate(contents)))}
         if len(first) < len(whole):
             log.info(
@@ -135,7 +135,7 @@ def refuse_excluded(images: Sequence[tuple[str, str]], excluded: Sequence[str]) 
     """
     for word in excluded:
         table = open_table(word, "--exclude")
-        theirs = dict(zip(content_hashes(table), table.keys, strict=True))
+        theirs = dict(zip(hash_images(table).hex(), table.keys, strict=True))
         shared = [(name, theirs[content]) for content, name in images if content in theirs]
         if shared:
             raise UserError(

@@ -25,9 +25,8 @@ from semantic_aug.classify.models import class_order, make_model, normalisation_
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import RESULTS_FILE
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
-from semantic_aug.datasets.fingerprint import content_digest, data_identity, hash_images
+from semantic_aug.datasets.fingerprint import content_digest, data_identity, hash_images, shared_images
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.overlap import shared_images
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError, WouldDownload, no_downloads

@@ -40,8 +40,8 @@ from semantic_aug.classify.processes import Processes, is_main, leave
 from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, results_of
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
+from semantic_aug.datasets.fingerprint import refuse_known_images
 from semantic_aug.datasets.origin import RunOrigin
-from semantic_aug.datasets.overlap import refuse_known_images
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets

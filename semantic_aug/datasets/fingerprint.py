@@ -7,6 +7,7 @@ path, size and times, and only what is new or was touched is read. A time that l
 :data:`SETTLED_SECONDS` back is not trusted (the next change might carry the same one): such a file is read again.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -26,6 +27,7 @@ from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, QUESTIONS, ImageTable, file_stamp, in_threads
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
+from semantic_aug.tensors import open_array
 
 log = logging.getLogger(__name__)
 
@@ -155,13 +157,12 @@ class _Store:
         return {data[i : i + HASH_BYTES]: data[i + HASH_BYTES : i + width] for i in range(0, len(data), width)}
 
     def _rows(self) -> np.ndarray:
-        try:
-            rows = np.load(self.path)
+        rows = open_array(self.path, np.uint8)
+        if rows is None or rows.ndim != 2 or rows.shape[1] != 2 * HASH_BYTES:
+            return np.empty((0, 2 * HASH_BYTES), np.uint8)
+        with contextlib.suppress(OSError):
             os.utime(self.path)  # the least recently used files go first
-        except (OSError, ValueError, EOFError):  # absent, or cut off by a failing disk
-            rows = None
-        ours = rows is not None and rows.dtype == np.uint8 and rows.ndim == 2 and rows.shape[1] == 2 * HASH_BYTES
-        return rows if ours else np.empty((0, 2 * HASH_BYTES), np.uint8)
+        return rows
 
     def add(self, rows: np.ndarray) -> None:
         """Appends rows to what is there by now; of two processes that do so at once one may lose its own, no more."""
@@ -177,8 +178,7 @@ class _Store:
 
 def hex_digits(values: np.ndarray) -> list[str]:
     """Hashes uint8 ``(N, HASH_BYTES)``, each in hexadecimal digits."""
-    joined, digits = values.tobytes().hex(), 2 * HASH_BYTES
-    return [joined[i : i + digits] for i in range(0, len(joined), digits)]
+    return [value.tobytes().hex() for value in values]
 
 
 def hash_files(paths: Sequence[str | os.PathLike], what: str = "files") -> ContentHashes:
@@ -207,11 +207,6 @@ def hash_images(table: ImageTable) -> ContentHashes:
 
     folder = table.stamp(rows[0]) if inside else _common([file for file in files if file])
     return ContentHashes(table.keys, lambda i: table.encoded(rows[i]), stamp, folder)
-
-
-def content_hashes(table: ImageTable) -> list[str]:
-    """The hash of each row's encoded bytes, hexadecimal; zeros for an image that is missing or cannot be read."""
-    return hash_images(table).hex()
 
 
 def _encoded_file(table: ImageTable, row: int) -> str | None:
@@ -353,3 +348,41 @@ def _split_difference(name: str, then: Mapping, now: Mapping) -> str:
     return f"{name}: {after} images as before, " + (
         f"the same {' and '.join(same)}, other {' and '.join(other)}" if same else "but all others"
     )
+
+
+# --------------------------------------------------------------------------------------- images that two sets share
+
+
+def by_content(table: ImageTable) -> dict[bytes, str]:
+    """The name of each image that can be read, under its content hash."""
+    values = [value.tobytes() for value in hash_images(table).values]
+    return {value: key for value, key in zip(values, table.keys, strict=True) if value != UNREADABLE}
+
+
+def shared_images(images: ImageTable, others: ImageTable, known: ImageTable | None = None) -> list[tuple[str, str]]:
+    """Which images are among others: the name of each and its name there.
+
+    Args:
+        known: images that may be shared, such as the others' own test split, which may repeat photographs of their training
+            split; None: none.
+    """
+    names, shared = by_content(others), []
+    for key, value in zip(images.keys, hash_images(images).values, strict=True):
+        if value.tobytes() in names:
+            shared.append((key, value.tobytes()))
+    left_out = by_content(known) if shared and known is not None else {}
+    return [(key, names[value]) for key, value in shared if value not in left_out]
+
+
+def refuse_known_images(dataset: LoadedDataset, test: ImageTable, where: str) -> None:
+    """Refuses test images of another data set that this one trains on, or chooses the epoch by. Raises UserError: names one of
+    them.
+
+    Photographs that the data set's own test split shares with its other splits are accepted.
+    """
+    for kind, table in (("training", dataset.train), ("validation", dataset.val)):
+        if table is not None and (shared := shared_images(test, table, dataset.test)):
+            raise UserError(
+                f"{where} holds {len(shared)} {kind} images of {dataset.name}{dataset.setting.suffix} among its test images "
+                f"('{shared[0][0]}' is '{shared[0][1]}'): remove them from it, or give a data set of other images"
+            )

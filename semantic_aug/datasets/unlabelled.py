@@ -8,8 +8,7 @@ import numpy as np
 
 from semantic_aug import registry
 from semantic_aug.datasets.catalog import LoadedDataset, read_splits
-from semantic_aug.datasets.fingerprint import hash_images
-from semantic_aug.datasets.overlap import by_content
+from semantic_aug.datasets.fingerprint import by_content, hash_images
 from semantic_aug.datasets.readers.delimited import read_header
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk
 from semantic_aug.datasets.readers.hub import read_hub_images
