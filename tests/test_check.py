@@ -61,9 +61,9 @@ def test_unreadable_and_truncated_images(good):
     (good / "test" / "owl" / "0.png").write_text("<html>404</html>")
     report, _ = report_of(good)
     findings = kinds(report)["unreadable image"]
-    assert findings.count == 3 and findings.problem and all("\n" not in line for line in findings.examples)
-    assert any("0.png is empty" in line for line in findings.examples)
-    assert sum("1.png cannot be decoded" in line for line in findings.examples) == 1
+    assert len(findings.cases) == 3 and findings.problem and all("\n" not in line for line in findings.cases)
+    assert any("0.png is empty" in line for line in findings.cases)
+    assert sum("1.png cannot be decoded" in line for line in findings.cases) == 1
 
 
 def test_exact_duplicates_within_and_across_splits(good):
@@ -73,8 +73,8 @@ def test_exact_duplicates_within_and_across_splits(good):
     report, _ = report_of(good)
     findings = kinds(report)
     leak = findings["exact duplicate across splits (a leak)"]
-    assert leak.problem and leak.examples == ["train/owl/2.png = test/owl/copy.png"]
-    assert findings["exact duplicate under two labels"].examples == ["train/owl/1.png = train/toad/copy.png"]
+    assert leak.problem and list(leak.cases) == ["train/owl/2.png = test/owl/copy.png"]
+    assert list(findings["exact duplicate under two labels"].cases) == ["train/owl/1.png = train/toad/copy.png"]
     assert not findings["exact duplicate within a class of a split"].problem
     assert report.findings[0].problem and not any("near" in kind for kind in findings)
 
@@ -85,9 +85,11 @@ def test_near_duplicates_within_and_across_splits(good):
     image.resize((160, 144)).save(good / "test" / "owl" / "larger.png")
     report, _ = report_of(good)
     findings = kinds(report)
-    assert findings["near duplicates within a class of a split"].examples == ["train/owl/0.png ~ train/owl/again.jpg"]
+    assert list(findings["near duplicates within a class of a split"].cases) == [
+        "train/owl/0.png ~ train/owl/again.jpg"
+    ]
     across = findings["near duplicates across splits (a possible leak)"]
-    assert across.count == 2 and "train/owl/0.png ~ test/owl/larger.png" in across.examples and not across.problem
+    assert len(across.cases) == 2 and "train/owl/0.png ~ test/owl/larger.png" in across.cases and not across.problem
 
 
 def test_odd_modes_and_sizes(good):
@@ -108,7 +110,7 @@ def test_odd_modes_and_sizes(good):
     picture.resize((20, 20)).save(owl / "small.png")
     picture.resize((400, 100)).save(owl / "long.png")
     report, _ = report_of(good)
-    odd = {kind.removeprefix("odd image: "): f.examples for kind, f in kinds(report).items() if "odd" in kind}
+    odd = {kind.removeprefix("odd image: "): list(f.cases) for kind, f in kinds(report).items() if "odd" in kind}
     for word, name in (
         ("greyscale", "grey.png"),
         ("alpha channel", "alpha.png"),
@@ -133,29 +135,29 @@ def test_names_that_collide_and_classes_without_images(good, caplog):
     report, _ = report_of(good)
     findings = kinds(report)
     (collision,) = [f for kind, f in findings.items() if kind.startswith("class names that collide")]
-    assert collision.problem and collision.examples == ["'Barn_Owl' = 'barn owl'"]
-    assert findings["class without a test image"].examples == ["Barn_Owl", "barn owl"]
+    assert collision.problem and list(collision.cases) == ["'Barn_Owl' = 'barn owl'"]
+    assert list(findings["class without a test image"].cases) == ["Barn_Owl", "barn owl"]
 
 
 def test_missing_splits_are_told(good):
     shutil.rmtree(good / "val")
     shutil.rmtree(good / "test")
     report, _ = report_of(good)
-    assert [f.examples[0].split()[0] for f in report.findings] == ["val", "test"] and not report.problems
+    assert [f.cases[0].split()[0] for f in report.findings] == ["val", "test"] and not report.problems
 
 
 def test_a_class_without_training_images_is_a_problem(good):
     splits = read_folder(good)
     train = splits["train"].take(np.flatnonzero(splits["train"].labels == 0))
     report, _ = check.check(find_spec(f"folder:{good}"), {**splits, "train": train})
-    assert [f.examples for f in report.problems] == [["toad"]]
+    assert [list(f.cases) for f in report.problems] == [["toad"]]
 
 
 def test_bombs_are_named(good):
     Image.new("1", (20000, 20000)).save(good / "train" / "owl" / "bomb.png")
     report, _ = report_of(good)
     (problem,) = report.problems
-    assert problem.count == 1 and "bomb.png" in problem.examples[0] and "decompression bomb" in problem.examples[0]
+    assert len(problem.cases) == 1 and "bomb.png" in problem.cases[0] and "decompression bomb" in problem.cases[0]
 
 
 def test_a_text_chunk_that_unpacks_to_gigabytes_is_passed_over():

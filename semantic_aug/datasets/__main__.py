@@ -115,10 +115,10 @@ def run_check(word: str, output_dir: Path, strict: bool, workers: int | None, co
     for side, (low, median, high) in report.sizes.items():
         _say(f"  {side:<6}{low:>8} to {high} pixels, median {median}")
     for finding in report.findings:
-        _say(f"{'PROBLEM' if finding.problem else 'warning'}: {finding.kind}: {finding.count}")
-        _say(*(f"    {example}" for example in finding.examples[:SHOWN]))
-        if finding.count > SHOWN:
-            _say(f"    ... and {finding.count - SHOWN} more, named in the JSON")
+        _say(f"{'PROBLEM' if finding.problem else 'warning'}: {finding.kind}: {len(finding.cases)}")
+        _say(*(f"    {case}" for case in finding.cases[:SHOWN]))
+        if len(finding.cases) > SHOWN:
+            _say(f"    ... and {len(finding.cases) - SHOWN} more, named in the JSON")
     folder = registry.resolve_path(output_dir)
     with files.atomic_path(folder / f"{spec.name}.png") as temporary:
         sheet.save(temporary, "PNG")

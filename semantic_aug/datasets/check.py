@@ -7,8 +7,8 @@ difference hash: 256 bits, each saying whether one of 16 x 17 grey values is dar
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -52,16 +52,6 @@ class Summary:
 
 
 @dataclass
-class Finding:
-    """One kind of trouble: how many cases, the first thousand by name, and whether it fails the check."""
-
-    kind: str
-    count: int
-    examples: list[str]
-    problem: bool
-
-
-@dataclass
 class Report:
     """What :func:`check` found: images of each class by split (``counts``), and the smallest, median and largest width and
     height (``sizes``)."""
@@ -70,16 +60,20 @@ class Report:
     class_names: list[str]
     counts: dict[str, list[int]]
     sizes: dict[str, list[int]] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Note] = field(default_factory=list)
 
     @property
-    def problems(self) -> list[Finding]:
+    def problems(self) -> list[Note]:
         """The findings that fail the check."""
         return [finding for finding in self.findings if finding.problem]
 
     def as_dict(self) -> dict:
-        """For a JSON file."""
-        return {**asdict(self), "passed": not self.problems}
+        """For a JSON file; of each finding the first thousand cases."""
+        findings = [
+            {"kind": f.kind, "count": len(f.cases), "examples": f.cases[:MAX_EXAMPLES], "problem": f.problem}
+            for f in self.findings
+        ]
+        return {**vars(self), "findings": findings, "passed": not self.problems}
 
 
 def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str, ...]:
@@ -117,8 +111,8 @@ def difference_hash(image: Image.Image) -> bytes:
     return np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
 
 
-def look_at(table: ImageTable, index: int, split: str, thumbnail: bool = False) -> Summary:
-    """Opens one image as it is stored and decodes it."""
+def summarize(table: ImageTable, index: int, split: str, thumbnail: bool = False) -> Summary:
+    """Opens and decodes one image."""
     summary = Summary(split, int(table.labels[index]), table.keys[index])
     try:
         source = table.encoded(int(table.rows[index])) if table.encoded is not None else None
@@ -180,19 +174,14 @@ def check(
     splits = {split: splits[split] for split in SPLITS if split in splits}
     names = splits["train"].class_names
     report = Report(spec.name, list(names), {split: table.counts().tolist() for split, table in splits.items()})
-    shown = _shown(splits["train"])
+    on_sheet = _rows_on_sheet(splits["train"])
     tasks = [(table, i, split) for split, table in splits.items() for i in range(len(table))]
-    summaries = in_threads(lambda task: look_at(*task, task[2] == "train" and task[1] in shown), tasks, workers)
+    summaries = in_threads(lambda task: summarize(*task, task[2] == "train" and task[1] in on_sheet), tasks, workers)
     summaries = list(progress(summaries, len(tasks)) if progress else summaries)
-    for note in notes:
-        _add(report, note.kind, note.cases, note.problem)
-    _classes(report, spec, splits)
-    bad = [image for image in summaries if image.error]
-    _add(report, "unreadable image", (image.error for image in bad), True)
+    unreadable = Note("unreadable image", tuple(image.error for image in summaries if image.error), True)
     good = [image for image in summaries if not image.error]
-    _duplicates(report, good)
-    _odd_images(report, good)
-    report.findings.sort(key=lambda finding: not finding.problem)
+    findings = [*notes, *_classes(report, spec), unreadable, *_duplicates(good), *_odd_images(good)]
+    report.findings = sorted((f for f in findings if f.cases), key=lambda finding: not finding.problem)
     if good:
         sizes = np.array([image.size for image in good])
         for word, values in zip(("width", "height"), sizes.T, strict=True):
@@ -200,63 +189,53 @@ def check(
     return report, contact_sheet(report, good)
 
 
-def _shown(table: ImageTable) -> set[int]:
-    """Rows on the contact sheet: the first of each class."""
-    taken: dict[int, int] = defaultdict(int)
-    rows = set()
-    for row, label in enumerate(table.labels.tolist()):
-        if taken[label] < SHEET_COLUMNS and label < SHEET_ROWS:
-            taken[label] += 1
-            rows.add(row)
-    return rows
+def _rows_on_sheet(table: ImageTable) -> set[int]:
+    """The first rows of each class."""
+    rows_of_class = (np.flatnonzero(table.labels == label)[:SHEET_COLUMNS] for label in range(SHEET_ROWS))
+    return {row for rows in rows_of_class for row in rows.tolist()}
 
 
-def _add(report: Report, kind: str, cases: Iterable[str], problem: bool) -> None:
-    cases = list(cases)
-    if cases:
-        report.findings.append(Finding(kind, len(cases), cases[:MAX_EXAMPLES], problem))
-
-
-def _classes(report: Report, spec: DatasetSpec, splits: Splits) -> None:
+def _classes(report: Report, spec: DatasetSpec) -> Iterator[Note]:
     names = report.class_names
-    empty = [name for name, count in zip(names, report.counts["train"], strict=True) if count == 0]
-    _add(report, "class without a training image", empty, True)
-    for split in ("val", "test"):
-        if split not in splits:
-            say = "one is held out of train" if split == "val" else "nothing can be tested"
-            _add(report, "missing split", [f"{split} ({say})"], False)
-            continue
-        lacking = [name for name, count in zip(names, report.counts[split], strict=True) if count == 0]
-        _add(report, f"class without a {split} image", lacking, False)
+
+    def empty(split: str) -> tuple[str, ...]:
+        return tuple(name for name, count in zip(names, report.counts[split], strict=True) if count == 0)
+
+    yield Note("class without a training image", empty("train"), True)
+    for split, consequence in (("val", "one is held out of train"), ("test", "nothing can be tested")):
+        if split in report.counts:
+            yield Note(f"class without a {split} image", empty(split))
+        else:
+            yield Note("missing split", (f"{split} ({consequence})",))
     spellings = defaultdict(list)
     for name, prompt_name in zip(names, prompt_names(tuple(names), spec), strict=True):
-        spellings[folded(prompt_name.replace("-", " "))].append(name)
-    alike = [" = ".join(f"'{name}'" for name in group) for group in spellings.values() if len(group) > 1]
-    _add(report, "class names that collide (case, spaces, hyphens and underscores aside)", alike, True)
+        spellings[folded(prompt_name.replace("-", " "))].append(f"'{name}'")
+    alike = tuple(" = ".join(group) for group in spellings.values() if len(group) > 1)
+    yield Note("class names that collide (case, spaces, hyphens and underscores aside)", alike, True)
 
 
 def _name_of(image: Summary) -> str:
     return image.key if image.key.split("/")[0] == image.split else f"{image.split}: {image.key}"
 
 
-def _duplicates(report: Report, images: Sequence[Summary]) -> None:
+def _duplicates(images: Sequence[Summary]) -> Iterator[Note]:
     by_digest = defaultdict(list)
     for image in images:
         by_digest[image.digest].append(image)
-    kinds: dict[str, list[str]] = defaultdict(list)
+    exact: dict[str, list[str]] = defaultdict(list)
     for group in by_digest.values():
         if len(group) > 1:
-            kinds[_relation(group)].append(" = ".join(map(_name_of, group[:4])))
-    _add(report, "exact duplicate across splits (a leak)", kinds["splits"], True)
-    _add(report, "exact duplicate under two labels", kinds["labels"], True)
-    _add(report, "exact duplicate within a class of a split", kinds["same"], False)
+            exact[_relation(group)].append(" = ".join(map(_name_of, group[:4])))
+    yield Note("exact duplicate across splits (a leak)", tuple(exact["splits"]), True)
+    yield Note("exact duplicate under two labels", tuple(exact["labels"]), True)
+    yield Note("exact duplicate within a class of a split", tuple(exact["same"]))
     firsts = [group[0] for group in by_digest.values()]
     near: dict[str, list[str]] = defaultdict(list)
     for a, b in near_pairs([image.hash for image in firsts]):
         near[_relation((firsts[a], firsts[b]))].append(f"{_name_of(firsts[a])} ~ {_name_of(firsts[b])}")
-    _add(report, "near duplicates across splits (a possible leak)", near["splits"], False)
-    _add(report, "near duplicates under two labels", near["labels"], False)
-    _add(report, "near duplicates within a class of a split", near["same"], False)
+    yield Note("near duplicates across splits (a possible leak)", tuple(near["splits"]))
+    yield Note("near duplicates under two labels", tuple(near["labels"]))
+    yield Note("near duplicates within a class of a split", tuple(near["same"]))
 
 
 def _relation(group: Sequence[Summary]) -> str:
@@ -265,13 +244,12 @@ def _relation(group: Sequence[Summary]) -> str:
     return "labels" if len({image.label for image in group}) > 1 else "same"
 
 
-def _odd_images(report: Report, images: Sequence[Summary]) -> None:
-    kinds = defaultdict(list)
+def _odd_images(images: Sequence[Summary]) -> list[Note]:
+    cases = defaultdict(list)
     for image in images:
         for kind in image.oddities:
-            kinds[kind].append(image)
-    for kind, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        _add(report, f"odd image: {kind}", map(_name_of, cases), False)
+            cases[f"odd image: {kind}"].append(_name_of(image))
+    return [Note(kind, tuple(names)) for kind, names in sorted(cases.items(), key=lambda item: -len(item[1]))]
 
 
 def contact_sheet(report: Report, images: Sequence[Summary]) -> Image.Image:
