@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from semantic_aug.datasets import encoded
-from semantic_aug.datasets.encoded import sniff
-from semantic_aug.datasets.images import image_size, open_image, read_image
+from semantic_aug.datasets import images
+from semantic_aug.datasets.images import image_size, open_image, read_image, sniff
 from semantic_aug.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
@@ -119,7 +118,7 @@ def test_damaged_tiff_entries_beside_the_pixels_change_no_pixel(capfd):
     start, count = struct.unpack_from("<I", clean, 4)[0], struct.unpack_from("<H", clean, 8)[0]
     (count,) = struct.unpack_from("<H", clean, start)
     entries = range(start + 2, start + 2 + 12 * count, 12)
-    beside = [at for at in entries if struct.unpack_from("<H", clean, at)[0] not in encoded._PIXEL_TAGS]
+    beside = [at for at in entries if struct.unpack_from("<H", clean, at)[0] not in images._PIXEL_TAGS]
     assert len(beside) >= 5
     for _ in range(300):
         broken = bytearray(clean)
@@ -255,7 +254,7 @@ def test_pipes_and_folders_are_named_and_never_waited_for(tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000"])
 def test_formats_are_known_by_their_first_bytes(kind):
-    assert sniff(stored(PICTURE, kind)[: encoded.HEAD]) == kind
+    assert sniff(stored(PICTURE, kind)[: images.HEAD]) == kind
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"BMW is a car, not a bitmap", b"%PDF-1.7", b"PK\3\4", b"II"])

@@ -3,10 +3,9 @@
 import contextlib
 import os
 import shlex
-import shutil
 import socket
+import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from semantic_aug import registry
@@ -14,6 +13,7 @@ from semantic_aug.datasets import catalog
 from semantic_aug.datasets.readers.hub import answers
 from semantic_aug.datasets.spec import DatasetSpec
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
+from semantic_aug.files import no_trace
 
 ROOT = Path("outputs/datasets")
 SILENCE_SECONDS = 60.0
@@ -71,7 +71,12 @@ def download_official(spec: DatasetSpec, root: Path) -> Path:
         )
     import torchvision.datasets  # takes seconds, so after everything that can refuse
 
-    with _temporary_folder(root / f".{spec.name}-{os.getpid()}.part") as temporary, _silence_limit():
+    with no_trace(root, ()), contextlib.ExitStack() as stack:
+        root.mkdir(parents=True, exist_ok=True)
+        options = {"prefix": f".{spec.name}-", "suffix": ".part", "dir": root}
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(**options)))
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(SILENCE_SECONDS)
         try:
             if spec.archive:
                 torchvision.datasets.utils.download_and_extract_archive(name, temporary)
@@ -82,27 +87,3 @@ def download_official(spec: DatasetSpec, root: Path) -> Path:
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"the download of data set '{spec.name}' failed ({reason}): try again") from None
     return root / folder
-
-
-@contextlib.contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """A folder that is gone at the end, and so are the folders made for it that nothing else is in."""
-    parents = [parent for parent in folder.parents if not parent.exists()]
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        for parent in parents:
-            with contextlib.suppress(OSError):  # the data set is in it
-                parent.rmdir()
-
-
-@contextlib.contextmanager
-def _silence_limit() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

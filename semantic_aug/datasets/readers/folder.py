@@ -13,8 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from semantic_aug.datasets.encoded import HEAD, HEIC, sniff
-from semantic_aug.datasets.images import EXTENSIONS, HEIC_REMEDY, reads_heic
+from semantic_aug.datasets.images import EXTENSIONS, HEAD, HEIC, HEIC_REMEDY, reads_heic, sniff
 from semantic_aug.datasets.readers import captions
 from semantic_aug.datasets.readers.notes import note
 from semantic_aug.datasets.spec import Splits, split_of, unify

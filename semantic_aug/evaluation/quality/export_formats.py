@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from semantic_aug import files, meta_csv
 from semantic_aug.datasets import ImageTable
-from semantic_aug.datasets.encoded import HEAD, sniff
-from semantic_aug.datasets.images import reads_alike
+from semantic_aug.datasets.images import HEAD, reads_alike, sniff
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
