@@ -211,7 +211,7 @@ def result_settings(cls: builtins.type) -> tuple[str, ...]:
 
 
 def absent_values(*classes: builtins.type) -> dict[str, Any]:
-    """What a record without a setting means, by name: ``absent`` of those that declare it."""
+    """The values that records without these settings stand for, by name: ``absent`` of the settings that declare it."""
     declared = {name: f.metadata["absent"] for cls in classes for name, f in settings_of(cls).items()}
     return {name: value for name, value in declared.items() if value is not MISSING}
 

@@ -1,4 +1,4 @@
-"""What the user sees besides results: plain log lines, and libraries kept quiet."""
+"""Output besides results: plain log lines, quiet libraries, tables in Markdown."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ def set_up_logging(main_process: bool = True) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own advice, bars and usage reports out; to be called before they are imported."""
+    """Silences the libraries' advice, bars and usage reports; to be called before they are imported."""
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_HUB_DISABLE_TELEMETRY", "1"),

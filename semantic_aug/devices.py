@@ -26,7 +26,7 @@ def available_memory() -> int:
 
 
 def cgroup_rooms(membership: Path = MEMBERSHIP, mounts: Path = CGROUPS) -> Iterator[int]:
-    """What each limited control group around this process still allows, in bytes; page cache counts as free. Version 2 is
+    """The bytes that each limited control group around this process still allows; page cache counts as free. Version 2 is
     mounted at ``mounts``, version 1 in its folder ``memory``."""
     try:
         lines = membership.read_text().splitlines()
@@ -68,7 +68,7 @@ def gpu_count() -> int:
 
 
 def launched() -> int:
-    """How many processes a launcher started, on all machines; 1 without one."""
+    """The number of processes that a launcher started, on all machines; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

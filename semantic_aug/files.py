@@ -52,7 +52,7 @@ def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # a dead process's of the same number
+    temporary.unlink(missing_ok=True)  # left by a killed process of the same number
     try:
         yield temporary
         if flush:
@@ -71,13 +71,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def csv_writer(path: Path) -> Iterator[Any]:
-    """What writes the rows of a CSV that appears whole or not at all."""
+    """A writer of the rows of a CSV file, which appears whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
         yield csv_rows(out)
 
 
 def csv_rows(out: IO[str]) -> Any:
-    """The writer of the rows of a CSV into an open text file."""
+    """A writer of CSV rows into an open text file."""
     return csv.writer(_LineFeeds(out), lineterminator="\r\n")
 
 
@@ -162,7 +162,7 @@ def locked(path: Path, shared: bool = False, wait: bool = True, waiting_for: str
             _take(handle, path, shared, wait, waiting_for)
             if _is_same_file(handle, path):
                 break
-            held.close()  # whoever held it left no trace of its folder: the lock is of a file that is gone
+            held.close()  # the former holder removed the folder: this is the lock of a removed file
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
@@ -175,7 +175,7 @@ def _opened_lock(path: Path) -> IO[str]:
         try:
             return open(path, "a+")
         except FileNotFoundError:
-            continue  # the folder went between the two calls
+            continue  # the folder was removed between the two calls
 
 
 def _take(handle: IO[str], path: Path, shared: bool, wait: bool, waiting_for: str) -> None:
@@ -256,7 +256,7 @@ def size_text(size: int) -> str:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it says that a disk, a quota or a limit on file sizes is exhausted."""
+    """Whether a disk, a quota or a limit on file sizes is exhausted."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

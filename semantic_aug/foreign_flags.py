@@ -98,8 +98,8 @@ INSTEAD = {
 
 
 def instead_of(word: str, command: str, flags: Collection[str]) -> str | None:
-    """What to give instead of a word of the command line, with or without ``=VALUE``; None where it is no foreign flag of the
-    stage whose script is called ``command``."""
+    """The replacement of an argument of the command line, with or without ``=VALUE``; None where it is no foreign flag of the
+    script ``command``."""
     flag = word.split("=")[0]
     underscored = "--" + flag[2:].replace("-", "_")
     if flag in flags or not flag.startswith("-"):

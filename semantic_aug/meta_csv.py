@@ -28,8 +28,8 @@ FURTHER_COLUMNS = ("Source Image", "Seed")
 SOURCE_COLUMNS = ("Source Image", "Partner Image")
 """Columns that name training images from which an image was made; a partner is of the target class."""
 UNLABELLED_COLUMNS = ("Unlabelled Image", "Source Label")
-"""Of images made from unlabelled ones: the source's name in its pool, and what is known of its class, as JSON
-``{"class name": weight, ...}``, or :data:`EVEN` for all classes alike. Empty of all other images."""
+"""Columns of images made from unlabelled ones: the source's name in its pool, and the weights of its possible classes, as JSON
+``{"class name": weight, ...}``, or :data:`EVEN` for equal weights of all classes. Empty for all other images."""
 EVEN = "even"
 _SLUG_LENGTH = 60
 _RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
@@ -168,14 +168,14 @@ def read(path: Path) -> MetaTable:
 
 
 def source_labels(table: MetaTable, file: Path) -> tuple[np.ndarray, list[dict[str, float]]]:
-    """What is known of the classes of unlabelled sources.
+    """The weights of the possible classes of unlabelled sources.
 
     Args:
         file: of the table, for errors.
 
     Returns:
         int64 ``(N,)``, position of each row's label in the list, -1 of a labelled source; and the labels, class names with
-        weights above 0, empty where all classes are alike.
+        weights above 0, empty where all classes have the same weight.
 
     Raises:
         UserError: a cell is neither a label nor empty.

@@ -101,7 +101,7 @@ def folded(name: str) -> str:
 
 
 _CATALOGUE = re.compile(r"^(?:\d+\.\s*(?=\D)|n\d{8}[-_ ])")
-"""What official downloads put before a name: CUB's ``001.``, WordNet's ``n02085620-``; not the numbers of "707-320"."""
+"""Prefixes of names in official downloads: CUB's ``001.``, WordNet's ``n02085620-``; not the numbers of "707-320"."""
 
 
 def _bare(name: str) -> str:
@@ -119,7 +119,7 @@ ORIGINAL_NAMES = {
     "caltech": {"Faces": "faces", "Faces_easy": "faces easy", "Leopards": "leopards", "Motorbikes": "motorbikes"},
     "flower": {"cyclamen": "cyclamen ", "hippeastrum": "hippeastrum "},
 }
-"""By data set, the names that the original implementation spells by no rule; those of flower end with a space there."""
+"""By data set, the class names that follow no rule in the original implementation; those of flower end with a space there."""
 
 
 def original_name(name: str, dataset: str) -> str:
@@ -266,7 +266,7 @@ _LEAD = re.compile(
     r"^(?:(?:an?|the|one)\s+)?(?:[\w-]+\s+){0,2}(?:photo|photograph|picture|image|view|shot|rendering|drawing)s?\s+of\s+$",
     re.IGNORECASE,
 )
-"""What a caption may put before its class without saying anything of the picture: "a close-up photo of"."""
+"""Beginnings of captions that tell nothing about the picture: "a close-up photo of"."""
 _NO_ADJECTIVE = r"(?!(?:an?|the|of|in|on|at|by|with|and|or|to|from|near|under|over|behind|beside|is|are)\b)"
 
 
@@ -294,7 +294,7 @@ def read_contexts(path: str, flag: str = "--contexts") -> tuple[str, ...]:
 
 
 def context_of(caption: str, names: Sequence[str], super_class: str = "") -> str:
-    """What a caption says besides its class; empty where it says nothing else.
+    """The context in a caption: its text without the class; may be empty.
 
     The class is cut from the caption's start, with what leads to it ("a photo of a small red fox asleep" -> "asleep");
     where it stands further back, "it" takes its place ("snow around a red fox" -> "snow around it").

@@ -41,13 +41,13 @@ LORA_FILES = (
     "pytorch_model.bin",
     "model.safetensors",
 )
-"""What is looked for, in this order, where a ``lora_path`` is a folder."""
+"""Names of the file in a ``lora_path`` that is a folder, in the order in which they are looked for."""
 TOKEN_FILES = ("learned_embeds.safetensors", "learned_embeds-steps-last.bin")
-"""What is looked for, in this order, where an ``embed_path`` is a folder."""
+"""Names of the file in an ``embed_path`` that is a folder, in the order in which they are looked for."""
 TOKENS_PER_CLASS = ("*/learned_embeds.bin", "*/learned_embeds.safetensors", "*.pt", "*.bin")
-"""Where it holds neither: the files of its classes, by the first pattern that any file has."""
+"""Patterns of files of single classes in a folder without such a file; the first pattern with a match counts."""
 ADAPTER_CONFIG = "adapter_config.json"
-"""Of a LoRA that PEFT saved, beside its file: the scale is there."""
+"""The settings beside a LoRA that PEFT saved, its scale among them."""
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
@@ -69,8 +69,7 @@ def shown_path(path: str | os.PathLike) -> str:
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """Where one fine-tuned model's parts are: the base model, the file of the U-Net LoRA and that of the class tokens, or
-    None."""
+    """The parts of one fine-tuned model: the base model, the file of the U-Net LoRA and that of the class tokens, or None."""
 
     model_path: str
     lora_path: Path | None
@@ -303,7 +302,7 @@ class RecipeRow:
 
 
 def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeRow]:
-    """The rows that a recipe of ``recipes.yaml`` has for a stage; of the folder's file, else of the one that comes with us.
+    """The rows that a recipe of ``recipes.yaml`` has for a stage; from the folder's file, else from the repository's.
 
     Args:
         stage: ``train_lora``, ``sample_mp`` or ``train_cls``.

@@ -17,21 +17,16 @@ from semantic_aug.files import csv_writer, write_text
 
 ARGS_FILE = "args.yaml"
 MADE_FROM, SPOILED = "made_from", "spoiled"
-"""What a record keeps beside the arguments: the run's origin, and why it must not be resumed."""
+"""Entries of a record beside the arguments: the run's origin, and why it must not be resumed."""
 SPLIT_TITLES = {"test": "test", "val": "validation"}
 """Splits that a classifier may be judged on, by their order of preference -> what tables call them."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "timm", "datasets", "numpy", "pillow")
 
 
-def number_text(value: float) -> str:
-    """A number as folder names spell it: ``5``, ``0.01``, ``0.5``."""
-    return f"{value:g}"
-
-
 def setting_suffix(examples_per_class: int = -1, task: str = "vanilla", imbalance_factor: float = 1.0) -> str:
-    """What marks the output folders of a setting: ``_5shot``, ``_imb0.01``, both, or nothing for all data."""
+    """The suffix of a setting's output folders: ``_5shot``, ``_imb0.01``, both, or nothing for all data."""
     shots = f"_{examples_per_class}shot" if examples_per_class > 0 else ""
-    return shots + (f"_imb{number_text(imbalance_factor)}" if task == "imbalanced" else "")
+    return shots + (f"_imb{imbalance_factor:g}" if task == "imbalanced" else "")
 
 
 def finetune_dir(strategy: str, dataset: str, suffix: str) -> str:
@@ -41,7 +36,7 @@ def finetune_dir(strategy: str, dataset: str, suffix: str) -> str:
 
 def subset_name(strategy: str, multiplier: float, key: str | None, strength: str) -> str:
     """``{strategy}-Multi{m}-{checkpoint key, or 'base'}-Strength{s | Uniform}``."""
-    return f"{strategy}-Multi{number_text(multiplier)}-{key or 'base'}-Strength{strength}"
+    return f"{strategy}-Multi{multiplier:g}-{key or 'base'}-Strength{strength}"
 
 
 def aug_samples_dir(suffix: str) -> str:
@@ -85,7 +80,7 @@ def differences(
     ignored: Sequence[str] = (),
     absent: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
-    """What differs between two sets of arguments, each as ``name: old -> new``; of a group of arguments each that differs.
+    """The differences between two sets of arguments, each as ``name: old -> new``; groups of arguments are compared one by one.
 
     Args:
         ignored: names that may differ.
@@ -118,13 +113,13 @@ def judged_split(results: Mapping[str, Any]) -> str | None:
 
 
 class Origin(Protocol):
-    """What a run is made from, apart from its arguments: data and weights by content."""
+    """The origin of a run, apart from its arguments: data and weights by content."""
 
     def describe(self) -> Mapping[str, Any]:
         """The record, plain values; asked for when the arguments agree, since it may take reading many images."""
 
     def compare(self, kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-        """What differs between a kept record and the present one, in words; empty where nothing does."""
+        """The differences between a kept record and the present one, in words; empty where there are none."""
 
 
 def claim(

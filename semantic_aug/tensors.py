@@ -88,7 +88,7 @@ def save_tensors(
 
 
 def read_metadata(entries: Mapping[str, str] | None, *lists: str) -> dict[str, Any]:
-    """What :func:`save_tensors` kept in a file's header; earlier versions wrote an entry for each value.
+    """The metadata that :func:`save_tensors` wrote into a file's header; earlier versions wrote an entry for each value.
 
     Args:
         entries: of the header, as ``safe_open(...).metadata()`` gives them.

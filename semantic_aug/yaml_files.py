@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """What a value read from YAML is, for errors."""
+    """A description of a value read from YAML, for errors."""
     if value is None:
         return "nothing"
     if isinstance(value, Mapping):
@@ -189,7 +189,7 @@ def _inserted(text: str, mapping: yaml.MappingNode, block: Mapping) -> str:
         end = mapping.end_mark.index - 1  # the closing brace
         return text[:end] + (", " if mapping.value else "") + to_text(block, flow=True).strip()[1:-1] + text[end:]
     last = mapping.value[-1][1]
-    while isinstance(last, yaml.CollectionNode) and not last.flow_style:  # whose own end lies behind comments
+    while isinstance(last, yaml.CollectionNode) and not last.flow_style:  # its own end lies behind comments
         last = last.value[-1][1] if isinstance(last, yaml.MappingNode) else last.value[-1]
     end = last.end_mark.index
     end = end if text[end - 1] == "\n" else text.index("\n", end) + 1

@@ -30,7 +30,7 @@ from semantic_aug.tensors import create_array, open_array
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "ram", "disk", "off")
-"""What ``--cache`` takes.
+"""Values of ``--cache``.
 
 ``ram``: decoded at the start into this process's memory. ``disk``: into the cache's folder. ``off``: each time anew.
 ``auto``: ``ram`` for what takes seconds to decode, ``disk`` for more, and what does not fit there goes to ``ram`` or ``off``.
@@ -41,7 +41,7 @@ FREE_SHARE = 0.8
 """Share of the disk's free space the cache may take."""
 SMALL_BYTES = 256 << 20
 KINDS = ("pixels-*.npy", "features-*.npy", "hashes-*.npy", "teachers/*")
-"""What lies in the folder; all count towards the bound and go by the same rule."""
+"""Contents of the folder; all count towards the bound and are removed by the same rule."""
 REMOVED = ".removed"
 """Ends the name of a folder that is being removed."""
 VERSION = 3
@@ -123,7 +123,7 @@ def open_pixels(
 
 
 class NoRoom(Exception):
-    """The disk or the bound does not hold it."""
+    """The disk or the bound has too little room."""
 
 
 def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
@@ -135,7 +135,7 @@ def _fill(pixels: np.ndarray, decode: Decode, workers: int | None) -> None:
         pass
 
 
-def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: int | None) -> np.ndarray:
+def _from_disk(decode: Decode, shape: tuple[int, ...], identity: str, workers: int | None) -> np.ndarray | None:
     folder = cache_folder()
     path = folder / f"pixels-{sha256_text(f'{VERSION} {identity} {shape}')[:32]}.npy"
     pixels = _map(path, shape)
@@ -160,8 +160,8 @@ def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.asarray(pixels)
 
 
-def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | None) -> np.ndarray:
-    part = path.with_suffix(".part")  # one builder at a time: the lock is ours, so a file there is a dead one's
+def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | None) -> np.ndarray | None:
+    part = path.with_suffix(".part")  # this process holds the lock, so an existing file was left by a killed one
     part.unlink(missing_ok=True)
     size = int(np.prod(shape))
     make_room(path.parent, size)
@@ -173,14 +173,11 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    mapped = _map(path, shape)
-    if mapped is None:
-        raise OSError(f"{path} is not what was written a moment ago")
-    return mapped
+    return _map(path, shape)
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Removes what was least recently used until ``size`` bytes fit. Raises NoRoom: they do not fit even then."""
+    """Removes the least recently used entries until ``size`` bytes fit. Raises NoRoom: they do not fit even then."""
     entries = sorted(entry for kind in KINDS for path in folder.glob(kind) if (entry := _entry(path)) is not None)
     held, bound = sum(entry[1] for entry in entries), cache_bound()
     free = int(shutil.disk_usage(folder).free * FREE_SHARE)
@@ -197,7 +194,7 @@ def make_room(folder: Path, size: int) -> None:
 
 
 def _entry(path: Path) -> tuple[int, int, Path] | None:
-    """When a file or a folder was last used, its bytes and its path; None where another process removes it just now."""
+    """The time of the last use of a file or a folder, its bytes and its path; None where another process is removing it."""
     with contextlib.suppress(OSError):
         if not path.is_dir():
             status = path.stat()
@@ -215,11 +212,11 @@ def _removed(path: Path) -> bool:
         return True
     doomed = path.with_name(f"{path.name.removesuffix(REMOVED)}{REMOVED}")
     with contextlib.suppress(OSError), open(path / LOCK_FILE, "a+") as lock:
-        # an error where it is held, and where the file system has no locks to tell
+        # raises OSError where another process holds it, and on a file system without locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK_FILE)):
-            return False  # another process has just made the folder anew
-        path.rename(doomed)  # who waits for the lock makes the folder anew
+            return False  # another process has just made the folder again
+        path.rename(doomed)  # a process that waits for the lock makes the folder again
         shutil.rmtree(doomed)
         return True
     return False

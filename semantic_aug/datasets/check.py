@@ -1,4 +1,4 @@
-"""Looking a data set over before anything is trained on it: files, duplicates, leaks, odd images, class names.
+"""Checks of a data set before training: unreadable files, duplicates, leaks, odd images, class names.
 
 Every image is opened once, by several threads. Duplicates are found by the SHA-256 of the stored bytes, near duplicates by a
 difference hash: 256 bits, each saying whether one of 16 x 17 grey values is darker than its right neighbour.
@@ -38,7 +38,7 @@ SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 200, 96
 
 @dataclass
 class Summary:
-    """What was found in one image; ``error`` alone is set where it cannot be read."""
+    """Properties of one image; ``error`` alone is set where it cannot be read."""
 
     split: str
     label: int
@@ -53,7 +53,7 @@ class Summary:
 
 @dataclass
 class Report:
-    """What :func:`check` found: images of each class by split (``counts``), and the smallest, median and largest width and
+    """The result of :func:`check`: images of each class by split (``counts``), and the smallest, median and largest width and
     height (``sizes``)."""
 
     name: str
@@ -77,7 +77,7 @@ class Report:
 
 
 def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str, ...]:
-    """What is unusual about an image of an upright size (width, height), stored so in a file of this name."""
+    """Unusual properties of an image of upright size (width, height), by how a file of this name stores it."""
     oddities = []
     if stored.mode in ("1", "L"):
         oddities.append("greyscale")
@@ -168,7 +168,7 @@ def near_pairs(hashes: Sequence[bytes], bits: int = NEAR_BITS) -> list[tuple[int
 def check(
     spec: DatasetSpec, splits: Splits, workers: int | None = None, progress=None, notes: Sequence[Note] = ()
 ) -> tuple[Report, Image.Image]:
-    """Looks at every image of a data set, whose splits are as the source gives them, with the notes taken when they were
+    """Checks every image of a data set, whose splits are as the source gives them, with the notes taken when they were
     read; ``progress`` wraps the iterable of images. Returns the report, and a contact sheet of the first images of each
     class."""
     splits = {split: splits[split] for split in SPLITS if split in splits}

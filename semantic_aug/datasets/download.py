@@ -1,4 +1,4 @@
-"""Getting a registered data set: torchvision downloads official archives, the hub's library what the hub has."""
+"""Downloads of registered data sets: official archives by torchvision, the hub's copies by the library ``datasets``."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from semantic_aug.files import no_trace
 
 ROOT = Path("outputs/datasets")
 SILENCE_SECONDS = 60.0
-"""How long a server may send nothing before a download is given up."""
+"""Seconds without data after which a download is given up."""
 
 
 def get(word: str, root: Path | None, config_dir: Path = registry.CONFIG_DIR) -> tuple[str, str]:

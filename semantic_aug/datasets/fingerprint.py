@@ -1,4 +1,4 @@
-"""What a data set is, whatever it is called and wherever it lies: hashes of its images, and one record made of them.
+"""The identity of a data set, independent of its name and place: hashes of its images, and one record made of them.
 
 Every stage keeps :func:`data_identity` beside its results and compares it before it resumes a run or calls one
 finished. Names are relative to the data set, so that moving it to another disk changes nothing. Reading every image at
@@ -24,7 +24,7 @@ from semantic_aug import runs
 from semantic_aug.datasets import cache
 from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.spec import SPLITS
-from semantic_aug.datasets.table import BOX_TEXT, MASK_PATH, QUESTIONS, ImageTable, file_stamp, in_threads
+from semantic_aug.datasets.table import BOX_TEXT, LOOK_UP_THREADS, MASK_PATH, ImageTable, file_stamp, in_threads
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.tensors import open_array
@@ -97,7 +97,7 @@ class ContentHashes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
             return b"".join(hash_bytes(os.fsencode(stamp)) if stamp else UNREADABLE for stamp in stamps)
 
-        joined = b"".join(in_threads(hashed, range(0, len(self.names), CHUNK), QUESTIONS))
+        joined = b"".join(in_threads(hashed, range(0, len(self.names), CHUNK), LOOK_UP_THREADS))
         return np.frombuffer(joined, np.uint8).reshape(-1, HASH_BYTES)
 
     def _stamp_or_none(self, index: int) -> str:
@@ -109,7 +109,7 @@ class ContentHashes:
     def _read(self, missing: Sequence[int]) -> list[int]:
         """Reads and hashes some of them; returns those whose hashes may be kept."""
         options = {"unit": "file", "leave": False, "disable": None, "delay": 2.0, "dynamic_ncols": True}
-        hashes = in_threads(self._hash, missing, QUESTIONS)
+        hashes = in_threads(self._hash, missing, LOOK_UP_THREADS)
         bar, settled = tqdm(hashes, total=len(missing), desc=f"hashing {self.what}", **options), []
         for index, (value, keep) in zip(missing, bar, strict=True):
             self.values[index] = np.frombuffer(value, np.uint8)
@@ -134,7 +134,7 @@ class ContentHashes:
         """Names of those whose content is another now than when they were hashed; only touched ones are read."""
         now = self._take_stamps()
         touched = np.flatnonzero((now != self._stamps).any(axis=1) | ~now.any(axis=1)).tolist()
-        present = [value for value, _ in in_threads(self._hash, touched, QUESTIONS)]
+        present = [value for value, _ in in_threads(self._hash, touched, LOOK_UP_THREADS)]
         return [self.names[i] for i, value in zip(touched, present, strict=True) if value != self.values[i].tobytes()]
 
 
@@ -198,7 +198,7 @@ def hash_images(table: ImageTable) -> ContentHashes:
     if table.encoded is None:
         return ContentHashes(table.keys, lambda i: pixel_bytes(table.image(i)), lambda i: "", "")
     inside = bool(rows) and _encoded_file(table, rows[0]) is None
-    # held in the data set's own files, of which the stamp speaks; asking each row for its file would read all of them
+    # images inside the data set's own files have those files' stamp; asking each row for its file would read all images
     files = [None if inside else _encoded_file(table, row) for row in rows]
 
     def stamp(i: int) -> str:
@@ -219,7 +219,7 @@ def _encoded_file(table: ImageTable, row: int) -> str | None:
 
 
 def pixel_bytes(image: Image.Image) -> bytes:
-    """What is hashed of an image whose source tells no more than its pixels."""
+    """The bytes that are hashed of an image whose source gives only pixels."""
     return f"{image.mode} {image.size} ".encode() + image.tobytes()
 
 
@@ -233,7 +233,7 @@ def _common(paths: Sequence[str]) -> str:
 def split_identity(
     table: ImageTable, hashes: Iterable[str], columns: Sequence[str] | None = None
 ) -> dict[str, int | str]:
-    """What a split is: ``images``, their number, and SHA-256 digests over all rows in order.
+    """The identity of a split: ``images``, their number, and SHA-256 digests over all rows in order.
 
     Args:
         columns: further columns that count (captions, boxes, groups); None: all there are but a user's own boxes and masks.
@@ -254,7 +254,7 @@ def split_identity(
 
 
 def content_digest(hashes: Iterable[str]) -> str:
-    """What :func:`split_identity` says of the ``content`` of images with these hashes."""
+    """The ``content`` of :func:`split_identity` for images with these hashes."""
     return hashlib.sha256(b"".join(value.encode() + b"\0" for value in hashes)).hexdigest()[:32]
 
 
@@ -312,7 +312,7 @@ def files_digest(paths: Sequence[Path], root: Path | None = None) -> str:
 
 
 def data_difference(recorded: Mapping[str, Any] | None, present: Mapping[str, Any]) -> str:
-    """What differs between the data a run was begun with and the data there is, in words; empty where nothing does.
+    """The differences between the data that a run began with and the present data, in words; empty where there are none.
 
     Only what ``present`` names is compared, so that a stage may leave out what does not concern it.
     """
@@ -360,7 +360,7 @@ def by_content(table: ImageTable) -> dict[bytes, str]:
 
 
 def shared_images(images: ImageTable, others: ImageTable, known: ImageTable | None = None) -> list[tuple[str, str]]:
-    """Which images are among others: the name of each and its name there.
+    """The images that are among others too: the name of each here and there.
 
     Args:
         known: images that may be shared, such as the others' own test split, which may repeat photographs of their training

@@ -50,7 +50,7 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 @dataclass(frozen=True)
 class Stored:
-    """How a file holds an image.
+    """The form in which a file stores an image.
 
     Attributes:
         format: Pillow's name of the format, "PNG".
@@ -186,7 +186,7 @@ def _decode(source, name: str, damaged: bool = False) -> tuple[Image.Image, Stor
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's on damaged metadata; sizes are checked by ourselves
+        warnings.simplefilter("ignore")  # on damaged metadata, and on sizes, which are checked here
         yield
 
 
@@ -374,7 +374,7 @@ def _tiff_of_pixels(content: bytes) -> bytes:
 
 
 def _end_of_pixels(content: bytes, entries: list[bytes], order: str) -> int:
-    """Where the last strip or tile ends, by its offset and its length."""
+    """The end of the last strip or tile, by its offset and its length."""
     values: dict[int, tuple[int, ...]] = {}
     for entry in entries:
         tag, kind, count = struct.unpack_from(order + "HHI", entry)

@@ -1,4 +1,4 @@
-"""What a run of stages 1 and 3 is made from: images, labels, names and weights, recorded beside its arguments."""
+"""The origin of a run of stages 1 and 3: images, labels, names and weights, recorded beside its arguments."""
 
 import hashlib
 import logging
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RunOrigin:
-    """What a run of a stage is made from: computed once when it begins, compared with a kept record, checked at its end.
+    """The origin of a run: computed once when it begins, compared with a kept record, checked at its end.
 
     Attributes:
         splits: that the run reads.
         columns: further columns of the data set that count, see :func:`semantic_aug.datasets.fingerprint.split_identity`.
         synthetic: images of synthetic subsets, or None.
-        further: computes what else the record names, weights say.
+        further: computes further entries of the record, such as weights.
         without: entries of :func:`semantic_aug.datasets.fingerprint.data_identity` that do not concern the stage.
     """
 
@@ -94,8 +94,8 @@ def check_classifier(run: Path, dataset: LoadedDataset) -> dict[str, str]:
 
 
 def synthetic_identity(images: SyntheticImages, hashes: ContentHashes, class_names: Sequence[str]) -> dict[str, Any]:
-    """What synthetic images are: their number, and digests of labels (source, target, strength, and what a teacher made of
-    them) and content, in order."""
+    """The identity of synthetic images: their number, and digests of labels (source, target, strength, and a teacher's) and
+    content, in order."""
     labels, content = hashlib.sha256(), hashlib.sha256(hashes.values.tobytes())
     columns = (images.source.tolist(), images.target.tolist(), images.strength.tolist())
     for source, target, strength in zip(*columns, strict=True):

@@ -1,4 +1,4 @@
-"""Which data set, and which part of it: the settings that the three stages of one experiment share."""
+"""Settings of the data set and of the part that is used, shared by the three stages of one experiment."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,12 +7,12 @@ from semantic_aug import cli
 from semantic_aug.datasets.readers.hub import parse_id
 from semantic_aug.errors import UserError
 from semantic_aug.files import home_expanded
-from semantic_aug.runs import number_text, setting_suffix
+from semantic_aug.runs import setting_suffix
 
 TASKS = ("vanilla", "imbalanced")
 SOURCE_SPLITS = ("official", "half")
 PROFILES = ("exponential", "original")
-"""How the long tail falls off: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
+"""Profiles of the long tail: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
 NOISE_CLASSES = ("others", "all")
 """Classes that a noisy label is drawn from: see :func:`semantic_aug.datasets.subsets.corrupt_labels`."""
 
@@ -31,7 +31,7 @@ HUB, DATASET = "hf:", "dataset:"
 
 
 POOLS = "a folder of images, a list with the column path, hf:ID or dataset:NAME"
-"""What ``--unlabelled`` takes."""
+"""Values of ``--unlabelled``, for errors."""
 
 
 def unlabelled_images(text: str) -> Path | str:
@@ -76,7 +76,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Setting:
-    """Which part of the training split is used.
+    """The part of the training split that is used.
 
     Draws depend on ``subset_seed`` and not on ``--seed``, so that trainings of several seeds share one subset.
     """
@@ -156,18 +156,18 @@ class Setting:
 
     @property
     def suffix(self) -> str:
-        """What marks this setting in output folders, e.g. ``_5shot``, ``_imb0.01orig``, ``_noise0.2`` or ``_noise0.2all``."""
+        """The suffix of this setting's output folders, e.g. ``_5shot``, ``_imb0.01orig``, ``_noise0.2`` or ``_noise0.2all``."""
         shown = setting_suffix(self.examples_per_class, self.task, self.imbalance_factor)
         if self.task == "imbalanced" and self.imbalance_profile == "original":
             shown += "orig"
         shown += "_half" if self.split == "half" else ""
         if self.corrupt_prob:
-            shown += f"_noise{number_text(self.corrupt_prob)}{'all' if self.corrupt_classes == 'all' else ''}"
+            shown += f"_noise{self.corrupt_prob:g}{'all' if self.corrupt_classes == 'all' else ''}"
         return shown
 
 
 ABSENT = {name: getattr(Setting, name) for name in ("corrupt_prob", "corrupt_classes", "split", "imbalance_profile")}
-"""What it means that the record of a subset or of an evaluation lacks one of these, or holds None."""
+"""Values of settings that the record of a subset or of an evaluation lacks, or holds as None."""
 
 
 def add_shared(parser: cli.Parser, seed: int = 0) -> None:

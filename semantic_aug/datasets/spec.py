@@ -1,4 +1,4 @@
-"""What a data set is (data, not a class hierarchy), and what its splits must have.
+"""The specification of a data set, and the conditions on its splits.
 
 A module per data set declares one :class:`DatasetSpec`. Its ``read`` is a plain function, usually one of
 :mod:`semantic_aug.datasets.readers` with its arguments bound, that returns the splits it has.
@@ -33,22 +33,22 @@ class DatasetSpec:
     """One image-classification data set.
 
     Attributes:
-        name: the word given to ``--dataset``; it also names the registry section and the output folders.
+        name: the value of ``--dataset``; it also names the registry section and the output folders.
         read: returns the splits the source has, a subset of :data:`SPLITS` that contains ``train``.
         read_official: the same from the folder of an unpacked official download.
         read_half: the same under ``--split half``, for data sets that the Diff-Mix authors split so themselves.
-        super_class: what every class is a kind of ("bird"); appended to the class in prompts. May be empty.
+        super_class: the kind of all classes ("bird"); appended to the class in prompts. May be empty.
         class_name_rules: clean-up of the source's class names for prompts (:data:`semantic_aug.prompts.RULES`).
         class_name_overrides: source class name -> name used in prompts, applied instead of the rules.
         license: of the images.
-        citation: who to cite.
-        homepage: where to get it.
+        citation: the paper to cite.
+        homepage: the page to download it from.
         hub: hub ids of the training and of the test split, or one id of both, read where no local copy is named.
         hub_test_split: the hub's name of the test split.
         group_names: meaning of the values of the tables' ``group`` column, where they have one.
         torchvision: class of ``torchvision.datasets`` that downloads the official files, and the folder it makes of them.
         archive: address of the archive that holds the official files, and the folder that unpacking it makes.
-        shot_thresholds: what :data:`SHOT_THRESHOLDS` are where results on the data set are published with others.
+        shot_thresholds: those with which results on the data set are published, see :data:`SHOT_THRESHOLDS`.
         about: what it is and how to get it, the module's own docstring.
         former_name: the name that earlier versions made from the path, whose registry sections are still read.
     """
@@ -91,7 +91,7 @@ class DatasetSpec:
 
 
 def split_of(name: str) -> str | None:
-    """Which of our splits a folder or hub split name stands for, or None."""
+    """The split that a folder's or hub split's name stands for, or None."""
     return next((ours for ours, names in SPLIT_NAMES.items() if name.casefold() in names), None)
 
 

@@ -22,7 +22,7 @@ from semantic_aug.datasets.catalog import LoadedDataset
 from semantic_aug.datasets.fingerprint import hash_images
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.settings import ABSENT, Setting
-from semantic_aug.datasets.table import file_stamp
+from semantic_aug.datasets.table import file_stamp, missing_paths
 from semantic_aug.errors import UserError, nearest_first, unknown
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
@@ -33,7 +33,7 @@ DATA, CONFIG_FILE = "data", "config.yaml"
 SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
 UNLABELLED_FILE = ".unlabelled.npz"
-"""The same of the unlabelled images."""
+"""Names and content hashes of the unlabelled images."""
 NOISE_FLAGS = "--corrupt_prob, --corrupt_classes and --subset_seed"
 
 
@@ -227,7 +227,7 @@ def locate(folder: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def subset_record(root: Path) -> dict[str, Any]:
-    """How a subset of ours was made, its ``config.yaml``; empty for one made elsewhere, whatever file of that name it holds."""
+    """The record of a subset of stage 2, its ``config.yaml``; empty for a subset made elsewhere."""
     record: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # another tool's file, which need not be YAML
         record = runs.load_arguments(root, CONFIG_FILE) or {}
@@ -276,7 +276,7 @@ def _positions(names: Sequence[str], dataset: LoadedDataset, file: Path) -> np.n
 
 
 def _source_labels(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> np.ndarray | None:
-    """What is known of the sources' classes, ``(M, K)``; None where all of them are labelled."""
+    """The weights of the sources' possible classes, ``(M, K)``; None where all sources are labelled."""
     row, labels = meta_csv.source_labels(table, file)
     if not labels:
         return None
@@ -299,21 +299,16 @@ def _source_labels(table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path
 
 def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
     root = os.path.abspath(data)  # links are left alone: resolving a million would take minutes
-    paths, names = [], {}
-    for row, text in enumerate(relative):
-        path = os.path.normpath(os.path.join(root, text))
-        folder, name = os.path.split(path)
+    paths = [os.path.normpath(os.path.join(root, text)) for text in relative]
+    for row, path in enumerate(paths):
         if not path.startswith(root + os.sep):
-            raise UserError(f"{file} row {row + 2}: path '{text}' leads outside {data}")
-        if folder not in names:
-            names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in names[folder]:
-            raise UserError(
-                f"{file} row {row + 2}: image {path} is missing; run the subset's sample_mp.py command again, or "
-                "remove the row"
-            )
-        paths.append(Path(path))
-    return paths
+            raise UserError(f"{file} row {row + 2}: path '{relative[row]}' leads outside {data}")
+    if missing := missing_paths(paths.__getitem__, len(paths)):
+        raise UserError(
+            f"{file} row {missing[0] + 2}: image {paths[missing[0]]} is missing; run the subset's sample_mp.py command "
+            "again, or remove the row"
+        )
+    return list(map(Path, paths))
 
 
 def _sources(table: meta_csv.MetaTable) -> list[tuple[str, int]]:
@@ -369,7 +364,7 @@ def _check_noise(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, 
 
 
 def _noise_of(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the noisy labels of a setting; empty where there are none."""
+    """The settings that decide the noisy labels; empty where there are none."""
     if not setting.get("corrupt_prob"):
         return {}
     return {
@@ -430,7 +425,7 @@ def write_sources(folder: Path, keys: Sequence[str], values: np.ndarray, file: s
 
 
 def read_sources(folder: Path, file: str = SOURCES_FILE) -> tuple[list[str], np.ndarray] | None:
-    """What :func:`write_sources` kept; None for a subset made elsewhere."""
+    """The names and hashes that :func:`write_sources` wrote; None for a subset made elsewhere."""
     arrays = load_arrays(folder / file)
     if not {"keys", "values"} <= arrays.keys():
         return None

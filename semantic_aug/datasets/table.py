@@ -38,11 +38,11 @@ class ImageTable:
         keys: ``N`` unique names that stay the same whatever order the source lists its files in; rows are sorted by them.
         rows: ``(N,)`` int64, each row's position in the source, as ``read`` wants it.
         read: decodes one source row.
-        stamp: what changes when a source row's content does (size and times of its file); tells caches when they are stale.
+        stamp: changes when a source row's content does (size and times of its file); tells caches when they are stale.
         extras: further columns by name, ``N`` values each, for data sets that have them: ``group`` (int64, with the
             group's meaning given by the data set), ``caption`` (str), ``box`` (left, top, right, bottom in pixels),
             :data:`BOX_TEXT` and :data:`MASK_PATH` (str).
-        encoded: a source row's image as it is stored, for what looks at files and not at pixels; None where not known.
+        encoded: a source row's image as it is stored, where files count and not pixels; None where not known.
         group_names: meaning of the values of ``group``, where the source itself names them.
     """
 
@@ -192,38 +192,40 @@ def below(root: Path, text: str, where: str, remedy: str = "") -> str:
     return path[len(start) :].replace(os.sep, "/")
 
 
-QUESTIONS = min(16, 4 * (os.cpu_count() or 1))
-"""Threads that ask a file system: more than cores, since on a network drive each file is a question."""
-LOOKED_UP = 1 << 16
-"""Files looked up at once, in the order of their names."""
-FEW = 32
-"""Files of one folder up to which each is asked for by itself; of more, the folder is listed."""
+LOOK_UP_THREADS = min(16, 4 * (os.cpu_count() or 1))
+"""Threads that look files up: more than cores, since on a network drive each look-up waits for an answer."""
+LOOK_UP_BLOCK = 1 << 16
+"""Files that are grouped by folder at once."""
+FEW_FILES = 32
+"""Up to this number of files of one folder, each is looked up; of more, the folder is listed."""
 
 
 def missing_files(table: ImageTable) -> list[int]:
-    """Rows of a table of files whose image is no regular file (missing, a broken link, a pipe); none is opened.
+    """Rows of a table whose image is a file that is not there, see :func:`missing_paths`; encoded images are there."""
+    rows = table.rows.tolist()
+    if table.encoded is None or not rows or isinstance(table.encoded(rows[0]), bytes):
+        return []
+    return missing_paths(lambda index: table.encoded(rows[index]), len(rows))
 
-    Tables that hold encoded images have none.
-    """
-    if table.encoded is None or not len(table):
-        return []
-    if isinstance(table.encoded(int(table.rows[0])), bytes):
-        return []
-    missing, rows = [], table.rows.tolist()
-    for start in range(0, len(rows), LOOKED_UP):
+
+def missing_paths(path_of: Callable[[int], str | Path | bytes], count: int) -> list[int]:
+    """Positions of the paths that lead to no regular file (missing, a broken link, a pipe); none is opened, and encoded images
+    among them (bytes) are passed over."""
+    missing = []
+    for start in range(0, count, LOOK_UP_BLOCK):
         folders: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for index in range(start, min(len(rows), start + LOOKED_UP)):
-            source = table.encoded(rows[index])
-            if not isinstance(source, bytes):  # rows of a hub data set may hold some images and name others
-                folder, name = os.path.split(source)
+        for index in range(start, min(count, start + LOOK_UP_BLOCK)):
+            path = path_of(index)
+            if not isinstance(path, bytes):
+                folder, name = os.path.split(path)
                 folders[folder].append((index, name))
-        parts = in_threads(lambda item: _missing_in(*item), list(folders.items()), QUESTIONS)
+        parts = in_threads(lambda item: _missing_in(*item), list(folders.items()), LOOK_UP_THREADS)
         missing += itertools.chain.from_iterable(parts)
     return sorted(missing)
 
 
 def _missing_in(folder: str, files: list[tuple[int, str]]) -> list[int]:
-    if len(files) > FEW:
+    if len(files) > FEW_FILES:
         try:
             with os.scandir(folder) as entries:
                 regular = {entry.name for entry in entries if is_regular(entry)}
@@ -242,7 +244,7 @@ def is_regular(entry: os.DirEntry) -> bool:
 
 
 def in_threads(work: Callable, tasks: Sequence, workers: int | None = None, block: int = 4096) -> Iterator:
-    """What ``map`` gives, in order, computed by threads (None: one per core, 16 at most), a ``block`` of tasks at once: the
+    """The results of ``map``, in order, computed by threads (None: one per core, 16 at most), a ``block`` of tasks at once: the
     results of a million do not wait in memory."""
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(tasks), block):

@@ -1,4 +1,4 @@
-"""What stands beside the images of a list, of the hub's rows or in a folder's metadata: captions, boxes, masks.
+"""Captions, boxes and masks beside the images of a list, of the hub's rows or in a folder's metadata.
 
 The column of captions is called ``caption``, ``text`` or ``description``; several captions of one image stand one a line.
 """

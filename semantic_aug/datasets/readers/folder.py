@@ -354,7 +354,7 @@ class Walk:
         return None
 
     def left_out_hint(self) -> str:
-        """What was left out, for an error that reports missing images; empty where nothing was."""
+        """The files left out, for an error that reports missing images; empty where there are none."""
         reasons = {reason: len(cases) for reason, cases in self.left_out.items()}
         return "; " + ", ".join(f"{reason}: {number}" for reason, number in reasons.items()) if reasons else ""
 

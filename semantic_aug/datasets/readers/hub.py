@@ -33,7 +33,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 IMAGE_COLUMNS = ("image", "img", "picture", "file_name", "path")
 LOCAL_COPY = "name a local copy with 'local' in config/datasets.yaml, or with hf:FOLDER"
 HUB_SECONDS = 4.0
-"""How long the hub may take to answer before only the library's cache is looked at."""
+"""Seconds that the hub may take to answer before only the library's cache is read."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def answers(address: str) -> bool:
         except (OSError, ValueError):
             return
 
-    # on a thread of its own, since looking a name up knows no time limit
+    # on a thread of its own, since looking up a name has no time limit
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)

@@ -1,4 +1,4 @@
-"""What a reader leaves out or corrects in a user's data: a line on the log, and every case for ``check``."""
+"""Notes on what a reader leaves out or corrects in a user's data: a line on the log, and every case for ``check``."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Note:
-    """What was left out or corrected, of one kind.
+    """Cases of one kind that were left out or corrected, or that the check found.
 
     Attributes:
         kind: what happened, and what to do about it.
@@ -27,7 +27,7 @@ class Note:
     problem: bool = False
 
     def line(self) -> str:
-        """All of it in one line."""
+        """The note in one line."""
         shown = ", ".join(f"'{case}'" for case in self.cases[:SHOWN])
         return " ".join(f"{self.kind}: {len(self.cases)} ({shown}{', ...' if len(self.cases) > SHOWN else ''})".split())
 
@@ -36,7 +36,7 @@ _notes: ContextVar[list[Note] | None] = ContextVar("notes", default=None)
 
 
 def note(kind: str, cases: Iterable[str], problem: bool = False) -> None:
-    """Takes a note of some cases, none without a case: on the log, or in the list of :func:`collected`."""
+    """Adds a note on some cases, none without a case: on the log, or in the list of :func:`collected`."""
     note = Note(kind, tuple(cases), problem)
     if not note.cases:
         return

@@ -3,4 +3,4 @@
 import pkgutil
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-"""Of all modules in this folder, which ``--dataset`` takes."""
+"""Names of all modules in this folder, values of ``--dataset``."""
