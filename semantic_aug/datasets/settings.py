@@ -9,13 +9,6 @@ from semantic_aug.errors import UserError
 from semantic_aug.files import home_expanded
 from semantic_aug.runs import setting_suffix
 
-TASKS = ("vanilla", "imbalanced")
-SOURCE_SPLITS = ("official", "half")
-PROFILES = ("exponential", "original")
-"""Profiles of the long tail: see :func:`semantic_aug.datasets.subsets.long_tail_counts`."""
-NOISE_CLASSES = ("others", "all")
-"""Classes that a noisy label is drawn from: see :func:`semantic_aug.datasets.subsets.corrupt_labels`."""
-
 
 def dataset_name(text: str) -> str:
     """An argument type: the name of a data set, or ``scheme:PATH`` with the path made absolute."""
@@ -78,14 +71,17 @@ class Pool:
 class Setting:
     """The part of the training split that is used.
 
-    Draws depend on ``subset_seed`` and not on ``--seed``, so that trainings of several seeds share one subset.
+    Draws depend on ``subset_seed`` and not on ``--seed``, so that trainings of several seeds share one subset; see
+    :mod:`semantic_aug.datasets.subsets`.
     """
 
     TITLE = "data"
     examples_per_class: int = cli.setting(
         -1, type=int, help="few-shot setting: training images per class, -1 for all (default: -1)"
     )
-    task: str = cli.setting("vanilla", choices=TASKS, help="vanilla, or imbalanced for the long-tail setting")
+    task: str = cli.setting(
+        "vanilla", choices=("vanilla", "imbalanced"), help="vanilla, or imbalanced for the long-tail setting"
+    )
     imbalance_factor: float = cli.setting(
         0.01,
         type=cli.number(0, 1, open_low=True),
@@ -94,7 +90,7 @@ class Setting:
     )
     imbalance_profile: str = cli.setting(
         "exponential",
-        choices=PROFILES,
+        choices=("exponential", "original"),
         help="long-tail setting: exponential keeps the largest class whole, original counts as the authors' code does",
     )
     subset_seed: int = cli.setting(
@@ -121,14 +117,14 @@ class Setting:
     )
     corrupt_classes: str = cli.setting(
         "others",
-        choices=NOISE_CLASSES,
+        choices=("others", "all"),
         absent="others",
         help="label noise: classes that the new label is drawn from; others: all but the true one; all: the true one as "
         "well, so that (K - 1) / K of the replaced labels are wrong",
     )
     split: str = cli.setting(
         "official",
-        choices=SOURCE_SPLITS,
+        choices=("official", "half"),
         absent="official",
         help="official: the data set's split; half: a random half of each class for training and the rest for testing, as the "
         "Diff-Mix authors split flower and caltech; keep it the same in all three stages",

@@ -69,7 +69,7 @@ def long_tail_counts(counts: Sequence[int], imbalance_factor: float, profile: st
     Args:
         counts: ``(K,)`` images available in each class.
         imbalance_factor: smallest over largest count, in (0, 1].
-        profile: one of :data:`PROFILES`.
+        profile: ``exponential`` or ``original``.
 
     Returns:
         ``(K,)`` images to keep: at least 1 of a class that has any, never more than there are.

@@ -51,17 +51,19 @@ LITTER_STARTS = ("._", ".nfs", ".fuse_hidden", ".~lock", ".Trash-")
 
 COPIES = (".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".bak", ".old", ".orig", ".swp", "~")
 """Endings of unfinished downloads and of editors' backups: images by their first bytes, but not meant as data."""
-RAW = (
+_RAW = (
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef",
     ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
 )  # fmt: skip
 """Endings of cameras' raw files, which Pillow takes for TIFF files with a small picture."""
-THUMBNAILS = (".thm", ".ithmb", ".lrv")
-"""Endings of small pictures that cameras put beside their films."""
-TEXTS = tuple(".txt .xml .json .jsonl .csv .tsv .md .html .yaml .yml .py .npy .npz .mat".split())
-"""Endings of companions of images that are not opened to see whether they are images."""
-
+_COMPANIONS = ".txt .xml .json .jsonl .csv .tsv .md .html .yaml .yml .py .npy .npz .mat".split()
 NO_IMAGE = "files left out: no images"
+LEFT_OUT = {
+    **dict.fromkeys(_RAW, "camera raw images left out: convert them to TIFF or JPEG"),
+    **dict.fromkeys((".thm", ".ithmb", ".lrv"), "camera thumbnails left out"),
+    **dict.fromkeys(_COMPANIONS, NO_IMAGE),
+}
+"""Endings of files that are not opened to see whether they are images -> the reason."""
 MASKS = "masks"
 """Folder of the masks of a folder's images."""
 
@@ -331,13 +333,7 @@ class Walk:
             return None
         if name.endswith(COPIES):
             return "unfinished downloads or backup copies left out"
-        if ending in RAW:
-            return "camera raw images left out: convert them to TIFF or JPEG"
-        if ending in THUMBNAILS:
-            return "camera thumbnails left out"
-        if ending in TEXTS:
-            return NO_IMAGE
-        return self._by_content(entry, ending)
+        return LEFT_OUT[ending] if ending in LEFT_OUT else self._by_content(entry, ending)
 
     def _by_content(self, entry: os.DirEntry, ending: str) -> str | None:
         try:
