@@ -27,7 +27,7 @@ from semantic_aug.augmentations.strategies import STRATEGIES
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
 from semantic_aug.evaluation.experiments import checks, compare, report, results, runner
-from semantic_aug.evaluation.experiments.commands import METHODS, Devices, StageCommands, Step
+from semantic_aug.evaluation.experiments.commands import METHODS, StageCommands, Step, stage1_environment
 
 STAGES_ALONE = [name for name, method in METHODS.items() if not method.unlabelled]
 """The methods whose steps are runs of the three stages on labelled images alone."""
@@ -96,7 +96,7 @@ def test_stage_one_runs_only_for_methods_that_need_it(image_folder, tmp_path):
 
 def test_images_that_follow_the_real_only_classifier_come_after_it(tmp_path):
     method = METHODS["diff-mix+hard"]
-    steps = StageCommands(recipe(), 3, tmp_path, Devices()).method_steps(["diff-mix", method.name])
+    steps = StageCommands(recipe(), 3, tmp_path).method_steps(["diff-mix", method.name])
     names = ["ti_db", "sample diff-mix", "classify diff-mix", "classify real-only", "sample diff-mix+hard"]
     assert list(steps) == [*names, "classify diff-mix+hard"]
     sample, classify = steps["sample diff-mix+hard"], steps["classify diff-mix+hard"]
@@ -104,7 +104,7 @@ def test_images_that_follow_the_real_only_classifier_come_after_it(tmp_path):
     assert f"--sources hard --classifier {tmp_path}/classify/real-only " in shlex.join(sample.arguments)
     assert "--syndata_key diff-mix+hard " in shlex.join(classify.arguments)
     assert method.step_names == {1: "ti_db", 2: sample.name, 3: classify.name}
-    alone = StageCommands(recipe(), 3, tmp_path, Devices()).method_steps([method.name])
+    alone = StageCommands(recipe(), 3, tmp_path).method_steps([method.name])
     assert runner.Pair(tmp_path, alone).missing() == ["classify real-only", "ti_db", sample.name, classify.name]
 
 
@@ -128,9 +128,12 @@ def test_values_may_be_given_for_each_setting(tmp_path):
     assert [j.commands.recipe.synthetic for j in jobs] == [{"gamma": 0.8, "synthetic_prob": p} for p in (0.3, 0.1)]
 
 
-def test_devices_reach_every_stage(tmp_path):
-    assert Devices(("1", "0")).environment("4,7") == {"CUDA_VISIBLE_DEVICES": "7"}
-    assert Devices(("1",)).environment(None) == {"CUDA_VISIBLE_DEVICES": "1"} and Devices().environment("4") == {}
+def test_devices_reach_every_stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert stage1_environment("1") == {"CUDA_VISIBLE_DEVICES": "7"} and stage1_environment(None) == {}
+    assert stage1_environment("cpu") == {"CUDA_VISIBLE_DEVICES": ""}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert stage1_environment("1") == {"CUDA_VISIBLE_DEVICES": "1"}
     argv = ["--dataset", "elpv", "--gpu_ids", "1", "1", "--seeds", "1", "--methods", "diff-mix"]
     created = compare.jobs_of(parsed(argv), tmp_path)[0].pair.steps
     assert "--gpu_ids 1 1 " in shlex.join(created["sample diff-mix"].arguments)
@@ -250,7 +253,7 @@ def test_commands_checked_without_a_checkpoint_refuse_nothing_that_the_methods_t
         ("--contexts", f"{tmp_path}/contexts.txt"),
         ("--weights", "none"),
     ]
-    real = StageCommands(job.commands.recipe, 1, tmp_path, Devices()).method_steps(["real-only", "inversion-mix"])
+    real = StageCommands(job.commands.recipe, 1, tmp_path).method_steps(["real-only", "inversion-mix"])
     (refused,) = checks.classify_checks(job.commands, real.values())
     with pytest.raises(UserError, match="'classify real-only': --synthetic_balanced: there are no synthetic images"):
         checks.check_flags([refused], ROOT / "config")
@@ -401,7 +404,7 @@ def test_pairs_another_process_has_are_waited_for_and_not_run_twice(make_pair, t
     monkeypatch.setattr(compare, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(report, "write_comparison", lambda folder: None)
     pairs = [make_pair(tmp_path / f"pair{i}", "a") for i in range(2)]
-    commands = [StageCommands(recipe(), i, pair.folder, Devices()) for i, pair in enumerate(pairs)]
+    commands = [StageCommands(recipe(), i, pair.folder) for i, pair in enumerate(pairs)]
     jobs = [compare.Job(*both, ("real-only",)) for both in zip(commands, pairs, strict=True)]
     other_ends = logging.Handler()
     other_ends.emit = lambda record: other.close() if "waiting" in record.msg else None  # its pair undone
@@ -634,7 +637,7 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     budget = compare.recipe_of(parsed(argv))
 
     def claim(*stages):
-        commands = StageCommands(budget, 1, tmp_path / "pair", Devices())
+        commands = StageCommands(budget, 1, tmp_path / "pair")
         dataset = runner.claim_data(commands, ROOT / "config")
         if 1 in stages:
             runner.claim_base(commands, dataset)
@@ -652,7 +655,7 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / runner.STEPS_FILE).write_text('{"ti_db": {"done": true}}')
     with pytest.raises(UserError, match="does not say which images its steps were made from"):
-        runner.claim_data(StageCommands(budget, 1, tmp_path / "old", Devices()), ROOT / "config")
+        runner.claim_data(StageCommands(budget, 1, tmp_path / "old"), ROOT / "config")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
 from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures
 from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
-from semantic_aug.evaluation.quality.inputs import open_subset
+from semantic_aug.evaluation.quality.inputs import Inputs, ModelSettings, open_subset
 
 NAMES = ("blue jay", "red fox", "toad")
 FRECHET = "frechet_tf_efficientnet_lite0"
@@ -286,7 +286,7 @@ def test_copies_are_found_where_every_photograph_stands_twice(tmp_path):
     subset = evaluating.write_subset(tmp_path / "copies", rows, evaluating.FIVE)
     dataset = load_dataset(f"folder:{tmp_path / 'data'}", Setting(val_fraction=0))
     extractor = load_extractor("test_resnet", "none", 32, keep=False)
-    measurer = measure.Measurer(dataset, extractor)
+    measurer = measure.Measurer(Inputs(dataset, [], ModelSettings(), {}), extractor)
     images = measurer.measure_subset(open_subset("copies", [subset], dataset), *measurer.measure_real())
     assert images.values["near_copies"].tolist() == [True] * 4 + [False]
 

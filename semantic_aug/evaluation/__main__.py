@@ -1,10 +1,7 @@
 """What synthetic images are worth: ``python -m semantic_aug.evaluation COMMAND ...``."""
 
-import ast
 import importlib
-import importlib.util
 import sys
-from pathlib import Path
 
 from semantic_aug import console
 from semantic_aug.allocator import let_waiting_threads_sleep
@@ -24,17 +21,12 @@ COMMANDS = {
 """Each command's module; its ``main`` takes the arguments after the command, its first docstring line is the summary."""
 
 
-def _summary(module: str) -> str:
-    """The first line of a module's docstring, read without importing it."""
-    text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    return ast.get_docstring(ast.parse(text)).split("\n")[0]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<12} {_summary(module)}" for name, module in COMMANDS.items()]
+        summaries = {name: importlib.import_module(module).__doc__.split("\n")[0] for name, module in COMMANDS.items()}
+        lines = [f"  {name:<12} {summary}" for name, summary in summaries.items()]
         print("usage: python -m semantic_aug.evaluation COMMAND ... (COMMAND --help lists its flags)", *lines, sep="\n")
         return 0
     if arguments[0] not in COMMANDS:

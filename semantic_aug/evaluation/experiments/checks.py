@@ -4,9 +4,10 @@ Flags are checked in this process, those of each step as it will be run. Data, b
 of the stages, stage 2 with strategies that need no checkpoint.
 """
 
+import argparse
 import contextlib
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,9 +120,36 @@ def unchecked_stages(pairs: Collection[Pair]) -> set[int]:
     return missing - {entry["stage"] for pair in pairs for entry in pair.records.values() if entry["done"]}
 
 
-def finetune_checks(commands: StageCommands, steps: Iterable[Step]) -> list[Step]:
-    """Runs of stage 1 with the flags of those among some steps."""
-    return [commands.finetune(step.name) for step in steps if step.stage == 1]
+def dry_run_stages(
+    commands: StageCommands,
+    stages: Collection[int],
+    steps: Collection[Step],
+    samples: Callable[[StageCommands], list[Step]],
+    folder: Path,
+    config_dir: Path,
+    *,
+    dry_run: bool,
+) -> list[str]:
+    """Checks data, base model and classifier of a setting by dry runs of some stages.
+
+    Args:
+        steps: of the setting, whose flags the runs have.
+        samples: gives the runs of stage 2, which need neither a checkpoint nor a classifier.
+        folder: in which they have a folder of their own for a while; see :func:`checking`.
+
+    Returns:
+        What a run would download, a line each.
+
+    Raises:
+        UserError: a stage refuses.
+    """
+    if not stages:
+        return []
+    with checking(commands, folder, config_dir, dry_run) as scratch:
+        runs = classify_checks(scratch, steps) if 3 in stages else []
+        runs += samples(scratch) if 2 in stages else []
+        runs += [scratch.finetune(step.name) for step in steps if step.stage == 1] if 1 in stages else []
+        return check_commands(runs, scratch.folder)
 
 
 def sample_checks(commands: StageCommands, names: Iterable[str]) -> list[Step]:
@@ -144,15 +172,15 @@ def classify_checks(commands: StageCommands, steps: Iterable[Step]) -> list[Step
     them."""
     subsets = {"--syndata_key", "--syndata_dir"}
     if all(subsets & set(step.arguments) for step in steps if step.arguments[0] == SCRIPTS[3]):
-        commands = _without(commands, 3, set(NEED_SYNTHETIC))
-    return [commands.classify("real-only", commands.subset_seed)]
+        commands = _without(commands, 3, NEED_SYNTHETIC)
+    return [commands.real_only()[0]]
 
 
-def _without(commands: StageCommands, stage: int, flags: set[str]) -> StageCommands:
-    """The commands without some flags among a stage's extra arguments."""
-    kept, drop = [], False
-    for word in commands.recipe.extra.get(stage, ()):
-        if word.startswith("--"):
-            drop = word[2:].partition("=")[0] in flags
-        kept += [] if drop else [word]
-    return replace(commands, recipe=replace(commands.recipe, extra={**commands.recipe.extra, stage: tuple(kept)}))
+def _without(commands: StageCommands, stage: int, flags: Collection[str]) -> StageCommands:
+    """The commands without some flags and their values among a stage's extra arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(f"--{flag}", nargs="*")
+    extra = dict(commands.recipe.extra)
+    extra[stage] = tuple(parser.parse_known_args(extra.get(stage, ()))[1])
+    return replace(commands, recipe=replace(commands.recipe, extra=extra))

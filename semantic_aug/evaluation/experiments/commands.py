@@ -16,9 +16,6 @@ from semantic_aug.augmentations import strategies
 SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
 """Stage -> its entry script."""
 
-FINETUNE_OF = {"tokens+lora": "ti_db", "tokens": "ti"}
-"""Weights a strategy needs -> the strategy of stage 1 that trains them."""
-
 LABEL_STEP = "label unlabelled"
 """Name of the step that makes pseudo-labels."""
 
@@ -53,15 +50,15 @@ class Method:
         return self.pseudo or UNLABELLED in self.sample.values()
 
     @property
-    def finetuning(self) -> str | None:
-        """The strategy of stage 1 whose weights it needs."""
-        return FINETUNE_OF.get(strategies.find(self.strategy).weights) if self.strategy else None
-
-    @property
     def step_names(self) -> dict[int, str]:
         """Stage -> name of the step that the method needs."""
-        names = {1: self.finetuning, 2: self.subset and f"sample {self.subset}", 3: f"classify {self.name}"}
-        return {stage: name for stage, name in names.items() if name}
+        names = {1: self.strategy and finetuning_of(self.strategy), 2: self.subset and f"sample {self.subset}"}
+        return {stage: name for stage, name in {**names, 3: f"classify {self.name}"}.items() if name}
+
+
+def finetuning_of(strategy: str) -> str | None:
+    """The strategy of stage 1 that trains the weights which a strategy of stage 2 needs; None for the base model's."""
+    return {"tokens+lora": "ti_db", "tokens": "ti"}.get(strategies.find(strategy).weights)
 
 
 REAL_ONLY, UNLABELLED = "folder of the real-only classifier", "unlabelled images"
@@ -108,7 +105,6 @@ class Recipe:
         synthetic: of stage 3 where there are synthetic images.
         extra: stage -> extra arguments as the user gave them.
         pseudo: the unlabelled images, and the threshold of pseudo-labels; no part of the budget, since few methods have them.
-        defaults: entries of the record that are left to the stages, as messages show them.
     """
 
     name: str
@@ -120,7 +116,6 @@ class Recipe:
     synthetic: Mapping[str, Any]
     extra: Mapping[int, tuple[str, ...]]
     pseudo: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The recipe as a flat mapping, for the file that keeps it and for telling two apart."""
@@ -129,24 +124,14 @@ class Recipe:
         return {"base": self.base, **flat, **{f"stage{n}_args": list(extra) for n, extra in self.extra.items()}}
 
 
-@dataclass(frozen=True)
-class Devices:
-    """Where the stages run: entries of ``--gpu_ids``, or None for each stage's own choice."""
-
-    ids: tuple[str, ...] | None = None
-
-    def environment(self, visible: str | None) -> dict[str, str]:
-        """Variables for stage 1, which takes the first GPU it sees.
-
-        Args:
-            visible: ``CUDA_VISIBLE_DEVICES`` of this process; the ids count within it.
-        """
-        if self.ids is None:
-            return {}
-        if self.ids[0] == "cpu":
-            return {"CUDA_VISIBLE_DEVICES": ""}
-        listed, index = [entry for entry in (visible or "").split(",") if entry], int(self.ids[0])
-        return {"CUDA_VISIBLE_DEVICES": listed[index] if index < len(listed) else self.ids[0]}
+def stage1_environment(gpu: str | None) -> dict[str, str]:
+    """Variables for stage 1, which takes the first GPU it sees; ``gpu`` counts within this process's CUDA_VISIBLE_DEVICES."""
+    if gpu is None:
+        return {}
+    if gpu == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
+    return {"CUDA_VISIBLE_DEVICES": dict(enumerate(visible)).get(int(gpu), gpu)}
 
 
 @dataclass(frozen=True)
@@ -175,11 +160,6 @@ class Step:
         return " ".join([*variables, "python", shlex.join(self.arguments)])
 
 
-def command(stage: int, flags: Mapping[str, Any], extra: Iterable[str] = ()) -> tuple[str, ...]:
-    """A stage's script and its arguments."""
-    return (SCRIPTS[stage], *arguments_of(flags), *extra)
-
-
 def arguments_of(flags: Mapping[str, Any]) -> list[str]:
     """Flags as arguments: None and False are left out, True is the flag alone, a sequence several values."""
     arguments: list[str] = []
@@ -199,13 +179,18 @@ class StageCommands:
         recipe: of the setting.
         subset_seed: of the draw, and of stages 1 and 2.
         folder: of the results.
-        devices: where the stages run.
+        gpu_ids: where the stages run, as their flags spell it; None: each stage's own choice.
     """
 
     recipe: Recipe
     subset_seed: int
     folder: Path
-    devices: Devices
+    gpu_ids: tuple[str, ...] | None = None
+
+    @property
+    def gpu(self) -> str | None:
+        """Where stages 1 and 3 run."""
+        return self.gpu_ids[0] if self.gpu_ids else None
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -213,15 +198,14 @@ class StageCommands:
         config_dir = registry.shown_path(self.folder / "config")
         return {**self.recipe.shared, "subset_seed": self.subset_seed, "config_dir": config_dir}
 
-    def _command(self, stage: int, *flags: Mapping[str, Any]) -> tuple[str, ...]:
-        merged: dict[str, Any] = dict(self.shared)
-        for part in flags:  # of a flag given twice, the later one counts
-            merged |= part
-        return command(stage, merged, self.recipe.extra.get(stage, ()))
+    def command(self, stage: int, flags: Mapping[str, Any]) -> tuple[str, ...]:
+        """A stage's script and its arguments: the shared flags, these, and the extra arguments."""
+        return (SCRIPTS[stage], *arguments_of({**self.shared, **flags}), *self.recipe.extra.get(stage, ()))
 
     def finetune(self, kind: str) -> Step:
         """Stage 1; ``kind`` is ``ti_db`` or ``ti``."""
         flags = {
+            **self.recipe.finetune,
             "pretrained_model_name_or_path": self.recipe.base,
             "finetune_strategy": kind,
             "validation_steps": 0,
@@ -232,9 +216,7 @@ class StageCommands:
             "resume_from_checkpoint": "latest",
             "seed": self.subset_seed,
         }
-        environment = self.devices.environment(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        arguments = self._command(1, self.recipe.finetune, flags)
-        return Step(kind, 1, arguments, (), f"{kind}/summary.json", environment)
+        return Step(kind, 1, self.command(1, flags), (), f"{kind}/summary.json", stage1_environment(self.gpu))
 
     def sample(self, strategy: str, key: str | None = None, **changes: Any) -> Step:
         """Stage 2.
@@ -244,81 +226,73 @@ class StageCommands:
             key: under which the subset is registered (None: the strategy's name).
             changes: flags that differ from the recipe's.
         """
-        kind, key = Method(strategy, strategy).finetuning, key or strategy
+        kind, key = finetuning_of(strategy), key or strategy
         flags = {
+            **self.recipe.sample,
+            **changes,
             "finetune_model_key": kind,
             "model_path": None if kind else self.recipe.base,
             "sample_strategy": strategy,
-            "gpu_ids": self.devices.ids,
+            "gpu_ids": self.gpu_ids,
             "output_root": registry.shown_path(self.folder / "aug_samples" / key),
             "register_key": key,
             "seed": self.subset_seed,
         }
-        arguments = self._command(2, self.recipe.sample, changes, flags)
-        return Step(f"sample {key}", 2, arguments, (kind,) if kind else (), f"aug_samples/{key}/*/*/meta.csv", {})
+        needs, result = (kind,) if kind else (), f"aug_samples/{key}/*/*/meta.csv"
+        return Step(f"sample {key}", 2, self.command(2, flags), needs, result, {})
 
     def classify(self, name: str, seed: int, key: str | None = None, **changes: Any) -> Step:
         """Stage 3; ``key`` is that of its synthetic subset, ``changes`` are flags that differ from the recipe's."""
         flags = {
+            **self.recipe.classify,
             "syndata_key": key,
             **(self.recipe.synthetic if key else {}),
-            "gpu": self.devices.ids[0] if self.devices.ids else None,
+            "gpu": self.gpu,
             "output_dir": registry.shown_path(self.folder / "classify" / name),
             "seed": seed,
+            **changes,
         }
-        arguments = self._command(3, self.recipe.classify, flags, changes)
-        needs = (f"sample {key}",) if key else ()
-        return Step(f"classify {name}", 3, arguments, needs, f"classify/{name}/results.json", {})
+        needs, result = (f"sample {key}",) if key else (), f"classify/{name}/results.json"
+        return Step(f"classify {name}", 3, self.command(3, flags), needs, result, {})
 
     def real_only(self) -> tuple[Step, str]:
         """The classifier trained on real images alone, and its folder."""
         return self.classify("real-only", self.subset_seed), registry.shown_path(self.folder / "classify" / "real-only")
 
-    def pseudo_label_steps(self, name: str) -> dict[str, Step]:
-        """The real-only classifier, its labels for the unlabelled images, and the classifier trained on both, by name."""
-        (teacher, run), folder = self.real_only(), registry.shown_path(self.folder / "pseudo-label")
-        flags = {
-            **self.shared,
-            **self.recipe.pseudo,
-            "classifier": run,
-            "gpu": self.devices.ids[0] if self.devices.ids else None,
-            "output_dir": folder,
-        }
-        arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
-        labels = Step(LABEL_STEP, 3, arguments, (teacher.name,), "pseudo-label/meta.csv", {})
-        student = self.classify(name, self.subset_seed, syndata_dir=folder, **self.recipe.synthetic)
-        return {step.name: step for step in (teacher, labels, replace(student, needs=(labels.name,)))}
-
-    def synthetic_steps(self, sample: Step) -> dict[str, Step]:
-        """A step of stage 2 after the fine-tuning that it needs, by name."""
-        return {**{kind: self.finetune(kind) for kind in sample.needs}, sample.name: sample}
-
     def method_steps(self, names: Iterable[str]) -> dict[str, Step]:
         """Every step of some of :data:`METHODS` by name, each after what it needs."""
         steps: dict[str, Step] = {}
-        for name in names:
-            method = METHODS[name]
+        for method in [METHODS[name] for name in names]:
             if method.pseudo:
-                steps |= self.pseudo_label_steps(name)
-                continue
-            if method.strategy:
-                for step in self.method_subset(method).values():
-                    steps.setdefault(step.name, step)
-            classify = self.classify(name, self.subset_seed, method.subset, **method.classify)
-            steps.setdefault(classify.name, classify)
+                of_method = self.pseudo_label_steps(method.name)
+            else:
+                of_method = self.subset_steps(method) if method.strategy else []
+                of_method.append(self.classify(method.name, self.subset_seed, method.subset, **method.classify))
+            for step in of_method:
+                steps.setdefault(step.name, step)
         return steps
 
-    def method_subset(self, method: Method) -> dict[str, Step]:
-        """The steps that make the synthetic images of a method, by name."""
+    def pseudo_label_steps(self, name: str) -> list[Step]:
+        """The real-only classifier, its labels for the unlabelled images, and the classifier trained on both."""
+        (teacher, run), folder = self.real_only(), registry.shown_path(self.folder / "pseudo-label")
+        flags = {**self.shared, **self.recipe.pseudo, "classifier": run, "gpu": self.gpu, "output_dir": folder}
+        arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
+        labels = Step(LABEL_STEP, 3, arguments, (teacher.name,), "pseudo-label/meta.csv", {})
+        student = self.classify(name, self.subset_seed, syndata_dir=folder, **self.recipe.synthetic)
+        return [teacher, labels, replace(student, needs=(labels.name,))]
+
+    def subset_steps(self, method: Method) -> list[Step]:
+        """The steps that make the synthetic images of a method."""
         real_only, folder = self.real_only()
         meanings = {REAL_ONLY: folder, UNLABELLED: self.recipe.pseudo.get("unlabelled")}
         flags = {name: meanings.get(value, value) for name, value in method.sample.items()}
-        steps = self.synthetic_steps(self.sample(method.strategy, method.subset, **flags))
-        if flags == method.sample:
-            return steps
-        *before, sample = steps.values()
-        needed = {step.name: step for step in (real_only, *before)}
-        return {**needed, sample.name: replace(sample, needs=tuple(needed))}
+        sample = self.sample(method.strategy, method.subset, **flags)
+        return self.after_finetuning(sample, *([real_only] if flags != method.sample else []))
+
+    def after_finetuning(self, sample: Step, *before: Step) -> list[Step]:
+        """A step of stage 2 after the fine-tuning that it needs, and after other steps."""
+        needed = [*before, *(self.finetune(kind) for kind in sample.needs)]
+        return [*needed, replace(sample, needs=tuple(step.name for step in needed))]
 
 
 def setting_name(examples_per_class: int, task: str, imbalance_factor: float) -> str:

@@ -8,8 +8,9 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
@@ -150,25 +151,11 @@ class Job:
         """Name of the setting."""
         return self.commands.recipe.name
 
-    @property
-    def stages(self) -> set[int]:
-        """The stages that the pair runs."""
-        return {step.stage for step in self.pair.steps.values()}
-
-
-def refuse_flags_of_methods(extra: ExtraArguments, methods: Sequence[Method]) -> None:
-    """Refuses extra arguments of stage 2 that a method sets itself, since they would win over its own."""
-    for method in methods:
-        if flags := extra.flags(2) & method.sample.keys():
-            raise UserError(
-                f"--stage2_args: --{min(flags)} is what the method {method.name} sets; leave out one of the two"
-            )
-
 
 def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
     """All pairs, seed by seed, so that a comparison stopped half-way has every setting. Raises UserError: the arguments do not
     fit together."""
-    settings, devices = cli.read_settings(ComparisonSettings, args), cli.read_settings(Placement, args).devices
+    settings, extra = cli.read_settings(ComparisonSettings, args), cli.read_settings(ExtraArguments, args)
     users = [name for name in settings.methods if METHODS[name].unlabelled]
     if users and args.unlabelled is None:
         raise UserError(f"--methods {users[0]} uses unlabelled images: give --unlabelled PATH")
@@ -176,12 +163,14 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> list[Job]:
         raise UserError(
             f"--unlabelled {args.unlabelled}: no method uses it; add pseudo-label or diff-mix+unlabelled to --methods"
         )
-    refuse_flags_of_methods(cli.read_settings(ExtraArguments, args), [METHODS[name] for name in settings.methods])
+    for name in settings.methods:
+        if flags := extra.flags(2) & METHODS[name].sample.keys():  # which would win over the method's own
+            raise UserError(f"--stage2_args: --{min(flags)} is what the method {name} sets; leave out one of the two")
     recipes = [recipe_of(args, index) for index in range(len(settings.examples_per_class))]
-    methods, jobs = list(dict.fromkeys(settings.methods)), []
+    gpu_ids, methods, jobs = cli.read_settings(Placement, args).gpu_ids, list(dict.fromkeys(settings.methods)), []
     for seed in dict.fromkeys(settings.seeds):
         for recipe in recipes:
-            commands = StageCommands(recipe, seed, results.pair_folder(folder, recipe.name, seed), devices)
+            commands = StageCommands(recipe, seed, results.pair_folder(folder, recipe.name, seed), gpu_ids)
             jobs.append(Job(commands, Pair(commands.folder, commands.method_steps(methods)), tuple(methods)))
     return jobs
 
@@ -252,32 +241,28 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, dry_run: b
     """Checks the steps that are still to run before the first of them: the flags of all, and the stages that no pair of their
     setting has finished a step of by dry runs, stage 3 in every setting, since their lengths and batches differ, the others in
     the first one. Returns what a run would download, a line each. Raises UserError: a stage refuses."""
-    by_setting, sampled, missing = {}, False, []
+    by_setting, checked, missing = {}, set(), []
     for job in jobs:
         by_setting.setdefault(job.setting, []).append(job)
     steps_of = {
-        name: list({step: job.pair.steps[step] for job in of_setting for step in job.pair.missing()}.values())
+        name: {step: job.pair.steps[step] for job in of_setting for step in job.pair.missing()}.values()
         for name, of_setting in by_setting.items()
     }
     for steps in steps_of.values():
         checks.check_flags(steps, config_dir)
-    for name, steps in steps_of.items():
-        first, stages = by_setting[name][0], checks.unchecked_stages([job.pair for job in by_setting[name]])
-        stages -= {1, 2} if sampled else set()
-        sampled |= bool(stages & {1, 2})
-        if stages:
-            with checks.checking(first.commands, folder, config_dir, dry_run) as commands:
-                dry_runs = checks.classify_checks(commands, steps) if 3 in stages else []
-                dry_runs += _checked_samples(commands, first) if 2 in stages else []
-                dry_runs += checks.finetune_checks(commands, steps) if 1 in stages else []
-                missing += checks.check_commands(dry_runs, commands.folder)
+    for name, (first, *others) in by_setting.items():
+        stages = checks.unchecked_stages([job.pair for job in (first, *others)]) - checked
+        checked |= {1, 2} if stages & {1, 2} else set()
+        samples = partial(_checked_samples, methods=[METHODS[method] for method in first.methods])
+        where = (folder, config_dir)
+        missing += checks.dry_run_stages(first.commands, stages, steps_of[name], samples, *where, dry_run=dry_run)
     return list(dict.fromkeys(missing))
 
 
-def _checked_samples(commands: StageCommands, job: Job) -> list[Step]:
+def _checked_samples(commands: StageCommands, methods: Sequence[Method]) -> list[Step]:
     """Runs of stage 2 with the flags of single methods, without the checkpoint and the classifier that are still to be
     trained."""
-    pool, methods = commands.recipe.pseudo.get("unlabelled"), [METHODS[name] for name in job.methods]
+    pool = commands.recipe.pseudo.get("unlabelled")
     steps = checks.sample_checks(commands, [method.strategy for method in methods if method.strategy])
     for method in methods:
         if UNLABELLED in method.sample.values():
@@ -339,41 +324,25 @@ def claim(
         UserError: a stage refuses, or the folder holds runs with another budget or of other data.
     """
     missing = check_stages(selected, folder, config_dir, dry_run)
-    if not dry_run:  # what is refused leaves no record behind that would refuse its correction
-        _claim_all(jobs, selected, folder, config_dir, dry_run=True)
-    return list(dict.fromkeys([*missing, *_claim_all(jobs, selected, folder, config_dir, dry_run)]))
-
-
-def _claim_all(
-    jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path, dry_run: bool
-) -> list[str]:
-    missing: list[str] = []
-    for job in {job.setting: job for job in jobs}.values():
-        results.claim_setting(folder, job.commands.recipe, checks.recipes_in_effect(job.commands, config_dir), dry_run)
-    for job in selected:
-        with checks.noting_downloads(missing):
-            dataset = claim_data(job.commands, config_dir, dry_run)
-            refuse_without_validation(job, dataset)
-            if any(METHODS[method].unlabelled for method in job.methods):
-                claim_pool(job, folder, dataset, config_dir, dry_run)
-            if job.stages & {1, 2}:
-                claim_base(job.commands, dataset, dry_run)
+    for dry in (True,) if dry_run else (True, False):  # a refusal leaves no record that would refuse its correction
+        for job in {job.setting: job for job in jobs}.values():
+            results.claim_setting(folder, job.commands.recipe, checks.recipes_in_effect(job.commands, config_dir), dry)
+        for job in selected:
+            with checks.noting_downloads(missing):
+                dataset = claim_data(job.commands, config_dir, dry)
+                refuse_without_validation(job, dataset)
+                if any(METHODS[method].unlabelled for method in job.methods):
+                    claim_pool(job, folder, dataset, config_dir, dry)
+                if any(step.stage < 3 for step in job.pair.steps.values()):
+                    claim_base(job.commands, dataset, dry)
     return missing
-
-
-def _has_results(root: Path, steps: Iterable[Step], method: str) -> bool:
-    """Whether a seed of a setting has a classifier of a method, or what it trains on, made of unlabelled images."""
-    patterns = [
-        step.result for step in steps if "--unlabelled" in step.arguments or step.name == METHODS[method].step_names[3]
-    ]
-    return any(any(root.glob(f"seed*/{pattern}")) for pattern in patterns)
 
 
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path, dry_run: bool = False) -> None:
     """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels; a dry run
     writes nothing. Raises UserError: some are evaluated, or the setting has results of other images or labels with another
     threshold."""
-    settings = UnlabelledSettings(**job.commands.recipe.pseudo)
+    settings, root = UnlabelledSettings(**job.commands.recipe.pseudo), folder / job.setting
     if has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():
         config_dir = job.pair.folder / "config"  # which it keeps
     # the labelled ones, which differ from seed to seed, among them
@@ -386,11 +355,16 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
         "pseudo_threshold": settings.pseudo_threshold,
         "unlabelled": content_digest(hash_images(images).hex()),
     }
-    root = folder / job.setting
-    users = {name: method for name, method in METHODS.items() if method.unlabelled}
-    used = {name: _has_results(root, job.commands.method_steps([name]).values(), name) for name in users}
-    labelled = any(used[name] for name, method in users.items() if method.pseudo)
-    if any(used.values()):
+
+    def has_results(method: Method) -> bool:
+        """Whether a seed of the setting has a classifier of the method, or what it trains on, made of unlabelled images."""
+        steps, classifier = job.commands.method_steps([method.name]).values(), method.step_names[3]
+        made = [step.result for step in steps if "--unlabelled" in step.arguments or step.name == classifier]
+        return any(any(root.glob(f"seed*/{result}")) for result in made)
+
+    used = [method for method in METHODS.values() if method.unlabelled and has_results(method)]
+    labelled = any(method.pseudo for method in used)
+    if used:
         ignored = () if labelled else ("pseudo_threshold",)
         runs.claim(root / "pseudo-label", record, "--output_dir", ignored, dry_run=dry_run)
     if not labelled and not dry_run:  # another threshold may be chosen, and where nothing is made of it, another pool
@@ -417,9 +391,8 @@ def main(argv: list[str] | None = None) -> int:
         with interruptible():
             claim(jobs, selected, folder, args.config_dir)
             request = _request_arguments(sys.argv[1:] if argv is None else argv)
-            names = list(dict.fromkeys(job.setting for job in jobs))
-            seeds, methods = list(dict.fromkeys(settings.seeds)), list(dict.fromkeys(settings.methods))
-            results.save_request(folder, request, names, seeds, methods)
+            names = [job.setting for job in jobs]
+            results.save_request(folder, request, names, settings.seeds, settings.methods)
             if sharing.shard_index == 0 and not sharing.skip_headroom:
                 print_headroom(args, folder)
             run_jobs(selected, folder, args.config_dir, sharing.keep)
@@ -431,12 +404,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _request_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of a request without those that say which share of it a process does."""
-    out, skip = [], False
-    for word in join_stage_args(arguments):
-        if skip:
-            skip = False
-        elif word in ("--num_shards", "--shard_index"):
-            skip = True
-        elif not word.startswith(("--num_shards=", "--shard_index=")) and word != "--report_only":
-            out.append(word)
-    return out
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_shards")
+    parser.add_argument("--shard_index")
+    parser.add_argument("--report_only", action="store_true")
+    return parser.parse_known_args(join_stage_args(arguments))[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -53,12 +52,6 @@ class Candidate:
         """Name in folders and tables."""
         labels = f"-{self.labels}" if self.labels != "strength" else ""
         return f"{self.subset}-g{self.gamma:g}-p{self.probability:g}-m{self.multiplier:g}{labels}"
-
-
-def candidates(grid: Sequence[Candidate], default: Candidate, seed: int) -> list[Candidate]:
-    """The candidates, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
-    order = numpy_rng(seed, "tune", "order").permutation(len(grid))
-    return list(dict.fromkeys([default, *(grid[i] for i in order)]))
 
 
 def _values(name: str, default: tuple[float, ...], high: float, metavar: str):
@@ -121,7 +114,7 @@ class GridSettings:
         return self
 
     def candidates(self, seed: int) -> list[Candidate]:
-        """The candidates, the default first; see :func:`candidates`."""
+        """The candidates, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
         axes = [
             (*self.strengths, DEFAULT["strength"]),
             (*self.gammas, DEFAULT["gamma"]),
@@ -131,18 +124,18 @@ class GridSettings:
             self.strategy,
         ]
         default = Candidate(**DEFAULT, multiplier=max(self.multipliers))
-        values = itertools.product(*(list(dict.fromkeys(axis)) for axis in axes))
-        grid = dict.fromkeys(self._candidate(Candidate(*of_axes)) for of_axes in values)
-        return candidates(list(grid), default, seed)
+        values = itertools.product(*(dict.fromkeys(axis) for axis in axes))
+        grid = list(dict.fromkeys(self._candidate(*of_axes) for of_axes in values))
+        order = numpy_rng(seed, "tune", "order").permutation(len(grid))
+        return list(dict.fromkeys([default, *(grid[i] for i in order)]))
 
-    def _candidate(self, values: Candidate) -> Candidate:
+    def _candidate(
+        self, strength: float, gamma: float, probability: float, multiplier: float, labels: str, strategy: str
+    ) -> Candidate:
         """A candidate whose values without effect are all the same: a strength where the strategy draws its own, gamma where
         labels do not depend on it."""
-        row = strategies.find(values.strategy)
-        without_gamma = values.labels == "teacher" or row.pairing == "same"
-        return replace(
-            values,
-            strength=None if row.strengths else values.strength,
-            gamma=DEFAULT["gamma"] if without_gamma else values.gamma,
-            strategy="" if values.strategy == self.strategy[0] else values.strategy,
-        )
+        row = strategies.find(strategy)
+        strength = None if row.strengths else strength
+        gamma = DEFAULT["gamma"] if labels == "teacher" or row.pairing == "same" else gamma
+        other = strategy if strategy != self.strategy[0] else ""
+        return Candidate(strength, gamma, probability, multiplier, labels, other)

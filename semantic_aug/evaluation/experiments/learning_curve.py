@@ -63,20 +63,17 @@ class Pool:
 
     def folds(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(training rows in the order of their draw, evaluated rows) of each fold; every class in its own order."""
-        rank, classes = np.zeros(len(self.labels), np.int64), np.arange(len(self.class_names))
         order = [
-            numpy_rng(seed, "headroom", self.class_names[label]).permutation(np.flatnonzero(self.labels == label))
-            for label in classes
+            numpy_rng(seed, "headroom", name).permutation(np.flatnonzero(self.labels == label))
+            for label, name in enumerate(self.class_names)
         ]
+        drawn, rank = np.concatenate(order), np.zeros(len(self.labels), np.int64)
         if self.held_out.any():
-            drawn = np.concatenate(order)
             yield drawn[~self.held_out[drawn]], self.evaluated
             return
-        for rows in order:
-            rank[rows] = np.arange(len(rows))
+        rank[drawn] = np.concatenate([np.arange(len(rows)) for rows in order])
         for fold in range(FOLDS):
             evaluated = rank % FOLDS == fold
-            drawn = np.concatenate(order)
             yield drawn[~evaluated[drawn]], np.flatnonzero(evaluated)
 
     def available(self) -> np.ndarray:

@@ -170,8 +170,12 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
         blocks += [Heading(setting), *([] if parts else [Paragraph("No result yet.")])]
         for split in parts:
             blocks += _score_tables(comparison, setting, split)
-    blocks += [*_time_section(comparison), *_recipe_section(comparison), *_command_section(comparison)]
-    return Report(f"Comparison on {dataset}", [*blocks, *_run_section(comparison, folder)])
+    pairs = {
+        (name, str(seed)): (pair_folder(folder, name, seed), shared_flags(comparison.recipes.get(name, {}), seed))
+        for name, seed in comparison.records
+    }
+    blocks += [*_time_section(comparison), *_repeat_sections(comparison)]
+    return Report(f"Comparison on {dataset}", [*blocks, *run_section(["setting", "seed"], pairs, folder)])
 
 
 def _judgement(comparison: Comparison) -> str:
@@ -192,55 +196,38 @@ def _judgement(comparison: Comparison) -> str:
 
 
 def _score_tables(comparison: Comparison, setting: str, split: str | None) -> list[Block]:
-    rows = [row for row in comparison.rows if (row.setting, row.split) == (setting, split)]
-    scores = [name for name in comparison.score_names if any(name in row.scores for row in rows)]
-    methods = list(dict.fromkeys(row.method for row in rows))
+    """Scores by method, and their differences to the baselines, on one split of a setting."""
+    title, rows = split_title(split), [row for row in comparison.rows if (row.setting, row.split) == (setting, split)]
+    tables = {score: comparison.by_method(setting, split, score) for score in comparison.score_names}
+    scores, methods = [score for score in tables if tables[score]], list(dict.fromkeys(row.method for row in rows))
     lines = []
     for method in methods:
-        seeds = [row for row in rows if row.method == method]
-        cells = [spread_cell({row.seed: row.scores[s] for row in seeds if s in row.scores}) for s in scores]
+        of_method = [row for row in rows if row.method == method]
+        cells = [spread_cell(tables[score].get(method, {})) for score in scores]
         if split == "test":
-            cells.append(spread_cell({row.seed: row.val["top1"] for row in seeds if "top1" in row.val}))
-        steps = ", ".join(map(str, sorted({row.steps for row in seeds})))
-        lines.append([method, str(len(seeds)), *cells, steps])
-    columns = [*(f"{split_title(split)} {name}" for name in scores), *(["validation top1"] if split == "test" else [])]
+            cells.append(spread_cell({row.seed: row.val["top1"] for row in of_method if "top1" in row.val}))
+        lines.append(
+            [method, str(len(of_method)), *cells, ", ".join(map(str, sorted({row.steps for row in of_method})))]
+        )
+    columns = [*(f"{title} {name}" for name in scores), *(["validation top1"] if split == "test" else [])]
     blocks: list[Block] = [Table(["method", "seeds", *columns, "steps"], lines)]
     pairs = [(score, baseline) for score in scores for baseline in BASELINES if baseline in methods]
-    if pairs and len(methods) > 1:
-        tables = {score: comparison.by_method(setting, split, score) for score in scores}
-        blocks += _difference_table(tables, split_title(split), methods, pairs)
-    return blocks
-
-
-def _difference_table(
-    tables: Mapping[str, Mapping[str, Mapping[int, float]]],
-    split: str,
-    methods: Sequence[str],
-    columns: Sequence[tuple[str, str]],
-) -> list[Block]:
-    """Differences to the baselines.
-
-    Args:
-        tables: score -> method -> seed -> value.
-        split: title of the split that the scores are on.
-        methods: rows.
-        columns: score and baseline of each column.
-    """
-    rows = []
+    if not pairs or len(methods) < 2:
+        return blocks
+    differences = []
     for method in methods:
         cells = []
-        for score, baseline in columns:
-            scores = tables[score].get(method, {}) if method != baseline else {}
-            other = tables[score].get(baseline, {})
-            cells.append(difference_cell(paired_difference(scores, other), scores, other))
+        for score, baseline in pairs:
+            first, second = tables[score].get(method, {}) if method != baseline else {}, tables[score].get(baseline, {})
+            cells.append(difference_cell(paired_difference(first, second), first, second))
         if any(cell.text for cell in cells):
-            rows.append([method, *cells])
+            differences.append([method, *cells])
     text = (
         "Paired differences over common seeds in points, with 95 % confidence intervals (Student's t) for other seeds on these "
-        f"{split} images; bold: zero is outside."
+        f"{title} images; bold: zero is outside."
     )
-    titles = [f"{split} {score} - {baseline}" for score, baseline in columns]
-    return [Paragraph(text), Table(["method", *titles], rows)]
+    columns = [f"{title} {score} - {baseline}" for score, baseline in pairs]
+    return [*blocks, Paragraph(text), Table(["method", *columns], differences)]
 
 
 def _time_section(comparison: Comparison) -> list[Block]:
@@ -257,30 +244,18 @@ def _time_section(comparison: Comparison) -> list[Block]:
     return [Heading("Time"), table, Paragraph(f"{total / 3600:.2f} hours in all; runs side by side count each.")]
 
 
-def _recipe_section(comparison: Comparison) -> list[Block]:
+def _repeat_sections(comparison: Comparison) -> list[Block]:
+    """The budget of each setting, the commands of ``compare``, and those of the first pair's runs."""
     blocks: list[Block] = [Heading("Budgets")]
     for setting, recipe in comparison.recipes.items():
         given = {name: value for name, value in recipe.items() if value not in (None, [])}
         blocks += [Paragraph(f"{setting}:"), Code(runs.arguments_text(given), "yaml")]
+    blocks += [Heading("Commands"), Code("\n".join(comparison.commands))]
+    for (setting, seed), records in comparison.records.items():
+        if records:
+            text = f"The runs of {setting}, seed {seed}; those of all others are in `{COMMANDS}`:"
+            return [*blocks, Paragraph(text), Code("\n".join(entry["command"] for entry in records.values()))]
     return blocks
-
-
-def _command_section(comparison: Comparison) -> list[Block]:
-    blocks: list[Block] = [Heading("Commands"), Code("\n".join(comparison.commands))]
-    first = next(((key, records) for key, records in comparison.records.items() if records), None)
-    if first is None:
-        return blocks
-    (setting, seed), records = first
-    blocks.append(Paragraph(f"The runs of {setting}, seed {seed}; those of all others are in `{COMMANDS}`:"))
-    return [*blocks, Code("\n".join(entry["command"] for entry in records.values()))]
-
-
-def _run_section(comparison: Comparison, folder: Path) -> list[Block]:
-    pairs = {}
-    for name, seed in comparison.records:
-        flags = shared_flags(comparison.recipes.get(name, {}), seed)
-        pairs[name, str(seed)] = pair_folder(folder, name, seed), flags
-    return run_section(["setting", "seed"], pairs, folder)
 
 
 def shared_flags(recipe: Mapping[str, Any], subset_seed: int) -> dict[str, Any]:

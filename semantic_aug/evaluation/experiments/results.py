@@ -6,8 +6,9 @@ requests/*.yaml                 what was asked for, one file per distinct comman
 """
 
 import csv
+import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from semantic_aug import files, registry, runs
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.experiments.commands import METHODS, Recipe
 from semantic_aug.evaluation.experiments.runner import read_records
+from semantic_aug.evaluation.experiments.settings import budget_defaults
 
 REQUESTS, RECIPE_FILE = "requests", "recipe.yaml"
 SCORES = ("top1", "macro", "worst_group")
@@ -107,17 +109,18 @@ def claim_setting(
     Args:
         in_effect: what the stages' recipes set, by name; records of earlier versions lack it.
     """
-    folder, absent = registry.resolve_path(folder) / recipe.name, {**recipe.defaults, **in_effect}
+    folder, absent = registry.resolve_path(folder) / recipe.name, {**budget_defaults(), **in_effect}
     options = {"file": RECIPE_FILE, "absent": absent, "dry_run": dry_run}
     runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", **options)
 
 
 def save_request(
-    folder: Path, arguments: Sequence[str], settings: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
+    folder: Path, arguments: Sequence[str], settings: Iterable[str], seeds: Iterable[int], methods: Iterable[str]
 ) -> None:
     """Records what was asked for, so that the report knows what is missing; shards of one request write the same file."""
     command = f"python -m semantic_aug.evaluation compare {shlex.join(arguments)}"
-    request = {"command": command, "settings": list(settings), "seeds": list(seeds), "methods": list(methods)}
+    distinct = {"settings": settings, "seeds": seeds, "methods": methods}
+    request = {"command": command, **{name: list(dict.fromkeys(values)) for name, values in distinct.items()}}
     text, existing = runs.arguments_text(request), sorted((folder / REQUESTS).glob("*.yaml"))
     if not any(file.read_text(encoding="utf-8") == text for file in existing):
         name = f"{len(existing) + 1:03d}-{files.sha256_text(text)[:8]}.yaml"
@@ -134,22 +137,17 @@ def requests_in(folder: Path) -> list[Path]:
 
 def collect(folder: Path) -> Comparison:
     """Reads a comparison's folder. Raises UserError: it holds none."""
-    requests = requests_in(folder)
-    comparison, planned = Comparison(), {}
-    for file in requests:
-        request = yaml.safe_load(file.read_text(encoding="utf-8"))
-        comparison.commands.append(request["command"])
-        for setting in request["settings"]:
-            if setting not in comparison.settings:
-                comparison.settings.append(setting)
-            planned |= {
-                (setting, method, int(seed)): None for seed in request["seeds"] for method in request["methods"]
-            }
-    settings, methods = comparison.settings, list(METHODS)
-    rank = {name: methods.index(name) if name in METHODS else len(methods) for _, name, _ in planned}
-    for setting in settings:
-        comparison.recipes[setting] = runs.load_arguments(folder / setting, RECIPE_FILE) or {}
-    for setting, method, seed in sorted(planned, key=lambda p: (settings.index(p[0]), rank[p[1]], p[2])):
+    requests = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in requests_in(folder)]
+    settings = list(dict.fromkeys(setting for request in requests for setting in request["settings"]))
+    recipes = {setting: runs.load_arguments(folder / setting, RECIPE_FILE) or {} for setting in settings}
+    comparison = Comparison(settings, commands=[request["command"] for request in requests], recipes=recipes)
+    planned = dict.fromkeys(
+        (setting, method, int(seed))
+        for request in requests
+        for setting, seed, method in itertools.product(request["settings"], request["seeds"], request["methods"])
+    )
+    rank = {name: position for position, name in enumerate(METHODS)}  # a method of an earlier version comes last
+    for setting, method, seed in sorted(planned, key=lambda p: (settings.index(p[0]), rank.get(p[1], len(rank)), p[2])):
         pair = pair_folder(folder, setting, seed)
         records = comparison.records.setdefault((setting, seed), read_records(pair))
         results = files.read_json(pair / "classify" / method / "results.json")

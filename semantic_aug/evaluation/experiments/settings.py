@@ -18,7 +18,7 @@ from semantic_aug.datasets.settings import DatasetName, Setting
 from semantic_aug.devices import check_ids
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.experiments.commands import SCRIPTS, Devices, Recipe, setting_name
+from semantic_aug.evaluation.experiments.commands import SCRIPTS, Recipe, setting_name
 from semantic_aug.finetune import config as finetune
 from semantic_aug.sampling import settings as sampling
 
@@ -105,11 +105,6 @@ class Placement:
     def __post_init__(self):
         check_ids(list(self.gpu_ids or ()))
 
-    @property
-    def devices(self) -> Devices:
-        """Where the stages run."""
-        return Devices(self.gpu_ids)
-
     def folder(self, command: str, args: argparse.Namespace) -> Path:
         """``--output_dir``, or ``outputs/{command}/{name of the data set}``."""
         default = Path("outputs") / command
@@ -142,20 +137,15 @@ ALL_DATA_PROB, FEW_DATA_PROB = 0.1, 0.3
 
 
 def declaring(stage: int, name: str) -> type:
-    """The dataclass of a stage that declares a flag."""
+    """The dataclass of a stage that declares a flag; its attribute of this name is the default."""
     return next(cls for cls in STAGE_SETTINGS[stage] if name in cli.settings_of(cls))
-
-
-def default_of(stage: int, name: str) -> Any:
-    """A stage's default of a flag."""
-    return cli.settings_of(declaring(stage, name))[name].default
 
 
 def budget_defaults() -> dict[str, str]:
     """What messages show of the flags that a budget leaves to the stages, by their names in its record."""
     values = {f"shared.{name}": getattr(Setting, name) for name in IN_ALL_STAGES}
     for stage, part in enumerate(("finetune", "sample", "classify"), 1):
-        values |= {f"{part}.{name}": default_of(stage, name) for name in BUDGET[stage]}
+        values |= {f"{part}.{name}": getattr(declaring(stage, name), name) for name in BUDGET[stage]}
     return {name: "by default" if value is None else f"{value} by default" for name, value in values.items()}
 
 
@@ -193,7 +183,8 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
     several = isinstance(args.examples_per_class, (list, tuple))
     count = len(args.examples_per_class) if several else 1
 
-    def value(name: str, default: Any = None) -> Any:
+    def value(name: str, stage: int | None = None) -> Any:
+        """The setting's value of a flag; where it is not given, None or the default of a stage."""
         values = getattr(args, name)
         if isinstance(values, (list, tuple)):
             if len(values) not in (1, count):
@@ -202,20 +193,16 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
                     "--examples_per_class"
                 )
             return values[index if len(values) > 1 else 0]
-        return default if values is None else values
+        return getattr(declaring(stage, name), name) if values is None and stage else values
 
-    def budget(stage: int) -> dict[str, Any]:
-        return {name: value(name) for name in BUDGET[stage]}
-
-    tune, sample, train, synthetic = budget(1), budget(2), budget(3), {}
-    base = tune.pop("pretrained_model_name_or_path") or default_of(1, "pretrained_model_name_or_path")
-    train |= {name: train[name] or default_of(3, name) for name in ("model", "res_mode")}
-    shots, tail = value("examples_per_class"), args.task == "imbalanced"
+    tune, sample, train = ({name: value(name) for name in BUDGET[stage]} for stage in SCRIPTS)
+    del tune["pretrained_model_name_or_path"]
+    train |= {name: value(name, 3) for name in ("model", "res_mode")}
+    shots, tail, synthetic = value("examples_per_class"), args.task == "imbalanced", {}
     if several:
-        strength, multiplier = value("aug_strength", default_of(2, "aug_strength")), value("multiplier")
-        sample |= {"aug_strength": strength, "syn_dataset_multiplier": multiplier}
-        prob = FEW_DATA_PROB if shots > 0 or tail else ALL_DATA_PROB
-        synthetic = {"gamma": value("gamma", default_of(3, "gamma")), "synthetic_prob": value("synthetic_prob", prob)}
+        sample |= {"aug_strength": value("aug_strength", 2), "syn_dataset_multiplier": value("multiplier")}
+        prob, usual = value("synthetic_prob"), FEW_DATA_PROB if shots > 0 or tail else ALL_DATA_PROB
+        synthetic = {"gamma": value("gamma", 3), "synthetic_prob": usual if prob is None else prob}
     shared = {
         "dataset": args.dataset,
         "examples_per_class": shots,
@@ -225,9 +212,14 @@ def recipe_of(args: argparse.Namespace, index: int = 0) -> Recipe:
     }
     if not tail:
         shared["imbalance_profile"] = None
-    pseudo = {name: getattr(args, name, None) for name in ("unlabelled", "pseudo_threshold")}
-    name, extra = setting_name(shots, args.task, args.imbalance_factor), cli.read_settings(ExtraArguments, args)
     return Recipe(
-        name=name, base=base, shared=shared, finetune=tune, sample=sample, classify=train, synthetic=synthetic,
-        extra=extra.by_stage(), pseudo=pseudo, defaults=budget_defaults(),
-    )  # fmt: skip
+        name=setting_name(shots, args.task, args.imbalance_factor),
+        base=value("pretrained_model_name_or_path", 1),
+        shared=shared,
+        finetune=tune,
+        sample=sample,
+        classify=train,
+        synthetic=synthetic,
+        extra=cli.read_settings(ExtraArguments, args).by_stage(),
+        pseudo={name: getattr(args, name, None) for name in ("unlabelled", "pseudo_threshold")},
+    )

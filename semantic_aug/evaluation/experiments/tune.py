@@ -1,5 +1,4 @@
-"""Which strength, gamma, probability, multiplier, labels and strategy? Chosen on validation images, within a budget, from one
-sampled pool."""
+"""Chooses strength, gamma, probability, multiplier, labels and strategy on validation images, from one sampled pool."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from semantic_aug.classify import config as classify
 from semantic_aug.datasets.synthetic import subset_record
 from semantic_aug.errors import UserError, no_downloads
 from semantic_aug.evaluation.experiments import checks, halving, report
-from semantic_aug.evaluation.experiments.commands import StageCommands, Step, command
+from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings
 from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import (
@@ -29,7 +28,7 @@ from semantic_aug.evaluation.experiments.runner import (
     pair_lock,
     prepare_config,
 )
-from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, recipe_of
+from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, budget_defaults, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ class Tuning:
         for candidate in sorted({candidate.subset: candidate for candidate in candidates}.values(), key=order):
             flags = {"aug_strength": candidate.strength, "syn_dataset_multiplier": self.multiplier}
             sample = self.commands.sample(candidate.strategy or self.strategy, candidate.subset, **flags)
-            self.pair.steps |= self.commands.synthetic_steps(sample)
+            self.pair.steps |= {step.name: step for step in self.commands.after_finetuning(sample)}
 
     def subset_folder(self, candidate: Candidate) -> Path:
         """The folder of the finished subset of a candidate."""
@@ -210,16 +209,14 @@ class Tuning:
 
     def use_command(self, chosen: Candidate, key: str, config_dir: Path) -> str:
         """The ``train_cls.py`` command that uses the chosen settings."""
-        ids = self.commands.devices.ids
         flags = {
-            **self.commands.shared,
             "config_dir": None if config_dir == registry.CONFIG_DIR else config_dir,
             **self.recipe.classify,
             "syndata_key": key,
             **self.classify_flags(chosen, self.images(chosen)),
-            "gpu": ids[0] if ids else None,
+            "gpu": self.commands.gpu,
         }
-        return str(Step("use", 3, command(3, flags, self.recipe.extra.get(3, ())), (), "", {}))
+        return str(Step("use", 3, self.commands.command(3, flags), (), "", {}))
 
 
 def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teachers: int) -> int:
@@ -258,8 +255,8 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
 def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Candidate]]:
     """The search of parsed arguments, and its candidates, the default first. Raises UserError: the folder holds a search among
     other values."""
-    grid, devices = cli.read_settings(GridSettings, args).resumed(folder), cli.read_settings(Placement, args).devices
-    commands = StageCommands(recipe_of(args), args.subset_seed, folder, devices)
+    grid = cli.read_settings(GridSettings, args).resumed(folder)
+    commands = StageCommands(recipe_of(args), args.subset_seed, folder, cli.read_settings(Placement, args).gpu_ids)
     tuning = Tuning(commands, grid, args.select_by or "top1")
     candidates = grid.candidates(args.subset_seed)
     tuning.add_pool(candidates)
@@ -279,7 +276,7 @@ def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path,
         "subset_seed": tuning.commands.subset_seed,
         "multiplier": tuning.multiplier,
     }
-    claim = partial(runs.claim, tuning.folder, record, "--output_dir", absent=tuning.recipe.defaults)
+    claim = partial(runs.claim, tuning.folder, record, "--output_dir", absent=budget_defaults())
     claim(dry_run=True)
     missing = check_stages(tuning, candidates, config_dir, dry_run)
     claim(dry_run=dry_run)
@@ -299,15 +296,9 @@ def check_stages(tuning: Tuning, candidates: Collection[Candidate], config_dir: 
     pool = [tuning.pair.steps[name] for name in tuning.pair.steps if not tuning.pair.done(name)]
     trials = [tuning.trial_step(candidate, 0, None) for candidate in {c.labels: c for c in candidates}.values()]
     checks.check_flags([*pool, *trials], config_dir)
-    finished = {entry["stage"] for entry in tuning.pair.records.values() if entry["done"]}
-    stages = {1, 2, 3} - finished
-    if not stages:
-        return []
-    with checks.checking(tuning.commands, tuning.folder, config_dir, dry_run) as commands:
-        steps = checks.classify_checks(commands, trials) if 3 in stages else []
-        steps += checks.sample_checks(commands, tuning.grid.strategy) if 2 in stages else []
-        steps += checks.finetune_checks(commands, pool) if 1 in stages else []
-        return checks.check_commands(steps, commands.folder)
+    stages = {1, 2, 3} - {entry["stage"] for entry in tuning.pair.records.values() if entry["done"]}
+    samples, where = partial(checks.sample_checks, names=tuning.grid.strategy), (tuning.folder, config_dir)
+    return checks.dry_run_stages(tuning.commands, stages, [*pool, *trials], samples, *where, dry_run=dry_run)
 
 
 def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, held: int) -> report.SearchResult:

@@ -64,16 +64,25 @@ def kernel_distance(
     """
     if min(len(a), len(b)) < 2:
         return float("nan"), float("nan")
-    a, b = (x if len(x) <= KID_POOL else x[rng.choice(len(x), KID_POOL, replace=False)] for x in (a, b))
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a, b = (_kernel_images(x, rng) for x in (a, b))
     size = min(len(a), len(b), size or max(2, min(KID_SIZE, min(len(a), len(b)) // 2)))
-    kaa, kbb, kab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    kaa, kbb, kab = _kernel(a, a), _kernel(b, b), _kernel(a, b)
     estimates = []
     for _ in range(subsets):
         i, j = rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False)
         within = sum(k[np.ix_(r, r)].sum() - k[r, r].sum() for k, r in ((kaa, i), (kbb, j)))
         estimates.append(within / (size * (size - 1)) - 2 * kab[np.ix_(i, j)].mean())
     return float(np.mean(estimates)), float(np.std(estimates))
+
+
+def _kernel_images(features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The images of a set that KID looks at, float64 of at most :data:`KID_POOL` rows."""
+    drawn = features if len(features) <= KID_POOL else features[rng.choice(len(features), KID_POOL, replace=False)]
+    return np.asarray(drawn, np.float64)
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -143,12 +152,11 @@ def resampled_kernel(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> 
     """:func:`kernel_distance` of bootstrap resamples of both sets, over the pairs of different images; ``(R,)``."""
     if min(len(a), len(b)) < 3:
         return np.full(RESAMPLES, np.nan)
-    a, b = (x if len(x) <= KID_POOL else x[rng.choice(len(x), KID_POOL, replace=False)] for x in (a, b))
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a, b = (_kernel_images(x, rng) for x in (a, b))
     of_a, of_b = (_weights(len(x), rng) for x in (a, b))
-    distance = -2 * np.einsum("rn,rn->r", of_a @ (a @ b.T / a.shape[1] + 1) ** 3, of_b) / (len(a) * len(b))
+    distance = -2 * np.einsum("rn,rn->r", of_a @ _kernel(a, b), of_b) / (len(a) * len(b))
     for x, weights in ((a, of_a), (b, of_b)):
-        kernel = (x @ x.T / x.shape[1] + 1) ** 3
+        kernel = _kernel(x, x)
         within = np.einsum("rn,rn->r", weights @ kernel, weights) - weights**2 @ kernel.diagonal()
         distance += within / _pairs(weights)
     return distance

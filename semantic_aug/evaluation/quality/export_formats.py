@@ -254,21 +254,15 @@ def original_folders(names: Sequence[str]) -> tuple[str, ...]:
 
 def write_imagefolder(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> None:
     """``{split}/{class}/{image}``, ``metadata.csv``, and ``class_map.txt``: the classes' folders in label order."""
-    files.write_text(target.folder / CLASS_MAP_FILE, "".join(f"{name}\n" for name in target.class_folders))
-
-    def path_of(split: SplitImages, row: int, ending: str) -> str:
-        return f"{split.name}/{target.class_folders[split.labels[row]]}/{split.file_name(row)}{ending}"
-
-    _place_all(target, splits, bar, (METADATA_FILE, "file_name"), path_of)
+    folders = target.class_folders
+    files.write_text(target.folder / CLASS_MAP_FILE, "".join(f"{name}\n" for name in folders))
+    listing, folder_of = (METADATA_FILE, "file_name"), lambda split, row: f"{split.name}/{folders[split.labels[row]]}"
+    _place_all(target, splits, bar, listing, folder_of)
 
 
 def write_csv(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> None:
     """``images.csv``, a line an image, and the images below ``images/{split}``."""
-
-    def path_of(split: SplitImages, row: int, ending: str) -> str:
-        return f"images/{split.name}/{split.file_name(row)}{ending}"
-
-    _place_all(target, splits, bar, (LIST_FILE, "path"), path_of)
+    _place_all(target, splits, bar, (LIST_FILE, "path"), lambda split, row: f"images/{split.name}")
 
 
 def write_original(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> None:
@@ -293,15 +287,15 @@ def _place_all(
     splits: Sequence[SplitImages],
     bar: tqdm,
     listing: tuple[str, str],
-    path_of: Callable[[SplitImages, int, str], str],
+    folder_of: Callable[[SplitImages, int], str],
 ) -> None:
-    """Every image at its place, and the list of all (name of the file, name of its first column)."""
+    """Every image in its folder, and the list of all (name of the file, name of its first column)."""
     name, first = listing
     with files.csv_writer(target.folder / name) as writer:
         for split in splits:
             for row in range(len(split)):
                 content, ending = split.content(row)
-                path = path_of(split, row, ending)
+                path = f"{folder_of(split, row)}/{split.file_name(row)}{ending}"
                 target.put(content, path)
                 values = split.metadata(row)
                 if split is splits[0] and row == 0:

@@ -2,20 +2,10 @@
 
 import numpy as np
 
-from semantic_aug.classify.inference import Classifier
-from semantic_aug.classify.models import class_order
-from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import SyntheticImages
 
 GAMMAS = (0.01, 100.0)
 """Bounds of :func:`fitting_gamma`."""
-
-
-def class_probabilities(classifier: Classifier, images: SyntheticImages, dataset: LoadedDataset) -> np.ndarray:
-    """Class probabilities ``(M, K)`` of synthetic images, classes in the data set's order. Raises UserError: the classifier
-    was trained on other classes."""
-    order = class_order(classifier.class_names, dataset, "--classifier")
-    return classifier.probabilities(images.image, len(images))[:, order]
 
 
 def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> dict[str, np.ndarray]:

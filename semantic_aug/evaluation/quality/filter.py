@@ -13,6 +13,7 @@ from PIL import Image
 from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
 from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality import faithfulness
 from semantic_aug.evaluation.quality.inputs import Inputs, make_parser, read_inputs
 from semantic_aug.evaluation.quality.review import kept_after_review, read_review, relative_paths
 from semantic_aug.meta_csv import slug
@@ -145,7 +146,6 @@ def kept_lines(file: Path, selected: np.ndarray) -> str:
 
 def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImages) -> dict[str, np.ndarray]:
     """Each confidence that ``--by`` asks for, and the one that decides, by name; ``(M,)`` each."""
-    from semantic_aug.evaluation.quality import faithfulness
     from semantic_aug.evaluation.quality.clip import presence
 
     scores = {}
@@ -153,9 +153,8 @@ def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImage
         vectors = inputs.clip.images(images.image, len(images), inputs.models.batch_size)
         scores["clip"] = presence(inputs.clip, vectors, settings.super_class or inputs.dataset.spec.super_class)
     if settings.by in ("classifier", "both"):
-        probabilities = faithfulness.class_probabilities(inputs.classifier, images, inputs.dataset)
         mass = {"label": faithfulness.label_mass, "target": faithfulness.target_mass}[settings.judged_as]
-        scores["classifier"] = mass(probabilities, images)
+        scores["classifier"] = mass(inputs.class_probabilities(images), images)
     scores["confidence"] = np.prod(list(scores.values()), axis=0)
     return scores
 

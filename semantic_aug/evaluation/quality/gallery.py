@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from semantic_aug import cli, files, meta_csv, registry, runs
+from semantic_aug import cli, files, meta_csv, registry
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.fingerprint import hash_files, hash_images, hex_digits
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset, subset_record
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.evaluation import document
+from semantic_aug.evaluation.quality import faithfulness
 from semantic_aug.evaluation.quality.inputs import Inputs, OutputSettings, Subset, make_parser, read_inputs
-from semantic_aug.evaluation.quality.measure import Measurer, measured
+from semantic_aug.evaluation.quality.measure import measured
 from semantic_aug.evaluation.quality.review import FORMAT, list_identity, relative_paths
 from semantic_aug.prompts import class_phrase, fill
 
@@ -191,18 +192,13 @@ def _encoded(train, row: int) -> str | bytes:
 def scores_of(settings: GallerySettings, inputs: Inputs) -> list[dict[str, np.ndarray]]:
     """The values each subset's images have, by name: those of ``--measures``, of ``--classifier`` and of ``--clip``. Raises
     UserError: ``--measures`` is not a run of `measure` on these images."""
-    dataset, classifier, clip = inputs.dataset, inputs.classifier, inputs.clip
-    scores = [measured(settings.measures, subset, dataset.source_names) for subset in inputs.subsets]
+    scores = [measured(settings.measures, subset, inputs.dataset.source_names) for subset in inputs.subsets]
     for subset, values in zip(inputs.subsets, scores, strict=True):
         images = subset.images
-        if classifier:
-            from semantic_aug.evaluation.quality import faithfulness
-
-            probabilities = faithfulness.class_probabilities(classifier, images, dataset)
-            values |= faithfulness.scores(probabilities, images, settings.gamma)
-        if clip:
-            measurer = Measurer(dataset, None, clip=clip, batch_size=inputs.models.batch_size)
-            values["clip_score"] = measurer.clip_scores(images.image, images.target)
+        if inputs.classifier:
+            values |= faithfulness.scores(inputs.class_probabilities(images), images, settings.gamma)
+        if inputs.clip:
+            values["clip_score"] = inputs.clip_scores(images.image, images.target)
     return [{name: value for name, value in values.items() if name in SCORES} for values in scores]
 
 
@@ -330,15 +326,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = cli.read_settings(GallerySettings, args)
     inputs = read_inputs(args, SETTINGS)
-    print(inputs.dataset.describe())
-    for subset in inputs.subsets:
-        print(f"synthetic: {subset.name}, {len(subset)} images")
+    inputs.print_summary()
     folder = registry.resolve_path(args.output_dir)
     if args.dry_run:
         print(f"would make a gallery in {registry.shown_path(folder)}")
         return 0
     scores = scores_of(settings, inputs)
-    runs.claim(folder, inputs.record, "--output_dir", origin=inputs.origin(), absent=inputs.absent)
+    inputs.claim(folder)
     content, pictures = records(inputs, scores, settings)
     write_pictures(pictures, folder, settings)
     write_page(folder, content)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-from semantic_aug import cli, meta_csv, registry
+from semantic_aug import cli, meta_csv, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets import LoadedDataset, load_dataset
-from semantic_aug.datasets.fingerprint import files_digest, hash_files
-from semantic_aug.datasets.origin import RunOrigin, synthetic_identity
+from semantic_aug.datasets.fingerprint import files_digest
+from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import ABSENT, DatasetName, Setting, add_shared
 from semantic_aug.datasets.synthetic import SyntheticImages, is_pseudo_labelled, locate, read_subsets
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality.review import list_identity
+from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 
 if TYPE_CHECKING:
     from semantic_aug.classify.features import Extractor
@@ -186,20 +189,39 @@ class Inputs:
 
         return load_clip(self.models.clip, self.device)
 
-    def origin(self) -> RunOrigin:
-        """What results are made from: training images, the subsets, and the weights of ``--classifier``."""
+    def class_probabilities(self, images: SyntheticImages) -> np.ndarray:
+        """Class probabilities ``(M, K)`` of synthetic images under ``--classifier``, classes in the data set's order."""
+        from semantic_aug.classify.models import class_order
+
+        order = class_order(self.classifier.class_names, self.dataset, "--classifier")
+        return self.classifier.probabilities(images.image, len(images))[:, order]
+
+    def clip_scores(self, read: Callable[[int], Image.Image], classes: np.ndarray) -> np.ndarray:
+        """CLIP score ``(N,)`` of images read by index, each with the prompt of its class."""
+        from semantic_aug.evaluation.quality.clip import clip_score
+
+        super_class = self.dataset.spec.super_class
+        phrases = [fill(SAMPLING_TEMPLATE, class_phrase(name, super_class)) for name in self.dataset.class_names]
+        images = self.clip.images(read, len(classes), self.models.batch_size)
+        return clip_score(images, self.clip.texts(phrases)[np.asarray(classes)])
+
+    def print_summary(self) -> None:
+        """Prints the data set and the subsets, a line each."""
+        print(self.dataset.describe(), *(f"synthetic: {s.name}, {len(s)} images" for s in self.subsets), sep="\n")
+
+    def claim(self, folder: Path) -> None:
+        """Takes the output folder for results of these settings, training images, subsets and classifier. Raises UserError: it
+        holds others."""
         from semantic_aug.classify.trainer import MODEL_FILE
 
         def further() -> dict:
-            names, subsets = self.dataset.source_names, {}
-            for subset in self.subsets:
-                hashes = hash_files(subset.images.paths, "synthetic images")
-                subsets[subset.name] = synthetic_identity(subset.images, hashes, names)
-            folder = self.models.classifier
-            weights = files_digest([registry.resolve_path(folder) / MODEL_FILE]) if folder else None
+            subsets = {subset.name: list_identity(subset.images, self.dataset.source_names) for subset in self.subsets}
+            run = self.models.classifier
+            weights = files_digest([registry.resolve_path(run) / MODEL_FILE]) if run else None
             return {"subsets": subsets, "classifier": weights}
 
-        return RunOrigin(self.dataset, ("train",), further=further)
+        origin = RunOrigin(self.dataset, ("train",), further=further)
+        runs.claim(folder, self.record, "--output_dir", NO_PART, origin=origin, absent=self.absent)
 
 
 def make_parser(command: str, description: str, classes: Sequence[type]) -> cli.Parser:

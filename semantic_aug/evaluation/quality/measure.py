@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
-from semantic_aug.datasets import LoadedDataset
+from semantic_aug.datasets import ImageTable
+from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.quality import distances, report
+from semantic_aug.evaluation.quality import distances, faithfulness, report
 from semantic_aug.evaluation.quality.inputs import (
-    NO_PART,
     SOURCE_COLUMN,
     FeatureSettings,
+    Inputs,
     OutputSettings,
     Subset,
     make_parser,
@@ -35,13 +36,10 @@ from semantic_aug.evaluation.quality.inputs import (
     read_inputs,
 )
 from semantic_aug.evaluation.quality.review import list_identity
-from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 from semantic_aug.seeding import numpy_rng
 
 if TYPE_CHECKING:
     from semantic_aug.classify.features import Extractor
-    from semantic_aug.classify.inference import Classifier
-    from semantic_aug.evaluation.quality.clip import Clip
 
 EQUAL_DISTANCE = 1e-5
 """Cosine distance of features in float32 below which two images count as equal."""
@@ -133,8 +131,6 @@ class ImageSet:
         """The gamma whose labels say what the classifier sees in these images; NaN where none is between two classes."""
         if self.between is None or not (rows := rows & ~np.isnan(self.between)).any():
             return float("nan")
-        from semantic_aug.evaluation.quality import faithfulness
-
         probabilities = (self.values[name][rows] for name in ("source_probability", "target_probability"))
         return faithfulness.fitting_gamma(self.between[rows], *probabilities)
 
@@ -165,20 +161,20 @@ class Measurer:
     """Everything subsets are measured with.
 
     Attributes:
-        dataset: whose training images are the real ones.
-        classifier: None: no faithfulness by a classifier.
-        clip: None: no CLIP score.
+        inputs: the data set, whose training images are the real ones, and the classifier and CLIP where they are given.
+        extractor: of the features that are compared.
         settings: gamma of the soft labels, percentile of near-copies.
-        seed: of the kernel distance's subsets.
+        seed: of the kernel distance's subsets and of the resamples.
     """
 
-    dataset: LoadedDataset
+    inputs: Inputs
     extractor: Extractor
-    classifier: Classifier | None = None
-    clip: Clip | None = None
     settings: MeasureSettings = MeasureSettings()
     seed: int = 0
-    batch_size: int = 64
+
+    def features(self, images: ImageTable | SyntheticImages) -> np.ndarray:
+        """Features ``(N, D)`` of images."""
+        return self.extractor.of_images(images, self.inputs.models.batch_size)
 
     def measure_real(self) -> tuple[ImageSet, float]:
         """The real training images, and the distance below which an image counts as a copy of one.
@@ -187,21 +183,19 @@ class Measurer:
         a training image than all but that share of real ones is not a new one. Photographs taken twice lower it, not below
         what rounding makes of the distance between equal images.
         """
-        train = self.dataset.train
-        features = self.extractor.of_images(train, self.batch_size)
+        train = self.inputs.dataset.train
+        features = self.features(train)
         nearest = distances.neighbours(features, features, skip_self=True)[0]
         nearest = nearest[:, 0] if nearest.shape[1] else np.full(len(train), np.nan)
         threshold = float(np.fmax(np.percentile(nearest, self.settings.copy_percentile), EQUAL_DISTANCE))
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
-        if self.clip:
-            values["clip_score"] = self.clip_scores(train.image, train.labels)
+        if self.inputs.clip:
+            values["clip_score"] = self.inputs.clip_scores(train.image, train.labels)
         return ImageSet(report.REAL, train.labels, None, features, values), threshold
 
     def measure_subset(self, subset: Subset, real: ImageSet, threshold: float) -> ImageSet:
         """A subset's images, each with the values it has."""
-        from semantic_aug.evaluation.quality import faithfulness
-
-        images, features = subset.images, self.extractor.of_images(subset.images, self.batch_size)
+        images, features = subset.images, self.features(subset.images)
         nearest = distances.neighbours(features, real.features)[0][:, 0]
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
         known, between = subset.sources >= 0, None
@@ -209,32 +203,21 @@ class Measurer:
             values["source_distance"] = np.full(len(subset), np.nan)
             sources = real.features[subset.sources[known]]
             values["source_distance"][known] = distances.cosine_distance(features[known], sources)
-        if self.classifier:
-            probabilities = faithfulness.class_probabilities(self.classifier, images, self.dataset)
-            values |= faithfulness.scores(probabilities, images, self.settings.gamma)
+        if self.inputs.classifier:
+            values |= faithfulness.scores(self.inputs.class_probabilities(images), images, self.settings.gamma)
             mixed = (images.source != images.target) & ~images.of_any_class & (images.strength < 1)
             between = np.where(mixed, images.strength, np.nan)
-        if self.clip:
-            values["clip_score"] = self.clip_scores(images.image, images.target)
+        if self.inputs.clip:
+            values["clip_score"] = self.inputs.clip_scores(images.image, images.target)
         return ImageSet(subset.name, images.target, subset.strengths, features, values, between)
 
     def measure_reference(self, subset: Subset) -> ImageSet:
         """A subset to which others have distances between sets only."""
-        features = self.extractor.of_images(subset.images, self.batch_size)
-        return ImageSet(subset.name, subset.images.target, subset.strengths, features, {})
-
-    def clip_scores(self, read, classes: np.ndarray) -> np.ndarray:
-        """CLIP score ``(N,)`` of images read by index, each with the prompt of its class."""
-        from semantic_aug.evaluation.quality.clip import clip_score
-
-        super_class = self.dataset.spec.super_class
-        phrases = [fill(SAMPLING_TEMPLATE, class_phrase(name, super_class)) for name in self.dataset.class_names]
-        images = self.clip.images(read, len(classes), self.batch_size)
-        return clip_score(images, self.clip.texts(phrases)[np.asarray(classes)])
+        return ImageSet(subset.name, subset.images.target, subset.strengths, self.features(subset.images), {})
 
     def rows(self, images: ImageSet, real: ImageSet, reference: ImageSet | None = None) -> list[dict]:
         """The rows of one set of images, see :func:`column_names`; what it does not have is left out."""
-        names, out = self.dataset.source_names, []
+        names, out = self.inputs.dataset.source_names, []
         for strength, label, chosen in tqdm(
             list(images.groups()), desc=images.name, unit="row", mininterval=1.0, leave=False
         ):
@@ -281,16 +264,16 @@ class Measurer:
             return values, {kernel: percentile_interval(resamples)}
         return values, {}
 
-    def notes(self, subsets: Sequence[Subset], real: ImageSet) -> list[str]:
+    def notes(self, real: ImageSet) -> list[str]:
         """What is left out or to be read with care, and what it would need; one line each."""
         lines, dimensions = [], real.features.shape[1]
-        if self.classifier is None:
+        if self.inputs.classifier is None:
             lines.append(
                 "source and target probability, top-1 and label agreement are left out: they need --classifier"
             )
-        if self.clip is None:
+        if self.inputs.clip is None:
             lines.append("clip_score is left out: it needs --clip")
-        for subset in subsets:
+        for subset in self.inputs.subsets:
             unknown = int((subset.sources < 0).sum())
             if unknown:
                 share = "" if unknown == len(subset) else f" for {unknown} of {len(subset)} images"
@@ -372,21 +355,18 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, writes the files and prints the totals."""
     args = build_parser().parse_args(argv)
     inputs, settings = read_inputs(args, SETTINGS), cli.read_settings(MeasureSettings, args)
-    dataset, classifier, clip = inputs.dataset, inputs.classifier, inputs.clip
+    for model in ("classifier", "clip"):
+        getattr(inputs, model)  # loads it, so that a wrong one is refused before anything is computed
     reference = None
     if settings.reference:
-        reference = open_subset("reference", [settings.reference], dataset, args.allow_other_sources)
+        reference = open_subset("reference", [settings.reference], inputs.dataset, args.allow_other_sources)
     extractor = cli.read_settings(FeatureSettings, args).load(inputs.device)
-    print(dataset.describe())
-    for subset in inputs.subsets:
-        print(f"synthetic: {subset.name}, {len(subset)} images")
+    inputs.print_summary()
     if args.dry_run:
         return 0
     folder = registry.resolve_path(args.output_dir)
-    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin(), absent=inputs.absent)
-    measurer = Measurer(
-        dataset, extractor, classifier, clip, settings=settings, seed=args.seed, batch_size=args.batch_size
-    )
+    inputs.claim(folder)
+    measurer = Measurer(inputs, extractor, settings, args.seed)
     real, threshold = measurer.measure_real()
     other = measurer.measure_reference(reference) if reference else None
     rows, values = [], {}
@@ -395,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += measurer.rows(images, real, other)
         values[subset.name] = images.values
     rows += measurer.rows(real, real)
-    notes = [*measurer.notes(inputs.subsets, real), *report.picture_notes(rows)]
+    notes = [*measurer.notes(real), *report.picture_notes(rows)]
     columns = column_names(extractor.network)
     facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
     links = report.subset_section(inputs.subsets, folder, args)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from semantic_aug import cli, files, registry, runs
+from semantic_aug import cli, files, registry
 from semantic_aug.errors import UserError
+from semantic_aug.evaluation.quality import distances, faithfulness
 from semantic_aug.evaluation.quality.inputs import (
-    NO_PART,
     SOURCE_COLUMN,
     FeatureSettings,
     Inputs,
@@ -105,8 +105,6 @@ def translations(inputs: Inputs, settings: PictureSettings, seed: int) -> Image.
 
 def neighbours(inputs: Inputs, settings: PictureSettings, subset: Subset, extractor: Extractor) -> Image.Image:
     """Synthetic images from the most to the least similar to a training image, evenly over the ranks, and their neighbours."""
-    from semantic_aug.evaluation.quality import distances
-
     train, names, images = inputs.dataset.train, inputs.dataset.class_names, subset.images
     real, synthetic = (extractor.of_images(each, inputs.models.batch_size) for each in (train, images))
     distance, nearest = distances.neighbours(synthetic, real, settings.neighbours)
@@ -130,11 +128,9 @@ def neighbours(inputs: Inputs, settings: PictureSettings, subset: Subset, extrac
 
 def failures(inputs: Inputs, settings: PictureSettings, subset: Subset) -> Image.Image:
     """Images with the lowest target probability, of the target classes with the lowest mean, and their predictions."""
-    from semantic_aug.evaluation.quality.faithfulness import class_probabilities, target_mass
-
     names, images = inputs.dataset.class_names, subset.images
-    probabilities = class_probabilities(inputs.classifier, images, inputs.dataset)
-    score, predicted = target_mass(probabilities, images), probabilities.argmax(1)
+    probabilities = inputs.class_probabilities(images)
+    score, predicted = faithfulness.target_mass(probabilities, images), probabilities.argmax(1)
     mean = {label: score[images.target == label].mean() for label in np.unique(images.target).tolist()}
     lines, titles = [], []
     for label in sorted(mean, key=mean.get)[: settings.rows]:
@@ -162,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(f"would draw {', '.join(kinds)} into {registry.shown_path(folder)}")
         return 0
-    runs.claim(folder, inputs.record, "--output_dir", NO_PART, origin=inputs.origin(), absent=inputs.absent)
+    inputs.claim(folder)
     if "translations" in kinds:
         sheet = translations(inputs, settings, args.seed)
         if sheet is None:
