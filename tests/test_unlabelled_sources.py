@@ -91,9 +91,8 @@ def test_what_is_known_of_a_source_decides_hard_labels_and_weights():
     known = np.array([[0.4, 0.35, 0.25], [1 / 3] * 3, [0, 1, 0], [0.5, 0.2, 0.3]], np.float32)
     classes, strengths = (np.array([0, 2, 1, 0]), np.array([2, 2, 0, 0])), np.array([0.4, 0.3, 0.3, 0.5]) ** 2
     images = SyntheticImages([None] * 4, *classes, strengths, source_labels=known)
-    split = SplitImages(
-        "train", ("a", "b", "c"), 0.5, synthetic=images, subsets=["s"] * 4, origins=[""] * 4, sources=[""] * 4
-    )
+    origin = {"subset": "s", "origin": "", "source_image": None, "photograph": False}
+    split = SplitImages("train", ("a", "b", "c"), 0.5, synthetic=images, origins=[origin] * 4)
     assert split.labels.tolist() == [2, 2, 1, 0] == images.labels(0.5, 3).argmax(1).tolist()
     records = [split.metadata(row) for row in range(4)]
     assert [record["source"] for record in records] == ["a", None, "b", "a"]

@@ -127,12 +127,12 @@ class Report:
 
 
 def render(template: Path, **values: Any) -> str:
-    """A page from its Jinja template."""
+    """A page or a Markdown text from its Jinja template; in pages the values are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(template.parent)
-    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, **options)
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=".html" in template.name, **options)
     environment.filters["inline"] = inline
     return environment.get_template(template.name).render(**values)
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from semantic_aug import console, registry, runs
+from semantic_aug import registry, runs
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.synthetic import is_pseudo_labelled, locate, subset_record
 from semantic_aug.diffusion.license import NOT_KNOWN, license_of
+from semantic_aug.evaluation.document import render
 from semantic_aug.evaluation.quality.export_formats import HF_SPLITS, SplitImages
 from semantic_aug.evaluation.quality.inputs import Subset
 from semantic_aug.evaluation.quality.measure import measured
@@ -38,6 +39,7 @@ OPENING = {
     "original": 'import pandas\n\ntrain = pandas.read_csv("{folder}/meta.csv")',
 }
 """How each format is opened."""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def near_copies(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> float | None:
@@ -104,17 +106,11 @@ def _disclosures(counts: Mapping[str, int]) -> list[str]:
     return [*([DISCLOSURE] if counts["synthetic"] or not pseudo else []), *([PSEUDO_LABELLED] if pseudo else [])]
 
 
-def _origins(facts: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
-    """What is known of the folders of subsets whose description has an entry: ``base_model`` of images that a model made,
-    ``license_of_photographs`` of pseudo-labelled ones."""
-    return [origin for subset in facts["subsets"] for origin in subset["made_with"] if kind in origin]
-
-
-def _front_matter(facts: Mapping[str, Any]) -> str:
-    made, photographs = _origins(facts, "base_model"), _origins(facts, "license_of_photographs")
-    models = [origin["base_model_license"] for origin in made]
-    models += [origin["license_of_photographs"] for origin in photographs]
-    ids = {text.lower().replace(" ", "-") for text in (facts["dataset"]["license"], *models)}
+def _front_matter(facts: Mapping[str, Any], made: Sequence[Mapping], photographs: Sequence[Mapping]) -> str:
+    """What the hub reads, for ``made`` and ``photographs`` see :func:`write_card`."""
+    licences = [facts["dataset"]["license"], *(origin["base_model_license"] for origin in made)]
+    licences += [origin["license_of_photographs"] for origin in photographs]
+    ids = {text.lower().replace(" ", "-") for text in licences}
     known = len(ids) == 1 and next(iter(ids)).startswith(("cc-by", "cc0", "apache", "mit"))
     total = sum(sum(counts.values()) for counts in facts["images"].values())
     bounds = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", float("inf"): "n>1M"}
@@ -133,78 +129,21 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 def write_card(facts: Mapping[str, Any], folder: Path, shards: int) -> str:
     """The card in Markdown, with the front matter that the hub reads; ``shards`` is the number of the training split's."""
-    data, counts = facts["dataset"], facts["images"]
-    made, pseudo = _origins(facts, "base_model"), any("pseudo_labelled" in of_split for of_split in counts.values())
-    kinds = {"real": "real images", "synthetic": "synthetic images"} | (
-        {"pseudo_labelled": "pseudo-labelled photographs"} if pseudo else {}
+    origins = [origin for subset in facts["subsets"] for origin in subset["made_with"]]
+    made = [origin for origin in origins if "base_model" in origin]
+    photographs = [origin for origin in origins if "license_of_photographs" in origin]
+    kinds, pseudo = {"real": "real images", "synthetic": "synthetic images"}, "pseudo-labelled photographs"
+    if any("pseudo_labelled" in of_split for of_split in facts["images"].values()):
+        kinds["pseudo_labelled"] = pseudo
+    text = render(
+        TEMPLATE,
+        **facts,
+        title="synthetic images" if made else pseudo,
+        kinds=kinds,
+        opening=OPENING[facts["format"]].format(folder=folder.name, last=max(0, shards - 1)),
+        made=bool(made),
+        pseudo="pseudo_labelled" in kinds,
+        base_models=sorted({(origin["base_model"], origin["base_model_license"]) for origin in made}),
+        photograph_licences=sorted({origin["license_of_photographs"] for origin in photographs}),
     )
-    title = "synthetic images" if made else "pseudo-labelled photographs"
-    lines = [
-        f"# {data['name']} with {title}",
-        "",
-        facts["disclosure"],
-        "",
-        console.markdown_table(
-            ["split", *kinds.values()],
-            [(name, *(of_split.get(kind, 0) for kind in kinds)) for name, of_split in counts.items()],
-        ),
-        "",
-        "```python",
-        OPENING[facts["format"]].format(folder=folder.name, last=max(0, shards - 1)),
-        "```",
-        "",
-        *_label_lines(facts, bool(made), pseudo),
-        "",
-        f"## How the {title} were made" if made else "## Where the photographs come from",
-    ]
-    for subset in facts["subsets"]:
-        copies = subset["near_copies"]
-        measured = f"{100 * copies:.3g} % near-copies of training images" if copies is not None else "not measured"
-        lines += ["", f"**{subset['name']}**: {subset['images']} images; near-copies: {measured}."]
-        lines += [f"- {name}: {value}" for origin in subset["made_with"] for name, value in origin.items()]
-    lines += [
-        "",
-        "## Licences",
-        f"- images of {data['name']} ({data['part']}), real and as training data: {data['license']}",
-    ]
-    lines += [f"  - {data[name]}" for name in ("citation", "homepage") if data[name]]
-    lines += [
-        f"- base model {name}: {license}"
-        for name, license in sorted({(origin["base_model"], origin["base_model_license"]) for origin in made})
-    ]
-    licences = {origin["license_of_photographs"] for origin in _origins(facts, "license_of_photographs")}
-    lines += [f"- pseudo-labelled photographs: {license}" for license in sorted(licences)]
-    return _front_matter(facts) + "\n".join(lines) + "\n"
-
-
-def _label_lines(facts: Mapping[str, Any], made: bool, pseudo: bool) -> list[str]:
-    """What the labels mean, and how many images each has.
-
-    Args:
-        made: there are images that a model made.
-        pseudo: there are pseudo-labelled photographs.
-    """
-    lines = ["## Labels"]
-    if made:
-        lines.append(
-            f"A synthetic image was made from a source image (class a) for a target class b at strength s. Its soft label is "
-            f"(1 - s^g) onehot(a) + s^g onehot(b) with g = {facts['gamma']:g}: `source_weight` and `target_weight`. `label` is "
-            f"the class of the larger weight. Images with a target weight below {facts['min_target_weight']:g} are left out "
-            f"({facts['left_out']} of them)."
-        )
-    if pseudo:
-        lines.append("The label of a pseudo-labelled photograph is the classifier's, with the weight 1.")
-    if unlabelled := facts["unlabelled_sources"]:
-        lines.append(
-            f"Of {unlabelled} images the source has no label: what a classifier says of it, or an even share of every "
-            "class, stands instead of onehot(a); `source` is its most probable class, empty where all are alike, both "
-            "weights are entries of the soft label, and `label` is its largest."
-        )
-    rows = enumerate(zip(facts["class_names"], facts["class_counts"], strict=True))
-    return [
-        *lines,
-        "",
-        "| label | class | training images |",
-        "|---:|---|---:|",
-        *(f"| {label} | {name} | {count} |" for label, (name, count) in rows),
-    ]
+    return _front_matter(facts, made, photographs) + text

@@ -78,12 +78,18 @@ def build_parser() -> cli.Parser:
 def collect(dataset: LoadedDataset, subsets: Sequence[Subset], settings: ExportSettings) -> list[SplitImages]:
     """The images of every split that has any, the training split first. Raises UserError: ``--min_target_weight`` leaves no
     synthetic image."""
-    names, origins, sources, photographs = [], [], [], []
-    for subset in subsets:
-        origins += relative_paths(subset.images, *subset.folders)
-        names += [subset.name] * len(subset)
-        sources += [dataset.train.keys[row] if row >= 0 else "" for row in subset.sources.tolist()]
-        photographs += subset.photographs.tolist()
+    origins = [
+        {
+            "subset": subset.name,
+            "origin": path,
+            "source_image": dataset.train.keys[row] if row >= 0 else None,
+            "photograph": photograph,
+        }
+        for subset in subsets
+        for path, row, photograph in zip(
+            relative_paths(subset.images, *subset.folders), subset.sources.tolist(), subset.photographs, strict=True
+        )
+    ]
     images = SyntheticImages.joined([subset.images for subset in subsets])
     weights = np.where(images.source == images.target, 1.0, images.strength**settings.gamma)
     if images.source_labels is not None:
@@ -98,13 +104,8 @@ def collect(dataset: LoadedDataset, subsets: Sequence[Subset], settings: ExportS
             f"--min_target_weight {settings.min_target_weight:g} leaves none of {len(images)} synthetic images: the largest "
             f"target weight is {weights.max():.3f} with --gamma {settings.gamma:g}; lower either"
         )
-    columns = (names, origins, sources, photographs)
-    names, origins, sources, photographs = ([column[row] for row in kept.tolist()] for column in columns)
-    train = SplitImages(
-        "train", dataset.source_names, settings.gamma,
-        synthetic=images.take(kept), subsets=names, origins=origins, sources=sources,
-        photographs=photographs,
-    )  # fmt: skip
+    chosen = {"synthetic": images.take(kept), "origins": [origins[row] for row in kept.tolist()]}
+    train = SplitImages("train", dataset.source_names, settings.gamma, **chosen)
     if not settings.with_real:
         return [train]
     if settings.format == "original":
@@ -181,8 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     splits = collect(dataset, subsets, settings)
     print(dataset.describe())
     for split in splits:
-        pseudo = f", {split.counts['pseudo_labelled']} pseudo-labelled photographs" if any(split.photographs) else ""
-        print(f"{split.name}: {split.reals} real and {split.counts['synthetic']} synthetic images{pseudo}")
+        counts = split.counts
+        pseudo = f", {counts['pseudo_labelled']} pseudo-labelled photographs" if "pseudo_labelled" in counts else ""
+        print(f"{split.name}: {counts['real']} real and {counts['synthetic']} synthetic images{pseudo}")
     folders = folders_of(dataset, settings.format)
     for note in notes(splits, settings):
         print(note)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,10 +49,9 @@ class SplitImages:
         name: ``train``, ``val`` or ``test``.
         class_names: in label order.
         gamma: of the soft labels.
-        subsets: name of each synthetic image's subset.
-        origins: each synthetic image's path below the ``data/`` of its subset.
-        sources: key of each synthetic image's source image, empty where it is not known.
-        photographs: whether each image of a subset is a real photograph with a classifier's label; empty: none is.
+        origins: of each synthetic image ``subset`` (its name), ``origin`` (the path below the subset's ``data/``),
+            ``source_image`` (key of the source image, None where it is not known) and ``photograph`` (whether it is a real
+            photograph with a classifier's label).
     """
 
     name: str
@@ -60,10 +59,7 @@ class SplitImages:
     gamma: float
     real: ImageTable | None = None
     synthetic: SyntheticImages | None = None
-    subsets: Sequence[str] = ()
-    origins: Sequence[str] = ()
-    sources: Sequence[str] = ()
-    photographs: Sequence[bool] = ()
+    origins: Sequence[Mapping[str, Any]] = ()
 
     @property
     def reals(self) -> int:
@@ -73,7 +69,7 @@ class SplitImages:
     @property
     def counts(self) -> dict[str, int]:
         """Number of real and synthetic images, and of pseudo-labelled photographs where there are any."""
-        pseudo = sum(self.photographs)
+        pseudo = sum(bool(origin["photograph"]) for origin in self.origins)
         counts = {"real": self.reals, "synthetic": len(self) - self.reals - pseudo}
         return counts | ({"pseudo_labelled": pseudo} if pseudo else {})
 
@@ -163,7 +159,11 @@ class SplitImages:
         """Hard label, both classes with their weights, and where the image comes from; no source class where it may be any."""
         label, (source, target) = int(self.labels[row]), self.classes[:, row].tolist()
         (source_weight, target_weight), number = self.weights[:, row].tolist(), row - self.reals
-        unknown = number >= 0 and self.of_any_class[number]
+        if number < 0:
+            unknown, strength = False, None
+            origin = {"subset": None, "origin": self.real.keys[row], "source_image": None, "photograph": True}
+        else:
+            unknown, strength, origin = self.of_any_class[number], float(self.strengths[row]), self.origins[number]
         return {
             "label": self.class_names[label],
             "label_index": label,
@@ -171,11 +171,9 @@ class SplitImages:
             "target": self.class_names[target],
             "source_weight": source_weight,
             "target_weight": target_weight,
-            "strength": None if number < 0 else float(self.strengths[row]),
-            "synthetic": number >= 0 and not (len(self.photographs) and self.photographs[number]),
-            "subset": None if number < 0 else self.subsets[number],
-            "origin": self.real.keys[row] if number < 0 else self.origins[number],
-            "source_image": None if number < 0 else self.sources[number] or None,
+            "strength": strength,
+            "synthetic": not origin["photograph"],
+            **{name: origin[name] for name in ("subset", "origin", "source_image")},
         }
 
 
