@@ -205,6 +205,9 @@ def test_pseudo_labelled_photographs_are_called_so(animals, image_folder, subset
     assert "least_probability: 0.9" in text and "synthetic image was made" not in text and "base model" not in text
     assert "synthetic" not in yaml.safe_load(text.split("---")[1])["tags"]
     assert {row["synthetic"] for row in evaluating.read_rows(tmp_path / "out/images.csv")} == {"0"}
+    other = command_line(image_folder, f"{subset}/../{os.path.relpath(pseudo, subset.parent)}", tmp_path / "up")
+    assert export.main([*other, "--format", "csv"]) == 0  # the folder may be named in any way
+    assert {row["synthetic"] for row in evaluating.read_rows(tmp_path / "up/images.csv")} == {"0"}
     both = [*command_line(image_folder, subset, tmp_path / "both", format="csv"), "--syndata_dir", subset, pseudo]
     assert export.main([str(word) for word in both]) == 0
     text = (tmp_path / "both/README.md").read_text()

@@ -1,7 +1,7 @@
-"""What an experiment checks before its first run, and in a dry run: the flags of all its steps, and the stages on its data.
+"""Checks of an experiment before its first run, and in a dry run: the flags of all its steps, and the stages on its data.
 
-Flags are checked in this process, those of each step as it will be run. Data, base model and classifier are checked by dry runs
-of the stages, stage 2 with strategies that need no checkpoint.
+The flags of each step are checked in this process. Data, base model and classifier are checked by dry runs of the stages,
+stage 2 with strategies that need no checkpoint.
 """
 
 import argparse
@@ -26,8 +26,8 @@ WOULD_DOWNLOAD = "a run would download"
 
 @contextlib.contextmanager
 def checking(commands: StageCommands, folder: Path, config_dir: Path, dry_run: bool = False) -> Iterator[StageCommands]:
-    """The same commands in a folder of this process's own below ``folder``, with the registries, to be checked there; it is
-    removed at the end, in a dry run and after an error with the parents that it was given."""
+    """The same commands in a temporary folder below ``folder``, with the registries. In a dry run and after an error, the
+    folders above it that did not exist before are removed, too."""
     parents = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     keep = False
@@ -44,8 +44,7 @@ def checking(commands: StageCommands, folder: Path, config_dir: Path, dry_run: b
 
 
 def check_commands(steps: Iterable[Step], folder: Path) -> list[str]:
-    """Runs commands as dry runs, before hours are spent on the steps before them; returns what they would download, a line
-    each. Raises UserError: one is refused; says why."""
+    """Runs commands as dry runs; returns what they would download, a line each. Raises UserError: one is refused; says why."""
     missing = []
     for step in steps:
         log_file = folder / LOGS / f"{step.name.replace(' ', '-')}.log"
@@ -58,7 +57,7 @@ def check_commands(steps: Iterable[Step], folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def noting_downloads(missing: list[str]) -> Iterator[None]:
-    """A context that ends where a dry run has come to what a run would download; ``missing`` gets a line that says so."""
+    """A context that ends early where a run would download something; ``missing`` gets a line that names it."""
     try:
         yield
     except WouldDownload as what:
@@ -67,8 +66,7 @@ def noting_downloads(missing: list[str]) -> Iterator[None]:
 
 
 def check_flags(steps: Iterable[Step], config_dir: Path) -> None:
-    """Refuses steps of the three stages whose flags do not go together, whatever data and weights are. Raises UserError: names
-    the step."""
+    """Refuses steps of the three stages whose flags do not go together. Raises UserError: names the step."""
     checks = {SCRIPTS[1]: _check_finetune, SCRIPTS[2]: _check_sample, SCRIPTS[3]: _check_classify}
     for step in steps:
         script, *arguments = step.arguments
@@ -103,8 +101,8 @@ def _check_classify(arguments: Sequence[str]) -> None:
 
 
 def recipes_in_effect(commands: StageCommands, config_dir: Path) -> dict[str, str]:
-    """What recipes.yaml sets in each stage of a setting, by its name in the record of the budget: a pair that is begun later
-    copies the file as it is then. Raises UserError: a stage refuses its flags."""
+    """The flags that recipes.yaml sets in each stage of a setting, by their names in the budget's record, since the file may
+    change before a later pair copies it. Raises UserError: a stage refuses its flags."""
     parsers = finetune.build_parser(), sampling.build_parser(), classify.build_parser("")
     steps = commands.finetune("ti_db"), commands.sample("diff-mix"), commands.classify("real-only", 0)
     registries = ["--config_dir", str(config_dir)]
@@ -155,8 +153,8 @@ def dry_run_stages(
 def sample_checks(commands: StageCommands, names: Iterable[str]) -> list[Step]:
     """Runs of stage 2 by the strategies without a checkpoint that are most like some others.
 
-    What the strategies themselves make of their flags is left to :func:`check_flags`: the strength is one that leaves a step
-    under any number of steps, and the share of steps with a context belongs to inversions alone.
+    Flags that depend on the strategy are left to :func:`check_flags`: here the strength leaves a step under any number of
+    steps, and the share of steps with a context, which only inversions take, is left out.
     """
     commands, steps = _without(commands, 2, {"context_steps"}), {}
     for row in map(strategies.find, names):
@@ -168,8 +166,7 @@ def sample_checks(commands: StageCommands, names: Iterable[str]) -> list[Step]:
 
 
 def classify_checks(commands: StageCommands, steps: Iterable[Step]) -> list[Step]:
-    """The run of stage 3 on real images alone; where every one of some steps has synthetic images, without flags that need
-    them."""
+    """The run of stage 3 on real images alone; where all steps have synthetic images, without the flags that need them."""
     subsets = {"--syndata_key", "--syndata_dir"}
     if all(subsets & set(step.arguments) for step in steps if step.arguments[0] == SCRIPTS[3]):
         commands = _without(commands, 3, NEED_SYNTHETIC)

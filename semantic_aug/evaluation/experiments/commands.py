@@ -1,7 +1,5 @@
-"""The commands of the three stages that an experiment runs: its methods, budgets and steps, as a user would type them.
-
-From a recipe, a seed and a folder follow the commands; nothing is run here.
-"""
+"""The methods, budgets and steps of an experiment: the commands of the three stages, as a user would type them. Nothing is run
+here."""
 
 import os
 import shlex

@@ -56,9 +56,9 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
 VALIDATION_OF_HEADROOM = 50
-"""Validation images per class that the headroom is measured on, at most: it shall take about a minute."""
+"""Most validation images per class for the headroom, which then takes about a minute."""
 POOL_OF_ALL = 200
-"""Labelled images per class that it is measured on, at most, where the comparison trains on all."""
+"""Most labelled images per class for the headroom where the comparison trains on all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,9 +238,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
 
 
 def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, dry_run: bool = False) -> list[str]:
-    """Checks the steps that are still to run before the first of them: the flags of all, and the stages that no pair of their
-    setting has finished a step of by dry runs, stage 3 in every setting, since their lengths and batches differ, the others in
-    the first one. Returns what a run would download, a line each. Raises UserError: a stage refuses."""
+    """Checks the steps that are still to run: the flags of all, and by dry runs the stages of which no pair of a setting has
+    finished a step. Stage 3 is run in every setting, since their lengths and batches differ, the others in the first one alone.
+    Returns what a run would download, a line each. Raises UserError: a stage refuses."""
     by_setting, checked, missing = {}, set(), []
     for job in jobs:
         by_setting.setdefault(job.setting, []).append(job)
@@ -274,15 +274,12 @@ def _checked_samples(commands: StageCommands, methods: Sequence[Method]) -> list
 
 
 def pool_per_class(shots: int) -> int:
-    """Labelled images per class that the headroom is measured on: cross-validation leaves four times the shots to train on."""
+    """Labelled images per class for the headroom: cross-validation leaves four times the shots to train on."""
     return math.ceil(FACTOR * shots * FOLDS / (FOLDS - 1)) if shots > 0 else POOL_OF_ALL
 
 
 def print_headroom(args: argparse.Namespace, folder: Path) -> None:
-    """Prints of every few-shot setting, before its first run, whether more images would help; a failure stops nothing.
-
-    Nothing is downloaded for it.
-    """
+    """Prints for every few-shot setting whether more images would help. It downloads nothing, and a failure stops nothing."""
     if args.task == "imbalanced":  # the curve is over images per class
         return
     if args.corrupt_prob:
@@ -317,12 +314,9 @@ def refuse_without_validation(job: Job, dataset: LoadedDataset) -> None:
 def claim(
     jobs: Sequence[Job], selected: Sequence[Job], folder: Path, config_dir: Path, dry_run: bool = False
 ) -> list[str]:
-    """Checks the stages, and ties the settings of all jobs to their budgets, the selected jobs to their images, unlabelled
-    images and base model; a dry run writes nothing. Returns what a run would download, a line each.
-
-    Raises:
-        UserError: a stage refuses, or the folder holds runs with another budget or of other data.
-    """
+    """Checks the stages, and records the budgets of all settings and the images, unlabelled images and base models of the
+    selected jobs; a dry run writes nothing. Returns what a run would download, a line each. Raises UserError: a stage refuses,
+    or the folder holds runs with another budget or of other data."""
     missing = check_stages(selected, folder, config_dir, dry_run)
     for dry in (True,) if dry_run else (True, False):  # a refusal leaves no record that would refuse its correction
         for job in {job.setting: job for job in jobs}.values():
@@ -339,8 +333,8 @@ def claim(
 
 
 def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path, dry_run: bool = False) -> None:
-    """Checks the unlabelled images of a pair, and ties its setting to them and to the threshold of their labels; a dry run
-    writes nothing. Raises UserError: some are evaluated, or the setting has results of other images or labels with another
+    """Checks the unlabelled images of a pair, and records them and the threshold of their labels for its setting; a dry run
+    writes nothing. Raises UserError: some are validation or test images, or the setting has results of other images or another
     threshold."""
     settings, root = UnlabelledSettings(**job.commands.recipe.pseudo), folder / job.setting
     if has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():

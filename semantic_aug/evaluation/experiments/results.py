@@ -103,11 +103,11 @@ def pair_folder(folder: Path, setting: str, seed: int) -> Path:
 def claim_setting(
     folder: Path, recipe: Recipe, in_effect: Mapping[str, str] = MappingProxyType({}), dry_run: bool = False
 ) -> None:
-    """Fixes a setting's budget, or finds that it has this one; a dry run writes nothing. Raises UserError: the folder's runs of
-    this setting have another budget.
+    """Records a setting's budget, or compares it with the record; a dry run writes nothing. Raises UserError: the folder's runs
+    of this setting have another budget.
 
     Args:
-        in_effect: what the stages' recipes set, by name; records of earlier versions lack it.
+        in_effect: flags set by the stages' recipes, by stage; records of earlier versions lack them.
     """
     folder, absent = registry.resolve_path(folder) / recipe.name, {**budget_defaults(), **in_effect}
     options = {"file": RECIPE_FILE, "absent": absent, "dry_run": dry_run}

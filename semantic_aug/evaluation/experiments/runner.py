@@ -26,7 +26,7 @@ OTHER_FLAGS = (
     "; with other flags, a corrected --stageN_args among them, it is another request: give another --output_dir"
 )
 MADE_FROM = "made_from"
-"""Folder of a pair that records the images and the base model of its steps."""
+"""Folder of a pair with the records of its images and its base model."""
 COPIED = (registry.DATASETS, registry.RECIPES)
 """Files of ``--config_dir`` that are copied into the pair's registry folder."""
 
@@ -171,14 +171,9 @@ class Pair:
 
 
 def claim_data(commands: StageCommands, config_dir: Path, dry_run: bool = False) -> LoadedDataset:
-    """Ties a pair to the images it draws, or finds that its steps were made from these; a dry run writes nothing.
-
-    Returns:
-        The data set under the pair's setting.
-
-    Raises:
-        UserError: they were made from something else, or by a version that did not record it.
-    """
+    """Records the images that a pair draws, or compares them with the record; a dry run writes nothing. Returns the data set
+    under the pair's setting. Raises UserError: its steps were made from other images, or by a version that did not record
+    them."""
     folder, recipe = commands.folder, commands.recipe
     data_folder = folder / MADE_FROM / "data"
     if read_records(folder) and not data_folder.is_dir():
@@ -194,9 +189,9 @@ def claim_data(commands: StageCommands, config_dir: Path, dry_run: bool = False)
 
 
 def claim_base(commands: StageCommands, dataset: LoadedDataset, dry_run: bool = False) -> None:
-    """Ties a pair that runs stages 1 or 2 to its base model, as :func:`claim_data` to its images.
+    """Records the base model of a pair that runs stages 1 or 2, or compares it with the record, as :func:`claim_data`.
 
-    Stage 3 alone needs no base model; so the two are recorded apart, and methods may be added later.
+    Stage 3 alone needs no base model: so the two have a record each, and methods may be added later.
     """
     from semantic_aug.diffusion.base import find_base, weight_files
 
@@ -207,8 +202,8 @@ def claim_base(commands: StageCommands, dataset: LoadedDataset, dry_run: bool = 
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:
-    """Writes a pair's registry folder, with the user's own data sets and recipes in it; a pair that has finished a step keeps
-    those of its beginning."""
+    """Writes a pair's registry folder with the user's data sets and recipes; a pair that has finished a step keeps those of its
+    first start."""
     kept = has_finished_step(folder)
     for name in COPIED:
         target = folder / "config" / name

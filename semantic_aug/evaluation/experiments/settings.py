@@ -33,14 +33,12 @@ RESERVED = {
         "curriculum".split()
     ),
 }
-"""Flags that ``--stageN_args`` may not hold: they are what runs differ in, or must agree in. ``compare`` refuses those that its
-methods set besides."""
-
-_ARGS = re.compile(r"--stage[123]_args")
+"""Flags that ``--stageN_args`` may not hold: the experiment sets them for each run. ``compare`` also refuses those that its
+methods set."""
 
 
 class Parser(cli.Parser):
-    """A parser that makes each ``--stageN_args VALUE`` one word, since the value itself begins like a flag."""
+    """A parser for ``--stageN_args VALUE``, whose value itself begins like a flag."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         return super().parse_known_args(join_stage_args(sys.argv[1:] if args is None else args), namespace)
@@ -48,13 +46,13 @@ class Parser(cli.Parser):
 
 def join_stage_args(arguments: Sequence[str]) -> list[str]:
     """The arguments with ``--stageN_args=VALUE`` instead of ``--stageN_args VALUE``."""
-    out: list[str] = []
+    joined: list[str] = []
     for word in arguments:
-        if out and _ARGS.fullmatch(out[-1]):
-            out[-1] = f"{out[-1]}={word}"
+        if joined and re.fullmatch("--stage[123]_args", joined[-1]):
+            joined[-1] += f"={word}"
         else:
-            out.append(word)
-    return out
+            joined.append(word)
+    return joined
 
 
 def _extra(stage: int) -> Any:
@@ -117,10 +115,7 @@ STAGE_SETTINGS = {
     3: (classify.SyntheticSettings, classify.ModelSettings, classify.TrainSettings),
 }
 """Stage -> the dataclasses that declare its flags."""
-IN_ALL_STAGES = (
-    *("split", "imbalance_profile", "val_fraction", "val_examples_per_class"),
-    *("corrupt_prob", "corrupt_classes"),
-)
+IN_ALL_STAGES = "split imbalance_profile val_fraction val_examples_per_class corrupt_prob corrupt_classes".split()
 """Settings of the data that are passed on where they are given."""
 BUDGET = {
     1: "pretrained_model_name_or_path max_train_steps train_batch_size learning_rate ti_learning_rate initializer".split(),
@@ -129,7 +124,7 @@ BUDGET = {
 }
 """Stage -> its settings that are passed on where they are given."""
 SYNTHETIC = {1: [], 2: ["aug_strength"], 3: ["gamma", "synthetic_prob"]}
-"""Those that ``tune`` chooses."""
+"""Stage -> its settings that ``compare`` passes on and ``tune`` chooses."""
 PER_SETTING = ("max_train_steps", "nepoch", "eval_every", "aug_strength", "gamma", "synthetic_prob")
 """Settings of which ``compare`` takes several values, one for each of ``--examples_per_class``."""
 ALL_DATA_PROB, FEW_DATA_PROB = 0.1, 0.3
@@ -153,7 +148,7 @@ def add_shared(parser: cli.Parser, several: bool) -> None:
     """The flags of both commands.
 
     Args:
-        several: many few-shot settings at once, which the command itself declares, and each seed with a draw of its own.
+        several: the command itself declares several few-shot settings, and each of its seeds has a draw of its own.
     """
     cli.add_settings(parser, DatasetName)
     left_out = ("examples_per_class", "subset_seed") if several else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -119,7 +120,7 @@ class Tuning:
         return next((self.folder / "aug_samples" / candidate.subset).glob("*/*/meta.csv")).parent
 
     def images(self, candidate: Candidate) -> int | None:
-        """How many images of its subset a candidate uses, None for all: the multiplier's share."""
+        """Number of images of its subset that a candidate uses, the multiplier's share; None for all."""
         if candidate.multiplier == self.multiplier:
             return None
         count = subset_record(self.subset_folder(candidate))["images"]
@@ -151,7 +152,7 @@ class Tuning:
         return self.commands.classify(f"{candidate.name}-seed{seed}", seed, candidate.subset, **flags)
 
     def teachers(self, candidate: Candidate) -> int:
-        """How many classifiers are trained for the labels by teachers."""
+        """Number of classifiers that are trained for labels by teachers."""
         arguments = self.trial_step(candidate, 0, None).arguments[1:]
         return classify.read_config(classify.build_parser("").parse_args(arguments)).synthetic.teacher_folds
 
@@ -168,10 +169,6 @@ class Tuning:
             )
         return val[self.score]
 
-    def seconds(self, candidate: Candidate, seed: int) -> float:
-        """Time of a finished trial."""
-        return self.pair.records[f"classify {candidate.name}-seed{seed}"]["seconds"]
-
     def spent(self) -> float:
         """Seconds of all recorded steps."""
         return sum(entry["seconds"] for entry in self.pair.records.values())
@@ -179,7 +176,7 @@ class Tuning:
     def differences(
         self, tried: Mapping[Candidate, Collection[int]], default: Candidate
     ) -> dict[Candidate, Difference]:
-        """How much better each candidate is than the default on validation, for other seeds and other images too.
+        """Difference of each candidate to the default on validation, with intervals for other seeds and other images.
 
         Args:
             tried: candidate -> the seeds it ran on.
@@ -216,11 +213,11 @@ class Tuning:
             **self.classify_flags(chosen, self.images(chosen)),
             "gpu": self.commands.gpu,
         }
-        return str(Step("use", 3, self.commands.command(3, flags), (), "", {}))
+        return f"python {shlex.join(self.commands.command(3, flags))}"
 
 
 def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teachers: int) -> int:
-    """The number of classifier runs, fixed at the first start (so that a restart resumes the same search).
+    """The number of classifier runs, fixed at the first start, so that a restart resumes the same search.
 
     Args:
         tuning: its pool and its first trial are done.
@@ -264,12 +261,9 @@ def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Cand
 
 
 def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path, dry_run: bool = False) -> list[str]:
-    """Checks the stages, and ties the folder to the search, its images and its base model; a dry run writes nothing. Returns
-    what a run would download, a line each.
-
-    Raises:
-        UserError: a stage refuses, the folder holds another search, or there is nothing to choose by.
-    """
+    """Checks the stages, and records the search, its images and its base model; a dry run writes nothing. Returns what a run
+    would download, a line each. Raises UserError: a stage refuses, the folder holds another search, or there are no validation
+    images."""
     record = {
         **tuning.recipe.record(),
         "strategy": tuning.strategy,
@@ -312,7 +306,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
     for name in list(tuning.pair.steps):
         tuning.ensure(name, held)
     tuning.trial(default, seeds[0], held)
-    seconds = tuning.seconds(default, seeds[0])
+    seconds = tuning.pair.records[tuning.trial_step(default, seeds[0], None).name]["seconds"]
     labels = {candidate.labels for candidate in candidates}
     trials = trials_within(tuning, budget, seconds, tuning.teachers(default) if len(labels) > 1 else 0)
     first = halving.affordable(trials, len(candidates), len(seeds))

@@ -144,12 +144,17 @@ def kept_lines(file: Path, selected: np.ndarray) -> str:
     return out.getvalue()
 
 
-def confidences(inputs: Inputs, settings: FilterSettings, images: SyntheticImages) -> dict[str, np.ndarray]:
+def confidences(
+    inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages
+) -> dict[str, np.ndarray]:
     """Each confidence that ``--by`` asks for, and the one that decides, by name; ``(M,)`` each."""
-    from semantic_aug.evaluation.quality.clip import presence
-
+    if settings.review:
+        names = inputs.dataset.source_names
+        return {"confidence": kept_after_review(settings.review, folder, images, names).astype(float)}
     scores = {}
     if settings.by in ("clip", "both"):
+        from semantic_aug.evaluation.quality.clip import presence
+
         vectors = inputs.clip.images(images.image, len(images), inputs.models.batch_size)
         scores["clip"] = presence(inputs.clip, vectors, settings.super_class or inputs.dataset.spec.super_class)
     if settings.by in ("classifier", "both"):
@@ -216,14 +221,14 @@ def write(
     files.write_text(target, text)
 
 
-def describe(
+def print_counts(
     images: SyntheticImages,
     selected: np.ndarray,
     confidence: np.ndarray,
     names: Sequence[str],
     settings: FilterSettings,
-) -> list[str]:
-    """How many images of each target class are kept, and which classes the threshold would have emptied."""
+) -> None:
+    """Prints how many images of each target class are kept, and which classes the threshold would have emptied."""
     rows, rescued = [], []
     for label in np.unique(images.target):
         of_class = images.target == label
@@ -231,25 +236,21 @@ def describe(
         rows.append([names[label], of_class.sum(), (of_class & selected).sum(), f"{least:.3f}"])
         if settings.threshold is not None and not least >= settings.threshold:
             rescued.append(names[label])
-    lines = [console.markdown_table(["target class", "images", "kept", "least confidence kept"], rows)]
+    print(console.markdown_table(["target class", "images", "kept", "least confidence kept"], rows))
     if rescued:
         count = settings.min_per_class
         what = f"keep their best {count}" if count else "are left without synthetic images"
-        lines.append(f"warning: {len(rescued)} target classes have too few images above --threshold {settings.threshold:g} "
-                     f"and {what}: {', '.join(rescued[:8])}")  # fmt: skip
-    return lines
+        print(
+            f"warning: {len(rescued)} target classes have too few images above --threshold {settings.threshold:g} "
+            f"and {what}: {', '.join(rescued[:8])}"
+        )
 
 
 def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages) -> None:
     """Scores the images of one folder, writes its list and prints what was kept. Raises UserError: no image would be kept."""
-    root = locate(folder)[0]
-    if settings.review:
-        selected = kept_after_review(settings.review, folder, images, inputs.dataset.source_names)
-        scores = {"confidence": selected.astype(float)}
-    else:
-        scores = confidences(inputs, settings, images)
-        selected = kept(scores["confidence"], images.target, settings)
+    root, scores = locate(folder)[0], confidences(inputs, settings, folder, images)
     confidence = scores["confidence"]
+    selected = confidence > 0 if settings.review else kept(confidence, images.target, settings)
     if settings.review and not selected.any():
         raise UserError(f"--review {settings.review} keeps none of {len(images)} images: nothing was written")
     if not selected.any():
@@ -258,7 +259,7 @@ def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images:
             "nothing was written; lower it, or give --keep"
         )
     write(inputs, settings, folder, images, scores, selected)
-    print(*describe(images, selected, confidence, inputs.dataset.class_names, settings), sep="\n")
+    print_counts(images, selected, confidence, inputs.dataset.class_names, settings)
     print(f"kept {selected.sum()} of {len(images)}: {registry.shown_path(settings.list_path(root))}")
     print(f"scores and dropped images: {registry.shown_path(settings.folder(root))}")
 

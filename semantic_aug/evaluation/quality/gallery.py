@@ -4,6 +4,7 @@ The output folder holds ``index.html`` with its style and script, ``data.js`` (e
 and ``images/`` (the images themselves, as links or copies). Files are named by content, so that a stopped run resumes.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +112,10 @@ class Picture:
         return f"images/{self.name[:2]}/{self.name}{ending if ending in SHOWN_BY_BROWSERS else '.png'}"
 
 
-def write_picture(picture: Picture, folder: str, side: int, full_size: str) -> None:
+def write_picture(picture: Picture, folder: Path, side: int, full_size: str) -> None:
     """Writes an image's thumbnail, and its full-size file where wanted; existing ones stay. Raises UserError: the image cannot
     be read."""
-    thumbnail, whole = Path(folder, picture.thumbnail), Path(folder, picture.full_size)
+    thumbnail, whole = folder / picture.thumbnail, folder / picture.full_size
     if not _exists(thumbnail):
         image = open_image(picture.source)
         image.thumbnail((side, side))
@@ -159,15 +161,13 @@ def write_pictures(pictures: Sequence[Picture], folder: Path, settings: GalleryS
     pictures = list({picture.full_size: picture for picture in pictures}.values())  # one content may have two endings
     count = min(settings.processes or os.cpu_count() or 1, math.ceil(len(pictures) / 64))
     options = {"desc": "thumbnails", "unit": "image", "total": len(pictures), "mininterval": 1.0, "dynamic_ncols": True}
-    work = (pictures, [str(folder)] * len(pictures), [settings.thumbnail] * len(pictures))
-    work = (write_picture, *work, [settings.full_size] * len(pictures))
-    if count < 2:
-        for _ in tqdm(map(*work), **options):
-            pass
-        return
-    # started afresh: a process forked from one that holds torch's threads may hang
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(*work, chunksize=16), **options):
+    work = partial(write_picture, folder=folder, side=settings.thumbnail, full_size=settings.full_size)
+    with contextlib.ExitStack() as stack:
+        results = map(work, pictures)
+        if count > 1:  # spawned: a process forked from one that holds torch's threads may hang
+            pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+            results = stack.enter_context(pool).map(work, pictures, chunksize=16)
+        for _ in tqdm(results, **options):
             pass
 
 

@@ -125,21 +125,17 @@ class Subset:
         folders: as given, a ``#variant`` included.
         images: paths, classes and strengths.
         sources: int64 ``(M,)``, each image's source as a row of the data set's training images; -1: not known.
+        photographs: bool ``(M,)``, images that are real photographs with a classifier's label.
     """
 
     name: str
     folders: tuple[str, ...]
     images: SyntheticImages
     sources: np.ndarray
+    photographs: np.ndarray
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def photographs(self) -> np.ndarray:
-        """bool ``(M,)``, images that are real photographs with a classifier's label."""
-        roots = [root for root, _ in map(locate, self.folders) if is_pseudo_labelled(root)]
-        return np.array([any(root in path.parents for root in roots) for path in self.images.paths], bool)
 
     @property
     def strengths(self) -> np.ndarray:
@@ -254,12 +250,13 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
 def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:
     """Reads the folders of one name."""
     images = read_subsets(folders, dataset, allow_other_sources)
-    rows, sources = {key: row for row, key in enumerate(dataset.train.keys)}, []
-    for folder in folders:
-        table = meta_csv.read(locate(folder)[1])
+    rows, sources, photographs = {key: row for row, key in enumerate(dataset.train.keys)}, [], []
+    for root, file in map(locate, folders):
+        table = meta_csv.read(file)
         keys = table.further.get(SOURCE_COLUMN, [None] * len(table))
         sources += [rows.get(str(key), -1) for key in keys]
-    return Subset(name, tuple(map(str, folders)), images, np.asarray(sources, np.int64))
+        photographs += [is_pseudo_labelled(root)] * len(table)
+    return Subset(name, tuple(map(str, folders)), images, np.asarray(sources, np.int64), np.asarray(photographs, bool))
 
 
 def open_subsets(settings: SubsetSettings, dataset: LoadedDataset, config_dir: Path) -> list[Subset]:
