@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from helpers import ROOT, contents, main_here, name_of, refused, run, run_here, start
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ import train_lora
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.base import load_base
+from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 from semantic_aug.errors import UserError
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource
@@ -297,7 +299,8 @@ def test_class_balanced_batches():
 
 def test_cached_latents_equal_encoding_in_the_loop(tiny_base, image_folder, tmp_path):
     model, table = load_base(str(tiny_base)), load_dataset(f"folder:{image_folder}").train
-    cache = LatentCache(table, tmp_path, model.vae, "digest", tiny.RESOLUTION, views=2, flip=True, seed=0)
+    options = {"views": 2, "flip": True, "seed": 0, "accelerator": Accelerator(cpu=True)}
+    cache = LatentCache(table, tmp_path, model.vae, "digest", tiny.RESOLUTION, **options)
     index, view, flip = torch.tensor([3, 7]), torch.tensor([0, 1]), torch.tensor([True, False])
     from semantic_aug.diffusion.loop import encode_moments, to_pixels
 
@@ -306,9 +309,9 @@ def test_cached_latents_equal_encoding_in_the_loop(tiny_base, image_folder, tmp_
     pixels[0] = pixels[0].flip(-1)
     assert (cache.gather(index, view, flip) - encode_moments(model.vae, pixels)).abs().max() < 1e-4
     stamp = cache.path.stat().st_mtime_ns
-    again = LatentCache(table, tmp_path, model.vae, "digest", tiny.RESOLUTION, views=2, flip=True, seed=0)
+    again = LatentCache(table, tmp_path, model.vae, "digest", tiny.RESOLUTION, **options)
     assert again.path == cache.path and cache.path.stat().st_mtime_ns == stamp
-    other = LatentCache(table, tmp_path, model.vae, "another VAE", tiny.RESOLUTION, views=2, flip=True, seed=0)
+    other = LatentCache(table, tmp_path, model.vae, "another VAE", tiny.RESOLUTION, **options)
     assert other.path != cache.path
 
 
@@ -318,12 +321,12 @@ def test_crops_are_centred_first_and_inside():
     assert len(boxes) > 3 and all(left >= 0 and right <= 40 and right - left == 20 for left, _, right, _ in boxes)
 
 
-@pytest.mark.parametrize("prediction", losses.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 def test_noising_targets_and_weights_equal_diffusers(prediction):
     scheduler = DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction
     )
-    alphas, g = losses.alphas_cumprod(scheduler), torch.Generator().manual_seed(0)
+    alphas, g = scheduler.alphas_cumprod, torch.Generator().manual_seed(0)
     x, e, t = (
         torch.randn(4, 4, 2, 2, generator=g),
         torch.randn(4, 4, 2, 2, generator=g),

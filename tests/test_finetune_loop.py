@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from helpers import ROOT, contents, exchange
+from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
@@ -26,7 +29,7 @@ from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.finetune import checkpoints, trainer
 from semantic_aug.finetune.batches import BatchSource
 from semantic_aug.finetune.config import LR_SCHEDULERS, parse
-from semantic_aug.finetune.latents import PixelCache, Share, scaled
+from semantic_aug.finetune.latents import PixelCache, scaled_size
 from semantic_aug.finetune.model import make_schedule
 from semantic_aug.finetune.run import resolve, train
 
@@ -355,23 +358,35 @@ def test_an_optimiser_of_other_parameters_is_not_taken(tiny_base, image_folder, 
 
 def test_random_crops_are_cut_from_the_whole_image_and_encoded_as_a_batch(tiny_base, image_folder, tmp_path):
     vae, table = load_base(str(tiny_base)).vae, load_dataset(f"folder:{image_folder}").train
-    alone = PixelCache(table, tmp_path / "one", vae, tiny.RESOLUTION)
-    with pytest.raises(FileNotFoundError):  # rank 1 has written its share and does not wait for rank 0's
-        PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, Share(1, 2))
-    shared = PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, Share(0, 2))
+    alone = PixelCache(table, tmp_path / "one", vae, tiny.RESOLUTION, accelerator=Accelerator(cpu=True))
+    barrier = threading.Barrier(2, timeout=60)
+
+    def of_two(position: int) -> PixelCache:
+        process = SimpleNamespace(
+            process_index=position, num_processes=2, is_main_process=position == 0, wait_for_everyone=barrier.wait
+        )
+        return PixelCache(table, tmp_path / "two", vae, tiny.RESOLUTION, accelerator=process)
+
+    with ThreadPoolExecutor(2) as pool:
+        shared = list(pool.map(of_two, range(2)))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        shared[0].path.name,
+        shared[0].sizes_path.name,
+    ]
     index, flip = torch.tensor([3, 7, 12]), torch.tensor([True, False, False])
     position = torch.tensor([[0.0, 0.0], [0.999, 0.5], [0.5, 0.5]])
     wanted = []
     for row, (x, _), mirrored in zip(index.tolist(), position.tolist(), flip.tolist(), strict=True):
-        whole = scaled(table.image(row), tiny.RESOLUTION)  # 40 x 36 pixels: 36 x 32, five places from left to right
-        assert whole.size == (36, 32)
+        image = table.image(row)  # 40 x 36 pixels: 36 x 32, five places from left to right
+        assert scaled_size(image.size, tiny.RESOLUTION) == (36, 32)
+        whole = image.resize((36, 32), Image.Resampling.LANCZOS)
         left = int(x * 5)
         pixels = to_pixels([whole.crop((left, 0, left + tiny.RESOLUTION, tiny.RESOLUTION))])
         wanted.append(pixels.flip(-1) if mirrored else pixels)
     wanted = encode_moments(vae, torch.cat(wanted))
-    for cache in (alone, shared):
+    for cache in (alone, *shared):
         assert (cache.gather(index, position, flip) - wanted).abs().max() < 1e-5
-    shared.remove()
+    shared[0].remove()
     assert not list((tmp_path / "two").iterdir())
 
 

@@ -55,7 +55,7 @@ def test_plain_diffusers_makes_the_same_image_from_our_files(tiny_base, checkpoi
     ).images
 
     model, learned = load_model(ModelFiles(str(tiny_base), tiny_base, lora_file, token_file))
-    tokens.install(learned, model.tokenizer, model.text_encoder)
+    tokens.install(learned, model.tokenizers, model.text_encoders)
     prompt = class_prompt("blue jay", "blue jay", "bird", learned)
     embeds = model.encode([prompt, ""], tiny.RESOLUTION)
     got = loop.generate(
@@ -429,13 +429,13 @@ def test_a_class_without_token_is_an_error():
 def test_tokens_of_another_width_are_refused(tiny_base):
     model = load_base(str(tiny_base))
     with pytest.raises(UserError, match="have 7 values, the base model's text encoder takes 32"):
-        tokens.install(tokens.ClassTokens(CLASSES, torch.zeros(3, 7)), model.tokenizer, model.text_encoder)
+        tokens.install(tokens.ClassTokens(CLASSES, torch.zeros(3, 7)), model.tokenizers, model.text_encoders)
 
 
 def test_installed_tokens_change_only_prompts_that_name_them(tiny_base):
     plain, taught = load_base(str(tiny_base)), load_base(str(tiny_base))
     learned = tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH))
-    tokens.install(learned, taught.tokenizer, taught.text_encoder)
+    tokens.install(learned, taught.tokenizers, taught.text_encoders)
     argv = ["a photo of a toad", ""]
     assert torch.equal(plain.encode(argv, tiny.RESOLUTION).hidden, taught.encode(argv, tiny.RESOLUTION).hidden)
     ids = taught.tokenizer("a <class_2> bird").input_ids
@@ -444,12 +444,11 @@ def test_installed_tokens_change_only_prompts_that_name_them(tiny_base):
 
 def test_gradients_reach_the_class_vectors_and_nothing_else(tiny_base):
     model = load_base(str(tiny_base))
-    vectors = tokens.install(
-        tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH)), model.tokenizer, model.text_encoder, True
-    )
-    from semantic_aug.diffusion.text import encode_ids, tokenize
+    learned = tokens.ClassTokens(CLASSES, torch.randn(3, tiny.WIDTH))
+    (vectors,) = tokens.install(learned, model.tokenizers, model.text_encoders, True)
+    from semantic_aug.diffusion.text import tokenize
 
-    encode_ids(model.text_encoder, tokenize(model.tokenizer, ["a <class_1> bird"])).square().sum().backward()
+    model.text_encoder(tokenize(model.tokenizer, ["a <class_1> bird"]))[0].square().sum().backward()
     assert vectors.grad[1].abs().sum() > 0 and vectors.grad[[0, 2]].abs().sum() == 0
     assert [n for n, p in model.text_encoder.named_parameters() if p.requires_grad] == [
         "embeddings.token_embedding.class_vectors"
@@ -461,7 +460,7 @@ def test_initial_vectors_are_the_mean_of_the_words(tiny_base):
     table = model.text_encoder.get_input_embeddings().weight
     for initializer, text in (("class_name", "toad"), ("super_class", "small animal"), ("wet stone", "wet stone")):
         created = tokens.initial_tokens(
-            ("toad",), ("toad",), "small animal", initializer, model.tokenizer, model.text_encoder
+            ("toad",), ("toad",), "small animal", initializer, model.tokenizers, model.text_encoders
         )
         ids = model.tokenizer(text, add_special_tokens=False).input_ids
         assert torch.allclose(created.vectors[0], table[ids].mean(0))

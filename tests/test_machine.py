@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import psutil
 import pytest
+from accelerate import Accelerator
 
 import tiny
 from semantic_aug import devices, files, tensors
@@ -109,15 +110,20 @@ def test_an_array_without_space_is_an_error_and_leaves_nothing(tmp_path, monkeyp
 
 def test_latents_and_pixels_without_space_are_one_line_before_any_is_encoded(tiny_base, image_folder, tmp_path):
     vae, table = load_base(str(tiny_base)).vae, load_dataset(f"folder:{image_folder}").train
+    alone = Accelerator(cpu=True)
     with file_size_limit(30_000):
         # 18 images x 8 crops x 2 x (8, 4, 4) numbers of 4 bytes: 147 kB
         with pytest.raises(UserError, match=r"--output_dir .*18 images \(8 crop\(s\), with mirror.* take 0.000147 GB"):
-            LatentCache(table, tmp_path / "a", vae, "digest", tiny.RESOLUTION, views=8, flip=True, seed=0)
+            LatentCache(
+                table, tmp_path / "a", vae, "digest", tiny.RESOLUTION, views=8, flip=True, seed=0, accelerator=alone
+            )
         # 18 images of 36 x 32 pixels: 62 kB
-        with pytest.raises(UserError, match=r"--output_dir .*decoded images \(about 6.22e-05 GB\) do not fit"):
-            PixelCache(table, tmp_path / "b", vae, tiny.RESOLUTION)
+        with pytest.raises(
+            UserError, match=r"--output_dir .*decoded images take 6.22e-05 GB, which the disk does not hold"
+        ):
+            PixelCache(table, tmp_path / "b", vae, tiny.RESOLUTION, accelerator=alone)
     assert not list(tmp_path.rglob("*.*"))
-    LatentCache(table, tmp_path / "a", vae, "digest", tiny.RESOLUTION, views=8, flip=True, seed=0)
+    LatentCache(table, tmp_path / "a", vae, "digest", tiny.RESOLUTION, views=8, flip=True, seed=0, accelerator=alone)
 
 
 def test_cached_pixels_without_space_are_one_line_or_decoded_each_time(tmp_path, monkeypatch):

@@ -169,10 +169,8 @@ def pipeline(model, kind, scheduler: str = "dpmsolver++", final_sigmas_type: str
     parts = dict(
         vae=model.vae, unet=model.unet, scheduler=make_scheduler(model.scheduler_config, scheduler, final_sigmas_type)
     )
-    for encoder, tokenizer, text_encoder in zip(
-        model.family.encoders, model.tokenizers, model.text_encoders, strict=True
-    ):
-        parts |= {encoder.tokenizer: tokenizer, encoder.component: text_encoder}
+    parts |= zip(model.family.encoders, model.text_encoders, strict=True)
+    parts |= zip(model.family.tokenizers, model.tokenizers, strict=True)
     if model.family.sizes:
         parts |= {"force_zeros_for_empty_prompt": model.zero_null, "add_watermarker": False}
     else:

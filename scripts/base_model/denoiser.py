@@ -20,7 +20,7 @@ from base_model.recipe import Recipe
 from base_model.training import Budget, Ema, LearningRate, Machine, Stage
 from semantic_aug.diffusion import losses
 from semantic_aug.diffusion.loop import encode_moments, sample_posterior
-from semantic_aug.diffusion.text import encode_ids, tokenize
+from semantic_aug.diffusion.text import tokenize
 from semantic_aug.files import write_text
 from semantic_aug.seeding import derive_seed, numpy_rng, torch_rng
 from semantic_aug.tensors import create_array, open_array
@@ -200,10 +200,10 @@ class Validation:
 
     def __init__(self, moments: np.ndarray, null_ids: Tensor, scale: float, recipe: Recipe, machine: Machine):
         scheduler, rng = make_scheduler(recipe), torch_rng("base", "validation")
-        self.alphas = losses.alphas_cumprod(scheduler).to(machine.device)
+        self.alphas = scheduler.alphas_cumprod.to(machine.device)
         first = torch.from_numpy(np.array(moments[:, 0])).to(machine.device)
         first = first.repeat(math.ceil(VALIDATED / len(first)), 1, 1, 1)
-        self.t = losses.draw_timesteps(len(first), scheduler.config.num_train_timesteps, rng).to(machine.device)
+        self.t = torch.randint(scheduler.config.num_train_timesteps, (len(first),), generator=rng).to(machine.device)
         shape = (len(first), first.shape[1] // 2, *first.shape[2:])
         posterior, noise = (torch.randn(shape, generator=rng).to(machine.device) for _ in range(2))
         latents = sample_posterior(first, posterior, scale)
@@ -232,7 +232,7 @@ class Batches:
     def __init__(self, moments: np.ndarray, captions: Tensor, scale: float, recipe: Recipe, machine: Machine):
         self.moments, self.captions, self.scale, self.recipe, self.machine = moments, captions, scale, recipe, machine
         scheduler = make_scheduler(recipe)
-        self.alphas = losses.alphas_cumprod(scheduler).to(machine.device)
+        self.alphas = scheduler.alphas_cumprod.to(machine.device)
         self.timesteps, self.described = scheduler.config.num_train_timesteps, described_views(recipe)
 
     def draw(self, step: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -290,7 +290,7 @@ def train_denoiser(
     for step in stage.steps():
         noisy, t, ids, target, weights = batches.draw(step, budget.batch)
         with machine.amp():
-            predicted = unet(noisy, t, encode_ids(model.text_encoder, ids), return_dict=False)[0]
+            predicted = unet(noisy, t, model.text_encoder(ids)[0], return_dict=False)[0]
         loss = losses.denoising_loss(predicted, target, weights)
         norm = stage.optimise(loss)
         due = (step + 1) % VALIDATE_EVERY == 0 or step + 1 == budget.steps

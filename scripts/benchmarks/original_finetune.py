@@ -102,8 +102,8 @@ class OriginalTrainer:
             self.dataset.class_names,
             self.dataset.spec.super_class,
             self.config.model.initializer,
-            self.tokenizer,
-            self.text_encoder,
+            [self.tokenizer],
+            [self.text_encoder],
             self.config.model.num_vectors,
         )
         known = len(self.tokenizer)

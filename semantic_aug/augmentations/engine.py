@@ -145,7 +145,7 @@ class Engine:
         model.geometry.check(resolution)
         if tokens is not None:
             tokens = tokens.for_classes(prompts.source_names, prompts.prompt_names, str(files.tokens))
-            token_io.install_all(tokens, model.tokenizers, model.text_encoders)
+            token_io.install(tokens, model.tokenizers, model.text_encoders)
         self.prompts: Sequence[str] = [
             class_prompt(source, name, prompts.super_class, tokens, template)
             for template in prompts.every_template

@@ -151,8 +151,7 @@ class BaseModel:
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """What a LoRA may change, by the prefix its keys have in a file."""
-        components = (encoder.component for encoder in self.family.encoders)
-        return {"unet": self.unet, **dict(zip(components, self.text_encoders, strict=True))}
+        return {"unet": self.unet, **dict(zip(self.family.encoders, self.text_encoders, strict=True))}
 
     @property
     def geometry(self) -> Geometry:
@@ -283,7 +282,7 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     transformers_logging.disable_progress_bar()
     family = check_base(folder, name)
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
-    kinds |= {encoder.component: getattr(transformers, encoder.kind) for encoder in family.encoders}
+    kinds |= {encoder: getattr(transformers, kind) for encoder, kind in family.encoders.items()}
     networks = {part: _load_network(kind, folder / part, name) for part, kind in kinds.items()}
     try:
         tokenizers = _load_tokenizers(folder, family)
@@ -304,7 +303,7 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
 def _load_tokenizers(folder: Path, family: Family) -> tuple[CLIPTokenizer, ...]:
     from transformers import CLIPTokenizer
 
-    return tuple(CLIPTokenizer.from_pretrained(folder / encoder.tokenizer) for encoder in family.encoders)
+    return tuple(CLIPTokenizer.from_pretrained(folder / part) for part in family.tokenizers)
 
 
 def _assembled(
@@ -315,7 +314,7 @@ def _assembled(
     index = read_config(folder / "model_index.json", name)
     return BaseModel(
         *(name, folder, family, tokenizers),
-        text_encoders=tuple(networks[encoder.component] for encoder in family.encoders),
+        text_encoders=tuple(networks[encoder] for encoder in family.encoders),
         vae=networks["vae"],
         unet=networks["unet"],
         scheduler_config=read_scheduler_config(folder, name),
@@ -361,9 +360,9 @@ def networks_without_weights(folder: Path) -> dict[str, torch.nn.Module]:
     family = family_of(folder, shown_path(folder))
     with torch.device("meta"):
         networks = {"unet": UNet2DConditionModel.from_config(read_configs(folder, shown_path(folder))[0])}
-        for encoder in family.encoders:
-            config = transformers.CLIPTextConfig.from_pretrained(folder / encoder.component)
-            networks[encoder.component] = getattr(transformers, encoder.kind)(config)
+        for encoder, kind in family.encoders.items():
+            config = transformers.CLIPTextConfig.from_pretrained(folder / encoder)
+            networks[encoder] = getattr(transformers, kind)(config)
     return networks
 
 
@@ -384,14 +383,14 @@ def load_skeleton(name: str, folder: Path) -> BaseModel:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"base model '{name}' cannot be loaded ({reason}): complete the folder") from None
     for encoder in family.encoders:  # class tokens begin as copies of rows
-        torch.nn.init.ones_(networks[encoder.component].get_input_embeddings().to_empty(device="cpu").weight)
+        torch.nn.init.ones_(networks[encoder].get_input_embeddings().to_empty(device="cpu").weight)
     return _assembled(name, folder, family, tokenizers, networks)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that decide what a base model makes: weights, configurations and vocabulary, sorted."""
     family = family_of(folder, shown_path(folder))
-    parts = (*family.weight_folders, *(encoder.tokenizer for encoder in family.encoders), "scheduler")
+    parts = (*family.weight_folders, *family.tokenizers, "scheduler")
     texts = {
         path
         for part in parts

@@ -30,45 +30,31 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """One text encoder of a family.
-
-    Attributes:
-        component: its folder, and the prefix of its LoRA's keys.
-        tokenizer: its tokenizer's folder.
-        kind: class of transformers.
-    """
-
-    component: str
-    tokenizer: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class Family:
     """What sets a family of base models apart.
 
     Attributes:
         pipelines: class names in ``model_index.json``; diffusers' pipelines from noise and from an image, which load what
             stage 1 writes.
-        encoders: text encoders, in the order in which their hidden states are laid side by side.
+        encoders: transformers' classes of the text encoders by folder, which is also the prefix of their LoRA's keys, in the
+            order in which their hidden states are laid side by side.
         sizes: whether prompts are read from the penultimate layer, and pooled prompt and image sizes are conditioned on too.
     """
 
     name: str
     pipelines: tuple[str, str]
-    encoders: tuple[Encoder, ...]
+    encoders: Mapping[str, str]
     sizes: bool = False
 
     @property
     def weight_folders(self) -> tuple[str, ...]:
         """Folders that hold weights."""
-        return ("unet", "vae", *(encoder.component for encoder in self.encoders))
+        return ("unet", "vae", *self.encoders)
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
         """Folders of the tokenizers."""
-        return tuple(encoder.tokenizer for encoder in self.encoders)
+        return tuple(encoder.replace("text_encoder", "tokenizer") for encoder in self.encoders)
 
     def trained_layers(self, position: int, text_encoder: CLIPTextModel) -> int:
         """How many layers of a text encoder, from the first, the image depends on: its last one often is not read."""
@@ -92,14 +78,14 @@ class Family:
         """
         import torch
 
-        from semantic_aug.diffusion.text import Conditions, encode_ids
+        from semantic_aug.diffusion.text import Conditions
 
-        if not self.sizes:
-            return Conditions(encode_ids(text_encoders[0], ids[0]))
         outputs = [
-            encoder(each.to(encoder.device), output_hidden_states=True)
+            encoder(each.to(encoder.device), output_hidden_states=self.sizes)
             for encoder, each in zip(text_encoders, ids, strict=True)
         ]
+        if not self.sizes:
+            return Conditions(outputs[0].last_hidden_state)
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[-1].text_embeds
         return Conditions(hidden, {"text_embeds": pooled, "time_ids": time_ids.to(hidden)})
@@ -160,15 +146,12 @@ FAMILIES = (
     Family(
         "Stable Diffusion 1.x/2.x",
         ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
-        (Encoder("text_encoder", "tokenizer", "CLIPTextModel"),),
+        {"text_encoder": "CLIPTextModel"},
     ),
     Family(
         "Stable Diffusion XL",
         ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
-        (
-            Encoder("text_encoder", "tokenizer", "CLIPTextModel"),
-            Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection"),
-        ),
+        {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
         sizes=True,
     ),
 )
@@ -200,9 +183,9 @@ def family_of(folder: Path, name: str) -> Family:
             f"base model '{name}' is a {pipeline}, which is not supported: expected {known}; choose another base model"
         )
     for encoder in family.encoders:
-        if not (index.get(encoder.component) or [None])[0]:
+        if not (index.get(encoder) or [None])[0]:
             raise UserError(
-                f"base model '{name}' has no {encoder.component} (a refiner?): expected a whole {family.name}; "
+                f"base model '{name}' has no {encoder} (a refiner?): expected a whole {family.name}; "
                 "choose another base model"
             )
     return family

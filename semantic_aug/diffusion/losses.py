@@ -1,14 +1,9 @@
-"""The denoising objective (Ho et al. 2020), in epsilon or v (Salimans & Ho 2022), with optional min-SNR weights."""
+"""The denoising objective (Ho et al. 2020), in epsilon or v (Salimans & Ho 2022), with optional min-SNR weights.
 
-import torch
+Latents and noise are ``(B, C, h, w)``, timesteps ``(B,)``, ``alphas`` ``(T,)`` a scheduler's cumulative products of 1 - beta.
+"""
+
 from torch import Tensor
-
-from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
-
-
-def alphas_cumprod(scheduler) -> Tensor:
-    """``(T,)`` cumulative products of 1 - beta of a diffusers scheduler, float32."""
-    return scheduler.alphas_cumprod.float()
 
 
 def _at(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
@@ -16,17 +11,15 @@ def _at(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) -> Tensor:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e; latents and noise ``(B, C, h, w)``, timesteps ``(B,)``."""
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e."""
     return _at(alphas.sqrt(), timesteps, latents) * latents + _at((1 - alphas).sqrt(), timesteps, latents) * noise
 
 
 def target(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor, prediction_type: str) -> Tensor:
     """What the U-Net should predict: the noise, or v = sqrt(a_t) e - sqrt(1 - a_t) x_0."""
-    if prediction_type == "epsilon":
-        return noise
     if prediction_type == "v_prediction":
         return _at(alphas.sqrt(), timesteps, latents) * noise - _at((1 - alphas).sqrt(), timesteps, latents) * latents
-    raise ValueError(f"prediction_type '{prediction_type}': expected one of {', '.join(PREDICTION_TYPES)}")
+    return noise
 
 
 def min_snr_weights(timesteps: Tensor, alphas: Tensor, gamma: float, prediction_type: str) -> Tensor:
@@ -40,8 +33,3 @@ def denoising_loss(predicted: Tensor, wanted: Tensor, weights: Tensor | None = N
     """Mean squared error over everything, each sample's mean weighted by ``weights`` ``(B,)`` where given."""
     per_sample = (predicted.float() - wanted.float()).pow(2).flatten(1).mean(1)
     return (per_sample if weights is None else per_sample * weights).mean()
-
-
-def draw_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """``(count,)`` timesteps, uniform over the schedule."""
-    return torch.randint(num_train_timesteps, (count,), generator=generator)

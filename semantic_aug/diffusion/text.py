@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.errors import UserError
@@ -156,11 +156,6 @@ def class_prompts_of(
         for template in templates:
             prompt = class_prompt(source, name, super_class, tokens, template)
             yield prompt, phrase, f"prompt '{template[:60]}' of class '{source}'"
-
-
-def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Ids ``(B, L)`` to the last hidden states ``(B, L, D)``; gradients flow to trainable class vectors only."""
-    return text_encoder(ids.to(text_encoder.device))[0]
 
 
 def class_prompt(

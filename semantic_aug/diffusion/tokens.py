@@ -133,25 +133,45 @@ class SplicedEmbedding(nn.Module):
 
 
 def install(
-    tokens: ClassTokens, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, trainable: bool = False
+    tokens: ClassTokens,
+    tokenizers: Sequence[CLIPTokenizer],
+    text_encoders: Sequence[CLIPTextModel],
+    trainable: bool = False,
+) -> list[Tensor]:
+    """Teaches the tokenizers and text encoders of a base model the class tokens, in place: a tokenizer gets the placeholders,
+    with ids from its present size upwards, a text encoder a :class:`SplicedEmbedding` of copies of its vectors, a float32
+    parameter where ``trainable``. Returns the installed ``(K * V, D)`` vectors of each text encoder.
+
+    Raises:
+        UserError: vectors for another number of text encoders or of another width, or a tokenizer that knows a placeholder
+            already.
+    """
+    if len(tokens.tables) != len(text_encoders):
+        raise UserError(
+            f"class tokens hold vectors for {_encoders(len(tokens.tables))}, the base model has "
+            f"{_encoders(len(text_encoders))}: they were trained on another base model "
+            f"({tokens.base_model or 'not recorded'}); correct model_path or embed_path of the checkpoint's entry"
+        )
+    parts = zip(tokens.tables, tokenizers, text_encoders, strict=True)
+    return [_install(tokens, *part, trainable) for part in parts]
+
+
+def _install(
+    tokens: ClassTokens, vectors: Tensor, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, trainable: bool
 ) -> Tensor:
-    """Teaches tokenizer and text encoder the class tokens, in place: the one gets the placeholders, with ids from its present
-    size upwards, the other a :class:`SplicedEmbedding` of copies of the vectors, a float32 parameter where ``trainable``.
-    Returns the installed ``(K * V, D)`` vectors. Raises UserError: the vectors' width is not the text encoder's, or the
-    tokenizer knows a placeholder already."""
+    """Teaches one tokenizer and text encoder the class tokens with these vectors."""
     table = text_encoder.get_input_embeddings()
     if isinstance(table, SplicedEmbedding):
         raise ValueError("class tokens are installed already")
-    width = table.embedding_dim
-    if tokens.vectors.shape[-1] != width:
+    if vectors.shape[-1] != table.embedding_dim:
         raise UserError(
-            f"class tokens have {tokens.vectors.shape[-1]} values, the base model's text encoder takes {width}: "
+            f"class tokens have {vectors.shape[-1]} values, the base model's text encoder takes {table.embedding_dim}: "
             f"they were trained on another base model ({tokens.base_model or 'not recorded'})"
         )
-    taken = [name for name in tokens.names if name in tokenizer.get_vocab()]
-    if taken:
+    known = tokenizer.get_vocab()
+    if taken := next((name for name in tokens.names if name in known), None):
         raise UserError(
-            f"the base model's tokenizer already has a token '{taken[0]}': use the base model without class tokens"
+            f"the base model's tokenizer already has a token '{taken}': use the base model without class tokens"
         )
     first_id = len(tokenizer)
     if first_id > table.num_embeddings:
@@ -160,30 +180,10 @@ def install(
             "the folder is damaged"
         )
     tokenizer.add_tokens(list(tokens.names))
-    vectors = tokens.vectors.detach().clone().to(table.weight.device, torch.float32)
+    vectors = vectors.detach().clone().to(table.weight.device, torch.float32)
     vectors = nn.Parameter(vectors) if trainable else vectors.to(table.weight.dtype)
     text_encoder.set_input_embeddings(SplicedEmbedding(table, first_id, vectors))
     return vectors
-
-
-def install_all(
-    tokens: ClassTokens,
-    tokenizers: Sequence[CLIPTokenizer],
-    text_encoders: Sequence[CLIPTextModel],
-    trainable: bool = False,
-) -> list[Tensor]:
-    """Teaches every tokenizer and text encoder of a base model the class tokens; see :func:`install`. Returns the installed
-    vectors, one tensor per text encoder. Raises UserError: vectors for another number of text encoders, too."""
-    if len(tokens.tables) != len(text_encoders):
-        raise UserError(
-            f"class tokens hold vectors for {_encoders(len(tokens.tables))}, the base model has "
-            f"{_encoders(len(text_encoders))}: they were trained on another base model "
-            f"({tokens.base_model or 'not recorded'}); correct model_path or embed_path of the checkpoint's entry"
-        )
-    return [
-        install(replace(tokens, vectors=table, further=()), tokenizer, text_encoder, trainable)
-        for table, tokenizer, text_encoder in zip(tokens.tables, tokenizers, text_encoders, strict=True)
-    ]
 
 
 def _encoders(count: int) -> str:
@@ -195,20 +195,22 @@ def initial_tokens(
     prompt_names: Sequence[str],
     super_class: str,
     initializer: str,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
+    tokenizers: Sequence[CLIPTokenizer],
+    text_encoders: Sequence[CLIPTextModel],
     vectors_per_class: int = 1,
 ) -> ClassTokens:
-    """Untrained class tokens, the vectors of a class all alike: the mean embedding of the initialiser's words, which are
-    ``class_name``, ``super_class``, or the user's own."""
-    table = text_encoder.get_input_embeddings().weight.detach().float().cpu()
-    rows = []
-    for name in prompt_names:
-        words = {"class_name": name, "super_class": super_class or name}.get(initializer, initializer)
-        ids = tokenizer(words, add_special_tokens=False).input_ids
-        mean = table[ids].mean(0) if ids else table.mean(0)
-        rows += [mean] * vectors_per_class
-    return ClassTokens(tuple(class_names), torch.stack(rows), vectors_per_class)
+    """Untrained class tokens for every text encoder, the vectors of a class all alike: the mean embedding of the initialiser's
+    words, which are ``class_name``, ``super_class``, or the user's own."""
+    tables = []
+    for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
+        embeddings = text_encoder.get_input_embeddings().weight.detach().float().cpu()
+        rows = []
+        for name in prompt_names:
+            words = {"class_name": name, "super_class": super_class or name}.get(initializer, initializer)
+            ids = tokenizer(words, add_special_tokens=False).input_ids
+            rows += [embeddings[ids].mean(0) if ids else embeddings.mean(0)] * vectors_per_class
+        tables.append(torch.stack(rows))
+    return ClassTokens(tuple(class_names), tables[0], vectors_per_class, further=tuple(tables[1:]))
 
 
 def save_tokens(tokens: ClassTokens, path: Path) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.diffusion.families import family_of
-from semantic_aug.diffusion.losses import draw_timesteps
 from semantic_aug.diffusion.text import check_prompts, class_prompts_of, class_words
 from semantic_aug.diffusion.tokens import ClassTokens
 from semantic_aug.errors import UserError
@@ -132,7 +131,7 @@ class BatchSource:
             view = torch.rand(size, 2, generator=rng)
         flip = torch.rand(size, generator=rng) < 0.5 if self.flip else torch.zeros(size, dtype=torch.bool)
         template = torch.randint(self.templates, (size,), generator=rng)
-        timestep = draw_timesteps(size, self.num_train_timesteps, rng)
+        timestep = torch.randint(self.num_train_timesteps, (size,), generator=rng)
         posterior = torch.randn(size, *self.latent_shape, generator=rng)
         noise = torch.randn(size, *self.latent_shape, generator=rng)
         if self.noise_offset:

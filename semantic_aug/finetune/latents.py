@@ -10,14 +10,15 @@ Every process encodes or decodes its share of the images; all map all of them.
 """
 
 import logging
+import math
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -37,20 +38,7 @@ log = logging.getLogger(__name__)
 ENCODE_BATCH = 8
 DECODE_BLOCK = 64
 """Images given to the threads at once."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The images that the process ``rank`` of ``world`` encodes or decodes; ``wait`` returns when all processes have come
-    this far."""
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    def rows(self, count: int) -> range:
-        """Every ``world``-th of ``count`` images."""
-        return range(self.rank, count, self.world)
+PROGRESS = {"leave": False, "dynamic_ncols": True}
 
 
 def crop_box(width: int, height: int, view: int, key: str, seed: int) -> tuple[int, int, int, int]:
@@ -70,6 +58,65 @@ def view_of(image: Image.Image, view: int, resolution: int, key: str, seed: int)
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
 
 
+def shared_array(
+    path: Path,
+    dtype: type,
+    shape: tuple[int, ...],
+    fill: Callable[[np.ndarray], None],
+    accelerator: Accelerator,
+    *,
+    content: str,
+    remedy: str,
+) -> np.ndarray:
+    """An array that the processes of a run write into one file and then map; the file appears whole or not at all.
+
+    Args:
+        fill: writes this process's share of the images into the array.
+        content: what the array holds, for the log and the error.
+        remedy: how it would be smaller, for the error.
+
+    Raises:
+        UserError: the disk does not hold it.
+    """
+    if open_array(path, dtype, shape) is None:  # absent, or cut off by a failing disk
+        accelerator.wait_for_everyone()  # no process may finish before all have looked
+        partial = path.with_suffix(".part")
+        try:
+            if accelerator.is_main_process:
+                _reserve(partial, dtype, shape, content, remedy)
+            accelerator.wait_for_everyone()
+            array = np.lib.format.open_memmap(partial, "r+")
+            fill(array)
+            array.flush()
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r")
+
+
+def _reserve(partial: Path, dtype: type, shape: tuple[int, ...], content: str, remedy: str) -> None:
+    """Creates the file of an array with its space on the disk."""
+    folder, size = partial.parent, size_text(np.dtype(dtype).itemsize * math.prod(shape))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{partial.stem.partition('-')[0]}-*"):  # of a killed run, or of images that were elsewhere
+        if not path.name.startswith(f"{partial.stem}."):
+            path.unlink(missing_ok=True)
+    log.info("%s take %s in %s", content, size, folder)
+    try:
+        create_array(partial, dtype, shape).flush()
+    except OSError as error:
+        if is_full(error):
+            raise UserError(
+                f"--output_dir {shown_path(folder)}: {content} take {size}, which the disk does not hold ({error.strerror}); "
+                f"free some, or give a folder on another disk or {remedy}"
+            ) from error
+        raise
+
+
 class LatentCache:
     """Posterior parameters of all views, ``(N, views, flips, 2C, h, w)`` float32, memory-mapped.
 
@@ -79,81 +126,42 @@ class LatentCache:
         resolution: side of the images in pixels.
         views: crops per image.
         flip: whether mirror images are wanted.
-        share: of this process.
+        accelerator: of the processes that share the work.
     """
 
     def __init__(
         self,
         table: ImageTable,
         folder: Path,
-        vae: torch.nn.Module,
+        vae: AutoencoderKL,
         vae_digest: str,
         resolution: int,
         *,
         views: int,
         flip: bool,
         seed: int,
-        share: Share = Share(),
+        accelerator: Accelerator,
     ):
         self.table, self.vae, self.resolution, self.seed = table, vae, resolution, seed
         self.views, self.flips = views, 2 if flip else 1
         made_from = f"{table.signature()} {vae_digest} {resolution} {views} {self.flips} {seed} {vae.dtype}"
         self.path = folder / f"latents-{sha256_text(made_from)[:16]}.npy"
-        if open_array(self.path, np.float32) is None:  # absent, or cut off by a failing disk
-            share.wait()  # nobody may finish before everybody has looked
-            self._build(share)
-        share.wait()
-        self.moments = np.load(self.path, mmap_mode="r")
-
-    def _build(self, share: Share) -> None:
-        partial = self.path.with_suffix(".part")
-        try:
-            if share.rank == 0:
-                self._reserve(partial)
-            share.wait()
-            self._fill(np.lib.format.open_memmap(partial, "r+"), share)
-            share.wait()
-            if share.rank == 0:
-                os.replace(partial, self.path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-    def _reserve(self, partial: Path) -> None:
-        """Says how much space the latents take, and takes it. Raises UserError: there is not enough."""
-        probe = encode_moments(self.vae, self._pixels([0])[:1])
-        shape = (len(self.table), self.views, self.flips, *probe.shape[1:])
-        size, folder = 4 * int(np.prod(shape)), partial.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_all(folder, "latents-*")  # of a run that was killed, or of images that were elsewhere
-        log.info("latents of %d images take %s in %s", len(self.table), size_text(size), folder)
-        too_large = (
-            f"--output_dir {shown_path(folder)}: the latents of {len(self.table)} images ({self.views} crop(s), "
-            f"{'with' if self.flips == 2 else 'without'} mirror images) take {size_text(size)}"
+        self.rows = range(accelerator.process_index, len(table), accelerator.num_processes)
+        side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = (len(table), views, self.flips, 2 * vae.config.latent_channels, side, side)
+        mirrored = "with" if flip else "without"
+        content = f"the latents of {len(table)} images ({views} crop(s), {mirrored} mirror images)"
+        self.moments = shared_array(
+            self.path, np.float32, shape, self._fill, accelerator, content=content, remedy="fewer --crops"
         )
-        remedy = "free some, or give a folder on another disk or fewer --crops"
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise UserError(f"{too_large}, {size_text(free)} are free; {remedy}")
-        try:
-            create_array(partial, np.float32, shape).flush()
-        except OSError as error:
-            if is_full(error):
-                raise UserError(f"{too_large}, which cannot be had ({error.strerror}); {remedy}") from error
-            raise
 
-    def _fill(self, out: np.ndarray, share: Share) -> None:
-        rows = share.rows(len(self.table))
-        shown = {"desc": "encoding images", "unit": "batch", "leave": False, "dynamic_ncols": True}
-        for start in tqdm(range(0, len(rows), ENCODE_BATCH), disable=share.rank > 0, **shown):
-            chosen = list(rows[start : start + ENCODE_BATCH])
-            pixels = self._pixels(chosen)
-            variants = [pixels, pixels.flip(-1)] if self.flips == 2 else [pixels]
-            for flip, variant in enumerate(variants):
-                moments = torch.cat([encode_moments(self.vae, part) for part in variant.split(ENCODE_BATCH)])
-                rows_and_views = (len(chosen), self.views, *moments.shape[1:])
-                out[chosen, :, flip] = moments.float().cpu().numpy().reshape(rows_and_views)
-        out.flush()
+    def _fill(self, moments: np.ndarray) -> None:
+        blocks = [list(self.rows[start : start + ENCODE_BATCH]) for start in range(0, len(self.rows), ENCODE_BATCH)]
+        for rows in tqdm(blocks, "encoding images", unit="batch", disable=self.rows.start > 0, **PROGRESS):
+            pixels = self._pixels(rows)
+            for flip, variant in enumerate([pixels, pixels.flip(-1)][: self.flips]):
+                encoded = torch.cat([encode_moments(self.vae, part) for part in variant.split(ENCODE_BATCH)])
+                moments[rows, :, flip] = encoded.float().cpu().numpy().reshape(len(rows), *moments[0, :, 0].shape)
 
     def _pixels(self, rows: list[int]) -> Tensor:
         """``(len(rows) * views, 3, H, W)`` in [-1, 1]."""
@@ -173,63 +181,56 @@ class LatentCache:
         self.path.unlink(missing_ok=True)
 
 
-def _remove_all(folder: Path, pattern: str, kept: str | None = None) -> None:
-    """Deletes the files of a pattern in a run's folder, but those whose names begin with ``kept``."""
-    for path in folder.glob(pattern):
-        if kept is None or not path.name.startswith(kept):
-            path.unlink(missing_ok=True)
-
-
-def scaled(image: Image.Image, resolution: int) -> Image.Image:
-    """The whole image with its shorter side at ``resolution`` pixels."""
-    factor = resolution / min(image.size)
-    width, height = (max(resolution, round(side * factor)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+def scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(width, height) of a whole image with its shorter side at ``resolution`` pixels."""
+    factor = resolution / min(size)
+    width, height = (max(resolution, round(side * factor)) for side in size)
+    return width, height
 
 
 class PixelCache:
     """Decoded images from which square crops of ``resolution`` pixels are cut and encoded on the VAE's device and in its
-    precision; used as :class:`LatentCache` is."""
+    precision; used as :class:`LatentCache` is. The images' bytes follow each other in one file, their sizes are in another."""
 
-    def __init__(self, table: ImageTable, folder: Path, vae: torch.nn.Module, resolution: int, share: Share = Share()):
-        self.table, self.vae, self.resolution, self.world = table, vae, resolution, share.world
-        self.name = f"pixels-{sha256_text(f'{table.signature()} {resolution}')[:16]}"
-        self.paths = [folder / f"{self.name}-{r}-of-{share.world}.bin" for r in range(share.world)]
-        if share.rank == 0:
-            _remove_all(folder, "pixels-*", self.name)  # of images that were elsewhere
-        if not self.paths[share.rank].exists():
-            self._build(self.paths[share.rank], share.rows(len(table)), share.rank > 0)
-        share.wait()
-        self._shares = [_open(path) for path in self.paths]
-
-    def _build(self, path: Path, rows: range, quiet: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
+    def __init__(
+        self, table: ImageTable, folder: Path, vae: AutoencoderKL, resolution: int, *, accelerator: Accelerator
+    ):
+        self.table, self.vae, self.resolution = table, vae, resolution
+        self.path = folder / f"pixels-{sha256_text(f'{table.signature()} {resolution}')[:16]}.npy"
+        self.sizes_path = self.path.with_suffix(".sizes.npy")
+        self.rows = range(accelerator.process_index, len(table), accelerator.num_processes)
+        if accelerator.is_main_process and open_array(self.sizes_path, np.int64, (len(table), 2)) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            sizes = in_threads(table.size, range(len(table)))
+            np.save(self.sizes_path, np.array([scaled_size(size, resolution) for size in sizes], np.int64))
+        accelerator.wait_for_everyone()
+        self.sizes = np.load(self.sizes_path)
+        self.ends = np.cumsum(self.sizes.prod(1) * 3)
+        words, shape = {"content": "the decoded images", "remedy": "no --random_crops"}, (int(self.ends[-1]),)
         try:
-            sizes = self._write(partial, rows, quiet)
-            np.save(path.with_suffix(".sizes.npy"), sizes)
-            os.replace(partial, path)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and is_full(error):
-                width, height = scaled(self.table.image(0), self.resolution).size  # as all were, for an estimate
-                size = size_text(len(self.table) * width * height * 3)
-                raise UserError(
-                    f"--output_dir {shown_path(path.parent)}: the decoded images (about {size}) do "
-                    f"not fit ({error.strerror}); free some, or give a folder on another disk or no --random_crops"
-                ) from error
+            self.pixels = shared_array(self.path, np.uint8, shape, self._fill, accelerator, **words)
+        except UserError:
+            self.remove()
             raise
 
-    def _write(self, partial: Path, rows: range, quiet: bool) -> np.ndarray:
-        sizes = np.zeros((len(rows), 2), np.int64)
-        decode = lambda row: np.asarray(scaled(self.table.image(row), self.resolution))  # noqa: E731
-        shown = {"desc": "decoding images", "unit": "image", "leave": False, "dynamic_ncols": True}
-        decoded = tqdm(in_threads(decode, rows, block=DECODE_BLOCK), total=len(rows), disable=quiet, **shown)
-        with open(partial, "wb") as out:
-            for number, pixels in enumerate(decoded):
-                sizes[number] = pixels.shape[:2]
-                out.write(pixels.tobytes())
-        return sizes
+    def _fill(self, pixels: np.ndarray) -> None:
+        def decode(row: int) -> np.ndarray:
+            return np.asarray(self.table.image(row).resize(self.sizes[row].tolist(), Image.Resampling.LANCZOS))
+
+        decoded = in_threads(decode, self.rows, block=DECODE_BLOCK)
+        shown = {"total": len(self.rows), "unit": "image", "disable": self.rows.start > 0, **PROGRESS}
+        for row, image in zip(self.rows, tqdm(decoded, "decoding images", **shown), strict=True):
+            self._image(row, pixels)[:] = image
+
+    def _image(self, row: int, pixels: np.ndarray) -> np.ndarray:
+        """The bytes of an image among those of all, ``(H, W, 3)``."""
+        width, height = self.sizes[row]
+        return pixels[self.ends[row] - 3 * width * height : self.ends[row]].reshape(height, width, 3)
+
+    def _crop(self, row: int, x: float, y: float) -> np.ndarray:
+        (width, height), side = self.sizes[row], self.resolution
+        left, top = int(x * (width - side + 1)), int(y * (height - side + 1))
+        return self._image(row, self.pixels)[top : top + side, left : left + side]
 
     def gather(self, index: Tensor, position: Tensor, flip: Tensor) -> Tensor:
         """The posterior parameters ``(B, 2C, h, w)`` of crops of the chosen images, on the VAE's device.
@@ -245,25 +246,10 @@ class PixelCache:
         mirrored = flip.to(pixels.device, non_blocking=True).view(-1, 1, 1, 1)
         return encode_moments(self.vae, torch.where(mirrored, pixels.flip(-1), pixels))
 
-    def _crop(self, row: int, x: float, y: float) -> np.ndarray:
-        pixels, sizes, starts = self._shares[row % self.world]
-        number = row // self.world
-        height, width = sizes[number]
-        whole = pixels[starts[number] : starts[number] + height * width * 3].reshape(height, width, 3)
-        left, top = int(x * (width - self.resolution + 1)), int(y * (height - self.resolution + 1))
-        return whole[top : top + self.resolution, left : left + self.resolution]
-
     def remove(self) -> None:
-        """Deletes the files, those of another number of processes too; a finished run has no use for them."""
-        _remove_all(self.paths[0].parent, f"{self.name}-*")
-
-
-def _open(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All bytes of a share, each image's height and width, and where its bytes begin."""
-    sizes = np.load(path.with_suffix(".sizes.npy"))
-    ends = np.cumsum(sizes.prod(1) * 3)
-    pixels = np.memmap(path, np.uint8, "r") if len(sizes) else np.empty(0, np.uint8)
-    return pixels, sizes, np.concatenate([[0], ends])
+        """Deletes the files; a finished run has no use for them."""
+        self.path.unlink(missing_ok=True)
+        self.sizes_path.unlink(missing_ok=True)
 
 
 def image_sizes(table: ImageTable, config: FinetuneConfig) -> Tensor:

@@ -36,7 +36,7 @@ class TrainedModel(nn.Module):
         self.vectors: list[Tensor] = []
         if config.model.trains_tokens:
             self.tokens = _initial_tokens(model, config, dataset)
-            self.vectors = token_io.install_all(self.tokens, model.tokenizers, model.text_encoders, trainable=True)
+            self.vectors = token_io.install(self.tokens, model.tokenizers, model.text_encoders, trainable=True)
         if config.model.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         self.unet, self.text_encoders = model.unet, nn.ModuleList(model.text_encoders)
@@ -184,21 +184,13 @@ class TrainedModel(nn.Module):
 
 def _initial_tokens(model: BaseModel, config: FinetuneConfig, dataset: LoadedDataset) -> token_io.ClassTokens:
     """Untrained class tokens for every text encoder of the base model."""
-    each = [
-        token_io.initial_tokens(
-            dataset.source_names,
-            dataset.class_names,
-            dataset.spec.super_class,
-            config.model.initializer,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vectors_per_class=config.model.num_vectors,
-        )
-        for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
-    ]
-    further = tuple(tokens.vectors for tokens in each[1:])
-    base_model = config.model.pretrained_model_name_or_path
-    return replace(each[0], further=further, base_model=base_model, dataset=dataset.name)
+    tokens = token_io.initial_tokens(
+        *(dataset.source_names, dataset.class_names, dataset.spec.super_class, config.model.initializer),
+        tokenizers=model.tokenizers,
+        text_encoders=model.text_encoders,
+        vectors_per_class=config.model.num_vectors,
+    )
+    return replace(tokens, base_model=config.model.pretrained_model_name_or_path, dataset=dataset.name)
 
 
 def make_optimizer(groups: list[dict], settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:

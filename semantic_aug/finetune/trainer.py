@@ -24,7 +24,7 @@ from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource, Draw
 from semantic_aug.finetune.config import FinetuneConfig
 from semantic_aug.finetune.graph import RecordedStep
-from semantic_aug.finetune.latents import LatentCache, PixelCache, Share, image_sizes
+from semantic_aug.finetune.latents import LatentCache, PixelCache, image_sizes
 from semantic_aug.finetune.model import TrainedModel, make_optimizer, make_schedule
 from semantic_aug.finetune.validation import validation_grid
 
@@ -61,7 +61,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config.train)
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
         self.prediction_type = config.train.prediction_type or self.noise_scheduler.config.prediction_type
-        self.alphas = losses.alphas_cumprod(self.noise_scheduler).to(accelerator.device)
+        self.alphas = self.noise_scheduler.alphas_cumprod.to(accelerator.device)
         if not config.output.resume_from_checkpoint:  # else much of it is written already
             trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
             checkpoints.check_disk(config, len(self.images), self.base.geometry, trained)
@@ -109,15 +109,14 @@ class Trainer:
 
     def _encode_images(self) -> LatentCache | PixelCache:
         accelerator, images = self.accelerator, self.config.images
-        share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         table, output_dir, vae = self.images, self.config.output_dir, self.base.vae
         if images.random_crops:
-            return PixelCache(table, output_dir, vae, images.resolution, share)
+            return PixelCache(table, output_dir, vae, images.resolution, accelerator=accelerator)
         weights = [path for path in weight_files(self.base.folder) if path.parent.name == "vae"]
         digest = files.sha256_text("".join(files.sha256_file(path) for path in weights))
         return LatentCache(
             table, output_dir, vae, digest, images.resolution,
-            views=images.crops, flip=not images.no_flip, seed=self.config.seed, share=share,
+            views=images.crops, flip=not images.no_flip, seed=self.config.seed, accelerator=accelerator,
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------- one run

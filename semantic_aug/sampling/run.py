@@ -174,7 +174,7 @@ def check(subset: PlannedSubset) -> None:
     model = subset.config.model
     base = load_skeleton(model.name, model.folder)
     if model.tokens is not None:
-        tokens.install_all(tokens.load_tokens(model.tokens), base.tokenizers, base.text_encoders)
+        tokens.install(tokens.load_tokens(model.tokens), base.tokenizers, base.text_encoders)
     claims.belongs(subset)
     claims.warn(subset)
     warn_of_repeats(subset)
