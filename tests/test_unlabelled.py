@@ -80,7 +80,7 @@ def test_class_tokens_learn_nothing_from_unlabelled_images(tiny_base, image_fold
     caplog.set_level("INFO")
     running = make_trainer(tiny_base, image_folder, tmp_path / "run", unlabelled=pool, **changes)
     if not changes:
-        assert "latents of 27 images take" in caplog.text
+        assert "latents of 27 images (1 crop(s), with mirror images) take" in caplog.text
         assert isinstance(running.latents.moments, np.memmap) and len(running.latents.moments) == 27
     (vectors,), lora = running.model.vectors, running.model.lora_parameters
     for rows, learned in (([18, 26, 20, 21], False), ([0, 26, 17, 21], True)):

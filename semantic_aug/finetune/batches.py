@@ -7,7 +7,8 @@ never stopped, without any saved random state, and two processes at half the bat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,16 @@ class Draw:
         return Draw(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, kind: str, count: int, epoch: int) -> np.ndarray:
+    return numpy_rng(seed, "train", kind, epoch).permutation(count)
+
+
+@dataclass(frozen=True, eq=False)
 class BatchSource:
     """Draws the steps' batches.
 
-    Args:
+    Attributes:
         labels: ``(N,)`` classes of the training images.
         batch_size: effective batch size, over all processes and micro-batches.
         latent_shape: (C, h, w).
@@ -71,36 +78,27 @@ class BatchSource:
         unlabelled_share: of each batch; a fraction of an image is carried to the next step.
     """
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        batch_size: int,
-        latent_shape: tuple[int, int, int],
-        *,
-        views: int,
-        flip: bool,
-        templates: int,
-        num_train_timesteps: int,
-        noise_offset: float,
-        class_balanced: bool,
-        seed: int,
-        unlabelled: int = 0,
-        unlabelled_share: float | None = None,
-    ):
-        self.labels, self.batch_size, self.latent_shape = labels, batch_size, latent_shape
-        self.views, self.flip, self.templates = views, flip, templates
-        self.num_train_timesteps, self.noise_offset = num_train_timesteps, noise_offset
-        self.class_balanced, self.seed = class_balanced, seed
-        self.unlabelled, self.share = unlabelled, (unlabelled_share or 0.0) if unlabelled else 0.0
-        self._epochs: dict[str, tuple[int, np.ndarray]] = {}
-        self._by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    labels: np.ndarray
+    batch_size: int
+    latent_shape: tuple[int, int, int]
+    _: KW_ONLY
+    views: int
+    flip: bool
+    templates: int
+    num_train_timesteps: int
+    noise_offset: float
+    class_balanced: bool
+    seed: int
+    unlabelled: int = 0
+    unlabelled_share: float | None = None
 
     def indices(self, step: int) -> np.ndarray:
         """The rows of a step, labelled ones and the share of unlabelled ones in one random order."""
-        before, after = (round(n * self.batch_size * self.share) for n in (step, step + 1))
-        labelled = self._labelled(step, step * self.batch_size - before, (step + 1) * self.batch_size - after)
+        begin, end = step * self.batch_size, (step + 1) * self.batch_size
         if not self.unlabelled:
-            return labelled
+            return self._labelled(step, begin, end)
+        before, after = (round(n * self.batch_size * self.unlabelled_share) for n in (step, step + 1))
+        labelled = self._labelled(step, begin - before, end - after)
         unlabelled = len(self.labels) + self._next("unlabelled", self.unlabelled, before, after)
         rng = numpy_rng(self.seed, "train", "unlabelled order", step)
         return rng.permutation(np.concatenate([labelled, unlabelled]))
@@ -113,14 +111,15 @@ class BatchSource:
         classes = rng.integers(len(self._by_class), size=end - begin)
         return np.array([rng.choice(self._by_class[k]) for k in classes], np.int64)
 
+    @functools.cached_property
+    def _by_class(self) -> list[np.ndarray]:
+        """The rows of each class that has any."""
+        return [np.flatnonzero(self.labels == k) for k in np.unique(self.labels)]
+
     def _next(self, kind: str, count: int, begin: int, end: int) -> np.ndarray:
         """A part of an endless sequence of shuffled epochs over ``count`` images."""
-        return np.array([self._order(kind, count, n // count)[n % count] for n in range(begin, end)], np.int64)
-
-    def _order(self, kind: str, count: int, epoch: int) -> np.ndarray:
-        if self._epochs.get(kind, (-1,))[0] != epoch:
-            self._epochs[kind] = epoch, numpy_rng(self.seed, "train", kind, epoch).permutation(count)
-        return self._epochs[kind][1]
+        rows = [_epoch_order(self.seed, kind, count, n // count)[n % count] for n in range(begin, end)]
+        return np.array(rows, np.int64)
 
     def draw(self, step: int) -> Draw:
         """All random numbers of a step."""

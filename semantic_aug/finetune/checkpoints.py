@@ -1,4 +1,4 @@
-"""The output folder of stage 1: whose run it holds, and its checkpoints, written whole or not at all.
+"""The output folder of stage 1: the identity of its run, and its checkpoints, written whole or not at all.
 
 {output_dir}/checkpoint-{step}/pytorch_lora_weights.safetensors    what diffusers loads
 {output_dir}/checkpoint-{step}/learned_embeds.safetensors
@@ -60,9 +60,9 @@ def load_weights(model: TrainedModel, folder: Path) -> None:
 
 
 def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dict, limit: int | None) -> Path:
-    """Writes ``checkpoint-{step}`` under a temporary name, moves it into place, and removes the oldest above ``limit``.
+    """Writes ``checkpoint-{step}`` under a temporary name, moves it into place, and removes the oldest ones above ``limit``.
 
-    Later ones stay until the run comes to them, where it was resumed from an earlier one.
+    Checkpoints of later steps, where a run was resumed from an earlier one, stay until the run reaches those steps.
     """
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -83,8 +83,7 @@ def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dic
 
 
 def _set_aside(folder: Path) -> Path:
-    """Takes a checkpoint's name before it is deleted, so that one deleted by half is never taken for whole; returns the new
-    name."""
+    """Renames a checkpoint before it is deleted, so that a half-deleted one is never taken for whole; returns the new path."""
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -92,7 +91,7 @@ def _set_aside(folder: Path) -> Path:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Deletes what kills left of checkpoints that were being written or removed."""
+    """Deletes checkpoints that a kill left half written or half removed."""
     for path in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -131,7 +130,7 @@ def finished(output_dir: Path) -> dict | None:
 
 
 def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
-    """What a request's weights are made from: training images, names and prompts, the base model."""
+    """The identity of a run: training images, names and prompts, the base model."""
 
     def further() -> dict:
         base = files_digest(weight_files(config.base_folder), config.base_folder)
@@ -141,8 +140,8 @@ def origin_of(config: FinetuneConfig, dataset: LoadedDataset) -> RunOrigin:
 
 
 def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_run: bool = False) -> None:
-    """Claims the output folder (in a dry run only asks whether it could), and refuses a checkpoint of another run, and what has
-    been trained for more steps than are asked for."""
+    """Claims the output folder (a dry run only checks whether it could). Raises UserError: the folder or the checkpoint belongs
+    to another run, is unfinished and not to be resumed, or was trained for more steps than are asked for."""
     arguments, ignored = config.record(processes), config.may_change()
     steps, fewer = config.train.max_train_steps, f"--max_train_steps {config.train.max_train_steps} asks for fewer"
     absent = cli.absent_values(Setting, *GROUPS.values())
@@ -170,8 +169,8 @@ def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_r
 
 
 def check_disk(config: FinetuneConfig, images: int, geometry: Geometry, trained: int) -> None:
-    """Refuses a run that writes more at once than the disk holds: encoded images, and checkpoints with the optimiser's states
-    of so many trained values. Raises UserError: less is free."""
+    """Refuses a run whose encoded images and checkpoints, with the optimiser's states of ``trained`` values, do not fit on the
+    disk. Raises UserError: less is free."""
     channels, height, width = geometry.latent_shape(config.images.resolution)
     views = config.images.crops * (1 if config.images.no_flip else 2)
     latents = 0 if config.images.random_crops else 4 * images * views * 2 * channels * height * width

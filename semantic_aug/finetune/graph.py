@@ -1,7 +1,7 @@
-"""Forward and backward pass of a step as one CUDA graph, which starts all their kernels with one launch.
+"""Forward and backward pass of a step as one CUDA graph, whose kernels are started by one launch.
 
-A step of Stable Diffusion at a small batch is thousands of kernels that take less time to run than to launch. Not yet measured
-on a GPU; ``python scripts/bench.py gpu`` does it.
+A step of Stable Diffusion at a small batch has thousands of kernels that take less time to run than to launch. Not yet measured
+on a GPU; ``python scripts/bench.py gpu`` measures it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP_STEPS = 3
-"""Steps that run as usual before one is recorded: libraries choose their kernels and take their memory at the first calls."""
+"""Steps that run as usual before one is recorded: in its first calls a library chooses its kernels and allocates memory."""
 
 
 class GraphRecorder:
-    """Records on the stream on which what comes before has run: autograd remembers the streams of parameters."""
+    """Warms up and records on one stream, since autograd remembers the streams of parameters."""
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
-        """Calls a function."""
+        """Calls a function on the stream of the recording."""
         usual = torch.cuda.current_stream()
         self.stream.wait_stream(usual)
         with torch.cuda.stream(self.stream):
@@ -29,7 +29,7 @@ class GraphRecorder:
         return result
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Records what a function does on the GPU, without doing it; returns what does it again, with the same memory."""
+        """Records the GPU work of a function without running it; returns its replay, which uses the same memory."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             function()
@@ -38,13 +38,13 @@ class GraphRecorder:
 
 class RecordedStep:
     """Loss and gradients of a batch, recorded with one batch and replayed with the values of the others (PyTorch's notes on
-    CUDA graphs, "whole-network capture"; the optimiser stays outside, so that clipping and skipped steps are as they were).
+    CUDA graphs, "whole-network capture"). The optimiser is not recorded, so that clipping and skipped steps work as usual.
 
     Args:
-        function: from the tensors of a batch, by name, to its loss, a scalar; adds the gradients to ``parameters``. It may
-            read no value from the device, and what changes from step to step it takes from its argument.
-        parameters: what is trained; without gradients whenever a step begins.
-        recorder: has the methods of :class:`GraphRecorder`, which is the default.
+        function: from the tensors of a batch, by name, to its loss, a scalar; adds the gradients to ``parameters``. It reads
+            no value from the device, and takes everything that changes from step to step from its argument.
+        parameters: the trained ones; they have no gradients when a step begins.
+        recorder: a :class:`GraphRecorder`, or an object with its methods.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RecordedStep:
             self.batch[name].copy_(value, non_blocking=True)
         self.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient  # dropped after each step, but the graph writes where it wrote before
+            parameter.grad = gradient  # reset after each step, but the graph writes to the same memory
         return self.loss
 
     def _keep_results(self) -> None:

@@ -1,4 +1,4 @@
-"""What is trained: a frozen base model with trainable class vectors and a LoRA, as one module that predicts noise; its
+"""The trained model: a frozen base model with trainable class vectors and a LoRA, as one module that predicts noise; its
 optimiser and learning-rate schedule."""
 
 import contextlib
@@ -22,7 +22,7 @@ from semantic_aug.finetune.projections import FlatLora, join_projections
 from semantic_aug.prompts import caption_without_class
 
 WARM_UP_CALLS = 2
-"""So many calls of a compiled run are checked for whether what was compiled fits."""
+"""Calls of a compiled network whose inputs are checked against its compilation; later calls skip the check."""
 
 
 class TrainedModel(nn.Module):
@@ -71,23 +71,21 @@ class TrainedModel(nn.Module):
         self._compiled = True
 
     def join_projections(self) -> None:
-        """Lets the networks, on their device and in their precision, compute attention and LoRA with few calls.
-
-        Most of ``lora_parameters`` become one: what is done to parameters at every step takes its time for each of them.
-        """
+        """Lets the networks, on their device and in their precision, compute attention and LoRA with few calls; the LoRA of all
+        joined projections becomes one of ``lora_parameters``."""
         groups = [group for network in self.base.networks.values() for group in join_projections(network)]
         if groups:
             self.flat_lora = FlatLora(groups)
-            apart = [parameter for parameter in self.lora_parameters if parameter.requires_grad]  # of convolutions
-            self.lora_parameters = [self.flat_lora.values, *apart]
+            others = [parameter for parameter in self.lora_parameters if parameter.requires_grad]  # of convolutions
+            self.lora_parameters = [self.flat_lora.values, *others]
 
     def refresh(self) -> None:
-        """Lets the networks see the LoRA as it is now; :meth:`forward` does so by itself."""
+        """Updates the networks' copies of the LoRA, as :meth:`forward` does too."""
         if self.flat_lora is not None:
             self.flat_lora.refresh()
 
     def _unchecked(self) -> AbstractContextManager:
-        """A context in which what was compiled is taken without asking whether it fits: in a run nothing changes."""
+        """A context in which compiled code runs without checks of its inputs, whose shapes are the same in all steps."""
         warm = self._compiled and self._calls >= WARM_UP_CALLS
         return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if warm else contextlib.nullcontext()
 
@@ -98,17 +96,17 @@ class TrainedModel(nn.Module):
     def conditions(
         self, labels: Tensor, templates: Tensor, captions: Tensor | None = None, time_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What :meth:`forward` takes of a batch's prompts. All arguments are on the CPU, so that no GPU is waited for.
+        """The conditions of a batch, for :meth:`forward`. All arguments are on the CPU, so that no GPU is waited for.
 
         Args:
             labels: ``(B,)`` classes.
             templates: ``(B,)`` templates.
-            captions: ``(B,)`` numbers of the captions that stand instead, -1 for none.
+            captions: ``(B,)`` numbers of the captions that replace class prompts, -1 for none.
             time_ids: ``(B, 6)`` image sizes, for base models conditioned on them.
 
         Returns:
             Token ids ``(B, L)`` for each text encoder where anything in them trains, else the U-Net's conditioning of each
-            prompt (``hidden`` ``(B, L, D)`` and what is added to it); and ``time_ids`` where given.
+            prompt (``hidden`` ``(B, L, D)`` and the added conditions); and ``time_ids`` where given.
         """
         rows = labels * len(self.templates) + templates
         if captions is not None:
@@ -120,23 +118,23 @@ class TrainedModel(nn.Module):
         return {"hidden": encoded.hidden, **encoded.added, **sizes}
 
     def _ids(self, rows: list[int]) -> dict[str, Tensor]:
-        """Token ids ``(B, L)`` of prompts for each text encoder; those of captions, one per image, are made as they come."""
+        """Token ids ``(B, L)`` of prompts for each text encoder; captions, one per image, are tokenized when drawn."""
         if max(rows) < self.class_prompts:
             return {f"ids_{position}": ids[rows] for position, ids in enumerate(self.prompt_ids)}
         captions = [self.captions.prompt(row - self.class_prompts) for row in rows if row >= self.class_prompts]
-        apart = torch.tensor(rows) >= self.class_prompts
+        is_caption = torch.tensor(rows) >= self.class_prompts
         ids = {}
         for position, (known, tokenizer) in enumerate(zip(self.prompt_ids, self.base.tokenizers, strict=True)):
             ids[f"ids_{position}"] = known[[min(row, self.class_prompts - 1) for row in rows]]
-            ids[f"ids_{position}"][apart] = tokenize(tokenizer, captions)
+            ids[f"ids_{position}"][is_caption] = tokenize(tokenizer, captions)
         return ids
 
     def _encoded_once(self, rows: list[int], time_ids: Tensor | None) -> Conditions:
-        """Nothing in the text encoders trains: each class prompt is encoded once, captions (one per image) as they come."""
+        """The conditioning where no text encoder trains: class prompts are encoded once, captions when drawn."""
         held = {row: self._encoded.get(row) for row in set(rows)}
         fresh = {}
         for row in sorted(row for row, encoded in held.items() if encoded is None):
-            # each by itself: in a batch of another size its last bits may differ, and what is held differs after a restart
+            # one by one: a batch of another size may change the last bits, and after a restart other prompts are cached
             sizes = {} if time_ids is None else {"time_ids": time_ids[:1]}
             with torch.no_grad():
                 fresh[row] = self.conditioning(self._ids([row]) | sizes)
@@ -157,7 +155,10 @@ class TrainedModel(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Noisy latents ``(B, C, h, w)`` under :meth:`conditions` to the U-Net's prediction ``(B, C, h, w)``."""
         self.refresh()
-        with self._unchecked(), torch.autocast(noisy.device.type, enabled=False):  # nothing is in another precision
+        with (
+            self._unchecked(),
+            torch.autocast(noisy.device.type, enabled=False),
+        ):  # all inputs have the networks' precision
             conditioning = self.conditioning(conditions).to(noisy.dtype)
             predicted = self.unet(noisy, timesteps, **conditioning.unet_arguments(), return_dict=False)[0]
         self._calls += 1
@@ -169,7 +170,7 @@ class TrainedModel(nn.Module):
         return [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
 
     def describe_images(self, digest: str) -> None:
-        """Notes in the class tokens which images they are trained on."""
+        """Records the digest of the training images in the class tokens."""
         if self.tokens is not None:
             self.tokens = replace(self.tokens, images=digest)
 

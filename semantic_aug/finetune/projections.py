@@ -1,14 +1,14 @@
-"""The projections of networks under training, computed with few calls.
+"""Attention projections with LoRA, computed with fewer calls than peft's layers.
 
-Measured against peft's layers in one run (one core of an AMD EPYC, embedded base model at 128 px, batch 8, float32, not
-compiled): peft's step takes 1.07 times as long, 1.09 times as much of the processor, and makes 1,546 calls instead of 1,019.
-On an H200 an earlier version's step was 133 ms of starting kernels; what is gained there is not yet measured.
+Measured beside peft's layers in one run (2026-11-29, one core of an AMD EPYC shared with other work, embedded base model at
+128 px, batch 8, float32, not compiled; median of 18 alternating rounds of 5 steps in three pairs of processes): with peft's
+layers a step takes 1.06 times as long and 1.055 times as much processor time (quartiles 1.04 and 1.06), in 1,545 calls
+instead of 1,018. On an H200 an earlier version's step was 133 ms of starting kernels; the gain there is not yet measured.
 
 Beside a frozen projection W, peft computes B (A x) projection by projection, and where W is in half precision it casts x, A
-and B each time. A GPU takes little longer for a step than its kernels take to launch, and half of the launches are
-these; on a processor, too, a thin product costs little more than its call. Here projections that read the same input are
-one product, and so are their A and their B; all A and B are one trained tensor, of which the copies that this takes are made
-once per step, together.
+and B each time. A GPU's step takes little longer than the launches of its kernels, half of which are these. Here the
+projections of one input are one product, and so are their A and their B. All A and B are one trained tensor, whose copies in
+this layout are made together, once per step.
 """
 
 from collections.abc import Sequence
@@ -22,22 +22,22 @@ from torch import Tensor, nn
 from semantic_aug.diffusion.lora import ADAPTER
 
 ALIGNMENT = 8
-"""Joint ranks are filled up with zeros to multiples of it: tensor cores want rows of 16 bytes."""
+"""Joint ranks are padded with zeros to multiples of it: tensor cores read rows of 16 bytes."""
 
 MAX_JOINT_RANK = 128
-"""Beyond it the zeros between joined B cost more memory and time than the calls are worth."""
+"""Above this joint rank the zeros between joined B cost more memory and time than the saved calls."""
 
 
 class JoinedProjections:
     """Projections of one input as three products: of their weights W, of all A, and of all B as the blocks of a diagonal.
 
-    The members' weights become parts of one tensor, so that nothing is held twice.
+    The members' weights become views of one tensor, so that no weight is in memory twice.
 
     Args:
-        members: with or without LoRA; several ones have no biases.
+        members: with or without LoRA; without biases where there are several.
 
     Attributes:
-        down: ``(R, in)``, all A, or None without LoRA; R is the joint rank, filled up. From :class:`FlatLora`.
+        down: ``(R, in)``, all A, or None without LoRA; R is the padded joint rank. Set by :class:`FlatLora`.
         up: ``(sum of out, R)``, all B.
     """
 
@@ -63,10 +63,10 @@ class JoinedProjections:
 
 
 class FlatLora(nn.Module):
-    """The LoRA of all joined projections as one trained tensor, whose copies lie as :class:`JoinedProjections` want them.
+    """The LoRA of all joined projections as one trained tensor, with its copies in the layout of :class:`JoinedProjections`.
 
-    What is done to every parameter at every step (copy, gradient, norm, optimiser) is done to one. The members' A and B
-    become parts of it, so that they can be saved and loaded as before, and are not trained themselves any more.
+    The work of a step on each parameter (copy, gradient, norm, optimiser) is done once. The members' A and B become views of
+    the tensor, so that they are saved and loaded as before, and are no longer trained themselves.
 
     Args:
         groups: at least one, all of them with LoRA, on one device and in one precision.
@@ -92,15 +92,17 @@ class FlatLora(nn.Module):
         back = torch.empty(count, dtype=torch.int32)
         back[position[filled]] = torch.arange(len(position), dtype=torch.int32)[filled]
         like = groups[0].weight
-        self.copies = like.new_empty(len(position))  # made anew in the same place: graphs of a GPU remember addresses
+        self.copies = like.new_empty(len(position))  # always the same memory, since CUDA graphs remember addresses
         self.zero = like.new_zeros(1)
         self.source = self.back = None
-        if not torch.equal(back, position):  # large ranks: everything stands where it stood
-            self.source = position.masked_fill(~filled, count).to(like.device)  # behind all values stands a zero
+        if not torch.equal(back, position):  # equal for large ranks, where no projections are joined
+            self.source = position.masked_fill(~filled, count).to(
+                like.device
+            )  # index ``count`` is a zero after all values
             self.back = back.to(like.device)
 
     def refresh(self) -> None:
-        """Copies the values as they are now; gradients flow back to them in float32."""
+        """Copies the present values into the groups; gradients flow back to them in float32."""
         copies = _Copy.apply(self, self.values)
         for group, down, up in zip(self.groups, copies[::2], copies[1::2], strict=True):
             group.down, group.up = down, up
@@ -132,7 +134,7 @@ def _lora_weights(member: nn.Linear | LoraLinear) -> list[nn.Parameter]:
 
 
 def _lay_out(group: JoinedProjections) -> tuple[Tensor, Tensor]:
-    """Where the values of a group's ``down`` and ``up`` stand among those of :class:`FlatLora`; -1 for zeros."""
+    """The positions of a group's ``down`` and ``up`` in the values of :class:`FlatLora`; -1 for zeros."""
     rank = -(-_joint_rank(group.members) // ALIGNMENT) * ALIGNMENT
     shapes = (rank, group.weight.shape[1]), (len(group.weight), rank)
     down, up = (torch.full(shape, -1, dtype=torch.int32) for shape in shapes)
@@ -150,8 +152,8 @@ class JoinedAttention:
     """Processor of an attention layer whose projections of one input are joined.
 
     Args:
-        of_image: projections of the image tokens; with those of the prompts together query, key and value.
-        of_prompts: projections of the prompts, in cross-attention.
+        of_image: projections of the image tokens: query, key and value, or in cross-attention the query.
+        of_prompts: projections of the prompts in cross-attention: key and value.
     """
 
     def __init__(self, of_image: list[JoinedProjections], of_prompts: list[JoinedProjections]):
@@ -178,13 +180,13 @@ def _joint_rank(members: Sequence[nn.Linear | LoraLinear]) -> int:
 
 
 def _join(members: Sequence[nn.Linear | LoraLinear]) -> list[JoinedProjections]:
-    """Projections of one input as one group, or each by itself where the rank is large."""
+    """Projections of one input as one group, or as one group each where the joint rank is large."""
     apart = _joint_rank(members) > MAX_JOINT_RANK
     return [JoinedProjections([member]) for member in members] if apart else [JoinedProjections(members)]
 
 
 def _plain(attn: Attention) -> bool:
-    """Whether an attention layer is Stable Diffusion's: three projections without bias, nothing else before or after."""
+    """Whether an attention layer has only three projections without bias and an output, as Stable Diffusion's have."""
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     return (
         not any(getattr(attn, name, None) for name in extras)
@@ -196,8 +198,8 @@ def _plain(attn: Attention) -> bool:
 
 
 def join_projections(network: nn.Module) -> list[JoinedProjections]:
-    """Changes how a network computes its attention and LoRA, in place; what it holds and computes stays. Returns the groups of
-    projections with LoRA; they need a :class:`FlatLora`, refreshed for each step."""
+    """Joins the projections of a network's attention layers in place; its weights and results stay the same. Returns the groups
+    of projections with LoRA, which need a :class:`FlatLora` that is refreshed at each step."""
     groups, members = [], set()
     for module in network.modules():
         if isinstance(module, Attention) and _plain(module):

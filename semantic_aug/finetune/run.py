@@ -1,4 +1,4 @@
-"""A run of stage 1: what its flags leave open, what is checked before its hours, and its result."""
+"""A run of stage 1: resolves and checks the request before hours are spent on it, trains, and prints the result."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
-"""What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
+"""Files of a run that are removed where it fails before its first result; see :func:`semantic_aug.files.no_trace`."""
 
 
 def run(config: FinetuneConfig) -> None:
-    """Checks and resolves a request, prints it, trains, and prints the entry of the registry; a dry run only checks. Raises
-    UserError: see :func:`resolve` and :func:`train`."""
+    """Resolves a request, prints it, trains, and prints the registry entry; a dry run only checks. Raises UserError: see
+    :func:`resolve` and :func:`train`."""
     main_process, processes = int(os.environ.get("RANK", 0)) == 0, launched()
     with no_downloads(config.run.dry_run):
         config, dataset = resolve(config)
@@ -58,8 +58,8 @@ def run(config: FinetuneConfig) -> None:
 
 
 def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
-    """Checks a request against its data set and its base model, and fills in what the flags leave open. Raises UserError: the
-    request cannot be run."""
+    """Checks a request against its data set and its base model, and derives the settings that no flag gave. Raises UserError:
+    the request cannot be run."""
     config = replace(config, train=config.train.split(launched()))
     model, images, name = config.model, config.images, config.model.pretrained_model_name_or_path
     check_flags(config)
@@ -97,9 +97,9 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
 
 
 def check_flags(config: FinetuneConfig) -> None:
-    """Refuses, before anything is read, templates, a precision, an optimiser, a schedule or a tracker that cannot be had, or a
-    registry that cannot be written to. Raises UserError: names the flag."""
-    _ = config.images.templates, config.model.precision  # read, since a file may be missing
+    """Refuses, before any image is read, templates, a precision, an optimiser, a schedule or a tracker that are not available,
+    or a registry that cannot be written to. Raises UserError: names the flag."""
+    _ = config.images.templates, config.model.precision  # computed here, since a file may be missing
     check_unlabelled(config.images.unlabelled)
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     make_schedule(make_optimizer(groups, config.train, torch.device("cpu")), config.train)
@@ -110,7 +110,7 @@ def check_flags(config: FinetuneConfig) -> None:
 
 
 def check_cuda_graph(config: FinetuneConfig) -> None:
-    """Refuses ``--cuda_graph`` where a step is more than one pass on one GPU. Raises UserError: names what is in the way."""
+    """Refuses ``--cuda_graph`` where a step is more than one pass on one GPU. Raises UserError: names the obstacles."""
     if not config.model.cuda_graph:
         return
     from accelerate.utils import parse_flag_from_env  # takes a second to import
@@ -122,7 +122,7 @@ def check_cuda_graph(config: FinetuneConfig) -> None:
         "micro-batches (--gradient_accumulation_steps)": config.train.gradient_accumulation_steps > 1,
         "--gradient_checkpointing": config.model.gradient_checkpointing,
     }
-    present = [name for name, there in obstacles.items() if there]
+    present = [name for name, is_present in obstacles.items() if is_present]
     if present:
         raise UserError(f"--cuda_graph with {' and '.join(present)}: one pass on one GPU is recorded; leave it out")
 
@@ -163,8 +163,8 @@ def check_tracker(name: str) -> None:
 
 
 def check(config: FinetuneConfig, dataset: LoadedDataset) -> None:
-    """What only a start finds out, without the base model's weights: trained model and disk space. Raises UserError: a LoRA
-    target, a prompt or an initialiser that does not fit, or too little space."""
+    """Checks what :func:`train` would check at its start, without the base model's weights. Raises UserError: a LoRA target, a
+    prompt or an initialiser that does not fit, or too little disk space."""
     base = load_skeleton(config.model.pretrained_model_name_or_path, config.base_folder)
     model = TrainedModel(base, config, dataset)
     trained = sum(parameter.numel() for group in model.parameter_groups(config.train) for parameter in group["params"])

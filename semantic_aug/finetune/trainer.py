@@ -34,7 +34,7 @@ METRICS_FILE = "metrics.csv"
 METRIC_COLUMNS = ("step", "loss", "lora_lr", "token_lr", "grad_norm", "steps_per_second")
 STOP_CHECK_STEPS = 10
 MIN_LOSS_SCALE = 2.0**-14
-"""Scale of the loss in fp16 below which its gradients will not become finite any more."""
+"""Scale of the loss in fp16 below which its gradients stay infinite."""
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -44,7 +44,7 @@ class Trainer:
     Args:
         dataset: loaded under ``config.setting``.
         accelerator: decides device, precision and processes.
-        origin: of the run, on the main process; its images are looked at again when they have been encoded and at the end.
+        origin: record of the training images, on the main process; compared again after encoding and at the end.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Wraps what :meth:`optimizer_step` runs for mixed precision and several processes."""
-        # the model is where it should be; what copies its tensors would part those that are parts of others
+        # the model is on its device already, and moving it again would copy tensors that are views of others
         self._wrapped, self._stepper = self.accelerator.prepare(
             self.model, self.optimizer, device_placement=[False, True]
         )
@@ -134,9 +134,9 @@ class Trainer:
             self._pass = RecordedStep(self._forward_and_backward, self._parameters())
 
     def train(self) -> dict:
-        """Runs (or resumes) to ``max_train_steps`` and writes the final files; returns the summary that ``summary.json``
-        keeps. Raises Interrupted: SIGINT or SIGTERM came, a checkpoint was written; UserError: a checkpoint that does not
-        fit."""
+        """Trains, from the beginning or a checkpoint, to ``max_train_steps`` and writes the final files; returns the content of
+        ``summary.json``. Raises Interrupted: SIGINT or SIGTERM came, a checkpoint was written; UserError: a checkpoint that
+        does not fit."""
         config, accelerator = self.config, self.accelerator
         self._resume()
         self.prepare()
@@ -213,18 +213,18 @@ class Trainer:
         return total, norm
 
     def _moved(self, values: Tensor) -> Tensor:
-        """Values on the device; a copy to a GPU from ordinary memory would wait for all that was started before it."""
+        """Values on the device; pinned first, since a copy to a GPU from pageable memory waits for all earlier work."""
         device = self.accelerator.device
         if device.type == "cuda" and values.device.type == "cpu":
             values = values.pin_memory()
         return values.to(device, non_blocking=True)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        """All that is trained."""
+        """The trained parameters."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _batch(self, draw: Draw) -> dict[str, Tensor]:
-        """All that a pass takes of a draw, on the device: moments, random numbers, timesteps, conditions."""
+        """The inputs of a pass, on the device: moments, random numbers, timesteps, conditions."""
         captions = self.model.captions.choose(draw.index, draw.caption, draw.template)
         sizes = None if self.sizes is None else self.sizes[draw.index, draw.view, draw.flip.long()]
         batch = {
@@ -289,7 +289,7 @@ class Trainer:
             ) from None
         self.schedule.load_state_dict(state["schedule"])
         self.step, self._scaler_state = state["step"], state["scaler"]
-        # checkpoints of earlier versions say nothing of the losses
+        # checkpoints of earlier versions lack the losses
         self.logged_step, self.loss_sum = state.get("logged_step", self.step), state.get("loss_sum", 0.0)
         log.info("resuming from %s", folder)
 
@@ -315,8 +315,8 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- divergence
 
     def _sum_of_losses(self, log: LossLog) -> float:
-        """The sum of the losses since the last read. Raises UserError: a loss is not finite, or the fp16 gradients are not at
-        any scale of it."""
+        """The sum of the losses since the last read. Raises UserError: a loss is not finite, or no scale of it gives finite
+        fp16 gradients."""
         recent, scaler = log.read(), self.accelerator.scaler
         check_losses(recent, self.step, self._advice())
         if scaler is not None and scaler.get_scale() < MIN_LOSS_SCALE:
@@ -348,10 +348,8 @@ class Trainer:
         )
 
     def _refuse_changed_images(self) -> None:
-        """Nothing is concluded of images that are no longer those of the record.
-
-        All of them were read, and compared, before the first step: with the old images back the run may be concluded.
-        """
+        """Refuses to finish when training images have changed since they were recorded; the last step is kept as a checkpoint,
+        from which the run finishes once the images are restored."""
         if self.origin is None:
             return
         try:
@@ -371,7 +369,7 @@ class Trainer:
         self.stop_signal = number
 
     def _should_stop(self) -> bool:
-        """Whether any process was asked to stop; all of them must agree on the step."""
+        """Whether any process received a signal; all of them stop at the same step."""
         if self.accelerator.num_processes == 1:
             return self.stop_signal is not None
         if self.step % STOP_CHECK_STEPS:
