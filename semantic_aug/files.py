@@ -158,24 +158,17 @@ def locked(path: Path, shared: bool = False, wait: bool = True, waiting_for: str
     """
     with contextlib.ExitStack() as held:
         while True:
-            handle = held.enter_context(_opened_lock(path))
-            _take(handle, path, shared, wait, waiting_for)
-            if _is_same_file(handle, path):
-                break
-            held.close()  # the former holder removed the folder: this is the lock of a removed file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process removed the folder meanwhile
+                handle = held.enter_context(open(path, "a+"))
+                _take(handle, path, shared, wait, waiting_for)
+                if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
+                    break
+            held.close()  # of a removed file
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
         yield handle
-
-
-def _opened_lock(path: Path) -> IO[str]:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return open(path, "a+")
-        except FileNotFoundError:
-            continue  # the folder was removed between the two calls
 
 
 def _take(handle: IO[str], path: Path, shared: bool, wait: bool, waiting_for: str) -> None:
@@ -193,13 +186,6 @@ def _take(handle: IO[str], path: Path, shared: bool, wait: bool, waiting_for: st
         if error.errno not in NO_LOCKS:
             raise
         log.warning("%s: no locks on this file system; let no other run write there", path.parent)
-
-
-def _is_same_file(handle: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def source_labels(table: MetaTable, file: Path) -> tuple[np.ndarray, list[dict[s
             label = {} if cell == EVEN else {str(name): float(weight) for name, weight in json.loads(cell).items()}
             if cell != EVEN and not (label and all(0 < weight < math.inf for weight in label.values())):
                 raise ValueError
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{file} row {row + 2}: {UNLABELLED_COLUMNS[1]} '{cell}': expected {{\"class name\": weight, ...}} or {EVEN}"
             ) from None

@@ -69,7 +69,7 @@ def load_arguments(folder: Path, file: str = ARGS_FILE) -> dict[str, Any] | None
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or no date as in 2024-13-45
         raise UserError(f"{path} is damaged ({error}): remove the folder or choose another") from None
     return content if isinstance(content, dict) else {}
 

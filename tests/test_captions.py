@@ -113,6 +113,7 @@ def test_json_lines_give_captions_boxes_and_masks(tmp_path):
         ('{"file_name": "toad/none.png", "text": "x"}', "line 1: 'toad/none.png' is no image of"),
         ('{"file_name": "toad/train000.png", "text": "x"}\n{"text": "y"}', "line 2: no file_name"),
         ('{"file_name": "toad/train000.png", "text": "\\ud83d"}', "line 1: expected a JSON object"),
+        ('{"file_name": ' + "[" * 100_000, "line 1: expected a JSON object"),
     ],
 )
 def test_bad_json_lines_are_named(tmp_path, text, message):

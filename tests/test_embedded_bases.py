@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 import tiny
-from semantic_aug.diffusion.license import license_of
+from semantic_aug.diffusion.license import NOT_KNOWN, license_of
 from semantic_aug.files import sha256_text
 
 FOLDERS = sorted(path.parent for path in (ROOT / "scripts/quickstart").glob("base*/model_index.json"))
@@ -43,6 +43,11 @@ def test_base_is_small_and_its_card_names_licence_data_and_quality(base):
     for line in card.splitlines():
         if line.startswith("!["):
             assert (base / line.partition("(")[2].rstrip(")")).is_file(), line
+
+
+def test_a_damaged_card_names_no_license(tmp_path):
+    (tmp_path / "README.md").write_text("---\ndate: 2024-13-45\nlicense: mit\n---\n")
+    assert license_of("org/model", tmp_path) == NOT_KNOWN
 
 
 def test_base_is_what_its_preset_makes(base):

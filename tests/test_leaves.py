@@ -350,6 +350,13 @@ def test_setting_suffixes(arguments, suffix):
     assert runs.setting_suffix(*arguments) == suffix
 
 
+@pytest.mark.parametrize("text", ["made: 2024-13-45\n", "a: " + "[" * 3000, "a: [1\n", "a: !!int z\n"])
+def test_damaged_records_are_one_line(tmp_path, text):
+    (tmp_path / "args.yaml").write_text(text)
+    with pytest.raises(UserError, match="args.yaml is damaged .*: remove the folder or choose another"):
+        runs.load_arguments(tmp_path)
+
+
 def test_folder_names_are_the_contract():
     assert runs.finetune_dir("ti_db", "cub", "_5shot") == "outputs/finetune_model/finetune_ti_db_5shot/cub"
     assert runs.subset_name("diff-mix", 5, "ti_db_latest", "0.7") == "diff-mix-Multi5-ti_db_latest-Strength0.7"

@@ -188,7 +188,7 @@ def test_what_meta_csv_says_of_a_source(animals, tmp_path):
         images.labels(0.5, 3), [[0, 0.7, 0.3], [0.3 * 0.375, 0.7, 0.3 * 0.625], [0.1, 0.1, 0.8]], atol=1e-6
     )
     assert images.source.tolist() == [2, 2, 2]
-    for bad in ("toad", '{"toad": 0}', "[1]", "{}"):
+    for bad in ("toad", '{"toad": 0}', "[1]", "{}", "[" * 100_000):
         path.write_text(f'{COLUMNS}\ntoad,toad,0,0.5,{rows[0][4]},p,"{bad.replace(chr(34), chr(34) * 2)}"\n')
         with pytest.raises(UserError, match=r"row 2: Source Label .*: expected \{\"class name\": weight"):
             read_subset(folder, animals)

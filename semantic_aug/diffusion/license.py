@@ -32,7 +32,7 @@ def license_of(name: str, folder: Path) -> str:
     try:
         head = (folder / CARD).read_text(encoding="utf-8-sig", errors="replace").split("---")
         front = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
-    except (OSError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: no date, as in 2024-13-45
         front = None
     if isinstance(front, dict) and front.get("license"):
         return str(front.get("license_name") or front["license"])

@@ -103,7 +103,7 @@ def _json_records(path: Path) -> tuple[Sequence[str] | None, Records]:
         try:
             record = json.loads(text)
             json.dumps(record, ensure_ascii=False).encode()  # half a character, which JSON can escape, is no text
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise UserError(f'{path} line {line}: expected a JSON object such as {{"file_name": "toad/1.png"}}')

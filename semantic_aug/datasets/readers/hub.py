@@ -52,6 +52,11 @@ class HubSplit:
     local: str | os.PathLike | None = None
     remedy: str = ""
 
+    @property
+    def name(self) -> str:
+        """The source, for errors."""
+        return str(self.local or self.repo)
+
 
 def parse_id(text: str) -> tuple[str, str | None]:
     """``ID`` or ``ID:CONFIGURATION``, where ``ID`` is a hub id or a local folder."""
@@ -105,7 +110,7 @@ def read_hub_id(
     tables, training = {}, splits[chosen["train"]].features
     for ours, name in chosen.items():
         rows, split = splits[name], HubSplit(repo, str(name), local)
-        labels = label_column or _label_column(training, str(local or repo))
+        labels = label_column or _label_column(training, split.name)
         # a test split that is like the training split but for the labels
         unlabelled = labels not in rows.features and set(rows.features) < set(training)
         tables[ours] = None if unlabelled else _hub_table(rows, split, ours, image_column, label_column)
@@ -125,10 +130,10 @@ def read_hub_images(word: str, class_name: str) -> ImageTable:
     if not kept:
         raise UserError(f"data set {word} has only the splits {', '.join(map(str, splits))}: expected one named train")
     rows, *others = kept.values()
-    column = _known_image_column(rows, str(local or repo), None)
+    column = _image_column(rows, word)
     if others:
         images = hub.Image(decode=False)
-        parts = [part.select_columns([_known_image_column(part, word, column)]) for part in (rows, *others)]
+        parts = [part.select_columns([_image_column(part, word, column)]) for part in (rows, *others)]
         rows = hub.concatenate_datasets([part.cast_column(column, images) for part in parts])
     name = "+".join(kept)
     return _table_of_rows(rows, HubSplit(repo, name, local), name, column, ((class_name,), [0] * len(rows)))
@@ -141,12 +146,11 @@ def _all_splits(repo: str, local: str | None, config: str | None) -> Mapping[str
 
 def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Splits:
     """The splits that have labels, on one class list."""
-    name = where.local or where.repo
     if tables["train"] is None:
-        raise UserError(f"data set {name}: its training split has no labels (-1 or empty in every row)")
+        raise UserError(f"data set {where.name}: its training split has no labels (-1 or empty in every row)")
     for split, table in tables.items():
         if table is None:
-            log.warning("%s: the split %s has no labels (-1, empty or no column) and is left out", name, split)
+            log.warning("%s: the split %s has no labels (-1, empty or no column) and is left out", where.name, split)
     return unify({split: table for split, table in tables.items() if table is not None})
 
 
@@ -158,7 +162,7 @@ def _load_split(where: HubSplit) -> hub.Dataset:
         return rows[where.split]
     if len(rows) == 1:  # a copy of one split, whatever it is called there
         return next(iter(rows.values()))
-    raise unknown("split", where.split, map(str, rows), f"looked in {where.local or where.repo}")
+    raise unknown("split", where.split, map(str, rows), f"looked in {where.name}")
 
 
 # --------------------------------------------------------------------------------------------------------- the hub
@@ -227,26 +231,19 @@ def _hub_table(
     rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None
 ) -> ImageTable | None:
     """The table of one split; None where none of its rows has a label."""
-    name = str(where.local or where.repo)
-    image_column = _known_image_column(rows, name, image_column)
-    label_column = label_column or _label_column(rows.features, name)
+    image_column = _image_column(rows, where.name, image_column)
+    label_column = label_column or _label_column(rows.features, where.name)
     if label_column is None or label_column not in rows.features:
-        raise UserError(
-            f"data set {name} has no label column '{label_column or 'label'}': its columns are "
-            f"{', '.join(rows.column_names)}; name one with label_column in config/datasets.yaml"
-        )
-    labelled = _labels(rows, label_column, f"data set {name}, split {where.split}")
+        raise _no_column("label", label_column, rows, where.name)
+    labelled = _labels(rows, label_column, f"data set {where.name}, split {where.split}")
     return _table_of_rows(rows, where, ours, image_column, labelled) if labelled is not None else None
 
 
-def _known_image_column(rows: hub.Dataset, name: str, given: str | None) -> str:
-    column = given or _image_column(rows)
-    if column is None or column not in rows.features:
-        raise UserError(
-            f"data set {name} has no image column '{column or 'image'}': its columns are "
-            f"{', '.join(rows.column_names)}; name one with image_column in config/datasets.yaml"
-        )
-    return column
+def _no_column(kind: str, column: str | None, rows: hub.Dataset, name: str) -> UserError:
+    return UserError(
+        f"data set {name} has no {kind} column '{column or kind}': its columns are {', '.join(rows.column_names)}; name one "
+        f"with {kind}_column in config/datasets.yaml"
+    )
 
 
 def _table_of_rows(
@@ -255,17 +252,17 @@ def _table_of_rows(
     """The table of rows with these class names and labels."""
     import datasets as hub
 
-    name, (class_names, labels) = str(where.local or where.repo), labelled
+    class_names, labels = labelled
     encoded = rows.select_columns([image_column]).cast_column(image_column, hub.Image(decode=False))
 
     def stored(row: int) -> str | bytes:
         cell = encoded[row][image_column]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
-            raise UserError(f"data set {name}, split {where.split}, row {row} has no image: remove the row")
+            raise UserError(f"data set {where.name}, split {where.split}, row {row} has no image: remove the row")
         return cell["bytes"] if cell["bytes"] is not None else _located(cell["path"], where)
 
     def read(row: int):
-        return open_image(stored(row), f"{name} {where.split}[{row}]")
+        return open_image(stored(row), f"{where.name} {where.split}[{row}]")
 
     # the library's own hash of the data and of what was done to it, and its files, should they be written anew
     fingerprint = " ".join([str(rows._fingerprint), *(file_stamp(file["filename"]) for file in rows.cache_files)])
@@ -316,19 +313,20 @@ def _labels(rows: hub.Dataset, column: str, where: str) -> tuple[tuple[str, ...]
     return names, [position[str(value)] for value in values]
 
 
-def _image_column(rows: hub.Dataset) -> str | None:
-    """The column of images: by its kind, else of bytes (as pandas writes them) or of paths under a usual name."""
+def _image_column(rows: hub.Dataset, name: str, given: str | None = None) -> str:
+    """The column of images: by its kind, else of bytes (as pandas writes them) or of paths under a usual name. Raises
+    UserError: there is none, or not the ``given`` one."""
     import datasets as hub
 
     features = rows.features
-    images = [name for name, feature in features.items() if isinstance(feature, hub.Image)]
-    if images:
-        return images[0]
-    stored = [name for name, feature in features.items() if _holds_bytes(feature)]
-    if len(stored) == 1:
-        return stored[0]
+    images = [column for column, feature in features.items() if isinstance(feature, hub.Image)]
+    stored = [column for column, feature in features.items() if _holds_bytes(feature)]
     texts = [n for n in IMAGE_COLUMNS if isinstance(features.get(n), hub.Value) and "string" in features[n].dtype]
-    return next((name for name in (*IMAGE_COLUMNS, *texts) if name in (*stored, *texts)), None)
+    usual = [column for column in IMAGE_COLUMNS if column in (*stored, *texts)]
+    column = given or next(iter(images or (stored if len(stored) == 1 else usual)), None)
+    if column is None or column not in features:
+        raise _no_column("image", column, rows, name)
+    return column
 
 
 def _holds_bytes(feature: Any) -> bool:
