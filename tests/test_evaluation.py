@@ -277,6 +277,19 @@ def test_measure_tells_strengths_apart_and_writes_everything(
         picture.write_bytes(kept)
 
 
+def test_a_damaged_image_is_refused_and_may_be_replaced(tmp_path, image_folder, animals, capsys):
+    subset = evaluating.write_subset(tmp_path / "subset", translated(animals, strengths=(0.9,)))
+    image = next(subset.rglob("*.png"))
+    whole = image.read_bytes()
+    for name, main in (("measure", measure.main), ("pictures", pictures.main)):
+        image.write_bytes(whole[:300])
+        argv = arguments(image_folder, subset, tmp_path / name)
+        assert run_main(main, argv) == 2 and "replace it or remove it" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+        image.write_bytes(whole)
+        assert main(argv) == 0
+
+
 def test_copies_are_found_where_every_photograph_stands_twice(tmp_path):
     rows = [(evaluating.noise(k, 16), "ab"[k % 2], "ab"[k % 2], 1.0, "") for k in range(4)]
     for k, (image, name, *_) in enumerate(rows * 2):

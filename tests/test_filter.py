@@ -63,13 +63,7 @@ def test_a_share_is_kept_of_every_class():
 def test_a_threshold_leaves_the_best_of_a_class_it_would_empty():
     confidence, classes = np.array([0.9, 0.6, 0.2, 0.3, 0.1]), np.array([0, 0, 0, 1, 1])
     assert keep(confidence, classes, threshold=0.5).tolist() == [True, True, False, True, False]
-    assert keep(confidence, classes, threshold=0.5, min_per_class=0).tolist() == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert keep(confidence, classes, threshold=0.5, min_per_class=0).tolist() == [True, True, False, False, False]
     assert keep(confidence, classes, threshold=0.6, min_per_class=5).all()
 
 

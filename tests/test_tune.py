@@ -275,6 +275,7 @@ def test_a_search_without_validation_images_is_refused_before_the_pool_is_made(s
     for dry in ([], ["--dry_run"]):
         assert run_main(tune.main, [*argv, *dry]) == 2
         assert "has no validation images to choose by: give --val_fraction" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("args.yaml"))  # which would refuse the correction
 
 
 @pytest.mark.parametrize("dry", [False, True])

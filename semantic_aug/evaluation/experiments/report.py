@@ -23,7 +23,7 @@ from semantic_aug.evaluation.document import (
     subset_links,
     write,
 )
-from semantic_aug.evaluation.experiments.commands import METHODS
+from semantic_aug.evaluation.experiments.commands import METHODS, StageCommands
 from semantic_aug.evaluation.experiments.grid import Candidate
 from semantic_aug.evaluation.experiments.halving import best_first
 from semantic_aug.evaluation.experiments.results import Comparison, collect, pair_folder, requests_in
@@ -307,12 +307,9 @@ class SearchResult:
         differences: candidate -> how much better than the default it is.
         test: candidate -> test scores of its runs, of the default and the chosen one; empty without a test split.
         cost: time and number of runs, as text.
-        flags: that choose the training images.
         strategy: first of the search.
     """
 
-    dataset: str
-    setting: str
     score: str
     strategy: str
     chosen: Candidate
@@ -322,21 +319,31 @@ class SearchResult:
     differences: Mapping[Candidate, Difference]
     test: Mapping[Candidate, Sequence[Mapping[str, float]]]
     cost: str
-    flags: Mapping[str, Any]
 
 
-def write_search(result: SearchResult, folder: Path, command: str, entry: Mapping[str, Mapping]) -> None:
-    """Writes ``report.md``, ``report.html`` and ``report.png`` into the search's folder."""
+def write_search(result: SearchResult, commands: StageCommands, command: str, entry: Mapping[str, Mapping]) -> None:
+    """Writes ``report.md``, ``report.html`` and ``report.png`` into the search's folder.
+
+    Args:
+        commands: of the search.
+        command: that trains with the chosen settings.
+        entry: of the registry of subsets, which it reads.
+    """
+    setting, folder = commands.recipe.name, commands.folder
     bars = {candidate.name: result.scores[candidate] for candidate in _ranked(result.scores)}
-    draw_bars({result.setting: {f"validation {result.score}": bars}}, folder / CHART)
-    blocks = [*_candidate_section(result), *_test_section(result), Heading("To use it")]
-    blocks += [
+    draw_bars({setting: {f"validation {result.score}": bars}}, folder / CHART)
+    flags = shared_flags(commands.recipe.record(), commands.subset_seed)
+    blocks = [
+        *_candidate_section(result),
+        *_test_section(result),
+        Heading("To use it"),
         Paragraph(f"In `{registry.SUBSETS}` (`--register_key` writes it):"),
         Code(registry.to_yaml(entry), "yaml"),
+        Code(command),
+        Paragraph(f"The search took {result.cost}."),
+        *run_section(["setting"], {(setting,): (folder, flags)}, folder),
     ]
-    blocks += [Code(command), Paragraph(f"The search took {result.cost}.")]
-    blocks += run_section(["setting"], {(result.setting,): (folder, result.flags)}, folder)
-    write(Report(f"Settings for {result.dataset}, {result.setting}", blocks), folder / REPORT)
+    write(Report(f"Settings for {commands.recipe.shared['dataset']}, {setting}", blocks), folder / REPORT)
 
 
 def _ranked(scores: Scores) -> list[Candidate]:

@@ -273,12 +273,13 @@ def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path,
     claim = partial(runs.claim, tuning.folder, record, "--output_dir", absent=budget_defaults())
     claim(dry_run=True)
     missing = check_stages(tuning, candidates, config_dir, dry_run)
-    claim(dry_run=dry_run)
-    with checks.noting_downloads(missing):
-        dataset = claim_data(tuning.commands, config_dir, dry_run)
-        if dataset.val is None:
-            raise UserError(f"{dataset.name} has no validation images to choose by: give --val_fraction")
-        claim_base(tuning.commands, dataset, dry_run)
+    for dry in (True,) if dry_run else (True, False):  # a refusal leaves no record that would refuse its correction
+        claim(dry_run=dry)
+        with checks.noting_downloads(missing):
+            dataset = claim_data(tuning.commands, config_dir, dry)
+            if dataset.val is None:
+                raise UserError(f"{dataset.name} has no validation images to choose by: give --val_fraction")
+            claim_base(tuning.commands, dataset, dry)
     if not dry_run:
         prepare_config(tuning.folder, config_dir)
     return missing
@@ -316,8 +317,6 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
     differences = tuning.differences(scores, default)
     chosen = best if differences[best].clear and differences[best].mean > 0 else default
     return report.SearchResult(
-        dataset=tuning.recipe.shared["dataset"],
-        setting=tuning.recipe.name,
         score=tuning.score,
         strategy=tuning.strategy,
         chosen=chosen,
@@ -327,7 +326,6 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
         differences=differences,
         test=tuning.test_scores((default, chosen), scores),
         cost=f"{duration(tuning.spent())}, {len(tuning.pair.records)} runs",
-        flags=report.shared_flags(tuning.recipe.record(), tuning.commands.subset_seed),
     )
 
 
@@ -346,7 +344,7 @@ def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, con
         section, path = subset.parent.name, registry.shown_path(subset)
         key = budget.register_key or f"{tuning.recipe.name}_tuned"
         command = tuning.use_command(chosen, key, config_dir)
-        report.write_search(result, tuning.folder, command, {section: {key: path}})
+        report.write_search(result, tuning.commands, command, {section: {key: path}})
     why = "" if chosen == best else f" (the default; {best.name} is ahead of it, but within what chance does)"
     print(f"chosen: {chosen.name}{why}; report: {registry.shown_path(tuning.folder / report.REPORT)}")
     if budget.register_key and registry.register(registry.SUBSETS, section, key, path, config_dir):

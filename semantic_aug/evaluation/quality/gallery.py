@@ -332,10 +332,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"would make a gallery in {registry.shown_path(folder)}")
         return 0
     scores = scores_of(settings, inputs)
-    inputs.claim(folder)
-    content, pictures = records(inputs, scores, settings)
-    write_pictures(pictures, folder, settings)
-    write_page(folder, content)
+    with inputs.claimed(folder):
+        content, pictures = records(inputs, scores, settings)
+        write_pictures(pictures, folder, settings)
+        write_page(folder, content)
     print(f"{len(content['images']['path'])} images: open {registry.shown_path(folder / 'index.html')} in a browser")
     print("to drop what you reject: python -m semantic_aug.evaluation filter --by review --review review.json ...")
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from semantic_aug import cli, meta_csv, registry, runs
+from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
@@ -205,9 +206,10 @@ class Inputs:
         """Prints the data set and the subsets, a line each."""
         print(self.dataset.describe(), *(f"synthetic: {s.name}, {len(s)} images" for s in self.subsets), sep="\n")
 
-    def claim(self, folder: Path) -> None:
-        """Takes the output folder for results of these settings, training images, subsets and classifier. Raises UserError: it
-        holds others."""
+    @contextlib.contextmanager
+    def claimed(self, folder: Path) -> Iterator[None]:
+        """Takes the output folder for results of these settings, training images, subsets and classifier; where the work fails
+        before the first result, it leaves no record. Raises UserError: the folder holds others."""
         from semantic_aug.classify.trainer import MODEL_FILE
 
         def further() -> dict:
@@ -217,7 +219,9 @@ class Inputs:
             return {"subsets": subsets, "classifier": weights}
 
         origin = RunOrigin(self.dataset, ("train",), further=further)
-        runs.claim(folder, self.record, "--output_dir", NO_PART, origin=origin, absent=self.absent)
+        with files.no_trace(folder, (runs.ARGS_FILE,)):
+            runs.claim(folder, self.record, "--output_dir", NO_PART, origin=origin, absent=self.absent)
+            yield
 
 
 def make_parser(command: str, description: str, classes: Sequence[type]) -> cli.Parser:

@@ -364,23 +364,22 @@ def main(argv: list[str] | None = None) -> int:
     inputs.print_summary()
     if args.dry_run:
         return 0
-    folder = registry.resolve_path(args.output_dir)
-    inputs.claim(folder)
-    measurer = Measurer(inputs, extractor, settings, args.seed)
-    real, threshold = measurer.measure_real()
-    other = measurer.measure_reference(reference) if reference else None
-    rows, values = [], {}
-    for subset in inputs.subsets:
-        images = measurer.measure_subset(subset, real, threshold)
-        rows += measurer.rows(images, real, other)
-        values[subset.name] = images.values
-    rows += measurer.rows(real, real)
-    notes = [*measurer.notes(real), *report.picture_notes(rows)]
-    columns = column_names(extractor.network)
-    facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
-    links = report.subset_section(inputs.subsets, folder, args)
-    written = [*report.write(folder, rows, columns, facts, links), folder / IMAGES_FILE]
-    write_images(written[-1], inputs.subsets, values)
+    folder, columns = registry.resolve_path(args.output_dir), column_names(extractor.network)
+    with inputs.claimed(folder):
+        measurer = Measurer(inputs, extractor, settings, args.seed)
+        real, threshold = measurer.measure_real()
+        other = measurer.measure_reference(reference) if reference else None
+        rows, values = [], {}
+        for subset in inputs.subsets:
+            images = measurer.measure_subset(subset, real, threshold)
+            rows += measurer.rows(images, real, other)
+            values[subset.name] = images.values
+        rows += measurer.rows(real, real)
+        notes = [*measurer.notes(real), *report.picture_notes(rows)]
+        facts = {"arguments": inputs.record, "copy_threshold": threshold, "notes": notes, "versions": runs.versions()}
+        links = report.subset_section(inputs.subsets, folder, args)
+        written = [*report.write(folder, rows, columns, facts, links), folder / IMAGES_FILE]
+        write_images(written[-1], inputs.subsets, values)
     print(report.table(rows, columns).markdown())
     print(
         f"near-copies: nearer than {threshold:.4g} to a training image (percentile {settings.copy_percentile:g} of real ones)"

@@ -149,32 +149,31 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     inputs, settings = read_inputs(args, SETTINGS), cli.read_settings(PictureSettings, args)
     kinds = settings.kinds or [kind for kind in KINDS if kind != "failures" or args.classifier]
-    if "failures" in kinds and args.classifier is None:
+    if "failures" in kinds and inputs.classifier is None:  # loaded here, so that a wrong one is refused first
         raise UserError("--kinds failures needs a classifier: give --classifier")
-    classifier = inputs.classifier if "failures" in kinds else None
     extractor = cli.read_settings(FeatureSettings, args).load(inputs.device) if "neighbours" in kinds else None
     print(inputs.dataset.describe())
     folder = registry.resolve_path(args.output_dir)
     if args.dry_run:
         print(f"would draw {', '.join(kinds)} into {registry.shown_path(folder)}")
         return 0
-    inputs.claim(folder)
-    if "translations" in kinds:
-        sheet = translations(inputs, settings, args.seed)
-        if sheet is None:
-            print(
-                f"note: translations are left out: they need the column '{SOURCE_COLUMN}' of meta.csv, with training images of "
-                "this setting"
-            )
-        else:
-            _save(folder / "translations.png", sheet)
-    names = slugs([subset.name for subset in inputs.subsets])
-    for subset, name in zip(inputs.subsets, names, strict=True):
-        end = f"{name}.png" if len(inputs.subsets) > 1 else "all.png"
-        if extractor:
-            _save(folder / f"neighbours-{end}", neighbours(inputs, settings, subset, extractor))
-        if classifier:
-            _save(folder / f"failures-{end}", failures(inputs, settings, subset))
+    with inputs.claimed(folder):
+        if "translations" in kinds:
+            sheet = translations(inputs, settings, args.seed)
+            if sheet is None:
+                print(
+                    f"note: translations are left out: they need the column '{SOURCE_COLUMN}' of meta.csv, with training "
+                    "images of this setting"
+                )
+            else:
+                _save(folder / "translations.png", sheet)
+        names = slugs([subset.name for subset in inputs.subsets])
+        for subset, name in zip(inputs.subsets, names, strict=True):
+            end = f"{name}.png" if len(inputs.subsets) > 1 else "all.png"
+            if extractor:
+                _save(folder / f"neighbours-{end}", neighbours(inputs, settings, subset, extractor))
+            if "failures" in kinds:
+                _save(folder / f"failures-{end}", failures(inputs, settings, subset))
     if settings.kinds is None and args.classifier is None:
         print("note: failures are left out: they need --classifier")
     return 0
