@@ -141,20 +141,17 @@ def inline(text: str):
     """A text's Markdown as HTML, everything else escaped."""
     from markupsafe import Markup, escape
 
-    parts, end = [], 0
-    for match in _INLINE.finditer(text):
+    def element(match: re.Match) -> str:
         code, strong, emphasis, label, path = match.groups()
-        parts.append(escape(text[end : match.start()]))
         if code:
-            parts.append(Markup("<code>{}</code>").format(code))
-        elif strong:
-            parts.append(Markup("<strong>{}</strong>").format(inline(strong)))
-        elif emphasis:
-            parts.append(Markup("<em>{}</em>").format(inline(emphasis)))
-        else:
-            parts.append(Markup('<a href="{}">{}</a>').format(path, inline(label)))
-        end = match.end()
-    return Markup("").join([*parts, escape(text[end:])])
+            return f"<code>{code}</code>"
+        if strong:
+            return f"<strong>{_INLINE.sub(element, strong)}</strong>"
+        if emphasis:
+            return f"<em>{_INLINE.sub(element, emphasis)}</em>"
+        return f'<a href="{path}">{_INLINE.sub(element, label)}</a>'
+
+    return Markup(_INLINE.sub(element, str(escape(text))))
 
 
 def link(text: str, path: Path, base: Path) -> str:

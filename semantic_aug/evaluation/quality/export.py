@@ -78,18 +78,13 @@ def build_parser() -> cli.Parser:
 def collect(dataset: LoadedDataset, subsets: Sequence[Subset], settings: ExportSettings) -> list[SplitImages]:
     """The images of every split that has any, the training split first. Raises UserError: ``--min_target_weight`` leaves no
     synthetic image."""
-    origins = [
-        {
-            "subset": subset.name,
-            "origin": path,
-            "source_image": dataset.train.keys[row] if row >= 0 else None,
-            "photograph": photograph,
-        }
-        for subset in subsets
-        for path, row, photograph in zip(
-            relative_paths(subset.images, *subset.folders), subset.sources.tolist(), subset.photographs, strict=True
-        )
-    ]
+    origins = []
+    for subset in subsets:
+        paths = [path for folder, images in subset.parts for path in relative_paths(images, folder)]
+        for path, row, photograph in zip(paths, subset.sources.tolist(), subset.photographs.tolist(), strict=True):
+            source = dataset.train.keys[row] if row >= 0 else None
+            names = {"subset": subset.name, "origin": path, "source_image": source}
+            origins.append({**names, "photograph": photograph})
     images = SyntheticImages.joined([subset.images for subset in subsets])
     weights = np.where(images.source == images.target, 1.0, images.strength**settings.gamma)
     if images.source_labels is not None:

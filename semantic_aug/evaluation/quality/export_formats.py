@@ -69,7 +69,7 @@ class SplitImages:
     @property
     def counts(self) -> dict[str, int]:
         """Number of real and synthetic images, and of pseudo-labelled photographs where there are any."""
-        pseudo = sum(bool(origin["photograph"]) for origin in self.origins)
+        pseudo = sum(origin["photograph"] for origin in self.origins)
         counts = {"real": self.reals, "synthetic": len(self) - self.reals - pseudo}
         return counts | ({"pseudo_labelled": pseudo} if pseudo else {})
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from semantic_aug import cli, console, files, registry, runs
-from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
+from semantic_aug.datasets.synthetic import SyntheticImages, locate
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import faithfulness
 from semantic_aug.evaluation.quality.inputs import Inputs, make_parser, read_inputs
@@ -274,13 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     check(inputs, settings)
     dataset, key = inputs.dataset, settings.register_key
     print(dataset.describe())
-    folders = [folder for subset in inputs.subsets for folder in subset.folders]
-    entries = [f"{registry.shown_path(locate(folder)[0])}#{settings.name}" for folder in folders]
+    parts = [part for subset in inputs.subsets for part in subset.parts]
+    entries = [f"{registry.shown_path(locate(folder)[0])}#{settings.name}" for folder, _ in parts]
     entry = entries[0] if len(entries) == 1 else entries
     if key:
         registry.check_key(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
-    for folder in folders:
-        images = read_subset(folder, dataset, args.allow_other_sources)
+    for folder, images in parts:
         print(f"synthetic: {folder}, {len(images)} images")
         if not args.dry_run:
             filter_folder(inputs, settings, folder, images)

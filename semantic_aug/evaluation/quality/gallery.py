@@ -25,7 +25,7 @@ from semantic_aug import cli, files, meta_csv, registry
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets.fingerprint import hash_files, hash_images, hex_digits
 from semantic_aug.datasets.images import open_image
-from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset, subset_record
+from semantic_aug.datasets.synthetic import SyntheticImages, locate, subset_record
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.evaluation import document
 from semantic_aug.evaluation.quality import faithfulness
@@ -234,8 +234,8 @@ def records(
     for label, subset in enumerate(inputs.subsets):
         columns["real"] += [position.get(row, -1) for row in subset.sources.tolist()]
         columns["group"] += subset.strengths.tolist()
-        for folder in subset.folders:
-            images, (root, file) = read_subset(folder, inputs.dataset, allow_other_sources=True), locate(folder)
+        for folder, images in subset.parts:
+            root, file = locate(folder)
             table, paths = meta_csv.read(file), relative_paths(images, folder)
             hashes = hex_digits(hash_files(images.paths, "synthetic images").values)
             pictures += [Picture(name[:20], str(path)) for name, path in zip(hashes, images.paths, strict=True)]

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from semantic_aug import cli, files, meta_csv, registry, runs
+from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import ABSENT, DatasetName, Setting, add_shared
-from semantic_aug.datasets.synthetic import SyntheticImages, is_pseudo_labelled, locate, read_subsets
+from semantic_aug.datasets.synthetic import SyntheticImages, is_pseudo_labelled, locate, read_subset
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality.review import list_identity
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from semantic_aug.classify.inference import Classifier
     from semantic_aug.evaluation.quality.clip import Clip
 
-SOURCE_COLUMN = "Source Image"
 REAL = "real"
 """What tables call the training images; no subset is shown under this name."""
 NO_PART = ("config_dir",)
@@ -114,7 +113,7 @@ class OutputSettings:
 
 
 COMMON = (DatasetName, Setting, cli.RunSettings, SubsetSettings, ModelSettings)
-"""Settings of every command of this house."""
+"""Settings of every command of this folder that reads subsets and models."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +122,25 @@ class Subset:
 
     Attributes:
         name: key or folder, as the tables show it.
-        folders: as given, a ``#variant`` included.
-        images: paths, classes and strengths.
+        parts: each folder as given, a ``#variant`` included, and its images.
+        images: of all folders.
         sources: int64 ``(M,)``, each image's source as a row of the data set's training images; -1: not known.
         photographs: bool ``(M,)``, images that are real photographs with a classifier's label.
     """
 
     name: str
-    folders: tuple[str, ...]
+    parts: tuple[tuple[str, SyntheticImages], ...]
     images: SyntheticImages
     sources: np.ndarray
     photographs: np.ndarray
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders as given."""
+        return [folder for folder, _ in self.parts]
 
     @property
     def strengths(self) -> np.ndarray:
@@ -253,14 +257,11 @@ def read_inputs(args: argparse.Namespace, classes: Sequence[type]) -> Inputs:
 
 def open_subset(name: str, folders: Sequence[str], dataset: LoadedDataset, allow_other_sources: bool = False) -> Subset:
     """Reads the folders of one name."""
-    images = read_subsets(folders, dataset, allow_other_sources)
-    rows, sources, photographs = {key: row for row, key in enumerate(dataset.train.keys)}, [], []
-    for root, file in map(locate, folders):
-        table = meta_csv.read(file)
-        keys = table.further.get(SOURCE_COLUMN, [None] * len(table))
-        sources += [rows.get(str(key), -1) for key in keys]
-        photographs += [is_pseudo_labelled(root)] * len(table)
-    return Subset(name, tuple(map(str, folders)), images, np.asarray(sources, np.int64), np.asarray(photographs, bool))
+    parts = [read_subset(folder, dataset, allow_other_sources) for folder in folders]
+    images, rows = SyntheticImages.joined(parts), {key: row for row, key in enumerate(dataset.train.keys)}
+    sources = np.array([rows.get(key, -1) for key in images.sources[:, 0]], np.int64)
+    photographs = np.repeat([is_pseudo_labelled(locate(folder)[0]) for folder in folders], list(map(len, parts)))
+    return Subset(name, tuple(zip(map(str, folders), parts, strict=True)), images, sources, photographs)
 
 
 def open_subsets(settings: SubsetSettings, dataset: LoadedDataset, config_dir: Path) -> list[Subset]:

@@ -26,7 +26,6 @@ from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import distances, faithfulness, report
 from semantic_aug.evaluation.quality.inputs import (
-    SOURCE_COLUMN,
     FeatureSettings,
     Inputs,
     OutputSettings,
@@ -36,6 +35,7 @@ from semantic_aug.evaluation.quality.inputs import (
     read_inputs,
 )
 from semantic_aug.evaluation.quality.review import list_identity
+from semantic_aug.meta_csv import SOURCE_COLUMNS
 from semantic_aug.seeding import numpy_rng
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def build_parser() -> cli.Parser:
 
 
 IMAGE_COLUMNS = (
-    *("source_probability", "target_probability", "source_top1", "target_top1", "label_agreement", "clip_score"),
-    *("source_distance", "nearest_real", "near_copies"),
-)
+    "source_probability target_probability source_top1 target_top1 label_agreement clip_score source_distance nearest_real "
+    "near_copies"
+).split()
 """Values that an image may have."""
 FITTING_GAMMA = "fitting_gamma"
 
@@ -278,8 +278,8 @@ class Measurer:
             if unknown:
                 share = "" if unknown == len(subset) else f" for {unknown} of {len(subset)} images"
                 lines.append(
-                    f"source_distance of {subset.name} is left out{share}: it needs the column '{SOURCE_COLUMN}' of meta.csv, "
-                    "with training images of this setting"
+                    f"source_distance of {subset.name} is left out{share}: it needs the column '{SOURCE_COLUMNS[0]}' of "
+                    "meta.csv, with training images of this setting"
                 )
             if min(len(subset), len(real.classes)) <= dimensions:
                 lines.append(

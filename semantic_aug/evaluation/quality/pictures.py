@@ -14,7 +14,6 @@ from semantic_aug import cli, files, registry
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import distances, faithfulness
 from semantic_aug.evaluation.quality.inputs import (
-    SOURCE_COLUMN,
     FeatureSettings,
     Inputs,
     OutputSettings,
@@ -22,7 +21,7 @@ from semantic_aug.evaluation.quality.inputs import (
     make_parser,
     read_inputs,
 )
-from semantic_aug.meta_csv import slugs
+from semantic_aug.meta_csv import SOURCE_COLUMNS, slugs
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.seeding import numpy_rng
 
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             sheet = translations(inputs, settings, args.seed)
             if sheet is None:
                 print(
-                    f"note: translations are left out: they need the column '{SOURCE_COLUMN}' of meta.csv, with training "
+                    f"note: translations are left out: they need the column '{SOURCE_COLUMNS[0]}' of meta.csv, with training "
                     "images of this setting"
                 )
             else:

@@ -8,7 +8,8 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.synthetic import locate
 from semantic_aug.evaluation import document
-from semantic_aug.evaluation.quality.inputs import REAL, SOURCE_COLUMN, Subset
+from semantic_aug.evaluation.quality.inputs import REAL, Subset
+from semantic_aug.meta_csv import SOURCE_COLUMNS
 
 ALL = "all"
 """Stands for every strength or every class in the totals."""
@@ -72,7 +73,7 @@ def picture_notes(rows: Sequence[Mapping]) -> list[str]:
     if not diversity:
         reasons.append(
             "every subset and strength needs a distance of the same kind: source_distance, from the column "
-            f"'{SOURCE_COLUMN}' of meta.csv, or class_distance, from two images of a class"
+            f"'{SOURCE_COLUMNS[0]}' of meta.csv, or class_distance, from two images of a class"
         )
     return [f"{PICTURE_FILE} is left out: {reason}" for reason in reasons]
 

@@ -23,10 +23,10 @@ FORMAT = "semantic_aug review 1"
 IDENTITY = ("images", "labels", "content")
 
 
-def relative_paths(images: SyntheticImages, *folders: str) -> list[str]:
-    """Path of each image of some folders relative to its subset's ``data/``, as ``meta.csv`` spells it."""
-    roots = [os.path.join(os.path.abspath(locate(folder)[0] / DATA), "") for folder in folders]
-    return [next(path[len(root) :] for root in roots if path.startswith(root)) for path in map(str, images.paths)]
+def relative_paths(images: SyntheticImages, folder: str) -> list[str]:
+    """Path of each image of a subset relative to its ``data/``, as ``meta.csv`` spells it."""
+    root = os.path.join(os.path.abspath(locate(folder)[0] / DATA), "")
+    return [str(path).removeprefix(root) for path in images.paths]
 
 
 def list_identity(images: SyntheticImages, class_names: Sequence[str]) -> dict[str, Any]:
