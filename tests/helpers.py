@@ -223,7 +223,7 @@ def job_of(data, folder, **changes):
     """A sampling process's job over a loaded data set, on the CPU; ``changes`` are fields of the request."""
     from semantic_aug.cli import RunSettings
     from semantic_aug.sampling.config import SampleConfig
-    from semantic_aug.sampling.job import Job, Origin
+    from semantic_aug.sampling.job import Job
     from semantic_aug.sampling.masks import columns_of
     from semantic_aug.sampling.settings import OutputSettings, Placement
 
@@ -238,7 +238,7 @@ def job_of(data, folder, **changes):
     }
     config = SampleConfig(**{**given, **changes})
     sources = planned(data.train, columns_of(config.images.object_mask))
-    return Job(config, folder, Origin(sources), compiled)
+    return Job(config, folder, sources, compiled=compiled)
 
 
 def planned(table, columns=()):

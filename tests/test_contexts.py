@@ -21,7 +21,7 @@ from semantic_aug.finetune.model import TrainedModel
 from semantic_aug.finetune.run import resolve
 from semantic_aug.prompts import context_of, read_contexts, read_templates, without_classes
 from semantic_aug.sampling import config as sampling
-from semantic_aug.sampling.job import Origin
+from semantic_aug.sampling.identity import arguments_of
 from semantic_aug.sampling.plan import PlanSettings, make_plan
 from semantic_aug.sampling.settings import ImageSettings
 from semantic_aug.sampling.subset import PlannedSubset, plan_subset, task_paths
@@ -94,15 +94,16 @@ def test_prompts_with_contexts_are_encoded_batch_by_batch(tiny_base):
     files = ModelFiles("tiny", tiny_base)
     engine = Engine(files, names, SolverSettings(4), tiny.RESOLUTION)
     plain, night = names.number(1, 1), names.number(1, 1, 2)
-    assert engine.prompts[plain] == "the red fox" and engine.prompts[night] == "the red fox, at night"
-    assert len(engine.prompts) == 2 * 3 * 4 and len(set(engine.prompts)) == 24
+    prompt = engine.prompt_embeds.prompt
+    assert prompt(plain) == "the red fox" and prompt(night) == "the red fox, at night"
+    assert len({prompt(number) for number in range(2 * 3 * 4)}) == 24
     both = engine.prompt_embeds[[night, plain, night]].hidden
     wanted = load_base("tiny", tiny_base).encode(["the red fox", "the red fox, at night"], tiny.RESOLUTION).hidden
-    assert torch.allclose(both, wanted[[1, 0, 1]], atol=1e-6) and engine.prompt_embeds.nbytes == 0
+    assert torch.allclose(both, wanted[[1, 0, 1]], atol=1e-6) and engine.prompt_embeds.whole is None
     many = Engine(
         files, Prompts(CLASSES, CLASSES, contexts=[str(i) for i in range(10**6)]), SolverSettings(4), tiny.RESOLUTION
     )
-    assert many.prompts[-1 + len(many.prompts)] == "a photo of a toad, 999999"
+    assert many.prompt_embeds.prompt(3 * (10**6 + 1) - 1) == "a photo of a toad, 999999"
     assert torch.equal(many.prompt_embeds[[3, 900_000]].hidden, many.prompt_embeds[[900_000, 3]].hidden.flip(0))
 
 
@@ -112,12 +113,12 @@ def test_a_tasks_image_is_made_under_its_own_context_and_recorded(animals, image
         animals, tmp_path, dataset=f"folder:{image_folder}", model=ModelFiles("tiny", tiny_base), prompts=prompts,
         solver=SolverSettings(4), images=ImageSettings(resolution=tiny.RESOLUTION, sample_strategy="real-gen"),
     )  # fmt: skip
-    job = replace(job, origin=Origin(None))  # from noise
+    job = replace(job, sources=None)  # from noise
     labels, keys = animals.train.labels, animals.train.keys
     options = {"strategy": strategies.find("real-gen"), "strengths": (1.0,), "multiplier": 1, "batch_size": 4}
     plan = make_plan(labels, keys, 3, PlanSettings(**options, seed=0, contexts=3))
     paths = task_paths(job.config, animals, plan)
-    tasks = PlannedSubset(job.config, animals, plan, paths, identity=None).tasks(0, np.ones(len(plan), bool))
+    tasks = PlannedSubset(job.config, animals, plan, paths, job, None, {}).tasks(0, np.ones(len(plan), bool))
     assert [task.context for task in tasks] == plan.context[:4].tolist()
     rows = list(paths.meta_rows(np.arange(4)))
     assert [row[-1] for row in rows] == [f"a photo of a {{}}, {SNOW[c]}" for c in plan.context[:4]]
@@ -152,20 +153,23 @@ def test_contexts_are_part_of_what_a_subset_is_made_from(workshop, captioned, tm
         config, dataset = sampling.resolve(args)
         return config, plan_subset(config, dataset).identity
 
-    plain = identified()[1].compared
+    plain = identified()[1]
     assert "contexts_sha256" not in plain
     config, own = identified(contexts="captions")
     assert config.prompts.contexts == ("in snow", "asleep", "at night", "in the snow")
-    own, arguments = own.compared, own.arguments
-    assert arguments["contexts"] == "captions" and own["contexts_sha256"] and own["plan_sha256"] != plain["plan_sha256"]
+    assert (
+        arguments_of(config)["contexts"] == "captions"
+        and own["contexts_sha256"]
+        and own["plan_sha256"] != plain["plan_sha256"]
+    )
     file.write_text("in the snow\nat night\n")
     config, one = identified(contexts=file)
     assert config.prompts.contexts == ("in the snow", "at night")
     file.write_text("in the snow\nby day\n")
     other = identified(contexts=file)[1]
-    differing = {name for name in one.compared if one.compared[name] != other.compared[name]}
+    differing = {name for name in one if one[name] != other[name]}
     assert differing == {"contexts_sha256"}
-    assert one.arguments["contexts"] == str(file)  # recorded, and not compared
+    assert arguments_of(config)["contexts"] == str(file)  # recorded, and not compared
 
 
 def finetuning(captioned, base, output, **flags):

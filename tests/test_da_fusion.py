@@ -44,7 +44,7 @@ LEFT[..., : SIDE // 2] = True
 
 def test_the_row_takes_tokens_alone_and_spreads_its_own_strengths():
     row = strategies.find("da-fusion")
-    assert strategies.weights_for(row, True, True, "ck") == strategies.WeightPlan(use_lora=False, use_tokens=True)
+    assert strategies.weights_for(row, True, True, "ck") == (False, True)
     with pytest.raises(UserError, match="strategy da-fusion needs class tokens"):
         strategies.weights_for(row, True, False, "ck")
     strengths, label = sampling.choose_strengths(ImageSettings(sample_strategy="da-fusion"), 25)
@@ -255,12 +255,12 @@ def test_masks_are_part_of_what_a_subset_is_where_they_are_used(tmp_path):
         assert identity(images, part) == identity(plain, part)
     before = masks.with_regions(images, "object")
     plan = sources.PlannedSources.of(before, hash_images(before), columns)
-    plan.check(masks.with_regions(images, "object"), columns)
+    plan.check(masks.with_regions(images, "object"))
     mask_file(tmp_path / "m.png", 0, 0, 16, 9)
     after = masks.with_regions(images, "object")
     assert identity(before, columns) != identity(after, columns)
     with pytest.raises(sources.DataChanged, match=r"\(1 new, 1 gone; '0.png' is new or has another label or mask\)"):
-        plan.check(after, columns)
+        plan.check(after)
 
 
 def test_a_mask_that_is_exchanged_after_the_listing_is_refused(tmp_path):

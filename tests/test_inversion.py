@@ -27,7 +27,7 @@ from semantic_aug.diffusion import inversion, loop
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import UserError
-from semantic_aug.sampling.job import Origin, Task
+from semantic_aug.sampling.job import Task
 from semantic_aug.sampling.plan import repeated_tasks
 from semantic_aug.sampling.settings import ImageSettings, build_parser
 from semantic_aug.sampling.solver import read_solver
@@ -248,7 +248,7 @@ def test_a_process_makes_what_lies_between_source_and_partner(tiny_base, tmp_pat
         images=ImageSettings(sample_strategy=strategy, resolution=tiny.RESOLUTION, context_steps=0.5),
     )  # fmt: skip
     (folder / "train" / "toad" / "train001.png").write_bytes(b"broken")
-    maker = BatchMaker(replace(job, origin=Origin(planned(data.train))), "cpu")
+    maker = BatchMaker(replace(job, sources=planned(data.train)), "cpu")
     tasks = [
         Task(n, 0, 0, 0.25, f"{n}.png", {}, context=c, partner=p)
         for n, (c, p) in enumerate([(None, 1), (0, 1), (0, 5)])
@@ -334,7 +334,7 @@ def test_a_dry_run_warns_of_repeated_images_and_of_classes_with_one(animals, tmp
     names, solver = Prompts(CLASSES, CLASSES, contexts=("in snow", "at night")), SolverSettings(25, 1.0, "ddim")
     config = job_of(one, tmp_path, model=None, prompts=names, solver=solver, images=images).config
     plan = plan_of(config, one)
-    warn_of_repeats(PlannedSubset(config, one, plan, task_paths(config, one, plan), identity=None))
+    warn_of_repeats(PlannedSubset(config, one, plan, task_paths(config, one, plan), None, None, {}))
     repeated = repeated_tasks(plan, [])
     assert repeated >= 4 and f"{repeated} of 15 images repeat another one" in caplog.text  # no step has a context
     assert "1 classes have one training image each ('blue jay'), between which and itself diff-ii" in caplog.text

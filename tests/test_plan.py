@@ -175,8 +175,7 @@ def test_the_strategy_table_is_the_contract():
     ],
 )
 def test_weights_follow_from_table_and_record(name, lora, tokens, use):
-    chosen = weights_for(find(name), lora, tokens, "checkpoint x")
-    assert (chosen.use_lora, chosen.use_tokens) == use
+    assert weights_for(find(name), lora, tokens, "checkpoint x") == use
 
 
 def test_a_record_without_what_a_strategy_needs_is_refused():

@@ -33,7 +33,7 @@ def test_one_run_has_everything_the_contract_names(undisturbed, image_folder):
     assert (image_folder / table.further["Source Image"][row]).is_file()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["strategy"] == "diff-mix" and len(config["lora_sha256"]) == len(config["plan_sha256"]) == 64
-    assert {"versions", "git_revision"} <= set(config["made_with"]) and not list(folder.rglob("*.part"))
+    assert {"versions", "git_revision"} <= set(config["made_with"]) and not list(folder.rglob(".*.tmp"))
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from semantic_aug.sampling import folder as store
 from semantic_aug.sampling import run as running
 from semantic_aug.sampling.claim import belongs, warn
 from semantic_aug.sampling.folder import Records
+from semantic_aug.sampling.identity import arguments_of
 from semantic_aug.sampling.sources import DataChanged, PlannedSources, SourceImages, block_files
 from semantic_aug.sampling.subset import plan_of, plan_subset
 from semantic_aug.sampling.worker import BatchMaker
@@ -324,11 +325,8 @@ def test_noisy_labels_are_part_of_what_a_subset_is_made_from(request_of, picture
 
 def test_the_profile_of_a_long_tail_is_recorded_where_it_is_not_the_default(request_of, pictures):
     plain, original = (
-        plan_subset(*request).identity.arguments
-        for request in (
-            request_of(pictures, task="imbalanced", imbalance_profile=profile)
-            for profile in ("exponential", "original")
-        )
+        arguments_of(request_of(pictures, task="imbalanced", imbalance_profile=profile)[0])
+        for profile in ("exponential", "original")
     )
     assert original == {**plain, "imbalance_profile": "original"} and "split" not in original
 
@@ -393,7 +391,7 @@ def test_a_process_refuses_another_listing_and_an_exchanged_image(pictures):
     with pytest.raises(DataChanged, match="train001.png was exchanged while images were made from it"):
         images.image(row)
     (pictures / key).unlink()
-    with pytest.raises(UserError, match=f"image {pictures / key} is not there") as missing:
+    with pytest.raises(UserError, match=f"image {pictures / key} does not exist") as missing:
         images.image(row)
     assert not isinstance(missing.value, DataChanged)  # costs its own images alone
     with pytest.raises(DataChanged, match=r"17 training images now, 18 in the plan \(0 new, 1 gone\)"):
@@ -430,8 +428,8 @@ def test_kept_encodings_are_named_after_content_and_encoder_and_stale_ones_go(re
     changed = block_files(PlannedSources.of(dataset.train, hash_images(dataset.train)), "vae")
     assert [a == b for a, b in zip(names, changed, strict=True)] == [True, False, True]  # rows 13 and 14 of 18
     folder = begin(config, dataset)
-    origin = plan_subset(config, dataset).identity.origin
-    usable = block_files(origin.sources, origin.encoder)
+    job = plan_subset(config, dataset).job
+    usable = block_files(job.sources, job.encoder)
     (folder / ".moments").mkdir()
     for name in (usable[0], names[0], "0000000.safetensors", f".{usable[1]}.123"):
         (folder / ".moments" / name).write_bytes(b"")
@@ -443,11 +441,11 @@ def test_a_process_refuses_weights_that_changed_since_the_plan(request_of, pictu
     config, dataset = request_of(pictures)
     lora = shutil.copy(config.model.lora, tmp_path / "lora.safetensors")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=Path(lora)))
-    job = plan_subset(config, dataset).job(tmp_path)
+    job = dataclasses.replace(plan_subset(config, dataset).job, folder=tmp_path)
     assert BatchMaker(job, "cpu").sources is not None
     shutil.copy(config.model.tokens, lora)
     with pytest.raises(UserError, match=f"the weights in {lora} changed while images were made with them"):
-        job.origin.weights.check(job.config.model)
+        job.weights.check(job.config.model)
 
 
 # ------------------------------------------------------------------------------------------------ other numbers of shards

@@ -160,7 +160,7 @@ def test_encoded_prompts_are_bounded_and_the_same_bits(tiny_base):
     files, templates = ModelFiles(str(tiny_base), tiny_base), [f"{t} photo of a {{}}" for t in range(27)]
     engine = Engine(files, Prompts(names, names, templates=templates), SolverSettings(4), tiny.RESOLUTION)
     whole, row = engine.prompt_embeds, engine.sampler.null_embeds.nbytes
-    assert whole.encode is None and whole.nbytes == 1080 * row  # the text encoders are let go
+    assert whole.encode is None and whole.whole.nbytes == 1080 * row  # the text encoders are let go
     model, calls = load_base(str(tiny_base)), []
 
     def encode(prompts):
@@ -169,11 +169,11 @@ def test_encoded_prompts_are_bounded_and_the_same_bits(tiny_base):
 
     bound = 3 * 64 * row
     bounded = EncodedPrompts(encode, engine.prompts, row, bound)
-    assert not calls and bounded.nbytes == 0
+    assert not calls
     order = np.random.default_rng(0).permutation(1080)
     for first in range(0, 1080, 120):
         rows = order[first : first + 120].tolist()
-        assert torch.equal(bounded[rows].hidden, whole[rows].hidden) and bounded.nbytes <= bound
+        assert torch.equal(bounded[rows].hidden, whole[rows].hidden) and bounded.chunk.cache_info().currsize <= 3
     assert set(calls) == {64, 56} and len(calls) <= 9 * 17
     calls.clear()
     bounded[[5, 70, 5, 6]], bounded[[71]]
@@ -195,7 +195,7 @@ def test_sources_are_encoded_once_and_shared(engine_of, image_folder, tmp_path):
     one = SourceMoments(sources, engine, "tiny", tmp_path, memory=1)  # room for a single block
     rows = list(range(len(table))) * 2
     first, broken = one.batch(rows)
-    assert not broken and one.encoded == len(table) and len(one.blocks) == 1
+    assert not broken and one.encoded == len(table) and one.block.cache_info().currsize == 1
     two = SourceMoments(sources, engine, "tiny", tmp_path)
     again, _ = two.batch(rows)
     assert two.encoded == 0 and torch.equal(first, again)
@@ -204,7 +204,7 @@ def test_sources_are_encoded_once_and_shared(engine_of, image_folder, tmp_path):
     assert torch.equal(three.batch(rows)[0], first) and three.encoded == BLOCK
     other = SourceMoments(sources, engine, "another resolution", tmp_path)
     assert torch.equal(other.batch(rows)[0], first) and other.encoded == len(table)
-    alone = SourceMoments(sources, engine, "tiny", None)
+    alone = SourceMoments(sources, engine, "tiny", tmp_path / "another subset")
     assert torch.equal(alone.batch([3, 17])[0], first[[3, 17]])
 
 
@@ -244,22 +244,21 @@ def small_subset(folder: Path, image_format="png"):
     return plan, paths, records
 
 
-@pytest.mark.parametrize("many_tasks", [0, 1000], ids=["processes", "one process"])
 @pytest.mark.parametrize("image_format", list(files.FORMATS))
-def test_a_restart_trusts_only_what_it_can_verify(tmp_path, monkeypatch, image_format, many_tasks):
-    monkeypatch.setattr(store, "MANY_TASKS", many_tasks)
+def test_a_restart_trusts_only_what_it_can_verify(tmp_path, image_format):
     plan, paths, records = small_subset(tmp_path, image_format)
     everything = np.ones(len(plan), bool)
     at = lambda number: tmp_path / store.DATA / paths.relative(number)  # noqa: E731
     at(0).unlink()  # missing
     at(1).write_bytes(at(1).read_bytes()[:-3])  # truncated
     at(2).write_bytes(at(3).read_bytes())  # another task's image
-    (at(4).parent / f".{at(4).name}.99{files.TEMPORARY_SUFFIX}").write_bytes(b"half")
+    for suffix in files.TEMPORARY_SUFFIXES:
+        (at(4).parent / f".{at(4).name}.99{suffix}").write_bytes(b"half")
     (at(4).parent / "notes.txt").write_text("a user's own file")
     done = store.finished_tasks(tmp_path, paths, records, everything)
     size_equal = at(2).exists()  # (a swapped image of equal size passes the quick check)
     assert np.flatnonzero(~done).tolist() == ([0, 1] if size_equal else [0, 1, 2])
-    assert not list(tmp_path.rglob("*.part")) and (at(4).parent / "notes.txt").exists() and not at(1).exists()
+    assert not list(tmp_path.rglob(".*.99.*")) and (at(4).parent / "notes.txt").exists() and not at(1).exists()
     done = store.finished_tasks(tmp_path, paths, records, everything, content=True)
     assert np.flatnonzero(~done).tolist() == [0, 1, 2]
     # what is struck out is not listed, whoever writes the table
@@ -315,10 +314,10 @@ def test_five_shards_some_at_once_and_merged(workshop, image_folder, tmp_path, u
         process.communicate(timeout=600)
         assert process.returncode == 0
     line = refused("sample_mp.py", *argv, "--merge")
-    assert "images are there and listed in meta.csv" in line and "run the shards again" in line
+    assert "images exist and are listed in meta.csv" in line and "run the shards again" in line
     for index in (1, 2, 4):
         run_here("sample_mp.py", *argv, "--num_shards", "5", "--shard_index", str(index))
-    assert "all 54 images are there" in run_here("sample_mp.py", *argv, "--merge", "--verify", "content")
+    assert "all 54 images exist" in run_here("sample_mp.py", *argv, "--merge", "--verify", "content")
     assert same(tmp_path / SUBSET, undisturbed) and not (tmp_path / SUBSET / ".moments").exists()
 
 
@@ -471,7 +470,7 @@ def test_ray_makes_the_same_files_and_survives_a_killed_and_a_stopped_actor(
         assert len(actors) == 1
         actors[0].send_signal(number)
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 0 and err.count("a sampling actor is replaced") == 2, err
+    assert process.returncode == 0 and err.count("a sampling process on cpu is replaced") == 2, err
     assert "its process or node ended" in err and "silent for" in err, err
     assert same(tmp_path / SUBSET, undisturbed)
 

@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -194,9 +195,8 @@ def time_ours(files: ModelFiles, dataset, word: str, args, devices: tuple[str, .
     )
     subset, folder = plan_subset(config, dataset), folder / f"ours-{len(devices)}"
     plan = subset.plan
-    running.make_folders(folder, dataset.folders)
     tasks_of = partial(subset.tasks, missing=np.ones(len(plan), bool))
-    launcher = running.make_launcher(subset.job(folder), tasks_of, lambda rows: None, len(plan), 0)
+    launcher = running.make_launcher(replace(subset.job, folder=folder), tasks_of, lambda rows: None, len(plan), 0)
     began, own = time.monotonic(), time.process_time()
     launcher.run(range(plan.num_batches))
     first, own = max(marks[0][0] for marks in launcher.marks.values()) - began, (time.process_time() - own) / len(plan)

@@ -1,4 +1,4 @@
-"""The engine behind every strategy: a fine-tuned model held ready, making one batch of images at a time."""
+"""The engine of every strategy: a loaded model that makes one batch of images at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from semantic_aug.diffusion.loop import (
     translate,
 )
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
-from semantic_aug.diffusion.text import PROMPT_BYTES, ConditionCache, Conditions, class_prompt
+from semantic_aug.diffusion.text import PROMPT_BYTES, Conditions, class_prompt
 from semantic_aug.prompts import with_context
 
 log = logging.getLogger(__name__)
@@ -37,35 +37,19 @@ ENCODE_BATCH = DECODE_BATCH = 8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class PromptTable(Sequence[str]):
-    """Every plain prompt, then every one followed by each context, as :meth:`Prompts.number` counts them; each is spelled
-    when it is asked for, since classes x contexts may be millions."""
-
-    def __init__(self, plain: Sequence[str], contexts: Sequence[str]):
-        self.plain, self.contexts = plain, ("", *contexts)
-
-    def __len__(self) -> int:
-        return len(self.plain) * len(self.contexts)
-
-    def __getitem__(self, number: int) -> str:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        context, plain = divmod(number, len(self.plain))
-        return with_context(self.plain[plain], self.contexts[context])
-
-
 class EncodedPrompts:
     """The conditioning of numbered prompts, encoded in fixed chunks so that it depends on nothing but the list of prompts.
 
     Where all of it fits the bound it is encoded at once and the text encoders are let go. Otherwise they stay, chunks are
-    encoded when a prompt of theirs is needed, and the least recently used ones are forgotten. Of a :class:`PromptTable`,
-    whose neighbours are hardly ever needed together, each batch's prompts are encoded when the batch is made.
+    encoded when a prompt of theirs is needed, and the least recently used ones are dropped. With contexts, of whose prompts
+    there may be millions and neighbours are hardly ever needed together, prompts are encoded batch by batch.
 
     Args:
         encode: prompts to their conditioning.
-        prompts: all of them.
-        row_bytes: one prompt's conditioning.
-        bound: bytes held.
+        prompts: all plain prompts.
+        row_bytes: size of a prompt's conditioning.
+        bound: most bytes held.
+        contexts: texts that may follow each prompt.
     """
 
     def __init__(
@@ -74,43 +58,35 @@ class EncodedPrompts:
         prompts: Sequence[str],
         row_bytes: int,
         bound: int = PROMPT_BYTES,
+        contexts: Sequence[str] = (),
     ):
-        self.prompts, self.cache = prompts, ConditionCache(bound)
+        self.prompts, self.contexts = prompts, contexts
         self.encode: Callable | None = encode
+        self.chunk = functools.lru_cache(max(1, bound // (PROMPT_BATCH * row_bytes)))(self._chunk)
         self.whole: Conditions | None = None
-        self.by_batch = isinstance(prompts, PromptTable)
-        if not self.by_batch and len(prompts) * row_bytes <= bound:
+        if not contexts and len(prompts) * row_bytes <= bound:
             chunks = range(-(-len(prompts) // PROMPT_BATCH))
-            self.whole = Conditions.cat(self._encoded(chunk) for chunk in chunks)
+            self.whole = Conditions.cat(self._chunk(chunk) for chunk in chunks)
             self.encode = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held on the device."""
-        return self.whole.nbytes if self.whole is not None else self.cache.nbytes
 
     def __getitem__(self, rows: Sequence[int]) -> Conditions:
         """The conditioning of the prompts of these numbers, in their order."""
         if self.whole is not None:
             return self.whole[rows]
-        if self.by_batch:  # a batch's prompts in the order of their numbers, so that they depend on the batch alone
-            numbers = sorted(set(rows))
+        numbers = sorted(set(rows))  # the conditioning depends on the batch alone, and each chunk is encoded once
+        if self.contexts:
             parts = (numbers[i : i + PROMPT_BATCH] for i in range(0, len(numbers), PROMPT_BATCH))
-            encoded = Conditions.cat(self.encode([self.prompts[number] for number in part]) for part in parts)
-            return encoded[[numbers.index(row) for row in rows]]
-        picked: dict[int, Conditions] = {}
-        for row in sorted(set(rows)):  # chunk by chunk, so that each is encoded once, however small the bound
-            picked[row] = self._chunk(row // PROMPT_BATCH)[[row % PROMPT_BATCH]]
-        return Conditions.cat(picked[row] for row in rows)
+            encoded = (self.encode([self.prompt(number) for number in part]) for part in parts)
+        else:
+            encoded = (self.chunk(number // PROMPT_BATCH)[[number % PROMPT_BATCH]] for number in numbers)
+        return Conditions.cat(encoded)[[numbers.index(row) for row in rows]]
+
+    def prompt(self, number: int) -> str:
+        """The prompt of a number, counted as by :meth:`Prompts.number`: all plain ones, all with the first context, ..."""
+        context, plain = divmod(number, len(self.prompts))
+        return with_context(self.prompts[plain], self.contexts[context - 1] if context else "")
 
     def _chunk(self, number: int) -> Conditions:
-        chunk = self.cache.get(number)
-        if chunk is None:
-            chunk = self._encoded(number)
-            self.cache.put(number, chunk)
-        return chunk
-
-    def _encoded(self, number: int) -> Conditions:
         return self.encode(self.prompts[number * PROMPT_BATCH : (number + 1) * PROMPT_BATCH])
 
 
@@ -146,17 +122,17 @@ class Engine:
         if tokens is not None:
             tokens = tokens.for_classes(prompts.source_names, prompts.prompt_names, str(files.tokens))
             token_io.install(tokens, model.tokenizers, model.text_encoders)
-        self.prompts: Sequence[str] = [
+        self.prompts = [
             class_prompt(source, name, prompts.super_class, tokens, template)
             for template in prompts.every_template
             for source, name in zip(prompts.source_names, prompts.prompt_names, strict=True)
         ]
-        if prompts.contexts:
-            self.prompts = PromptTable(self.prompts, prompts.contexts)
         model.to(device, dtype)
         null_embeds = model.encode_null(resolution)
         encode = functools.partial(model.family.encode_prompts, model.tokenizers, model.text_encoders)
-        self.prompt_embeds = EncodedPrompts(lambda batch: encode(batch, resolution), self.prompts, null_embeds.nbytes)
+        self.prompt_embeds = EncodedPrompts(
+            lambda batch: encode(batch, resolution), self.prompts, null_embeds.nbytes, contexts=prompts.contexts
+        )
         self.unet, self.vae, self.batch, self.encode_batch = model.unet, model.vae, compiled_batch, ENCODE_BATCH
         self.device, self.resolution = torch.device(device), resolution
         self.latent_shape = model.geometry.latent_shape(resolution)
@@ -205,7 +181,7 @@ class Engine:
         return self._in_parts(len(prompts), inverted)
 
     def _in_parts(self, count: int, compute: Callable[[slice], Tensor]) -> Tensor:
-        """What ``compute`` makes of source images 0 to ``count``, some at once, fewer where memory runs out; on the CPU."""
+        """Computes source images 0 to ``count`` part by part, in smaller parts after memory runs out; joined, on the CPU."""
         while True:
             size = min(self.encode_batch, count)
             try:
@@ -237,7 +213,7 @@ class Engine:
             self.vae.config.scaling_factor,
             self.prompt_embeds[[targets[i] for i in padded]],
             [strengths[i] for i in padded],
-            _spread(generators, padded),
+            _padded(generators, len(padded)),
             masks=None if masks is None else masks[padded],
         )
         return self._decoded(latents[: len(targets)])
@@ -276,11 +252,11 @@ class Engine:
         """Images of the targets' prompts from noise; uint8 ``(B, H, W, 3)`` on the CPU."""
         padded = self._padding(len(targets))
         embeds = self.prompt_embeds[[targets[i] for i in padded]]
-        latents = generate(self.sampler, self.latent_shape, embeds, _spread(generators, padded))
+        latents = generate(self.sampler, self.latent_shape, embeds, _padded(generators, len(padded)))
         return self._decoded(latents[: len(targets)])
 
     def _predict(self, *inputs, **options):
-        """One call of the denoiser, after that of ``on_step``."""
+        """Calls ``on_step``, then the denoiser."""
         self.on_step()
         return self.denoiser(*inputs, **options)
 
@@ -292,14 +268,9 @@ class Engine:
         return decode_latents(self.vae, latents, min(DECODE_BATCH, self.batch or DECODE_BATCH), self.decode).cpu()
 
 
-def _spread(generators: Sequence[torch.Generator], padded: list[int]) -> list[torch.Generator]:
-    """The samples' generators, and copies in the same state for the padding (a shared one would be drawn from twice)."""
-    spread = list(generators)
-    for index in padded[len(generators) :]:
-        copy = torch.Generator("cpu")
-        copy.set_state(generators[index].get_state())
-        spread.append(copy)
-    return spread
+def _padded(generators: Sequence[torch.Generator], count: int) -> list[torch.Generator]:
+    """The samples' generators, and others for the padding, up to ``count``."""
+    return [*generators, *(torch.Generator("cpu") for _ in range(count - len(generators)))]
 
 
 def load_model(files: ModelFiles) -> tuple[BaseModel, token_io.ClassTokens | None]:

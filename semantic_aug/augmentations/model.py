@@ -1,4 +1,4 @@
-"""A fine-tuned model as plain data, cheap to import and to send to another process: its files and its prompts."""
+"""The files and the prompts of a model, as plain data that is sent to other processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,11 @@ class Prompts:
 
     Attributes:
         source_names: class names as the data set spells them.
-        prompt_names: cleaned up.
+        prompt_names: class names as prompts spell them.
         super_class: may be empty.
         template: prompt with ``{}`` for the class.
-        templates: several prompts instead of ``template``; empty: none.
-        contexts: what may follow a prompt, whatever its class; empty: nothing does.
+        templates: several prompts instead of ``template``, or empty.
+        contexts: texts that may follow a prompt, whatever its class, or empty.
     """
 
     source_names: tuple[str, ...]
@@ -47,21 +47,21 @@ class Prompts:
 
     @property
     def every_template(self) -> tuple[str, ...]:
-        """The prompts in use; prompt ``t * K + k`` of an engine is template t of class k."""
+        """The templates in use; prompt ``t * K + k`` of an engine is template t of class k."""
         return tuple(self.templates) or (self.template,)
 
     def number(self, target: int, template: int = 0, context: int | None = None) -> int:
-        """The number of a prompt in an engine: of a class under a template (position in :attr:`every_template`) and a
-        context (position in :attr:`contexts`; None: the plain prompt)."""
+        """The number of a prompt in an engine: of a class, with the index of a template in :attr:`every_template` and of a
+        context in :attr:`contexts` (None: the plain prompt)."""
         classes = len(self.source_names)
         following = 0 if context is None else (context + 1) * len(self.every_template) * classes
         return following + template * classes + target
 
 
 def check_model(files: ModelFiles, prompts: Prompts) -> None:
-    """Refuses files that do not fit each other, and prompts whose class the base model would not read.
+    """Refuses files that do not fit each other, and prompts that the tokenizer cuts off before their class ends.
 
-    Configurations, LoRA, tokens and tokenizers are read, the base model's weights are not.
+    Reads configurations, LoRA, tokens and tokenizers, but not the base model's weights.
 
     Raises:
         UserError: names the file or the prompt.

@@ -17,12 +17,12 @@ class Strategy:
     """One way of making synthetic images.
 
     Attributes:
-        name: the word given to ``--sample_strategy``.
+        name: value of ``--sample_strategy``.
         weights: ``base`` (the pre-trained model), ``tokens``, or ``tokens+lora``.
         start: ``image`` (img2img), ``noise``, or ``inversion`` (between the DDIM inversions of two images).
         pairing: ``mixed`` (the target is another class than the source's) or ``same``.
-        strengths: strengths the strategy itself draws from, or None for ``--aug_strength``. Of a start from inversions they
-            are positions between source (0) and partner (1), with ``same`` pairing shares of the circle through both.
+        strengths: the strategy's own strengths, or None for ``--aug_strength``. Of a start from inversions they are positions
+            between source (0) and partner (1), with ``same`` pairing shares of the circle through both.
     """
 
     name: str
@@ -53,7 +53,7 @@ ALIASES = {"real-aug": "real-guidance"}
 
 
 def names() -> list[str]:
-    """Every word ``--sample_strategy`` takes."""
+    """All values of ``--sample_strategy``."""
     return [*STRATEGIES, *ALIASES]
 
 
@@ -65,16 +65,8 @@ def find(name: str) -> Strategy:
     return row
 
 
-@dataclass(frozen=True)
-class WeightPlan:
-    """Which parts of a checkpoint a strategy uses."""
-
-    use_lora: bool
-    use_tokens: bool
-
-
-def weights_for(row: Strategy, has_lora: bool, has_tokens: bool, checkpoint: str) -> WeightPlan:
-    """Which parts of a checkpoint record a strategy takes.
+def weights_for(row: Strategy, has_lora: bool, has_tokens: bool, checkpoint: str) -> tuple[bool, bool]:
+    """Whether a strategy takes the LoRA, and the class tokens, of a checkpoint record.
 
     A ``db`` checkpoint has no tokens (class names stand in the prompts), a ``ti`` checkpoint no LoRA.
 
@@ -86,17 +78,17 @@ def weights_for(row: Strategy, has_lora: bool, has_tokens: bool, checkpoint: str
         UserError: the record lacks what the strategy needs.
     """
     if row.weights == "base":
-        return WeightPlan(False, False)
+        return False, False
     if row.weights == "tokens":
         if not has_tokens:
             raise UserError(
                 f"strategy {row.name} needs class tokens, {checkpoint} has none (embed_path): use a checkpoint "
                 "trained with --finetune_strategy ti or ti_db"
             )
-        return WeightPlan(False, True)
+        return False, True
     if not (has_lora or has_tokens):
         raise UserError(
             f"strategy {row.name} needs a fine-tuned checkpoint, {checkpoint} has neither a LoRA (lora_path) nor "
             "class tokens (embed_path): use another --finetune_model_key, or a real-* strategy"
         )
-    return WeightPlan(has_lora, has_tokens)
+    return has_lora, has_tokens

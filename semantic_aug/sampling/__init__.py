@@ -1,4 +1,4 @@
-"""Stage 2. A request passes one way: settings, solver, config, plan, sources, folder, job, identity, worker, launcher, run.
+"""Stage 2. A request passes one way: settings, solver, config, identity, subset, claim, run.
 
-The plan is pure, the folder only ever grows, workers make batches, and the launcher stands between them.
+The plan is pure, the folder only ever grows, workers make batches, and the launcher hands batches to them.
 """

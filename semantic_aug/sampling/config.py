@@ -1,4 +1,4 @@
-"""A resolved request for a synthetic subset, and what follows from it: weights, strengths, plan, folder, batch size."""
+"""A resolved request for a synthetic subset: flags checked, model, data set, strengths, folder and batch size derived."""
 
 from __future__ import annotations
 
@@ -43,22 +43,15 @@ COMPILE_IMAGES = 3000
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """A resolved request for a synthetic subset: what the user gave, with everything unset derived.
+    """A resolved request for a synthetic subset, with everything that the user left unset derived.
 
     Attributes:
-        dataset: what ``--dataset`` was given.
+        dataset: value of ``--dataset``.
         setting: which part of the training split is used.
-        run: seed and registry folder.
-        images: what to make.
-        key: checkpoint key the subset is named after, or None for the base model.
-        model: base model, LoRA, tokens.
-        prompts: class names and templates.
-        solver: steps, guidance, scheduler.
-        placement: devices, batch size, precision.
-        output: root folder and shard.
-        guide: what a classifier says of the images.
+        key: checkpoint key that the subset is named after, or None for the base model.
+        guide: predictions of a classifier by which sources, targets and masks are chosen.
         few_steps: strengths are whole numbers of the solver's steps.
-        contexts: what ``--contexts`` was given.
+        contexts: value of ``--contexts``.
     """
 
     dataset: str
@@ -87,11 +80,11 @@ class SampleConfig:
 
     @property
     def strength_label(self) -> str:
-        """The strengths as the subset's name gives them."""
+        """The strengths as the subset's name spells them."""
         return choose_strengths(self.images, self.solver.num_inference_steps, self.few_steps)[1]
 
     def compiled(self, images: int) -> bool:
-        """Whether networks are compiled; by the size of the whole subset, so that a restart on as many GPUs decides alike."""
+        """Whether networks are compiled, by the size of the whole subset: a restart on as many GPUs decides the same."""
         devices = self.placement.devices
         if self.placement.compile != "auto":
             return self.placement.compile == "on"
@@ -115,39 +108,40 @@ def resolve(
     if output.register_key:
         registry.check_writable(registry.SUBSETS, output.register_key, run.config_dir)
     few = chosen.few_steps is not None
-    sentences, placement, model = chosen.texts(), resolve_placement(placement), None
+    sentences, placement, parts = chosen.texts(), resolve_placement(placement), None
     with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed; downloaded after that
-        model = find_model(args, chosen)
-    dataset, model = all_local(
-        lambda: load_sources(args, images, run.config_dir), lambda: model or find_model(args, chosen)
+        parts = find_model(args, chosen)
+    dataset, parts = all_local(
+        lambda: load_sources(args, images, run.config_dir), lambda: parts or find_model(args, chosen)
     )
+    model, key, solver, geometry, resolution = parts
     if images.object_mask:
         check_mask(images.object_mask, dataset.train, dataset.name, images.classifier)
         dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
         check_regions(dataset.train)
     if placement.gpu_ids is None and placement.engine == "mp":
-        placement = replace(placement, devices=tuple(fitting(placement.devices, model.files)))
+        placement = replace(placement, devices=tuple(fitting(placement.devices, model)))
     if chosen.contexts == CAPTIONS:
         sentences["contexts"] = contexts_of_captions(dataset)
     prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **sentences)
-    check_model(model.files, prompts)
-    images = replace(images, resolution=model.resolution)
+    check_model(model, prompts)
+    images = replace(images, resolution=resolution)
     root = output.output_root or Path(runs.aug_samples_dir(dataset.setting.suffix))
     config = SampleConfig(
         dataset=args.dataset,
         setting=dataset.setting,
         run=run,
         images=images,
-        key=model.key,
-        model=model.files,
+        key=key,
+        model=model,
         prompts=prompts,
-        solver=model.solver,
+        solver=solver,
         few_steps=few,
         contexts=chosen.contexts,
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
-    grid = model.geometry.latent_shape(images.resolution)[1:]
+    grid = geometry.latent_shape(resolution)[1:]
     folder = subset_folder(config, dataset)
     if output.register_key:
         entry = registry.shown_path(folder)
@@ -162,7 +156,7 @@ def resolve(
 
 
 def check_request(args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together or name nothing, whatever data set and model are. Raises UserError: names one."""
+    """Refuses flags that contradict each other or name nothing, whatever data set and model are. Raises UserError."""
     chosen, images, _ = (cli.read_settings(cls, args) for cls in (ModelSettings, ImageSettings, OutputSettings))
     check_flags(args)
     check_unlabelled(images.unlabelled)
@@ -171,26 +165,15 @@ def check_request(args: argparse.Namespace) -> None:
     chosen.texts()
 
 
-@dataclass(frozen=True)
-class RequestedModel:
-    """The model of a request, known before the images are listed.
+def find_model(
+    args: argparse.Namespace, chosen: ModelSettings
+) -> tuple[ModelFiles, str | None, SolverSettings, Geometry, int]:
+    """The model that a request names, known before the images are listed: its files, the checkpoint key that the subset is
+    named after (None: the base model), its solver, its geometry and the side of the images.
 
-    Attributes:
-        files: base model, LoRA, tokens.
-        key: checkpoint key the subset is named after, or None for the base model.
-        resolution: side of the images.
+    Raises:
+        UserError: there is no such model, it does not fit the strategy, or its solver or resolution does not fit it.
     """
-
-    files: ModelFiles
-    key: str | None
-    solver: SolverSettings
-    geometry: Geometry
-    resolution: int
-
-
-def find_model(args: argparse.Namespace, chosen: ModelSettings) -> RequestedModel:
-    """The model that a request names. Raises UserError: there is none, it does not fit the strategy, or its solver or
-    resolution does not fit it."""
     extra_lora, config_dir = chosen.extra_lora(), args.config_dir
     strategy, spec = strategies.find(args.sample_strategy), find_spec(args.dataset, config_dir)
     section = spec.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", config_dir)
@@ -202,12 +185,12 @@ def find_model(args: argparse.Namespace, chosen: ModelSettings) -> RequestedMode
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
-    return RequestedModel(replace(files, extra_lora=extra_lora), key, solver, geometry, resolution)
+    return replace(files, extra_lora=extra_lora), key, solver, geometry, resolution
 
 
 def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Path) -> LoadedDataset:
-    """The data set under its setting, with the unlabelled images that are sources. Raises UserError: they cannot be read, or a
-    class has the name of their folder."""
+    """The data set under its setting, with the unlabelled images among the sources. Raises UserError: they cannot be read, or
+    a class has the name of their folder."""
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), config_dir)
     if images.unlabelled is None:
         return dataset
@@ -218,7 +201,7 @@ def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Pa
 
 
 def resolve_placement(placement: Placement) -> Placement:
-    """The devices and the precision that were asked for. Raises UserError: devices that this machine does not have, or an
+    """The placement with devices and precision resolved. Raises UserError: devices that this machine does not have, or an
     engine that is not installed."""
     if placement.engine == "ray":
         if importlib.util.find_spec("ray") is None:
@@ -233,8 +216,8 @@ def resolve_placement(placement: Placement) -> Placement:
 def choose_weights(
     strategy: Strategy, dataset: str, key: str | None, model_path: str | None, config_dir: Path
 ) -> tuple[ModelFiles, str | None]:
-    """The weights a strategy takes from a checkpoint key or a base model, and the key the subset is named after. Raises
-    UserError: a strategy that needs a checkpoint without a key, or a record that lacks what it needs."""
+    """The weights that a strategy takes of a checkpoint or a base model, and the key that the subset is named after. Raises
+    UserError: a strategy that needs a checkpoint without a key, or a checkpoint that lacks what it needs."""
     if key is None:
         if strategy.weights != "base":
             raise UserError(
@@ -244,19 +227,16 @@ def choose_weights(
         name = model_path or DEFAULT_MODEL
         return ModelFiles(name, find_base(name)), None
     entry = registry.checkpoint(dataset, key, config_dir)
-    use = weights_for(
-        strategy, entry.lora_path is not None, entry.embed_path is not None, f"checkpoint {dataset}/{key}"
-    )
+    given = entry.lora_path is not None, entry.embed_path is not None
+    use_lora, use_tokens = weights_for(strategy, *given, f"checkpoint {dataset}/{key}")
     name = model_path or entry.model_path
-    files = ModelFiles(
-        name, find_base(name), entry.lora_path if use.use_lora else None, entry.embed_path if use.use_tokens else None
-    )
-    return files, key if use.use_lora or use.use_tokens else None
+    lora, tokens = entry.lora_path if use_lora else None, entry.embed_path if use_tokens else None
+    return ModelFiles(name, find_base(name), lora, tokens), key if lora or tokens else None
 
 
 def contexts_of_captions(dataset: LoadedDataset) -> tuple[str, ...]:
-    """The contexts in the captions of the training images, without any that names a class; so every class meets every context
-    equally often (BOB, Yang et al. 2026, marginalises them out likewise). Raises UserError: there are none."""
+    """The contexts in the captions of the training images, without those that name a class, so that every class can meet every
+    context equally often (BOB, Yang et al. 2026, marginalises them out likewise). Raises UserError: there are none."""
     train, names = dataset.train, list(zip(dataset.class_names, dataset.source_names, strict=True))
     captions = train.extras.get("caption", np.full(len(train), "")).tolist()
     each = contexts_of(captions, train.labels.tolist(), names, dataset.spec.super_class)
@@ -272,11 +252,11 @@ def contexts_of_captions(dataset: LoadedDataset) -> tuple[str, ...]:
 def choose_strengths(
     images: ImageSettings, num_inference_steps: int, few_steps: bool = False
 ) -> tuple[tuple[float, ...], str]:
-    """The strengths of a subset, 1 from noise, and how its name says them.
+    """The strengths of a subset, 1 from noise, and how its name spells them.
 
     Args:
         num_inference_steps: to check that every strength leaves a step.
-        few_steps: the strengths become those that are run, multiples of a step.
+        few_steps: strengths become multiples of a step.
 
     Raises:
         UserError: a strength that is too small for the number of steps.
@@ -312,8 +292,8 @@ def subset_folder(config: SampleConfig, dataset: LoadedDataset) -> Path:
 
 
 def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
-    """Refuses a subset that the disk cannot hold. Raises UserError: less is free than a quarter of the estimate, which is what
-    photographs of little detail take."""
+    """Refuses a subset that the disk cannot hold. Raises UserError: less is free than a quarter of the estimate, the size of
+    photographs with little detail."""
     folder = subset_folder(config, dataset)
     files_of_format = folder.rglob(f"*.{config.images.image_format}") if folder.exists() else ()
     existing = sum(path.stat().st_size for path in files_of_format)
@@ -323,9 +303,9 @@ def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
 
 
 def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfig:
-    """The request with ``batch_size`` 0 (auto) resolved: what an existing folder was begun with, else from memory.
+    """The request with ``batch_size`` 0 (auto) resolved: the one that an existing folder was begun with, else from memory.
 
-    Asked again of a request that was resolved so, it takes what another shard has begun the folder with meanwhile.
+    For a request resolved so before, it is the one with which another shard has begun the folder meanwhile.
     """
     placement = config.placement
     if placement.batch_size and not placement.automatic_batch:

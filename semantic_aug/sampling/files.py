@@ -1,10 +1,9 @@
-"""Names and contents of a subset's images: what a task's file is called, how it is encoded, how it gets to disk."""
+"""The image files of a subset: their names, their metadata and rows of ``meta.csv``, their encoding."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from semantic_aug import meta_csv
+from semantic_aug.files import atomic_path
 from semantic_aug.prompts import with_context
 from semantic_aug.sampling.plan import Plan
 from semantic_aug.seeding import derive_seed
 
-TEMPORARY_SUFFIX = ".part"
+TEMPORARY_SUFFIXES = (".tmp", ".part")
+"""Ends of the names of files that are being written, the second one by earlier versions."""
 
 FORMATS = {
     "png": {"format": "PNG", "compress_level": 4},
@@ -35,7 +36,7 @@ _CHUNK = 65_536
 
 @dataclass(frozen=True, eq=False)
 class TaskPaths:
-    """File names of a plan's tasks.
+    """File names, metadata and ``meta.csv`` rows of a plan's tasks.
 
     Attributes:
         class_names: source spelling, for ``meta.csv``.
@@ -44,9 +45,9 @@ class TaskPaths:
         seed: the run's ``--seed``.
         image_format: key of :data:`FORMATS`.
         templates: prompts of which each task draws one; empty: all have the same.
-        contexts: what follows the prompts, as the plan counts them; ``templates`` are then given.
-        source_label: from the row of an unlabelled source to what ``meta.csv`` says of its classes, empty of a labelled one;
-            None where all sources are labelled.
+        contexts: what follows the prompts, in the plan's order; ``templates`` are then given.
+        source_label: from the row of a source to its column ``Source Label``, empty for a labelled source; None where all
+            sources are labelled.
     """
 
     plan: Plan
@@ -69,13 +70,13 @@ class TaskPaths:
         return (*meta_csv.FURTHER_COLUMNS, *prompt, *partner, *unlabelled)
 
     def template(self, number: int) -> int:
-        """The position of a task's prompt in ``templates``: a pure function of (seed, number)."""
+        """The index of a task's prompt in ``templates``: a pure function of (seed, number)."""
         if len(self.templates) < 2:
             return 0
         return derive_seed(self.seed, "template", number) % len(self.templates)
 
     def context(self, number: int) -> int | None:
-        """The position of a task's context in ``contexts``; None without contexts."""
+        """The index of a task's context in ``contexts``; None without contexts."""
         return None if self.plan.context is None else int(self.plan.context[number])
 
     def prompt(self, number: int) -> str:
@@ -95,7 +96,7 @@ class TaskPaths:
         )
 
     def text(self, number: int) -> dict[str, str]:
-        """What is written into the image besides its pixels."""
+        """The metadata that is written into a task's image file."""
         plan = self.plan
         prompt = {"prompt": self.prompt(number)} if self.templates else {}
         partner = {"partner_image": self.keys[plan.partner[number]]} if plan.partner is not None else {}
@@ -143,7 +144,7 @@ class TaskPaths:
 
 
 def encode_image(pixels: np.ndarray, text: dict[str, str], image_format: str = "png") -> bytes:
-    """A uint8 ``(H, W, 3)`` image with what it is written into it; the same input gives the same bytes.
+    """Encodes a uint8 ``(H, W, 3)`` image with its metadata; the same input gives the same bytes.
 
     PNG keeps the text in its text chunks, WebP and JPEG as JSON in the EXIF image description.
     """
@@ -161,7 +162,7 @@ def encode_image(pixels: np.ndarray, text: dict[str, str], image_format: str = "
 
 
 def text_of(image: Image.Image) -> dict[str, str]:
-    """What :func:`encode_image` wrote into an image; empty for an image made elsewhere."""
+    """The metadata that :func:`encode_image` wrote into an image; empty for an image made elsewhere."""
     if image.format == "PNG":
         return {key: str(value) for key, value in image.text.items()}
     try:
@@ -171,7 +172,7 @@ def text_of(image: Image.Image) -> dict[str, str]:
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether an encoded image has its end; decoders forgive a file that lacks its last few bytes."""
+    """Whether an encoded image has its end; decoders accept a file that lacks its last few bytes."""
     if content.startswith(b"RIFF"):
         return len(content) == 8 + int.from_bytes(content[4:8], "little")
     return content.endswith((b"IEND\xaeB`\x82", b"\xff\xd9"))
@@ -179,12 +180,6 @@ def is_whole(content: bytes) -> bool:
 
 def write_image(path: Path, content: bytes) -> tuple[int, int]:
     """Writes a file whole or not at all; returns its size and CRC-32."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "wb") as out:
-            out.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(path, flush=False) as temporary:
+        temporary.write_bytes(content)
     return len(content), zlib.crc32(content)

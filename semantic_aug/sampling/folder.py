@@ -3,24 +3,22 @@
     data/{source}/{target}-{number:06d}-{s}.png    images; each appears whole (temporary name, then rename)
     records*.bin                                   number, size and CRC-32 of every finished file, appended by the launcher
     meta.csv                                       written from the plan and the records when a run ends
-    config.yaml                                    what the subset is made from; claimed by the first run
-    status.json                                    how far a run is, for other tools
-    .lock*                                         held while a run writes; the kernel frees it when the run dies
+    config.yaml                                    the subset's identity; written by the first run
+    status.json                                    progress of the run, for other tools
+    .lock*                                         held while a run writes; the kernel frees it when the run ends
     .moments                                       encoded sources, until the subset is complete
-    .sources.npz                                   names and content hashes of the training images, to tell which changed
+    .sources.npz                                   names and content hashes of the training images, to find changed ones
 
-A restart does what is in the plan and not in a record whose file is there with the recorded size. A file without a
-record (the run was killed between the two) is taken over if its content proves right.
+A restart makes the tasks of the plan without a record, or whose file does not exist with the recorded size. A file without a
+record (the run was killed between the two) is kept if its content is right.
 """
 
+import contextlib
 import io
 import itertools
-import logging
-import multiprocessing
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +26,17 @@ from PIL import Image
 
 from semantic_aug import meta_csv
 from semantic_aug.datasets.synthetic import CONFIG_FILE, DATA
+from semantic_aug.datasets.table import LOOK_UP_THREADS, in_threads
 from semantic_aug.files import locked
 from semantic_aug.runs import load_arguments
-from semantic_aug.sampling.files import TEMPORARY_SUFFIX, TaskPaths, is_whole, text_of
+from semantic_aug.sampling.files import TEMPORARY_SUFFIXES, TaskPaths, is_whole, text_of
 from semantic_aug.sampling.plan import rows_by_class
 
-log = logging.getLogger(__name__)
-
 MOMENTS = ".moments"
-MANY_TASKS = 500_000
-"""From so many tasks on, several processes look for what is missing."""
-
 REMEDY = "nothing was touched; choose another --output_root, or remove the folder"
 
 RECORD = np.dtype([("number", "<i8"), ("size", "<u4"), ("crc", "<u4")])
-"""A task's number, its file's size in bytes (0: the file was found missing or damaged) and CRC-32."""
+"""A task's number, its file's size in bytes (0: the file was missing or damaged) and CRC-32."""
 
 
 # ------------------------------------------------------------------------------------------------- records
@@ -66,8 +60,8 @@ class Records:
             out.write(np.array(rows, RECORD).tobytes())
 
     def update(self, mine: np.ndarray, size: np.ndarray, crc: np.ndarray) -> None:
-        """Brings this list up to date with what is on disk, and makes it the last word on this run's tasks, ``mine``, bool
-        ``(T,)``; ``size`` ``(T,)`` is 0 of each file that is not right."""
+        """Appends what has changed on disk, so that this list has the latest records of this run's tasks, ``mine``, bool
+        ``(T,)``; ``size`` ``(T,)`` is 0 for each file that is not right."""
         changed = np.zeros(len(mine), bool)
         for known_size, known_crc in (_last_rows([self.path], len(mine)), self.latest(self.path.parent, len(mine))):
             changed |= mine & ((known_size != size) | ((known_crc != crc) & (size > 0)))
@@ -77,10 +71,10 @@ class Records:
 
     @staticmethod
     def latest(folder: Path, total: int) -> tuple[np.ndarray, np.ndarray]:
-        """The last word on each task: size ``(total,)`` uint32 (0: not finished) and CRC-32 ``(total,)`` uint32.
+        """The latest record of each task: size ``(total,)`` uint32 (0: not finished) and CRC-32 ``(total,)`` uint32.
 
-        Shards of one run have tasks of their own. A list of another ``--num_shards`` may name the same ones: then the list
-        that was written last is right, since each run brings its own up to date before it begins.
+        Shards of one run have different tasks. A list of another ``--num_shards`` may have the same ones: then the list that
+        was written last is right, since each run updates its own list before it begins.
         """
         last_written = lambda path: (path.stat().st_mtime_ns, path.name)  # noqa: E731
         return _last_rows(sorted(folder.glob("records*.bin"), key=last_written), total)
@@ -102,14 +96,14 @@ def _last_rows(paths: Sequence[Path], total: int) -> tuple[np.ndarray, np.ndarra
 def finished_tasks(
     folder: Path, paths: TaskPaths, records: Records, mine: np.ndarray, content: bool = False
 ) -> np.ndarray:
-    """Which tasks are done: the records checked against the files, and files without a record checked by content.
+    """Finds the finished tasks: compares records with files, and checks the content of files without a record.
 
-    Of this run's tasks, what proves damaged is removed, what proves right without a record is recorded, and what is
-    recorded but gone is struck out.
+    Of this run's tasks, damaged files are removed, right files without a record are recorded, and records of missing files
+    are cancelled.
 
     Args:
-        records: of this run; gets what changed.
-        mine: bool ``(T,)``, this run's tasks; files of others are only looked at.
+        records: of this run; is updated.
+        mine: bool ``(T,)``, this run's tasks; nothing is changed for others.
         content: compare checksums too (reads every file), not only sizes.
 
     Returns:
@@ -117,118 +111,65 @@ def finished_tasks(
     """
     size, crc = Records.latest(folder, len(paths.plan))
     done = np.zeros(len(paths.plan), bool)
-    for scan in _scans(_Scanner(folder / DATA, paths, size, crc if content else None)):
-        right = scan.right
-        for name in scan.unknown:
-            if name.endswith(TEMPORARY_SUFFIX) and mine.all():
-                os.unlink(scan.folder / name)
-        for name, position in scan.wrong:
-            number = int(scan.numbers[position])
-            if not mine[number]:
-                continue
-            # with a record of another size or checksum it is not what was written, even where it still decodes
-            row = None if size[number] else _verified(scan.folder / name, number, paths)
-            if row:
-                right[position] = True
-                _, size[number], crc[number] = row
+    tasks_of = rows_by_class(paths.plan.source_class, len(paths.folders))
+
+    def scan(source: int) -> list[tuple[Path, int | None]]:
+        """Marks the right files of a source class's folder; returns the others, each with the number of its task if any."""
+        number_of = dict(zip(paths.file_names(tasks_of[source]), tasks_of[source].tolist(), strict=True))
+        right, others = [], []
+        for entry, file_size in _files(folder / DATA / paths.folders[source]):
+            number = number_of.get(entry.name)
+            if (
+                number is not None
+                and file_size == size[number] > 0
+                and not (content and zlib.crc32(Path(entry.path).read_bytes()) != crc[number])
+            ):
+                right.append(number)
             else:
-                os.unlink(scan.folder / name)
-        done[scan.numbers] = right
+                others.append((Path(entry.path), number))
+        done[right] = True
+        return others
+
+    for path, number in itertools.chain.from_iterable(in_threads(scan, range(len(tasks_of)), LOOK_UP_THREADS)):
+        if number is None:
+            if path.name.endswith(TEMPORARY_SUFFIXES) and mine.all():
+                path.unlink()
+        elif mine[number]:
+            # with a record of another size or checksum it is not what was written, even where it still decodes
+            row = None if size[number] else _verified(path, number, paths)
+            if row:
+                done[number] = True
+                size[number], crc[number] = row
+            else:
+                path.unlink()
     records.update(mine, np.where(done, size, 0), crc)
     return done
 
 
-@dataclass
-class _Scan:
-    """What a folder of the subset holds: ``right`` bool, one per task of ``numbers``; names of other files; and names
-    and positions in ``numbers`` of tasks' files that are not what the records say."""
-
-    folder: Path
-    numbers: np.ndarray
-    right: np.ndarray
-    unknown: list[str]
-    wrong: list[tuple[str, int]]
-
-
-@dataclass
-class _Scanner:
-    """Compares folders with the records and changes nothing; ``crc`` is None where sizes are enough."""
-
-    data: Path
-    paths: TaskPaths
-    size: np.ndarray
-    crc: np.ndarray | None
-
-    def __call__(self, source: str, numbers: np.ndarray) -> _Scan:
-        position_of = dict(zip(self.paths.file_names(numbers), range(len(numbers)), strict=True))
-        expected, right = self.size[numbers].tolist(), bytearray(len(numbers))
-        scan = _Scan(self.data / source, numbers, np.frombuffer(right, bool), [], [])
-        for name, file_size in _files(scan.folder):
-            position = position_of.get(name)
-            if position is None:
-                scan.unknown.append(name)
-            elif file_size == expected[position] > 0 and (
-                self.crc is None or zlib.crc32((scan.folder / name).read_bytes()) == self.crc[numbers[position]]
-            ):
-                right[position] = True
-            else:
-                scan.wrong.append((name, position))
-        return scan
-
-
-def _scans(scanner: _Scanner) -> Iterator[_Scan]:
-    """The scan of every source class's folder; a big subset's by several processes."""
-    names = scanner.paths.folders
-    folders = zip(names, rows_by_class(scanner.paths.plan.source_class, len(names)), strict=True)
-    if len(scanner.size) < MANY_TASKS or "fork" not in multiprocessing.get_all_start_methods():
-        yield from itertools.starmap(scanner, folders)
-        return
-    # forked, they share the plan's memory; nothing of a plan's process has threads yet
-    context = multiprocessing.get_context("fork")
-    with context.Pool(os.cpu_count(), _keep_scanner, (scanner,)) as pool:
-        yield from pool.imap_unordered(_scan_in_process, folders)
-
-
-def _keep_scanner(scanner: _Scanner) -> None:
-    global _scanner
-    _scanner = scanner
-
-
-def _scan_in_process(folder_with_tasks: tuple[str, np.ndarray]) -> _Scan:
-    return _scanner(*folder_with_tasks)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Name and size in bytes of every file of a folder; none where there is no folder."""
+def _files(folder: Path) -> Iterator[tuple[os.DirEntry, int]]:
+    """Every file of a folder with its size in bytes; none where there is no folder."""
     try:
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        entries = os.scandir(folder)
     except FileNotFoundError:
         return
-    try:
-        for name in os.listdir(opened):
-            try:
-                size = os.stat(name, dir_fd=opened).st_size  # by the open folder: no path to walk
-            except FileNotFoundError:  # renamed or removed meanwhile, by another shard
-                continue
-            yield name, size
-    finally:
-        os.close(opened)
+    with entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile, by another shard
+                yield entry, entry.stat().st_size
 
 
-def _verified(path: Path, number: int, paths: TaskPaths) -> tuple[int, int, int] | None:
-    """The record row of a file that decodes and says it is this very task of this very plan."""
+def _verified(path: Path, number: int, paths: TaskPaths) -> tuple[int, int] | None:
+    """Size and CRC-32 of a file that decodes and whose metadata names this task of this plan; None for another file."""
     try:
         content = path.read_bytes()
         if not is_whole(content):
             return None
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            written = text_of(image)
-            if {k: written.get(k) for k in paths.text(number)} != paths.text(number):
-                return None
+            text, written = paths.text(number), text_of(image)
+        return (len(content), zlib.crc32(content)) if {k: written.get(k) for k in text} == text else None
     except (OSError, SyntaxError, ValueError, AttributeError):
         return None
-    return number, len(content), zlib.crc32(content)
 
 
 def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
@@ -240,7 +181,7 @@ def write_meta(folder: Path, paths: TaskPaths, done: np.ndarray) -> int:
 
 
 def recorded_identity(folder: Path) -> dict | None:
-    """What a subset's folder says it is made from, or None where there is none yet."""
+    """The record of a subset's folder, or None where there is none yet."""
     return load_arguments(folder, CONFIG_FILE)
 
 
@@ -248,10 +189,3 @@ def has_images(folder: Path) -> bool:
     """Whether a subset's folder holds any image, recorded or not."""
     recorded = any(path.stat().st_size for path in folder.glob("records*.bin"))
     return recorded or any(path.is_file() for path in (folder / DATA).glob("*/*"))
-
-
-def remove_stale_moments(folder: Path, names: Sequence[str]) -> None:
-    """Removes encoded sources other than the blocks ``names``, which alone this subset can use, and what dead processes left
-    half written; no run is at work in the folder."""
-    for name in set(os.listdir(folder / MOMENTS) if (folder / MOMENTS).is_dir() else ()) - set(names):
-        (folder / MOMENTS / name).unlink(missing_ok=True)

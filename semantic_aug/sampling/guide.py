@@ -1,7 +1,7 @@
-"""The guide of a plan: what a trained classifier says of validation and training images, kept in the subset's folder.
+"""The guide of a plan: a trained classifier's predictions by which sources, targets and masks are chosen.
 
-Confusions are counted from the run's own predictions for its validation images. Losses are computed once, on images as they
-are evaluated, and kept, since a GPU need not give the same digits again and a plan that has begun must stay what it is.
+Confusions are counted from the run's own predictions for its validation images. Everything else is computed once, on images
+as they are evaluated, and kept in the subset's folder: a GPU need not give the same digits again, and a plan must not change.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ PREDICTIONS = "val_predictions.csv"
 AT_ONCE = 256
 """Images of which predictions are in memory."""
 MOST_CLASSES, LEAST_SHARE = 10, 0.01
-"""What counts of the prediction for an unlabelled image: so many classes, of at least this probability."""
+"""Classes kept of the prediction for an unlabelled image: at most so many, of at least this probability."""
 LEAST_PROBABILITY = 1e-8
-"""Bounds the loss of an image that the classifier is sure to be another class: at most 18.4 nats."""
+"""Lower bound of probabilities, which bounds losses at 18.4 nats."""
 
 
 class Classifier(Protocol):
-    """What is asked of a trained classifier; see :class:`semantic_aug.classify.inference.Classifier`."""
+    """The part of :class:`semantic_aug.classify.inference.Classifier` that guides use."""
 
     path: Path
     class_names: tuple[str, ...]
@@ -56,7 +56,7 @@ class Classifier(Protocol):
         """Class probabilities ``(count, K)``."""
 
     def activation_maps(self, read: Callable[[int], Image.Image], classes: Sequence[int]) -> Iterator[np.ndarray]:
-        """Where each image shows a class, batch by batch: ``(B, side, side)`` in [0, 1]."""
+        """Class activation maps of each image for a class, batch by batch: ``(B, side, side)`` in [0, 1]."""
 
 
 LoadClassifier = Callable[[Path, str], Classifier]
@@ -73,7 +73,7 @@ def make_guide(
     *,
     predict: bool = True,
 ) -> Guide:
-    """The guide of a subset: what its folder has kept, else what the classifier says.
+    """The guide of a subset: kept in its folder, else computed by the classifier.
 
     Args:
         dataset: loaded under the setting.
@@ -87,47 +87,44 @@ def make_guide(
         UserError: the classifier is none, has other classes, or was trained or validated on other images.
     """
     masked = settings.object_mask is not None and not has_regions(dataset.train)
-    asked = masked or settings.pairing == "confusion" or settings.sources == "hard" or dataset.unlabelled is not None
-    if settings.classifier is None or not asked:
+    pool, confused = dataset.unlabelled, settings.pairing == "confusion"
+    wanted = {"confusions": confused, "losses": settings.sources == "hard", "objects": masked}
+    wanted |= dict.fromkeys(("pool_classes", "pool_weights"), pool is not None)
+    if settings.classifier is None or not any(wanted.values()):
         return Guide()
     run = registry.resolve_path(settings.classifier)
     classifier = load_classifier(run, device)
     order = _class_order(classifier.class_names, dataset, run)
     origin = check_classifier(run, dataset) | {"classifier": files_digest([classifier.path])}
-    if dataset.unlabelled is not None:
-        origin["unlabelled"] = pool_identity(dataset.unlabelled)
+    if pool is not None:
+        origin["unlabelled"] = pool_identity(pool)
     if masked:
         origin["objects"] = f"{grid[0]} x {grid[1]}, {settings.mask_threshold:g}"
-    parts, kept = {}, read_guide(folder)
-    if settings.pairing == "confusion":
-        parts["confusions"] = read_confusions(run, dataset)
+    kept = read_guide(folder)
     if kept.origin != origin:
         _check_begun(folder, origin)
         kept = Guide()
-    pool, known = dataset.unlabelled, kept.pool_classes is not None
-    hard = settings.sources == "hard"
-    missing = hard and kept.losses is None or pool is not None and not known or masked and kept.objects is None
+    parts = {name: array for name, array in kept.arrays().items() if wanted[name]}
+    if confused:
+        parts["confusions"] = read_confusions(run, dataset)
+    missing, shown = {name for name in wanted if wanted[name]} - parts.keys(), registry.shown_path(run)
     if missing and not predict:
-        shown = registry.shown_path(run)
         log.info("the predictions of classifier %s are left to a run: counts are without them", shown)
-    if hard:
-        losses = kept.losses if predict or kept.losses is not None else np.ones(len(dataset.train), np.float32)
-        parts["losses"] = losses_of(classifier, order, dataset.train) if losses is None else losses
-    if pool is not None and (known or predict):
-        pair = (kept.pool_classes, kept.pool_weights) if known else pool_classes(classifier, order, pool)
-        parts |= {"pool_classes": pair[0], "pool_weights": pair[1]}
-    if masked:
-        objects, images = kept.objects, dataset.train if predict else dataset.train.take([0])  # one: can maps be made?
-        if objects is None:
-            log.info("classifier %s: activation maps of %d images", registry.shown_path(run), len(images))
-            maps = objects_of(classifier, order, images, grid, settings.mask_threshold)
-            objects = maps if predict else None
-        parts["objects"] = objects
+    if "losses" in missing:
+        even = np.ones(len(dataset.train), np.float32)
+        parts["losses"] = losses_of(classifier, order, dataset.train) if predict else even
+    if "pool_classes" in missing and predict:
+        parts["pool_classes"], parts["pool_weights"] = pool_classes(classifier, order, pool)
+    if "objects" in missing:
+        images = dataset.train if predict else dataset.train.take([0])  # one: can maps be made?
+        log.info("classifier %s: activation maps of %d images", shown, len(images))
+        objects = objects_of(classifier, order, images, grid, settings.mask_threshold)
+        parts |= {"objects": objects} if predict else {}
     return Guide(**parts, origin=origin)
 
 
 def _check_begun(folder: Path, origin: dict[str, str]) -> None:
-    """Refuses, before the classifier is asked, a folder with images that followed another classifier or another pool."""
+    """Refuses, before the classifier runs, a folder whose images followed another classifier or another pool."""
     names = {"classifier_sha256": "classifier", "unlabelled": "unlabelled"}
     record = recorded_identity(folder) or {}
     if "data" not in record or not has_images(folder):
@@ -138,8 +135,8 @@ def _check_begun(folder: Path, origin: dict[str, str]) -> None:
 
 
 def losses_of(classifier: Classifier, order: list[int], images: ImageTable) -> np.ndarray:
-    """Cross-entropy of each image in nats, float32 ``(N,)``, without augmentation; ``order`` is the position of each class of
-    the images among the classifier's."""
+    """Cross-entropy of each image in nats, float32 ``(N,)``, without augmentation; ``order`` is the index of each class of the
+    images among the classifier's."""
     parts = _predicted(classifier, order, images, "losses of training images")
     of_class = np.concatenate([part[np.arange(len(rows)), images.labels[rows]] for rows, part in parts])
     return -np.log(np.maximum(of_class, LEAST_PROBABILITY)).astype(np.float32)
@@ -173,7 +170,7 @@ def _image(images: ImageTable, row: int) -> Image.Image:
     """The decoded image, or a black one in place of an image that cannot be read."""
     try:
         return images.image(row)
-    except UserError:  # nothing is made from it, which a run says
+    except UserError:  # nothing is made from it, which a run reports
         return Image.new("RGB", (1, 1))
 
 
@@ -188,10 +185,10 @@ def objects_of(
     """The object of each image by the activation map of its own class: the cells whose mean is at least ``threshold`` of the
     map's maximum (Zhou et al. 2016, arXiv:1512.04150, take a fifth), packed as :class:`Guide` has them.
 
-    An image has none where nothing in it speaks for its class, and where it cannot be read.
+    An image whose map is zero, or that cannot be read, has no object.
 
     Args:
-        order: position of each class of ``images`` among the classifier's.
+        order: index of each class of ``images`` among the classifier's.
         grid: (h, w) of the latents.
     """
     packed, classes = [], [order[label] for label in images.labels.tolist()]
@@ -232,7 +229,7 @@ def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:
 
 
 def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run: Path) -> list[int]:
-    """Position of each class of the data set among a classifier's."""
+    """Index of each class of the data set among the classifier's."""
     order = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=f"--classifier {run}")
     missing = [name for name, position in zip(dataset.source_names, order, strict=True) if position is None]
     if missing or len(names) != len(order):
@@ -248,7 +245,7 @@ def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run
 
 
 def read_guide(folder: Path) -> Guide:
-    """What a subset's folder has kept; empty where there is nothing, or nothing whole."""
+    """The guide that a subset's folder keeps; empty where there is none, or a damaged one."""
     arrays = load_arrays(folder / GUIDE_FILE)
     if "origin" not in arrays or not arrays.keys() <= set(Guide.__dataclass_fields__):  # a damaged name
         return Guide()
@@ -256,7 +253,7 @@ def read_guide(folder: Path) -> Guide:
 
 
 def write_guide(folder: Path, guide: Guide) -> None:
-    """Keeps a guide in the subset's folder, where it is not kept already."""
+    """Writes a guide into the subset's folder, unless the folder keeps it already."""
     kept = read_guide(folder)
     if guide.digest and (kept.digest, kept.origin) != (guide.digest, guide.origin):
         with atomic_path(folder / GUIDE_FILE) as temporary, open(temporary, "wb") as out:

@@ -1,11 +1,12 @@
-"""Handing batches to processes: the accounts that every engine keeps, and the engine for one machine.
+"""Handing batches to processes: the loop that every engine runs, and the engine for one machine.
 
-A batch whose process died or broke is done again, three times at most, then set aside and reported; where attempt after
-attempt fails, whatever the batch, the run ends. On one machine there
-is a process per entry of ``--gpu_ids``, each on a pipe of its own: one killed in the middle of a message spoils nobody
-else's. What dies, breaks or hangs is replaced. :mod:`semantic_aug.sampling.ray_engine` is the engine for many machines.
+A process that dies, breaks or hangs is replaced. The batch it was making is tried again, three times at most, then set aside
+and reported; where attempt after attempt fails, whatever the batch, the run ends. On one machine there is a process per entry
+of ``--gpu_ids``, each on a pipe of its own: one killed in the middle of a message spoils nobody else's.
+:mod:`semantic_aug.sampling.ray_engine` is the engine for many machines.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -20,13 +21,19 @@ from tqdm import tqdm
 from semantic_aug.errors import UserError, signals_to
 from semantic_aug.files import write_json
 from semantic_aug.sampling.job import Job, Row, Task
-from semantic_aug.sampling.liveness import LOADING_SECONDS, SILENCE_SECONDS, Liveness, Standstill, processor_seconds
+from semantic_aug.sampling.liveness import (
+    LOADING_SECONDS,
+    SILENCE_SECONDS,
+    STANDSTILL_SECONDS,
+    Liveness,
+    processor_seconds,
+)
+from semantic_aug.sampling.settings import Placement
 
 log = logging.getLogger(__name__)
 
-AHEAD = 3
-"""Batches a process holds at once: one being written, one being computed, and the next."""
-
+WAIT_SECONDS = 0.5
+"""How long an engine waits for a message before it looks for processes that hang."""
 MAX_ATTEMPTS = 3
 MAX_FAILURES = 20
 """Failed attempts in a row, at any batches, after which a run ends: each costs a new process."""
@@ -38,10 +45,10 @@ GRACE_SECONDS = 30.0
 
 @dataclass
 class Outcome:
-    """What a launch did.
+    """Result of a launch.
 
     Attributes:
-        written: images.
+        written: number of images.
         unreadable: task number -> why its source could not be read.
         set_aside: batch -> the last error of a batch that failed :data:`MAX_ATTEMPTS` times.
         interrupted: whether a signal stopped it.
@@ -55,10 +62,34 @@ class Outcome:
     seconds: float = 0.0
 
 
-class Dispatcher:
-    """Base of the engines, which keeps account: which batches wait, which failed how often, what was made, what the user sees.
+@dataclass(kw_only=True)
+class Worker:
+    """A process that makes batches.
 
-    A subclass writes :meth:`_serve` and :meth:`_end`.
+    Attributes:
+        device: what it computes on.
+        life: its signs of life.
+        held: batches it was given, in the order it makes them.
+        current: the batch it is making, which counts as failed when the process is replaced.
+        running: False while a cluster looks for a place for it.
+        ready: it has loaded everything.
+    """
+
+    device: str
+    life: Liveness
+    held: deque[int] = field(default_factory=deque)
+    current: int | None = None
+    running: bool = True
+    ready: bool = False
+
+
+class Dispatcher:
+    """Base of the engines: hands out batches, replaces processes, counts what was made and what failed, shows progress.
+
+    A subclass writes ``_start(device)``, which returns a :class:`Worker` that begins to load; ``_send(worker, batch)``;
+    ``_receive()``, which waits up to :data:`WAIT_SECONDS` for reports and calls :meth:`started`, :meth:`take` and
+    :meth:`_replace` by what they say; ``_observe(worker, limit)``, which looks for signs of life once a part of the limit in
+    seconds is over; and ``_kill(worker)``.
 
     Args:
         tasks_of: a batch's number to its tasks.
@@ -66,6 +97,9 @@ class Dispatcher:
         total: images of the whole subset (of this shard).
         already: images that existed before.
     """
+
+    AHEAD: int
+    """Batches a process holds at once."""
 
     def __init__(
         self,
@@ -77,18 +111,19 @@ class Dispatcher:
     ):
         self.job, self.tasks_of, self.on_rows, self.total, self.already = job, tasks_of, on_rows, total, already
         self.queue: deque[int] = deque()
+        self.workers: list[Worker] = []
         self.attempts: dict[int, int] = {}
         self.failed_starts = self.failures = 0  # in a row
         self.outcome = Outcome()
         self.marks: dict[object, list[tuple[float, int]]] = {}
         self.bar: tqdm | None = None
-        self.standstill = Standstill()
+        self._awake = time.monotonic()
         self._stop_requests, self._stopping_since, self._status_written = 0, None, 0.0
 
     @property
-    def devices(self) -> tuple[str, ...]:
-        """One process each."""
-        return self.job.config.placement.devices
+    def placement(self) -> Placement:
+        """Devices and time limits."""
+        return self.job.config.placement
 
     def run(self, batches: Sequence[int]) -> Outcome:
         """Makes the batches; returns when all are made, set aside, or a signal asked to stop. Raises UserError: no process can
@@ -110,20 +145,61 @@ class Dispatcher:
 
     def _serve(self) -> None:
         """Hands out batches until none is left or :meth:`must_return`."""
-        raise NotImplementedError
+        self.workers = [self._start(device) for device in self.placement.devices[: len(self.queue)]]
+        while not self.must_return():
+            for worker in self.workers:
+                self._feed(worker)
+            if not any(worker.held or (self.queue and not worker.ready) for worker in self.workers):
+                return
+            self._receive()
+            self._replace_hung()
+            self.report_status("running")
+
+    def _feed(self, worker: Worker) -> None:
+        while worker.ready and self.queue and len(worker.held) < self.AHEAD:
+            if not worker.held:
+                worker.life.hear()
+            worker.held.append(self.queue.popleft())
+            self._send(worker, worker.held[-1])
+
+    def _replace(self, worker: Worker, why: str) -> None:
+        """Ends a process that failed, takes its batches back, and starts another in its place."""
+        self._kill(worker)
+        self.workers.remove(worker)
+        if not worker.ready:
+            self.failed_to_start(worker.device, why)
+        self.give_back(worker.held, worker.current, why)
+        if self.queue:
+            log.warning("a sampling process on %s is replaced: %s", worker.device, why)
+            self.workers.append(self._start(worker.device))
+
+    def _replace_hung(self) -> None:
+        gap, self._awake = time.monotonic() - self._awake, time.monotonic()
+        for worker in list(self.workers):
+            if gap > STANDSTILL_SECONDS:  # this process itself was stopped (Ctrl-Z) or held up, and messages waited
+                worker.life.skip(gap)
+            if worker.ready and not worker.held:
+                continue
+            limit = (self.placement.worker_timeout or SILENCE_SECONDS) if worker.ready else LOADING_SECONDS
+            self._observe(worker, limit)
+            if why := worker.life.failure(limit):
+                no_place = "it did not start: are there enough free CPUs or GPUs in the cluster?"
+                self._replace(worker, why if worker.running else no_place)
 
     def _end(self) -> None:
         """Ends every process."""
-        raise NotImplementedError
+        for worker in self.workers:
+            self._kill(worker)
+        self.workers = []
 
     def describe_workers(self) -> list[dict]:
         """The processes, for the status file."""
-        return []
+        return [{"device": worker.device, "batches": list(worker.held)} for worker in self.workers]
 
-    # -------------------------------------------------------------------------------------------------- book-keeping
+    # ------------------------------------------------------------------------------------------------------- counts
 
     def take(self, process: object, rows: list[Row], failures: dict[int, str]) -> None:
-        """Books a batch that a process finished."""
+        """Counts a batch that a process has finished."""
         self.on_rows(rows)
         self.failures = 0
         self.outcome.written += len(rows)
@@ -150,32 +226,22 @@ class Dispatcher:
                 self.queue.append(batch)
 
     def failed_to_start(self, device: str, why: str) -> None:
-        """Books a process that never came to work. Raises UserError: it happened too often in a row; it will not change."""
+        """Counts a process that did not finish loading. Raises UserError: it happened too often in a row."""
         self.failed_starts += 1
         if self.failed_starts >= MAX_ATTEMPTS:
             raise UserError(
                 f"a sampling process on {device} could not start, {MAX_ATTEMPTS} times ({why}); DIFFMIX_DEBUG=1 shows more"
             )
 
-    def silence_limit(self, ready: bool) -> float:
-        """Seconds without a sign of life after which a process, loading or ready, is replaced."""
-        return (self.job.config.placement.worker_timeout or SILENCE_SECONDS) if ready else LOADING_SECONDS
-
     def started(self) -> None:
-        """Books a process that has loaded everything; the first one shows the progress bar."""
+        """Notes that a process has loaded everything; the first one shows the progress bar."""
         self.failed_starts = 0
         if self.bar is None:
-            self.bar = tqdm(
-                total=self.total,
-                initial=self.already,
-                unit="image",
-                desc=self.job.folder.name,
-                dynamic_ncols=True,
-                mininterval=1.0,
-            )
+            options = {"unit": "image", "dynamic_ncols": True, "mininterval": 1.0}
+            self.bar = tqdm(total=self.total, initial=self.already, desc=self.job.folder.name, **options)
 
     def steady_rate(self) -> float:
-        """Images per second of all processes together once each had finished a batch; 0 where there is too little to tell.
+        """Images per second of all processes together, from the first finished batch of each on; 0 after too few batches.
 
         A process reports a batch when it has computed the next, but its last one at once: that report is left out, so that
         the time spanned is that of the images counted.
@@ -232,50 +298,37 @@ class Dispatcher:
 # ------------------------------------------------------------ processes of this machine
 
 
-@dataclass
-class _Worker:
-    device: str
+@dataclass(kw_only=True)
+class _Process(Worker):
     process: multiprocessing.Process
     pipe: Connection
-    life: Liveness
-    held: deque[int] = field(default_factory=deque)
-    current: int | None = None
-    ready: bool = False
 
 
 class Launcher(Dispatcher):
     """Runs batches on a fixed number of local processes; see :class:`Dispatcher` for the arguments."""
 
+    AHEAD = 3  # one being written, one being computed, and the next
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.context = multiprocessing.get_context("spawn")
-        self.workers: list[_Worker] = []
 
-    def _serve(self) -> None:
-        self.workers = [self._start(device) for device in self.devices[: len(self.queue)]]
-        while not self.must_return():
-            for worker in self.workers:
-                self._feed(worker)
-            if not any(worker.held or (self.queue and not worker.ready) for worker in self.workers):
-                return
-            for pipe in wait([worker.pipe for worker in self.workers], timeout=0.5):
-                self._listen(next(worker for worker in self.workers if worker.pipe is pipe))
-            self._replace_hung()
-            self.report_status("running")
+    def _start(self, device: str) -> _Process:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs, self.job, device), daemon=True)
+        process.start()
+        theirs.close()
+        return _Process(device=device, life=Liveness(gpu=device != "cpu"), process=process, pipe=ours)
 
-    def _feed(self, worker: _Worker) -> None:
-        while worker.ready and self.queue and len(worker.held) < AHEAD:
-            batch = self.queue.popleft()
-            try:
-                worker.pipe.send((batch, self.tasks_of(batch)))
-            except OSError:  # it just died; the closed pipe will be seen in _listen
-                self.queue.appendleft(batch)
-                return
-            if not worker.held:
-                worker.life.hear()
-            worker.held.append(batch)
+    def _send(self, worker: _Process, batch: int) -> None:
+        with contextlib.suppress(OSError):  # the closed pipe of one that died is seen in _listen
+            worker.pipe.send((batch, self.tasks_of(batch)))
 
-    def _listen(self, worker: _Worker) -> None:
+    def _receive(self) -> None:
+        for pipe in wait([worker.pipe for worker in self.workers], timeout=WAIT_SECONDS):
+            self._listen(next(worker for worker in self.workers if worker.pipe is pipe))
+
+    def _listen(self, worker: _Process) -> None:
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):
@@ -283,73 +336,42 @@ class Launcher(Dispatcher):
             self._replace(worker, f"its process ended with status {worker.process.exitcode}")
             return
         worker.life.hear()
-        kind = message[0]
-        if kind == "ready":
-            worker.ready = True
-            self.started()
-        elif kind == "begin":
-            worker.current = message[1]
-        elif kind == "done":
-            _, batch, rows, failures = message
-            worker.held.remove(batch)
-            self.take(id(worker), rows, failures)
-        elif kind == "note":
-            log.warning("%s: %s", worker.device, message[1])
-        elif kind == "error":
-            log.debug(message[1])
-            self._replace(worker, message[1].strip().split("\n")[-1])
-        elif kind == "fatal":
-            raise UserError(message[1])
+        match message:
+            case ("ready",):
+                worker.ready = True
+                self.started()
+            case ("begin", batch):
+                worker.current = batch
+            case ("done", batch, rows, failures):
+                worker.held.remove(batch)
+                self.take(id(worker), rows, failures)
+            case ("note", text):
+                log.warning("%s: %s", worker.device, text)
+            case ("error", text):
+                log.debug(text)
+                self._replace(worker, text.strip().split("\n")[-1])
+            case ("fatal", line):
+                raise UserError(line)
 
-    # ------------------------------------------------------------------------------------------------- processes
+    def _observe(self, worker: _Process, limit: float) -> None:
+        if worker.life.due(limit):
+            worker.life.observe(processor_seconds(worker.process.pid))
 
-    def _start(self, device: str) -> _Worker:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.job, device), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(device, process, ours, Liveness(gpu=device != "cpu"))
-
-    def _replace(self, worker: _Worker, why: str) -> None:
-        """Ends a process that failed, gives its batches back, and starts another in its place."""
-        _kill(worker)
-        self.workers.remove(worker)
-        if not worker.ready:
-            self.failed_to_start(worker.device, why)
-        self.give_back(worker.held, worker.current, why)
-        if self.queue:
-            log.warning("a sampling process on %s is replaced: %s", worker.device, why)
-            self.workers.append(self._start(worker.device))
-
-    def _replace_hung(self) -> None:
-        stopped = self.standstill.seconds()
-        for worker in list(self.workers):
-            worker.life.skip(stopped)
-            if not worker.held and worker.ready:
-                continue
-            limit = self.silence_limit(worker.ready)
-            if worker.life.due(limit):
-                worker.life.observe(processor_seconds(worker.process.pid))
-            if why := worker.life.failure(limit):
-                self._replace(worker, why)
+    def _kill(self, worker: _Process) -> None:
+        if worker.process.is_alive():
+            worker.process.kill()
+        worker.process.join(timeout=10)
+        worker.pipe.close()
 
     def _end(self) -> None:
         for worker in self.workers:
             worker.pipe.close()  # an idle process ends by itself
         for worker in self.workers:
             worker.process.join(timeout=0 if worker.held else 5)
-            _kill(worker)
-        self.workers = []
+        super()._end()
 
     def describe_workers(self) -> list[dict]:
         return [{"device": w.device, "pid": w.process.pid, "batches": list(w.held)} for w in self.workers]
-
-
-def _kill(worker: _Worker) -> None:
-    if worker.process.is_alive():
-        worker.process.kill()
-    worker.process.join(timeout=10)
-    worker.pipe.close()
 
 
 def _serve(pipe: Connection, job: Job, device: str) -> None:

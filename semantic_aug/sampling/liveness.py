@@ -1,7 +1,7 @@
-"""Whether a sampling process lives and works: messages, denoising steps and processor time are its signs of life.
+"""Signs of life of sampling processes: messages, denoising steps and processor time.
 
-A batch may take hours (a large model on a CPU, networks being compiled) and is no failure while it computes. A process that
-is stopped, blocked or locked up sends nothing and uses no processor time, and is found after a limit of silence.
+A batch may take hours (a large model on a CPU, networks being compiled); it has not failed while its process computes. A
+process that is stopped or blocked sends nothing and uses no processor time, and counts as hung after a limit of silence.
 """
 
 import time
@@ -17,10 +17,11 @@ STEP_SECONDS = 1800.0
 """Limit between two steps on a GPU: waiting for a GPU that hangs takes processor time too."""
 
 BUSY_SHARE = 0.03
-"""Share of one core from which a process counts as working; the threads of an idle one take less."""
+"""Share of one core from which a process counts as working; the threads of an idle process take less."""
 
 HEARTBEAT_SECONDS = 1.0
 STANDSTILL_SECONDS = 10.0
+"""Time between two looks at the processes from which the launcher itself counts as stopped."""
 
 
 def processor_seconds(pid: int | None = None) -> float | None:
@@ -98,15 +99,3 @@ class Heartbeat:
         if now - self.sent >= HEARTBEAT_SECONDS:
             self.sent = now
             self.send()
-
-
-class Standstill:
-    """Tells when the watching process itself was stopped (Ctrl-Z) or held up: the others' messages then waited."""
-
-    def __init__(self):
-        self.awake = time.monotonic()
-
-    def seconds(self) -> float:
-        """How long it stood still since the last call; 0 where it did not."""
-        gap, self.awake = time.monotonic() - self.awake, time.monotonic()
-        return gap if gap > STANDSTILL_SECONDS else 0.0

@@ -36,13 +36,13 @@ def columns_of(object_mask: str | None) -> tuple[str, ...]:
 
 
 def has_regions(images: ImageTable) -> bool:
-    """Whether the images have boxes or masks, which win over a classifier's activation maps."""
+    """Whether the images have boxes or masks, which are preferred to a classifier's activation maps."""
     return bool({BOX, BOX_TEXT, MASK_PATH} & set(images.extras))
 
 
 def check_mask(part: str, images: ImageTable, dataset: str, classifier: Path | None = None) -> None:
-    """Refuses a mask where there is nothing to mask. Raises UserError: images without boxes and masks and no classifier that
-    finds their objects."""
+    """Refuses ``--object_mask`` where no object is known. Raises UserError: images without boxes and masks, and no classifier
+    that finds their objects."""
     if classifier is None and not has_regions(images):
         raise UserError(
             f"--object_mask {part}: {dataset} has no boxes of its objects and no masks; the official downloads of cub, car "
@@ -52,9 +52,9 @@ def check_mask(part: str, images: ImageTable, dataset: str, classifier: Path | N
 
 
 def with_regions(images: ImageTable, part: str | None) -> ImageTable:
-    """The training images with the user's own boxes as numbers, and the content hash of each of the user's masks; as they are
-    where ``part``, the value of ``--object_mask``, is None. Raises UserError: an image without box and mask, a box that is
-    none, or a mask file that does not exist; names the image."""
+    """The training images with the user's own boxes as numbers and the content hashes of the user's masks; unchanged where
+    ``part``, the value of ``--object_mask``, is None. Raises UserError: an image without box and mask, a malformed box, or a
+    mask file that does not exist; names the image."""
     texts, paths = (images.extras.get(name, [""] * len(images)) for name in (BOX_TEXT, MASK_PATH))
     if part is None or not {BOX_TEXT, MASK_PATH} & set(images.extras):
         return images
@@ -75,8 +75,8 @@ def with_regions(images: ImageTable, part: str | None) -> ImageTable:
 
 
 def parse_box(text: str, key: str) -> tuple[float, float, float, float]:
-    """A box as a list gives it, ``x, y, width, height`` in pixels, as (left, top, right, bottom). Raises UserError: something
-    else; names the image."""
+    """Parses a box of a list, ``x, y, width, height`` in pixels, to (left, top, right, bottom). Raises UserError: another
+    format; names the image."""
     cells = re.split(r"\s*[,;]\s*|\s+", text.strip().strip("[]()").strip())
     try:
         x, y, width, height = map(float, cells)
@@ -92,7 +92,7 @@ def parse_box(text: str, key: str) -> tuple[float, float, float, float]:
 def check_regions(images: ImageTable) -> None:
     """Reads the user's own masks, and compares masks and boxes with their images, before long work.
 
-    Images that cannot be read are passed over: nothing is made from them, and a run says so.
+    Images that cannot be read are skipped: nothing is made from them, which a run reports.
 
     Raises:
         UserError: a box outside its image, or a mask that is damaged, empty or of another size; names the image.
@@ -120,7 +120,7 @@ def _check_region(images: ImageTable, row: int) -> None:
 
 
 def read_mask(path: str, size: tuple[int, int], key: str, content: bytes | None = None) -> np.ndarray:
-    """A mask file as bool ``(height, width)``: whatever is not black, or not transparent, is the object.
+    """Reads a mask file, bool ``(height, width)``: pixels that are not black, or not transparent, are the object.
 
     Args:
         path: of an image of any kind; palettes count by index.
@@ -129,7 +129,7 @@ def read_mask(path: str, size: tuple[int, int], key: str, content: bytes | None 
         content: of the file, where it has been read already.
 
     Raises:
-        UserError: no image, of another size, or without an object; names the image.
+        UserError: not an image, of another size, or without an object; names the image.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:

@@ -18,7 +18,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
 
 UNIFORM_STRENGTHS = (0.3, 0.5, 0.7, 0.9)
-"""What ``--strength_strategy uniform`` draws from."""
+"""Strengths of ``--strength_strategy uniform``."""
 
 PAIRINGS = ("balanced", "independent", "confusion")
 """How strategies with mixed pairing draw the target of each source: see :func:`_draw_pairs`."""
@@ -42,14 +42,14 @@ class Plan:
         source: int32 ``(T,)``, row of the source image in the training split, or -1 when starting from noise; unlabelled
             images have the rows from N on.
         source_class: int32 ``(T,)``; equal to ``target`` when starting from noise. Of an unlabelled image the most probable
-            class, or K where no classifier was asked.
+            class, or K without a classifier.
         target: int32 ``(T,)``, target class.
         strength_code: uint8 ``(T,)``, index into ``strengths``.
         strengths: the strengths that occur.
         batch_size: most tasks per batch; the last batch of each strength may be smaller.
         starts: int64 ``(batches + 1,)``, first number of each batch, and ``T``. A batch has one strength.
         digest: SHA-256 of everything else here and of the keys of the images; two plans are equal when their digests are.
-        context: int32 ``(T,)``, what follows the prompt; None without contexts.
+        context: int32 ``(T,)``, index of the context that follows the prompt; None without contexts.
         partner: int32 ``(T,)``, row of a second image, of the target class; None where a task has one image or none.
     """
 
@@ -82,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """What a classifier says of the images, by which sources and targets are drawn; None for what is not asked of it.
+    """Predictions of a classifier by which sources, targets and masks are chosen; None for those that are not needed.
 
     Attributes:
         confusions: int64 ``(K, K)``, number of validation images by true class (rows) and predicted class.
@@ -90,7 +90,7 @@ class Guide:
         pool_classes: int32 ``(P, M)``, the most probable classes of each unlabelled image, the best first.
         pool_weights: uint16 ``(P, M)``, their probabilities in ten thousandths; 0 beyond those that count.
         objects: uint8 ``(N, ceil(h * w / 8))``, the cells of the latents that show each training image's class, as packed bits.
-        origin: digests of what the others were computed from, by name; no part of the plan's digest.
+        origin: digests of the classifier and the images by name; no part of the plan's digest.
     """
 
     confusions: np.ndarray | None = None
@@ -101,12 +101,12 @@ class Guide:
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is asked of the classifier, by name."""
+        """The predictions by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the arrays; empty where nothing is asked of a classifier."""
+        """SHA-256 of the arrays; empty without any."""
         arrays, digest = self.arrays(), hashlib.sha256()
         for name, array in arrays.items():
             digest.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
@@ -115,19 +115,16 @@ class Guide:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What decides a plan besides the training images.
+    """Everything that decides a plan besides the training images.
 
     Attributes:
-        strategy: row of the strategy table.
         strengths: strengths to spread evenly over the tasks.
         multiplier: synthetic images per training image.
-        batch_size: tasks per batch.
-        seed: the run's ``--seed``.
         task: ``vanilla`` or ``imbalanced``.
         pairing: one of :data:`PAIRINGS`; counts for mixed pairing only.
         contexts: number of contexts, of which each task draws one, all equally often and independently of everything else.
         sources: one of :data:`SOURCES`; counts where sources are images.
-        guide: what ``pairing`` and ``sources`` follow, where they follow a classifier.
+        guide: predictions of the classifier that ``pairing`` and ``sources`` follow.
         pool: names of the P unlabelled images among the sources.
     """
 

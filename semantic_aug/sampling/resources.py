@@ -1,4 +1,4 @@
-"""What a subset takes of a machine: processes that its memory holds, images at once, space on the disk."""
+"""What a subset needs of a machine: memory for processes and batches, space on the disk."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ MODEL_BYTES, BYTES_PER_IMAGE_512 = 3 * 2**30, 2**30
 estimate that proves too high costs nothing but a message: out of memory halves what is computed at once."""
 
 PROCESS_BYTES = 1 << 29
-"""Memory of a CPU process besides the networks (float32, whatever the files hold) and what computing with them takes."""
+"""Memory of a CPU process besides the networks, which are float32 there whatever their files hold, and their activations."""
 
 
 def disk_bytes(count: float, images: ImageSettings) -> float:

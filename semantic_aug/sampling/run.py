@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,8 @@ from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.files import locked, no_trace
 from semantic_aug.run_lock import lock_folder
 from semantic_aug.sampling import claim as claims
+from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.config import SampleConfig, with_batch_size
-from semantic_aug.sampling.folder import (
-    CONFIG_FILE,
-    DATA,
-    MOMENTS,
-    Records,
-    finished_tasks,
-    recorded_identity,
-    remove_stale_moments,
-    write_meta,
-)
 from semantic_aug.sampling.guide import GUIDE_FILE, read_guide
 from semantic_aug.sampling.job import Job
 from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
@@ -41,7 +32,7 @@ from semantic_aug.sampling.subset import PlannedSubset, describe, plan_subset, w
 
 log = logging.getLogger(__name__)
 
-BEFORE_RESULTS = (CONFIG_FILE, f"{MOMENTS}/*", STATUS_FILE, SOURCES_FILE, UNLABELLED_FILE, GUIDE_FILE)
+BEFORE_RESULTS = (store.CONFIG_FILE, f"{store.MOMENTS}/*", STATUS_FILE, SOURCES_FILE, UNLABELLED_FILE, GUIDE_FILE)
 """What a run writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 CLAIM_LOCK = ".lock-claim"
@@ -64,13 +55,8 @@ class OpenedSubset:
     planned: PlannedSubset
     batches: np.ndarray
     mine: np.ndarray
-    records: Records
+    records: store.Records
     done: np.ndarray
-
-    @property
-    def folder(self) -> Path:
-        """Of the subset."""
-        return self.planned.folder
 
     def count(self) -> tuple[int, int]:
         """Finished images of this run, and all of them."""
@@ -78,9 +64,9 @@ class OpenedSubset:
 
     def close(self) -> None:
         """Writes ``meta.csv``, and removes what only an unfinished subset needs."""
-        write_meta(self.folder, self.planned.paths, self.done)
+        store.write_meta(self.planned.folder, self.planned.paths, self.done)
         if self.done.all():
-            shutil.rmtree(self.folder / MOMENTS, ignore_errors=True)
+            shutil.rmtree(self.planned.folder / store.MOMENTS, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -95,15 +81,17 @@ def opened(subset: PlannedSubset) -> Iterator[OpenedSubset]:
             claims.claim(subset, alone=shard[0] == 1)
         claims.warn(subset)
         warn_of_repeats(subset)
-        make_folders(folder, subset.paths.folders)
         batches = batches_of_shard(subset.plan, *shard, subset.config.run.seed)
         mine = np.zeros(len(subset.plan), bool)
         for batch in batches:
             mine[slice(*subset.plan.starts[batch : batch + 2])] = True
-        records, origin = Records(folder, *shard), subset.identity.origin
-        if shard[0] == 1 and origin.sources is not None:
-            remove_stale_moments(folder, block_files(origin.sources, origin.encoder))
-        done = finished_tasks(folder, subset.paths, records, mine, content=output.verify == "content")
+        records, job = store.Records(folder, *shard), subset.job
+        if shard[0] == 1 and job.sources is not None:
+            usable = set(block_files(job.sources, job.encoder))  # not what dead processes left half written
+            for path in (folder / store.MOMENTS).glob("*"):
+                if path.name not in usable:
+                    path.unlink(missing_ok=True)
+        done = store.finished_tasks(folder, subset.paths, records, mine, content=output.verify == "content")
         yield OpenedSubset(subset, batches, mine, records, done)
 
 
@@ -147,18 +135,13 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
             print(calibrate(subset))
         return
     folder = (merge if config.output.merge else make)(subset)
-    key, config_dir = config.output.register_key, config.run.config_dir
-    entry = registry.shown_path(folder)
+    key, config_dir, entry = config.output.register_key, config.run.config_dir, registry.shown_path(folder)
+    parts = config.setting.suffix.lstrip("_"), config.strategy.name.replace("-", ""), config.strength_label
+    offered = key or "_".join(filter(None, parts))  # such as 5shot_diffmix_0.7
     print(f"subset: {entry}\nto use it, add to {registry.shown_path(config_dir / registry.SUBSETS)}:")
-    print(registry.to_yaml({dataset.name: {key or default_key(config): entry}}), end="")
+    print(registry.to_yaml({dataset.name: {offered: entry}}), end="")
     if key and registry.register(registry.SUBSETS, dataset.name, key, entry, config_dir):
         print(f"registered as {dataset.name}/{key}")
-
-
-def default_key(config: SampleConfig) -> str:
-    """The registry key offered for a subset, e.g. ``5shot_diffmix_0.7``."""
-    parts = [config.setting.suffix.lstrip("_"), config.strategy.name.replace("-", ""), config.strength_label]
-    return "_".join(part for part in parts if part)
 
 
 def check(subset: PlannedSubset) -> None:
@@ -188,12 +171,13 @@ def make(subset: PlannedSubset) -> Path:
         Interrupted: stopped by a signal; everything made so far is in place and listed.
     """
     with no_trace(subset.folder, BEFORE_RESULTS), opened(subset) as run:
-        subset, folder, missing = run.planned, run.folder, run.mine & ~run.done
+        subset, missing = run.planned, run.mine & ~run.done
+        folder = subset.folder
 
         def on_rows(rows: Sequence[tuple[int, int, int]]) -> None:
             for number, size, _ in rows:
                 name = subset.paths.relative(number)
-                if (folder / DATA / name).stat().st_size != size:
+                if (folder / store.DATA / name).stat().st_size != size:
                     raise UserError(f"{name} changed while it was written: another process works in {folder}")
             run.records.append(rows)
             run.done[[row[0] for row in rows]] = True
@@ -201,7 +185,7 @@ def make(subset: PlannedSubset) -> Path:
         finished, wanted = run.count()
         if finished:
             log.info("%s: %d of %d images exist, %d to make", folder, finished, wanted, wanted - finished)
-        job = subset.job(folder)
+        job = subset.job
         launcher = make_launcher(job, lambda batch: subset.tasks(batch, missing), on_rows, wanted, finished)
         if missing.any():
             with locked(folder / CLAIM_LOCK):
@@ -222,18 +206,18 @@ def merge(subset: PlannedSubset) -> Path:
     """Joins and checks what shards made: verifies every file, writes ``meta.csv``, reports what is missing. Raises UserError:
     shards are still at work, or images are missing."""
     folder = subset.folder
-    if recorded_identity(folder) is None:
+    if store.recorded_identity(folder) is None:
         raise UserError(f"--merge: {folder} holds no subset; run the shards first, or correct --output_root")
     with opened(subset) as run:
         run.close()
         finished, wanted = run.count()
     if finished < wanted:
         raise UserError(
-            f"{folder}: {finished} of {wanted} images are there and listed in meta.csv, number "
+            f"{folder}: {finished} of {wanted} images exist and are listed in meta.csv, number "
             f"{int(np.flatnonzero(~run.done)[0])} is the first missing one: run the shards again, or the command without "
             "--num_shards"
         )
-    log.info("%s: all %d images are there and listed in meta.csv", folder, wanted)
+    log.info("%s: all %d images exist and are listed in meta.csv", folder, wanted)
     return folder
 
 
@@ -246,9 +230,8 @@ def calibrate(subset: PlannedSubset) -> str:
     devices, everything = config.placement.devices, np.ones(len(plan), bool)
     with tempfile.TemporaryDirectory(prefix="calibrate-") as temporary:
         folder = Path(temporary) / "calibration"
-        make_folders(folder, subset.paths.folders)
         tasks_of = partial(subset.tasks, missing=everything)
-        launcher = make_launcher(subset.job(folder), tasks_of, lambda rows: None, len(plan), 0)
+        launcher = make_launcher(replace(subset.job, folder=folder), tasks_of, lambda rows: None, len(plan), 0)
         launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (TIMED + 1) * len(devices)])
         size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.images.image_format}"))
     rate, written = launcher.steady_rate(), launcher.outcome.written
@@ -263,23 +246,17 @@ def calibrate(subset: PlannedSubset) -> str:
     )
 
 
-def make_launcher(job: Job, tasks_of: Callable, on_rows: Callable, total: int, already: int) -> Dispatcher:
-    """The engine a request names; see :class:`Dispatcher` for the arguments."""
+def make_launcher(job: Job, *arguments) -> Dispatcher:
+    """The engine that a request names; see :class:`Dispatcher` for the arguments."""
     if job.config.placement.engine == "ray":
         from semantic_aug.sampling.ray_engine import RayLauncher
 
-        return RayLauncher(job, tasks_of, on_rows, total, already)
-    return Launcher(job, tasks_of, on_rows, total, already)
-
-
-def make_folders(folder: Path, folders: Sequence[str]) -> None:
-    """The class folders under ``data/``."""
-    for name in folders:
-        (folder / DATA / name).mkdir(parents=True, exist_ok=True)
+        return RayLauncher(job, *arguments)
+    return Launcher(job, *arguments)
 
 
 def _conclude(run: OpenedSubset, outcome: Outcome) -> Path:
-    folder, written, (finished, wanted) = run.folder, outcome.written, run.count()
+    folder, written, (finished, wanted) = run.planned.folder, outcome.written, run.count()
     rate = f", {written / outcome.seconds:.2f} images/s" if written and outcome.seconds else ""
     seconds = f"{outcome.seconds:.0f} s{rate}"
     log.info("%s: %d of %d images (%d made now in %s)", folder, finished, wanted, written, seconds)

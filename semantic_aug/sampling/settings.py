@@ -28,7 +28,7 @@ MASK_THRESHOLD = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model makes the images, and its prompts."""
+    """The model that makes the images, and its prompts."""
 
     TITLE = "model and prompts"
     finetune_model_key: str | None = cli.setting(
@@ -91,7 +91,7 @@ class ModelSettings:
             raise UserError("--lcm_lora and --distilled_lora both name a distilled LoRA: give one of them")
 
     def extra_lora(self) -> Path | None:
-        """The file of the LoRA to merge as well. Raises UserError: no such file."""
+        """The file of the LoRA that is merged as well; None without one. Raises UserError: no such file."""
         given = [(path, f"--{name}") for name in ("lcm_lora", "distilled_lora") if (path := getattr(self, name))]
         return find_lora(*given[0]) if given else None
 
@@ -106,7 +106,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """What to make. Strengths count for the result through those that follow from them."""
+    """The images to make. A subset's identity has the strengths that follow from the flags, instead of the flags."""
 
     TITLE = "images"
     sample_strategy: str = cli.setting(
@@ -252,7 +252,7 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where images are computed and how.
+    """Devices, processes and batches.
 
     Attributes:
         devices: one process each, from ``gpu_ids``.
@@ -309,6 +309,11 @@ class Placement:
     )
     devices: tuple[str, ...] = ()
     automatic_batch: bool = False
+
+    @property
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cpu" if self.devices[0] == "cpu" else "cuda"
 
     def __post_init__(self):
         if self.ray_address and self.engine != "ray":
@@ -369,7 +374,7 @@ def build_parser() -> cli.Parser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags of several groups that do not go together, whatever the data set and the model are. Raises UserError: names
+    """Refuses flags of several groups that contradict each other, whatever data set and model are. Raises UserError: names
     two of them."""
     if args.calibrate and not args.dry_run:
         raise UserError("--calibrate goes with --dry_run")

@@ -1,4 +1,4 @@
-"""The solver of stage 2: the user's settings, else those that go with the model or with inverted images."""
+"""The solver of stage 2: the user's settings, else the defaults of a distilled model or of inverted images."""
 
 import argparse
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from semantic_aug.errors import UserError
 from semantic_aug.sampling.settings import LCM_SOLVER, ModelSettings
 
 UNINVERTED = ("few_steps", "distilled_lora", "lcm_lora", "eta", "timestep_spacing", "final_sigmas_type")
-"""Flags that say how else to denoise than by the DDIM that takes an inversion back."""
+"""Flags of other ways of denoising than DDIM, which reverses an inversion."""
 
 INVERSION_SOLVER = {"num_inference_steps": 25, "guidance_scale": 1.0, "scheduler": "ddim"}
-"""Settings of strategies that start from inversions: with guidance, denoising no longer takes back what inversion did."""
+"""Settings of strategies that start from inversions: with guidance, denoising would not reverse the inversion."""
 
 
 def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> SolverSettings:
-    """The settings of the solver: the user's, else those that go with the model.
+    """The settings of the solver: the user's, else the defaults.
 
     Args:
-        defaults: those of a distilled model; None: the flags', or LCM's with ``--lcm_lora``.
+        defaults: of a distilled model; None: the flags' own, or LCM's with ``--lcm_lora``.
 
     Raises:
         UserError: an unknown scheduler, another one than DDIM where images are inverted, or a setting that the scheduler
@@ -53,7 +53,7 @@ def read_solver(args: argparse.Namespace, defaults: Mapping[str, Any] | None = N
 
 
 def _drop_ignored(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
-    """Leaves out what a distilled model asks of its own scheduler where another one ignores it; refuses what the user asks."""
+    """Drops defaults of a distilled model that the user's scheduler ignores; refuses such a flag of the user's."""
     name = chosen["scheduler"]
     optional = ("eta", "timestep_spacing", "final_sigmas_type")
     given = {
@@ -68,8 +68,8 @@ def _drop_ignored(args: argparse.Namespace, chosen: dict[str, Any]) -> None:
 
 
 def read_few_steps(args: argparse.Namespace, base: str, scheduler_config: Mapping[str, Any]) -> SolverSettings:
-    """The settings of the solver under ``--few_steps``: the user's, else those of the distilled model. Raises UserError: a
-    model that is not known to be distilled, or is asked for what it cannot do."""
+    """The settings of the solver under ``--few_steps``: the user's, else the defaults of the distilled model. Raises UserError:
+    a model that is not known to be distilled, or settings that it does not support."""
     lora = cli.read_settings(ModelSettings, args).extra_lora()
     kind = args.distilled or ("lcm" if args.lcm_lora else kind_of(lora, base, scheduler_config))
     if kind is None:

@@ -1,20 +1,19 @@
-"""The source images of a plan: compared with what was planned, encoded once, and masked where that is asked for.
+"""The source images of a plan: compared with the plan, encoded once, and masked under ``--object_mask``.
 
-A data set is listed by the launcher and again by each process (a replacement may start days later, on another machine). A
-task's row means an image only while both listings agree; and the image means what the plan says only while its bytes do.
+A data set is listed by the launcher and again by each process (a replacement may start days later, on another machine). So
+each process compares its listing, and the bytes of each image that it reads, with the plan's hashes.
 
-Sources are encoded in fixed blocks of neighbouring rows, so that an image's moments depend on nothing but the plan.
-What is encoded stays in memory up to a bound and is written to ``.moments`` in the subset's folder, where the other
-processes, and a restarted run, find it under a name made of the images' content and of what encodes them; the folder is
-removed when the subset is complete.
+Sources are encoded in fixed blocks of neighbouring rows, so that an image's moments depend on nothing but the plan. Encoded
+blocks are kept in memory up to a bound, and in ``.moments`` of the subset's folder, where other processes and a restarted run
+find them by a hash of the images and the encoder; the folder is removed when the subset is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +47,7 @@ REMEDY = (
 
 
 class DataChanged(UserError):
-    """The data set is not the one the plan was made for."""
+    """The data set is no longer the one of the plan."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,22 @@ class PlannedSources:
     Attributes:
         rows: uint64 ``(N,)``, a hash of each row's key, class name and further columns that count.
         content: uint8 ``(N, 16)``, the hash of each image's encoded bytes; zeros where it could not be read.
+        columns: the further columns that count, those that decide what a translation looks like (boxes).
     """
 
     rows: np.ndarray
     content: np.ndarray
+    columns: Sequence[str] = ()
 
     @classmethod
     def of(cls, images: ImageTable, hashes: ContentHashes, columns: Sequence[str] = ()) -> PlannedSources:
-        """The rows of a training split; ``columns`` are further ones that decide what a translation looks like (boxes)."""
-        return cls(_row_hashes(images, columns), hashes.values)
+        """The sources of a listing of all of them and their content hashes."""
+        return cls(_row_hashes(images, columns), hashes.values, columns)
 
-    def check(self, images: ImageTable, columns: Sequence[str] = ()) -> None:
+    def check(self, images: ImageTable) -> None:
         """Compares another listing of the same data set. Raises DataChanged: another number of images, or other names or
         labels; names one of them."""
-        rows = _row_hashes(images, columns)
+        rows = _row_hashes(images, self.columns)
         if np.array_equal(rows, self.rows):
             return
         new = np.flatnonzero(~np.isin(rows, self.rows))
@@ -84,12 +85,12 @@ class PlannedSources:
 
 
 def source_table(dataset: LoadedDataset) -> ImageTable:
-    """The images that a plan's rows count: the training images, then the unlabelled ones."""
+    """The source images of a plan: the training images, then the unlabelled ones."""
     return dataset.train if dataset.unlabelled is None else dataset.train.with_class(dataset.unlabelled)
 
 
 def planned_sources(dataset: LoadedDataset, hashes: ContentHashes, columns: Sequence[str]) -> PlannedSources:
-    """The sources of a plan; arguments as of :meth:`PlannedSources.of`, ``hashes`` of the training images."""
+    """The sources of a plan; ``hashes`` are those of the training images, ``columns`` as in :class:`PlannedSources`."""
     if dataset.unlabelled is None:
         return PlannedSources.of(dataset.train, hashes, columns)
     table = source_table(dataset)
@@ -111,12 +112,7 @@ def block_files(planned: PlannedSources, encoder: str) -> list[str]:
     """The file of each block of :data:`BLOCK` rows, named after its images' names, classes and content and the encoder."""
     rows, content = planned.rows, planned.content
     blocks = (rows[i : i + BLOCK].tobytes() + content[i : i + BLOCK].tobytes() for i in range(0, len(rows), BLOCK))
-    begun, names = hashlib.sha256(encoder.encode()), []
-    for block in blocks:
-        digest = begun.copy()
-        digest.update(block)
-        names.append(f"{digest.hexdigest()[:32]}.safetensors")
-    return names
+    return [f"{hashlib.sha256(encoder.encode() + block).hexdigest()[:32]}.safetensors" for block in blocks]
 
 
 def _row_hashes(images: ImageTable, columns: Sequence[str]) -> np.ndarray:
@@ -129,42 +125,35 @@ def _row_hashes(images: ImageTable, columns: Sequence[str]) -> np.ndarray:
 
 
 class SourceImages:
-    """The training images of one process, read as the plan has them.
+    """The source images of a process, each compared with the plan when it is read.
 
     Args:
-        images: this process's own listing of the training split.
-        planned: what the plan was made for.
-        columns: further columns that count.
+        images: this process's listing of the sources.
+        planned: the sources of the plan.
 
     Raises:
-        DataChanged: the listing is another.
+        DataChanged: the listing differs from the plan's.
     """
 
-    def __init__(self, images: ImageTable, planned: PlannedSources, columns: Sequence[str] = ()):
-        planned.check(images, columns)
-        self.images, self.planned, self.extras = images, planned, images.extras
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def size(self, row: int) -> tuple[int, int]:
-        """(width, height) of the image of a row; see :meth:`semantic_aug.datasets.ImageTable.size`."""
-        return self.images.size(row)
+    def __init__(self, images: ImageTable, planned: PlannedSources):
+        planned.check(images)
+        self.table, self.planned = images, planned
 
     def image(self, row: int) -> Image.Image:
-        """The decoded image of a row, PIL RGB, from the very bytes that are compared with the plan's hash.
+        """The decoded image of a row, PIL RGB, from the bytes that are compared with the plan's hash.
 
         Raises:
-            DataChanged: its content is not the plan's.
+            DataChanged: its content differs from the plan's.
             UserError: it is missing, cannot be decoded, or could not be read when the plan was made.
         """
-        if self.images.encoded is None:
-            image = self.images.image(row)
-            self._compare(row, pixel_bytes(image), self.images.keys[row])
+        table = self.table
+        if table.encoded is None:
+            image = table.image(row)
+            self._compare(row, pixel_bytes(image), table.keys[row])
             return image
-        stored = self.images.encoded(int(self.images.rows[row]))
+        stored = table.encoded(int(table.rows[row]))
         if isinstance(stored, bytes):
-            name, content = self.images.keys[row], stored
+            name, content = table.keys[row], stored
         else:
             name, content = str(stored), _read(Path(stored))
         self._compare(row, content, name)
@@ -183,7 +172,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"image {path} is not there: restore it or remove it from the data set") from None
+        raise UserError(f"image {path} does not exist: restore it or remove it from the data set") from None
     except OSError as error:
         raise UserError(f"image {path} cannot be read ({error.strerror or error}): restore it or remove it") from None
 
@@ -195,50 +184,42 @@ class SourceMoments:
     """Posterior parameters of source images by row.
 
     Args:
-        images: training split, as the plan has it.
-        encoder: says how images are encoded; part of the blocks' names.
-        folder: of the subset; blocks are shared through ``.moments`` in it. None keeps to memory.
+        images: sources of the plan.
+        encoder: describes how images are encoded; part of the blocks' names.
+        folder: of the subset, in whose ``.moments`` blocks are shared.
         memory: bytes of the blocks kept in memory.
     """
 
-    def __init__(
-        self, images: SourceImages, engine: Engine, encoder: str, folder: Path | None, memory: int = MEMORY_BYTES
-    ):
-        self.images, self.engine, self.memory = images, engine, memory
+    def __init__(self, images: SourceImages, engine: Engine, encoder: str, folder: Path, memory: int = MEMORY_BYTES):
+        self.images, self.engine = images, engine
         self.files = block_files(images.planned, encoder)
-        self.folder = folder / MOMENTS if folder is not None else None
-        self.blocks: OrderedDict[int, Tensor] = OrderedDict()
+        self.folder = folder / MOMENTS
+        self.block = functools.lru_cache(max(1, memory // self._empty(BLOCK).nbytes))(self._block)
         self.broken: dict[int, str] = {}
         self.encoded = 0
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        """The parameters ``(B, 2C, h, w)`` of rows, zeros for an image that cannot be read, and why it cannot."""
-        stacked = torch.stack([self._block(row // BLOCK)[row % BLOCK] for row in rows])
+        """The parameters ``(B, 2C, h, w)`` of rows, zeros for images that cannot be read, and the error of each of these."""
+        stacked = torch.stack([self.block(row // BLOCK)[row % BLOCK] for row in rows])
         return stacked, {row: self.broken[row] for row in rows if row in self.broken}
 
     def _block(self, number: int) -> Tensor:
-        if number in self.blocks:
-            self.blocks.move_to_end(number)
-            return self.blocks[number]
-        path = self.folder / self.files[number] if self.folder is not None else None
-        block = _read_block(path) if path is not None else None
+        path = self.folder / self.files[number]
+        block = _read_block(path)
         if block is None:
             block, whole = self._encode(number)
-            if path is not None and whole:  # a block with a broken image is encoded again, to have its error at hand
+            if whole:  # a block with a broken image is encoded again, to have its error at hand
                 _write_block(path, block)
-        self.blocks[number] = block
-        while len(self.blocks) > 1 and sum(b.nbytes for b in self.blocks.values()) > self.memory:
-            self.blocks.popitem(last=False)
         return block
 
     def _encode(self, number: int) -> tuple[Tensor, bool]:
-        rows = range(number * BLOCK, min(len(self.images), (number + 1) * BLOCK))
+        rows = range(number * BLOCK, min(len(self.images.table), (number + 1) * BLOCK))
         pictures, good = [], []
         for row in rows:
             try:
                 pictures.append(fit(self.images.image(row), self.engine.resolution))
                 good.append(row)
-            except DataChanged:  # of an exchanged image nothing may be made, nor of what else has changed
+            except DataChanged:  # other images may have been exchanged too
                 raise
             except UserError as error:
                 self.broken[row] = str(error)
@@ -266,18 +247,18 @@ class SourceInversions(SourceMoments):
         return torch.zeros(count, *self.engine.latent_shape)
 
     def _computed(self, pictures: Sequence[Image.Image], rows: Sequence[int]) -> Tensor:
-        return self.engine.invert(self.engine.encode(pictures), self.images.images.labels[rows].tolist())
+        return self.engine.invert(self.engine.encode(pictures), self.images.table.labels[rows].tolist())
 
 
 def _read_block(path: Path) -> Tensor | None:
     try:
         return load_file(path)["moments"]
     except (OSError, SafetensorError, KeyError):
-        return None  # not there yet, or torn by a crash of the machine
+        return None  # absent, or cut off by a crash of the machine
 
 
 def _write_block(path: Path, block: Tensor) -> None:
-    """A cache: what cannot be written (a full disk) is encoded again."""
+    """Keeps a block; one that cannot be written (a full disk) is encoded again later."""
     with contextlib.suppress(OSError, SafetensorError), atomic_path(path, flush=False) as temporary:
         save_file({"moments": block}, temporary)
 
@@ -290,7 +271,7 @@ class SourceMasks:
     """Masks of source images by row, each computed once.
 
     Attributes:
-        images: training split, with boxes or masks; as the plan has it.
+        images: sources of the plan, with boxes or masks.
         latent: (h, w) of the latents.
         part: one of ``--object_mask``'s values.
         objects: the cells of each image's object as packed bits, where there are neither boxes nor masks; see
@@ -304,8 +285,8 @@ class SourceMasks:
     known: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, rows: Sequence[int]) -> Tensor:
-        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read. Raises DataChanged: a mask's
-        file is not the one that was listed."""
+        """The masks of rows, bool ``(B, 1, h, w)``; all True for an image that cannot be read. Raises DataChanged: a mask file
+        has changed."""
         return torch.stack([self._mask(row) for row in rows])
 
     def _mask(self, row: int) -> Tensor:
@@ -315,17 +296,17 @@ class SourceMasks:
             changes = cells if self.part == "object" and cells.any() else ~cells
             return torch.from_numpy(changes).reshape(1, *self.latent)
         if row not in self.known:
+            table, extras = self.images.table, self.images.table.extras
             try:
-                size = self.images.size(row)
-            except UserError:  # said where the source is encoded
+                size = table.size(row)
+            except UserError:  # reported where the source is encoded
                 return torch.ones(1, *self.latent, dtype=torch.bool)
-            extras = self.images.extras
             if MASK in extras and extras[MASK][row]:
                 path = extras[MASK_PATH][row]
                 content = _read(Path(path))
                 if hash_bytes(content).hex() != extras[MASK][row]:
                     raise DataChanged(f"mask {path} was exchanged while images were made from it: {REMEDY}")
-                mask = read_mask(path, size, self.images.images.keys[row], content)
+                mask = read_mask(path, size, table.keys[row], content)
                 self.known[row] = pixel_mask(mask, self.latent, self.part)
             else:
                 self.known[row] = box_mask(extras[BOX][row].tolist(), size, self.latent, self.part)

@@ -1,23 +1,24 @@
-"""A subset as it is planned: request, plan, file names and what it is made from, each worked out once and handed down whole."""
+"""A planned subset: request, plan, file names, job and identity, each computed once; and its description for a dry run."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from semantic_aug.datasets import LoadedDataset
-from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.datasets.fingerprint import ContentHashes, hash_images
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.diffusion.schedulers import first_step
 from semantic_aug.meta_csv import EVEN, without_slashes
-from semantic_aug.sampling.config import SampleConfig, subset_folder
+from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
-from semantic_aug.sampling.identity import Identity, identity_of
+from semantic_aug.sampling.identity import identity_of
 from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.plan import Guide, Plan, PlanSettings, make_plan, repeated_tasks
 from semantic_aug.sampling.resources import disk_bytes
@@ -31,32 +32,26 @@ class PlannedSubset:
     """A subset before its folder is opened.
 
     Attributes:
-        config: the request.
-        dataset: loaded under the setting.
-        plan: of all tasks.
-        paths: file names.
-        identity: what the subset is made from.
+        dataset: loaded under the request's setting.
+        images: content hashes of the training images.
+        identity: see :func:`semantic_aug.sampling.identity.identity_of`.
     """
 
     config: SampleConfig
     dataset: LoadedDataset
     plan: Plan
     paths: TaskPaths
-    identity: Identity
+    job: Job
+    images: ContentHashes
+    identity: dict[str, Any]
 
     @property
     def folder(self) -> Path:
         """``{output_root}/{dataset}/{subset}``."""
-        return subset_folder(self.config, self.dataset)
-
-    def job(self, folder: Path) -> Job:
-        """What goes to the processes that write into ``folder``."""
-        # the plan has been drawn; masks are still needed
-        config = replace(self.config, guide=Guide(objects=self.config.guide.objects))
-        return Job(config, folder, self.identity.origin, config.compiled(len(self.plan)))
+        return self.job.folder
 
     def tasks(self, batch: int, missing: np.ndarray) -> list[Task]:
-        """The tasks of one batch; those that are not ``missing``, bool ``(T,)``, go along without a path."""
+        """The tasks of a batch; those that are not ``missing``, bool ``(T,)``, have no path and are computed, not written."""
         plan, paths = self.plan, self.paths
         return [
             Task(
@@ -75,11 +70,13 @@ class PlannedSubset:
 
 
 def plan_subset(config: SampleConfig, dataset: LoadedDataset) -> PlannedSubset:
-    """The plan of a request, and what follows from it. Reads the training images and weights that have changed since they were
-    last hashed."""
-    plan = plan_of(config, dataset)
-    identity = identity_of(config, dataset, plan, hash_images(dataset.train))
-    return PlannedSubset(config, dataset, plan, task_paths(config, dataset, plan), identity)
+    """Plans the subset of a request. Training images and weights that have changed since they were last hashed are read."""
+    plan, images = plan_of(config, dataset), hash_images(dataset.train)
+    job = Job.of(config, dataset, images, len(plan))
+    identity = identity_of(config, dataset, plan, images, job)
+    return PlannedSubset(
+        config, dataset, plan, task_paths(config, dataset, plan), job, images=images, identity=identity
+    )
 
 
 def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
@@ -114,7 +111,8 @@ def task_paths(config: SampleConfig, dataset: LoadedDataset, plan: Plan) -> Task
 
 
 def source_label_of(guide: Guide, dataset: LoadedDataset) -> Callable[[int], str]:
-    """From a row of the sources to what ``meta.csv`` says of the classes of an unlabelled one; empty of a labelled one."""
+    """A function from a source's row to the column ``Source Label`` of ``meta.csv``: the class probabilities of an unlabelled
+    source as JSON, empty for a labelled one."""
     first, names = len(dataset.train), without_slashes(dataset.source_names)
 
     def label(row: int) -> str:
@@ -168,7 +166,7 @@ def describe_cost(config: SampleConfig, plan: Plan, count: int) -> str:
 
 
 def warn_of_repeats(subset: PlannedSubset) -> None:
-    """Tells of images that come out identical, since a strategy that starts from two inverted images draws nothing more."""
+    """Warns of tasks with identical images: a strategy that starts from two inverted images draws no noise."""
     config, plan, paths, prompts = subset.config, subset.plan, subset.paths, []
     if plan.partner is None:
         return
