@@ -277,6 +277,19 @@ def test_files_without_a_record_are_adopted_if_right(tmp_path):
     assert np.flatnonzero(Records.latest(tmp_path, 20)[0]).tolist() == [n for n in range(20) if n not in (3, 5)]
 
 
+def test_a_damaged_file_without_a_record_is_removed_whatever_its_decoder_raises(tmp_path):
+    plan, paths, records = small_subset(tmp_path, "webp")
+    records.path.unlink()
+    damaged = tmp_path / store.DATA / paths.relative(5)
+    content = damaged.read_bytes()
+    assert content[12:16] == b"VP8X"
+    damaged.write_bytes(content[:24] + b"\xff\xff\x0f" * 2 + content[30:])  # a canvas of a million by a million pixels
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(damaged)
+    done = store.finished_tasks(tmp_path, paths, records, np.ones(len(plan), bool))
+    assert np.flatnonzero(~done).tolist() == [5] and not damaged.exists()
+
+
 def test_another_shards_files_are_only_looked_at(tmp_path):
     plan, paths, records = small_subset(tmp_path)
     mine = np.arange(len(plan)) < 10
