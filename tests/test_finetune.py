@@ -1,6 +1,7 @@
 """Stage 1: what each step trains on, exact resume, kills, checkpoints, and the files that come out."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ import tiny
 import train_lora
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import losses
-from semantic_aug.diffusion.base import load_base
+from semantic_aug.diffusion.base import load_base, load_skeleton
 from semantic_aug.diffusion.schedulers import PREDICTION_TYPES
 from semantic_aug.errors import UserError
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.batches import BatchSource
+from semantic_aug.finetune.config import parse
 from semantic_aug.finetune.latents import LatentCache, crop_box, view_of
+from semantic_aug.finetune.run import resolve
 from semantic_aug.run_lock import lock_folder
 
 
@@ -252,8 +255,6 @@ def test_a_base_model_that_was_removed_from_the_hub_is_replaced_and_local_copies
 
 
 def test_a_folder_that_is_no_stable_diffusion_is_refused(tiny_base, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_base, tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights in its folder unet .*add the missing file"):
@@ -261,6 +262,35 @@ def test_a_folder_that_is_no_stable_diffusion_is_refused(tiny_base, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model_index.json"):
         load_base(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer/tokenizer.json": None}, "tokenizer holds no tokenizer: expected tokenizer.json, or vocab.json"),
+        ({"tokenizer/tokenizer.json": None, "tokenizer/vocab.json": "{}"}, "holds no tokenizer: .*and merges.txt"),
+        ({"tokenizer/tokenizer.json": "{"}, "tokenizer that cannot be read"),
+        ({"tokenizer/tokenizer_config.json": "{}"}, "tokenizer_config.json gives no model_max_length"),
+        ({"text_encoder/config.json": None}, "text_encoder/config.json cannot be read"),
+    ],
+)
+def test_an_incomplete_base_model_is_refused_before_the_images_are_encoded(
+    tiny_base, image_folder, tmp_path, changes, message
+):
+    """Without a vocabulary or a configuration transformers takes defaults, under which all words are one."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    for name, text in changes.items():
+        if text is None:
+            (tmp_path / "base" / name).unlink()
+        else:
+            (tmp_path / "base" / name).write_text(text)
+    for step in (
+        lambda: load_base(str(tmp_path / "base")),
+        lambda: load_skeleton(str(tmp_path / "base"), tmp_path / "base"),
+        lambda: resolve(parse(list(map(str, arguments(tmp_path / "base", image_folder, tmp_path / "run"))))),
+    ):
+        with pytest.raises(UserError, match=message):
+            step()
 
 
 # --------------------------------------------------------------------------------------- the pieces, in process

@@ -353,6 +353,26 @@ def test_damaged_and_foreign_lora_files(tmp_path):
             lora.read_lora(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [((), (4, 2), ()), ((0, 4), (4, 0), ()), ((2,), (4, 2), ()), ((2, 4), (4,), ()), ((2, 4), (4, 2), (3,))],
+)
+def test_weights_and_alphas_of_impossible_shapes_are_refused(tmp_path, down, up, alpha):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {"lora_down.weight": torch.zeros(down), "lora_up.weight": torch.zeros(up), "alpha": torch.ones(alpha)}
+    save_file({f"{stem}.{name}": value for name, value in tensors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=rf"'{stem}.* has the shape .*, which is not that of a LoRA weight"):
+        lora.read_lora(tmp_path / "lora.safetensors")
+
+
+def test_settings_of_another_layout_are_refused(tmp_path):
+    tensors = {"unet.mid_block.x.lora_A.weight": torch.zeros(2, 4), "unet.mid_block.x.lora_B.weight": torch.zeros(4, 2)}
+    settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": ["x"]}
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(UserError, match="its settings for mid_block.x cannot be read"):
+        lora.read_lora(tmp_path / "lora.safetensors")
+
+
 def test_a_pickle_with_code_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -397,6 +417,24 @@ def test_tokens_of_earlier_versions_are_read(tmp_path):
     new, old = (tokens.load_tokens(tmp_path / f"{name}.safetensors") for name in ("t", "old"))
     assert torch.equal(old.vectors, new.vectors) and old.dataset == "5"
     assert (old.class_names, old.names, old.vectors_per_class) == (new.class_names, new.names, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "per_class"),
+    [
+        ({"clip_l": (3, 4), "clip_g": (3, 5)}, 1),
+        ({"<class_0>": (4,), "<class_1>": (4,)}, 2),
+        ({"<class_0>": (), "<class_1>": ()}, 1),
+    ],
+)
+def test_tokens_that_do_not_belong_to_their_classes_are_damaged(tmp_path, tensors, per_class):
+    metadata = {
+        "class_names": ["a", "b"], "placeholders": ["<class_0>", "<class_1>"], "vectors_per_class": per_class
+    }  # fmt: skip
+    values = {name: torch.zeros(shape) for name, shape in tensors.items()}
+    save_file(values, tmp_path / "tokens.safetensors", {"diffmix": json.dumps(metadata)})
+    with pytest.raises(UserError, match="class tokens .* are damaged .*placeholders"):
+        tokens.load_tokens(tmp_path / "tokens.safetensors")
 
 
 def test_several_vectors_per_class():

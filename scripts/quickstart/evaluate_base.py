@@ -30,7 +30,7 @@ GENERATED = 320
 JUDGE_SEEDS = (2020, 2021, 2022)
 JUDGE_EPOCHS = 10
 STEPS = (2000, 500, 100, 20)
-"""Of stage 1 on all training images; the first is the run that counts, the others show what steps buy."""
+"""Steps of stage 1 on all training images: the first for the model card, the others for comparison."""
 
 TRAINING = (
     "--train_batch_size", "16", "--learning_rate", "5e-4", "--ti_learning_rate", "5e-3", "--lr_scheduler", "cosine",
@@ -44,7 +44,7 @@ CARD = HERE / "model_card.md"
 
 
 def python(*argv) -> None:
-    """Runs one of the entry scripts; finished ones say so and return at once."""
+    """Runs one of the entry scripts, which return at once where they have finished before."""
     print("python", *argv, flush=True)
     subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -98,8 +98,7 @@ def generate(name: str, config: Path, shots: int = -1) -> Path:
 
 
 def agreement(subset: Path, judge_folders: list[Path]) -> dict:
-    """How the judges take a subset's images: shares that agree with the prompt, averaged over the judges."""
-
+    """The shares of a subset's images that the judges assign to what was prompted, averaged over the judges."""
     from semantic_aug.classify.inference import load_run
     from semantic_aug.datasets import load_dataset
     from semantic_aug.datasets.sets.elpv import CLASS_NAMES, LEVELS
@@ -107,7 +106,7 @@ def agreement(subset: Path, judge_folders: list[Path]) -> dict:
 
     images = read_subset(subset, load_dataset("elpv"), allow_other_sources=True)
     levels, count = len(LEVELS), len(CLASS_NAMES)
-    sure = np.isin(images.target % levels, (0, levels - 1))  # functional and defective; the levels between are doubtful
+    sure = np.isin(images.target % levels, (0, levels - 1))  # functional or defective, not the doubtful levels between
     shares = []
     for folder in judge_folders:
         p = load_run(folder).probabilities(images.image, len(images)).reshape(-1, count // levels, levels)
@@ -115,21 +114,14 @@ def agreement(subset: Path, judge_folders: list[Path]) -> dict:
         right_level = defective == (images.target % levels == levels - 1)
         right_class = p.reshape(len(p), count).argmax(1) == images.target
         shares.append([(kind == images.target // levels).mean(), right_level[sure].mean(), right_class.mean()])
-    mean, spread = np.mean(shares, 0), np.std(shares, 0)
-    return {
-        "images": len(images),
-        "cell_type_share": round(float(mean[0]), 4),
-        "cell_type_spread": round(float(spread[0]), 4),
-        "defect_share": round(float(mean[1]), 4),
-        "defect_spread": round(float(spread[1]), 4),
-        "class_share": round(float(mean[2]), 4),
-        "class_spread": round(float(spread[2]), 4),
-    }
+    figures = {"images": len(images)}
+    for name, mean, spread in zip(("cell_type", "defect", "class"), np.mean(shares, 0), np.std(shares, 0), strict=True):
+        figures |= {f"{name}_share": _rounded(mean), f"{name}_spread": _rounded(spread)}
+    return figures
 
 
 def distance_to_real(subset: Path) -> dict:
     """KID of a subset to the training photographs, over features of the ImageNet backbone."""
-
     from semantic_aug.classify import features
     from semantic_aug.datasets import load_dataset
     from semantic_aug.evaluation.quality import distances
@@ -151,16 +143,16 @@ def distance_to_real(subset: Path) -> dict:
 
 def judge_accuracy(folders: list[Path]) -> dict:
     """Mean and standard deviation over seeds of the judges' own test accuracy."""
-
-    result = [json.loads((folder / "results.json").read_text())["test"] for folder in folders]
+    tests = [json.loads((folder / "results.json").read_text())["test"] for folder in folders]
     figures: dict = {"seeds": list(JUDGE_SEEDS)}
     for name in ("top1", "macro"):
-        values = [f[name] for f in result]
-        figures[f"test_{name}"] = {
-            "mean": round(float(np.mean(values)), 4),
-            "std": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None,
-        }
+        values = [test[name] for test in tests]
+        figures[f"test_{name}"] = {"mean": _rounded(np.mean(values)), "std": _rounded(np.std(values, ddof=1))}
     return figures
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
 
 
 def draw_samples(path: Path) -> None:
@@ -193,34 +185,23 @@ def draw_samples(path: Path) -> None:
 
 def model_card(figures: dict) -> str:
     """The model card, every figure as measured."""
-    recipe = json.loads((ROOT / BASE / RECIPE_FILE).read_text()) if (ROOT / BASE / RECIPE_FILE).exists() else {}
-    result = {name: figures.get(name, {}) for name in ("autoencoder", "judge", "all_images", "ten_shot")}
-
-    def percent(group: str, name: str) -> str:
-        value = result[group].get(name)
-        return "not measured" if value is None else f"{100 * value:.1f} %"
-
-    def agreement_row(title: str, group: str) -> str:
-        cells = []
-        for name in ("cell_type", "defect"):
-            spread = f" (\u00b1 {100 * result[group].get(f'{name}_spread', 0):.1f})" if len(JUDGE_SEEDS) > 1 else ""
-            cells.append(percent(group, f"{name}_share") + spread)
-        return f"| {title} | {cells[0]} | {cells[1]} | {result[group].get('images', 0)} |"
-
-    judge = result["judge"].get("test_top1", {})
-    spread_of_judge = f" \u00b1 {100 * judge['std']:.1f}" if judge.get("std") is not None else ""
+    judge, (first, *_) = figures["judge"]["test_top1"], STEPS
+    groups = {
+        "all_images": f"{first:,} steps of stage 1 on all 1,575 training images",
+        "ten_shot": "the quickstart's stage 1, 10 images per class",
+    }
+    rows = []
+    for group, title in groups.items():
+        shares = [(figures[group][f"{n}_share"], figures[group][f"{n}_spread"]) for n in ("cell_type", "defect")]
+        cells = [f"{100 * share:.1f} % (\u00b1 {100 * spread:.1f})" for share, spread in shares]
+        rows.append(f"| {title} | {' | '.join(cells)} | {figures[group]['images']} |")
     return CARD.read_text(encoding="utf-8").format(
-        psnr=result["autoencoder"].get("test_psnr_db", "not measured"),
-        test_images=result["autoencoder"].get("test_images", 0),
-        recipe=recipe,
+        psnr=figures["autoencoder"]["test_psnr_db"],
+        test_images=figures["autoencoder"]["test_images"],
+        recipe=json.loads((ROOT / BASE / RECIPE_FILE).read_text()),
         judge_seeds=", ".join(map(str, JUDGE_SEEDS)),
-        judge=f"{100 * judge['mean']:.1f}{spread_of_judge} %" if judge else "not measured",
-        rows="\n".join(
-            [
-                agreement_row(f"{STEPS[0]:,} steps of stage 1 on all 1,575 training images", "all_images"),
-                agreement_row("the quickstart's stage 1, 10 images per class", "ten_shot"),
-            ]
-        ),
+        judge=f"{100 * judge['mean']:.1f} \u00b1 {100 * judge['std']:.1f} %",
+        rows="\n".join(rows),
     )
 
 
@@ -244,7 +225,7 @@ def main() -> int:
             subset = generate(f"steps{steps}", finetune(f"steps{steps}", steps))
             figures["steps"][steps] = agreement(subset, judges) | distance_to_real(subset)
         figures["all_images"] = figures["steps"][STEPS[0]]
-        quickstart = Quickstart(ELPV)  # its stage 1 is taken as it is, and run now where it has not been
+        quickstart = Quickstart(ELPV)  # whose stage 1 is run now where it has not been
         python(*quickstart.commands()["finetune"])
         ten_shot = generate(CHECKPOINT, quickstart.out / "config", ELPV.size.shots)
         figures["ten_shot"] = agreement(ten_shot, judges)

@@ -1,7 +1,7 @@
-"""The whole job on an embedded base model: stage 1, 2 and 3 in a few-shot setting, and one report.
+"""All three stages on an embedded base model, in a few-shot setting, and one report.
 
-Every step is a command a user could type; it is printed before it runs. Steps that are done are not done again, and an
-interrupted one resumes from what is on disk.
+Every step is a command that a user could type, and is printed before it runs. Finished steps are not repeated, and an
+interrupted one resumes from its files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -43,7 +45,7 @@ from semantic_aug.evaluation.quality import gallery  # noqa: E402
 
 CHECKPOINT = "quickstart"
 RESULTS = {"train_lora.py": "summary.json", "train_cls.py": "results.json"}
-"""What a finished run has in its output folder."""
+"""The file that marks a finished run in its output folder."""
 
 
 class Quickstart:
@@ -68,12 +70,8 @@ class Quickstart:
     @property
     def data(self) -> list[str]:
         """Flags that name the data set and its few-shot draw."""
-        settings = {"examples_per_class": self.size.shots, **self.task.setting}
-        return [
-            "--dataset",
-            self.task.dataset,
-            *(word for name in settings for word in (f"--{name}", str(settings[name]))),
-        ]
+        flags = {"dataset": self.task.dataset, "examples_per_class": self.size.shots, **self.task.setting}
+        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
     def commands(self) -> dict[str, list[str]]:
         """Name of a step -> its command."""
@@ -157,7 +155,7 @@ class Quickstart:
             try:
                 status = process.wait()
             except KeyboardInterrupt:
-                status = process.wait()  # the step got the signal too and makes its work safe
+                status = process.wait()  # the step received the signal too and saves its work
                 raise
             finally:
                 entry.update(seconds=round(entry["seconds"] + time.monotonic() - began, 1), command=argv)
@@ -182,24 +180,17 @@ class Quickstart:
             results = json.loads((folder / "results.json").read_text())
             predictions, cells = read_predictions(folder, "test"), []
             for score in ("top1", "macro"):
-                low, high = image_interval(predictions.shares(score), predictions.strata(score))
-                detail = (
-                    f"95 % interval over {len(predictions.files)} photographs: {100 * low:.1f} to {100 * high:.1f} %"
-                )
+                low, high = (100 * end for end in image_interval(predictions.shares(score), predictions.strata(score)))
+                detail = f"95 % interval over {len(predictions.files)} photographs: {low:.1f} to {high:.1f} %"
                 cells.append(Cell(f"{100 * results['test'][score]:.1f} %", detail))
-            cells += [
-                f"{100 * results['val']['top1']:.1f} %",
-                str(results["steps"]),
-                f"{self.times[name]['seconds']:.0f} s",
-            ]
-            rows.append([name, *cells])
+            validation, seconds = f"{100 * results['val']['top1']:.1f} %", f"{self.times[name]['seconds']:.0f} s"
+            rows.append([name, *cells, validation, str(results["steps"]), seconds])
         return Table(["training data", "test top-1", "test macro", "validation top-1", "steps", "time"], rows)
 
     def differences(self) -> str:
-        """What synthetic images changed in test macro, one sentence for each method that has them."""
-        folders = {name: ROOT / self.result_folder(name) for name in self.task.methods}
-        runs, sentences = {name: read_predictions(folder, "test") for name, folder in folders.items()}, []
-        synthetic = [name for name, flags in self.task.methods.items() if "--syndata_key" in flags]
+        """The change of test macro by synthetic images, one sentence for each method that has them."""
+        runs = {name: read_predictions(ROOT / self.result_folder(name), "test") for name in self.task.methods}
+        synthetic, sentences = [name for name in runs if "--syndata_key" in self.task.methods[name]], []
         for name in synthetic:
             parts = []
             for other in (other for other in runs if other not in synthetic):
@@ -280,15 +271,10 @@ class Quickstart:
             photograph = fit(data.train.image(index), resolution)
             moments = engine.encode([photograph]).expand(2 * len(strengths), -1, -1, -1)
             wanted = [target for target in task.targets(label, count) for _ in strengths]
-            noise = [task_rng(0, row) for _ in wanted]
-            from PIL import Image
-
-            created = engine.translate(moments, wanted, strengths * 2, noise)
-            cells = [
-                Cell(Image.fromarray(image.numpy()), data.class_names[t])
-                for image, t in zip(created, wanted, strict=True)
-            ]
-            rows.append([Cell(photograph, data.class_names[label]), *cells])
+            created = engine.translate(moments, wanted, strengths * 2, [task_rng(0, row) for _ in wanted])
+            pictures = [photograph, *(Image.fromarray(image.numpy()) for image in created)]
+            names = [data.class_names[shown] for shown in (label, *wanted)]
+            rows.append(list(map(Cell, pictures, names)))
         titles = ["photograph", *(f"s = {s}" for _ in range(2) for s in strengths)]
         grid(rows, column_titles=titles, title=f"{self.title}: translations between classes").save(path)
         seconds = round(time.monotonic() - began, 1)

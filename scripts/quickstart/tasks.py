@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything.
+    """The counts of a run.
 
     Attributes:
         shots: training photographs per class.
@@ -40,16 +40,16 @@ class Task:
         dataset: word for ``--dataset``.
         base: folder of the base model.
         folder: results, under ``outputs``.
-        size: how much of everything.
-        setting: further flags of the data set that all three stages share, without dashes.
+        size: counts of the full run.
+        setting: further flags of the data set for all three stages, without dashes.
         finetune: flags of stage 1.
-        sample: flags of stage 2; a row of the table among them stands for the folder of its classifier, which is trained
-            before.
+        sample: flags of stage 2; the name of a method among them stands for the folder of its classifier, which is trained
+            first.
         classifier: flags of every classifier.
-        methods: row of the table -> further flags of its classifier.
+        methods: further flags of each classifier, by its name in the table.
         targets: the two classes to which the picture translates a photograph, from its label and the number of classes.
         strengths: of the picture.
-        note: what the classifiers are, below the table.
+        note: sentence about the classifiers, below the table.
     """
 
     title: str
@@ -68,7 +68,7 @@ class Task:
 
 
 SMOKE = Size(shots=2, finetune_steps=6, finetune_batch=4, multiplier=1, steps=4, epochs=2, eval_every=2, picture_rows=2)
-"""Of every task under ``--smoke``."""
+"""Counts of every task under ``--smoke``."""
 
 RATES = ("--learning_rate", "5e-4", "--ti_learning_rate", "5e-3", "--initializer", "super_class")
 NETWORK = ("--model", "tf_efficientnet_lite0", "--batch_size", "16", "--seed", "2020")

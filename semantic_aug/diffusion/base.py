@@ -33,7 +33,7 @@ SUCCESSORS = {
 """Hub ids that were removed, and where the same weights are now."""
 
 HUB_CONFIGS = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
-"""What says whether a model of the hub is supported; read before its weights are downloaded."""
+"""Files that tell whether a model of the hub is supported; read before its weights are downloaded."""
 HUB_FILES = [
     *(*HUB_CONFIGS, "tokenizer/*", "tokenizer_2/*", "README.md"),
     *("*/*.safetensors", "*/*.safetensors.index.json"),
@@ -97,6 +97,8 @@ def check_configs(folder: Path, name: str) -> Family:
     """The family of a base model whose configurations are all supported: pipeline, networks, noise schedule. Raises UserError:
     names what is not supported, and what is."""
     family = family_of(folder, name)
+    for encoder in family.encoders:
+        read_config(folder / encoder / "config.json", name)  # transformers takes defaults for an absent one
     family.check(*read_configs(folder, name), name)
     check_noise_schedule(read_scheduler_config(folder, name), name)
     return family
@@ -120,7 +122,7 @@ class BaseModel:
     """The parts of a Stable Diffusion, in evaluation mode and without gradients.
 
     Attributes:
-        name: what was asked for (hub id or folder); recorded in checkpoints.
+        name: hub id or folder as the user gave it; recorded in checkpoints.
         folder: where its files are on this machine.
         tokenizers: one per text encoder; class tokens are added to each.
         vae: autoencoder, images ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, C, H/f, W/f)``.
@@ -150,7 +152,7 @@ class BaseModel:
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        """What a LoRA may change, by the prefix its keys have in a file."""
+        """The networks that a LoRA may change, by the prefix of its keys in a file."""
         return {"unet": self.unet, **dict(zip(self.family.encoders, self.text_encoders, strict=True))}
 
     @property
@@ -163,7 +165,7 @@ class BaseModel:
         return self.family.encode_prompts(self.tokenizers, self.text_encoders, prompts, resolution)
 
     def encode_null(self, resolution: int) -> Conditions:
-        """One row: what guidance pushes away from, as the family's diffusers pipeline has it."""
+        """The unconditional conditioning of guidance, one row, as in the family's diffusers pipeline."""
         null = self.encode([""], resolution)
         return self.family.zeroed(null) if self.zero_null else null
 
@@ -187,9 +189,9 @@ def _how_to_get(name: str) -> str:
 
 
 def find_base(name: str) -> Path:
-    """The folder of a base model: a local one as it is, otherwise from the hub's cache or the hub.
+    """The folder of a base model: a local folder, or else a download of the hub, cached or new.
 
-    A removed hub id is replaced by its successor, with one line saying so; a local copy of either serves.
+    A removed hub id is replaced by its successor, with a warning; a local copy of either is taken.
 
     Raises:
         UserError: neither a folder in diffusers layout nor available on the hub, or not supported (:func:`check_base`).
@@ -284,36 +286,25 @@ def load_base(name: str, folder: Path | None = None) -> BaseModel:
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
     kinds |= {encoder: getattr(transformers, kind) for encoder, kind in family.encoders.items()}
     networks = {part: _load_network(kind, folder / part, name) for part, kind in kinds.items()}
-    try:
-        tokenizers = _load_tokenizers(folder, family)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"base model '{name}': no tokenizer in {shown_path(folder)} ({reason}): {_how_to_get(name)}"
-        ) from error
     for part, network in networks.items():
         if tensor := non_finite(network.named_parameters()):
             raise UserError(
                 f"base model '{name}': {part} holds values that are not finite ('{tensor}' the first tensor): download "
                 f"{shown_path(folder / part)} again, or use another base model"
             )
-    return _assembled(name, folder, family, tokenizers, networks)
+    return _assembled(name, folder, family, networks)
 
 
-def _load_tokenizers(folder: Path, family: Family) -> tuple[CLIPTokenizer, ...]:
-    from transformers import CLIPTokenizer
+def _assembled(name: str, folder: Path, family: Family, networks: dict[str, torch.nn.Module]) -> BaseModel:
+    """The networks with the tokenizers. Raises UserError: a tokenizer is absent or damaged."""
+    from semantic_aug.diffusion.text import load_tokenizer
 
-    return tuple(CLIPTokenizer.from_pretrained(folder / part) for part in family.tokenizers)
-
-
-def _assembled(
-    name: str, folder: Path, family: Family, tokenizers: tuple, networks: dict[str, torch.nn.Module]
-) -> BaseModel:
     for network in networks.values():
         network.requires_grad_(False).eval()
     index = read_config(folder / "model_index.json", name)
     return BaseModel(
-        *(name, folder, family, tokenizers),
+        *(name, folder, family),
+        tokenizers=tuple(load_tokenizer(folder / part) for part in family.tokenizers),
         text_encoders=tuple(networks[encoder] for encoder in family.encoders),
         vae=networks["vae"],
         unet=networks["unet"],
@@ -352,7 +343,7 @@ def _load_network(kind: type, folder: Path, name: str) -> torch.nn.Module:
 
 
 def networks_without_weights(folder: Path) -> dict[str, torch.nn.Module]:
-    """The networks of a base model on the meta device, by the prefix their LoRA's keys have: structure and shapes alone."""
+    """The networks of a base model on the meta device, without values, by the prefix of their LoRA's keys."""
     import torch
     import transformers
     from diffusers import UNet2DConditionModel
@@ -367,9 +358,9 @@ def networks_without_weights(folder: Path) -> dict[str, torch.nn.Module]:
 
 
 def load_skeleton(name: str, folder: Path) -> BaseModel:
-    """A base model without its weights, for what can be checked in seconds: networks on the meta device, and tokenizers. The
-    text encoders' token tables exist, with ones for vectors. Raises UserError: a configuration, a vocabulary or (as far as its
-    header tells) a weight file is damaged or absent."""
+    """A base model without its weights, for checks in seconds: networks on the meta device, and tokenizers. Only the text
+    encoders' token tables have values, all ones. Raises UserError: a configuration, a vocabulary or (as far as its header
+    tells) a weight file is damaged or absent."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -378,17 +369,16 @@ def load_skeleton(name: str, folder: Path) -> BaseModel:
         networks = networks_without_weights(folder)
         with torch.device("meta"):
             networks["vae"] = AutoencoderKL.from_config(read_configs(folder, name)[1])
-        tokenizers = _load_tokenizers(folder, family)
     except Exception as error:  # the libraries raise many kinds for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"base model '{name}' cannot be loaded ({reason}): complete the folder") from None
     for encoder in family.encoders:  # class tokens begin as copies of rows
         torch.nn.init.ones_(networks[encoder].get_input_embeddings().to_empty(device="cpu").weight)
-    return _assembled(name, folder, family, tokenizers, networks)
+    return _assembled(name, folder, family, networks)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that decide what a base model makes: weights, configurations and vocabulary, sorted."""
+    """The files that a base model's results depend on: weights, configurations and vocabulary, sorted."""
     family = family_of(folder, shown_path(folder))
     parts = (*family.weight_folders, *family.tokenizers, "scheduler")
     texts = {
@@ -399,5 +389,5 @@ def weight_files(folder: Path) -> list[Path]:
     }
     present = filter(None, (find_weights(folder / part) for part in family.weight_folders))
     weights = {path for part in present for path in part.files}
-    index = {folder / "model_index.json"} if family.sizes else set()  # it says what guidance starts from
+    index = {folder / "model_index.json"} if family.sizes else set()  # it decides the unconditional conditioning
     return sorted(texts | weights | index)

@@ -2,9 +2,9 @@
 
     python -m semantic_aug.diffusion.convert --lora_path FILE --embed_path FILE --output_dir DIR [--layout original]
 
-The original keeps the LoRA under the names of diffusers' former attention processors, without a scale, in
+The original stores the LoRA under the names of diffusers' former attention processors, without a scale, in
 ``pytorch_lora_weights.safetensors`` and ``checkpoint-N/pytorch_model.bin``, and the class tokens in
-``learned_embeds-steps-N.bin``, whose last is ``learned_embeds-steps-last.bin``.
+``learned_embeds-steps-N.bin``, the final ones in ``learned_embeds-steps-last.bin``.
 """
 
 import argparse
@@ -26,8 +26,8 @@ LAYOUTS = ("original", "diffusers")
 
 
 def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Tensor]:
-    """A LoRA under the names of attention processors; its scale goes into the second factor. Raises UserError: it changes more
-    than the U-Net's attention projections, or not all of them: that layout holds these."""
+    """A LoRA under the names of attention processors, with its scale in the second factor. Raises UserError: it changes more or
+    less than all attention projections of the U-Net, which that layout holds."""
     state, attentions = {}, {}
     for name, pair in lora.items():
         target = next((target for target in lora_io.LORA_TARGETS if name.endswith(f".{target}")), None)
@@ -51,7 +51,7 @@ def original_lora(lora: dict[str, lora_io.LoraPair], where: str) -> dict[str, Te
 
 
 def diffusers_lora(lora: dict[str, lora_io.LoraPair]) -> dict[str, Tensor]:
-    """A LoRA under today's names; its scale goes into the second factor."""
+    """A LoRA under diffusers' names, with its scale in the second factor."""
     state = {}
     for name, pair in lora.items():
         if lora_io.network_of(name) == "unet":

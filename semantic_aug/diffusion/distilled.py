@@ -1,4 +1,4 @@
-"""Distilled models, which make an image in a few steps of a solver of their own: what each kind takes, and which a file is.
+"""Distilled models, which make an image in a few steps: the solver settings of each kind, and recognising a file's kind.
 
 LCM (Luo et al. 2023, arXiv:2311.05556), TCD (Zheng et al. 2024, arXiv:2402.19159), Hyper-SD (Ren et al. 2024,
 arXiv:2404.13686), SD-Turbo and SDXL-Turbo (adversarial distillation, Sauer et al. 2023, arXiv:2311.17042).
@@ -29,7 +29,7 @@ class Distilled:
         scheduler: short name of its solver.
         most_steps: steps it was distilled for.
         guidance: scale without a flag.
-        most_guidance: scale from which its images break down; None: not known.
+        most_guidance: highest scale that it supports; None: not known.
         eta: share of fresh noise in each step, where its authors give one.
         timestep_spacing: how its steps are spread, where that is not the base model's.
     """
@@ -57,7 +57,7 @@ _STEPS = re.compile(r"(\d+)[-_ ]?steps?", re.IGNORECASE)
 
 
 def kind_of(lora: Path | None, base_name: str, scheduler_config: Mapping[str, Any]) -> str | None:
-    """The kind of a distilled model, or None where nothing says so.
+    """The kind of a distilled model, or None where it is not recognised.
 
     Args:
         lora: file of the distilled LoRA, recognised by its name and its metadata; None: the base model is distilled.
@@ -76,15 +76,15 @@ def kind_of(lora: Path | None, base_name: str, scheduler_config: Mapping[str, An
 
 
 def _name_of(lora: Path) -> str:
-    """The name of a LoRA: its file's, or its folder's where the file is called as diffusers calls all of them."""
+    """The name of a LoRA: its file's, or its folder's where the file has diffusers' standard name."""
     return lora.parent.name if lora.name in LORA_FILES else lora.name
 
 
 def _titles(lora: Path) -> list[str]:
-    """What a LoRA's file calls itself in its metadata."""
+    """The names and titles in the metadata of a LoRA's file."""
     with contextlib.suppress(SafetensorError, OSError), safe_open(lora, "np") as file:
         return [text for key, text in (file.metadata() or {}).items() if key.endswith(("name", "title"))]
-    return []  # not of this format, or damaged, which is found out where it is read
+    return []  # of another format, or damaged, which read_lora reports
 
 
 def solver_defaults(
@@ -99,7 +99,7 @@ def solver_defaults(
         lora: the distilled LoRA, whose name may say for how many steps it was made.
 
     Raises:
-        UserError: more steps or a higher guidance scale than the model knows.
+        UserError: more steps or a higher guidance scale than the model supports.
     """
     row = KINDS[kind]
     named = _STEPS.search(_name_of(lora)) if lora is not None and kind != "hyper-unified" else None
@@ -121,8 +121,8 @@ def solver_defaults(
 
 
 def effective_strength(steps: int, strength: float) -> float:
-    """The share of so few steps that img2img runs at a strength, ``int(steps * strength) / steps``, as diffusers counts.
-    Raises UserError: no step remains."""
+    """The share of the steps that img2img runs at a strength, ``int(steps * strength) / steps``, by diffusers' rule. Raises
+    UserError: no step remains."""
     check_strength(steps, strength, steps_flag="--few_steps")
     remaining = min(int(steps * strength), steps)
     share = remaining / steps

@@ -1,4 +1,4 @@
-"""The families of base models and what sets them apart, as data: text encoders, added conditions, precision of the VAE.
+"""The families of base models as data: text encoders, added conditions, precision of the VAE.
 
 Stable Diffusion 1.x and 2.x (Rombach et al. 2022) have one text encoder and differ only in what their configurations
 say: its width, and whether the U-Net predicts the noise or v. Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952)
@@ -31,7 +31,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family of base models apart.
+    """A family of base models.
 
     Attributes:
         pipelines: class names in ``model_index.json``; diffusers' pipelines from noise and from an image, which load what
@@ -57,12 +57,13 @@ class Family:
         return tuple(encoder.replace("text_encoder", "tokenizer") for encoder in self.encoders)
 
     def trained_layers(self, position: int, text_encoder: CLIPTextModel) -> int:
-        """How many layers of a text encoder, from the first, the image depends on: its last one often is not read."""
+        """The number of a text encoder's first layers that the image depends on: XL does not read the last one of the first
+        text encoder."""
         unread = 1 if self.sizes and position < len(self.encoders) - 1 else 0
         return text_encoder.config.num_hidden_layers - unread
 
     def vae_dtype(self, vae: AutoencoderKL, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The precision its VAE works in where the networks are cast to ``dtype``; XL's overflows in float16."""
+        """The VAE's precision where the networks are cast to ``dtype``; XL's overflows in float16."""
         import torch
 
         return torch.float32 if self.sizes and dtype == torch.float16 and vae.config.force_upcast else dtype
@@ -108,15 +109,15 @@ class Family:
             return self.encode_ids(text_encoders, ids, sizes)
 
     def zeroed(self, conditions: Conditions) -> Conditions:
-        """The same with prompts of zeros; sizes stay."""
+        """The conditions with zeros for the prompts; image sizes stay."""
         from semantic_aug.diffusion.text import Conditions
 
         added = {**conditions.added, "text_embeds": conditions.added["text_embeds"] * 0}
         return Conditions(conditions.hidden * 0, added)
 
     def check(self, unet: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> None:
-        """Refuses relatives of a family that need more than it gives. Raises UserError: a U-Net with further inputs
-        (inpainting, depth, unCLIP, upscaling, a refiner), or latents with statistics of their own."""
+        """Refuses variants of a family with other inputs or latents. Raises UserError: a U-Net with further inputs
+        (inpainting, depth, unCLIP, upscaling, a refiner), or latents that are shifted."""
         for part, config, expected in (("U-Net", unet, "UNet2DConditionModel"), ("VAE", vae, "AutoencoderKL")):
             if config.get("_class_name", expected) != expected:
                 raise UserError(

@@ -1,7 +1,7 @@
 """DDIM inversion (Song et al. 2021, arXiv:2010.02502) and points on the great circle through two inverted images.
 
 Inverted latents of real images are close to Gaussian noise, whose norm hardly varies; so Diff-II (Wang & Chen 2025,
-arXiv:2408.16266) interpolates between two of them on the sphere, and denoises what lies between under a prompt.
+arXiv:2408.16266) interpolates between two of them on the sphere, and denoises the points under a prompt.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from semantic_aug.diffusion.text import Conditions
 
 SPACINGS = ("leading", "trailing")
 SAME = 1e-5
-"""Sine of the angle below which two latents count as those of one image."""
+"""Sine of the angle below which two latents count as equal."""
 
 
 def make_inversion_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     """DDIM over the base model's noise schedule at timesteps that its inverse visits too, in the opposite order.
 
-    The inverse has no ``linspace`` spacing, whose steps do not end where the next one begins: ``leading`` replaces it.
+    ``linspace`` spacing, which the inverse does not have, is replaced by ``leading``.
     ``set_alpha_to_one``, the noise level of clean latents, is the base model's, for both directions.
 
     Args:
@@ -42,8 +42,8 @@ def make_inversion_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
 def invert(sampler: Sampler, latents: Tensor, prompt_embeds: Conditions) -> Tensor:
     """DDIM inversion without guidance: the noise from which DDIM under the same prompts gives the latents back.
 
-    The steps are diffusers' ``DDIMInverseScheduler``'s. Of v-prediction it gets the noise that v stands for at the level of
-    the prediction, as denoising does; the scheduler itself would read v at the level before, which costs ten times the error.
+    The steps are diffusers' ``DDIMInverseScheduler``'s. A predicted v is converted to noise at the level of the prediction, as
+    in denoising; the scheduler itself would convert it at the level before, with ten times the error.
 
     Args:
         sampler: U-Net and steps; its scheduler is :func:`make_inversion_scheduler`'s.
@@ -85,7 +85,7 @@ def on_circle(source: Tensor, partner: Tensor, positions: Sequence[float], whole
     """
     a, b = source.flatten(1).float(), partner.flatten(1).float()
     norm_a, norm_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
-    # orthonormal basis of the plane: the source's direction, and what of the partner's is orthogonal to it
+    # orthonormal basis of the plane: the source's direction, and the orthogonal part of the partner's
     first, other = a / norm_a.clamp_min(SAME), b / norm_b.clamp_min(SAME)
     cosine = (first * other).sum(1, keepdim=True)
     second = other - cosine * first

@@ -1,4 +1,4 @@
-"""The licence of a base model: what its model card states, and whether it forbids what synthetic images are made for."""
+"""The licence of a base model as its model card states it, and a warning where it forbids uses of synthetic images."""
 
 import logging
 import re
@@ -17,13 +17,13 @@ KNOWN = {
     "CompVis/stable-diffusion-v1-4": OPEN_RAIL,
     "stabilityai/stable-diffusion-xl-base-1.0": OPEN_RAIL_PLUS,
 }
-"""Licences of hub ids whose files may be present without their model card."""
+"""Licences by hub id, for copies without a model card."""
 STABLE_DIFFUSION_2 = ("sd2-community/", "stabilityai/stable-diffusion-2")
 FORBIDDEN = {
     r"\bnc\b|non-?commercial|\bresearch\b": "commercial use",
     r"stabilityai-ai-community|stability ai community": "training other generative foundation models on its images",
 }
-"""Patterns of licence names, and what these licences forbid."""
+"""Patterns of licence names, and the uses that these licences forbid."""
 
 
 def license_of(name: str, folder: Path) -> str:

@@ -22,7 +22,7 @@ from semantic_aug.diffusion.text import Conditions
 from semantic_aug.errors import UserError
 
 TRIAL_RMS = 10.0
-"""Root mean square of the latents with which a solver is tried: noise levels of another schedule stand out."""
+"""Root mean square of the latents with which a solver is tried, large so that a wrong noise level is noticed."""
 
 
 def to_pixels(images: Sequence, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,10 +81,10 @@ def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator], like: Te
 
 @dataclass(frozen=True)
 class Sampler:
-    """What denoises a batch.
+    """A denoiser: U-Net, solver and guidance.
 
     Attributes:
-        unet: of diffusers, or what is called as one.
+        unet: of diffusers, or a function with its signature.
         scheduler: noise schedule and solver, from :func:`semantic_aug.diffusion.schedulers.make_scheduler`; copied for each
             batch, never changed.
         null_embeds: conditioning of the empty prompt, one row.
@@ -99,8 +99,8 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Opening:
-    """The prompts of the first ``steps`` of denoising, one row per image, where there are two phases (Diff-II: with a
-    context, then without)."""
+    """The prompts of the first ``steps`` of denoising in two phases, one row per image (Diff-II: with a context, then
+    without)."""
 
     prompt_embeds: Conditions
     steps: int
@@ -122,8 +122,8 @@ def translate(
         moments: ``(B, 2C, h, w)`` posterior parameters of the sources.
         prompt_embeds: B rows.
         strengths: B numbers in (0, 1]; they may differ.
-        generators: B CPU generators; each gives its sample's posterior draw, then its noise, then what a stochastic
-            solver asks for.
+        generators: B CPU generators; each gives its sample's posterior draw, then its noise, then the draws of a stochastic
+            solver.
         masks: bool ``(B, 1, h, w)``, True where an image may change; elsewhere the source, noised to each step's level,
             is put back after the step (latent blending, Avrahami et al. 2023; the inpainting of DA-Fusion). None: everywhere.
 
@@ -171,7 +171,7 @@ def denoise(sampler: Sampler, latents: Tensor, prompt_embeds: Conditions, openin
 
 @dataclass
 class _Group:
-    """The samples of a batch that start at the same step, with a scheduler of their own (multistep solvers remember)."""
+    """The samples of a batch that start at the same step, with their scheduler (multistep solvers keep a history)."""
 
     samples: list[int]
     begin: int
@@ -180,7 +180,7 @@ class _Group:
 
 @dataclass
 class _Kept:
-    """What stays of the sources: masks (True: may change), clean latents, and the noise they were given."""
+    """The sources under a mask (True: may change): their clean latents, and the noise added to them."""
 
     masks: Tensor
     latents: Tensor
@@ -216,7 +216,7 @@ def _denoise(
     kept: _Kept | None = None,
     opening: Opening | None = None,
 ) -> Tensor:
-    """Runs every group from its own first step to the last; samples whose step has not come yet wait."""
+    """Runs every group from its own first step to the last; samples wait until their first step."""
     timesteps, guidance = groups[0].scheduler.timesteps, sampler.settings.guidance_scale
     for position in range(min(group.begin for group in groups), len(timesteps)):
         t, active = timesteps[position], [group for group in groups if group.begin <= position]
@@ -247,7 +247,7 @@ def _denoise(
 
 
 def _step_options(scheduler, generators: list[torch.Generator], eta: float | None) -> dict:
-    """Stochastic solvers draw from the samples' own generators; ``eta`` goes to those that know it."""
+    """The options of a solver's step that it knows: the samples' generators and ``eta``."""
     options = {"generator": generators, **({} if eta is None else {"eta": eta})}
     return {name: options[name] for name in options if name in inspect.signature(scheduler.step).parameters}
 
@@ -256,12 +256,12 @@ def _step_options(scheduler, generators: list[torch.Generator], eta: float | Non
 
 
 def check_solver(config: Mapping[str, Any], settings: SolverSettings, masked: bool = False) -> None:
-    """Tries a solver, in milliseconds, on random latents and a network that knows their noise: denoising has to give the
-    latents back, whatever the strength.
+    """Tries a solver, in milliseconds, on random latents and a network that knows their noise: denoising has to restore the
+    latents at any strength.
 
     Args:
         config: the base model's ``scheduler_config``.
-        masked: sources are put back after each step where a mask keeps them.
+        masked: whether sources are put back under a mask after each step.
 
     Raises:
         UserError: the solver fails, does not denoise by the base model's noise schedule, draws random numbers of its own, or
@@ -272,7 +272,7 @@ def check_solver(config: Mapping[str, Any], settings: SolverSettings, masked: bo
     for strength in sorted({1.0, (steps + 1) // 2 / steps}):
         try:
             first, second = (_trial(config, scheduler, settings, strength) for _ in range(2))
-        except Exception as error:  # of whatever kind a solver provokes that is not made for this
+        except Exception as error:  # solvers that do not support img2img fail with errors of many kinds
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"--scheduler {settings.scheduler} with {steps} steps: {reason}") from None
         if not first.succeeded():
@@ -294,18 +294,18 @@ def check_solver(config: Mapping[str, Any], settings: SolverSettings, masked: bo
 
 @dataclass
 class _Trial:
-    """The noise that the network found in its inputs, call by call, and what of the latents' values denoising missed."""
+    """The noise in the network's inputs, call by call, and the difference between the denoised and the original latents."""
 
     noises: list[Tensor]
     error: Tensor
 
     def succeeded(self) -> bool:
-        """Whether the first input was as noisy as its timestep says, and the latents came back."""
+        """Whether the first input had the noise level of its timestep, and denoising restored the latents."""
         noise, error = (float(values.pow(2).mean().sqrt()) for values in (self.noises[0], self.error))
         return abs(noise - 1) < 0.3 and error < TRIAL_RMS / 10
 
     def evenly_noisy(self) -> bool:
-        """Whether every input was as noisy as the first."""
+        """Whether every input had as much noise, relative to its timestep's level, as the first."""
         first, *others = (float(noise.pow(2).mean().sqrt()) for noise in self.noises)
         return all(abs(noise / first - 1) < 0.05 for noise in others)
 
@@ -313,13 +313,13 @@ class _Trial:
 def _trial(
     config: Mapping[str, Any], scheduler: Any, settings: SolverSettings, strength: float, masked: bool = False
 ) -> _Trial:
-    """Denoises noised latents, with a mask that keeps all of them where ``masked``."""
+    """Denoises noised latents, where ``masked`` under a mask that keeps all of them."""
     alphas = make_scheduler(config, "ddpm").alphas_cumprod.double().clamp(2**-24)  # not 0, as some solvers have it
     logits, noises = torch.logit(alphas), []
     latents = TRIAL_RMS * torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
 
     def unet(inputs: Tensor, t: Tensor, return_dict: bool, **conditioning) -> tuple[Tensor]:
-        """The very noise (or v) of the inputs; between two timesteps the log-SNR is interpolated."""
+        """The true noise (or v) of the inputs; between two timesteps the log-SNR is interpolated."""
         t = t.double().clamp(0, len(alphas) - 1)
         alpha = torch.lerp(logits[t.floor().long()], logits[t.ceil().long()], t.frac()).sigmoid().float()
         noises.append((inputs - alpha.sqrt() * latents) / (1 - alpha).sqrt())

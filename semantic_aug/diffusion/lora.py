@@ -1,11 +1,10 @@
 """LoRA on attention projections (Hu et al. 2022, arXiv:2106.09685): adding, saving, reading, merging.
 
-It changes the U-Net and, where asked for, the text encoders. "Networks" are these by the prefix their keys have in a
-file: ``unet``, ``text_encoder``, ``text_encoder_2``.
+It changes the U-Net and, where asked for, the text encoders. The argument ``networks`` holds them by the prefix of their keys
+in a file: ``unet``, ``text_encoder``, ``text_encoder_2``.
 
-Files are written the way diffusers loads them (``pytorch_lora_weights.safetensors``); :mod:`semantic_aug.diffusion.lora_files`
-reads them and those of others. A LoRA is merged as W + scale * B A in float32, before any cast, and
-a key that matches nothing is an error.
+Files are written in diffusers' format (``pytorch_lora_weights.safetensors``); :mod:`semantic_aug.diffusion.lora_files` reads
+it and other formats. A LoRA is merged as W + scale * B A in float32, before any cast, and a key without a module is an error.
 """
 
 import math
@@ -82,8 +81,8 @@ def _add_adapter(network: nn.Module, rank: int, alpha: float | None, modules: Se
 def add_text_lora(
     text_encoder: CLIPTextModel, rank: int, alpha: float | None = None, layers: int | None = None
 ) -> list[nn.Parameter]:
-    """Adds a trainable LoRA to a text encoder's attention projections in place, in its first ``layers`` layers (None: all);
-    see :func:`add_lora`. Everything else in the text encoder is frozen by it: add it before trainable class tokens."""
+    """Adds a trainable LoRA to a text encoder's attention projections in place, in its first ``layers`` layers (None: all); see
+    :func:`add_lora`. It freezes everything else in the text encoder: add it before trainable class tokens."""
     chosen = [
         name
         for name, _ in text_encoder.named_modules()
@@ -107,8 +106,8 @@ def save_lora(
     alpha: float | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Writes the networks' LoRA as ``path``, readable by diffusers' ``load_lora_weights``; alpha is recorded where it is
-    not the rank (diffusers then applies alpha / r too). Text encoders, by prefix, without a LoRA are passed over."""
+    """Writes the networks' LoRA to ``path``, readable by diffusers' ``load_lora_weights``; an ``alpha`` is recorded, so that
+    diffusers too scales by alpha / r. ``text_encoders``, by prefix, may be without a LoRA."""
     state, adapter = {}, {}
     for prefix, network in {"unet": unet, **(text_encoders or {})}.items():
         if ADAPTER not in getattr(network, "peft_config", {}):
@@ -144,7 +143,7 @@ def load_trained(networks: Mapping[str, nn.Module], path: Path) -> None:
 
 
 def _modules(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Modules by the names of :func:`read_lora`: the U-Net's as it has them itself, others' with their network's prefix."""
+    """Modules by the names of :func:`read_lora`: the U-Net's own names, and those of others with their network's prefix."""
     return {
         name if prefix == "unet" else f"{prefix}.{name.removeprefix(CLIP_PREFIX)}": module
         for prefix, network in networks.items()
@@ -173,8 +172,8 @@ def merge_into(networks: Mapping[str, nn.Module], lora: dict[str, LoraPair], whe
 def match_lora(
     networks: Mapping[str, nn.Module], lora: Mapping[str, LoraPair], where: str
 ) -> list[tuple[nn.Parameter, LoraPair]]:
-    """The weight that each update of a LoRA changes; nothing is computed, so that networks may be on the meta device. Raises
-    UserError: an update that matches no module, or whose shape is another than the module's."""
+    """The weight that each update of a LoRA changes, for networks on any device, meta included. Raises UserError: an update
+    that matches no module, or has another shape than its module."""
     modules = _modules(networks)
     flat = flat_names(networks) if any(name.startswith(KOHYA_PREFIXES) for name in lora) else {}
     matched = []

@@ -1,8 +1,8 @@
 """The file formats of LoRAs: diffusers', PEFT's, kohya's and that of diffusers' former attention processors.
 
-Each is read as module path -> update with its scale, or refused by the name of the format. Module paths are the U-Net's own;
-a text encoder's start with ``text_encoder.`` or ``text_encoder_2.``. kohya's names (``lora_unet_mid_block_...``), in which
-points are underscores, stay as they are until :func:`flat_names` knows the network's modules.
+Each is read as module path -> update with its scale; other formats are refused by name. Module paths are the U-Net's own; those
+of a text encoder start with ``text_encoder.`` or ``text_encoder_2.``. kohya's names (``lora_unet_mid_block_...``), which have
+underscores for points, are kept until :func:`flat_names` translates them by a network's modules.
 """
 
 import json
@@ -26,8 +26,7 @@ ALPHA_KEY = "lora_alpha"
 METADATA_KEY = "lora_adapter_metadata"
 NETWORKS = {"unet": "the U-Net", "text_encoder": "the text encoder", "text_encoder_2": "the second text encoder"}
 CLIP_PREFIX = "text_model."
-"""Text encoders' modules are below ``text_model`` in some classes and versions of transformers and not in others; files
-have it, names here do not."""
+"""Prefix of a text encoder's modules in some classes and versions of transformers; files have it, names here do not."""
 
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 KOHYA_PREFIXES = tuple(_KOHYA)
@@ -43,7 +42,7 @@ UNSUPPORTED = {
     "LoRA with a bias": (".lora_B.bias", ".lora_up.bias"),
     "LoRA of an embedding": (".lora_embedding_",),
 }
-"""Formats that are refused by name, and what marks their keys."""
+"""Formats that are refused by name, and parts of their keys."""
 
 _OTHER_NETWORKS = tuple(
     "transformer. lora_transformer_ diffusion_model. model.diffusion_model. lora_unet_double_blocks".split()
@@ -52,9 +51,9 @@ _REFUSED_FIELDS = (
     *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"),
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
-"""Settings of PEFT's that make an adapter more than W + scale * B A."""
+"""PEFT's settings that make an adapter more than W + scale * B A."""
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
-"""Initialisations of PEFT's that change the base weights too."""
+"""PEFT's initialisations that change the base weights too."""
 
 
 @dataclass
@@ -98,7 +97,7 @@ _PEFT_TEXT_MODULE = re.compile(r"^(?:text_model\.)?(encoder\.layers\..+)$")
 
 
 def _module_name(name: str) -> str:
-    """A module's path as it is in the U-Net or, with the prefix of a text encoder, in that one."""
+    """A module's path in the U-Net, or in a text encoder with that one's prefix."""
     match = _TEXT_MODULE.match(name)
     if not match:
         return name.removeprefix("unet.")
@@ -107,9 +106,9 @@ def _module_name(name: str) -> str:
 
 
 def normal_name(key: str) -> tuple[str, str] | None:
-    """A LoRA file's key to (module path, "down" | "up"), or None for what is no LoRA weight.
+    """A LoRA file's key to (module path, "down" | "up"), or None where it is no LoRA weight.
 
-    Understood are peft's ``X.to_q.lora_A.weight``, diffusers' ``X.to_q.lora.down.weight``, the attention processors'
+    The keys may be peft's ``X.to_q.lora_A.weight``, diffusers' ``X.to_q.lora.down.weight``, the attention processors'
     ``X.processor.to_q_lora.down.weight`` and ``X.to_q_lora.down.weight``, with or without ``unet.``, and kohya's
     ``lora_unet_X_to_q.lora_down.weight``, whose module path stays ``lora_unet_X_to_q``.
     """
@@ -134,8 +133,8 @@ def network_of(module: str) -> str:
 
 
 def read_lora(path: Path) -> dict[str, LoraPair]:
-    """A LoRA file as module path -> update. Raises UserError: not readable, no LoRA in it, another format (by name), half of a
-    pair missing, values that are not finite, or settings under which its scale is not known."""
+    """A LoRA file as module path -> update. Raises UserError: not readable, without a LoRA, of another format, with half of a
+    pair missing, with values that are not finite, or with settings that leave its scale unknown."""
     path = find_lora(path)
     tensors, metadata = _tensors(path)
     _refuse_other_formats(path, tensors)
@@ -151,6 +150,11 @@ def read_lora(path: Path) -> dict[str, LoraPair]:
         if names is None:
             raise UserError(f"LoRA {path}: key '{key}' is not a LoRA weight of a U-Net or text encoder")
         module, part = names
+        fits = value.numel() == 1 if alpha else value.ndim > 1 and value.numel() > 0
+        if not fits:
+            raise UserError(
+                f"LoRA {path}: '{key}' has the shape {tuple(value.shape)}, which is not that of a LoRA weight"
+            )
         if alpha:
             alphas[module] = float(value)
             continue
@@ -167,7 +171,7 @@ def read_lora(path: Path) -> dict[str, LoraPair]:
         if set(parts) != {"down", "up"}:
             raise UserError(f"LoRA {path}: {module} has only its {'/'.join(parts)} half")
         rank = parts["down"].shape[0]
-        if parts["up"].ndim < 2 or parts["up"].shape[1] != rank or math.prod(parts["up"].shape[2:]) != 1:
+        if parts["up"].shape[1] != rank or math.prod(parts["up"].shape[2:]) != 1:
             shapes = f"{tuple(parts['down'].shape)} and {tuple(parts['up'].shape)}"
             raise UserError(
                 f"LoRA {path}: the halves of {module} have the shapes {shapes}, which do not belong together"
@@ -181,7 +185,7 @@ def read_lora(path: Path) -> dict[str, LoraPair]:
 
 
 def _refuse_other_formats(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Names the format of a file that is no LoRA of the kind that can be merged here."""
+    """Raises UserError: the file has a format that cannot be merged, which the message names."""
     supported = "supported are LoRAs of diffusers, PEFT and kohya's scripts (W + scale * B A)"
     for name, marks in UNSUPPORTED.items():
         marks = (marks,) if isinstance(marks, str) else marks
@@ -242,7 +246,7 @@ def _scale(settings: Mapping[str, Any] | None, module: str, rank: int, path: Pat
     try:
         alpha = float(_of_module(settings.get("alpha_pattern"), module, settings[ALPHA_KEY]))
         recorded = int(_of_module(settings.get("rank_pattern"), module, settings.get("r", rank)))
-    except (TypeError, ValueError, re.error) as error:
+    except (AttributeError, TypeError, ValueError, re.error) as error:
         raise UserError(f"LoRA {path}: its settings for {module} cannot be read ({error})") from None
     if recorded != rank:
         raise UserError(

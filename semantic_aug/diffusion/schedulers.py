@@ -28,13 +28,13 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 OTHER_PROCESSES = ("ScoreSde", "KarrasVe", "UnCLIP", "CMStochastic", "VQDiffusion", "DDPMWuerstchen", "Amused", "IPNDM")
 """Starts of the names of diffusers' schedulers whose noise is not that of a DDPM."""
 OWN_SPACING = ("LCMScheduler", "TCDScheduler")
-"""diffusers' schedulers that take a timestep spacing and do not use it."""
+"""diffusers' schedulers that accept a timestep spacing and ignore it."""
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """How noise becomes an image."""
+    """The settings of the solver, which turns noise into an image."""
 
     TITLE = "solver"
     num_inference_steps: int = cli.setting(
@@ -90,7 +90,7 @@ def scheduler_class(name: str):
 
 
 def ignored_options(name: str) -> set[str]:
-    """Those of a solver's further settings that a scheduler has no use for. Raises UserError: an unknown scheduler."""
+    """The further settings of the solver that a scheduler ignores. Raises UserError: an unknown scheduler."""
     kind = scheduler_class(name)
     known = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.step).parameters}
     if kind.__name__ in OWN_SPACING:
@@ -145,8 +145,8 @@ def make_scheduler(
         UserError: an unknown name, or a solver that does not know an option of the base model's noise schedule.
     """
     kind = scheduler_class(name)
-    # latents are not confined to [-1, 1], and Stable Diffusion's last step is at t = 1: diffusers' pipelines see to both;
-    # PNDM's Runge-Kutta steps begin at pure noise whatever the strength: its configurations of Stable Diffusion skip them
+    # latents are not confined to [-1, 1], and Stable Diffusion's last step is at t = 1, as in diffusers' pipelines;
+    # PNDM's Runge-Kutta steps begin at pure noise at any strength: Stable Diffusion's configurations skip them
     options = {"final_sigmas_type": final_sigmas_type, "clip_sample": False, "steps_offset": 1, "skip_prk_steps": True}
     if timestep_spacing is not None:
         options["timestep_spacing"] = timestep_spacing
@@ -173,8 +173,15 @@ def check_strength(
     steps_flag: str = "--num_inference_steps",
     remedy: str = "an --aug_strength",
 ) -> None:
-    """Refuses a strength of which so few steps leave none. Raises UserError: names what gave the strength, what gave the steps,
-    and where another strength is given (``remedy``; empty: nowhere)."""
+    """Refuses a strength at which no step remains.
+
+    Args:
+        cause: the setting that gave the strength, and ``steps_flag`` the one that gave the steps.
+        remedy: the setting for a higher strength; empty where there is none.
+
+    Raises:
+        UserError: names them and the least values.
+    """
     if int(steps * strength) < 1:
         lowest = f", or {remedy} of at least {math.ceil(1000 / steps) / 1000:g}" if remedy else ""
         raise UserError(

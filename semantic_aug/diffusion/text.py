@@ -16,7 +16,10 @@ from semantic_aug.errors import UserError
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 
 PROMPT_BYTES = 1 << 29
-"""Encoded prompts that a process holds on its device; with many classes and templates they would take gigabytes."""
+"""Bound of the encoded prompts that a process keeps on its device; many classes and templates would take gigabytes."""
+
+MOST_TOKENS = 10_000
+"""Above any prompt length of a text encoder; transformers uses a larger number where the length is not given."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Conditions:
 
 
 class ConditionCache:
-    """Encoded prompts by key, up to a bound of bytes (one entry is always kept); the least recently used go first."""
+    """Encoded prompts by key, within a bound of bytes (one entry is always kept); the least recently used is dropped first."""
 
     def __init__(self, bound: int):
         self.bound, self.nbytes = bound, 0
@@ -96,17 +99,36 @@ class ConditionCache:
         return len(self._entries)
 
     def get(self, key: int) -> Conditions | None:
-        """An entry, or None where it is not held."""
+        """An entry, or None where there is none."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: int, conditions: Conditions) -> None:
-        """Holds an entry that is new."""
+        """Adds a new entry."""
         self._entries[key] = conditions
         self.nbytes += conditions.nbytes
         while self.nbytes > self.bound and len(self._entries) > 1:
             self.nbytes -= self._entries.popitem(last=False)[1].nbytes
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in a folder of a base model. Raises UserError: absent, incomplete or damaged."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (
+        "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names
+    ):  # transformers would make an empty one
+        raise UserError(
+            f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt; download it again"
+        )
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the library raises many kinds for a damaged file
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder} holds a tokenizer that cannot be read ({reason}): download it again") from None
+    if tokenizer.model_max_length > MOST_TOKENS:
+        raise UserError(f"{folder / 'tokenizer_config.json'} gives no model_max_length: download it again")
+    return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -119,23 +141,24 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 def check_prompts(
     folder: Path, tokenizers: Sequence[str], prompts: Iterable[tuple[str, str, str]], placeholders: Sequence[str] = ()
 ) -> None:
-    """Refuses prompts whose class would be cut off: what a text encoder does not read cannot be learned or asked for.
+    """Refuses prompts whose class is behind the last token that a text encoder reads.
 
     A prompt that is cut after its class is allowed. Only the tokenizers are loaded.
 
     Args:
-        tokenizers: folders of its tokenizers in there.
-        prompts: (prompt, what stands for the class in it, where the prompt comes from).
+        folder: of the base model.
+        tokenizers: its folders of the tokenizers.
+        prompts: (prompt, the phrase that names its class, its origin).
         placeholders: of the class tokens.
 
     Raises:
         UserError: names the prompt, its origin and the tokenizer's length.
     """
     prompts = list(prompts)
-    # up to the end of the class: with the start and end tokens it has to fit
+    # the prompt up to the end of the class has to fit, with the start and end tokens
     starts = [prompt[: prompt.index(phrase) + len(phrase)] for prompt, phrase, _ in prompts]
     for part in tokenizers:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / part)
+        tokenizer = load_tokenizer(folder / part)
         tokenizer.add_tokens(list(placeholders))
         for row, ids in enumerate(tokenizer(starts, verbose=False).input_ids if starts else []):
             if len(ids) > tokenizer.model_max_length:
@@ -166,8 +189,8 @@ def class_prompt(
 
 
 def class_words(source_name: str, prompt_name: str, super_class: str, tokens: ClassTokens | None) -> str:
-    """A class in a prompt: its token, found by the data set's own spelling, or without ``tokens`` its cleaned-up name; followed
-    by the super-class."""
+    """The words for a class in a prompt: its token, found by the data set's own spelling, or without ``tokens`` its cleaned-up
+    name, then the super-class."""
     if tokens is None:
         return class_phrase(prompt_name, super_class)
     return f"{tokens.phrase(source_name)} {super_class}".strip()

@@ -1,7 +1,7 @@
 """Class tokens: one trained vector (or several) per class, spliced into the text encoder's embedding look-up.
 
-Textual inversion (Gal et al. 2023, arXiv:2208.01618) trains rows of the token table. Training a ``(K * V, D)`` parameter
-of its own is the same under AdamW and leaves the table of tens of thousands of rows frozen and untouched.
+Textual inversion (Gal et al. 2023, arXiv:2208.01618) trains rows of the token table. Training a separate ``(K * V, D)``
+parameter is the same under AdamW and leaves the table of tens of thousands of rows frozen.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "learned_embeds.safetensors"
 TABLES = ("clip_l", "clip_g")
-"""Names of the text encoders' tables in a file of two, as is the custom for Stable Diffusion XL."""
+"""Names of the two text encoders' tables in a file, as is the custom for Stable Diffusion XL."""
 
 
 @dataclass
@@ -36,13 +36,13 @@ class ClassTokens:
     """Learned vectors of the classes of one data set.
 
     Attributes:
-        class_names: source class names, in the order of their tokens; empty where a file does not name them.
+        class_names: source class names in the order of their tokens; empty where the file has none.
         vectors: ``(K * V, D)`` float32, V vectors of class 0, then of class 1, and so on.
         vectors_per_class: V.
         base_model: the base model they were trained on (may be empty).
         dataset: the data set they were trained on (may be empty).
         images: digest of the training images, as ``made_from`` of the run's ``args.yaml`` has it (may be empty).
-        names: placeholders, one per vector; ``<class_i>`` (``<class_i_v>`` for further vectors) unless a file says otherwise.
+        names: placeholders, one per vector; by default ``<class_i>``, and ``<class_i_v>`` for further vectors.
         further: of a base model with several text encoders, the others' vectors, ``(K * V, D')`` each.
     """
 
@@ -60,8 +60,12 @@ class ClassTokens:
             count, per_class = len(self.class_names) or len(self.vectors), self.vectors_per_class
             self.names = tuple(class_token(i, v) for i in range(count) for v in range(per_class))
         for table in self.tables:
-            if len(self.names) != len(table):
-                raise ValueError(f"{len(self.names)} placeholders for {len(table)} vectors")
+            if table.ndim != 2 or len(self.names) != len(table):
+                raise ValueError(f"{len(self.names)} placeholders for vectors of the shape {tuple(table.shape)}")
+        if self.class_names and len(self.class_names) * self.vectors_per_class != len(self.names):
+            raise ValueError(
+                f"{len(self.class_names)} classes x {self.vectors_per_class}, {len(self.names)} placeholders"
+            )
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
@@ -87,7 +91,7 @@ class ClassTokens:
         return replace(self, class_names=tuple(class_names))
 
     def _in_order(self, source_names: Sequence[str], where: str) -> ClassTokens:
-        """Vectors that no class is named for, taken in the order of a data set's classes."""
+        """The vectors of a file without class names, assigned to a data set's classes in their order."""
         rows, count = len(self.vectors), len(source_names)
         if rows % count:
             raise UserError(
@@ -98,19 +102,19 @@ class ClassTokens:
         return replace(self, class_names=tuple(source_names), vectors_per_class=rows // count, names=())
 
     def phrase(self, class_name: str) -> str:
-        """What stands for a class in a prompt: its placeholder(s). Raises ValueError: the class has no token;
+        """The placeholder(s) of a class, as they stand in a prompt. Raises ValueError: the class has no token;
         :meth:`for_classes` comes first."""
         start = self.class_names.index(class_name) * self.vectors_per_class
         return " ".join(self.names[start : start + self.vectors_per_class])
 
 
 class SplicedEmbedding(nn.Module):
-    """A token look-up whose ids from ``first_id`` upwards are answered by ``class_vectors``.
+    """A token look-up that takes ids from ``first_id`` upwards from ``class_vectors``.
 
     Args:
-        table: the text encoder's own embedding, left as it is.
+        table: the text encoder's own embedding, unchanged.
         first_id: id of the first class token, at most the table's number of rows.
-        class_vectors: ``(K * V, D)``; may be a parameter, whose gradient then comes from these ids only.
+        class_vectors: ``(K * V, D)``; may be a parameter.
     """
 
     def __init__(self, table: nn.Embedding, first_id: int, class_vectors: Tensor):
@@ -235,7 +239,7 @@ def save_tokens(tokens: ClassTokens, path: Path) -> None:
 
 
 def load_tokens(path: Path) -> ClassTokens:
-    """Reads class tokens of ours, of the original implementation, or of tools that name a class by its placeholder.
+    """Reads class tokens of this project, of the original implementation, or of tools whose placeholders name the classes.
 
     ==========================  ===========================================================================================
     ours                        placeholder -> ``(D,)``, class names in the metadata (``.safetensors``)
@@ -297,20 +301,17 @@ def _load_safetensors(path: Path) -> ClassTokens:
                 tables = [content.get_tensor(name).float() for name in TABLES]
             else:
                 tables = [torch.stack([content.get_tensor(name) for name in names]).float()]
-        class_names, vectors_per_class = tuple(metadata["class_names"]), int(metadata["vectors_per_class"])
+        return ClassTokens(
+            tuple(metadata["class_names"]),
+            tables[0],
+            int(metadata["vectors_per_class"]),
+            names=names,
+            further=tuple(tables[1:]),
+            **{name: metadata.get(name, "") for name in ("base_model", "dataset", "images")},
+        )
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"class tokens {path} are damaged ({reason}): run train_lora.py again") from None
-    return ClassTokens(
-        class_names,
-        tables[0],
-        vectors_per_class,
-        base_model=metadata.get("base_model", ""),
-        dataset=metadata.get("dataset", ""),
-        names=names,
-        further=tuple(tables[1:]),
-        images=metadata.get("images", ""),
-    )
 
 
 EXPECTED = "expected class tokens: learned_embeds_dict and name2placeholder, <class> -> vector, or learned_embeds"

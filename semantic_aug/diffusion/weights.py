@@ -1,8 +1,7 @@
-"""The weight files of a base model's folder: which are read, in which variant, and whether they are whole.
+"""The weight files in a base model's folder: the choice among their variants, and a check that they are whole.
 
-diffusers and transformers keep a network's weights as one file or as shards listed in an index, as safetensors or as a
-pickle, and each of these in variants (``.fp16``, ``.non_ema``), whose names precede the ending. The plain files are taken
-where they exist, otherwise a variant.
+diffusers and transformers store a network's weights as one file or as shards listed in an index, as safetensors or as a
+pickle, each in variants (``.fp16``, ``.non_ema``) that are named before the ending. The plain files are preferred.
 """
 
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 from semantic_aug.errors import UserError
 
 VARIANTS = ("fp32", "fp16", "bf16", "ema")
-"""Variants in the order of preference after the plain files; others follow in alphabetical order, ``non_ema`` is last."""
+"""Variants in order of preference after the plain files; others follow in alphabetical order, ``non_ema`` comes last."""
 
 _STEMS = {
     "network": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
@@ -27,7 +26,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold the weights of one network.
+    """The weight files of one network.
 
     Attributes:
         files: the single file, or the index and its shards.
