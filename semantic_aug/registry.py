@@ -27,12 +27,8 @@ DEFAULT_RECIPE = "default"
 FORMER_RATES = "learning_rates.yaml"
 NO_KEYS = ("none", "null")
 FILES = (CHECKPOINTS, SUBSETS, DATASETS, RECIPES)
-CHECKPOINT_FIELDS = {"model_path": "text", "lora_path": "text", "embed_path": "text"}
-KINDS = {
-    "text": (str, "one text"),
-    "texts": (list, "a list of texts"),
-    "names": (dict, "a mapping of a text to a text each"),
-}
+CHECKPOINT_FIELDS = dict.fromkeys(("model_path", "lora_path", "embed_path"), str)
+KINDS = {str: "one text", list: "a list of texts", dict: "a mapping of a text to a text each"}
 LORA_FILES = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
@@ -91,11 +87,11 @@ def check_files(config_dir: Path = CONFIG_DIR) -> None:
             _section(section, file, config_dir)
 
 
-def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> dict[str, Any]:
+def fields(entry: Any, kinds: Mapping[str, type], where: str, expected: str) -> dict[str, Any]:
     """The fields of an entry that are set.
 
     Args:
-        kinds: of every known field: ``text``, ``texts`` (a list of texts) or ``names`` (a mapping of texts).
+        kinds: the type of every known field, one of :data:`KINDS`.
 
     Raises:
         UserError: not a mapping, an unknown field, or a value of another kind.
@@ -108,14 +104,13 @@ def fields(entry: Any, kinds: Mapping[str, str], where: str, expected: str) -> d
             raise unknown(f"field in {where}", name, kinds, "correct the entry")
         if value is None or value == "":
             continue
-        kind, description = KINDS[kinds[name]]
         if isinstance(value, list):
             value = [item for item in value if item not in (None, "")]
         elif isinstance(value, dict):
             value = {key: item for key, item in value.items() if item not in (None, "")}
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{where}: {name} is {kind_of(value)}, expected {description}: correct the entry")
+        if not isinstance(value, kinds[name]) or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{where}: {name} is {kind_of(value)}, expected {KINDS[kinds[name]]}: correct the entry")
         out[name] = value
     return out
 

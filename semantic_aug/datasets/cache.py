@@ -40,7 +40,7 @@ DEFAULT_BOUND_GB = 64.0
 FREE_SHARE = 0.8
 """Share of the disk's free space the cache may take."""
 SMALL_BYTES = 256 << 20
-KINDS = ("pixels-*.npy", "features-*.npy", "hashes-*.npy", "teachers/*")
+PATTERNS = ("pixels-*.npy", "features-*.npy", "hashes-*.npy", "teachers/*")
 """Contents of the folder; all count towards the bound and are removed by the same rule."""
 REMOVED = ".removed"
 """Ends the name of a folder that is being removed."""
@@ -178,7 +178,9 @@ def _build(path: Path, decode: Decode, shape: tuple[int, ...], workers: int | No
 
 def make_room(folder: Path, size: int) -> None:
     """Removes the least recently used entries until ``size`` bytes fit. Raises NoRoom: they do not fit even then."""
-    entries = sorted(entry for kind in KINDS for path in folder.glob(kind) if (entry := _entry(path)) is not None)
+    entries = sorted(
+        entry for pattern in PATTERNS for path in folder.glob(pattern) if (entry := _entry(path)) is not None
+    )
     held, bound = sum(entry[1] for entry in entries), cache_bound()
     free = int(shutil.disk_usage(folder).free * FREE_SHARE)
     if size > bound or size > free + held:

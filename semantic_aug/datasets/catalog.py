@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 _SCHEMES = ("folder", "csv", "hf")
 _TEXTS = "folder csv root hub local config image_column label_column super_class license citation homepage".split()
-_ENTRY_FIELDS = {**dict.fromkeys(_TEXTS, "text"), "class_name_rules": "texts", "class_names": "names"}
-"""Kinds of the fields, see :func:`semantic_aug.registry.fields`."""
+_ENTRY_FIELDS = {**dict.fromkeys(_TEXTS, str), "class_name_rules": list, "class_names": dict}
+"""Types of the fields, see :func:`semantic_aug.registry.fields`."""
 
 
 @dataclass(frozen=True)

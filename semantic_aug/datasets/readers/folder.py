@@ -93,17 +93,17 @@ def read_folder(folder: str | os.PathLike) -> Splits:
             by_split[split_of(child.name)].append(child)
     splits = _split_folders(walk, by_split)
     if "train" in splits:
-        _note_outside_splits(walk, children, files, [where.name for where in splits.values()])
-        tables = {split: _folder_table(walk, Path(where.path), split) for split, where in splits.items()}
-        of_splits = (f"{where.name}/{name}" for where in splits.values() for name in captions.METADATA)
+        _note_outside_splits(walk, children, files, [entry.name for entry in splits.values()])
+        tables = {split: _folder_table(walk, Path(entry.path), split) for split, entry in splits.items()}
+        of_splits = (f"{entry.name}/{name}" for entry in splits.values() for name in captions.METADATA)
         walk.note_left_out(*captions.METADATA, *of_splits)
         note(
             "splits without an image left out",
-            [where.name for split, where in splits.items() if not len(tables[split])],
+            [entry.name for split, entry in splits.items() if not len(tables[split])],
         )
         return unify({split: table for split, table in tables.items() if len(table)}, fixed="train")
     if splits:
-        names = ", ".join(where.name for where in splits.values())
+        names = ", ".join(entry.name for entry in splits.values())
         raise UserError(
             f"{root} has the split folder {names} but none named train with class folders: add it, or name another folder"
         )
@@ -119,9 +119,9 @@ def _split_folders(walk: Walk, by_split: dict[str, list[os.DirEntry]]) -> dict[s
     """The one folder of each split that holds folders. Raises UserError: two of them stand for one split."""
     splits = {}
     for split, folders in by_split.items():
-        with_classes = [where for where in folders if walk.folder_names(where)]
+        with_classes = [entry for entry in folders if walk.folder_names(entry)]
         if len(with_classes) > 1:
-            names = " and ".join(where.name for where in with_classes)
+            names = " and ".join(entry.name for entry in with_classes)
             raise UserError(f"{walk.root} holds {names}, which all stand for the split {split}: remove all but one")
         if with_classes:
             splits[split] = with_classes[0]
@@ -149,14 +149,14 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
     note("images beside the class folders left out", [walk.name_of(file) for file in files if walk.is_image(file)])
     masks = _masks_folder(walk, folder, folders, split)
     classes: dict[str, list[str]] = {}
-    for where in folders:
-        if Path(where.path) == masks:
+    for entry in folders:
+        if Path(entry.path) == masks:
             continue
-        name = _class_name(where)
-        images = _class_images(walk, where, split, name)
+        name = _class_name(entry)
+        images = _class_images(walk, entry, split, name)
         if not images and split == "train":
             raise UserError(
-                f"class folder {where.path} holds no image: expected {EXPECTED}, or remove the folder{walk.left_out_hint()}"
+                f"class folder {entry.path} holds no image: expected {EXPECTED}, or remove the folder{walk.left_out_hint()}"
             )
         if images:
             classes.setdefault(name, []).extend(images)
@@ -180,7 +180,7 @@ def _folder_table(walk: Walk, folder: Path, split: str) -> ImageTable:
 def _masks_folder(walk: Walk, folder: Path, folders: Sequence[os.DirEntry], split: str) -> Path | None:
     """The folder of the masks of a split's images: one whose folders are all named as the class folders are. Raises UserError:
     of training images' masks, only some of the folders are."""
-    classes = {where.name for where in folders if where.name != MASKS}
+    classes = {entry.name for entry in folders if entry.name != MASKS}
     for masks in (folder / MASKS, *([walk.root / MASKS / folder.name] if folder != walk.root else [])):
         inside = walk.folder_names(masks) if masks.is_dir() else []
         others = [name for name in inside if name not in classes]
@@ -288,10 +288,10 @@ class Walk:
         linked, pending = [], [os.fspath(folder)]
         while pending or linked:
             # real folders first, so that a link never takes the place of what it leads to
-            where = pending.pop() if pending else linked.pop(0)
-            if not self._enter(where, split, owner):
+            path = pending.pop() if pending else linked.pop(0)
+            if not self._enter(path, split, owner):
                 continue
-            folders, others = self.entries(where)
+            folders, others = self.entries(path)
             for entry in folders:
                 (linked if entry.is_symlink() else pending).append(entry.path)
             images += [entry.path for entry in others if self.is_image(entry)]

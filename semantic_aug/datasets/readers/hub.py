@@ -72,7 +72,7 @@ def parse_id(text: str) -> tuple[str, str | None]:
 def read_hub(splits: Mapping[str, HubSplit]) -> Splits:
     """Splits in the hub's format by our names, each from the hub or a local copy, with the columns ``image`` and ``label``.
     Raises UserError: not to be had, a missing column, a label without a name, no labels in the training split."""
-    tables = {ours: _hub_table(_load_split(where), where, ours, "image", "label") for ours, where in splits.items()}
+    tables = {ours: _hub_table(_load_split(source), source, ours, "image", "label") for ours, source in splits.items()}
     return _labelled(tables, splits["train"])
 
 
@@ -95,7 +95,7 @@ def read_hub_id(
         repo, config = parse_id(repo)
     if local is None and home_expanded(repo).exists():
         local = repo
-    where, splits = HubSplit(repo, "train", local), _all_splits(repo, local, config)
+    source, splits = HubSplit(repo, "train", local), _all_splits(repo, local, config)
     chosen, left_out = {}, []
     for name in splits:
         ours = split_of(str(name))
@@ -114,7 +114,7 @@ def read_hub_id(
         # a test split that is like the training split but for the labels
         unlabelled = labels not in rows.features and set(rows.features) < set(training)
         tables[ours] = None if unlabelled else _hub_table(rows, split, ours, image_column, label_column)
-    return _labelled(tables, where)
+    return _labelled(tables, source)
 
 
 def read_hub_images(word: str, class_name: str) -> ImageTable:
@@ -144,25 +144,25 @@ def _all_splits(repo: str, local: str | None, config: str | None) -> Mapping[str
     return splits if isinstance(splits, dict) else {"train": splits}
 
 
-def _labelled(tables: Mapping[str, ImageTable | None], where: HubSplit) -> Splits:
+def _labelled(tables: Mapping[str, ImageTable | None], source: HubSplit) -> Splits:
     """The splits that have labels, on one class list."""
     if tables["train"] is None:
-        raise UserError(f"data set {where.name}: its training split has no labels (-1 or empty in every row)")
+        raise UserError(f"data set {source.name}: its training split has no labels (-1 or empty in every row)")
     for split, table in tables.items():
         if table is None:
-            log.warning("%s: the split %s has no labels (-1, empty or no column) and is left out", where.name, split)
+            log.warning("%s: the split %s has no labels (-1, empty or no column) and is left out", source.name, split)
     return unify({split: table for split, table in tables.items() if table is not None})
 
 
-def _load_split(where: HubSplit) -> hub.Dataset:
-    rows = load_local(home_expanded(where.local)) if where.local else _from_hub(where, where.split)
+def _load_split(source: HubSplit) -> hub.Dataset:
+    rows = load_local(home_expanded(source.local)) if source.local else _from_hub(source, source.split)
     if not isinstance(rows, dict):
         return rows
-    if where.split in rows:
-        return rows[where.split]
+    if source.split in rows:
+        return rows[source.split]
     if len(rows) == 1:  # a copy of one split, whatever it is called there
         return next(iter(rows.values()))
-    raise unknown("split", where.split, map(str, rows), f"looked in {where.name}")
+    raise unknown("split", source.split, map(str, rows), f"looked in {source.name}")
 
 
 # --------------------------------------------------------------------------------------------------------- the hub
@@ -203,24 +203,24 @@ def _reachable_or_offline() -> Iterator[None]:
         hub.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> hub.Dataset | hub.DatasetDict:
+def _from_hub(source: HubSplit, split: str | None, config: str | None = None) -> hub.Dataset | hub.DatasetDict:
     import datasets as hub
 
     try:
         with _reachable_or_offline():
-            return hub.load_dataset(where.repo, name=config, split=split)
+            return hub.load_dataset(source.repo, name=config, split=split)
     except Exception as error:  # the library raises many kinds for "not there" and "no network"
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, ValueError) and "onfig" in reason:
             raise UserError(
-                f"data set {where.repo}: {reason}; name a configuration, as in hf:{where.repo}:NAME"
+                f"data set {source.repo}: {reason}; name a configuration, as in hf:{source.repo}:NAME"
             ) from error
         if not downloads_allowed():
-            unless = f" (unless you {where.remedy})" if where.remedy else ""
-            raise WouldDownload(f"the data set {where.repo} from the hub{unless}") from None
+            unless = f" (unless you {source.remedy})" if source.remedy else ""
+            raise WouldDownload(f"the data set {source.repo} from the hub{unless}") from None
         raise UserError(
-            f"data set {where.repo} could not be loaded from the hub ({type(error).__name__}: {reason[:150]}): check the "
-            f"network, or {where.remedy or LOCAL_COPY}"
+            f"data set {source.repo} could not be loaded from the hub ({type(error).__name__}: {reason[:150]}): check the "
+            f"network, or {source.remedy or LOCAL_COPY}"
         ) from error
 
 
@@ -228,15 +228,15 @@ def _from_hub(where: HubSplit, split: str | None, config: str | None = None) -> 
 
 
 def _hub_table(
-    rows: hub.Dataset, where: HubSplit, ours: str, image_column: str | None, label_column: str | None
+    rows: hub.Dataset, source: HubSplit, ours: str, image_column: str | None, label_column: str | None
 ) -> ImageTable | None:
     """The table of one split; None where none of its rows has a label."""
-    image_column = _image_column(rows, where.name, image_column)
-    label_column = label_column or _label_column(rows.features, where.name)
+    image_column = _image_column(rows, source.name, image_column)
+    label_column = label_column or _label_column(rows.features, source.name)
     if label_column is None or label_column not in rows.features:
-        raise _no_column("label", label_column, rows, where.name)
-    labelled = _labels(rows, label_column, f"data set {where.name}, split {where.split}")
-    return _table_of_rows(rows, where, ours, image_column, labelled) if labelled is not None else None
+        raise _no_column("label", label_column, rows, source.name)
+    labelled = _labels(rows, label_column, f"data set {source.name}, split {source.split}")
+    return _table_of_rows(rows, source, ours, image_column, labelled) if labelled is not None else None
 
 
 def _no_column(kind: str, column: str | None, rows: hub.Dataset, name: str) -> UserError:
@@ -247,7 +247,7 @@ def _no_column(kind: str, column: str | None, rows: hub.Dataset, name: str) -> U
 
 
 def _table_of_rows(
-    rows: hub.Dataset, where: HubSplit, ours: str, image_column: str, labelled: tuple[Sequence[str], Sequence[int]]
+    rows: hub.Dataset, source: HubSplit, ours: str, image_column: str, labelled: tuple[Sequence[str], Sequence[int]]
 ) -> ImageTable:
     """The table of rows with these class names and labels."""
     import datasets as hub
@@ -258,11 +258,11 @@ def _table_of_rows(
     def stored(row: int) -> str | bytes:
         cell = encoded[row][image_column]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
-            raise UserError(f"data set {where.name}, split {where.split}, row {row} has no image: remove the row")
-        return cell["bytes"] if cell["bytes"] is not None else _located(cell["path"], where)
+            raise UserError(f"data set {source.name}, split {source.split}, row {row} has no image: remove the row")
+        return cell["bytes"] if cell["bytes"] is not None else _located(cell["path"], source)
 
     def read(row: int):
-        return open_image(stored(row), f"{where.name} {where.split}[{row}]")
+        return open_image(stored(row), f"{source.name} {source.split}[{row}]")
 
     # the library's own hash of the data and of what was done to it, and its files, should they be written anew
     fingerprint = " ".join([str(rows._fingerprint), *(file_stamp(file["filename"]) for file in rows.cache_files)])
@@ -279,12 +279,12 @@ def _table_of_rows(
     return ImageTable.of(class_names, labels, keys, read, stamp, extras, encoded=stored)
 
 
-def _located(path: str, where: HubSplit) -> str:
+def _located(path: str, source: HubSplit) -> str:
     """The file of an image that is not in the rows themselves: relative paths start at the local copy."""
-    if where.local is None or "://" in path or Path(path).is_absolute():
+    if source.local is None or "://" in path or Path(path).is_absolute():
         return path
-    root = home_expanded(where.local)
-    return str(root / below(root, path, f"data set {where.local}, split {where.split}"))
+    root = home_expanded(source.local)
+    return str(root / below(root, path, f"data set {source.local}, split {source.split}"))
 
 
 def _labels(rows: hub.Dataset, column: str, where: str) -> tuple[tuple[str, ...], list[int]] | None:
