@@ -20,7 +20,7 @@ SETTINGS = (
     *("strategy", "strengths", "multiplier", "resolution", "num_inference_steps", "guidance_scale", "scheduler"),
     *("template", "templates", "seed", "checkpoint_key"),
 )
-"""What the card repeats of a subset's ``config.yaml``."""
+"""Entries of a subset's ``config.yaml`` that the card repeats."""
 
 DISCLOSURE = (
     "Images marked as synthetic were made by a diffusion model and are no photographs of anything that exists. What was "
@@ -38,7 +38,7 @@ OPENING = {
     "csv": 'import pandas\n\ntrain = pandas.read_csv("{folder}/images.csv").query("split == \'train\'")',
     "original": 'import pandas\n\ntrain = pandas.read_csv("{folder}/meta.csv")',
 }
-"""How each format is opened."""
+"""Format -> Python code that opens an export."""
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
@@ -59,7 +59,7 @@ def _describe_subset(subset: Subset, copies: float | None) -> dict[str, Any]:
             continue
         record = subset_record(root)
         name = record["arguments"].get("base_model") if record else None
-        base = Path(name).name if name and Path(name).is_absolute() else name  # a folder's path concerns nobody else
+        base = Path(name).name if name and Path(name).is_absolute() else name  # an export may be published: no path
         license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
         origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
@@ -69,7 +69,7 @@ def _describe_subset(subset: Subset, copies: float | None) -> dict[str, Any]:
 def describe(
     dataset: LoadedDataset, subsets: Sequence[Subset], splits: Sequence[SplitImages], settings, left_out: int
 ) -> dict[str, Any]:
-    """Everything the card says, as plain values.
+    """The facts of the card, as plain values.
 
     Args:
         subsets: as they were read, before any image was left out.
@@ -101,13 +101,18 @@ def describe(
 
 
 def _disclosures(counts: Mapping[str, int]) -> list[str]:
-    """What is to be said of images that are not the data set's own, by the counts of the training split."""
+    """Sentences on images that are not the data set's own, by the counts of the training split."""
     pseudo = counts.get("pseudo_labelled", 0)
     return [*([DISCLOSURE] if counts["synthetic"] or not pseudo else []), *([PSEUDO_LABELLED] if pseudo else [])]
 
 
 def _front_matter(facts: Mapping[str, Any], made: Sequence[Mapping], photographs: Sequence[Mapping]) -> str:
-    """What the hub reads, for ``made`` and ``photographs`` see :func:`write_card`."""
+    """The metadata that the hub reads, in YAML.
+
+    Args:
+        made: folders of images that a model made.
+        photographs: folders of pseudo-labelled photographs.
+    """
     licences = [facts["dataset"]["license"], *(origin["base_model_license"] for origin in made)]
     licences += [origin["license_of_photographs"] for origin in photographs]
     ids = {text.lower().replace(" ", "-") for text in licences}

@@ -1,4 +1,4 @@
-"""Hands synthetic images, and real ones, to other trainers: class folders, a Hugging Face data set, WebDataset, a list."""
+"""Exports synthetic and real images for other trainers: class folders, a Hugging Face data set, WebDataset, a list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ from semantic_aug.run_lock import lock_folder
 SHARDED = ("hf", "webdataset")
 CARD_FILE, FACTS_FILE = "README.md", "export.json"
 BEFORE_RESULTS = (runs.ARGS_FILE,)
-"""What an export writes before its first image; see :func:`semantic_aug.files.no_trace`."""
+"""Files that an export writes before its first image; see :func:`semantic_aug.files.no_trace`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def folders_of(dataset: LoadedDataset, format: str) -> tuple[str, ...]:
 
 
 def arguments_of(args, settings: ExportSettings) -> dict:
-    """What decides a byte of an export, apart from its images; no paths, since exports are published."""
+    """The settings that change a byte of an export; no paths, since exports are published."""
     names = [
         name for name in cli.result_settings(ExportSettings) if name != "shard_images" or settings.format in SHARDED
     ]
@@ -134,7 +134,7 @@ def arguments_of(args, settings: ExportSettings) -> dict:
 
 
 def notes(splits: Sequence[SplitImages], settings: ExportSettings) -> list[str]:
-    """What a user of the export should know: classes without an image in a split of class folders."""
+    """Notes on classes without an image in a split of class folders."""
     if settings.format != "imagefolder":
         return []
     lines, count = [], len(splits[0].class_names)

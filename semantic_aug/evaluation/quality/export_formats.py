@@ -156,7 +156,7 @@ class SplitImages:
         return _as_png(self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)), ".png"
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """Hard label, both classes with their weights, and where the image comes from; no source class where it may be any."""
+        """Hard label, both classes with their weights, and the image's origin; no source class where it may be any."""
         label, (source, target) = int(self.labels[row]), self.classes[:, row].tolist()
         (source_weight, target_weight), number = self.weights[:, row].tolist(), row - self.reals
         if number < 0:
@@ -201,7 +201,7 @@ class Target:
     seed: int
 
     def put(self, content: Path | bytes, path: str) -> None:
-        """Brings a file to its place, unless an earlier run has. Raises UserError: a file of another size is in its place."""
+        """Links, copies or writes a file, unless it exists. Raises UserError: the existing file has another size."""
         target = self.folder / path
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         if target.exists():
@@ -216,7 +216,7 @@ class Target:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether the target is a hard link to the source now; False where the file system has none."""
+    """Makes a hard link; False where the file system has none."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError as error:
@@ -287,7 +287,7 @@ def _place_all(
     listing: tuple[str, str],
     folder_of: Callable[[SplitImages, int], str],
 ) -> None:
-    """Every image in its folder, and the list of all (name of the file, name of its first column)."""
+    """Writes every image into its folder, and the list of all (name of the file, name of its first column)."""
     name, first = listing
     with files.csv_writer(target.folder / name) as writer:
         for split in splits:

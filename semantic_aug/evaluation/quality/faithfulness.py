@@ -32,8 +32,8 @@ def scores(probabilities: np.ndarray, images: SyntheticImages, gamma: float) -> 
 
 
 def fitting_gamma(strengths: np.ndarray, source: np.ndarray, target: np.ndarray) -> float:
-    """The gamma whose soft labels say what the classifier sees in images between two classes: under it the cross-entropy of
-    (1 - s^gamma, s^gamma) to the probabilities of source and target is least.
+    """The gamma whose soft labels fit the classifier's predictions best on images between two classes: it minimises the
+    cross-entropy of (1 - s^gamma, s^gamma) to the probabilities of source and target.
 
     Of images of one strength s it is log q / log s, where q is the target's share of the two probabilities.
 

@@ -22,7 +22,7 @@ from semantic_aug.pictures import Cell, grid
 SCORES_FILE, SHEET_FILE = "scores.csv", "dropped.png"
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIZE = 10, 6, 112
 NOT_RECORDED = ("syndata_key", "syndata_dir", "seed")
-"""Settings that do not decide which images of one list are kept."""
+"""Settings that have no part in which images of a list are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def kept(confidence: np.ndarray, classes: np.ndarray, settings: FilterSettings) 
 
 
 def kept_lines(file: Path, selected: np.ndarray) -> str:
-    """The text of a meta.csv with only some of its rows, all columns as they are."""
+    """The text of a meta.csv with some of its rows and all of its columns."""
     out = io.StringIO()
     writer = files.csv_rows(out)
     with open(file, newline="", encoding="utf-8-sig") as lines:
@@ -147,7 +147,7 @@ def kept_lines(file: Path, selected: np.ndarray) -> str:
 def confidences(
     inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages
 ) -> dict[str, np.ndarray]:
-    """Each confidence that ``--by`` asks for, and the one that decides, by name; ``(M,)`` each."""
+    """The confidences of ``--by`` and the one that decides, ``confidence``, by name; ``(M,)`` in [0, 1] each."""
     if settings.review:
         names = inputs.dataset.source_names
         return {"confidence": kept_after_review(settings.review, folder, images, names).astype(float)}
@@ -165,8 +165,8 @@ def confidences(
 
 
 def check(inputs: Inputs, settings: FilterSettings) -> None:
-    """Refuses what cannot work before anything is computed, and loads the models. Raises UserError: a model or a super-class
-    is missing, or the list already exists and was made otherwise."""
+    """Checks the request before anything is computed, and loads the models. Raises UserError: a model or a super-class is
+    missing, or the list already exists and was made with other settings."""
     by, dataset = settings.by, inputs.dataset
     models = [model for model in ("clip", "classifier") if by in (model, "both")]
     for model in models:
@@ -199,7 +199,7 @@ def sheet(images: SyntheticImages, confidence: np.ndarray, dropped: np.ndarray, 
 def write(
     inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages, scores: dict, selected: np.ndarray
 ) -> None:
-    """The list, the scores and the sheet of one folder; the list comes last, when all else exists."""
+    """Writes the list, the scores and the sheet of one folder; the list comes last and marks the rest as complete."""
     root, source = locate(folder)
     text, out, target = kept_lines(source, selected), settings.folder(root), settings.list_path(root)
     if target.exists() and target.read_text(encoding="utf-8") != text:

@@ -190,8 +190,8 @@ def _encoded(train, row: int) -> str | bytes:
 
 
 def scores_of(settings: GallerySettings, inputs: Inputs) -> list[dict[str, np.ndarray]]:
-    """The values each subset's images have, by name: those of ``--measures``, of ``--classifier`` and of ``--clip``. Raises
-    UserError: ``--measures`` is not a run of `measure` on these images."""
+    """The scores of each subset's images, by name, from ``--measures``, ``--classifier`` and ``--clip``. Raises UserError:
+    ``--measures`` is not a run of `measure` on these images."""
     scores = [measured(settings.measures, subset, inputs.dataset.source_names) for subset in inputs.subsets]
     for subset, values in zip(inputs.subsets, scores, strict=True):
         images = subset.images
@@ -221,8 +221,11 @@ def prompts_of(folder: str, table: meta_csv.MetaTable, targets: Sequence[str]) -
 def records(
     inputs: Inputs, scores: Sequence[Mapping[str, np.ndarray]], settings: GallerySettings
 ) -> tuple[dict[str, Any], list[Picture]]:
-    """What the page's ``data.js`` holds, the records of all images by column, and the images themselves; ``scores`` are those
-    of each subset, ``(M,)`` by name."""
+    """The content of the page's ``data.js``, with the records of all images by column, and the images.
+
+    Args:
+        scores: of each subset, ``(M,)`` by name.
+    """
     names, train = inputs.dataset.source_names, inputs.dataset.train
     used = np.unique(np.concatenate([subset.sources for subset in inputs.subsets]))
     used = used[used >= 0].tolist()
@@ -278,7 +281,7 @@ def records(
 
 
 def unlabelled_texts(images: SyntheticImages, class_names: Sequence[str]) -> list[tuple[str, str] | None]:
-    """Of each image from an unlabelled source what stands for the source's class, and the label that is known of it."""
+    """For each image from an unlabelled source, the text for the source's class and its label; None for other images."""
     if images.source_labels is None:
         return [None] * len(images)
     texts: list[tuple[str, str] | None] = []
@@ -290,7 +293,7 @@ def unlabelled_texts(images: SyntheticImages, class_names: Sequence[str]) -> lis
 
 
 def _score_columns(subsets: Sequence[Subset], scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict]:
-    """Each value that some images have, over the images of all subsets; None where one has none."""
+    """The scores over the images of all subsets, by name; None where an image has none."""
     out = {}
     for name, label in SCORES.items():
         if any(name in values for values in scores):

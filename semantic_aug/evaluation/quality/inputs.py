@@ -1,4 +1,4 @@
-"""What a command of this house examines, as its flags name it: a data set, synthetic subsets, and models."""
+"""Inputs of the commands that examine subsets: a data set, synthetic subsets, and models, as the flags name them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from semantic_aug.evaluation.quality.clip import Clip
 
 REAL = "real"
-"""What tables call the training images; no subset is shown under this name."""
+"""Name of the training images in tables; no subset is shown under this name."""
 NO_PART = ("config_dir",)
-"""Entries of records by earlier versions that have no part in the result."""
+"""Entries of earlier versions' records that do not change the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +151,11 @@ class Subset:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a command examines.
+    """Data set, subsets and models of a command.
 
     Attributes:
         record: every setting that changes a byte of the result, kept beside the results.
-        absent: by name, the value of a setting that a record lacks.
+        absent: values of settings that earlier records lack, by name.
     """
 
     dataset: LoadedDataset
@@ -212,8 +212,8 @@ class Inputs:
 
     @contextlib.contextmanager
     def claimed(self, folder: Path) -> Iterator[None]:
-        """Takes the output folder for results of these settings, training images, subsets and classifier; where the work fails
-        before the first result, it leaves no record. Raises UserError: the folder holds others."""
+        """Claims the output folder for results of these settings, training images, subsets and classifier; where the work fails
+        before its first result, no record is left. Raises UserError: the folder holds results of others."""
         from semantic_aug.classify.trainer import MODEL_FILE
 
         def further() -> dict:

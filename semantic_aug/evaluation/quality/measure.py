@@ -94,7 +94,7 @@ def column_names(network: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One set of images with what the models say of each.
+    """A set of images with their features and values.
 
     Attributes:
         name: of the subset, or :data:`report.REAL`.
@@ -128,7 +128,7 @@ class ImageSet:
         yield strength, None, np.ones(len(self.classes), bool)
 
     def fitting_gamma(self, rows: np.ndarray) -> float:
-        """The gamma whose labels say what the classifier sees in these images; NaN where none is between two classes."""
+        """See :func:`faithfulness.fitting_gamma`; NaN where no image is between two classes."""
         if self.between is None or not (rows := rows & ~np.isnan(self.between)).any():
             return float("nan")
         probabilities = (self.values[name][rows] for name in ("source_probability", "target_probability"))
@@ -139,14 +139,14 @@ class ImageSet:
         return float(self._over_classes(rows, distances.mean_pairwise))
 
     def class_distance_interval(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[float, float] | None:
-        """95 % interval of the class distance over the images, resampled within each class; None where a class has two images,
-        which count for the distance and cannot be resampled."""
+        """95 % bootstrap interval of the class distance, images resampled within each class; None where a class has two images,
+        which cannot be resampled."""
         if (np.unique(self.classes[rows], return_counts=True)[1] == 2).any():
             return None
         return percentile_interval(self._over_classes(rows, lambda part: distances.resampled_pairwise(part, rng)))
 
     def _over_classes(self, rows: np.ndarray, spread: Callable[[np.ndarray], float | np.ndarray]) -> np.ndarray:
-        """The mean of what ``spread`` gives for the features of each class, weighted by images; NaN where none has a value."""
+        """Mean of ``spread`` over the features of each class, weighted by images; NaN where no class has a value."""
         classes, features = self.classes[rows], self.features[rows]
         labels, counts = np.unique(classes, return_counts=True)
         values = np.array([spread(features[classes == label]) for label in labels])
@@ -177,11 +177,10 @@ class Measurer:
         return self.extractor.of_images(images, self.inputs.models.batch_size)
 
     def measure_real(self) -> tuple[ImageSet, float]:
-        """The real training images, and the distance below which an image counts as a copy of one.
+        """The real training images, and the distance below which an image counts as a near-copy of one.
 
-        The threshold is a low percentile of the real images' distances to their nearest other real image: an image nearer to
-        a training image than all but that share of real ones is not a new one. Photographs taken twice lower it, not below
-        what rounding makes of the distance between equal images.
+        The threshold is a low percentile of the real images' distances to their nearest other real image, at least
+        :data:`EQUAL_DISTANCE`, since photographs taken twice lower it.
         """
         train = self.inputs.dataset.train
         features = self.features(train)
@@ -194,7 +193,7 @@ class Measurer:
         return ImageSet(report.REAL, train.labels, None, features, values), threshold
 
     def measure_subset(self, subset: Subset, real: ImageSet, threshold: float) -> ImageSet:
-        """A subset's images, each with the values it has."""
+        """The images of a subset with all their values."""
         images, features = subset.images, self.features(subset.images)
         nearest = distances.neighbours(features, real.features)[0][:, 0]
         values = {"nearest_real": nearest, "near_copies": nearest < threshold}
@@ -212,11 +211,11 @@ class Measurer:
         return ImageSet(subset.name, images.target, subset.strengths, features, values, between)
 
     def measure_reference(self, subset: Subset) -> ImageSet:
-        """A subset to which others have distances between sets only."""
+        """The images of the reference subset, without values: only distances between sets are measured to it."""
         return ImageSet(subset.name, subset.images.target, subset.strengths, self.features(subset.images), {})
 
     def rows(self, images: ImageSet, real: ImageSet, reference: ImageSet | None = None) -> list[dict]:
-        """The rows of one set of images, see :func:`column_names`; what it does not have is left out."""
+        """The rows of a set of images, see :func:`column_names`; columns without a value are left out."""
         names, out = self.inputs.dataset.source_names, []
         for strength, label, chosen in tqdm(
             list(images.groups()), desc=images.name, unit="row", mininterval=1.0, leave=False
@@ -265,7 +264,7 @@ class Measurer:
         return values, {}
 
     def notes(self, real: ImageSet) -> list[str]:
-        """What is left out or to be read with care, and what it would need; one line each."""
+        """Notes on values that are left out or biased, and on what they would need; a line each."""
         lines, dimensions = [], real.features.shape[1]
         if self.inputs.classifier is None:
             lines.append(
@@ -314,7 +313,7 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """One row for each image: subset, file, and its values by subset and column; one that it does not have is empty."""
+    """Writes a row for each image: subset, file and values, empty where it has none; ``values`` by subset and column."""
     columns = [name for name in IMAGE_COLUMNS if any(name in subset_values for subset_values in values.values())]
     with files.csv_writer(path) as writer:
         writer.writerow(["subset", "file", *columns])
@@ -326,7 +325,7 @@ def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Map
 
 
 def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
-    """What :func:`write_images` wrote of one subset: ``(M,)`` by column, NaN where an image has no value."""
+    """The values of a subset that :func:`write_images` wrote: ``(M,)`` by column, NaN where an image has none."""
     with open(path, newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row["subset"] == subset]
     columns = [name for name in rows[0] if name in IMAGE_COLUMNS] if rows else []
@@ -334,8 +333,8 @@ def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
 
 
 def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A subset's values of each image as :func:`main` wrote them, ``(M,)`` by column, NaN where one has none; none without a
-    folder. Raises UserError: the folder is not a run of `measure` on these images."""
+    """Values of a subset's images in a folder that ``measure`` wrote, ``(M,)`` by column, NaN where an image has none; empty
+    without a folder. Raises UserError: the folder is not a run of `measure` on these images."""
     if folder is None:
         return {}
     record = (runs.load_arguments(folder) or {}).get(runs.MADE_FROM) or {}

@@ -20,7 +20,7 @@ NO_INTERVAL = {
     "frechet": "no interval: resampled images repeat, which biases this distance upwards",
     "std": "spread of the kernel distance over random subsets",
 }
-"""First or last word of a column without intervals -> the detail that its figures show instead."""
+"""First or last word of a column without intervals -> the detail that is shown instead."""
 PICTURE_FILE = "faithfulness_diversity.png"
 AXES = {
     "source_distance": "diversity: feature distance to the source image",
@@ -36,7 +36,7 @@ def totals(rows: Sequence[Mapping]) -> list[Mapping]:
 
 
 def table(rows: Sequence[Mapping], columns: Sequence[str]) -> document.Table:
-    """The totals as a table; the details of figures are their intervals over the images, or why there is none."""
+    """The totals as a table; the details are intervals over the images, or the reason why there is none."""
     rows = totals(rows)
     columns = [name for name in columns if name != "target_class" and any(name in row for row in rows)]
     cells = []
