@@ -1,4 +1,4 @@
-"""What a search chooses among: candidates, and the grid of values that they are made of."""
+"""The candidates of a search, and the grid of values that they are made of."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from semantic_aug.seeding import numpy_rng
 DEFAULT = {"strength": 0.7, "gamma": 0.5, "probability": 0.3}
 """The authors' recommendation for few shots; always a candidate, at the largest multiplier."""
 PLAN_FILE = "plan.json"
-"""What the search of a folder is, fixed by its first start."""
+"""Grid and number of runs of a folder's search, fixed by its first start."""
 FORMER_GRID = {"probs": (0.1, 0.3, 0.5), "labels": ("strength",)}
-"""Defaults, where they differ, of the searches whose plan does not hold their grid."""
+"""Former defaults, which hold for plans without a grid."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class GridSettings:
     def _candidate(
         self, strength: float, gamma: float, probability: float, multiplier: float, labels: str, strategy: str
     ) -> Candidate:
-        """A candidate whose values without effect are all the same: a strength where the strategy draws its own, gamma where
-        labels do not depend on it."""
+        """A candidate; values without effect are replaced by one: strength where the strategy draws its own, gamma where labels
+        do not depend on it."""
         row = strategies.find(strategy)
         strength = None if row.strengths else strength
         gamma = DEFAULT["gamma"] if labels == "teacher" or row.pairing == "same" else gamma

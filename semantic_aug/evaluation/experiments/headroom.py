@@ -30,16 +30,16 @@ REPORT, SUMMARY, TABLE = "headroom.md", "headroom.json", "headroom.csv"
 HARD, CHART = "hard_images.csv", "headroom.png"
 SHOWN_PAIRS = 5
 MIN_VALIDATION = 5
-"""Validation images per class below which they join the others for cross-validation."""
+"""Fewest validation images per class; with fewer, cross-validation over all images decides."""
 MOST_SHARED = 0.7
 """Share of all images up to which draws count as different."""
 INSEPARABLE = 0.25
-"""Rate of confusion from which two classes count as hard to tell apart: half of what guessing between them gives."""
+"""Rate of confusion from which two classes count as hard to tell apart: half the rate of guessing between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadroomSettings:
-    """What is measured, and where."""
+    """Data, classifier and output of a measurement."""
 
     TITLE = "headroom"
     examples_per_class: int = cli.setting(
@@ -112,14 +112,14 @@ class Headroom:
 
     @property
     def repeated(self) -> int:
-        """Position of the largest size whose draws share few images: where errors that every draw makes are looked for."""
+        """Position of the largest size whose draws share few images, for errors that every draw makes."""
         apart = np.flatnonzero(self.curve.images <= MOST_SHARED * self.curve.images[-1])
         return int(apart[-1]) if len(apart) else 0
 
 
 def load_pool(settings: HeadroomSettings, dataset: LoadedDataset) -> Pool:
-    """The features of the labelled images, training and validation; kept in the cache for the next command. Raises UserError:
-    the model's weights cannot be had, or there are too few images."""
+    """Features of the training and validation images, kept in the cache for the next command. Raises UserError: the model's
+    weights are not available, or there are too few images."""
     from semantic_aug.classify.features import load_extractor
 
     tables = [table for table in (dataset.train, dataset.val) if table is not None and len(table)]
@@ -136,7 +136,7 @@ def load_pool(settings: HeadroomSettings, dataset: LoadedDataset) -> Pool:
 
 
 def load_data(settings: HeadroomSettings, word: str, config_dir: Path) -> LoadedDataset:
-    """The labelled images that are looked at; validation only where the data set has such a split."""
+    """The labelled images; validation images only where the data set has such a split."""
     setting = Setting(val_fraction=0.0, val_examples_per_class=settings.val_examples_per_class, split=settings.split)
     dataset = load_dataset(word, setting, config_dir)
     return replace(dataset, train=few_shot(dataset.train, settings.pool_per_class))
@@ -152,23 +152,15 @@ def measure(settings: HeadroomSettings, dataset: LoadedDataset) -> Headroom:
 
 
 def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, Path]:
-    """Measures and writes the report, or finds it written.
-
-    Returns:
-        The sentence, and the folder of the report.
-
-    Raises:
-        UserError: the folder holds a report of other settings or images.
-    """
+    """Measures and writes the report, unless it is written already. Returns the sentence and the folder of the report. Raises
+    UserError: the folder holds a report of other settings or images."""
     from semantic_aug.classify.models import weights_identity
 
     dataset = load_data(settings, word, config_dir)
     suffix = Setting(examples_per_class=settings.examples_per_class, split=settings.split).suffix
-    default = f"outputs/headroom/{dataset.name}{suffix}"
-    folder = registry.resolve_path(settings.output_dir or default)
-    record = {"dataset": dataset.name}
+    folder = registry.resolve_path(settings.output_dir or f"outputs/headroom/{dataset.name}{suffix}")
     results = {name: getattr(settings, name) for name in cli.result_settings(HeadroomSettings)}
-    record |= cli.recorded(results, HeadroomSettings)
+    record = {"dataset": dataset.name, **cli.recorded(results, HeadroomSettings)}
     weights = lambda: {"weights": weights_identity(settings.model, settings.weights)}  # noqa: E731
     origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
     with files.no_trace(folder, (runs.ARGS_FILE,)):
@@ -257,7 +249,7 @@ def _gain_section(headroom: Headroom) -> list[Block]:
 
 
 def _cap_section(headroom: Headroom) -> list[Block]:
-    """Where labels or classes cap the accuracy: confusions, and images that every draw gets wrong."""
+    """Causes that cap the accuracy: classes that are confused, and images that every draw gets wrong."""
     curve, size = headroom.curve, headroom.repeated
     names, wrong, errors = curve.class_names, curve.always_wrong(size), (curve.predicted[size] != curve.labels).mean()
     early, pairs = {(a, b): rate for rate, a, b in curve.confused(headroom.present)}, curve.confused(size)

@@ -16,21 +16,21 @@ from semantic_aug.seeding import numpy_rng
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Images per class at which a curve is measured, besides the present number, twice and four times it, and all."""
 FOLDS = 5
-"""Of the cross-validation where there are too few validation images."""
+"""Folds of the cross-validation where there are too few validation images."""
 WEIGHT_DECAY = 1e-3
 SCALE = 10.0
 """Norm of a standardised feature vector; with it a ten times larger weight decay moves no curve by more than its spread."""
 ITERATIONS = 100
 
 FACTOR = 4
-"""Times the real images that synthetic ones (five per photograph by default) are taken to be worth at most."""
+"""Multiple of the real images that synthetic ones (five per photograph by default) are worth at most."""
 WORTH_POINTS = 0.06
 """Twice the 3 points that ten seeds of a comparison can tell from chance: synthetic images win a part of what real ones do."""
 WORTH_SHARE = 0.3
 """Where four times the images leave over 70 % of the errors, labels or classes cap the accuracy, not the number of images.
 ELPV's eight classes, where no method helped, lie at 0.21; signs and seedlings at 0.39 and more."""
 SURE = 0.8
-"""Share of the resamples that must agree; between 0.2 and 0.8 nothing is said."""
+"""Share of the resamples that must agree; between 0.2 and 0.8 the verdict is open."""
 MIN_SIZES, MIN_EVALUATED = 3, 30
 """Fewest sizes on a curve for a line through it, and fewest evaluated images (30: a standard error of 9 points)."""
 EVEN = 0.5
@@ -104,7 +104,7 @@ class Curve:
 
     @property
     def smallest(self) -> int:
-        """Training images of the smallest class that is evaluated."""
+        """Number of training images of the smallest class that is evaluated."""
         return int(self.available[np.unique(self.labels)].min())
 
     @property
@@ -115,7 +115,7 @@ class Curve:
         return (self.predicted == self.labels) @ weights
 
     def confused(self, size: int) -> list[tuple[float, int, int]]:
-        """Pairs of classes by how often an image of one is taken for the other, mean over both and all draws, worst first."""
+        """Rate at which images of either class are predicted as the other, over all draws, and the pair; worst first."""
         k = len(self.class_names)
         matrix = np.zeros((k, k))
         np.add.at(matrix, (np.broadcast_to(self.labels, self.predicted[size].shape), self.predicted[size]), 1)
@@ -124,13 +124,13 @@ class Curve:
         return sorted(pairs, reverse=True)
 
     def always_wrong(self, size: int) -> np.ndarray:
-        """bool ``(N,)``, which images every draw gets wrong, of the classes with training images."""
+        """bool ``(N,)``, images of classes with training images that every draw gets wrong."""
         return (self.predicted[size] != self.labels).all(0) & (self.available[self.labels] > 0)
 
 
 def sizes_of(available: np.ndarray, present: int) -> tuple[int, ...]:
-    """Images per class at which a curve is measured, of ``available`` ``(K,)`` training images of each class and ``present``
-    that there are or would be used (-1: all)."""
+    """Images per class at which a curve is measured, for ``available`` ``(K,)`` training images of each class and ``present``
+    images per class (-1: all)."""
     most = int(available.max())
     wanted = {*SIZES, *(factor * present for factor in (1, 2, FACTOR) if present > 0)}
     return (*sorted(size for size in wanted if size < most), most)
@@ -191,17 +191,17 @@ def linear_predictions(features: np.ndarray, labels: np.ndarray, train: np.ndarr
 
 @dataclass(frozen=True)
 class Gain:
-    """What a multiple of the present images would win.
+    """The gain of a multiple of the present images.
 
     Attributes:
-        factor: times the present images.
-        measured: whether there are that many; else the power law is used.
+        factor: the multiple.
+        measured: whether there are that many images; else the power law is used.
         points: gain of macro accuracy in [0, 1].
         low: lower end of its 95 % interval, for other draws and other evaluated images.
         high: upper end.
         share: part of the present errors that the gain removes.
         promising: share of the resamples in which the gain is worth it.
-        even: whether every class has its part (:data:`EVEN`) of the present images.
+        even: whether every class has enough (:data:`EVEN`) of the present images.
     """
 
     factor: int
@@ -215,12 +215,12 @@ class Gain:
 
     @property
     def reliable(self) -> bool:
-        """Whether the images there are tell it: measured, or extrapolated from classes that all grow along the curve."""
+        """Whether the gain is measured, or extrapolated from classes that all grow along the curve."""
         return self.measured or self.even
 
 
 def present_index(curve: Curve, present: int) -> int:
-    """The position of the largest size that is no more than the images per class there are (-1: all)."""
+    """Position of the largest size up to the present images per class (-1: all)."""
     return len(curve.sizes) - 1 if present < 1 else max(0, int(np.searchsorted(curve.sizes, present, "right")) - 1)
 
 

@@ -32,7 +32,7 @@ COLUMNS = ("Confidence", "Unlabelled Image")
 
 @dataclass(frozen=True, kw_only=True)
 class UnlabelledSettings:
-    """The unlabelled images, and which of them count."""
+    """The unlabelled images, and the threshold of their labels."""
 
     TITLE = "unlabelled images"
     unlabelled: Path | str | None = cli.setting_of(Pool, "unlabelled")
@@ -46,7 +46,7 @@ class UnlabelledSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
-    """The classifier that labels, and where the subset goes."""
+    """The classifier that labels, and the folder of the subset."""
 
     TITLE = "labels"
     classifier: Path = cli.setting(

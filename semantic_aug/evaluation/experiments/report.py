@@ -118,12 +118,12 @@ def write_comparison(folder: Path) -> Comparison:
 
 
 def split_title(split: str | None) -> str:
-    """What tables and texts call the split that scores are on."""
+    """Name of the split of the scores, in tables and texts."""
     return runs.SPLIT_TITLES.get(split, "neither test nor validation")
 
 
 def _write_csv(comparison: Comparison, path: Path) -> None:
-    """Scores on test by their names, those on validation after ``val_``; ``split`` is the one that a run is judged on."""
+    """Writes test scores by their names, validation scores after ``val_``, and the ``split`` that a run is judged on."""
     scores, stages = comparison.score_names, (1, 2, 3)
     tested = scores if any(row.split == "test" for row in comparison.rows) else []
     with files.csv_writer(path) as writer:
@@ -179,7 +179,7 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
 
 
 def _judgement(comparison: Comparison) -> str:
-    """On which split the scores are, as sentences."""
+    """Sentences that name the split of the scores."""
     splits = {split for _, split in comparison.parts}
     sentences = []
     if "test" in splits or not splits:
@@ -393,7 +393,7 @@ def _candidate_section(result: SearchResult) -> list[Block]:
 
 
 def _test_section(result: SearchResult) -> list[Block]:
-    """Test scores of the chosen and the default settings, which had no part in the choice."""
+    """Test scores of the chosen and the default settings; they had no part in the choice."""
     if not result.test:
         return []
     rows = []

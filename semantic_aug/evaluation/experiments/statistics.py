@@ -9,7 +9,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 NO_SPREAD = 1e-9
-"""Width below which an interval says nothing: a few seeds differ by the very same number of images."""
+"""Width below which an interval is meaningless: a few seeds differ by the same number of images."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out; none without a width does."""
+        """Whether the interval has a width and excludes zero."""
         return (self.low > 0 or self.high < 0) and not self.flat
 
     @property
     def flat(self) -> bool:
-        """Whether the interval has no width, since the seeds have no spread."""
+        """Whether the interval has no width."""
         return self.high - self.low < NO_SPREAD
 
 
@@ -79,7 +79,7 @@ def image_interval(part: np.ndarray, strata: np.ndarray) -> tuple[float, float]:
 
 
 def _image_variance(parts: Sequence[np.ndarray], strata: np.ndarray) -> tuple[float, int]:
-    """Variance of the sum of a difference's parts that is due to the images, and its degrees of freedom."""
+    """Variance of the sum over images that is due to their choice, and its degrees of freedom; ``parts`` of each seed."""
     image, counts = np.mean(parts, axis=0), np.bincount(strata)
     centres = np.bincount(strata, image) / np.maximum(counts, 1)
     centres[counts < 2] = 0  # a single image has no spread: its distance from no difference stands for it

@@ -34,8 +34,8 @@ class Run:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """The finished runs at or below some folders, each once, in the order of their paths. Raises UserError: a folder that is
-    not there, or without a finished run."""
+    """The finished runs at or below some folders, each once, in the order of their paths. Raises UserError: a folder does not
+    exist or holds no finished run."""
     finished: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -51,8 +51,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in nothing but the seed (and what has no part in the outcome) and are judged on the same split together;
-    order is kept."""
+    """Groups of runs that are judged on the same split and differ only in the seed and in settings without effect on results,
+    in order."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         # the names of files tell runs apart whose record does not say what the files held
@@ -64,7 +64,7 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def name_of(group: Sequence[Run]) -> str:
-    """What a row is called: the folder of its runs, without the seed."""
+    """Name of a row: the folder of its runs, without the seed."""
     folder = group[0].folder
     name = _SEED.sub("", folder.name)
     return name or folder.parent.name
