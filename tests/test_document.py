@@ -5,13 +5,10 @@ import re
 
 from semantic_aug.evaluation.document import (
     Cell,
-    Code,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
     Report,
     Table,
+    code,
+    items,
     link,
     subset_links,
     write,
@@ -26,14 +23,14 @@ def report(folder):
         [NASTY, "52.00", Cell("**+1.00 [0.50, 1.50]**", NASTY)],
     ]
     blocks = [
-        Paragraph(f"*Percent* of `{NASTY}`, 3 * 4 * 5."),
-        Picture("report.png", "scores"),
+        f"*Percent* of `{NASTY}`, 3 * 4 * 5.",
+        "![scores](report.png)",
         Table(["method", "top1", "top1 - real-only"], rows),
-        Heading("Runs"),
-        Items(
+        "## Runs",
+        items(
             [link("a run", folder / "a run #1", folder), *subset_links([folder / "seen", folder / "unseen"], folder)]
         ),
-        Code("python x.py < y"),
+        code("python x.py < y"),
     ]
     return Report(f"Comparison on {NASTY}", blocks)
 

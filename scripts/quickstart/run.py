@@ -27,14 +27,11 @@ from semantic_aug.datasets import catalog, download  # noqa: E402
 from semantic_aug.errors import EXIT_INTERRUPTED, UserError, run_main  # noqa: E402
 from semantic_aug.evaluation.document import (  # noqa: E402
     Cell,
-    Code,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
     Report,
     Table,
+    code,
     gallery_of,
+    items,
     link,
     subset_links,
     write,
@@ -221,19 +218,19 @@ class Quickstart:
         runs = [folder / "finetune", *(ROOT / self.result_folder(name) for name in self.task.methods)]
         blocks = [
             table,
-            Paragraph(self.differences()),
-            Paragraph(
+            self.differences(),
+            (
                 f"One seed: differences of a few points are within the spread. {self.task.note}, equal optimisation "
                 "steps; the best epoch is validation's, test is evaluated once."
             ),
-            Picture("report.png", "translations"),
-            Paragraph(f"Each row: a photograph, and its translations to two other classes at strengths {strengths}."),
-            Heading("Synthetic images and runs"),
-            Items([*subset_links(self.subsets, folder), *(link(run.name, run, folder) for run in runs)]),
-            Heading(f"Times ({total / 60:.1f} minutes in all)"),
+            "![translations](report.png)",
+            f"Each row: a photograph, and its translations to two other classes at strengths {strengths}.",
+            "## Synthetic images and runs",
+            items([*subset_links(self.subsets, folder), *(link(run.name, run, folder) for run in runs)]),
+            f"## Times ({total / 60:.1f} minutes in all)",
             Table(["step", "seconds"], [[name, f"{entry['seconds']:.0f}"] for name, entry in self.times.items()]),
-            Heading("Commands"),
-            Code("\n".join(f"python {shlex.join(argv)}" for argv in self.commands().values())),
+            "## Commands",
+            code("\n".join(f"python {shlex.join(argv)}" for argv in self.commands().values())),
         ]
         write(Report(self.title, blocks), folder / "report.md")
         return table

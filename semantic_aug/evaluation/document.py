@@ -1,8 +1,9 @@
 """A report as one structure, written as Markdown and as a page that a browser opens from disk; so the two cannot differ.
 
-Texts are Markdown of four kinds: `` `code` ``, ``**strong**``, ``*emphasis*`` and ``[text](path)``. The page adds what a cell
-keeps as its detail (an interval, the values it is the mean of), shown on hover and on focus. It runs no script and loads only
-the charts beside it.
+A block is a table or Markdown text: a paragraph, a heading (``## ``), a list (lines of ``- ``), a picture
+(``![text](file)``) or code (between lines of three backticks). Within texts there are `` `code` ``, ``**strong**``,
+``*emphasis*`` and ``[text](path)``. The page adds the details of cells (an interval, the values behind a mean), shown on hover and on focus. It
+runs no script and loads only the charts beside it.
 """
 
 import os
@@ -19,7 +20,7 @@ from semantic_aug.console import markdown_table
 
 PAGE_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("document.html.j2")
-_INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\*([^*\s](?:[^*]*[^*\s])?)\*|\[([^\[\]]+)\]\(([^()\s]+)\)")
+_INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\*([^*\s](?:[^*]*[^*\s])?)\*|(!?)\[([^\[\]]+)\]\(([^()\s]+)\)")
 
 
 @dataclass(frozen=True)
@@ -28,58 +29,6 @@ class Cell:
 
     text: str
     detail: str = ""
-
-
-@dataclass(frozen=True)
-class Heading:
-    """The heading of a section."""
-
-    text: str
-
-    def markdown(self) -> str:
-        return f"## {self.text}"
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Running text."""
-
-    text: str
-
-    def markdown(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list of texts."""
-
-    texts: Sequence[str]
-
-    def markdown(self) -> str:
-        return "\n".join(f"- {text}" for text in self.texts)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture beside the report, with a text that stands for it."""
-
-    file: str
-    text: str
-
-    def markdown(self) -> str:
-        return f"![{self.text}]({self.file})"
-
-
-@dataclass(frozen=True)
-class Code:
-    """Commands or settings."""
-
-    text: str
-    language: str = "bash"
-
-    def markdown(self) -> str:
-        return f"```{self.language}\n{self.text.rstrip()}\n```"
 
 
 @dataclass(frozen=True)
@@ -106,7 +55,7 @@ class Table:
         return markdown_table(self.columns, [[cell.text for cell in row] for row in self.cells], self.texts)
 
 
-Block = Heading | Paragraph | Items | Picture | Code | Table
+Block = str | Table
 
 
 @dataclass(frozen=True)
@@ -118,12 +67,22 @@ class Report:
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        return "\n\n".join([f"# {self.title}", *(block.markdown() for block in self.blocks)]) + "\n"
+        blocks = [block if isinstance(block, str) else block.markdown() for block in self.blocks]
+        return "\n\n".join([f"# {self.title}", *blocks]) + "\n"
 
     def page(self) -> str:
         """The report as HTML."""
-        blocks = [(type(block).__name__.lower(), block) for block in self.blocks]
-        return render(TEMPLATE, title=self.title, blocks=blocks)
+        return render(TEMPLATE, title=self.title, blocks=self.blocks)
+
+
+def items(texts: Iterable[str]) -> str:
+    """A list of texts as a block."""
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def code(text: str, language: str = "bash") -> str:
+    """Commands or settings as a block."""
+    return f"```{language}\n{text.rstrip()}\n```"
 
 
 def render(template: Path, **values: Any) -> str:
@@ -142,13 +101,15 @@ def inline(text: str):
     from markupsafe import Markup, escape
 
     def element(match: re.Match) -> str:
-        code, strong, emphasis, label, path = match.groups()
+        code, strong, emphasis, picture, label, path = match.groups()
         if code:
             return f"<code>{code}</code>"
         if strong:
             return f"<strong>{_INLINE.sub(element, strong)}</strong>"
         if emphasis:
             return f"<em>{_INLINE.sub(element, emphasis)}</em>"
+        if picture:
+            return f'<img src="{path}" alt="{label}">'
         return f'<a href="{path}">{_INLINE.sub(element, label)}</a>'
 
     return Markup(_INLINE.sub(element, str(escape(text))))
@@ -183,7 +144,7 @@ def gallery_hint(flags: Mapping[str, Any], subset: Path) -> list[Block]:
     flags = {**flags, "syndata_dir": folder, "output_dir": f"{folder}/gallery"}
     given = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
     text = "A gallery is linked here once it exists in the folder of its subset and the report is written again. To make one:"
-    return [Paragraph(text), Code(f"python -m semantic_aug.evaluation gallery {shlex.join(given)}")]
+    return [text, code(f"python -m semantic_aug.evaluation gallery {shlex.join(given)}")]
 
 
 def write(report: Report, file: Path) -> None:

@@ -19,7 +19,7 @@ from semantic_aug.datasets.settings import DatasetName
 from semantic_aug.datasets.subsets import few_shot
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
-from semantic_aug.evaluation.document import Block, Heading, Paragraph, Picture, Report, Table
+from semantic_aug.evaluation.document import Block, Report, Table
 from semantic_aug.evaluation.document import write as write_document
 from semantic_aug.evaluation.experiments import learning_curve as curves
 from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
@@ -213,9 +213,9 @@ def report_of(headroom: Headroom) -> Report:
         notes = ["now"] * (position == headroom.present) + ["all"] * (position + 1 == len(curve.sizes))
         rows.append([f"{images:.4g}", f"{100 * scores.mean():.1f}{spread}", ", ".join(notes)])
     blocks = [
-        Paragraph(f"{headroom.sentence[0].upper()}{headroom.sentence[1:]}"),
-        Picture(CHART, "learning curve"),
-        Paragraph(
+        f"{headroom.sentence[0].upper()}{headroom.sentence[1:]}",
+        f"![learning curve]({CHART})",
+        (
             f"Real images alone: linear classifiers on frozen features of {settings.model} at {settings.res_mode} px, "
             f"{len(settings.seeds)} draws of each size, macro accuracy on {how} ({len(curve.labels)} images); test images "
             "were not read. Percent, mean ± standard deviation."
@@ -245,7 +245,7 @@ def _gain_section(headroom: Headroom) -> list[Block]:
             f"larger sizes add images to the other classes alone: {curves.UNKNOWN}."
         )
     columns = ["images", "points", "95 % interval", "errors removed", ""]
-    return [Heading("What more real images would win"), Table(columns, rows), Paragraph(rule)]
+    return ["## What more real images would win", Table(columns, rows), rule]
 
 
 def _cap_section(headroom: Headroom) -> list[Block]:
@@ -266,7 +266,7 @@ def _cap_section(headroom: Headroom) -> list[Block]:
         if rate > 0
     ]
     columns = ["class", "class", "confused now", f"at {curve.images[size]:.4g} per class"]
-    return [Heading("What caps it"), Paragraph(text), *([Table(columns, rows, texts=2)] if rows else [])]
+    return ["## What caps it", text, *([Table(columns, rows, texts=2)] if rows else [])]
 
 
 def draw(headroom: Headroom, path: Path) -> None:

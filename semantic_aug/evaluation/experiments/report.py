@@ -11,12 +11,9 @@ from semantic_aug import files, registry, runs
 from semantic_aug.evaluation.document import (
     Block,
     Cell,
-    Code,
-    Heading,
-    Paragraph,
-    Picture,
     Report,
     Table,
+    code,
     gallery_hint,
     gallery_of,
     link,
@@ -141,33 +138,29 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
     """The report: scores, paired differences, times, budgets, commands and the folders of all runs."""
     dataset = next((recipe["shared.dataset"] for recipe in comparison.recipes.values() if recipe), "?")
     finished, missing = len(comparison.rows), comparison.missing
-    blocks: list[Block] = [Paragraph(f"{finished} of {finished + len(missing)} classifiers are finished.")]
+    blocks: list[Block] = [f"{finished} of {finished + len(missing)} classifiers are finished."]
     if missing:
         named = [f"{setting} {method} seed {seed}" for setting, method, seed in missing[:SHOWN_MISSING]]
         more = len(missing) - len(named)
-        blocks.append(Paragraph(f"Missing: {', '.join(named)}{f', and {more} more' if more > 0 else ''}."))
+        blocks.append(f"Missing: {', '.join(named)}{f', and {more} more' if more > 0 else ''}.")
     blocks.append(
-        Paragraph(
-            "Percent, mean ± standard deviation over seeds. Each seed draws its own training images and has its own stages 1 "
-            "and 2; within a setting all methods have the same optimisation steps and, where they use any, as many synthetic "
-            f"images. {_judgement(comparison)}"
-        )
+        "Percent, mean ± standard deviation over seeds. Each seed draws its own training images and has its own stages 1 and "
+        "2; within a setting all methods have the same optimisation steps and, where they use any, as many synthetic images. "
+        + _judgement(comparison)
     )
     users = [
         name for name in METHODS if METHODS[name].unlabelled and any(row.method == name for row in comparison.rows)
     ]
     if users:
         blocks.append(
-            Paragraph(
-                f"Unlabelled images are used by {' and '.join(users)}; of the others at most the base model saw them."
-                + (" pseudo-label has as many as reach its threshold." if "pseudo-label" in users else "")
-            )
+            f"Unlabelled images are used by {' and '.join(users)}; of the others at most the base model saw them."
+            + (" pseudo-label has as many as reach its threshold." if "pseudo-label" in users else "")
         )
     if comparison.score_names:
-        blocks.append(Picture(CHART, "scores by method"))
+        blocks.append(f"![scores by method]({CHART})")
     for setting in comparison.settings:
         parts = [split for name, split in comparison.parts if name == setting]
-        blocks += [Heading(setting), *([] if parts else [Paragraph("No result yet.")])]
+        blocks += [f"## {setting}", *([] if parts else ["No result yet."])]
         for split in parts:
             blocks += _score_tables(comparison, setting, split)
     pairs = {
@@ -227,7 +220,7 @@ def _score_tables(comparison: Comparison, setting: str, split: str | None) -> li
         f"{title} images; bold: zero is outside."
     )
     columns = [f"{title} {score} - {baseline}" for score, baseline in pairs]
-    return [*blocks, Paragraph(text), Table(["method", *columns], differences)]
+    return [*blocks, text, Table(["method", *columns], differences)]
 
 
 def _time_section(comparison: Comparison) -> list[Block]:
@@ -241,20 +234,20 @@ def _time_section(comparison: Comparison) -> list[Block]:
                 mean = duration(statistics.fmean(seconds))
                 rows.append([setting, title, str(len(seconds)), f"{sum(seconds) / 3600:.2f}", mean])
     table = Table(["setting", "stage", "runs", "hours in all", "per run"], rows, texts=2)
-    return [Heading("Time"), table, Paragraph(f"{total / 3600:.2f} hours in all; runs side by side count each.")]
+    return ["## Time", table, f"{total / 3600:.2f} hours in all; runs side by side count each."]
 
 
 def _repeat_sections(comparison: Comparison) -> list[Block]:
     """The budget of each setting, the commands of ``compare``, and those of the first pair's runs."""
-    blocks: list[Block] = [Heading("Budgets")]
+    blocks: list[Block] = ["## Budgets"]
     for setting, recipe in comparison.recipes.items():
         given = {name: value for name, value in recipe.items() if value not in (None, [])}
-        blocks += [Paragraph(f"{setting}:"), Code(runs.arguments_text(given), "yaml")]
-    blocks += [Heading("Commands"), Code("\n".join(comparison.commands))]
+        blocks += [f"{setting}:", code(runs.arguments_text(given), "yaml")]
+    blocks += ["## Commands", code("\n".join(comparison.commands))]
     for (setting, seed), records in comparison.records.items():
         if records:
             text = f"The runs of {setting}, seed {seed}; those of all others are in `{COMMANDS}`:"
-            return [*blocks, Paragraph(text), Code("\n".join(entry["command"] for entry in records.values()))]
+            return [*blocks, text, code("\n".join(entry["command"] for entry in records.values()))]
     return blocks
 
 
@@ -286,7 +279,7 @@ def run_section(
     if not any(any(row[len(columns) :]) for row in rows):
         return []
     table = Table([*columns, "1 fine-tune", "2 translate", "3 classify"], rows, texts=len(columns) + 3)
-    return [Heading("Runs"), table, *hint]
+    return ["## Runs", table, *hint]
 
 
 # --------------------------------------------------------------------------------------------------------- searches
@@ -336,11 +329,11 @@ def write_search(result: SearchResult, commands: StageCommands, command: str, en
     blocks = [
         *_candidate_section(result),
         *_test_section(result),
-        Heading("To use it"),
-        Paragraph(f"In `{registry.SUBSETS}` (`--register_key` writes it):"),
-        Code(registry.to_yaml(entry), "yaml"),
-        Code(command),
-        Paragraph(f"The search took {result.cost}."),
+        "## To use it",
+        f"In `{registry.SUBSETS}` (`--register_key` writes it):",
+        code(registry.to_yaml(entry), "yaml"),
+        code(command),
+        f"The search took {result.cost}.",
         *run_section(["setting"], {(setting,): (folder, flags)}, folder),
     ]
     write(Report(f"Settings for {commands.recipe.shared['dataset']}, {setting}", blocks), folder / REPORT)
@@ -377,11 +370,11 @@ def _candidate_section(result: SearchResult) -> list[Block]:
         rows.append([*cells, score, difference])
     columns = [*varying, "strength", "gamma", "p", "multiplier", "seeds", f"validation {result.score}", "- default"]
     return [
-        Paragraph(
+        (
             f"Chosen: {chosen.name} ({', '.join(f'{kind} {text}' for kind, text in _kinds(chosen, result).items())}), {how}."
         ),
-        Picture(CHART, "validation scores"),
-        Paragraph(
+        f"![validation scores]({CHART})",
+        (
             "Every candidate was tried on the first seed, the better third also on the next, and so on; the default "
             f"({default.name}) was never dropped. Percent; differences to it over common seeds in points, with 95 % "
             "confidence intervals for other seeds and other images. Only a candidate whose interval lies above zero replaces "
@@ -403,4 +396,4 @@ def _test_section(result: SearchResult) -> list[Block]:
             for name in ("top1", "macro")
         ]
         rows.append([candidate.name + (" (default)" if candidate == result.default else ""), *cells])
-    return [Heading("Test"), Paragraph("Evaluated after the choice."), Table(["settings", "top1", "macro"], rows)]
+    return ["## Test", "Evaluated after the choice.", Table(["settings", "top1", "macro"], rows)]

@@ -122,8 +122,8 @@ def write(
     if all(axes):
         draw(folder / PICTURE_FILE, rows, axes)
         written.append(PICTURE_FILE)
-        blocks.append(document.Picture(PICTURE_FILE, "faithfulness against diversity, a point per subset and strength"))
-    blocks += [document.Heading("Notes"), document.Items(facts["notes"])] if facts["notes"] else []
+        blocks.append(f"![faithfulness against diversity, a point per subset and strength]({PICTURE_FILE})")
+    blocks += ["## Notes", document.items(facts["notes"])] if facts["notes"] else []
     document.write(document.Report("Measures of synthetic images", [*blocks, *links]), folder / REPORT_FILE)
     return [folder / name for name in written]
 
@@ -131,7 +131,7 @@ def write(
 def subset_section(subsets: Sequence[Subset], folder: Path, args: argparse.Namespace) -> list[document.Block]:
     """Links to the subsets' folders and galleries, and the command that makes a gallery which is missing."""
     roots = list(dict.fromkeys(locate(name)[0] for subset in subsets for name in subset.folders))
-    blocks: list[document.Block] = [document.Heading("Subsets"), document.Items(document.subset_links(roots, folder))]
+    blocks: list[document.Block] = ["## Subsets", document.items(document.subset_links(roots, folder))]
     new = next((root for root in roots if not document.gallery_of(root).is_file()), None)
     if new is None:
         return blocks
