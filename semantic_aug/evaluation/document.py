@@ -2,8 +2,8 @@
 
 A block is a table or Markdown text: a paragraph, a heading (``## ``), a list (lines of ``- ``), a picture
 (``![text](file)``) or code (between lines of three backticks). Within texts there are `` `code` ``, ``**strong**``,
-``*emphasis*`` and ``[text](path)``. The page adds the details of cells (an interval, the values behind a mean), shown on hover and on focus. It
-runs no script and loads only the charts beside it.
+``*emphasis*`` and ``[text](path)``. The page adds the details of cells (an interval, the values behind a mean), shown on
+hover and on focus. It runs no script and loads only the charts beside it.
 """
 
 import os

@@ -96,7 +96,6 @@ class ComparisonSettings:
         for shots in self.examples_per_class:
             if shots < 1 and shots != -1:
                 raise UserError(f"--examples_per_class {shots}: expected a number of images, or -1 for all")
-        for shots in self.examples_per_class:
             if self.examples_per_class.count(shots) > 1:
                 raise UserError(f"--examples_per_class {shots} twice: a setting has one budget")
 

@@ -239,22 +239,24 @@ def records(
         columns["group"] += subset.strengths.tolist()
         for folder, images in subset.parts:
             root, file = locate(folder)
-            table, paths = meta_csv.read(file), relative_paths(images, folder)
+            table, targets = meta_csv.read(file), images.target.tolist()
             hashes = hex_digits(hash_files(images.paths, "synthetic images").values)
             pictures += [Picture(name[:20], str(path)) for name, path in zip(hashes, images.paths, strict=True)]
-            columns["list"] += [len(lists)] * len(images)
-            source = np.where(images.of_any_class, len(classes), images.source)
-            for name, values in (("source", source), ("target", images.target), ("strength", images.strength)):
-                columns[name] += values.tolist()
-            texts = unlabelled_texts(images, classes)
-            columns["unlabelled"] += [
-                -1 if text is None else unlabelled.setdefault(text, len(unlabelled)) for text in texts
-            ]
-            columns["path"] += paths
-            columns["number"] += table.number.tolist()
-            columns["seed"] += [str(seed) for seed in table.further.get("Seed", [""] * len(table))]
-            texts = prompts_of(folder, table, [classes[label] for label in images.target.tolist()])
-            columns["prompt"] += [prompts.setdefault(text, len(prompts)) for text in texts]
+            texts = prompts_of(folder, table, [classes[target] for target in targets])
+            known = unlabelled_texts(images, classes)
+            part = {
+                "list": [len(lists)] * len(images),
+                "source": np.where(images.of_any_class, len(classes), images.source).tolist(),
+                "target": targets,
+                "strength": images.strength.tolist(),
+                "path": relative_paths(images, folder),
+                "number": table.number.tolist(),
+                "seed": [str(seed) for seed in table.further.get("Seed", [""] * len(table))],
+                "prompt": [prompts.setdefault(text, len(prompts)) for text in texts],
+                "unlabelled": [-1 if text is None else unlabelled.setdefault(text, len(unlabelled)) for text in known],
+            }
+            for name, values in part.items():
+                columns[name] += values
             identity = list_identity(images, names)
             lists.append({"subset": label, "folder": registry.shown_path(root), "list": file.name, **identity})
     columns["thumbnail"] = [picture.thumbnail for picture in pictures]
