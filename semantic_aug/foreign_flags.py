@@ -48,9 +48,8 @@ INSTEAD = {
         "--mask": "--object_mask object",
         "--inverted": "--object_mask background",
         "--beta_strength": "--strength_strategy fixed or uniform; strengths are not drawn from a beta distribution",
-        **dict.fromkeys(
-            ("--class_name", "--confusion_matrix_path"), "leave it out: all classes are targets, see --pairing"
-        ),
+        "--class_name": "leave it out: all classes are targets, see --pairing",
+        "--confusion_matrix_path": "--pairing confusion with --classifier RUN, a finished run of train_cls.py",
         "--debug": "--dry_run",
     },
     "train_cls.py": {

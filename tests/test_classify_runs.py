@@ -616,7 +616,9 @@ def recorded_run(three_seeds, image_folder, tmp_path):
 def test_a_run_is_not_evaluated_on_images_it_was_trained_on(recorded_run, caplog):
     data, run, setting = recorded_run
     for dry in ({}, {"dry_run": True}):
-        with pytest.raises(UserError, match=r"--eval_only: \d+ val images .* training images of .*subset_seed: 3 -> 0"):
+        with pytest.raises(
+            UserError, match=r"--eval_only: \d+ validation images .* training images of .*subset_seed: 3 -> 0"
+        ):
             train(data, run, eval_only=True, val_fraction=0.3, **dry)
     assert not (run / "evaluation").exists()
     train(data, run, eval_only=True, **setting)
@@ -627,7 +629,7 @@ def test_a_run_does_not_start_from_weights_that_have_seen_its_validation_images(
     data, weights, setting = recorded_run
     for dry in ({}, {"dry_run": True}):
         with pytest.raises(
-            UserError, match=r"--weights: \d+ val images .*subset_seed: 3 -> 0.*\): give other --weights"
+            UserError, match=r"--weights: \d+ validation images .*subset_seed: 3 -> 0.*\): give other --weights"
         ):
             train(data, tmp_path / "new", weights=weights, val_fraction=0.3, **dry)
     assert not (tmp_path / "new").exists()

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 EVAL_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
-NAMES = {"train": "training", "val": "val", "test": "test"}
+NAMES = {"train": "training", "val": "validation", "test": "test"}
 """How messages name the images of each split."""
 
 

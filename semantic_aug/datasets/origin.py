@@ -88,7 +88,7 @@ def check_classifier(run: Path, dataset: LoadedDataset) -> dict[str, str]:
     elif difference := fingerprint.data_difference(kept, splits):
         raise UserError(
             f"--classifier {run} was trained on other images than those of {dataset.name}{dataset.setting.suffix} "
-            f"({difference}): give the stages the same --examples_per_class, --val_fraction and --subset_seed"
+            f"({difference}): give the stages the same flags of the data (--examples_per_class, --subset_seed, ...)"
         )
     return {split: str((value or {}).get("digest", "")) for split, value in splits.items()}
 

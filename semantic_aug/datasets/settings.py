@@ -63,7 +63,8 @@ class Pool:
         metavar="PATH",
         absent=None,
         help="unlabelled images: a folder, a CSV file with the column path, hf:ID, or dataset:NAME for a data set's training "
-        "images; labels are not used, and none may be a validation or test image (default: none)",
+        "images; labels are not used; validation and test images of a named data set are left out, of other pools refused "
+        "(default: none)",
     )
 
 

@@ -86,7 +86,7 @@ def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | st
     """
     hashes = [value.tobytes() for value in hash_images(images).values]
     left_out = set(by_content(dataset.train))
-    for split in ("test", "val"):
+    for split, name in (("test", "test"), ("val", "validation")):
         table = getattr(dataset, split)
         labelled = by_content(table) if table is not None else {}
         if str(path).startswith(DATASET):
@@ -95,7 +95,7 @@ def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | st
         shared = [(key, labelled[value]) for key, value in zip(images.keys, hashes, strict=True) if value in labelled]
         if shared:
             raise UserError(
-                f"--unlabelled {path} holds {len(shared)} {split} images of {dataset.name} ('{shared[0][0]}' is "
+                f"--unlabelled {path} holds {len(shared)} {name} images of {dataset.name} ('{shared[0][0]}' is "
                 f"'{shared[0][1]}'), on which classifiers are evaluated: remove them from it"
             )
     rest = images.take([row for row, value in enumerate(hashes) if value not in left_out])

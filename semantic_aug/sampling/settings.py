@@ -141,9 +141,9 @@ class ImageSettings:
         "even",
         choices=SOURCES,
         absent="even",
-        help="source images; even: every class and image equally often; hard: in proportion to --classifier's loss on each "
-        "training image, one in five evenly; unlabelled: those of --unlabelled, each equally often; both: half even, half "
-        "unlabelled",
+        help="source images; even: every class equally often, and every image of a class (in the long-tail setting, with "
+        "targets of other classes, every image); hard: in proportion to --classifier's loss on each training image, one in "
+        "five evenly; unlabelled: those of --unlabelled, each equally often; both: half even, half unlabelled",
     )
     unlabelled: Path | str | None = cli.setting_of(Pool, "unlabelled")
     classifier: Path | None = cli.setting(
@@ -225,8 +225,8 @@ class ImageSettings:
             )
         if self.classifier is not None and not (users or self.unlabelled or self.object_mask):
             raise UserError(
-                f"--classifier {self.classifier}: nothing follows it; give --pairing confusion, --sources hard or "
-                "--object_mask, or leave it out"
+                f"--classifier {self.classifier}: nothing follows it; give --pairing confusion, --sources hard, "
+                "--sources unlabelled or --object_mask, or leave it out"
             )
 
     def _check_pool(self) -> None:

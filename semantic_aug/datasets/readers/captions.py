@@ -1,6 +1,7 @@
 """Captions, boxes and masks beside the images of a list, of the hub's rows or in a folder's metadata.
 
-The column of captions is called ``caption``, ``text`` or ``description``; several captions of one image stand one a line.
+The column of captions is called ``caption``, of the hub and of metadata ``text`` or ``description`` too; several captions of
+one image stand one a line.
 """
 
 import json
