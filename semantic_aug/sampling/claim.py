@@ -245,9 +245,9 @@ def _differences(old: Mapping[str, Any], subset: PlannedSubset) -> str:
 
 def _difference(name: str, then: Any, now: Any) -> str:
     """Describes the difference of one value; of lists, of the first entry that differs."""
-    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        position = next(i for i, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
-        then, now = then[position], now[position]
-    elif isinstance(then, list) and isinstance(now, list) and max(len(then), len(now)) > 10:
-        then, now = f"{len(then)} entries", f"{len(now)} entries"
+    if isinstance(then, list) and isinstance(now, list):
+        if len(then) == len(now):
+            then, now = next(pair for pair in zip(then, now, strict=True) if pair[0] != pair[1])
+        elif max(len(then), len(now)) > 10:
+            then, now = f"{len(then)} entries", f"{len(now)} entries"
     return runs.difference(name, then, now)
