@@ -271,49 +271,40 @@ def check_solver(config: Mapping[str, Any], settings: SolverSettings, masked: bo
     scheduler = make_scheduler(config, settings.scheduler, settings.final_sigmas_type, settings.timestep_spacing)
     for strength in sorted({1.0, (steps + 1) // 2 / steps}):
         try:
-            first, second = (_trial(config, scheduler, settings, strength) for _ in range(2))
+            (noises, error), (again, _) = (_trial(config, scheduler, settings, strength) for _ in range(2))
         except Exception as error:  # solvers that do not support img2img fail with errors of many kinds
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"--scheduler {settings.scheduler} with {steps} steps: {reason}") from None
-        if not first.succeeded():
+        # the first input has the noise level of its timestep, and denoising restores the latents
+        if not (abs(_rms(noises[0]) - 1) < 0.3 and _rms(error) < TRIAL_RMS / 10):
             raise UserError(
                 f"--scheduler {settings.scheduler} with {steps} steps does not denoise by the base model's noise schedule: "
                 "choose another one, such as dpmsolver++, or more steps"
             )
-        if not all(map(torch.equal, first.noises, second.noises)):
+        if not all(map(torch.equal, noises, again)):
             raise UserError(
                 f"--scheduler {settings.scheduler} draws random numbers of its own, so that no image could be made again: "
                 "choose another one, such as euler_a"
             )
-        if masked and not _trial(config, scheduler, settings, strength, masked=True).evenly_noisy():
+        if not masked:
+            continue
+        levels = [_rms(noise) for noise in _trial(config, scheduler, settings, strength, masked=True)[0]]
+        if not all(abs(level / levels[0] - 1) < 0.05 for level in levels):
             raise UserError(
                 f"--scheduler {settings.scheduler} with --object_mask: what a mask keeps would come back at another noise "
                 "level than that of the solver's half steps; choose another one, such as dpmsolver++"
             )
 
 
-@dataclass
-class _Trial:
-    """The noise in the network's inputs, call by call, and the difference between the denoised and the original latents."""
-
-    noises: list[Tensor]
-    error: Tensor
-
-    def succeeded(self) -> bool:
-        """Whether the first input had the noise level of its timestep, and denoising restored the latents."""
-        noise, error = (float(values.pow(2).mean().sqrt()) for values in (self.noises[0], self.error))
-        return abs(noise - 1) < 0.3 and error < TRIAL_RMS / 10
-
-    def evenly_noisy(self) -> bool:
-        """Whether every input had as much noise, relative to its timestep's level, as the first."""
-        first, *others = (float(noise.pow(2).mean().sqrt()) for noise in self.noises)
-        return all(abs(noise / first - 1) < 0.05 for noise in others)
+def _rms(values: Tensor) -> float:
+    return float(values.pow(2).mean().sqrt())
 
 
 def _trial(
     config: Mapping[str, Any], scheduler: Any, settings: SolverSettings, strength: float, masked: bool = False
-) -> _Trial:
-    """Denoises noised latents, where ``masked`` under a mask that keeps all of them."""
+) -> tuple[list[Tensor], Tensor]:
+    """Denoises noised latents, where ``masked`` under a mask that keeps all of them. Returns the noise in the network's inputs,
+    call by call, relative to the level of their timestep, and the denoised minus the original latents."""
     alphas = make_scheduler(config, "ddpm").alphas_cumprod.double().clamp(2**-24)  # not 0, as some solvers have it
     logits, noises = torch.logit(alphas), []
     latents = TRIAL_RMS * torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -330,4 +321,4 @@ def _trial(
     moments = torch.cat([latents, torch.full_like(latents, -30)], dim=1)  # a posterior without variance
     sampler, generator = Sampler(unet, scheduler, none, settings), torch.Generator().manual_seed(1)
     masks = torch.zeros(1, 1, 8, 8, dtype=torch.bool) if masked else None
-    return _Trial(noises, translate(sampler, moments, 1.0, none, [strength], [generator], masks=masks) - latents)
+    return noises, translate(sampler, moments, 1.0, none, [strength], [generator], masks=masks) - latents

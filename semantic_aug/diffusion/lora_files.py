@@ -32,10 +32,10 @@ _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_e
 KOHYA_PREFIXES = tuple(_KOHYA)
 
 UNSUPPORTED = {
-    "LoHa": ".hada_",
-    "LoKr": ".lokr_",
+    "LoHa": (".hada_",),
+    "LoKr": (".lokr_",),
     "DoRA": (".dora_scale", ".lora_magnitude_vector"),
-    "LoCon with a Tucker core": ".lora_mid.",
+    "LoCon with a Tucker core": (".lora_mid.",),
     "OFT": (".oft_", ".oft_blocks", ".oft_diag"),
     "IA3": (".on_input", ".ia3_"),
     "full weight differences": (".diff.", ".diff_b."),
@@ -188,7 +188,6 @@ def _refuse_other_formats(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError: the file has a format that cannot be merged, which the message names."""
     supported = "supported are LoRAs of diffusers, PEFT and kohya's scripts (W + scale * B A)"
     for name, marks in UNSUPPORTED.items():
-        marks = (marks,) if isinstance(marks, str) else marks
         key = next((key for key in tensors if any(mark in f"{key}." for mark in marks)), None)
         if key is not None:
             raise UserError(f"LoRA {path} has the format {name} ('{key}'), which is not supported: {supported}")

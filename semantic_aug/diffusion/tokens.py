@@ -165,8 +165,6 @@ def _install(
 ) -> Tensor:
     """Teaches one tokenizer and text encoder the class tokens with these vectors."""
     table = text_encoder.get_input_embeddings()
-    if isinstance(table, SplicedEmbedding):
-        raise ValueError("class tokens are installed already")
     if vectors.shape[-1] != table.embedding_dim:
         raise UserError(
             f"class tokens have {vectors.shape[-1]} values, the base model's text encoder takes {table.embedding_dim}: "
