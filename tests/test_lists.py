@@ -78,6 +78,12 @@ def test_cells_as_spreadsheets_and_people_write_them(folder):
     assert table.class_names == ("007", "7", "NA", "null") and len(table) == 4 and table.image(0).size == (40, 36)
 
 
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_a_first_line_of_excel_names_the_separator(folder, separator):
+    text = f"sep={separator}\r\n" + TEXT.replace(",", separator)
+    assert read_listing(write(folder, text))["train"].keys == ["img/0.png", "img/1.png"]
+
+
 def test_captions_of_several_lines_at_any_size(folder):
     long = "one line\nanother, with a comma\n" + "x" * 3_000_000
     rows = [f'img/{i}.png,{"owl" if i % 2 else "toad"},"{long} {i}"' for i in range(3)]

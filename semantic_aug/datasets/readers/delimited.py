@@ -96,31 +96,27 @@ def read_header(path: Path, wanted: Sequence[str] = ()) -> TextTable:
     encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in head:
         raise UserError(f"{path} is no text, or UTF-16 without a byte-order mark: save it as UTF-8")
+    header, declared, skipped = "", "", 0
     try:
         with _open(path, encoding) as lines:
-            declared, skipped = "", 0
-            while True:
-                start = lines.tell()
-                first = lines.readline()
-                if not first:
-                    return TextTable(path, encoding, ",", (), skipped)
+            for line in iter(lines.readline, ""):
                 skipped += 1
-                word = first.strip().casefold()
-                if word.startswith("sep=") and len(word) == 5:  # Excel's own first line
-                    declared = word[4:]
-                elif word:
+                content = line.strip("\r\n ").casefold()
+                if content.startswith("sep=") and len(content) == 5:  # Excel's own first line
+                    declared = content[4:]
+                elif content.strip():
+                    header = line
                     break
-            best: tuple[str, ...] = ()
-            separator = ","
-            for candidate in declared or SEPARATORS:
-                lines.seek(start)
-                names = tuple(name.strip() for name in next(_reader(iter([lines.readline()]), candidate), []))
-                fits = [sum(word in map(str.casefold, cells) for word in wanted) for cells in (names, best)]
-                if (fits[0], len(names)) > (fits[1], len(best)):
-                    best, separator = names, candidate
-            return TextTable(path, encoding, separator, best, skipped)
     except UnicodeError:
         raise not_text(path, encoding) from None
+    best: tuple[str, ...] = ()
+    separator = ","
+    for candidate in (declared or SEPARATORS) if header else ():
+        names = tuple(name.strip() for name in next(_reader(iter([header]), candidate), []))
+        fits = [sum(word in map(str.casefold, cells) for word in wanted) for cells in (names, best)]
+        if (fits[0], len(names)) > (fits[1], len(best)):
+            best, separator = names, candidate
+    return TextTable(path, encoding, separator, best, skipped)
 
 
 def not_text(path: Path, encoding: str) -> UserError:
