@@ -30,6 +30,7 @@ def quiet_libraries() -> None:
     ):
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # on damaged metadata and large images, which are handled
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1) -> str:

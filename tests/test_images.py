@@ -6,7 +6,9 @@ import io
 import os
 import random
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,14 @@ def test_damaged_tiff_entries_beside_the_pixels_change_no_pixel(capfd):
             broken[rng.choice(beside) + rng.randrange(2, 12)] = rng.randrange(256)
         image = open_image(bytes(broken), "x.tif")
         assert (np.asarray(image) == TURNS[6](PIXELS)).all() and image_size(bytes(broken)) == image.size == (6, 10)
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings_alone():
+    content = with_exif("JPEG", exif_block(6)[:60])
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: open_image(content), range(2000)))
+    assert list(warnings.filters) == before
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

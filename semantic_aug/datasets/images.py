@@ -10,10 +10,9 @@ import os
 import re
 import stat
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def _decode_without_metadata(source: str | Path | bytes, name: str, failure: str
 def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
     """(width, height) of the upright image in pixels, from the header where that says it. Raises UserError: as
     :func:`read_image`."""
-    with suppress(Exception), _quiet(), Image.open(_stream(source, name or _name(source))) as image:
+    with suppress(Exception), Image.open(_stream(source, name or _name(source))) as image:
         width, height = image.size
         if image.format == "TIFF":  # some versions of Pillow give the upright size here, others the stored one
             width, height = image.tag_v2[256], image.tag_v2[257]
@@ -139,7 +138,7 @@ def reads_alike(source: str | Path | bytes) -> bool:
     """Whether other programs that read an image with Pillow get what :func:`open_image` gives: it is stored upright, opaque, in
     8 bits a sample, with sound metadata. Its header tells, as a rule."""
     try:
-        with _quiet(), Image.open(_stream(source, _name(source))) as image:
+        with Image.open(_stream(source, _name(source))) as image:
             plain = image.mode in ("RGB", "1", "L", "P", "CMYK") and "transparency" not in image.info
             orientation = _orientation_in_header(image)
         return plain and (read_image(source)[1].orientation if orientation is None else orientation) == 1
@@ -158,7 +157,7 @@ def _orientation_in_header(image: Image.Image) -> int | None:
 
 
 def _decode(source, name: str, damaged: bool = False) -> tuple[Image.Image, Stored]:
-    with _quiet(), Image.open(source) as image:
+    with Image.open(source) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(
                 f"image {name} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} "
@@ -181,13 +180,6 @@ def _decode(source, name: str, damaged: bool = False) -> tuple[Image.Image, Stor
             rgb = image.copy()  # apart from the file
         applied = orientation if orientation != 1 else stored_orientation
         return rgb, Stored(kind, image.mode, applied, animated, transparent, scaling=scaling, damaged=damaged)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on damaged metadata, and on sizes, which are checked here
-        yield
 
 
 def _name(source: str | Path | bytes) -> str:
