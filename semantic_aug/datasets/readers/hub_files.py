@@ -80,10 +80,9 @@ def _files_of_splits(folder: Path, config: str | None) -> tuple[str | None, dict
     try:
         builder = hub.load_dataset_builder(str(folder), name=config)
         files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
-        listed = {Path(path).suffix.lower() for paths in files.values() for path in paths}
-        for suffix, kind in (
-            TABLES.items() if listed and listed <= {*EXTENSIONS, *TABLES} and listed & {*EXTENSIONS} else ()
-        ):
+        endings = {Path(path).suffix.lower() for paths in files.values() for path in paths}
+        images_and_tables = endings <= {*EXTENSIONS, *TABLES} and not endings.isdisjoint(EXTENSIONS)
+        for suffix, kind in TABLES.items() if images_and_tables else ():
             if any(path.stem != "metadata" for path in _data_files(folder, (suffix,))):
                 patterns = get_data_patterns(str(folder))
                 chosen = DataFilesDict.from_patterns(patterns, base_path=str(folder), allowed_extensions=[suffix])
@@ -105,26 +104,22 @@ def _configuration(folder: Path, config: str | None) -> tuple[Path, str | None]:
     matches = [CONVERTED.fullmatch(path.relative_to(folder).as_posix()) for path in _data_files(folder, (".parquet",))]
     converted = sorted({match["config"] for match in matches if match})
     if matches and all(matches) and not any(split_of(name) for name in converted):
-        known, choose = converted, lambda name: (folder / name, None)
+        known = {name: (folder / name, None) for name in converted}
     else:
         try:
-            known = hub.get_dataset_config_names(str(folder))
+            known = {name: (folder, name) for name in hub.get_dataset_config_names(str(folder))}
             default = hub.get_dataset_default_config_name(str(folder))
         except Exception:  # no file that the library knows, or a damaged README: the builder says which
             return folder, config
-        if config is None and default in known:
-            return folder, default
-        choose = lambda name: (folder, name)  # noqa: E731
-    if config is None and len(known) == 1:
-        return choose(known[0])
-    if config is None:
+        config = default if config is None and default in known else config
+    if config is None and len(known) > 1:
         raise UserError(
-            f"{folder} has the configurations {', '.join(known)}: name one, as in hf:{folder}:{known[0]} "
+            f"{folder} has the configurations {', '.join(known)}: name one, as in hf:{folder}:{next(iter(known))} "
             "(or 'config' in config/datasets.yaml)"
         )
-    if config not in known:
+    if config not in (None, *known):
         raise unknown("configuration", config, known, f"looked in {folder}")
-    return choose(config)
+    return known[config or next(iter(known))]
 
 
 def _data_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
