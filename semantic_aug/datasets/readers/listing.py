@@ -160,8 +160,9 @@ def _codes(cells: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     position of each row's among them, int64 ``(N,)``."""
     clean = {cell: unicodedata.normalize("NFC", cell.strip()) for cell in set(cells)}
     values = tuple(sorted(set(clean.values())))
-    position = {cell: values.index(value) for cell, value in clean.items()}
-    return np.fromiter(map(position.__getitem__, cells), np.int64, len(cells)), values
+    position = {value: i for i, value in enumerate(values)}
+    code_of = {cell: position[value] for cell, value in clean.items()}
+    return np.fromiter(map(code_of.__getitem__, cells), np.int64, len(cells)), values
 
 
 def _splits_of_rows(columns: Columns, location: Location) -> np.ndarray:
