@@ -19,7 +19,7 @@ from semantic_aug.datasets.fingerprint import content_digest, hash_images
 from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, no_downloads, unknown
-from semantic_aug.evaluation.experiments import checks, headroom, pseudo_label, report, results
+from semantic_aug.evaluation.experiments import checks, headroom, pseudo_label, report, results, runner
 from semantic_aug.evaluation.experiments.commands import (
     DEFAULT_METHODS,
     LABEL_STEP,
@@ -33,16 +33,7 @@ from semantic_aug.evaluation.experiments.commands import (
 )
 from semantic_aug.evaluation.experiments.learning_curve import FACTOR, FOLDS
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
-from semantic_aug.evaluation.experiments.runner import (
-    Pair,
-    claim_base,
-    claim_data,
-    duration,
-    has_finished_step,
-    interruptible,
-    pair_lock,
-    prepare_config,
-)
+from semantic_aug.evaluation.experiments.runner import Pair, duration
 from semantic_aug.evaluation.experiments.settings import (
     ExtraArguments,
     Parser,
@@ -214,14 +205,14 @@ def run_jobs(jobs: Sequence[Job], folder: Path, config_dir: Path, keep: str) -> 
     while waiting:
         busy = []
         for job in waiting:
-            with pair_lock(job.pair.folder) as held:
+            with runner.pair_lock(job.pair.folder) as held:
                 if held is None:
                     busy.append(job)
                     continue
                 missing = job.pair.missing()
                 if missing:
                     log.info("%s, seed %d (%s)", job.setting, job.commands.subset_seed, remaining(jobs))
-                    prepare_config(job.pair.folder, config_dir)
+                    runner.prepare_config(job.pair.folder, config_dir)
                 for name in missing:
                     job.pair.run(name, held)
                 if keep == "results":  # a later step that needs the synthetic images makes the same again
@@ -322,12 +313,12 @@ def claim(
             results.claim_setting(folder, job.commands.recipe, checks.recipes_in_effect(job.commands, config_dir), dry)
         for job in selected:
             with checks.noting_downloads(missing):
-                dataset = claim_data(job.commands, config_dir, dry)
+                dataset = runner.claim_data(job.commands, config_dir, dry)
                 refuse_without_validation(job, dataset)
                 if any(METHODS[method].unlabelled for method in job.methods):
                     claim_pool(job, folder, dataset, config_dir, dry)
                 if any(step.stage < 3 for step in job.pair.steps.values()):
-                    claim_base(job.commands, dataset, dry)
+                    runner.claim_base(job.commands, dataset, dry)
     return missing
 
 
@@ -336,7 +327,7 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
     writes nothing. Raises UserError: some are validation or test images, or the setting has results of other images or another
     threshold."""
     settings, root = UnlabelledSettings(**job.commands.recipe.pseudo), folder / job.setting
-    if has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():
+    if runner.has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():
         config_dir = job.pair.folder / "config"  # which it keeps
     # the labelled ones, which differ from seed to seed, among them
     images = read_unlabelled(settings.unlabelled, config_dir)
@@ -375,13 +366,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print_runs(jobs)
         check_unlabelled(args.unlabelled)
-        with interruptible(), no_downloads(True):
+        with runner.interruptible(), no_downloads(True):
             missing = claim(jobs, selected, folder, args.config_dir, dry_run=True)
         print(*missing, sep="\n", end="\n" if missing else "")
         return 0
     if not sharing.report_only:
         check_unlabelled(args.unlabelled)
-        with interruptible():
+        with runner.interruptible():
             claim(jobs, selected, folder, args.config_dir)
             request = _request_arguments(sys.argv[1:] if argv is None else argv)
             names = [job.setting for job in jobs]

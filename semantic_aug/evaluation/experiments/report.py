@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import files, registry, runs
-from semantic_aug.evaluation.document import (
-    Block,
-    Cell,
-    Report,
-    Table,
-    code,
-    gallery_hint,
-    gallery_of,
-    link,
-    subset_links,
-    write,
-)
+from semantic_aug.evaluation import document
+from semantic_aug.evaluation.document import Block, Cell, Report, Table, code, link
 from semantic_aug.evaluation.experiments.commands import METHODS, StageCommands
 from semantic_aug.evaluation.experiments.grid import Candidate
 from semantic_aug.evaluation.experiments.halving import best_first
@@ -110,7 +100,7 @@ def write_comparison(folder: Path) -> Comparison:
                 for setting, split in comparison.parts
             }
             draw_bars({name: panel for name, panel in panels.items() if any(panel.values())}, folder / CHART)
-        write(comparison_report(comparison, folder), folder / REPORT)
+        document.write(comparison_report(comparison, folder), folder / REPORT)
     return comparison
 
 
@@ -272,10 +262,10 @@ def run_section(
         images = [file.parent for file in sorted(pair.glob("aug_samples/*/*/*/meta.csv"))]
         classified = [file.parent for file in sorted(pair.glob("classify/*/results.json"))]
         links = [[link(path.name, path, folder) for path in paths] for paths in (finetuned, classified)]
-        rows.append([*names, *map(", ".join, (links[0], subset_links(images, folder), links[1]))])
-        without = [path for path in images if not gallery_of(path).is_file()]
+        rows.append([*names, *map(", ".join, (links[0], document.subset_links(images, folder), links[1]))])
+        without = [path for path in images if not document.gallery_of(path).is_file()]
         if without and not hint:
-            hint = gallery_hint(flags | {"config_dir": registry.shown_path(pair / "config")}, without[0])
+            hint = document.gallery_hint(flags | {"config_dir": registry.shown_path(pair / "config")}, without[0])
     if not any(any(row[len(columns) :]) for row in rows):
         return []
     table = Table([*columns, "1 fine-tune", "2 translate", "3 classify"], rows, texts=len(columns) + 3)
@@ -336,7 +326,7 @@ def write_search(result: SearchResult, commands: StageCommands, command: str, en
         f"The search took {result.cost}.",
         *run_section(["setting"], {(setting,): (folder, flags)}, folder),
     ]
-    write(Report(f"Settings for {commands.recipe.shared['dataset']}, {setting}", blocks), folder / REPORT)
+    document.write(Report(f"Settings for {commands.recipe.shared['dataset']}, {setting}", blocks), folder / REPORT)
 
 
 def _ranked(scores: Scores) -> list[Candidate]:

@@ -16,19 +16,11 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.datasets.synthetic import subset_record
 from semantic_aug.errors import UserError, no_downloads
-from semantic_aug.evaluation.experiments import checks, halving, report
+from semantic_aug.evaluation.experiments import checks, halving, report, runner
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings
 from semantic_aug.evaluation.experiments.results import read_predictions
-from semantic_aug.evaluation.experiments.runner import (
-    Pair,
-    claim_base,
-    claim_data,
-    duration,
-    interruptible,
-    pair_lock,
-    prepare_config,
-)
+from semantic_aug.evaluation.experiments.runner import Pair, duration
 from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, budget_defaults, recipe_of
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
@@ -276,12 +268,12 @@ def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path,
     for dry in (True,) if dry_run else (True, False):  # a refusal leaves no record that would refuse its correction
         claim(dry_run=dry)
         with checks.noting_downloads(missing):
-            dataset = claim_data(tuning.commands, config_dir, dry)
+            dataset = runner.claim_data(tuning.commands, config_dir, dry)
             if dataset.val is None:
                 raise UserError(f"{dataset.name} has no validation images to choose by: give --val_fraction")
-            claim_base(tuning.commands, dataset, dry)
+            runner.claim_base(tuning.commands, dataset, dry)
     if not dry_run:
-        prepare_config(tuning.folder, config_dir)
+        runner.prepare_config(tuning.folder, config_dir)
     return missing
 
 
@@ -332,7 +324,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
 def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, config_dir: Path) -> None:
     """Searches, writes the report and prints how to use what was chosen. Raises UserError: see :func:`search`; or another
     process has the folder."""
-    with pair_lock(tuning.folder) as held:
+    with runner.pair_lock(tuning.folder) as held:
         if held is None:
             raise UserError(
                 f"{tuning.folder} is being worked on by another process: wait for it, or give another --output_dir"
@@ -363,10 +355,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(*tuning.pair.steps.values(), *(candidate.name for candidate in candidates), sep="\n")
         print(f"{len(candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
-        with interruptible(), no_downloads(True):
+        with runner.interruptible(), no_downloads(True):
             missing = prepare(tuning, candidates, args.config_dir, dry_run=True)
         print(*missing, sep="\n", end="\n" if missing else "")
         return 0
-    with interruptible():
+    with runner.interruptible():
         run(tuning, candidates, budget, args.config_dir)
     return 0
