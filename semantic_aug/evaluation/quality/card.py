@@ -42,15 +42,9 @@ OPENING = {
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
-def near_copies(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> float | None:
-    """The share of near-copies among a subset's images as ``measure`` found it; None without its folder. Raises UserError: the
-    folder is not a run of ``measure`` on these images."""
-    values = measured(folder, subset, class_names).get("near_copies")
-    return float(values.mean()) if values is not None else None
-
-
-def _describe_subset(subset: Subset, copies: float | None) -> dict[str, Any]:
-    origins = []
+def _describe_subset(subset: Subset, measures: Path | None, class_names: Sequence[str]) -> dict[str, Any]:
+    """Facts of a subset: how each folder was made, and the share of near-copies, which a run of ``measure`` holds."""
+    origins, copies = [], measured(measures, subset, class_names).get("near_copies")
     for root in [locate(folder)[0] for folder in subset.folders]:
         if is_pseudo_labelled(root):
             threshold = (runs.load_arguments(root) or {}).get("pseudo_threshold")
@@ -63,7 +57,8 @@ def _describe_subset(subset: Subset, copies: float | None) -> dict[str, Any]:
         license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
         origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
-    return {"name": subset.name, "images": len(subset), "made_with": origins, "near_copies": copies}
+    share = None if copies is None else float(copies.mean())
+    return {"name": subset.name, "images": len(subset), "made_with": origins, "near_copies": share}
 
 
 def describe(
@@ -74,9 +69,15 @@ def describe(
     Args:
         subsets: as they were read, before any image was left out.
         settings: an :class:`semantic_aug.evaluation.quality.export.ExportSettings`.
-        left_out: synthetic images with too small a target weight.
+        left_out: number of synthetic images with too small a target weight.
+
+    Raises:
+        UserError: ``--measures`` is not a run of ``measure`` on these images.
     """
-    spec, names = dataset.spec, dataset.source_names
+    spec, names, counts = dataset.spec, dataset.source_names, splits[0].counts
+    pseudo = "pseudo_labelled" in counts
+    disclosures = [DISCLOSURE] if counts["synthetic"] or not pseudo else []
+    disclosures += [PSEUDO_LABELLED] if pseudo else []
     return runs.plain(
         {
             "format": settings.format,
@@ -87,7 +88,7 @@ def describe(
             "min_target_weight": settings.min_target_weight,
             "left_out": left_out,
             "unlabelled_sources": sum(len(split.uncertain) for split in splits),
-            "disclosure": " ".join(_disclosures(splits[0].counts)),
+            "disclosure": " ".join(disclosures),
             "dataset": {
                 "name": dataset.name,
                 "part": dataset.setting.suffix.lstrip("_") or "all training images",
@@ -95,15 +96,9 @@ def describe(
                 "citation": spec.citation,
                 "homepage": spec.homepage,
             },
-            "subsets": [_describe_subset(s, near_copies(settings.measures, s, names)) for s in subsets],
+            "subsets": [_describe_subset(subset, settings.measures, names) for subset in subsets],
         }
     )
-
-
-def _disclosures(counts: Mapping[str, int]) -> list[str]:
-    """Sentences on images that are not the data set's own, by the counts of the training split."""
-    pseudo = counts.get("pseudo_labelled", 0)
-    return [*([DISCLOSURE] if counts["synthetic"] or not pseudo else []), *([PSEUDO_LABELLED] if pseudo else [])]
 
 
 def _front_matter(facts: Mapping[str, Any], made: Sequence[Mapping], photographs: Sequence[Mapping]) -> str:

@@ -153,15 +153,14 @@ def write(
 ) -> None:
     """Claims the folder and writes the images, then the card and the facts. Raises UserError: the folder holds anything else,
     another export among it, or the disk cannot hold the images."""
-    folder, total = settings.output_dir, sum(map(len, splits))
+    folder = settings.output_dir
     with files.no_trace(folder, BEFORE_RESULTS), lock_folder(folder, "--output_dir"):
         if runs.claim(folder, arguments_of(args, settings), "--output_dir", origin=origin):
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
                 leftover.unlink()
         target = Target(folder, tuple(folders), settings.copy, settings.shard_images, args.seed)
-        with tqdm(
-            total=total, desc=f"export {settings.format}", unit="image", dynamic_ncols=True, mininterval=1
-        ) as bar:
+        options = {"desc": f"export {settings.format}", "unit": "image", "dynamic_ncols": True, "mininterval": 1}
+        with tqdm(total=sum(map(len, splits)), **options) as bar:
             FORMATS[settings.format](target, splits, bar)
         shards = -(-len(splits[0]) // settings.shard_images)
         files.write_text(folder / CARD_FILE, card.write_card(facts, folder, shards))
