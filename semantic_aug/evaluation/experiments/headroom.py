@@ -4,8 +4,6 @@ A linear classifier on the frozen features of a pre-trained network is trained o
 Validation images (cross-validation where there are few) decide; test images are never read.
 """
 
-import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,8 +21,6 @@ from semantic_aug.evaluation.document import Block, Report, Table
 from semantic_aug.evaluation.document import write as write_document
 from semantic_aug.evaluation.experiments import learning_curve as curves
 from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
-
-log = logging.getLogger(__name__)
 
 REPORT, SUMMARY, TABLE = "headroom.md", "headroom.json", "headroom.csv"
 HARD, CHART = "hard_images.csv", "headroom.png"
@@ -184,23 +180,20 @@ def write(headroom: Headroom, folder: Path) -> None:
         for size, images, scores in zip(curve.sizes, curve.images, curve.macro, strict=True)
         for seed, score in zip(headroom.settings.seeds, scores, strict=True)
     ]
-    _write_rows(folder / TABLE, ["per_class", "images_per_class", "seed", "macro"], rows)
+    with files.csv_writer(folder / TABLE) as writer:
+        writer.writerows([["per_class", "images_per_class", "seed", "macro"], *rows])
     often = [np.bincount(column).argmax() for column in curve.predicted[headroom.repeated].T[wrong]]
     hard = [
         [curve.keys[row], names[curve.labels[row]], names[label]]
         for row, label in zip(np.flatnonzero(wrong), often, strict=True)
     ]
-    _write_rows(folder / HARD, ["file", "class", "predicted"], hard)
+    with files.csv_writer(folder / HARD) as writer:
+        writer.writerows([["file", "class", "predicted"], *hard])
     draw(headroom, folder / CHART)
     write_document(report_of(headroom), folder / REPORT)
     gains = [asdict(gain) for gain in headroom.gains]
     # written last: its presence marks the report as complete
     files.write_json(folder / SUMMARY, {"verdict": headroom.verdict, "sentence": headroom.sentence, "gains": gains})
-
-
-def _write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
-    with files.csv_writer(path) as writer:
-        writer.writerows([header, *rows])
 
 
 def report_of(headroom: Headroom) -> Report:

@@ -24,21 +24,17 @@ TITLES = {"top1": "top-1", "macro": "macro (mean over classes)", "worst_group": 
 BAR, DOT, REAL = "#5b8db8", "#1f2d3a", "#b0b7bd"
 
 
-def spread(values: Sequence[float]) -> str:
-    """Accuracies as mean ± standard deviation, in percent."""
-    if not values:
-        return ""
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def spread_cell(values: Mapping[int, float]) -> Cell:
-    """Accuracies by seed as their :func:`spread`; the detail gives each seed's, and the interval of their mean."""
-    lines = [f"seed {seed}: {100 * value:.2f}" for seed, value in values.items()]
-    if len(values) > 1:
-        interval = mean_interval(list(values.values()))
+    """Mean ± standard deviation of accuracies by seed, in percent; the detail gives each seed's, and the interval of the mean."""
+    if not values:
+        return Cell("")
+    scores, lines = list(values.values()), [f"seed {seed}: {100 * value:.2f}" for seed, value in values.items()]
+    text = f"{100 * statistics.fmean(scores):.2f}"
+    if len(scores) > 1:
+        interval = mean_interval(scores)
         lines.append(f"95 % interval of the mean: {100 * interval.low:.2f} to {100 * interval.high:.2f}")
-    return Cell(spread(list(values.values())), "\n".join(lines))
+        text += f" ± {100 * statistics.stdev(scores):.2f}"
+    return Cell(text, "\n".join(lines))
 
 
 def difference_cell(difference: Difference | None, first: Mapping[int, float], second: Mapping[int, float]) -> Cell:
