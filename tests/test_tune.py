@@ -82,7 +82,7 @@ def test_every_strategy_that_starts_from_images_can_be_searched(tmp_path):
         "diff-aug-s0.7-g0.5-p0.3-m5",
         "diff-aug-s0.7-g0.5-p0.3-m5-teacher",
     ]
-    tuning, _ = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv", *argv]), tmp_path)
+    tuning = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv", *argv]), tmp_path)
     for name, step in tuning.pair.steps.items():
         if step.stage == 2:
             args = sample_mp.build_parser().parse_args(list(step.arguments[1:]))
@@ -308,7 +308,7 @@ def test_shares_add_up_to_each_score(tmp_path):
 
 def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):
     search("--trials", "6", "--multipliers", "2", "5", "--seeds", "1", "2")
-    tuning, _ = tune.tuning_of(
+    tuning = tune.tuning_of(
         tune.build_parser().parse_args(["--dataset", "elpv", "--seeds", "1", "2"]), tmp_path / "5shot"
     )
     assert tuning.images(Candidate(0.7, 0.5, 0.3, 2.0)) == 80 and tuning.images(DEFAULT) is None
@@ -394,9 +394,9 @@ def test_a_flag_that_a_stage_refuses_is_refused_before_anything_runs(image_folde
 def test_a_data_set_without_validation_images_is_refused(search, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune.Tuning, "results", lambda *_: {"val": None})
     with pytest.raises(UserError):
-        tuning, result = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv"]), tmp_path / "x")
+        tuning = tune.tuning_of(tune.build_parser().parse_args(["--dataset", "elpv"]), tmp_path / "x")
         tuning.pair.done = lambda name: True
-        tuning.trial(result[0], 1, None)
+        tuning.trial(tuning.default, 1, None)
 
 
 def resolved(argv):

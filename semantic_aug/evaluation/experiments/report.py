@@ -25,7 +25,7 @@ BAR, DOT, REAL = "#5b8db8", "#1f2d3a", "#b0b7bd"
 
 
 def spread_cell(values: Mapping[int, float]) -> Cell:
-    """Mean ± standard deviation of accuracies by seed, in percent; the detail gives each seed's and the interval of the mean."""
+    """Mean ± standard deviation of accuracies by seed in percent; the detail gives each seed's and the mean's interval."""
     if not values:
         return Cell("")
     scores, lines = list(values.values()), [f"seed {seed}: {100 * value:.2f}" for seed, value in values.items()]

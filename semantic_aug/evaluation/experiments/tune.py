@@ -82,7 +82,7 @@ def build_parser() -> cli.Parser:
 
 @dataclass
 class Tuning:
-    """One search: its commands, its pool and its trials.
+    """One search: its commands, its candidates (the default first), its pool and its trials.
 
     Attributes:
         commands: of the setting under its draw.
@@ -96,16 +96,18 @@ class Tuning:
 
     def __post_init__(self) -> None:
         self.folder, self.recipe = self.commands.folder, self.commands.recipe
-        self.pair = Pair(self.folder, {})
         self.strategy, self.multiplier = self.grid.strategy[0], max(self.grid.multipliers)
+        self.candidates = self.grid.candidates(self.commands.subset_seed)
+        self.default, self.pair = self.candidates[0], Pair(self.folder, self.pool_steps())
 
-    def add_pool(self, candidates: Collection[Candidate]) -> None:
-        """Plans stage 1 and one subset per strategy and strength."""
-        order = lambda candidate: (candidate.strategy != "", candidate.strategy, candidate.strength or 0)  # noqa: E731
-        for candidate in sorted({candidate.subset: candidate for candidate in candidates}.values(), key=order):
+    def pool_steps(self) -> dict[str, Step]:
+        """Stage 1 and one subset per strategy and strength, by name."""
+        subsets, steps = {candidate.subset: candidate for candidate in self.candidates}.values(), {}
+        for candidate in sorted(subsets, key=lambda c: (c.strategy != "", c.strategy, c.strength or 0)):
             flags = {"aug_strength": candidate.strength, "syn_dataset_multiplier": self.multiplier}
             sample = self.commands.sample(candidate.strategy or self.strategy, candidate.subset, **flags)
-            self.pair.steps |= {step.name: step for step in self.commands.after_finetuning(sample)}
+            steps |= {step.name: step for step in self.commands.after_finetuning(sample)}
+        return steps
 
     def subset_folder(self, candidate: Candidate) -> Path:
         """The folder of the finished subset of a candidate."""
@@ -143,9 +145,11 @@ class Tuning:
         flags = self.classify_flags(candidate, images)
         return self.commands.classify(f"{candidate.name}-seed{seed}", seed, candidate.subset, **flags)
 
-    def teachers(self, candidate: Candidate) -> int:
+    def teachers(self) -> int:
         """Number of classifiers that are trained for labels by teachers."""
-        arguments = self.trial_step(candidate, 0, None).arguments[1:]
+        if len({candidate.labels for candidate in self.candidates}) == 1:  # those by strength
+            return 0
+        arguments = self.trial_step(self.default, 0, None).arguments[1:]
         return classify.read_config(classify.build_parser("").parse_args(arguments)).synthetic.teacher_folds
 
     def trial(self, candidate: Candidate, seed: int, held: int | None) -> float:
@@ -165,14 +169,11 @@ class Tuning:
         """Seconds of all recorded steps."""
         return sum(entry["seconds"] for entry in self.pair.records.values())
 
-    def differences(
-        self, tried: Mapping[Candidate, Collection[int]], default: Candidate
-    ) -> dict[Candidate, Difference]:
+    def differences(self, tried: Mapping[Candidate, Collection[int]]) -> dict[Candidate, Difference]:
         """Difference of each candidate to the default on validation, with intervals for other seeds and other images.
 
         Args:
-            tried: candidate -> the seeds it ran on.
-            default: one of them, tried on every seed.
+            tried: candidate -> the seeds it ran on; all for the default.
 
         Raises:
             UserError: a run left no predictions.
@@ -189,7 +190,8 @@ class Tuning:
                     )
                 parts[candidate][seed] = predictions.shares(self.score)
         strata = first.strata(self.score)
-        return {candidate: crossed_difference(by_seed, parts[default], strata) for candidate, by_seed in parts.items()}
+        default = parts[self.default]
+        return {candidate: crossed_difference(by_seed, default, strata) for candidate, by_seed in parts.items()}
 
     def test_scores(self, candidates: Collection[Candidate], seeds: Mapping) -> dict[Candidate, list[dict]]:
         """The test scores of some candidates' runs; empty where a run has none."""
@@ -208,13 +210,12 @@ class Tuning:
         return f"python {shlex.join(self.commands.command(3, flags))}"
 
 
-def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teachers: int) -> int:
+def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float) -> int:
     """The number of classifier runs, fixed at the first start, so that a restart resumes the same search.
 
     Args:
         tuning: its pool and its first trial are done.
         seconds: of one classifier run.
-        teachers: classifiers that are trained once for the labels.
 
     Raises:
         UserError: the time does not even allow the smallest search.
@@ -223,7 +224,7 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
     plan = files.read_json(tuning.folder / PLAN_FILE)
     if plan and plan["asked"] == asked and plan["trials"] >= budget.smallest:  # of fewer seeds, it may be too small
         return plan["trials"]
-    default = max(DEFAULT_TRIALS, budget.smallest)
+    default, teachers = max(DEFAULT_TRIALS, budget.smallest), tuning.teachers()
     trials = budget.trials or (default if budget.budget_hours is None else sys.maxsize)
     if budget.budget_hours is not None:
         spent, needed = tuning.spent() + teachers * seconds, budget.smallest
@@ -241,18 +242,14 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float, teache
     return trials
 
 
-def tuning_of(args: argparse.Namespace, folder: Path) -> tuple[Tuning, list[Candidate]]:
-    """The search of parsed arguments, and its candidates, the default first. Raises UserError: the folder holds a search among
-    other values."""
+def tuning_of(args: argparse.Namespace, folder: Path) -> Tuning:
+    """The search of parsed arguments. Raises UserError: the folder holds a search among other values."""
     grid = cli.read_settings(GridSettings, args).resumed(folder)
     commands = StageCommands(recipe_of(args), args.subset_seed, folder, cli.read_settings(Placement, args).gpu_ids)
-    tuning = Tuning(commands, grid, args.select_by or "top1")
-    candidates = grid.candidates(args.subset_seed)
-    tuning.add_pool(candidates)
-    return tuning, candidates
+    return Tuning(commands, grid, args.select_by or "top1")
 
 
-def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path, dry_run: bool = False) -> list[str]:
+def prepare(tuning: Tuning, config_dir: Path, dry_run: bool = False) -> list[str]:
     """Checks the stages, and records the search, its images and its base model; a dry run writes nothing. Returns what a run
     would download, a line each. Raises UserError: a stage refuses, the folder holds another search, or there are no validation
     images."""
@@ -264,7 +261,7 @@ def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path,
     }
     claim = partial(runs.claim, tuning.folder, record, "--output_dir", absent=budget_defaults())
     claim(dry_run=True)
-    missing = check_stages(tuning, candidates, config_dir, dry_run)
+    missing = check_stages(tuning, config_dir, dry_run)
     for dry in (True,) if dry_run else (True, False):  # a refusal leaves no record that would refuse its correction
         claim(dry_run=dry)
         with checks.noting_downloads(missing):
@@ -277,36 +274,34 @@ def prepare(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path,
     return missing
 
 
-def check_stages(tuning: Tuning, candidates: Collection[Candidate], config_dir: Path, dry_run: bool) -> list[str]:
+def check_stages(tuning: Tuning, config_dir: Path, dry_run: bool) -> list[str]:
     """Checks the flags of the pool and of a trial with each kind of labels, and by dry runs the stages of which no step has
     finished. Returns what a run would download, a line each. Raises UserError: a stage refuses."""
     pool = [tuning.pair.steps[name] for name in tuning.pair.steps if not tuning.pair.done(name)]
-    trials = [tuning.trial_step(candidate, 0, None) for candidate in {c.labels: c for c in candidates}.values()]
+    trials = [tuning.trial_step(candidate, 0, None) for candidate in {c.labels: c for c in tuning.candidates}.values()]
     checks.check_flags([*pool, *trials], config_dir)
     stages = {1, 2, 3} - {entry["stage"] for entry in tuning.pair.records.values() if entry["done"]}
     samples, where = partial(checks.sample_checks, names=tuning.grid.strategy), (tuning.folder, config_dir)
     return checks.dry_run_stages(tuning.commands, stages, [*pool, *trials], samples, *where, dry_run=dry_run)
 
 
-def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, held: int) -> report.SearchResult:
+def search(tuning: Tuning, budget: BudgetSettings, held: int) -> report.SearchResult:
     """Makes the pool, runs the trials and chooses.
 
     Raises:
         UserError: a step failed, or the budget is too small.
         KeyboardInterrupt: interrupted.
     """
-    seeds, default = list(dict.fromkeys(budget.seeds)), candidates[0]
+    seeds, candidates, default = list(dict.fromkeys(budget.seeds)), tuning.candidates, tuning.default
     for name in list(tuning.pair.steps):
         tuning.ensure(name, held)
     tuning.trial(default, seeds[0], held)
     seconds = tuning.pair.records[tuning.trial_step(default, seeds[0], None).name]["seconds"]
-    labels = {candidate.labels for candidate in candidates}
-    trials = trials_within(tuning, budget, seconds, tuning.teachers(default) if len(labels) > 1 else 0)
-    first = halving.affordable(trials, len(candidates), len(seeds))
+    first = halving.affordable(trials_within(tuning, budget, seconds), len(candidates), len(seeds))
     planned = sum(halving.rungs(first, len(seeds)))
     log.info("%d of %d candidates, %d classifier runs of about %s", first, len(candidates), planned, duration(seconds))
     best, scores = halving.search(candidates[:first], seeds, lambda *trial: tuning.trial(*trial, held))
-    differences = tuning.differences(scores, default)
+    differences = tuning.differences(scores)
     chosen = best if differences[best].clear and differences[best].mean > 0 else default
     return report.SearchResult(
         score=tuning.score,
@@ -321,7 +316,7 @@ def search(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, 
     )
 
 
-def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, config_dir: Path) -> None:
+def run(tuning: Tuning, budget: BudgetSettings, config_dir: Path) -> None:
     """Searches, writes the report and prints how to use what was chosen. Raises UserError: see :func:`search`; or another
     process has the folder."""
     with runner.pair_lock(tuning.folder) as held:
@@ -329,8 +324,8 @@ def run(tuning: Tuning, candidates: list[Candidate], budget: BudgetSettings, con
             raise UserError(
                 f"{tuning.folder} is being worked on by another process: wait for it, or give another --output_dir"
             )
-        prepare(tuning, candidates, config_dir)
-        result = search(tuning, candidates, budget, held)
+        prepare(tuning, config_dir)
+        result = search(tuning, budget, held)
         chosen, best = result.chosen, result.best
         subset = tuning.subset_folder(chosen)
         section, path = subset.parent.name, registry.shown_path(subset)
@@ -351,14 +346,14 @@ def main(argv: list[str] | None = None) -> int:
     if budget.register_key:
         registry.check_writable(registry.SUBSETS, budget.register_key, args.config_dir)
     folder = placement.folder("tune", args) / recipe_of(args).name
-    tuning, candidates = tuning_of(args, folder)
+    tuning = tuning_of(args, folder)
     if args.dry_run:
-        print(*tuning.pair.steps.values(), *(candidate.name for candidate in candidates), sep="\n")
-        print(f"{len(candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
+        print(*tuning.pair.steps.values(), *(candidate.name for candidate in tuning.candidates), sep="\n")
+        print(f"{len(tuning.candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
         with runner.interruptible(), no_downloads(True):
-            missing = prepare(tuning, candidates, args.config_dir, dry_run=True)
+            missing = prepare(tuning, args.config_dir, dry_run=True)
         print(*missing, sep="\n", end="\n" if missing else "")
         return 0
     with runner.interruptible():
-        run(tuning, candidates, budget, args.config_dir)
+        run(tuning, budget, args.config_dir)
     return 0
