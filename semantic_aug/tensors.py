@@ -103,6 +103,20 @@ def read_metadata(entries: Mapping[str, str] | None, *lists: str) -> dict[str, A
     return {name: json.loads(value) if name in lists else value for name, value in entries.items()}
 
 
+def save_pickle(path: Path, content: Any) -> None:
+    """Writes tensors and plain containers by ``torch.save``, whole or not at all. Raises OSError: the disk does not hold it."""
+    import torch
+
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch hides the reason why a file cannot be written
+            reason = error.__context__
+            if isinstance(reason, OSError):
+                raise OSError(reason.errno, reason.strerror, str(path)) from None
+            raise
+
+
 def load_pickle(path: Path, expected: str, device: str = "cpu") -> Any:
     """A file written by ``torch.save``, read without running any code in it.
 

@@ -4,10 +4,12 @@ import contextlib
 import errno
 import os
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from accelerate import Accelerator
 
 import tiny
@@ -15,7 +17,10 @@ from semantic_aug import devices, files, tensors
 from semantic_aug.augmentations.model import ModelFiles
 from semantic_aug.datasets import cache, load_dataset
 from semantic_aug.diffusion.base import load_base, weight_files
+from semantic_aug.diffusion.convert import convert
+from semantic_aug.diffusion.tokens import ClassTokens, save_tokens
 from semantic_aug.errors import UserError
+from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.latents import LatentCache, PixelCache
 from semantic_aug.sampling import resources
 
@@ -106,6 +111,30 @@ def test_an_array_without_space_is_an_error_and_leaves_nothing(tmp_path, monkeyp
         tensors.create_array(tmp_path / "a.npy", np.uint8, (200_000,))
     assert files.is_full(caught.value) and caught.value.filename == str(tmp_path / "a.npy")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_state_without_space_is_an_error_of_the_system_and_the_earlier_one_stays(tmp_path):
+    tensors.save_pickle(tmp_path / "state.pt", {"step": 1})
+    with file_size_limit(100_000), pytest.raises(OSError) as caught:
+        tensors.save_pickle(tmp_path / "state.pt", {"step": 2, "weights": torch.zeros(100_000)})
+    assert files.is_full(caught.value) and caught.value.filename == str(tmp_path / "state.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert tensors.load_pickle(tmp_path / "state.pt", "") == {"step": 1}
+
+
+@pytest.mark.parametrize("write", ["checkpoint", "convert"])
+def test_a_checkpoint_without_space_is_an_error_of_the_system(tmp_path, write):
+    model = SimpleNamespace(lora_parameters=[], current_tokens=lambda: None)
+    if write == "convert":
+        vectors = torch.zeros(2, 50_000)
+        save_tokens(ClassTokens(("a", "b"), vectors), tmp_path / "tokens.safetensors")
+    with file_size_limit(100_000), pytest.raises(OSError) as caught:
+        if write == "checkpoint":
+            checkpoints.save_checkpoint(tmp_path, 1, model, {"optimizer": torch.zeros(100_000)}, None)
+        else:
+            convert(None, tmp_path / "tokens.safetensors", tmp_path / "out", "original")
+    assert files.is_full(caught.value)
+    assert not checkpoints.listed(tmp_path) and not list(tmp_path.glob("out/*"))
 
 
 def test_latents_and_pixels_without_space_are_one_line_before_any_is_encoded(tiny_base, image_folder, tmp_path):

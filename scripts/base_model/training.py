@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from semantic_aug.files import atomic_path
 from semantic_aug.runs import MetricsCsv
-from semantic_aug.tensors import load_pickle
+from semantic_aug.tensors import load_pickle, save_pickle
 
 LOG_EVERY = 50
 SAVE_SECONDS = 120
@@ -187,8 +186,7 @@ class Stage:
     def save(self) -> None:
         """Writes the state; the file appears whole or not at all."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        with atomic_path(self.path) as temporary:
-            torch.save({"step": self.step, "seconds": self.seconds, "identity": self.identity, **state}, temporary)
+        save_pickle(self.path, {"step": self.step, "seconds": self.seconds, "identity": self.identity, **state})
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, learning rate set; saves the state now and then and at the end."""

@@ -379,8 +379,7 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
         }
-        with files.atomic_path(self.config.output_dir / STATE_FILE) as temporary:
-            torch.save(state, temporary)
+        tensors.save_pickle(self.config.output_dir / STATE_FILE, state)
         self.saved = time.monotonic()
 
     def _restore(self) -> None:

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from semantic_aug import cli, files, registry, tensors
+from semantic_aug import cli, registry, tensors
 from semantic_aug.diffusion import lora as lora_io
 from semantic_aug.diffusion import tokens as token_io
 from semantic_aug.errors import UserError, run_main
@@ -112,13 +111,17 @@ def convert(
         state = original_lora(lora, str(lora_path)) if layout == "original" else diffusers_lora(lora)
         writers[output_dir / lora_io.FILE_NAME] = lambda path: tensors.save_tensors(path, state)
         if step is not None:
-            writers[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: _pickle(state, path)
+            writers[output_dir / f"checkpoint-{step}" / "pytorch_model.bin"] = lambda path: tensors.save_pickle(
+                path, state
+            )
     if embed_path:
         tokens = token_io.load_tokens(embed_path)
         if layout == "original":
             content = original_tokens(tokens, str(embed_path))
             for name in ("last", *([] if step is None else [step])):
-                writers[output_dir / f"learned_embeds-steps-{name}.bin"] = lambda path: _pickle(content, path)
+                writers[output_dir / f"learned_embeds-steps-{name}.bin"] = lambda path: tensors.save_pickle(
+                    path, content
+                )
         else:
             writers[output_dir / token_io.FILE_NAME] = lambda path: token_io.save_tokens(tokens, path)
     existing = [path for path in writers if path.exists()]
@@ -128,11 +131,6 @@ def convert(
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
     return list(writers)
-
-
-def _pickle(content: dict, path: Path) -> None:
-    with files.atomic_path(path) as temporary:
-        torch.save(content, temporary)
 
 
 def build_parser() -> argparse.ArgumentParser:

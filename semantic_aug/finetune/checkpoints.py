@@ -24,7 +24,7 @@ from semantic_aug.errors import UserError
 from semantic_aug.files import home_expanded
 from semantic_aug.finetune.config import GROUPS, FinetuneConfig
 from semantic_aug.finetune.model import TrainedModel
-from semantic_aug.tensors import load_pickle
+from semantic_aug.tensors import load_pickle, save_pickle
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def save_checkpoint(output_dir: Path, step: int, model: TrainedModel, state: dic
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_weights(model, temporary)
-    torch.save({**state, "step": step}, temporary / STATE_FILE)
+    save_pickle(temporary / STATE_FILE, {**state, "step": step})
     for path in temporary.iterdir():
         with open(path, "rb+") as content:
             os.fsync(content.fileno())
