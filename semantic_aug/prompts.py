@@ -279,16 +279,16 @@ def with_context(prompt: str, context: str) -> str:
     return f"{prompt}, {context}" if context else prompt
 
 
-def read_contexts(path: str, flag: str = "--contexts") -> tuple[str, ...]:
+def read_contexts(path: str) -> tuple[str, ...]:
     """The contexts of a text file, one a line (blank ones and those starting with ``#`` aside). Raises UserError: no such
     file, or one without a context; a line with ``{}``, which is a template."""
-    contexts = _read_lines(path, flag, "context a line, such as 'in the snow', or the word captions")
+    contexts = _read_lines(path, "--contexts", "context a line, such as 'in the snow', or the word captions")
     if not contexts:
-        raise UserError(f"{flag} {path}: the file holds no context; expected one a line, such as 'in the snow'")
+        raise UserError(f"--contexts {path}: the file holds no context; expected one a line, such as 'in the snow'")
     for line in contexts:
         if "{}" in line:
             raise UserError(
-                f"{flag} {path}: '{line}': expected a context without a class; --prompt_templates takes {{}}"
+                f"--contexts {path}: '{line}': expected a context without a class; --prompt_templates takes {{}}"
             )
     return contexts
 

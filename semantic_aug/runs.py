@@ -127,7 +127,6 @@ def claim(
     arguments: Mapping[str, Any],
     flag: str,
     ignored: Sequence[str] = (),
-    file: str = ARGS_FILE,
     *,
     origin: Origin | None = None,
     absent: Mapping[str, Any] = MappingProxyType({}),
@@ -140,7 +139,6 @@ def claim(
 
     Args:
         ignored: arguments that may differ between the first start and a restart.
-        file: where in the folder the arguments are kept.
         origin: data and weights, kept as ``made_from`` beside the arguments.
         absent: see :func:`differences`.
         dry_run: write nothing.
@@ -149,14 +147,14 @@ def claim(
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
             resumed, or other files.
     """
-    if load_arguments(folder, file) is not None:
-        refuse_other_run(folder, arguments, flag, ignored, file, origin=origin, absent=absent)
+    if load_arguments(folder) is not None:
+        refuse_other_run(folder, arguments, flag, ignored, origin=origin, absent=absent)
         return True
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
+        raise UserError(f"{folder} is not empty and holds no {ARGS_FILE}: nothing was touched; choose another {flag}")
     if not dry_run:
         made_from = {MADE_FROM: origin.describe()} if origin else {}
-        write_text(folder / file, arguments_text({**arguments, **made_from}))
+        write_text(folder / ARGS_FILE, arguments_text({**arguments, **made_from}))
     return False
 
 
@@ -165,18 +163,17 @@ def refuse_other_run(
     arguments: Mapping[str, Any],
     flag: str,
     ignored: Sequence[str] = (),
-    file: str = ARGS_FILE,
     *,
     origin: Origin | None = None,
     absent: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuses a folder whose run has other arguments or another origin; see :func:`claim`."""
-    kept, remedy = load_arguments(folder, file) or {}, "nothing was touched; choose another"
+    kept, remedy = load_arguments(folder) or {}, "nothing was touched; choose another"
     if kept.get(SPOILED):
         raise UserError(f"{folder} cannot be resumed ({kept[SPOILED]}): choose another {flag}")
     if origin and not kept.get(MADE_FROM):
         raise UserError(
-            f"{folder} holds a run whose {file} does not say which images it was made from (an earlier version began it): "
+            f"{folder} holds a run whose {ARGS_FILE} does not say which images it was made from (an earlier version began it): "
             f"{remedy} {flag}"
         )
     changed = differences(kept, arguments, (*ignored, MADE_FROM), absent)
@@ -214,9 +211,9 @@ def _recipe_of(record: Mapping[str, Any]) -> dict[str, str]:
     return recipe if source == "--lr" else {**recipe, "lr": source}
 
 
-def spoil(folder: Path, reason: str, file: str = ARGS_FILE) -> None:
+def spoil(folder: Path, reason: str) -> None:
     """Notes in a run's record why it must not be resumed; :func:`claim` refuses it from then on."""
-    write_text(folder / file, arguments_text({**(load_arguments(folder, file) or {}), SPOILED: reason}))
+    write_text(folder / ARGS_FILE, arguments_text({**(load_arguments(folder) or {}), SPOILED: reason}))
 
 
 class MetricsCsv:
