@@ -30,15 +30,8 @@ INSTEAD = {
         **dict.fromkeys(("--push_to_hub", "--hub_token", "--hub_model_id"), NO_HUB),
         "--logging_dir": "leave it out: logs are written below --output_dir",
         **dict.fromkeys(("--revision", "--cache_dir", "--local_files_only"), CACHED),
-        **dict.fromkeys(
-            (
-                "--allow_tf32",
-                "--dataloader_num_workers",
-                "--enable_xformers_memory_efficient_attention",
-                "--local_rank",
-            ),
-            AUTOMATIC,
-        ),
+        **dict.fromkeys(("--allow_tf32", "--dataloader_num_workers", "--local_rank"), AUTOMATIC),
+        "--enable_xformers_memory_efficient_attention": AUTOMATIC,
         "--no_safe_serialization": "leave it out: python -m semantic_aug.diffusion.convert writes the authors' files",
     },
     "sample_mp.py": {
