@@ -444,7 +444,8 @@ def test_draws_do_not_depend_on_the_listing_order(labels, random):
     one = ImageTable.of(names, labels, [f"k{i:04d}" for i in range(len(labels))], read)
     two = ImageTable.of(names, [labels[i] for i in order], [f"k{i:04d}" for i in order], read)
     assert subsets.few_shot(one, 2, 5).keys == subsets.few_shot(two, 2, 5).keys
-    assert subsets.long_tail(one, 0.1).keys == subsets.long_tail(two, 0.1).keys
+    tailed = Setting(task="imbalanced", imbalance_factor=0.1)
+    assert subsets.apply_setting(one, tailed).keys == subsets.apply_setting(two, tailed).keys
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=80), st.integers(1, 40), st.integers(0, 3))

@@ -85,11 +85,6 @@ def long_tail_counts(counts: Sequence[int], imbalance_factor: float, profile: st
     return np.minimum(counts, np.maximum(wanted.astype(np.int64), 1))
 
 
-def long_tail(table: ImageTable, imbalance_factor: float, seed: int = 0, profile: str = "exponential") -> ImageTable:
-    """A long-tailed subset with the counts of :func:`long_tail_counts`."""
-    return per_class(table, long_tail_counts(table.counts(), imbalance_factor, profile), "long-tail", seed)
-
-
 def class_groups(
     counts: Sequence[int], many: int = SHOT_THRESHOLDS[0], few: int = SHOT_THRESHOLDS[1]
 ) -> dict[str, np.ndarray]:
@@ -146,6 +141,7 @@ def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTa
 def apply_setting(train: ImageTable, setting: Setting) -> ImageTable:
     """The training images a setting uses: the long tail first, then the few shots, then the wrong labels."""
     if setting.task == "imbalanced":
-        train = long_tail(train, setting.imbalance_factor, setting.subset_seed, setting.imbalance_profile)
+        counts = long_tail_counts(train.counts(), setting.imbalance_factor, setting.imbalance_profile)
+        train = per_class(train, counts, "long-tail", setting.subset_seed)
     train = few_shot(train, setting.examples_per_class, setting.subset_seed)
     return corrupt_labels(train, setting.corrupt_prob, setting.subset_seed, setting.corrupt_classes)
