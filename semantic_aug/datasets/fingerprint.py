@@ -78,20 +78,15 @@ class ContentHashes:
         self.names, self._source, self._stamp, self.what = names, source, stamp, what
         self._stamps = self._take_stamps()
         store = _Store(folder)
-        known, self.values = store.read(), np.zeros((len(names), HASH_BYTES), np.uint8)
-        keys, missing = self._stamps.tobytes(), []
-        for i in range(len(names)):
-            value = known.get(keys[i * HASH_BYTES : (i + 1) * HASH_BYTES])
-            if value is None:
-                missing.append(i)
-            else:
-                self.values[i] = np.frombuffer(value, np.uint8)
-        settled = self._read(missing)
+        known, stamps = store.read(), [stamp.tobytes() for stamp in self._stamps]
+        values = b"".join(known.get(stamp, UNREADABLE) for stamp in stamps)
+        self.values = np.frombuffer(bytearray(values), np.uint8).reshape(-1, HASH_BYTES)
+        settled = self._read([i for i, stamp in enumerate(stamps) if stamp not in known])
         if settled:
             store.add(np.concatenate([self._stamps[settled], self.values[settled]], axis=1))
 
     def _take_stamps(self) -> np.ndarray:
-        """Hashes of the stamps ``(N, HASH_BYTES)``, in chunks on threads: on a network file system each is a question."""
+        """Hashes of the stamps ``(N, HASH_BYTES)``, in chunks on threads: on a network file system each look-up waits for an answer."""
 
         def hashed(start: int) -> bytes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
