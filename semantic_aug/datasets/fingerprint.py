@@ -86,7 +86,7 @@ class ContentHashes:
             store.add(np.concatenate([self._stamps[settled], self.values[settled]], axis=1))
 
     def _take_stamps(self) -> np.ndarray:
-        """Hashes of the stamps ``(N, HASH_BYTES)``, in chunks on threads: on a network file system each look-up waits for an answer."""
+        """Hashes of the stamps ``(N, HASH_BYTES)``, in chunks on threads, since look-ups on a network file system wait."""
 
         def hashed(start: int) -> bytes:
             stamps = map(self._stamp_or_none, range(start, min(len(self.names), start + CHUNK)))
