@@ -123,9 +123,9 @@ def dry_run_stages(
     stages: Collection[int],
     steps: Collection[Step],
     samples: Callable[[StageCommands], list[Step]],
+    *,
     folder: Path,
     config_dir: Path,
-    *,
     dry_run: bool,
 ) -> list[str]:
     """Checks data, base model and classifier of a setting by dry runs of some stages.

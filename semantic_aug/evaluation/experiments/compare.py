@@ -244,8 +244,8 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, dry_run: b
         stages = checks.unchecked_stages([job.pair for job in (first, *others)]) - checked
         checked |= {1, 2} if stages & {1, 2} else set()
         samples = partial(_checked_samples, methods=[METHODS[method] for method in first.methods])
-        where = (folder, config_dir)
-        missing += checks.dry_run_stages(first.commands, stages, steps_of[name], samples, *where, dry_run=dry_run)
+        options = {"folder": folder, "config_dir": config_dir, "dry_run": dry_run}
+        missing += checks.dry_run_stages(first.commands, stages, steps_of[name], samples, **options)
     return list(dict.fromkeys(missing))
 
 

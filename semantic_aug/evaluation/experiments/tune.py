@@ -281,8 +281,9 @@ def check_stages(tuning: Tuning, config_dir: Path, dry_run: bool) -> list[str]:
     trials = [tuning.trial_step(candidate, 0, None) for candidate in {c.labels: c for c in tuning.candidates}.values()]
     checks.check_flags([*pool, *trials], config_dir)
     stages = {1, 2, 3} - {entry["stage"] for entry in tuning.pair.records.values() if entry["done"]}
-    samples, where = partial(checks.sample_checks, names=tuning.grid.strategy), (tuning.folder, config_dir)
-    return checks.dry_run_stages(tuning.commands, stages, [*pool, *trials], samples, *where, dry_run=dry_run)
+    samples = partial(checks.sample_checks, names=tuning.grid.strategy)
+    options = {"folder": tuning.folder, "config_dir": config_dir, "dry_run": dry_run}
+    return checks.dry_run_stages(tuning.commands, stages, [*pool, *trials], samples, **options)
 
 
 def search(tuning: Tuning, budget: BudgetSettings, held: int) -> report.SearchResult:
