@@ -117,8 +117,7 @@ class Curve:
     def confused(self, size: int) -> list[tuple[float, int, int]]:
         """Rate at which images of either class are predicted as the other, over all draws, and the pair; worst first."""
         k = len(self.class_names)
-        matrix = np.zeros((k, k))
-        np.add.at(matrix, (np.broadcast_to(self.labels, self.predicted[size].shape), self.predicted[size]), 1)
+        matrix = np.bincount((k * self.labels + self.predicted[size]).ravel(), minlength=k * k).reshape(k, k)
         rates = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         pairs = [((rates[a, b] + rates[b, a]) / 2, a, b) for a in range(k) for b in range(a)]
         return sorted(pairs, reverse=True)

@@ -113,19 +113,15 @@ class ImageSet:
     between: np.ndarray | None = None
 
     def groups(self) -> Iterator[tuple[float | str, int | None, np.ndarray]]:
-        """Strength, class and rows ``(N,)`` of each group: per strength, per class where strengths differ, all."""
-        classes = np.unique(self.classes)
+        """Strength, class and rows bool ``(N,)`` of each group: the classes and the total of each strength, then of all."""
         strengths = [] if self.strengths is None else np.unique(self.strengths).tolist()
-        for strength in strengths if len(strengths) > 1 else []:
-            rows = self.strengths == strength
-            for label in classes:
-                if (rows & (self.classes == label)).any():
-                    yield strength, int(label), rows & (self.classes == label)
+        groups = {strength: self.strengths == strength for strength in strengths}
+        if len(groups) != 1:
+            groups[report.ALL] = np.ones(len(self.classes), bool)
+        for strength, rows in groups.items():
+            for label in np.unique(self.classes[rows]).tolist():
+                yield strength, label, rows & (self.classes == label)
             yield strength, None, rows
-        strength = strengths[0] if len(strengths) == 1 else report.ALL
-        for label in classes:
-            yield strength, int(label), self.classes == label
-        yield strength, None, np.ones(len(self.classes), bool)
 
     def fitting_gamma(self, rows: np.ndarray) -> float:
         """See :func:`faithfulness.fitting_gamma`; NaN where no image is between two classes."""
@@ -149,11 +145,8 @@ class ImageSet:
         """Mean of ``spread`` over the features of each class, weighted by images; NaN where no class has a value."""
         classes, features = self.classes[rows], self.features[rows]
         labels, counts = np.unique(classes, return_counts=True)
-        values = np.array([spread(features[classes == label]) for label in labels])
-        known = ~np.isnan(values)
-        weights = known * counts.reshape(-1, *[1] * (values.ndim - 1))
-        with np.errstate(invalid="ignore"):  # no class has a value
-            return (np.where(known, values, 0) * weights).sum(0) / weights.sum(0)
+        values = np.ma.masked_invalid([spread(features[classes == label]) for label in labels])
+        return np.ma.filled(np.ma.average(values, axis=0, weights=counts), np.nan)
 
 
 @dataclass
