@@ -135,7 +135,7 @@ class BatchSource:
         noise = torch.randn(size, *self.latent_shape, generator=rng)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(size, self.latent_shape[0], 1, 1, generator=rng)
-        caption = torch.rand(size, generator=rng)  # drawn last: what comes before stays as it was without captions
+        caption = torch.rand(size, generator=rng)  # drawn last, so that the other draws are the same without captions
         return Draw(
             torch.from_numpy(self.indices(step)), view, flip, template, timestep,
             posterior=posterior, noise=noise, caption=caption,
@@ -143,9 +143,9 @@ class BatchSource:
 
 
 class Captions:
-    """The captions of a training split, with the classes' tokens in them, and which of them a drawn image takes.
+    """The captions of a training split, with the classes' tokens in them, and the choice of one for each drawn image.
 
-    An image may have several, one a line; an image without any always stands under its class prompt.
+    An image may have several captions, one a line; an image without any always has its class prompt.
 
     Args:
         dataset: its training split's column ``caption`` is read.
@@ -218,8 +218,8 @@ class Captions:
 def check_training_prompts(
     dataset: LoadedDataset, folder: Path, base_name: str, num_vectors: int | None, images: ImageSettings
 ) -> None:
-    """Refuses training prompts and captions whose class the base model would cut off; contexts follow the class and cut nothing
-    of it off. ``num_vectors`` is None without class tokens. Raises UserError: see :class:`Captions` and
+    """Refuses training prompts and captions whose class the base model would cut off; contexts, which follow the class, need
+    no check. ``num_vectors`` is None without class tokens. Raises UserError: see :class:`Captions` and
     :func:`semantic_aug.diffusion.text.check_prompts`."""
     tokens = None
     if num_vectors is not None:

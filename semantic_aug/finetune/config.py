@@ -1,4 +1,4 @@
-"""The settings of stage 1: each flag is a field here, from which the parser, the record and what a resume may change follow."""
+"""The settings of stage 1: each flag is a field here, from which the parser, the record and the identity of a run are made."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STRATEGIES = ("ti", "db", "ti_db")
 LR_SCHEDULERS = tuple(
     "constant constant_with_warmup linear cosine cosine_with_restarts polynomial piecewise_constant".split()
 )
-"""Of diffusers'."""
+"""diffusers' learning-rate schedules."""
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "aim", "dvclive", "swanlab", "trackio")
-"""Of accelerate's; each is also the name of the package it needs."""
+"""accelerate's trackers; each is also the name of the package it needs."""
 UNLABELLED_SHARE = 0.25
 """Share of each batch that is drawn from a pool of unlabelled images where none is given."""
 PRECISIONS = ("no", "fp16", "bf16")
@@ -42,7 +42,7 @@ def without_tokens(config: FinetuneConfig) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What is trained: the base model, its class tokens and its LoRA."""
+    """The model: base model, class tokens and LoRA."""
 
     TITLE = "model"
     pretrained_model_name_or_path: str = cli.setting(
@@ -108,7 +108,7 @@ class ModelSettings:
 
     @property
     def precision(self) -> str:
-        """``mixed_precision``, or what ``accelerate launch`` sets. Raises UserError: that is none of ours (``fp8``)."""
+        """``mixed_precision``, or what ``accelerate launch`` sets. Raises UserError: that is not supported (``fp8``)."""
         precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision not in PRECISIONS:
             raise UserError(
@@ -130,14 +130,14 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How it is trained: batches, rates, loss."""
+    """The training: batches, learning rates, loss."""
 
     TITLE = "training"
     max_train_steps: int = cli.setting(
         35000, type=cli.whole(1), help="optimiser steps", unused=lambda config: "constant" in config.train.lr_scheduler
     )
-    # A step draws for the whole effective batch, and each process and micro-batch takes its slice: how the batch is split
-    # changes no result, and the effective batch is compared instead.
+    # A step draws for the whole effective batch, and each process and micro-batch takes its slice: the split changes no
+    # result, so the effective batch is compared instead.
     train_batch_size: int = cli.setting(8, type=cli.whole(1), help="images per process and micro-batch", result=False)
     gradient_accumulation_steps: int = cli.setting(
         1, type=cli.whole(1), help="micro-batches per optimiser step", result=False
@@ -147,7 +147,7 @@ class TrainSettings:
         type=cli.whole(1),
         help="images per optimiser step over all processes, in micro-batches of at most --train_batch_size (default: "
         "--train_batch_size x --gradient_accumulation_steps x processes)",
-        result=False,  # what it comes to is compared
+        result=False,  # the resulting batch is compared
     )
     learning_rate: float = cli.setting(
         1e-4, type=cli.number(0), metavar="LR", help="learning rate of the LoRA", unused=without_lora
@@ -221,7 +221,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """How training images and their prompts are presented."""
+    """The training images and their prompts."""
 
     TITLE = "images"
     resolution: int | None = cli.setting(
@@ -296,7 +296,7 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What is written, and when; a resumed run may be given all of it differently."""
+    """Checkpoints and reports, all of which a resumed run may change."""
 
     TITLE = "checkpoints and reports"
     output_dir: Path | None = cli.setting(
@@ -336,8 +336,8 @@ RECORDED_AS = {"pretrained_model_name_or_path": "base_name", "finetune_strategy"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A request of stage 1; :func:`semantic_aug.finetune.run.resolve` fills in what the flags leave open, and ``base_folder``,
-    where the base model is on this machine."""
+    """A request of stage 1; :func:`semantic_aug.finetune.run.resolve` derives the settings without a flag, and ``base_folder``,
+    the base model's folder on this machine."""
 
     dataset: str
     setting: Setting
@@ -381,7 +381,7 @@ class FinetuneConfig:
         return device_type == "cuda" and self.train.max_train_steps >= COMPILE_STEPS
 
     def record(self, processes: int = 1) -> dict:
-        """What ``args.yaml`` keeps of a run on so many processes."""
+        """The content of ``args.yaml`` for a run on so many processes."""
         values = {n: getattr(getattr(self, group), n) for group, cls in GROUPS.items() for n in cli.settings_of(cls)}
         settings = cli.recorded(values, *GROUPS.values())
         return {
@@ -396,10 +396,10 @@ class FinetuneConfig:
         }
 
     def may_change(self) -> tuple[str, ...]:
-        """Entries of the record that a resumed run may be given differently: they change nothing that a step computes."""
+        """Entries of the record that a resumed run may change, since they change nothing that a step computes."""
         fields = [field for cls in GROUPS.values() for field in cli.settings_of(cls).values()]
         free = {RECORDED_AS.get(field.name, field.name) for field in fields if not field.metadata["result"]}
-        free -= {"effective_batch"}  # recorded is what it comes to
+        free -= {"effective_batch"}  # the record holds the resulting batch
         unused = [field.name for field in fields if field.metadata["unused"] and field.metadata["unused"](self)]
         return ("dataset", "unlabelled", "recipe", *free, *unused)  # images are compared by content
 

@@ -1,10 +1,10 @@
 """Training images as the VAE's posterior parameters, encoded once or, for ``--random_crops``, at every step.
 
-Encoded once: for each crop and its mirror image, in a memory-mapped file beside the run, named by what it was made from. The
-U-Net sees latents sampled from these, afresh each step, so nothing is lost against encoding in the loop.
+Encoded once: each crop and its mirror image, into a memory-mapped file in the output folder, whose name is a hash of the
+inputs. Every step samples new latents from the posterior, as encoding in the loop would.
 
-At every step: each image is decoded once and kept whole as uint8, its shorter side scaled to the resolution; a step cuts its
-squares from the memory-mapped bytes and encodes them as one batch.
+At every step: each image is decoded once and stored whole as uint8, its shorter side scaled to the resolution; a step cuts
+its squares from the memory-mapped bytes and encodes them as one batch.
 
 Every process encodes or decodes its share of the images; all map all of them.
 """

@@ -19,8 +19,8 @@ SETTINGS = SolverSettings(num_inference_steps=25, guidance_scale=7.5)
 def validation_grid(
     model: TrainedModel, base: BaseModel, class_names: tuple[str, ...], resolution: int, per_class: int, seed: int
 ) -> Image.Image:
-    """Images of (up to twelve, evenly chosen) classes with the weights as they are now, each network in its own precision. The
-    noise of the ``per_class`` pictures in a row depends on seed and column only."""
+    """Images of up to twelve evenly chosen classes with the present weights, each network in its own precision. The noise of
+    the ``per_class`` pictures in a row depends on seed and column only."""
     step = max(1, -(-len(class_names) // MAX_CLASSES))
     scheduler = make_scheduler(base.scheduler_config)
     shape = base.geometry.latent_shape(resolution)
