@@ -260,7 +260,7 @@ def _swap(old, new):
         ("cub", "classes.txt", lambda p: p.unlink(), "classes.txt is not there: unpack the official download again"),
         ("cub", "images.txt", _swap("1 001.Bl", "1 ../001.Bl"), "leads outside .*images"),
         ("cub", "image_class_labels.txt", _swap("1 1\n", "1 9\n"), "has the label 9, which has no class name"),
-        ("cub", "image_class_labels.txt", _swap("1 1\n", ""), "image_class_labels.txt says nothing of image 1"),
+        ("cub", "image_class_labels.txt", _swap("1 1\n", ""), "image_class_labels.txt has no line for image 1"),
         (
             "cub",
             "image_class_labels.txt",

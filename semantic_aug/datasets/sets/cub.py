@@ -22,14 +22,13 @@ def read_official(root: Path) -> Splits:
     label_of = dict(official.read_lines(root / "image_class_labels.txt", 2))
     is_train = dict(official.read_lines(root / "train_test_split.txt", 2))
     class_names = [name for _, name in official.read_lines(root / "classes.txt", 2)]
-    box_of = {}
+    lists, box_of = {"image_class_labels.txt": label_of, "train_test_split.txt": is_train}, {}
     if (root / "bounding_boxes.txt").exists():
         box_of = {row[0]: row[1:] for row in official.read_lines(root / "bounding_boxes.txt", 5)}
-    lists = (("image_class_labels.txt", label_of), ("train_test_split.txt", is_train), ("bounding_boxes.txt", box_of))
-    for file, content in lists:
-        missing = set(names) - set(content) if content or file != "bounding_boxes.txt" else set()
-        if missing:
-            raise UserError(f"{root / file} says nothing of image {min(missing)}: unpack the official download again")
+        lists["bounding_boxes.txt"] = box_of
+    for file, content in lists.items():
+        if missing := set(names) - set(content):
+            raise UserError(f"{root / file} has no line for image {min(missing)}: unpack the official download again")
     if unexpected := [number for number in names if is_train[number] not in ("0", "1")]:
         shown = f"image {unexpected[0]} has '{is_train[unexpected[0]]}'"
         raise UserError(f"{root / 'train_test_split.txt'}: {shown}, expected 1 (train) or 0 (test)")
