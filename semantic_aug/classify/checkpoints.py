@@ -1,7 +1,7 @@
-"""Checkpoint files of classifiers, read into a state dict under the model's own names.
+"""Reads checkpoint files of classifiers into a state dict with timm's names.
 
-Accepted are plain state dicts, timm's ``train.py`` and its EMA copies, wrappers of DataParallel and ``torch.compile``, and
-modules that hold the classifier as a part (Lightning's ``model.``, a backbone, MoCo's ``encoder_q``).
+Accepted formats: plain state dicts; checkpoints of timm's ``train.py``, also with an EMA; models wrapped by DataParallel or
+``torch.compile``; modules that contain the classifier (Lightning's ``model.``, a backbone, MoCo's ``encoder_q``).
 """
 
 import argparse
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module", "net")
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that DataParallel and ``torch.compile`` put before every name."""
+"""Prefixes of all names in models wrapped by DataParallel or ``torch.compile``."""
 
 _MOMENTUM = ("encoder_k", "momentum", "teacher", "target_")
-"""Names of momentum encoders beside the trained network, which is preferred."""
+"""Parts of the names of momentum encoders; the trained network beside them is preferred."""
 
 _KINDS = (
     ("lora_", "a LoRA"),
@@ -41,18 +41,19 @@ _KINDS = (
     ("features.0.", "a network of torchvision, whose names differ from timm's"),
     ("blocks.0.0.", "an EfficientNet or MobileNet"),
 )
-"""Marks in the names of tensors, and what the file then seems to be."""
+"""Substrings of tensor names, and the kind of file that they indicate."""
 
 
 def read_state(path: Path, wanted: Mapping[str, Tensor], flag: str = "--weights") -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names of a model.
+    """Reads the tensors of a checkpoint and renames them to a model's names.
 
     Args:
         path: ``.safetensors``, or a pickle, which is read without running code.
-        wanted: the model's state dict; tells which prefix the names in the file have.
+        wanted: the model's state dict, which determines the prefix of the names in the file.
+        flag: flag that gave the path, for errors.
 
     Raises:
-        UserError: damaged, not a checkpoint of a model, ambiguous, or holding values that are not finite.
+        UserError: a damaged file, no checkpoint of a model, an ambiguous one, or values that are not finite.
     """
     state = _without_wrappers(_tensors(_content(path), path, flag))
     prefix = _prefix(state, wanted, f"{flag} {path}")
@@ -67,7 +68,7 @@ def read_state(path: Path, wanted: Mapping[str, Tensor], flag: str = "--weights"
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """What ``train_cls.py`` wrote into a weight file besides weights: ``classes`` and more; empty for other files."""
+    """The metadata of a weight file of ``train_cls.py``: ``classes``, ``model`` and others; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     from safetensors import SafetensorError, safe_open
@@ -82,7 +83,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> Any:
     expected = "expected the state dict of a model"
     if path.suffix != ".safetensors":
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments as one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # holds the arguments of timm's train.py
             return tensors.load_pickle(path, expected)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,7 +95,7 @@ def _content(path: Path) -> Any:
 
 
 def _tensors(content: Any, path: Path, flag: str) -> dict[str, Tensor]:
-    """The state dict of a checkpoint; of two, the one that was trained, with a line saying so."""
+    """The state dict of a checkpoint; trained weights are preferred to their moving average, which is logged."""
     if not isinstance(content, Mapping):
         raise UserError(f"{flag} {path} holds a {type(content).__name__}: expected the state dict of a model")
     states = [key for key in (*STATE_KEYS, *EMA_KEYS) if isinstance(content.get(key), Mapping) and content[key]]
@@ -110,14 +111,14 @@ def _tensors(content: Any, path: Path, flag: str) -> dict[str, Tensor]:
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that wrappers put before all names."""
+    """Removes the wrappers' prefixes from a state dict."""
     while wrapper := next((w for w in WRAPPERS if all(key.startswith(w) for key in state)), None):
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
 def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> str:
-    """The prefix below which most of a model's tensors lie; '' where the names are the model's."""
+    """The prefix under which most of a model's tensors are found; '' if the names are the model's."""
     probes = list(wanted)[:3]
     prefixes = {""} | {key.removesuffix(p) for p in probes for key in state if key.endswith(f".{p}")}
 
@@ -138,12 +139,12 @@ def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: s
 
 
 def misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], allowed: tuple[str, ...] = ()) -> str | None:
-    """Why a state dict does not fit a model, or None where it does.
+    """The reason why a state dict does not fit a model, or None if it fits.
 
     Args:
-        state: of the file, under the model's names.
+        state: tensors of the file, under the model's names.
         target: the model's state dict.
-        allowed: starts of names that may be missing or of another shape.
+        allowed: prefixes of names that may be missing or have another shape.
     """
     wanted = [key for key in target if not (allowed and key.startswith(allowed))]
     missing = [key for key in wanted if key not in state]
@@ -159,9 +160,5 @@ def misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], allowed: t
     unexpected = next((key for key in state if key not in target), None)
     if unexpected is not None:
         parts.append(f"'{unexpected}' is not the model's")
-    return f"{'; '.join(parts)}); the file seems to hold {kind_of(state)}"
-
-
-def kind_of(state: Mapping[str, Tensor]) -> str:
-    """The architecture that a state dict seems to be of, from the names of its tensors."""
-    return next((kind for mark, kind in _KINDS if any(mark in key for key in state)), "another architecture")
+    kind = next((kind for mark, kind in _KINDS if any(mark in key for key in state)), "another architecture")
+    return f"{'; '.join(parts)}); the file seems to hold {kind}"

