@@ -128,6 +128,7 @@ def claim(
     flag: str,
     ignored: Sequence[str] = (),
     *,
+    file: str = ARGS_FILE,
     origin: Origin | None = None,
     absent: Mapping[str, Any] = MappingProxyType({}),
     dry_run: bool = False,
@@ -139,6 +140,7 @@ def claim(
 
     Args:
         ignored: arguments that may differ between the first start and a restart.
+        file: where in the folder the arguments are kept.
         origin: data and weights, kept as ``made_from`` beside the arguments.
         absent: see :func:`differences`.
         dry_run: write nothing.
@@ -147,14 +149,14 @@ def claim(
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
             resumed, or other files.
     """
-    if load_arguments(folder) is not None:
-        refuse_other_run(folder, arguments, flag, ignored, origin=origin, absent=absent)
+    if load_arguments(folder, file) is not None:
+        refuse_other_run(folder, arguments, flag, ignored, file=file, origin=origin, absent=absent)
         return True
     if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {ARGS_FILE}: nothing was touched; choose another {flag}")
+        raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
     if not dry_run:
         made_from = {MADE_FROM: origin.describe()} if origin else {}
-        write_text(folder / ARGS_FILE, arguments_text({**arguments, **made_from}))
+        write_text(folder / file, arguments_text({**arguments, **made_from}))
     return False
 
 
@@ -164,16 +166,17 @@ def refuse_other_run(
     flag: str,
     ignored: Sequence[str] = (),
     *,
+    file: str = ARGS_FILE,
     origin: Origin | None = None,
     absent: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuses a folder whose run has other arguments or another origin; see :func:`claim`."""
-    kept, remedy = load_arguments(folder) or {}, "nothing was touched; choose another"
+    kept, remedy = load_arguments(folder, file) or {}, "nothing was touched; choose another"
     if kept.get(SPOILED):
         raise UserError(f"{folder} cannot be resumed ({kept[SPOILED]}): choose another {flag}")
     if origin and not kept.get(MADE_FROM):
         raise UserError(
-            f"{folder} holds a run whose {ARGS_FILE} does not say which images it was made from (an earlier version began it): "
+            f"{folder} holds a run whose {file} does not say which images it was made from (an earlier version began it): "
             f"{remedy} {flag}"
         )
     changed = differences(kept, arguments, (*ignored, MADE_FROM), absent)

@@ -110,8 +110,8 @@ def claim_setting(
         in_effect: flags set by the stages' recipes, by stage; records of earlier versions lack them.
     """
     folder, absent = registry.resolve_path(folder) / recipe.name, {**budget_defaults(), **in_effect}
-    options = {"file": RECIPE_FILE, "absent": absent, "dry_run": dry_run}
-    runs.claim(folder, {**recipe.record(), **in_effect}, "--output_dir", **options)
+    record = {**recipe.record(), **in_effect}
+    runs.claim(folder, record, "--output_dir", file=RECIPE_FILE, absent=absent, dry_run=dry_run)
 
 
 def save_request(
