@@ -53,11 +53,11 @@ def test_a_folder_and_a_list_give_the_same_images(pool, tmp_path):
     assert read_unlabelled(pool / "list.csv").keys == images.keys
 
 
-@pytest.mark.parametrize("split", ["test", "val"])
-def test_labelled_images_that_evaluate_are_refused_by_content(pool, animals, image_folder, split):
+@pytest.mark.parametrize(("split", "title"), [("test", "test"), ("val", "validation")])
+def test_labelled_images_that_evaluate_are_refused_by_content(pool, animals, image_folder, split, title):
     leaked = next((image_folder / split / "toad").iterdir())
     shutil.copy(leaked, pool / "holiday.png")  # under another name
-    with pytest.raises(UserError, match=f"holds 1 {split} images of animals.*'holiday.png' is '.*{leaked.name}'"):
+    with pytest.raises(UserError, match=f"holds 1 {title} images of animals.*'holiday.png' is '.*{leaked.name}'"):
         without_labelled(read_unlabelled(pool), animals, pool)
 
 
