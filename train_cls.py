@@ -16,7 +16,7 @@ def build_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains, evaluates or predicts as the flags say."""
+    """Trains, evaluates or predicts, by the flags; returns the exit status."""
     request = config.read_config(build_parser().parse_args(argv))
     config.check_paths(request)
     console.quiet_libraries()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from semantic_aug.classify import losses, mixing
 from semantic_aug.classify.config import CRITERIA, LossSettings, MixSettings, SyntheticSettings
 from semantic_aug.classify.data import TrainBatches, share_of
-from semantic_aug.classify.draws import EpochDraws, balanced_rows, curriculum_weights, minority_rows
+from semantic_aug.classify.draws import EpochDraws, balanced_rows, curriculum_weights
 from semantic_aug.classify.losses import expected, make_criterion, one_hot
 from semantic_aug.classify.metrics import Meter
 from semantic_aug.datasets import load_dataset
@@ -195,7 +195,7 @@ def test_cmo_pastes_the_foreground_and_its_label_by_area():
 
 def test_foregrounds_are_drawn_by_inverse_frequency():
     labels = np.repeat([0, 1, 2], [90, 9, 1])
-    rows = minority_rows(labels, 6000, np.random.default_rng(0))
+    rows = balanced_rows(labels, 6000, np.random.default_rng(0))
     shares = np.bincount(labels[rows], minlength=3) / 6000
     assert np.abs(shares - 1 / 3).max() < 0.03 and len(np.unique(rows)) == 100
 

@@ -169,7 +169,7 @@ def test_each_image_has_the_label_of_the_classifier_that_left_out_its_source(
     plan = teacher.subset_labels(config, dataset)[0].describe()
     assert "13 images by 2 classifiers of 6 to 6 of the 12 training images (2 folds), 2 of them to train" in plan
     soft = labelled(request).soft
-    assert len(runs_of(cache)) == 2 and "% right on training images that they had not seen" in caplog.text
+    assert len(runs_of(cache)) == 2 and "% on held-out training images" in caplog.text
     np.testing.assert_allclose(soft.sum(1), 1, atol=1e-6)
     held = {}
     for folder in runs_of(cache):

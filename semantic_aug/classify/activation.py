@@ -1,4 +1,4 @@
-"""Class activation maps: where a classifier sees the class of an image (Grad-CAM, Selvaraju et al. 2017, arXiv:1610.02391)."""
+"""Class activation maps: the regions of an image that support a class (Grad-CAM, Selvaraju et al. 2017, arXiv:1610.02391)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ BATCH = 16
 def activation_maps(
     model: nn.Module, normalise: Normaliser, resolution: int, read: Callable[[int], Image.Image], classes: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """Grad-CAM of whole images, squashed to a square, batch by batch: float32 ``(B, resolution, resolution)`` in [0, 1],
-    shares of each map's maximum; 0 everywhere where nothing in an image speaks for its class.
+    """Grad-CAM of whole images, resized to a square, batch by batch: float32 ``(B, resolution, resolution)`` in [0, 1],
+    relative to each map's maximum; all 0 if no region supports the class.
 
     Args:
-        model: timm's, in evaluation mode.
-        read: from an index to a PIL RGB image.
-        classes: output of each image whose map is wanted.
+        model: timm model in evaluation mode.
+        read: function from an index to a PIL RGB image.
+        classes: class (index of the output) of each image.
 
     Raises:
-        UserError: pytorch-grad-cam is not installed, or a model without a grid of features.
+        UserError: pytorch-grad-cam is not installed, or a model without spatial features.
     """
     try:
         from pytorch_grad_cam import GradCAM
@@ -42,9 +42,9 @@ def activation_maps(
         for start in range(0, len(classes), BATCH):
             rows = range(start, min(len(classes), start + BATCH))
             pixels = np.stack([np.asarray(fit(read(row), resolution)) for row in rows])
-            inputs = normalise(torch.from_numpy(pixels)).requires_grad_()  # through which gradients reach the layer
+            inputs = normalise(torch.from_numpy(pixels)).requires_grad_()  # so that the layer gets gradients
             targets = [ClassifierOutputTarget(classes[row]) for row in rows]
-            # what it returns, shares of the map's range, is not used: with its minimum, their meaning changes
+            # the returned maps are not used: they are scaled by each map's minimum, too
             cam(inputs, targets=targets)
             hooked = cam.activations_and_grads
             features, gradients = (grid.detach().cpu().numpy() for grid in (hooked.activations[0], hooked.gradients[0]))
@@ -52,7 +52,7 @@ def activation_maps(
 
 
 def shares(maps: np.ndarray, side: int) -> np.ndarray:
-    """Maps ``(B, h, w)`` as float32 ``(B, side, side)`` in [0, 1]: positive values as shares of each map's maximum."""
+    """Resizes maps ``(B, h, w)`` to float32 ``(B, side, side)`` in [0, 1]: positive values divided by each map's maximum."""
     positive = torch.from_numpy(np.asarray(maps, np.float32)).relu()[:, None]
     whole = nn.functional.interpolate(positive, (side, side), mode="bilinear")[:, 0]
     most = whole.amax((1, 2), keepdim=True)
@@ -60,13 +60,13 @@ def shares(maps: np.ndarray, side: int) -> np.ndarray:
 
 
 def target_layer(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The layer whose features make the map, and what turns its output into ``(B, C, h, w)``.
+    """The layer of a model for Grad-CAM, and a function from its output to ``(B, C, h, w)``.
 
-    Of a network in stages it is the last one that timm lists. Of a vision transformer it is the norm before the last
-    attention: of what comes later, only the class token reaches the output.
+    For a network of stages it is the last stage that timm lists. For a vision transformer it is the norm before the last
+    attention; after that attention only the class token reaches the output.
 
     Raises:
-        UserError: a model that has neither.
+        UserError: another kind of model.
     """
     stages = getattr(model, "feature_info", None)
     if hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size"):

@@ -1,7 +1,7 @@
 """Settings of stage 3, each declared once: flag, default, help, and whether it changes the result; no heavy imports.
 
-The choices stand here and their implementations look them up (the criteria in :mod:`semantic_aug.classify.losses`). How
-synthetic images enter the batches is declared beside the draws, in :mod:`semantic_aug.classify.draws`.
+Settings of synthetic images are declared in :mod:`semantic_aug.classify.draws`, of mixing in
+:mod:`semantic_aug.classify.mixing`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,17 @@ from semantic_aug.registry import resolve_path
 from semantic_aug.runs import ARGS_FILE
 
 CRITERIA = ("ce", "ls", "focal", "ldam", "bsm", "cb")
-AUGMENTATIONS = ("crop", "resized_crop")
-LR_SCHEDULES = ("cosine", "scaled_cosine", "step")
-CLASS_WEIGHT_MEANS = ("images", "weights")
 ON_DEVICE = "device"
-"""Images are decoded as with ``auto``, then held on the device, where batches are cut."""
+"""Value of ``--cache``: images are decoded as with ``auto``, then held on the device, where batches are cropped."""
 CACHES = (*MODES, ON_DEVICE)
-SELECT_BY = ("top1", "macro", "worst_group")
 WEIGHTS = ("auto", "none", "torchvision")
-"""Pre-trained weights that are no file."""
+"""Values of ``--weights`` that are no path."""
 MODEL_FILE = "model.safetensors"
-"""The classifier of a finished run."""
+"""Weight file of a finished run."""
 WEIGHT_FILES = (MODEL_FILE, "pytorch_model.bin", "model_best.pth.tar")
-"""What is looked for, in this order, where ``--weights`` is a folder; the last is what timm's ``train.py`` writes."""
+"""Files searched for, in this order, if ``--weights`` is a folder; the last is written by timm's ``train.py``."""
 DEFAULT_LR = {"sgd": 0.02, "adamw": 1e-3}
-"""Peak learning rate of each optimiser where neither ``--lr`` nor the recipe gives one."""
+"""Peak learning rate of each optimiser without ``--lr`` or a value of the recipe."""
 TORCHVISION_NAMES = {
     "vit_b_16": "vit_base_patch16_224",
     "vit_b_32": "vit_base_patch32_224",
@@ -51,11 +47,11 @@ TORCHVISION_NAMES = {
     "regnet_y_400mf": "regnety_004",
     "regnet_y_8gf": "regnety_080",
 }
-"""torchvision's names where timm's differ."""
+"""torchvision's model names that differ from timm's -> timm's names."""
 
 
 def network(name: str) -> str:
-    """A model's network whichever of its names is given: timm's without tag and image size, for torchvision's too."""
+    """The network of a model name of timm or torchvision: timm's name without tag and image size."""
     name = name.partition(".")[0]
     return re.sub(r"_(224|256|288|320|384|448|512)$", "", TORCHVISION_NAMES.get(name, name))
 
@@ -109,7 +105,7 @@ class TrainSettings:
     )
     augmentation: str = cli.setting(
         "crop",
-        choices=AUGMENTATIONS,
+        choices=("crop", "resized_crop"),
         absent="crop",
         help="crop: random windows, 7/8 wide, of the image resized to a square; resized_crop: windows of 0.08 to 1 of the "
         "image's area, resized, and brightness, contrast and saturation changed by up to 0.4, evaluation then keeping the "
@@ -140,7 +136,7 @@ class TrainSettings:
     )
     lr_schedule: str = cli.setting(
         "cosine",
-        choices=LR_SCHEDULES,
+        choices=("cosine", "scaled_cosine", "step"),
         absent="cosine",
         help="learning rate after the warm-up; cosine: down to 0; scaled_cosine: of the whole run, and the warm-up multiplies "
         "it; step: divided by 100 once 0.8 and by 10,000 once 0.9 of the "
@@ -160,20 +156,22 @@ class TrainSettings:
     patience: int = cli.setting(
         0, type=cli.whole(0), help="stop after N evaluations on validation without a better score; 0: never"
     )
-    select_by: str = cli.setting("top1", choices=SELECT_BY, help="validation score that chooses the epoch")
+    select_by: str = cli.setting(
+        "top1", choices=("top1", "macro", "worst_group"), help="validation score that chooses the epoch"
+    )
     report_to: str = cli.setting(
         "none", choices=("none", "tensorboard"), help="tracker of the metrics, besides epochs.csv", result=False
     )
 
     @property
     def keep_aspect(self) -> bool:
-        """Whether evaluation keeps the images' aspect ratio, as training does."""
+        """Whether evaluation keeps the images' aspect ratio."""
         return self.augmentation == "resized_crop"
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which loss over the soft labels, and its parameters."""
+    """The loss over the soft labels and its parameters."""
 
     TITLE = "loss and mixing"
     criterion: str = cli.setting(
@@ -210,7 +208,7 @@ class LossSettings:
     )
     class_weight_mean: str = cli.setting(
         "images",
-        choices=CLASS_WEIGHT_MEANS,
+        choices=("images", "weights"),
         absent="images",
         help="divisor of a batch's class-weighted losses, --criterion cb or --drw_epoch; images: their number; weights: the "
         "sum of their class weights, as LDAM-DRW and PyTorch divide",
@@ -218,13 +216,13 @@ class LossSettings:
 
     @property
     def label_smoothing(self) -> float:
-        """The smoothing in effect."""
+        """The label smoothing in effect."""
         return self.smoothing if self.criterion == "ls" else 0.0
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Which images a classifier is tested on, and how its scores are grouped."""
+    """The test images of a classifier, and the groups of its scores."""
 
     TITLE = "evaluation"
     test_dataset: str | None = cli.setting(
@@ -247,7 +245,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class UseSettings:
-    """A trained classifier is used as it is."""
+    """Use of a trained classifier."""
 
     TITLE = "instead of training"
     eval_only: bool = cli.setting(
@@ -299,8 +297,13 @@ class PlacementSettings:
 class ClassifyConfig:
     """All settings of stage 3.
 
-    :func:`semantic_aug.classify.run.resolve` fills in the learning rate, warm-up, precision and output folder that were not
-    given, and the attributes below.
+    :func:`semantic_aug.classify.run.resolve` derives the learning rate, warm-up, precision and output folder that were not
+    given, and the last three attributes.
+
+    Attributes:
+        syndata: folders of the synthetic subsets.
+        carried: see :attr:`semantic_aug.classify.draws.EpochDraws.carried`.
+        device: ``cpu`` or ``cuda:N``.
     """
 
     dataset: str
@@ -329,12 +332,12 @@ class ClassifyConfig:
         return self.placement.output_dir
 
     def with_seed(self, seed: int, output_dir: Path) -> ClassifyConfig:
-        """The same request under another seed, in another folder."""
+        """The same request with another seed and output folder."""
         placement = replace(self.placement, output_dir=output_dir)
         return replace(self, run=replace(self.run, seed=seed), placement=placement)
 
     def record(self) -> dict:
-        """What ``args.yaml`` keeps: the settings in effect."""
+        """The settings in effect, as recorded in ``args.yaml``."""
         synthetic, mixing = self.synthetic, self.mixing
         return {
             "dataset": self.dataset,
@@ -366,24 +369,24 @@ GROUPS = {
     "use": UseSettings,
     "placement": PlacementSettings,
 }
-"""The settings that only this stage has, in the order of the help."""
+"""Settings of this stage alone, in the order of the help."""
 
 BY_CONTENT = ("dataset", "test_dataset", "syndata", "weights")
-"""Settings that name files; a restarted run may find them elsewhere, what they hold is compared instead."""
+"""Settings that name files, which may move between the starts of a run; their content is compared instead."""
 
 MAY_CHANGE = (
     *(name for cls in GROUPS.values() for name in cli.settings_of(cls) if name not in cli.result_settings(cls)),
-    *("device", "recipe", "lr_source"),  # the last of earlier versions
+    *("device", "recipe", "lr_source"),  # the last one is in records of earlier versions
     *BY_CONTENT,
 )
-"""Settings in a record that a restarted run may be given differently."""
+"""Recorded settings that may differ when a run is restarted."""
 
 ABSENT = cli.absent_values(Setting, *GROUPS.values())
-"""What a record without a setting means."""
+"""Values of settings that a record lacks."""
 
 
 def _recorded(settings: object) -> dict:
-    """A group's settings under the names that records have for them."""
+    """The recorded settings of a group, under their names in records."""
     values = {name: getattr(settings, name) for name in cli.settings_of(type(settings))}
     values = cli.recorded(values, type(settings))
     return {"resolution" if name == "res_mode" else name: value for name, value in values.items()}
@@ -393,7 +396,7 @@ def _recorded(settings: object) -> dict:
 
 
 def check_paths(config: ClassifyConfig) -> None:
-    """Refuses paths of a request that lead to nothing, before anything is read. Raises UserError: names the first."""
+    """Refuses paths of a request that do not exist, before anything is read. Raises UserError: names the first."""
     for path in config.use.predict or ():
         if not path.exists():
             raise UserError(f"--predict {path}: not a folder or file; expected images or folders with images")
@@ -403,7 +406,7 @@ def check_paths(config: ClassifyConfig) -> None:
 
 
 def classifier_file(config: ClassifyConfig) -> tuple[str, Path]:
-    """The flag that names a trained classifier, and its file. Raises UserError: no such file."""
+    """The flag of a trained classifier and its weight file. Raises UserError: no such file."""
     if config.classifier.weights not in WEIGHTS:
         return "--weights", weight_file(resolve_path(config.classifier.weights))
     path = resolve_path(config.output_dir) / MODEL_FILE
@@ -415,7 +418,7 @@ def classifier_file(config: ClassifyConfig) -> tuple[str, Path]:
 
 
 def weight_file(path: Path) -> Path:
-    """The file of ``--weights PATH``: itself, or the known file inside a folder. Raises UserError: no such file."""
+    """The weight file of ``--weights PATH``, a file or a folder with one. Raises UserError: no such file."""
     if path.is_dir():
         path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
     if not path.is_file():
@@ -424,7 +427,7 @@ def weight_file(path: Path) -> Path:
 
 
 def check_run(folder: Path) -> None:
-    """Refuses the folder of a ``--classifier`` that holds no finished run."""
+    """Refuses a ``--classifier`` folder without a finished run."""
     if not ((folder / ARGS_FILE).is_file() and (folder / MODEL_FILE).is_file()):
         raise UserError(
             f"--classifier {folder} holds no finished classifier: expected the output folder of train_cls.py with {MODEL_FILE}"
@@ -441,6 +444,6 @@ def build_parser(description: str) -> cli.Parser:
 
 
 def read_config(args: argparse.Namespace) -> ClassifyConfig:
-    """The request that parsed arguments make; what was not given is still to be resolved."""
+    """The request of parsed arguments, before settings that were not given are derived."""
     groups = {"setting": Setting, "run": cli.StageSettings, **GROUPS}
     return ClassifyConfig(dataset=args.dataset, **{name: cli.read_settings(cls, args) for name, cls in groups.items()})

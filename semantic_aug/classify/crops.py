@@ -1,4 +1,4 @@
-"""Random resized crops, mirroring and colour jitter: torchvision's, drawn for a whole batch from a generator of one's own."""
+"""Random resized crops, mirroring and colour jitter as in torchvision, drawn for a whole batch from a given generator."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 AREA, ASPECT, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
-"""Share of the image's area and aspect ratio of a window (Szegedy et al. 2015), and how often one is tried."""
+"""Ranges of a window's area share and aspect ratio (Szegedy et al. 2015), and number of attempts."""
 JITTER = 0.4
 """Brightness, contrast and saturation are multiplied by factors in [1 - JITTER, 1 + JITTER], in random order."""
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -19,14 +19,14 @@ def window(
     """The first window that fits into an image, as torchvision's ``RandomResizedCrop`` chooses it.
 
     Args:
-        width: of the image, pixels.
-        height: likewise.
-        areas: shares of the image's area, one for each attempt.
-        aspects: width over height, one for each attempt.
-        corner: position of the window across and down, in [0, 1).
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        areas: share of the image's area for each attempt.
+        aspects: width over height for each attempt.
+        corner: horizontal and vertical position of the window, in [0, 1).
 
     Returns:
-        Left, top, right and bottom; where no attempt fits, the largest centred window of an accepted aspect.
+        Left, top, right and bottom; if no attempt fits, the largest centred window of an accepted aspect ratio.
     """
     for area, aspect in zip(areas, aspects, strict=True):
         w, h = round(math.sqrt(width * height * area * aspect)), round(math.sqrt(width * height * area / aspect))
@@ -40,7 +40,7 @@ def window(
 
 
 class ResizedCrops:
-    """The draws of a batch: a window, whether it is mirrored, and the colours of each image."""
+    """Random parameters of a batch: window, mirroring and colour jitter of each image."""
 
     def __init__(self, count: int, rng: np.random.Generator):
         self.areas = rng.uniform(*AREA, (count, ATTEMPTS))

@@ -1,9 +1,7 @@
-"""Training and evaluation batches: images resized once into uint8, augmented batch by batch on the device.
+"""Training and evaluation batches: images are resized once to uint8, then cropped and mirrored batch by batch.
 
-An item of training is a real image or a synthetic one with its soft label. Three ways of using synthetic images: ``item``
-replaces each item with probability p (the paper's), ``ratio`` replaces a fixed share p of every batch, ``concat`` runs
-through real and synthetic images alike, once an epoch. What is drawn is a pure function of (seed, epoch, step), made for the
-whole batch, of which each process, or each part of an accumulated gradient, takes its share.
+A training item is a real or a synthetic image with its soft label (:mod:`semantic_aug.classify.draws`). A batch is a pure
+function of (seed, epoch, step). It is drawn as a whole; each process, or each part of an accumulated gradient, takes a share.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from semantic_aug.classify.config import ON_DEVICE
 from semantic_aug.classify.crops import ResizedCrops
-from semantic_aug.classify.draws import EpochDraws, SyntheticSettings, minority_rows
+from semantic_aug.classify.draws import EpochDraws, SyntheticSettings, balanced_rows
 from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import open_pixels
@@ -33,13 +31,13 @@ from semantic_aug.seeding import numpy_rng
 log = logging.getLogger(__name__)
 
 CROP_SHARE = 0.875
-"""Images are resized to resolution / CROP_SHARE, then cropped: at random in training, in the centre otherwise."""
+"""Images are resized to resolution / CROP_SHARE, then cropped: at random in training, in the centre in evaluation."""
 
 RAM_SHARE = 0.4
-"""Share of the available memory that decoded images may take; beyond it they are decoded each time."""
+"""Share of the available memory for decoded images; beyond it images are decoded when needed."""
 
 COPIED_IMAGES = 256
-"""Images that go to the device at once."""
+"""Number of images copied to the device at once."""
 
 
 def resized_side(resolution: int) -> int:
@@ -48,18 +46,18 @@ def resized_side(resolution: int) -> int:
 
 
 class ImageStore:
-    """Images of one source as uint8 squares, decoded once where there is room.
+    """Images of one source as uint8 squares, decoded once if memory or disk suffice.
 
     Args:
-        read: from an index to a PIL RGB image.
+        read: function from an index to a PIL RGB image.
         count: number of images.
-        side: pixels; the whole picture is resized to a square, bicubic.
-        budget: bytes the decoded images may take in memory.
+        side: side of the squares in pixels; the whole image is resized to a square, bicubic.
+        budget: bytes of memory for decoded images.
         workers: decoding threads.
-        cache: where decoded images are kept, one of ``semantic_aug.datasets.cache.MODES`` or
+        cache: location of decoded images, one of ``semantic_aug.datasets.cache.MODES`` or
             ``semantic_aug.classify.config.ON_DEVICE``.
-        identity: what the images are (a table's ``signature()``); without it they are never kept on disk.
-        keep_aspect: the shorter side is resized and the middle kept, instead of the whole picture.
+        identity: identity of the images (a table's ``signature()``); None: they are never cached on disk.
+        keep_aspect: resize the shorter side and crop the centre, instead of resizing the whole image to a square.
     """
 
     def __init__(
@@ -88,27 +86,27 @@ class ImageStore:
         return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 ``(B, side, side, 3)``."""
+        """The images of some indices, uint8 ``(B, side, side, 3)``."""
         if self.pixels is not None:
             return self.pixels[indices]
         return np.stack(list(self.pool.map(self.decode, indices.tolist())))
 
 
 def crop(images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray) -> np.ndarray:
-    """A window of each image, copied once.
+    """Crops a window of each image and mirrors some of them.
 
     Args:
-        images: B of uint8 ``(S, S, 3)``, contiguous.
-        tops: ``(B,)``, in [0, S - size].
-        lefts: likewise.
+        images: B images, uint8 ``(S, S, 3)``, contiguous.
+        tops: upper edges ``(B,)``, in [0, S - size].
+        lefts: left edges ``(B,)``, in [0, S - size].
         size: side of the windows in pixels.
-        flips: bool ``(B,)``, which windows are mirrored.
+        flips: bool ``(B,)``, whether to mirror each window.
 
     Returns:
         uint8 ``(B, size, size, 3)``.
     """
     out = np.empty((len(images), size, size, 3), np.uint8)
-    as_pixels = out.view("V3")  # mirrored, a pixel is copied as one item of three bytes: four times as fast
+    as_pixels = out.view("V3")  # mirroring copies a pixel as one item of three bytes: four times as fast
     for i, (image, top, left) in enumerate(zip(images, tops.tolist(), lefts.tolist(), strict=True)):
         window = image[top : top + size, left : left + size]
         if flips[i]:
@@ -119,16 +117,16 @@ def crop(images: Sequence[np.ndarray], tops: np.ndarray, lefts: np.ndarray, size
 
 
 def centre(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle of each image: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
+    """The centre crop of each image: uint8 ``(B, S, S, 3)`` to ``(B, size, size, 3)``."""
     margin = (pixels.shape[1] - size) // 2
     return np.ascontiguousarray(pixels[:, margin : margin + size, margin : margin + size])
 
 
 class DevicePixels:
-    """All images of some stores on a device, one store after the other, from which a batch is cut at once.
+    """All images of some stores on a device, in the order of the stores; batches are cropped there.
 
     Raises:
-        UserError: they take more than :data:`RAM_SHARE` of its free memory.
+        UserError: the images take more than :data:`RAM_SHARE` of the free memory.
     """
 
     def __init__(self, stores: Sequence[ImageStore], device: torch.device | str):
@@ -136,8 +134,9 @@ class DevicePixels:
         count, side = sum(store.count for store in stores), stores[0].side
         need, free = count * side * side * 3, available_memory()
         if device.type == "cuda":
-            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + kept  # by PyTorch, of an earlier run in this process
+            # memory that PyTorch reserved in earlier runs of this process is free, too
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + unused
         if need > RAM_SHARE * free:
             raise UserError(
                 f"--cache {ON_DEVICE}: {count} images of {side} px take {size_text(need)}, more than {RAM_SHARE:.0%} of the "
@@ -152,7 +151,7 @@ class DevicePixels:
             store.pixels = None  # no second copy in memory
 
     def windows(self, items: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray) -> Tensor:
-        """As :func:`crop`, of the images ``items`` ``(B,)``: uint8 ``(B, size, size, 3)`` on the device."""
+        """Crops the images ``items`` ``(B,)`` as :func:`crop` does: uint8 ``(B, size, size, 3)`` on the device."""
         across = np.arange(size)
         rows = tops[:, None] + across
         columns = lefts[:, None] + np.where(flips[:, None], across[::-1], across)
@@ -161,14 +160,15 @@ class DevicePixels:
 
 
 def views(store: ImageStore, rows: np.ndarray) -> Sequence[np.ndarray]:
-    """Some images of a store, uint8 ``(S, S, 3)`` each, without a copy where they are decoded already."""
+    """Some images of a store, uint8 ``(S, S, 3)`` each; decoded images are not copied."""
     return [store.pixels[row] for row in rows] if store.pixels is not None else store.batch(rows)
 
 
 def share_of(batch: int, part: int, parts: int) -> np.ndarray:
-    """The positions of a batch that one of several parts takes, ascending.
+    """The positions in a batch that belong to one of several parts, ascending.
 
-    Positions i and B - 1 - i go together: a part is mixed with itself reversed exactly as the whole batch would be.
+    Positions i and B - 1 - i belong to the same part, so that mixing a part with itself in reverse order equals mixing the
+    whole batch.
     """
     positions = np.arange(batch)
     return positions[np.minimum(positions, batch - 1 - positions) % parts == part]
@@ -178,18 +178,18 @@ def share_of(batch: int, part: int, parts: int) -> np.ndarray:
 
 
 class TrainBatches:
-    """The batches of every epoch, real and synthetic.
+    """The training batches of every epoch, of real and synthetic images.
 
     Args:
-        settings: the exponent of the soft labels, and how synthetic images enter the batches.
+        settings: exponent of the soft labels, and sampling of the synthetic images.
         resolution: side of the crops in pixels.
-        batch_size: items per batch; the last, smaller part of an epoch is dropped unless it is all there is.
-        budget: bytes for decoded images in memory.
-        cache: as of :class:`ImageStore`.
-        device: that then holds them.
-        augmentation: one of ``semantic_aug.classify.config.AUGMENTATIONS``; resized crops are cut from the whole images,
-            which are decoded each time.
-        epochs: of the whole training, where the draws change over them.
+        batch_size: items per batch; an epoch's last, smaller batch is dropped unless it is the only one.
+        seed: seed of all draws.
+        budget: bytes of memory for decoded images.
+        cache: see :class:`ImageStore`.
+        device: device that holds the images with ``cache="device"``.
+        augmentation: ``crop`` or ``resized_crop``; for the latter images are decoded at every use.
+        epochs: epochs of the whole training, see :class:`semantic_aug.classify.draws.EpochDraws`.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class TrainBatches:
         self.synthetic = None
         if synthetic is not None and settings.active:
             pixels = self.real.pixels
-            # a mapped file takes no memory of this process
+            # a memory-mapped file does not count against the budget
             held = pixels.nbytes if pixels is not None and pixels.flags.writeable else 0
             self.synthetic = ImageStore(
                 synthetic.image, len(synthetic), side, budget - held, cache=cache, identity=synthetic.signature()
@@ -236,13 +236,13 @@ class TrainBatches:
     def epoch(
         self, epoch: int, part: int = 0, parts: int = 1, foregrounds: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: uint8 ``(B, size, size, 3)`` and targets ``(B, K)``, one prepared ahead.
+        """Yields the batches of an epoch: uint8 ``(B, size, size, 3)`` and targets ``(B, K)``; one is prepared in advance.
 
         Args:
             epoch: counted from 0.
-            part: which share of every batch is wanted, see :func:`share_of`.
-            parts: how many shares there are.
-            foregrounds: instead of the batches, as many real images drawn in favour of rare classes.
+            part: number of the share of every batch, see :func:`share_of`.
+            parts: number of shares.
+            foregrounds: yield real images with rare classes oversampled (for CMO) instead of the batches.
         """
         make = self._foregrounds if foregrounds else self._batch
         order, positions = self.draws.order(epoch), share_of(self.batch_size, part, parts)
@@ -260,10 +260,10 @@ class TrainBatches:
 
     def _foregrounds(self, epoch: int, step: int, order: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         rng = numpy_rng(self.seed, "classify", "foregrounds", epoch, step)
-        return self._load(minority_rows(self.labels, self.batch_size, rng), positions, rng)
+        return self._load(balanced_rows(self.labels, self.batch_size, rng), positions, rng)
 
     def _load(self, items: np.ndarray, positions: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Pixels and targets of the items at some positions, augmented."""
+        """Augmented pixels and targets of the items at some positions."""
         pixels = (self._resized_crops if self.whole else self._crops)(items, positions, rng)
         return torch.as_tensor(pixels), self.targets[torch.from_numpy(items[positions])]
 
@@ -296,13 +296,13 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """A split's images in order, their middle.
+    """Centre crops of a split's images, in order.
 
     Args:
-        resolution: side in pixels.
+        resolution: side of the crops in pixels.
         batch_size: images per batch.
-        cache: as of :class:`ImageStore`.
-        device: that then holds them.
+        cache: see :class:`ImageStore`.
+        device: device that holds the images with ``cache="device"``.
         keep_aspect: see :class:`ImageStore`.
     """
 
@@ -323,13 +323,13 @@ class EvalBatches:
         self.labels, self.resolution, self.batch_size = torch.from_numpy(table.labels), resolution, batch_size
 
     def part(self, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every ``parts``-th batch from the one numbered ``part``: rows ``(B,)``, pixels uint8 ``(B, size, size, 3)``, labels
-        ``(B,)``."""
+        """Yields every ``parts``-th batch, beginning with batch ``part``: rows ``(B,)``, pixels uint8 ``(B, size, size, 3)``,
+        labels ``(B,)``."""
         for start in range(part * self.batch_size, self.store.count, parts * self.batch_size):
             rows = np.arange(start, min(self.store.count, start + self.batch_size))
-            yield torch.from_numpy(rows), self._middle(rows), self.labels[rows]
+            yield torch.from_numpy(rows), self._centre(rows), self.labels[rows]
 
-    def _middle(self, rows: np.ndarray) -> Tensor:
+    def _centre(self, rows: np.ndarray) -> Tensor:
         if self.on_device is None:
             return torch.from_numpy(centre(self.store.batch(rows), self.resolution))
         margins = np.full(len(rows), (self.store.side - self.resolution) // 2)
@@ -337,11 +337,11 @@ class EvalBatches:
 
 
 class Normaliser:
-    """uint8 ``(B, H, W, 3)`` to normalised ``(B, 3, H, W)`` on the device, channels last.
+    """Converts uint8 ``(B, H, W, 3)`` to normalised float32 ``(B, 3, H, W)`` on the device, channels last in memory.
 
     Args:
-        mean: per channel, for pixels in [0, 1].
-        std: likewise.
+        mean: mean of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel, likewise.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):

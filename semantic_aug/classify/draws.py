@@ -1,9 +1,9 @@
-"""Which items make up the batches of stage 3: real images, and synthetic ones under the settings declared here.
+"""Sampling of the training batches of stage 3 from real and synthetic images, and its settings.
 
-Three ways of using synthetic images: ``item`` replaces each item with probability p (the paper's), ``ratio`` replaces a fixed
-share p of every batch, ``concat`` runs through real and synthetic images alike, once an epoch. A curriculum over the
-strengths (DisCL, Liang et al. 2025, arXiv:2410.13674: strong translations, easy and far from the real images, come first)
-changes from epoch to epoch which synthetic images are drawn, and p may run along a line.
+Three modes for synthetic images: ``item`` replaces each item with probability p (as in Diff-Mix), ``ratio`` replaces a fixed
+share p of every batch, ``concat`` uses every real and synthetic image once per epoch. A curriculum over the strengths (DisCL,
+Liang et al. 2025, arXiv:2410.13674, which starts with strong translations, easy and far from the real images) changes the
+sampling probabilities of synthetic images over the epochs; p may change linearly over the epochs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,17 @@ from semantic_aug import cli
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
 
-SYNTHETIC_DRAWS = ("images", "inverse_frequency")
 SYNTHETIC_MODES = ("item", "ratio", "concat")
 SOFT_LABELS = ("strength", "teacher", "mixed")
-TEACHER_CLASSES = ("all", "pair")
-CURRICULA = ("none", "strength")
-CURRICULUM_ORDERS = ("strong_first", "weak_first")
 ROUNDING = 1e-6
-"""Of a number of images that is added up from shares."""
+"""Tolerance of numbers of images that are sums of shares."""
 NEED_SYNTHETIC = ("synthetic_balanced", "target_class_num", "syndata_max", "curriculum", "soft_labels")
-"""Settings that are refused where there are no synthetic images."""
+"""Settings that are refused without synthetic images."""
 
 
 @dataclass(frozen=True)
 class SyntheticSettings:
-    """Which synthetic images there are, what their labels are, and how they enter the batches."""
+    """The synthetic images, their labels, and their sampling into the batches."""
 
     TITLE = "synthetic data"
     syndata_key: tuple[str | None, ...] | None = cli.setting(
@@ -80,7 +76,7 @@ class SyntheticSettings:
     )
     teacher_classes: str = cli.setting(
         "all",
-        choices=TEACHER_CLASSES,
+        choices=("all", "pair"),
         absent="all",
         help="classes with a share of a teacher's label: all, or source and target (pair)",
     )
@@ -111,21 +107,21 @@ class SyntheticSettings:
     )
     synthetic_draw: str = cli.setting(
         "images",
-        choices=SYNTHETIC_DRAWS,
+        choices=("images", "inverse_frequency"),
         absent="images",
         help="images: all synthetic images alike; inverse_frequency: a target class first, with chances in proportion to "
         "1 / (n + 1) for n real training images, then one of its synthetic images",
     )
     curriculum: str = cli.setting(
         "none",
-        choices=CURRICULA,
+        choices=("none", "strength"),
         absent="none",
         help="strength: the chance of each synthetic image changes over the epochs with the rank of its strength, "
         "linearly; over the whole run all are drawn equally often",
     )
     curriculum_order: str = cli.setting(
         "strong_first",
-        choices=CURRICULUM_ORDERS,
+        choices=("strong_first", "weak_first"),
         absent="strong_first",
         help="--curriculum strength begins with strong translations (as DisCL does) or with weak ones",
     )
@@ -158,26 +154,26 @@ class SyntheticSettings:
 
     @property
     def probabilities(self) -> tuple[float, float]:
-        """The chance of a synthetic item in the first and in the last epoch."""
+        """The probability of a synthetic item in the first and in the last epoch."""
         first, _, last = str(self.synthetic_prob).partition(":")
         return float(first), float(last or first)
 
     @property
     def active(self) -> bool:
-        """Whether any synthetic image is ever drawn."""
+        """Whether synthetic images are drawn at all."""
         return self.synthetic_mode == "concat" or max(self.probabilities) > 0
 
     @property
     def changing(self) -> bool:
-        """Whether the draws depend on how far the training is."""
+        """Whether the sampling changes over the epochs."""
         return self.curriculum != "none" or len(set(self.probabilities)) > 1
 
     def draws_record(self, used: bool, carried: bool) -> dict:
-        """How synthetic images enter the batches, as ``args.yaml`` keeps it.
+        """The record of the sampling in ``args.yaml``.
 
         Args:
-            used: whether there are any.
-            carried: see :attr:`EpochDraws.carried`; runs of versions that dropped the remainder do not name it.
+            used: whether there are synthetic images.
+            carried: see :attr:`EpochDraws.carried`; absent in records of versions that dropped the remainder.
         """
         record = {
             "mode": self.synthetic_mode if used else SYNTHETIC_MODES[0],
@@ -190,7 +186,11 @@ class SyntheticSettings:
 def balanced_rows(
     labels: np.ndarray, count: int, rng: np.random.Generator, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """``count`` rows, each of a class drawn among those that occur, evenly or by ``(K,)`` weights; with replacement."""
+    """Draws ``count`` rows with replacement: a class among those that occur, then one of its rows.
+
+    Classes are drawn uniformly, so that an image has the weight 1 / n of its class (CMO, Park et al. 2022, as its authors
+    implement it), or by ``weights`` ``(K,)``.
+    """
     classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     order = np.argsort(index, kind="stable")
     starts = np.cumsum(sizes) - sizes
@@ -201,24 +201,16 @@ def balanced_rows(
     return order[starts[chosen] + (rng.random(count) * sizes[chosen]).astype(np.int64)]
 
 
-def minority_rows(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """``count`` rows with chances in inverse proportion to the size of their class (CMO, Park et al. 2022).
-
-    As its authors implement it, an image's weight is 1 / n of its class: every class is drawn equally often.
-    """
-    return balanced_rows(labels, count, rng)
-
-
 def curriculum_weights(strengths: np.ndarray, progress: float, order: str) -> np.ndarray:
-    """Relative chances of synthetic images ``(M,)``, between 0 and 1 and with the mean 1/2.
+    """Relative sampling probabilities of synthetic images under a curriculum, ``(M,)`` in (0, 1) with mean 1/2.
 
-    With r in (0, 1) the rank of an image's strength, equal strengths sharing their mean rank, the chance goes linearly
-    from r to 1 - r (``strong_first``) or from 1 - r to r. Half-way all images are alike, and over a run none is preferred.
+    Let r in (0, 1) be the rank of an image's strength; equal strengths share their mean rank. The weight changes linearly
+    from r to 1 - r (``strong_first``) or from 1 - r to r (``weak_first``). Over a whole run all images have equal weight.
 
     Args:
         strengths: ``(M,)``.
-        progress: of the training, 0 in the first and 1 in the last epoch.
-        order: one of :data:`CURRICULUM_ORDERS`.
+        progress: progress of the training, 0 in the first and 1 in the last epoch.
+        order: ``strong_first`` or ``weak_first``.
     """
     _, index, sizes = np.unique(strengths, return_inverse=True, return_counts=True)
     rank = ((np.cumsum(sizes) - sizes / 2) / len(strengths))[index]
@@ -227,20 +219,20 @@ def curriculum_weights(strengths: np.ndarray, progress: float, order: str) -> np
 
 
 class EpochDraws:
-    """The items of every batch.
+    """The items of every batch of a training.
 
     Args:
         real: number of real images.
-        targets: ``(M,)`` target class of each synthetic image; None or empty without any.
-        settings: how they enter.
-        batch_size: items per batch; an epoch's last, smaller part is dropped unless it is all there is.
-        seed: of every choice.
-        counts: ``(K,)`` real training images of each class, where target classes are drawn by them.
-        strengths: ``(M,)`` of the synthetic images, for a curriculum.
-        epochs: of the whole training, over which a curriculum and a changing probability extend.
+        targets: ``(M,)`` target class of each synthetic image; None or empty without synthetic images.
+        settings: sampling of the synthetic images.
+        batch_size: items per batch; an epoch's last, smaller batch is dropped unless it is the only one.
+        seed: seed of all draws.
+        counts: ``(K,)`` number of real training images of each class, for draws by inverse frequency.
+        strengths: ``(M,)`` strengths of the synthetic images, for a curriculum.
+        epochs: epochs of the whole training, over which a curriculum and a changing probability extend.
 
     Raises:
-        UserError: the draws change over the epochs, whose number is not given.
+        UserError: the sampling changes over the epochs, and ``epochs`` is not given.
     """
 
     def __init__(
@@ -269,11 +261,11 @@ class EpochDraws:
         self._chances: tuple[int, np.ndarray] | None = None
 
     def _progress(self, epoch: int) -> float:
-        """How far the training is: 0 in the first and 1 in the last epoch."""
+        """Progress of the training: 0 in the first and 1 in the last epoch."""
         return epoch / (self.epochs - 1) if self.epochs is not None and self.epochs > 1 else 0.0
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's items in order: an index below ``real`` is a real image, above it a synthetic one."""
+        """The items of an epoch in order: indices below ``real`` are real images, the others synthetic images."""
         rng = numpy_rng(self.seed, "classify", "epoch", epoch)
         items = rng.permutation(self.pool)
         if self.pool > self.real and (self.by_class or self.strengths is not None):
@@ -282,7 +274,7 @@ class EpochDraws:
         return items
 
     def batch(self, epoch: int, step: int, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The items of one step of an epoch, both counted from 0, of the epoch's ``order``; indices as there."""
+        """The items of one step, from the epoch's :meth:`order`; epoch and step count from 0."""
         items = order[step * self.batch_size : (step + 1) * self.batch_size]
         if self.targets is None or self.settings.synthetic_mode == "concat":
             return items
@@ -301,20 +293,20 @@ class EpochDraws:
         return rng.integers(len(self.targets), size=count)
 
     def _cumulative_chances(self, epoch: int) -> np.ndarray:
-        """Chances of the synthetic images under the curriculum, added up ``(M,)``."""
+        """Cumulative probabilities of the synthetic images under the curriculum, ``(M,)``."""
         if self._chances is None or self._chances[0] != epoch:
             chances = curriculum_weights(self.strengths, self._progress(epoch), self.settings.curriculum_order)
-            if self.by_class:  # classes as without a curriculum, the images of each by their strengths
+            if self.by_class:  # classes as without a curriculum, then images within a class by their strengths
                 chances /= np.bincount(self.targets, chances)[self.targets]
                 chances *= 1 if self.class_weights is None else self.class_weights[self.targets]
             self._chances = epoch, np.cumsum(chances / chances.sum())
         return self._chances[1]
 
     def _swapped(self, epoch: int, step: int, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Which items of a batch are synthetic, bool ``(size,)``."""
-        if self.settings.synthetic_mode == "item":  # the paper's way: each item by itself
+        """Whether each item of a batch is synthetic, bool ``(size,)``."""
+        if self.settings.synthetic_mode == "item":  # each item independently, as in Diff-Mix
             return rng.random(size) < self._probability(epoch)
-        # ratio: the fraction that a batch cannot hold is carried to the next, so that the training's share is p
+        # ratio: a fraction of an image is carried to the next batch, so that the share over the training is p
         whole: Sequence[int] = [int(self._synthetic_share(epoch, step + after) + ROUNDING) for after in (0, 1)]
         swap = np.zeros(size, bool)
         swap[rng.permutation(size)[: whole[1] - whole[0]]] = True
@@ -325,14 +317,14 @@ class EpochDraws:
         return first + (last - first) * self._progress(epoch)
 
     def _synthetic_share(self, epoch: int, step: int) -> float:
-        """The synthetic share of all items before a step, in items: p added up over the training so far."""
-        # p goes along a line: over the earlier epochs its mean is that of the first and the last of them
+        """The expected number of synthetic items before a step: p summed over all earlier items."""
+        # p is linear in the epoch: its mean over the earlier epochs is the mean of the first and the last of them
         earlier = epoch * (self._probability(0) + self._probability(epoch - 1)) / 2 if epoch else 0.0
         return (earlier * self.steps_per_epoch + step * self._probability(epoch)) * self.batch_size
 
     @property
     def carried(self) -> bool:
-        """Whether an epoch begins with a fraction of a synthetic image that the earlier ones could not hold."""
+        """Whether any epoch begins with a fraction of a synthetic image carried from earlier epochs."""
         if self.targets is None or self.settings.synthetic_mode != "ratio":
             return False
         shares = [self._synthetic_share(epoch, 0) for epoch in range(1, self.epochs or 1)]

@@ -1,4 +1,4 @@
-"""Features of images from any timm model, one vector per image: its output without the head, or the means of all its levels."""
+"""Image features of any timm model, one vector per image: the output without the head, or the means of all levels."""
 
 import logging
 import os
@@ -24,16 +24,16 @@ from semantic_aug.files import atomic_path, sha256_text
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "tf_efficientnet_lite0"
-"""Its ImageNet weights come in a Python package, so no model hub is needed."""
+"""Model whose ImageNet weights come in a Python package, without a model hub."""
 VERSION = 3
-"""Counts changes of how features are made; part of every cache file's name."""
+"""Version of the computation of features; part of every cache file's name."""
 
 
 class LevelMeans(nn.Module):
-    """The spatial means of a timm model's intermediate feature maps, side by side.
+    """Concatenates the spatial means of a timm model's intermediate feature maps.
 
-    On them a linear classifier is near to a fine-tuned model where the images are unlike ImageNet's, which the last level
-    alone is not.
+    For images unlike ImageNet's, a linear classifier of these features is close to a fine-tuned model; a linear classifier of
+    the last level alone is not.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,11 +51,12 @@ class Extractor:
     """A model without its head, in evaluation mode.
 
     Attributes:
-        identity: the model, its weights and the resolution.
-        model: from normalised images to ``(B, D)``.
+        network: name of the model.
+        identity: name, weights and resolution of the model.
+        model: maps normalised images to ``(B, D)``.
         normalise: uint8 batches to the model's input.
-        resolution: side to which whole images are resized, in pixels.
-        keep: whether features are kept in the cache's folder.
+        resolution: side in pixels to which whole images are resized.
+        keep: whether features are cached on disk.
     """
 
     network: str
@@ -72,10 +73,10 @@ class Extractor:
         """Features of images read by index.
 
         Args:
-            read: from an index to a PIL RGB image.
+            read: function from an index to a PIL RGB image.
             count: number of images N, 1 or more.
-            identity: what the images are (a digest of their content); None: features are not kept.
-            batch_size: images at a time.
+            identity: digest of the images' content; None: features are not cached.
+            batch_size: images per batch.
 
         Returns:
             float32 ``(N, D)``.
@@ -96,7 +97,7 @@ class Extractor:
         return features
 
     def of_images(self, images: ImageTable | SyntheticImages, batch_size: int = 64) -> np.ndarray:
-        """The :meth:`features` of real or synthetic images, kept under their content."""
+        """The :meth:`features` of real or synthetic images, cached by their content."""
         table = isinstance(images, ImageTable)
         hashes = hash_images(images) if table else hash_files(images.paths, "synthetic images")
         return self.features(images.image, len(images), content_digest(hashes.hex()), batch_size)
@@ -110,19 +111,19 @@ def load_extractor(
     keep: bool = True,
     levels: bool = False,
 ) -> Extractor:
-    """A feature extractor.
+    """Loads a feature extractor.
 
     Args:
-        weights: ``auto`` (a package where there is one, else the hub), ``none``, or a file or folder.
-        resolution: side of its images in pixels.
+        weights: ``auto`` (an installed package, else the hub), ``none``, or a file or folder.
+        resolution: side of the images in pixels.
         keep: see :class:`Extractor`.
-        levels: the means of all levels (:class:`LevelMeans`) where the model gives them, instead of the output.
+        levels: use the means of all levels (:class:`LevelMeans`) instead of the output, if the model supports it.
 
     Raises:
-        UserError: an unknown model, one that cannot take this resolution, or weights that cannot be had.
+        UserError: an unknown model, an unsupported resolution, or weights that cannot be loaded.
     """
     check_resolution(name, resolution)
-    with torch.random.fork_rng(devices=[]):  # weights "none" are the same in every process
+    with torch.random.fork_rng(devices=[]):  # random weights (``none``) are the same in every process
         torch.manual_seed(0)
         model, normalisation = make_model(name, 0, resolution, weights)
     normalise = Normaliser(*normalisation, torch.device(device))
@@ -135,8 +136,8 @@ def load_extractor(
 def _load(path: Path, count: int) -> np.ndarray | None:
     try:
         features = np.load(path)
-        os.utime(path)  # the least recently used files go first
-    except (OSError, ValueError, EOFError):  # absent, or cut off by a failing disk
+        os.utime(path)  # the least recently used files are removed first
+    except (OSError, ValueError, EOFError):  # absent or truncated
         return None
     return features if features.ndim == 2 and len(features) == count else None
 

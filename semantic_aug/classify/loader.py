@@ -1,4 +1,4 @@
-"""Real and synthetic images with soft labels for one's own training loop, drawn as stage 3 draws them."""
+"""Real and synthetic images with soft labels for other training loops, sampled as in stage 3."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from semantic_aug.seeding import numpy_rng
 
 
 class SoftLabelDataset(Dataset):
-    """Items (image, soft label): the batches of ``train_cls.py`` with the same settings, for a loop of one's own.
+    """Items (image, soft label): the batches of ``train_cls.py`` with the same settings, for other training loops.
 
-    An epoch's items are in the order in which stage 3 takes them, shuffled already. A ``DataLoader`` without ``shuffle`` and
-    with :attr:`batch_size` gives its batches, whatever the number of workers. :meth:`set_epoch` goes before each epoch.
+    The items of an epoch are shuffled as in stage 3. A ``DataLoader`` without ``shuffle`` and with :attr:`batch_size` gives the
+    batches of stage 3, with any number of workers. Call :meth:`set_epoch` before each epoch.
 
     Args:
         dataset: as for ``--dataset``: a name, ``folder:PATH``, ``csv:PATH`` or ``hf:ID``.
-        transform: applied to each PIL RGB image; None: the PIL image is given.
-        split: ``train``, or ``val`` or ``test``, whose real images come in order.
-        setting: which part of the training split is used.
-        batch_size: items per batch, on which the draws depend; the last, smaller part of an epoch is dropped.
-        seed: of the draws.
-        epochs: of the whole training, over which a curriculum and a changing probability extend.
-        teacher: flags of ``train_cls.py`` for the classifiers that ``soft_labels="teacher"`` trains first, as one would
-            type them: ``--model resnet50 --nepoch 40``.
-        **synthetic: the other settings of ``train_cls.py``'s synthetic data, by the flags' names: ``syndata_dir``,
+        transform: applied to each PIL RGB image; None: items hold the PIL image.
+        split: ``train``; or ``val`` or ``test``, which hold real images in order.
+        setting: part of the training split that is used.
+        batch_size: items per batch, on which the draws depend; an epoch's last, smaller batch is dropped.
+        seed: seed of the draws.
+        epochs: epochs of the whole training, over which a curriculum and a changing probability extend.
+        teacher: flags of ``train_cls.py`` for the classifiers that ``soft_labels="teacher"`` trains first, in one string:
+            ``--model resnet50 --nepoch 40``.
+        **synthetic: other settings of synthetic data, by the names of ``train_cls.py``'s flags: ``syndata_dir``,
             ``syndata_key``, ``gamma``, ``synthetic_prob``, ``synthetic_mode``, ``synthetic_balanced``, ...
 
     Attributes:
-        class_names: of the K classes, in label order.
-        batch_size: of the draws; smaller than what was asked for where there are fewer images.
+        class_names: names of the K classes, in label order.
+        batch_size: items per batch, at most the number of images.
 
     Raises:
-        UserError: a setting that stage 3 refuses, too.
+        UserError: a setting that stage 3 refuses.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class SoftLabelDataset(Dataset):
         self.batch_size = self.draws.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose items follow, counted from 0; running workers hear of it, too."""
+        """Sets the epoch of the items, counted from 0; also in running workers."""
         self._epoch.fill_(epoch)
 
     def items(self) -> np.ndarray:
-        """The epoch's items: an index below the number of real images is a real image, above it a synthetic one."""
+        """The items of the epoch: indices below the number of real images are real images, the others synthetic images."""
         epoch = int(self._epoch)
         if self._items is None or self._items[0] != epoch:
             self._items = epoch, self._draw(epoch)
@@ -130,7 +130,7 @@ class SoftLabelDataset(Dataset):
         return self.transform(image) if self.transform is not None else image, soft_label
 
     def __getstate__(self) -> dict:
-        # what opens files may not be picklable: the copy reads the same data again
+        # readers may not be picklable: the copy opens the same data again
         return {"arguments": self._arguments, "epoch": self._epoch}
 
     def __setstate__(self, state: dict) -> None:
@@ -139,8 +139,7 @@ class SoftLabelDataset(Dataset):
 
 
 def _settings(given: dict) -> SyntheticSettings:
-    """The settings of given names and values, checked as the parser checks flags. Raises UserError: a value that the flag of
-    the name refuses."""
+    """The settings of names and values, checked as the parser checks flags. Raises UserError: a value that the flag refuses."""
     for name, f in cli.settings_of(SyntheticSettings).items():
         value, flag = given.get(name), f.metadata["flag"]
         if value is None:

@@ -1,12 +1,12 @@
 """Losses over soft labels, for balanced and for long-tailed data.
 
-Every criterion is written as *terms*: the loss ``(B, K)`` that each class would give were it the hard label. The loss of a
-soft label is the mean of the terms under it, with class weights where there are any:
+Every criterion is implemented by its *terms* l_k, ``(B, K)``: the loss for each class as the hard label. The loss of a soft
+label y is the expectation of the terms under y, with optional class weights w:
 
     L(z, y) = sum_k w_k y_k l_k(z)
 
-With a one-hot label this is the papers' formula, and whatever mixed the labels (synthetic images, mixup, CutMix,
-smoothing), every class counts by its share.
+For a one-hot label this is the papers' formula. Labels mixed by synthetic images, mixup, CutMix or smoothing weight every
+class by its share.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def smooth(targets: Tensor, smoothing: float) -> Tensor:
-    """Label smoothing (Szegedy et al. 2016): (1 - e) y + e / K; targets ``(B, K)`` keep summing to one."""
+    """Label smoothing (Szegedy et al. 2016): (1 - e) y + e / K for targets ``(B, K)``; rows still sum to one."""
     return targets * (1 - smoothing) + smoothing / targets.shape[-1] if smoothing else targets
 
 
@@ -49,30 +49,30 @@ def ce_terms(logits: Tensor) -> Tensor:
 def focal_terms(logits: Tensor, gamma: float) -> Tensor:
     """Focal loss over a softmax (Lin et al. 2017, eq. 4 without alpha): l_k = -(1 - p_k)^gamma log p_k."""
     log_p = F.log_softmax(logits.float(), dim=-1)
-    # the power's slope is infinite at 0 for gamma < 1, so p stays a hair below one
+    # for gamma < 1 the power has an infinite slope at 0, so 1 - p is bounded from below
     return -((1 - log_p.exp()).clamp_min(1e-7) ** gamma) * log_p if gamma else -log_p
 
 
 def ldam_terms(logits: Tensor, margins: Tensor, scale: float) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al. 2019, eq. 10): cross-entropy of s (z - m_k e_k) for the label k.
 
-    The paper scales by s = 30 because its classifier gives cosines; a plain linear head finds its own scale (s = 1). The
-    authors of Diff-Mix keep s = 30 over a linear head.
+    The paper uses s = 30 because its classifier outputs cosines; a linear head learns its scale (s = 1). The authors of
+    Diff-Mix use s = 30 with a linear head.
 
     Args:
         margins: ``(K,)``, see :func:`ldam_margins`.
         scale: s.
     """
     scaled, shift = scale * logits.double(), scale * margins.double()
-    # l_k = log(1 + exp(s m_k) r_k), r_k the odds against k: their logarithm keeps what 1 - p_k loses once a class is sure
+    # l_k = log(1 + exp(s m_k) r_k) with the odds r_k against k; log r_k is exact where 1 - p_k would round to 0
     return F.softplus(shift + log_other_classes(scaled) - scaled).float()
 
 
 def log_other_classes(logits: Tensor) -> Tensor:
-    """log sum_(j != k) exp(z_j) for every class k, ``(B, K)`` as the logits, exact for a class that is sure."""
+    """log sum_(j != k) exp(z_j) for every class k, ``(B, K)`` from logits ``(B, K)``; exact also for p_k near 1."""
     largest = F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
     total = logits.logsumexp(-1, keepdim=True)
-    # every class but the largest has at most half of the probability: 1 - p does not cancel
+    # all classes but the most probable have p <= 1/2, for which 1 - p does not cancel
     p = (logits - total).exp().masked_fill(largest, 0)
     without_largest = logits.masked_fill(largest, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.where(largest, without_largest, total + torch.log1p(-p))
@@ -87,7 +87,7 @@ def balanced_softmax_terms(logits: Tensor, counts: Tensor) -> Tensor:
 
 
 def ldam_margins(counts: Sequence[int], largest: float) -> np.ndarray:
-    """Margins C / n_k^(1/4) (Cao et al. 2019, eq. 11), C such that the rarest class has the ``largest``; ``(K,)``."""
+    """Margins C / n_k^(1/4) (Cao et al. 2019, eq. 11), ``(K,)``; C gives the rarest class the margin ``largest``."""
     margins = np.maximum(np.asarray(counts, np.float64), 1) ** -0.25
     return margins * (largest / margins.max())
 
@@ -101,11 +101,11 @@ def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> np.
 
 @dataclass(frozen=True)
 class Criterion:
-    """From logits ``(B, K)``, targets ``(B, K)`` and the epoch (from 0) to each item's loss ``(B,)``.
+    """A loss: maps logits ``(B, K)``, targets ``(B, K)`` and the epoch (from 0) to each item's loss ``(B,)``.
 
     Attributes:
-        terms: from logits ``(B, K)`` to the loss of each class as the hard label ``(B, K)``.
-        weights: ``(K,)``, of the classes by their effective number.
+        terms: maps logits ``(B, K)`` to the loss of each class as the hard label ``(B, K)``.
+        weights: class weights ``(K,)`` by effective number.
     """
 
     settings: LossSettings
@@ -117,17 +117,16 @@ class Criterion:
         return expected(self.terms(logits), smoothed, self.weights if self.weighted(epoch) else None)
 
     def weighted(self, epoch: int) -> bool:
-        """Whether classes are weighted: from the start, or deferred (Cao et al. 2019)."""
+        """Whether classes are weighted in an epoch: in all, or in later ones (deferred reweighting, Cao et al. 2019)."""
         return self.settings.criterion == "cb" or 0 <= self.settings.drw_epoch <= epoch
 
     def weight_sum(self, targets: Tensor) -> Tensor:
-        """The class weights of a batch, sum_ik w_k y_ik: what PyTorch's weighted cross-entropy divides its sum by."""
+        """The sum of a batch's class weights, sum_ik w_k y_ik, by which PyTorch's weighted cross-entropy is normalised."""
         return (smooth(targets, self.settings.label_smoothing) * self.weights).sum()
 
 
 def make_criterion(settings: LossSettings, counts: Sequence[int], device: torch.device) -> Criterion:
-    """The loss that settings describe; ``counts`` ``(K,)`` are the real training images of each class, those without any
-    counting as one."""
+    """The loss of the settings; ``counts`` ``(K,)``: number of real training images of each class, 0 counts as 1."""
 
     def tensor(values) -> Tensor:
         return torch.as_tensor(np.asarray(values, np.float32), device=device)

@@ -1,4 +1,4 @@
-"""Scores of a classifier: accuracy in its several forms, counted on the device; their files; their spread over seeds."""
+"""Scores of a classifier: accuracies, loss and calibration, counted on the device; their files; statistics over seeds."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BINS = 15
 """Confidence bins of the expected calibration error (Guo et al. 2017)."""
 
 SCORE_NAMES = (*("top1", "top5", "macro", "loss", "ece"), *("many", "medium", "few", "worst_group", "average_group"))
-"""What :meth:`Scores.summary` may hold; the first five are always there."""
+"""Scores in :meth:`Scores.summary`; the first five are always present."""
 
 
 class Meter:
-    """Counts on the device, read out once.
+    """Accumulates the counts of an evaluation on the device.
 
     Args:
-        size: images of the split, where the prediction for each is wanted.
+        size: number of images of the split, to record the prediction of each; 0: predictions are not recorded.
     """
 
     def __init__(self, num_classes: int, device: torch.device, size: int = 0):
@@ -48,7 +48,7 @@ class Meter:
         self.predicted = torch.zeros(size, dtype=torch.long, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
-        """Adds a batch: logits ``(B, K)``, labels ``(B,)``, and where wanted the images' rows in the split ``(B,)``."""
+        """Adds a batch: logits ``(B, K)``, labels ``(B,)``, and the images' rows in the split ``(B,)`` for predictions."""
         logits = logits.float()
         best = logits.topk(min(5, self.k), dim=-1).indices
         right = best[:, 0] == labels
@@ -64,12 +64,12 @@ class Meter:
             self.predicted[rows] = best[:, 0]
 
     def combine(self, add_up: Callable[[Tensor], Tensor]) -> None:
-        """Adds up what several processes counted over disjoint images; ``add_up`` sums a tensor over them."""
+        """Sums the counts of several processes with disjoint images; ``add_up`` sums a tensor over the processes."""
         for name in ("confusion", "top5", "loss", "bins", "correct", "predicted"):
             setattr(self, name, add_up(getattr(self, name)))
 
     def result(self) -> Scores:
-        """Everything counted so far; the only point that waits for the device."""
+        """The scores of all batches so far; waits for the device."""
         matrix = self.confusion.view(self.k, self.k).cpu().numpy()
         total = max(1, int(matrix.sum()))
         correct = self.correct.cpu().numpy().astype(bool)
@@ -83,11 +83,11 @@ class Scores:
 
     Attributes:
         confusion: int64 ``(K, K)``, rows true classes, columns predicted ones.
-        top5: share with the true class among the five (or K) best.
+        top5: share of images with the true class among the five (or K) most probable.
         loss: mean cross-entropy in nats.
-        bins: ``(15, 3)``, by confidence: images, sum of confidences, number right.
-        correct: bool, which predictions are right, in the split's order; empty where they were not wanted.
-        predicted: int64, predicted class of each image; empty likewise.
+        bins: ``(15, 3)``, per confidence bin: images, sum of confidences, correct predictions.
+        correct: bool ``(N,)``, whether each prediction is correct, in the split's order; empty if not recorded.
+        predicted: int64 ``(N,)``, predicted class of each image; empty if not recorded.
     """
 
     confusion: np.ndarray
@@ -103,38 +103,38 @@ class Scores:
 
     @property
     def per_class(self) -> np.ndarray:
-        """``(K,)`` share of each class recognised; NaN where it has no image."""
+        """Accuracy of each class ``(K,)``; NaN for a class without images."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.diag(self.confusion) / self.confusion.sum(1)
 
     @property
     def macro(self) -> float:
-        """Mean over the classes that have images."""
+        """Mean accuracy over the classes with images."""
         return float(np.nanmean(self.per_class)) if self.confusion.sum() else float("nan")
 
     @property
     def ece(self) -> float:
-        """Expected calibration error over 15 bins: the images' mean distance of confidence and accuracy."""
+        """Expected calibration error over 15 bins: mean distance of confidence and accuracy."""
         return float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum() / max(1, self.bins[:, 0].sum()))
 
     def by_frequency(self, counts: Sequence[int], thresholds: tuple[int, int] = SHOT_THRESHOLDS) -> dict[str, float]:
-        """Mean accuracy of the classes with many, medium and few training images; those there are.
+        """Mean accuracy of the classes with many, medium and few training images; without empty groups.
 
         Args:
             counts: ``(K,)`` training images of each class.
-            thresholds: above the first a class has many, below the second few.
+            thresholds: many-shot classes have more images than the first, few-shot classes fewer than the second.
         """
         accuracies = {name: self.per_class[classes] for name, classes in class_groups(counts, *thresholds).items()}
         return {name: float(np.nanmean(of)) for name, of in accuracies.items() if not np.isnan(of).all()}
 
     def by_group(self, groups: np.ndarray | None) -> dict[str, float]:
-        """Worst and average accuracy of the groups (Sagawa et al. 2020), ``(N,)`` of the split's images; nothing where there
-        are none."""
+        """Worst and average accuracy over groups (Sagawa et al. 2020); ``groups`` ``(N,)`` of the split's images, empty
+        result without groups."""
         shares = list(self.each_group(groups).values())
         return {"worst_group": min(shares), "average_group": float(np.mean(shares))} if shares else {}
 
     def each_group(self, groups: np.ndarray | None) -> dict[int, float]:
-        """Accuracy of each group that has images, arguments as of :meth:`by_group`."""
+        """Accuracy of each group with images; arguments as of :meth:`by_group`."""
         if groups is None or not len(self.correct):
             return {}
         return {int(group): float(self.correct[groups == group].mean()) for group in np.unique(groups)}
@@ -145,27 +145,27 @@ class Scores:
         groups: np.ndarray | None = None,
         thresholds: tuple[int, int] = SHOT_THRESHOLDS,
     ) -> dict[str, float]:
-        """Top-1, top-5, macro accuracy, loss and calibration error, then what counts and groups allow."""
+        """Top-1, top-5, macro accuracy, loss and calibration error; with counts and groups also the scores by these."""
         scores = {"top1": self.top1, "top5": self.top5, "macro": self.macro, "loss": self.loss, "ece": self.ece}
         frequency = self.by_frequency(counts, thresholds) if counts is not None else {}
         return scores | frequency | self.by_group(groups)
 
 
 def groups_of(table: ImageTable) -> np.ndarray | None:
-    """The group of each image of a split, ``(N,)``, or None where the data set has no groups."""
+    """The group of each image of a split, ``(N,)``, or None without groups."""
     groups = table.extras.get("group")
     return None if groups is None else np.asarray(groups)
 
 
 def test_groups(scores: Scores, dataset: LoadedDataset) -> dict[str, dict[str, float]]:
-    """The entry ``test_groups`` of results: accuracy on test by the name of the group; nothing where there are no groups."""
+    """The entry ``test_groups`` of results: test accuracy by name of the group; empty without groups."""
     shares = scores.each_group(groups_of(dataset.test))
     names = dict(enumerate(dataset.spec.group_names))
     return {"test_groups": {names.get(group, str(group)): share for group, share in shares.items()}} if shares else {}
 
 
 def autocast(device: torch.device, amp: str):
-    """The context of a forward pass in mixed precision, or none."""
+    """The context of a forward pass in mixed precision ``amp``; an empty context for ``no``."""
     return contextlib.nullcontext() if amp == "no" else torch.autocast(device.type, AMP_DTYPES[amp])
 
 
@@ -173,8 +173,8 @@ def autocast(device: torch.device, amp: str):
 def evaluate(
     model: nn.Module, batches: EvalBatches, normalise: Normaliser, classes: int, processes: Processes, amp: str
 ) -> Scores:
-    """Scores of a model, put in evaluation mode, on a split; each process looks at its share of the images, and what they
-    counted is added up. Raises UserError: the model's outputs are not finite."""
+    """Evaluates a model on a split and leaves it in evaluation mode; each process evaluates a share of the images, and counts
+    are summed. Raises UserError: the model's outputs are not finite."""
     model.eval()
     meter = Meter(classes, processes.device, batches.store.count)
     for rows, pixels, labels in batches.part(processes.rank, processes.count):
@@ -193,11 +193,11 @@ def evaluate(
 def write_predictions(
     table: ImageTable, predicted: Sequence[int], class_names: Sequence[str], folder: Path, prefix: str
 ) -> None:
-    """Writes ``{prefix}_predictions.csv``: ``file``, ``class``, ``predicted``, and ``group`` where there are groups.
+    """Writes ``{prefix}_predictions.csv``: ``file``, ``class``, ``predicted``, and ``group`` if the split has groups.
 
     Args:
         table: the split, N images.
-        predicted: ``(N,)`` class of each, in the table's order.
+        predicted: ``(N,)`` predicted class of each image.
     """
     groups = groups_of(table)
     path = folder / f"{prefix}_predictions.csv"
@@ -222,7 +222,7 @@ def write_scores(scores: Scores, class_names: Sequence[str], folder: Path, prefi
 
 
 def draw_confusion(scores: Scores, class_names: Sequence[str], path: Path) -> None:
-    """The confusion matrix as a picture: shares of each true class, numbers where they fit."""
+    """Draws the confusion matrix: shares of each true class, with names up to 60 and numbers up to 20 classes."""
     from matplotlib.figure import Figure
 
     k = len(class_names)
@@ -247,7 +247,7 @@ def draw_confusion(scores: Scores, class_names: Sequence[str], path: Path) -> No
 
 
 def report(results: dict, say: Callable[[str], None]) -> None:
-    """Prints the scores of each split that was evaluated."""
+    """Prints the scores of each evaluated split by ``say``."""
     for split in ("val", "test"):
         if results[split]:
             numbers = {name: value for name, value in results[split].items() if name not in ("epoch", "loss")}
@@ -274,7 +274,7 @@ def statistics_of(rows: Mapping[int, Mapping[str, float]], split: str | None) ->
 
     Args:
         rows: seed -> scores.
-        split: that the scores are on; see :func:`semantic_aug.runs.judged_split`.
+        split: split of the scores; see :func:`semantic_aug.runs.judged_split`.
 
     Returns:
         ``split``, ``seeds`` (as strings, JSON's keys), ``mean`` and ``std``; ``std`` is None for a single seed.
@@ -290,8 +290,8 @@ def statistics_of(rows: Mapping[int, Mapping[str, float]], split: str | None) ->
 
 
 def write_statistics(statistics: Mapping, folder: Path) -> None:
-    """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``; columns of scores on
-    validation begin with ``val_``."""
+    """Writes ``seeds.json``, and ``seeds.csv`` with one row per seed, then ``mean`` and ``std``; columns of validation scores
+    begin with ``val_``."""
     files.write_json(folder / SEEDS_JSON, statistics)
     names, prefix = list(statistics["mean"]), "val_" if statistics["split"] == "val" else ""
     with files.csv_writer(folder / SEEDS_CSV) as writer:
@@ -301,7 +301,7 @@ def write_statistics(statistics: Mapping, folder: Path) -> None:
 
 
 def percent(name: str, mean: float, std: float | None = None) -> str:
-    """A score as tables show it: accuracies and calibration error in percent, the loss in nats."""
+    """The text of a score in tables: accuracies and calibration error in percent, the loss in nats."""
     factor = 1 if name == "loss" else 100
     return f"{factor * mean:.2f}" + (f" ± {factor * std:.2f}" if std is not None else "")
 

@@ -1,8 +1,8 @@
 """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019) and CMO (Park et al. 2022) over soft labels.
 
-timm's own ``Mixup`` takes class indices; ours takes ``(B, K)`` targets, so that real and synthetic images mix alike, and
-draws from a generator of its own. Each batch is mixed with itself in reverse order with one ratio, as timm does. CMO
-(context-rich minority oversampling) is CutMix whose pasted boxes come from another batch, drawn in favour of rare classes.
+timm's ``Mixup`` takes class indices; these functions take ``(B, K)`` targets, for real and synthetic images alike, and a
+random generator. As in timm, a batch is mixed with itself in reverse order with one ratio. CMO (context-rich minority
+oversampling) is CutMix with boxes from a second batch, in which rare classes are oversampled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """Which batches are mixed, and how; of several kinds, each batch takes one at even odds."""
+    """Mixing of batches; of several kinds, each batch uses one, chosen uniformly."""
 
     TITLE = "loss and mixing"
     use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images", record=False)
@@ -72,7 +72,7 @@ class MixSettings:
 
     @property
     def alphas(self) -> dict[str, float]:
-        """The kinds in use, and the parameter of each one's Beta distribution."""
+        """The kinds in use, each with the parameter of its Beta distribution."""
         kinds = {
             "mixup": (self.use_mixup, self.mixup_alpha),
             "cutmix": (self.use_cutmix, self.cutmix_alpha),
@@ -82,12 +82,12 @@ class MixSettings:
 
 
 def mixup(images: Tensor, targets: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """x = r x + (1 - r) x', y likewise; images ``(B, 3, H, W)``, targets ``(B, K)``, x' the batch reversed."""
+    """Mixup: r x + (1 - r) x' for images ``(B, 3, H, W)`` and targets ``(B, K)``; x' is the batch in reverse order."""
     return images * ratio + images.flip(0) * (1 - ratio), targets * ratio + targets.flip(0) * (1 - ratio)
 
 
 def cut_box(height: int, width: int, ratio: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box (top, bottom, left, right) around a random centre, of the area (1 - ratio), clipped to the image."""
+    """A box (top, bottom, left, right) with a random centre and the area (1 - ratio), clipped to the image."""
     side = (1 - ratio) ** 0.5
     cut_h, cut_w = int(height * side), int(width * side)
     y, x = int(rng.integers(height)), int(rng.integers(width))
@@ -99,24 +99,19 @@ def cut_box(height: int, width: int, ratio: float, rng: np.random.Generator) -> 
 def paste(
     images: Tensor, targets: Tensor, others: Tensor, other_targets: Tensor, box: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Pastes a box (top, bottom, left, right) of each other image ``(B, 3, H, W)``; the targets ``(B, K)`` mix by the area
-    really pasted."""
+    """Pastes a box (top, bottom, left, right) of each other image ``(B, 3, H, W)``; targets ``(B, K)`` are mixed by the
+    pasted area."""
     top, bottom, left, right = box
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-    # the box may be clipped: the share of the labels is that of the area pasted
+    # the box may be clipped: labels are mixed by the area after clipping
     ratio = 1 - (bottom - top) * (right - left) / (images.shape[-1] * images.shape[-2])
     return mixed, targets * ratio + other_targets * (1 - ratio)
 
 
-def cutmix(images: Tensor, targets: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Pastes a box of the reversed batch."""
-    return paste(images, targets, images.flip(0), targets.flip(0), box)
-
-
 def item_boxes(count: int, height: int, width: int, settings: MixSettings, rng: np.random.Generator) -> np.ndarray:
-    """A box of its own for each image, as :func:`cut_box` draws one; empty where the image is not mixed. Returns int64
-    ``(count, 4)``: top, bottom, left, right."""
+    """Draws one box per image as :func:`cut_box` does, int64 ``(count, 4)``: top, bottom, left, right; empty for an image that
+    is not mixed."""
     mixed = rng.random(count) < settings.mix_prob
     side = (1 - rng.beta(settings.cutmix_alpha, settings.cutmix_alpha, size=count)) ** 0.5 * mixed
     edges = []
@@ -127,7 +122,7 @@ def item_boxes(count: int, height: int, width: int, settings: MixSettings, rng: 
 
 
 def cutmix_items(images: Tensor, targets: Tensor, boxes: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Pastes into each image its own box of the reversed batch; boxes ``(B, 4)`` as of :func:`item_boxes`."""
+    """Pastes one box per image from the batch in reverse order; boxes ``(B, 4)`` as of :func:`item_boxes`."""
     import torch
 
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[-2:])
@@ -151,11 +146,11 @@ def mix(
 
     Args:
         images: ``(B, 3, H, W)``.
-        targets: ``(B, K)``, rows summing to one; they still do afterwards.
-        settings: which kinds, how strongly, and how often.
-        rng: decides whether, which, and how much.
-        foregrounds: for CMO, images and targets of the same shapes, drawn in favour of rare classes.
-        share: where these images are a part of a batch, their positions ``(B,)`` in it, and its size.
+        targets: ``(B, K)``, rows summing to one before and after.
+        settings: kinds of mixing, their parameters and probability.
+        rng: generator of all random choices.
+        foregrounds: images and targets of the same shapes for CMO, in which rare classes are oversampled.
+        share: positions ``(B,)`` of these images in the batch that they are a part of, and its size; None: a whole batch.
     """
     kinds = list(settings.alphas)
     if not kinds:
@@ -173,8 +168,8 @@ def mix(
         return mixup(images, targets, ratio)
     box = cut_box(*images.shape[-2:], ratio, rng)
     if kind == "cutmix":
-        return cutmix(images, targets, box)
-    # CMO: the batch is the context, boxes of rare classes are pasted into it
+        return paste(images, targets, images.flip(0), targets.flip(0), box)
+    # CMO: boxes of rare classes are pasted into the batch, which gives the context
     if foregrounds is None:
         raise ValueError("CMO needs foregrounds")
     return paste(images, targets, *foregrounds, box)

@@ -50,11 +50,11 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     """A classifier with a fresh head.
 
     Args:
-        resolution: side of the images in pixels; models of a fixed size are made for it.
-        weights: ``auto`` (a package where there is one, else the hub), ``none``, ``torchvision``, or a file or folder.
+        resolution: side of the images in pixels, for which models of a fixed size are built.
+        weights: ``auto`` (an installed package, else the hub), ``none``, ``torchvision``, or a file or folder.
 
     Raises:
-        UserError: an unknown model, weights that cannot be had, or those of another architecture.
+        UserError: an unknown model, or weights that cannot be loaded or have another architecture.
     """
     import timm
 

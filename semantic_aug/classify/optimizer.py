@@ -1,4 +1,4 @@
-"""The optimiser of stage 3 and its learning rate."""
+"""Optimiser and learning-rate schedules of stage 3."""
 
 import math
 
@@ -8,11 +8,11 @@ from torch import nn
 from semantic_aug.classify.config import TrainSettings
 
 DROPS = ((0.9, 1e-4), (0.8, 1e-2))
-"""Share of the epochs from which a stepped schedule multiplies the peak by a factor, the last first."""
+"""Shares of the epochs after which the step schedule multiplies the peak by a factor, in descending order."""
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW; weight decay on the weights, or on all parameters."""
+    """SGD with momentum 0.9, or AdamW; weight decay of the weights, or of all parameters."""
     from timm.optim import param_groups_weight_decay
 
     if settings.weight_decay_on == "all":
@@ -43,8 +43,8 @@ def scaled_cosine_at(step: int, total: int, warmup: int, peak: float) -> float:
 def stepped_rate_at(epoch: int, epochs: int, warmup: float, peak: float) -> float:
     """Linear warm-up by epoch, then the peak, divided by 100 after 80 % and by 10,000 after 90 % of the epochs.
 
-    The schedule of LDAM-DRW's code (Cao et al. 2019), which CMO and the long tails of Diff-Mix follow: of 200 epochs these are
-    160 and 180. Epochs count from 0.
+    This is the schedule of LDAM-DRW's code (Cao et al. 2019), used by CMO and the long-tailed experiments of Diff-Mix (160
+    and 180 of 200 epochs). Epochs count from 0.
     """
     if epoch < warmup:
         return peak * min(1.0, (epoch + 1) / warmup)
@@ -52,20 +52,19 @@ def stepped_rate_at(epoch: int, epochs: int, warmup: float, peak: float) -> floa
 
 
 def learning_rate(settings: TrainSettings, step: int, items: int, batch_size: int) -> float:
-    """The rate of a step by the settings' schedule.
+    """The learning rate of a step.
 
     Args:
         settings: resolved; ``warmup_epochs`` is at most a tenth of ``nepoch``.
-        step: of the run, counted from 0.
-        items: of an epoch.
-        batch_size: items of a step; an epoch drops the last, smaller part.
+        step: step of the run, counted from 0.
+        items: items of an epoch.
+        batch_size: items of a step; an epoch's last, smaller batch is dropped.
     """
     steps_per_epoch = max(1, items // batch_size)
     if settings.lr_schedule == "step":
         return stepped_rate_at(step // steps_per_epoch, settings.nepoch, settings.warmup_epochs, settings.lr)
-    if (
-        settings.lr_schedule == "scaled_cosine"
-    ):  # the Diff-Mix authors' counts the parts of batches that are dropped, too
+    if settings.lr_schedule == "scaled_cosine":
+        # the schedule of the Diff-Mix authors counts dropped batches, too
         total = max(1, settings.nepoch * items // batch_size)
         warmup = max(1, int(total * settings.warmup_epochs / settings.nepoch + 1e-9))
         return scaled_cosine_at(step, total, warmup, settings.lr)

@@ -1,4 +1,4 @@
-"""Data-parallel training: one process, or several started by accelerate, each with a share of every batch."""
+"""Data-parallel training with one process, or several started by accelerate, each with a share of every batch."""
 
 import contextlib
 import os
@@ -11,26 +11,26 @@ from semantic_aug.errors import UserError
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints, of those a launcher started; without a launcher it is."""
+    """Whether this is the main process of a launcher, or runs without one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def leave() -> None:
-    """Leaves the group of processes, if there is one: its threads may abort an interpreter that ends before they do."""
+    """Leaves the process group, if any: its threads may abort an interpreter that exits before they end."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 class Processes:
-    """This process among those that train one model together.
+    """This process and the others that train the same model.
 
     Args:
-        device: ``cpu`` or ``cuda:N``; with several processes accelerate gives each its own GPU.
+        device: ``cpu`` or ``cuda:N``; with several processes accelerate assigns a GPU to each.
 
     Attributes:
         rank: number of this process.
-        count: of all of them.
-        device: of this one.
+        count: number of processes.
+        device: device of this process.
     """
 
     def __init__(self, device: str):
@@ -48,7 +48,7 @@ class Processes:
         return self.rank == 0
 
     def check(self, batch_size: int, parts: int) -> None:
-        """Refuses a batch that leaves a share empty."""
+        """Refuses a batch with an empty share."""
         if (batch_size + 1) // 2 < parts:
             raise UserError(
                 f"--batch_size {batch_size} (or the number of training images) is too small for {parts} parts (processes "
@@ -56,11 +56,11 @@ class Processes:
             )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The module to call in training; with several processes its gradients are averaged over them."""
+        """The module to call in training, which averages gradients over the processes."""
         return model if self.accelerator is None else self.accelerator.prepare_model(model)
 
     def no_sync(self, model: nn.Module):
-        """A context in which gradients are only accumulated."""
+        """A context in which gradients are accumulated but not averaged over the processes."""
         return contextlib.nullcontext() if self.accelerator is None else self.accelerator.no_sync(model)
 
     def add_up(self, value: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Processes:
         return value if self.accelerator is None else self.accelerator.reduce(value, "sum")
 
     def agree_on(self, model: nn.Module) -> None:
-        """Gives every process the main one's buffers (running statistics differ a little between them)."""
+        """Copies the main process's buffers to all processes, whose running statistics differ slightly."""
         if self.accelerator is not None:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)

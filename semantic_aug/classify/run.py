@@ -1,4 +1,4 @@
-"""A run of stage 3 from the request to its results: resolve, check, train (under one seed or several), evaluate, predict."""
+"""Stage 3 from the request to the results: resolve, check, train (with one seed or several), evaluate, predict."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: ClassifyConfig) -> int:
-    """Resolves, prints, saves, and trains, evaluates or predicts; returns the exit status."""
+    """Resolves and prints the request, then trains, evaluates or predicts; returns the exit status."""
     console.set_up_logging(is_main())
     say = print if is_main() else lambda *_, **__: None
     with no_downloads(config.run.dry_run):
@@ -69,7 +69,7 @@ def run(config: ClassifyConfig) -> int:
     if config.run.dry_run:
         check_start(config, dataset)
     labels = teacher.subset_labels(config, dataset)
-    if config.run.dry_run or labels:  # before the teachers are trained
+    if config.run.dry_run or labels:  # output folders are checked before teachers are trained
         for request in [seeded(config, seed) for seed in seeds] or [config]:
             check_folder(request, dataset, synthetic, labels)
     if config.run.dry_run:
@@ -92,7 +92,7 @@ def run(config: ClassifyConfig) -> int:
 
 
 def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
-    """``--eval_only`` and ``--predict``: a trained classifier is used as it is."""
+    """``--eval_only`` and ``--predict``: evaluates or predicts with a trained classifier."""
     images = inference.images_to_predict(config.use.predict) if config.use.predict else {}
     classifier = inference.load(config, dataset)
     print(f"classifier: {registry.shown_path(classifier.path)}")
@@ -112,8 +112,8 @@ def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
 
 
 def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, SyntheticImages | None]:
-    """Loads the data set and the synthetic images, and derives what was not given. Raises UserError: a value that does not
-    exist here, or a combination that cannot work."""
+    """Loads the data set and the synthetic images, and derives the settings that were not given. Raises UserError: an unknown
+    value, or settings that exclude each other."""
     synthetic, classifier, placement = config.synthetic, config.classifier, config.placement
     device_of(placement.gpu)
     check_flags(config)
@@ -122,7 +122,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
     training = not (config.use.eval_only or config.use.predict)
     if word := config.evaluation.test_dataset:
         tested = dataset.tested_on(word, config.run.config_dir)
-        if training:  # what a trained classifier has seen, its record tells
+        if training:  # for a trained classifier its record is compared
             refuse_known_images(dataset, tested.test, f"--test_dataset {word}")
         dataset = tested
     if training and classifier.weights not in WEIGHTS:
@@ -141,7 +141,7 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
 
 
 def with_derived(config: ClassifyConfig, dataset: LoadedDataset) -> ClassifyConfig:
-    """The request with what follows from its data set and this machine: learning rate, warm-up, precision, device."""
+    """Derives the settings that depend on the data set and machine: learning rate, warm-up, precision, device, thresholds."""
     training, device = config.training, device_of(config.placement.gpu)
     lr = DEFAULT_LR[training.optimizer] if training.lr is None else training.lr
     amp = training.amp if training.amp != "auto" else ("no" if device == "cpu" else "bf16")
@@ -158,7 +158,7 @@ def subset_folders(settings: SyntheticSettings, dataset: LoadedDataset, config_d
 
 
 def check_synthetic(settings: SyntheticSettings) -> None:
-    """Refuses settings of synthetic images where there are none."""
+    """Refuses settings of synthetic images without synthetic images."""
     if any(settings.syndata_key or ()) or settings.syndata_dir:
         return
     for name in NEED_SYNTHETIC:
@@ -169,7 +169,7 @@ def check_synthetic(settings: SyntheticSettings) -> None:
 def load_synthetic(
     folders: Sequence[str], dataset: LoadedDataset, settings: SyntheticSettings
 ) -> SyntheticImages | None:
-    """The images of the synthetic subsets, or None without any."""
+    """Loads the images of the synthetic subsets; None without subsets. Raises UserError: a curriculum over one strength."""
     if not folders:
         return None
     images, seed = read_subsets(folders, dataset, settings.allow_other_sources), dataset.setting.subset_seed
@@ -196,7 +196,7 @@ def carries_over(config: ClassifyConfig, dataset: LoadedDataset, images: Synthet
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Refuses what cannot work on this data set."""
+    """Refuses settings that this data set does not support."""
     training = config.training
     if dataset.val is None and training.patience:
         raise UserError(f"--patience {training.patience}: {dataset.name} has no validation images; give --val_fraction")
@@ -208,7 +208,7 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
 
 
 def check_flags(config: ClassifyConfig) -> None:
-    """Refuses flags that cannot work together, whatever the data set. Raises UserError: names one of them."""
+    """Refuses flags that exclude each other on any data set. Raises UserError: names one of them."""
     synthetic, training, loss = config.synthetic, config.training, config.loss
     if config.use.eval_only and config.use.predict:
         raise UserError("--eval_only and --predict each use a classifier in their own way: give one of them")
@@ -240,7 +240,7 @@ def check_flags(config: ClassifyConfig) -> None:
 
 
 def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
-    """The default name of a run's folder (without the seed), from what tells runs apart."""
+    """The default name of a run's folder, without the seed: the settings that differ from the defaults."""
     synthetic, classifier, loss = config.synthetic, config.classifier, config.loss
     recipe = config.run.recipe.partition(":")[0]
     parts = [classifier.model, str(classifier.res_mode), *([recipe] if recipe != DEFAULT_RECIPE else [])]
@@ -274,11 +274,11 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
 
 
 def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Makes the model, its optimiser and its loss, and checks the shares of a batch and the disk.
+    """Creates the model, its optimiser and its loss, and checks the batch size and the disk space.
 
     Raises:
-        UserError: one of them cannot be made.
-        WouldDownload: the weights are not on this machine; everything else is checked.
+        UserError: a part that cannot be created.
+        WouldDownload: the weights are not on this machine; raised after all other checks.
     """
     absent, classifier, training = None, config.classifier, config.training
     classes, resolution = len(dataset.class_names), classifier.res_mode
@@ -303,7 +303,7 @@ def check_folder(
     synthetic: SyntheticImages | None,
     labels: Sequence[teacher.SubsetLabels] = (),
 ) -> None:
-    """Refuses an output folder of another run; where ``labels`` are not made yet, all but these are compared."""
+    """Refuses an output folder of another run; teacher labels that are not computed yet are not compared."""
     labelled = teacher.with_teacher_labels(synthetic, labels, config.synthetic, None)
     kind = BeforeLabels if labels and labelled is None else RunOrigin
     origin = origin_of(config, dataset, labelled or synthetic, kind)
@@ -315,7 +315,7 @@ def check_folder(
 
 
 class BeforeLabels(RunOrigin):
-    """What a run is made from whose synthetic images have no labels yet: these are not compared."""
+    """The origin of a run before its teacher labels are computed: labels are not compared."""
 
     @staticmethod
     def compare(kept: Mapping[str, Any], present: Mapping[str, Any]) -> str:
@@ -330,7 +330,7 @@ class BeforeLabels(RunOrigin):
 def origin_of(
     config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None, kind: type[RunOrigin] = RunOrigin
 ) -> RunOrigin:
-    """Data and weights that results are made from; captions and the super-class have no part in a classifier."""
+    """The data and weights of a run; a classifier uses neither captions nor the super-class."""
     classifier = config.classifier
     weights = lambda: {"weights": weights_identity(classifier.model, classifier.weights)}  # noqa: E731
     return kind(dataset, SPLITS, ("group",), synthetic, weights, without=("super_class",))
@@ -339,13 +339,13 @@ def origin_of(
 def train(
     config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None, origin: RunOrigin | None = None
 ) -> dict:
-    """Trains in the output folder, resumes an interrupted run, or finds it finished; returns its results.
+    """Trains in the output folder or resumes an interrupted run; returns the results, also of a finished run.
 
     Args:
-        origin: see :func:`origin_of`; the same for the several runs of one command.
+        origin: see :func:`origin_of`; shared by the runs of one command.
 
     Raises:
-        UserError: the folder holds a run with other arguments or of other images, or is in use; images changed meanwhile.
+        UserError: a folder in use, or with a run of other arguments or images; images that changed during training.
     """
     processes, folder = Processes(config.device), config.output_dir
     origin = origin or origin_of(config, dataset, synthetic)
@@ -355,7 +355,7 @@ def train(
             held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
             held.enter_context(lock_folder(folder, "--output_dir"))
             known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin, absent=ABSENT)
-        processes.wait()  # the others look when the main one has taken the folder, and before it can have finished
+        processes.wait()  # all processes read the results after the main one has claimed the folder, before it trains
         results = results_of(folder) if known else None
         processes.wait()
         if results is not None:
@@ -365,21 +365,21 @@ def train(
 
 
 def seeded(config: ClassifyConfig, seed: int) -> ClassifyConfig:
-    """The request under one of its ``--seeds``, in a folder below its own."""
+    """The request with one of its ``--seeds``, in a subfolder of its output folder."""
     return config.with_seed(seed, config.output_dir / f"seed{seed}")
 
 
 def train_seeds(
     config: ClassifyConfig, seeds: Sequence[int], dataset: LoadedDataset, synthetic: SyntheticImages | None
 ) -> dict:
-    """Trains with every seed in its own folder below ``config.output_dir``; writes and returns the statistics.
+    """Trains with every seed, each in a subfolder of ``config.output_dir``; writes and returns the statistics.
 
-    Finished runs are left as they are, interrupted ones resumed.
+    Finished runs are kept, interrupted runs are resumed.
 
     Returns:
-        What :func:`semantic_aug.classify.metrics.statistics_of` gives.
+        As :func:`semantic_aug.classify.metrics.statistics_of`.
     """
-    origin = origin_of(config, dataset, synthetic)  # one origin for all, since their scores are averaged
+    origin = origin_of(config, dataset, synthetic)  # computed once: the averaged runs must have the same origin
     results = {seed: train(seeded(config, seed), dataset, synthetic, origin) for seed in seeds}
     rows = {seed: metrics.scores_of(of_seed) for seed, of_seed in results.items()}
     statistics = metrics.statistics_of(rows, runs.judged_split(results[seeds[0]]))

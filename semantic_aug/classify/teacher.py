@@ -1,12 +1,12 @@
-"""Teachers: classifiers of the real images that give the soft labels of the synthetic images whose sources they never saw.
+"""Teachers: classifiers trained on real images that label the synthetic images of source images they were not trained on.
 
-Labels by strength assume that a translation shows its target class to the degree s^gamma; a classifier looks (as DreamDA's
-does, Fu et al. 2024, arXiv:2403.12803). One that trained on the source image would recognise it, so teachers are cross-fitted:
-the training images are dealt into folds, and each teacher, an ordinary run of stage 3 on real images alone, leaves out one
-fold, or two where images have two sources.
+Labels by strength assume that a translation shows its target class to the degree s^gamma; a teacher predicts the classes from
+the image (as in DreamDA, Fu et al. 2024, arXiv:2403.12803). A teacher trained on the source image would recognise it, so
+teachers are cross-fitted: the training images are split into folds, and each teacher, a run of stage 3 on real images alone,
+is trained without one fold, or without two if images have two sources.
 
-    {cache}/teachers/{images and settings}/without-{folds}/    the runs, shared by all subsets of the same training images
-    {subset}/teacher-{meta}-{digits of that folder}.safetensors    class probabilities, and what they were made from
+    {cache}/teachers/{images and settings}/without-{folds}/    runs, shared by all subsets of the same training images
+    {subset}/teacher-{meta}-{digits of that folder}.safetensors    class probabilities and their origin
 """
 
 from __future__ import annotations
@@ -46,21 +46,24 @@ log = logging.getLogger(__name__)
 
 FOLDER = "teachers"
 SMALLEST = 1e-30
-"""Probability that stands for zero in logarithms."""
+"""Smallest probability in logarithms."""
 Train = Callable[[ClassifyConfig, LoadedDataset, None], dict]
-""":func:`semantic_aug.classify.run.train`: trains, resumes, or finds the run finished."""
+"""Type of :func:`semantic_aug.classify.run.train`, which trains or resumes a run and skips a finished one."""
 
 
 # --------------------------------------------------------------------------------------------------- cross-fitting
 
 
 def assign_folds(labels: np.ndarray, folds: int, seed: int, content: np.ndarray | None = None) -> np.ndarray:
-    """The fold of each training image, int64 ``(N,)``: drawn, and as even in each class and in all as can be.
+    """Splits the training images into folds at random, of nearly equal size in each class and in total.
 
     Args:
         labels: ``(N,)`` classes.
-        folds: their number.
-        content: ``(N, B)`` hash of each image; equal images are of one fold.
+        folds: number of folds.
+        content: ``(N, B)`` hash of each image; equal images are put in the same fold.
+
+    Returns:
+        The fold of each image, int64 ``(N,)``.
     """
     shuffled = numpy_rng(seed, "teacher folds").permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -73,15 +76,18 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int, content: np.ndarray 
 
 
 def source_folds(sources: np.ndarray, fold_of: dict[str, int]) -> np.ndarray:
-    """The folds of the sources of synthetic images, int64 ``(M, S)``, from their keys ``(M, S)`` and the fold of each training
-    image's key; -1 where a source is no training image."""
-    flat = np.fromiter((fold_of.get(key, -1) for key in sources.ravel()), np.int64, sources.size)
-    return flat.reshape(sources.shape)
+    """The folds of the sources of synthetic images, int64 ``(M, S)``; -1 for a source that is no training image.
+
+    Args:
+        sources: ``(M, S)`` keys of the sources.
+        fold_of: fold of each training image by its key.
+    """
+    return np.array([fold_of.get(key, -1) for key in sources.ravel()], np.int64).reshape(sources.shape)
 
 
 def left_out(of_sources: np.ndarray, folds: int) -> list[tuple[int, ...]]:
-    """The folds that each teacher leaves out: one, or every two of them where an image has sources in two folds. Raises
-    UserError: nothing would be left to train on."""
+    """The folds left out by each teacher: one fold, or each pair of folds if an image has sources in two folds. Raises
+    UserError: no fold remains for training."""
     ordered = np.sort(of_sources, axis=1)
     distinct = (ordered >= 0) & np.diff(ordered, axis=1, prepend=-1).astype(bool)
     size = max(1, int(distinct.sum(axis=1).max(initial=1)))
@@ -94,19 +100,23 @@ def left_out(of_sources: np.ndarray, folds: int) -> list[tuple[int, ...]]:
 
 
 def clean_teachers(of_sources: np.ndarray, teachers: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Which teachers, given as the folds that each leaves out, saw none of an image's sources, bool ``(M, T)``; all of them
-    where no source is a training image. For ``of_sources`` see :func:`source_folds`."""
+    """Whether each teacher was trained without the sources of each image, bool ``(M, T)``; true for images without sources.
+
+    Args:
+        of_sources: ``(M, S)`` as of :func:`source_folds`.
+        teachers: folds left out by each teacher.
+    """
     unseen = [((of_sources < 0) | np.isin(of_sources, folds)).all(axis=1) for folds in teachers]
     return np.stack(unseen, axis=1)
 
 
 def tempered(probabilities: np.ndarray, temperature: float, allowed: np.ndarray | None = None) -> np.ndarray:
-    """q^(1/T), normalised; float64 ``(M, K)``, rows summing to one.
+    """Probabilities at a temperature: q^(1/T), normalised; float64 ``(M, K)``, rows summing to one.
 
     Args:
         probabilities: q, ``(M, K)``.
         temperature: T; above 1 flatter.
-        allowed: the classes with a share, bool ``(M, K)``; None: all.
+        allowed: classes with a nonzero probability, bool ``(M, K)``; None: all.
     """
     logits = np.log(np.maximum(probabilities.astype(np.float64), SMALLEST)) / temperature
     if allowed is not None:
@@ -116,14 +126,14 @@ def tempered(probabilities: np.ndarray, temperature: float, allowed: np.ndarray 
 
 
 def pairs(images: SyntheticImages, classes: int) -> np.ndarray:
-    """Target and source of each image, bool ``(M, K)``; of an unlabelled source every class that it may have."""
+    """The target and source class of each image, bool ``(M, K)``; for an unlabelled source all its possible classes."""
     one_hot, known = np.eye(classes, dtype=bool), images.source_labels
     return one_hot[images.target] | (one_hot[images.source] if known is None else known > 0)
 
 
 def label(images: SyntheticImages, probabilities: np.ndarray, settings: SyntheticSettings) -> SyntheticImages:
-    """The images under labels from probabilities ``(M, K)``; a row of zeros is of an image that no teacher labels, which keeps
-    its label by strength."""
+    """Sets the images' soft labels from the teachers' probabilities ``(M, K)``; images without a teacher (rows of zeros) keep
+    their labels by strength."""
     by_strength, classes = images.labels(settings.gamma, probabilities.shape[1]), probabilities.shape[1]
     allowed = pairs(images, classes) if settings.teacher_classes == "pair" else None
     weight = settings.teacher_weight if settings.soft_labels == "mixed" else 1.0
@@ -137,14 +147,14 @@ def label(images: SyntheticImages, probabilities: np.ndarray, settings: Syntheti
 
 @dataclass(frozen=True)
 class Teachers:
-    """The teachers of one request: which folds there are, how each teacher is trained, and where.
+    """The teachers of one request: their folds, settings and run folders.
 
     Attributes:
         config: the resolved request whose synthetic images are labelled.
-        dataset: loaded under its setting.
-        folds: their number; fewer than asked for where there are fewer training images.
+        dataset: data set under the request's setting.
+        folds: number of folds, at most the number of training images.
         fold: ``(N,)`` fold of each training image.
-        origin: what the teachers are made from apart from their settings.
+        origin: identity of the training images, classes and pre-trained weights.
     """
 
     config: ClassifyConfig
@@ -155,7 +165,7 @@ class Teachers:
 
     @classmethod
     def of(cls, config: ClassifyConfig, dataset: LoadedDataset) -> Teachers:
-        """The teachers of a request; reads the training images' hashes."""
+        """The teachers of a request; hashes the training images."""
         hashes, classifier = fingerprint.hash_images(dataset.train), config.classifier
         folds = min(config.synthetic.teacher_folds, len(dataset.train))
         fold = assign_folds(dataset.train.labels, folds, dataset.setting.subset_seed, hashes.values)
@@ -168,7 +178,7 @@ class Teachers:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Of the runs, named after their settings and origin; the records of runs have the names of the prompts besides."""
+        """Folder of the runs, named after the settings, the origin and the class names."""
         record = self.request(Path()).record()
         kept = {name: value for name, value in runs.plain(record).items() if name not in MAY_CHANGE}
         settings = files.sha256_text(json.dumps([self.folds, kept], sort_keys=True))[:8]
@@ -176,7 +186,7 @@ class Teachers:
         return cache_folder() / FOLDER / files.sha256_text(json.dumps(parts, sort_keys=True))[:16]
 
     def request(self, folder: Path) -> ClassifyConfig:
-        """A teacher's run: this request's network and training, on real images alone, to the last epoch."""
+        """The request of a teacher's run: the same network and training, on real images alone, to the last epoch."""
         config, dataset = self.config, self.dataset
         training = replace(config.training, seeds=None, patience=0, select_by="top1", eval_every=1, report_to="none")
         evaluation = replace(config.evaluation, test_dataset=None, shot_thresholds=tuple(dataset.spec.shot_thresholds))
@@ -189,36 +199,40 @@ class Teachers:
         return replace(config, syndata=(), **settings).with_seed(dataset.setting.subset_seed, folder)
 
     def run_folder(self, teacher: tuple[int, ...]) -> Path:
-        """Of the run of the teacher without some folds."""
+        """Folder of a teacher's run."""
         return self.folder / f"without-{'-'.join(map(str, teacher))}"
 
     def rows(self, teacher: tuple[int, ...]) -> np.ndarray:
-        """The training images that a teacher sees."""
+        """Rows of a teacher's training images."""
         return np.flatnonzero(~np.isin(self.fold, teacher))
 
     def train(self, teacher: tuple[int, ...], train: Train) -> None:
-        """Trains a teacher, resumes it, or finds it finished. It is tested on the images left out, and sees no others."""
+        """Trains or resumes a teacher, or skips a finished one; it is tested on the training images left out."""
         seen, table = self.rows(teacher), self.dataset.train
         rest = np.setdiff1d(np.arange(len(table)), seen)
         dataset = replace(self.dataset, train=table.take(seen), val=None, test=table.take(rest) if len(rest) else None)
         train(self.request(self.run_folder(teacher)), dataset, None)
 
     def remove_spoiled(self) -> None:
-        """Removes the runs that cannot be resumed, whose images changed meanwhile: they are trained anew."""
+        """Removes runs whose images changed during training, which cannot be resumed."""
         for record in self.folder.glob(f"*/{runs.ARGS_FILE}"):
             if (runs.load_arguments(record.parent) or {}).get(runs.SPOILED):
                 shutil.rmtree(record.parent)
 
 
 class SubsetLabels:
-    """The class probabilities of a subset's images, made once and kept beside it.
+    """The teachers' class probabilities of a subset's images, computed once and saved in the subset's folder.
 
     Args:
-        teachers: that give them.
-        folder: of the subset; ``#NAME`` at its end chooses ``meta-NAME.csv``.
+        teachers: all teachers of the request.
+        folder: folder of the subset; ``#NAME`` at its end selects ``meta-NAME.csv``.
+
+    Attributes:
+        teachers: the teachers used, as the folds that each leaves out.
+        labelling: bool ``(M, T)``, which teachers label each image.
 
     Raises:
-        UserError: no teacher can label any image, too few folds, or labels are to be made where they cannot be kept.
+        UserError: no teacher can label any image, too few folds, or a folder in which labels cannot be saved.
     """
 
     def __init__(self, teachers: Teachers, folder: str):
@@ -231,7 +245,7 @@ class SubsetLabels:
         sources = self.images.sources
         of_sources = source_folds(sources, fold_of)
         candidates = left_out(of_sources, teachers.folds)
-        # the classes that each teacher has images of, bool (T, K)
+        # classes in the training images of each teacher, bool (T, K)
         known = np.stack([dataset.train.take(teachers.rows(folds)).counts() > 0 for folds in candidates])
         labelling = clean_teachers(of_sources, candidates)
         labelling &= known[:, self.images.source].T & known[:, self.images.target].T
@@ -260,7 +274,7 @@ class SubsetLabels:
             log.warning(text, self.shown, unknown)
 
     def describe(self) -> str:
-        """What is there, and what would be made."""
+        """The saved labels, or the teachers and labels still to be computed."""
         if self.kept() is not None:
             return f"teacher labels of {self.shown}: {self.path.name}"
         return self._description()
@@ -277,7 +291,7 @@ class SubsetLabels:
         )
 
     def kept(self) -> np.ndarray | None:
-        """The probabilities ``(M, K)`` that are kept, or None where there are none of these images."""
+        """The saved probabilities ``(M, K)``, or None without those of the present images."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -288,14 +302,19 @@ class SubsetLabels:
             return None
         difference = fingerprint.data_difference(record, self.origin)
         if difference and not self._reported:
-            log.info("%s is not of the present images and is made again (%s)", self.path, difference)
+            log.info("%s belongs to other images and is made again (%s)", self.path, difference)
             self._reported = True
         return None if difference else probabilities
 
     def make(self, train: Train) -> np.ndarray:
-        """The probabilities ``(M, K)``, kept or made. The processes of one training share the work, and all have those of the
-        main one; of several runs at once one makes them. Raises UserError: of a training; or another run makes the same labels,
-        and several processes would have to wait for it."""
+        """Returns the probabilities ``(M, K)``, saved or computed.
+
+        The processes of a training share the work. Of several runs at once, one computes the labels and the others wait.
+
+        Raises:
+            UserError: an error of a teacher's training; or another run computes the same labels, and this run has several
+                processes, which cannot wait.
+        """
         processes, folder = Processes(self.ensemble.config.device), self.ensemble.folder
         with contextlib.ExitStack() as held:
             probabilities = None
@@ -318,26 +337,27 @@ class SubsetLabels:
             processes.wait()
             for teacher in self.teachers:
                 self.ensemble.train(teacher, train)
-            probabilities = self._probabilities(processes)
+            probabilities = self._predict(processes)
             if processes.main:
                 tensors.save_tensors(self.path, {"probabilities": torch.from_numpy(probabilities)}, self.origin)
         if processes.main:
-            with contextlib.suppress(NoRoom):  # the rest of the cache is in use
+            with contextlib.suppress(NoRoom):  # other parts of the cache are in use
                 make_room(cache_folder(), 0)
         return probabilities
 
     def _sum(self, probabilities: np.ndarray | None, processes: Processes) -> np.ndarray:
-        """The sum over the processes of their ``(M, K)`` float32, None standing for zeros."""
+        """The sum of the processes' probabilities, float32 ``(M, K)``; None counts as zeros."""
         if processes.count == 1:
             return probabilities
         shape = len(self.images), len(self.ensemble.dataset.class_names)
         values = torch.zeros(shape) if probabilities is None else torch.from_numpy(probabilities)
         return processes.add_up(values.to(processes.device)).cpu().numpy()
 
-    def _probabilities(self, processes: Processes) -> np.ndarray:
-        """The mean of each image's teachers, float32 ``(M, K)``; zeros where it has none. Each process labels a share."""
+    def _predict(self, processes: Processes) -> np.ndarray:
+        """The mean probabilities of each image's teachers, float32 ``(M, K)``; zeros without a teacher. Each process labels a
+        share of the images."""
         total = np.zeros((len(self.images), len(self.ensemble.dataset.class_names)), np.float32)
-        right, tested, share = 0.0, 0, slice(processes.rank, None, processes.count)
+        correct, tested, share = 0.0, 0, slice(processes.rank, None, processes.count)
         with tqdm(
             total=int(self.labelling[share].sum()),
             desc="teacher labels",
@@ -354,18 +374,18 @@ class SubsetLabels:
                     total[rows[batch]] += probabilities.numpy()
                     bar.update(len(batch))
                 left = len(self.ensemble.fold) - len(self.ensemble.rows(teacher))
-                right += left * results_of(folder)["test"]["top1"] if left else 0.0
+                correct += left * results_of(folder)["test"]["top1"] if left else 0.0
                 tested += left
         if processes.main:
-            log.info("teachers: %.1f %% right on training images that they had not seen", 100 * right / max(tested, 1))
+            log.info("teachers: top-1 %.1f %% on held-out training images", 100 * correct / max(tested, 1))
         return self._sum(total, processes) / np.maximum(self.labelling.sum(axis=1, keepdims=True), 1).astype(np.float32)
 
 
 def subset_labels(config: ClassifyConfig, dataset: LoadedDataset) -> list[SubsetLabels]:
-    """The teacher labels of each subset of a resolved request; none where labels are those of the strengths."""
+    """The teacher labels of each subset of a resolved request; empty with ``--soft_labels strength``."""
     if config.synthetic.soft_labels == "strength" or not config.syndata:
         return []
-    if config.classifier.weights not in WEIGHTS:  # which would carry what they saw into every teacher
+    if config.classifier.weights not in WEIGHTS:  # every teacher would start from what these weights have learned
         flag = f"--soft_labels {config.synthetic.soft_labels}"
         inference.refuse_seen_images(classifier_file(config)[1], config, dataset, flag, ("train",))
     teachers = Teachers.of(config, dataset)
@@ -375,13 +395,13 @@ def subset_labels(config: ClassifyConfig, dataset: LoadedDataset) -> list[Subset
 def with_teacher_labels(
     images: SyntheticImages, subsets: Sequence[SubsetLabels], settings: SyntheticSettings, train: Train | None
 ) -> SyntheticImages | None:
-    """The images under the labels of their teachers; as they are without any.
+    """Sets the synthetic images' teacher labels; without ``subsets`` the images are returned unchanged.
 
     Args:
-        images: of all subsets, or a part of them.
+        images: images of all subsets, or a part of them.
         subsets: see :func:`subset_labels`.
-        settings: how labels are made of the teachers' probabilities.
-        train: trains a teacher; None: nothing is made, and the result is None where labels are missing.
+        settings: how labels follow from the teachers' probabilities.
+        train: trains a teacher; None: nothing is computed, and the result is None if labels are missing.
     """
     if not subsets:
         return images

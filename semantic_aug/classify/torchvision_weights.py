@@ -1,4 +1,4 @@
-"""torchvision's ImageNet weights in timm's models: those of its first release, and SWAG's (Singh et al. 2022) of ViT-B/16."""
+"""torchvision's ImageNet weights in timm's models: its first version, and SWAG (Singh et al. 2022) for ViT-B/16."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ SWAG_URL = "https://download.pytorch.org/models/vit_b_16_swag-9ac1b537.pth"
 
 
 def tagged_name(name: str) -> str:
-    """timm's name of torchvision's first ImageNet weights of a network. Raises UserError: there are none, or the name asks for
-    others."""
+    """timm's name of torchvision's first ImageNet weights of a network. Raises UserError: no such weights, or a name with
+    another tag."""
     import timm
 
     tagged = f"{name.partition('.')[0]}.tv_in1k"
@@ -26,7 +26,7 @@ def tagged_name(name: str) -> str:
 
 
 def rename_torchvision_vit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of torchvision's ViT under timm's names; both compute the same."""
+    """Renames the tensors of torchvision's ViT to timm's names; both models compute the same function."""
     names = {
         "class_token": "cls_token", "conv_proj.": "patch_embed.proj.", "encoder.pos_embedding": "pos_embed",
         "encoder.layers.encoder_layer_": "blocks.", ".ln_": ".norm", "encoder.ln.": "norm.", "heads.head.": "head.",
@@ -42,8 +42,8 @@ def rename_torchvision_vit(state: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def swag_vit(name: str, num_classes: int, options: dict) -> nn.Module:
-    """ViT-B/16 with the weights IMAGENET1K_SWAG_E2E_V1 of torchvision, its position embeddings resized to the images. Raises
-    UserError: they cannot be downloaded."""
+    """ViT-B/16 with torchvision's weights IMAGENET1K_SWAG_E2E_V1; position embeddings are resized to the images. Raises
+    UserError: the weights cannot be downloaded."""
     import timm
     from timm.layers import resample_abs_pos_embed
 

@@ -1,4 +1,4 @@
-"""The training loop of stage 3: best epoch on validation, test evaluated once, every file of the results."""
+"""The training loop of stage 3: selects the epoch on validation, evaluates once on test, and writes the result files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RESULTS_FILE = "results.json"
 STATE_FILE = "last.pt"
 BOARD_FOLDER = "tensorboard"
 BEFORE_RESULTS = (runs.ARGS_FILE, f"{BOARD_FOLDER}/*")
-"""What a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
+"""Files that a run writes before its first result; see :func:`semantic_aug.files.no_trace`."""
 COLUMNS = ("epoch", "lr", "train_loss", *(f"val_{name}" for name in SCORE_NAMES), "images_per_second")
 SAVE_SECONDS = 60.0
 """Time between saves of the training state."""
@@ -56,8 +56,8 @@ def results_of(folder: Path) -> dict | None:
     return files.read_json(folder / RESULTS_FILE)
 
 
-def check_disk(config: ClassifyConfig, model: torch.nn.Module) -> None:
-    """Refuses a run whose state and results the disk cannot hold. Raises UserError: too little is free."""
+def check_disk(config: ClassifyConfig, model: nn.Module) -> None:
+    """Refuses a run whose state and results do not fit on the disk. Raises UserError: too little space."""
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = 6 if config.training.ema_decay else 5  # weights, their best, the optimiser's two, and the finished file
     files.check_space(config.output_dir, copies * size, "--output_dir")
@@ -67,7 +67,7 @@ class Trainer:
     """One training run of a classifier.
 
     Args:
-        origin: data and weights of the run, whose images are compared once more at its end; None: they are not.
+        origin: data and weights of the run; its images are compared again at the end. None: no comparison.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Trainer:
         if training.ema_decay:
             from timm.utils import ModelEmaV3
 
-            # with the warm-up a short run's average is not mostly its beginning
+            # without warm-up the average of a short run consists mostly of its first steps
             self.averaged = ModelEmaV3(self.model, decay=training.ema_decay, use_warmup=True)
         self.normalise = Normaliser(*self.normalisation, self.device)
         self.train_batches = TrainBatches(
@@ -117,7 +117,7 @@ class Trainer:
         self._check_batch_norm()
         self.counts = dataset.train.counts()
         self.criterion = make_criterion(config.loss, self.counts, self.device)
-        # test images, too, are opened before hours are spent
+        # test images are opened here, so that an unreadable one is reported before training
         self.val_batches = self._eval_batches(dataset.val) if dataset.val else None
         self.test_batches = self._eval_batches(dataset.test) if dataset.test is not None else None
         self.optimizer = make_optimizer(self.model, training)
@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated and kept: the one trained, or the moving average of its weights."""
+        """The model that is evaluated and saved: the trained one, or with EMA the moving average of its weights."""
         return self.model if self.averaged is None else self.averaged.module
 
     def _eval_batches(self, table: ImageTable) -> EvalBatches:
@@ -138,7 +138,7 @@ class Trainer:
         return EvalBatches(table, resolution, size, cache=self.config.placement.cache, **options)
 
     def _check_batch_norm(self) -> None:
-        """Refuses batches whose smallest part BatchNorm cannot train on; synchronised over GPUs it sees all parts."""
+        """Refuses batches with a part too small for BatchNorm, unless BatchNorm is synchronised over GPUs."""
         if self.processes.count > 1 and self.device.type == "cuda":
             return
         size, classifier = self.train_batches.batch_size, self.config.classifier
@@ -152,7 +152,7 @@ class Trainer:
         check_batch_norm(self.model, classifier.res_mode, smallest, advice)
 
     def _training_mode(self) -> None:
-        """Training mode, in which frozen parts keep their running statistics."""
+        """Sets training mode, but evaluation mode for frozen modules, which keep their running statistics."""
         self.model.train()
         for module in self.frozen:
             module.eval()
@@ -160,10 +160,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- one run
 
     def run(self) -> dict:
-        """Trains, evaluates the best epoch on test, writes everything; returns what ``results.json`` holds."""
+        """Trains, evaluates the best epoch on test and writes all files; returns the content of ``results.json``."""
         training, folder, main = self.config.training, self.config.output_dir, self.processes.main
         self._restore()
-        self.processes.wait()  # nobody overwrites the state before everyone has read it
+        self.processes.wait()  # the state is overwritten only after all processes have read it
         call = self.processes.prepare(torch.compile(self.model) if training.compile else self.model)
         epochs = runs.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch) if main else None
         began = time.monotonic()
@@ -223,7 +223,7 @@ class Trainer:
                     with autocast(self.device, training.amp):
                         logits = call(images)
                     loss = factor * self.criterion(logits, targets, self.epoch).sum()
-                    # processes' gradients are averaged: times their number, so that shares may differ in size
+                    # gradients are averaged over processes: a factor of their number gives the sum over the batch
                     share = self.processes.count / self.train_batches.batch_size
                     self.scaler.scale(loss * share).backward()
                 step_loss += loss.detach()
@@ -242,7 +242,7 @@ class Trainer:
         return {"lr": lr, "train_loss": total / count, "images_per_second": count / (time.monotonic() - began)}
 
     def _epoch_parts(self) -> Iterator[list[tuple]]:
-        """For every step the parts this process takes: (batch, foregrounds or None) each."""
+        """Yields the parts of each step that belong to this process: (batch, foregrounds or None)."""
         count, steps = self.processes.count, self.config.training.gradient_accumulation_steps
         parts = [self.processes.rank + count * micro for micro in range(steps)]
         batches = [self.train_batches.epoch(self.epoch, part, self.parts) for part in parts]
@@ -257,12 +257,12 @@ class Trainer:
         return self.config.mixing.mixes(self.epoch, self.config.training.nepoch)
 
     def _mixed(self, step: int, parts: list[tuple]) -> tuple[Iterable[tuple[Tensor, Tensor]], float | Tensor]:
-        """Images and targets of each part of a batch, mixed, and the factor of the losses."""
+        """The mixed images and targets of each part of a batch, and the factor of their losses."""
         first, count = self.processes.rank, self.processes.count
         mixed = (self._mixed_part(step, first + count * number, *part) for number, part in enumerate(parts))
         if self.config.loss.class_weight_mean == "images" or not self.criterion.weighted(self.epoch):
             return mixed, 1.0
-        # the class weights are summed over the whole batch, whatever its parts
+        # class weights are summed over the whole batch
         mixed = list(mixed)
         total = self.processes.add_up(sum(self.criterion.weight_sum(targets) for _, targets in mixed))
         return mixed, self.train_batches.batch_size / total
@@ -271,7 +271,7 @@ class Trainer:
         images, targets = self._moved(batch)
         if not self._mixes():
             return images, targets
-        # every part of a step draws the same numbers, so that it is mixed as the whole batch would be
+        # all parts of a step draw the same random numbers, so that together they equal the mixed whole batch
         rng = numpy_rng(self.config.seed, "classify", "mix", self.epoch, step)
         share = share_of(self.train_batches.batch_size, part, self.parts), self.train_batches.batch_size
         others = foregrounds and self._moved(foregrounds)
@@ -282,7 +282,7 @@ class Trainer:
         return self.normalise(pixels), targets.to(self.device, non_blocking=True)
 
     def _scores(self, batches: EvalBatches) -> Scores:
-        """Scores of the present weights (their average, with EMA) on a split."""
+        """Scores of the evaluated model on a split. Raises UserError: weights that are not finite."""
         model = self.evaluated
         self.processes.agree_on(model)
         if bad := non_finite(model.state_dict().items()):
@@ -302,7 +302,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------- best epoch and results
 
     def _keep_best(self, scores: dict[str, float], predicted: np.ndarray) -> None:
-        """The first epoch of the highest validation score; ties go to the lower loss."""
+        """Keeps the weights of the epoch with the best validation score; of equal scores the lower loss, then the first."""
         by = self.config.training.select_by
         if self.best is None or (scores[by], -scores["loss"]) > (self.best[by], -self.best["loss"]):
             state = {name: value.detach().clone() for name, value in self.evaluated.state_dict().items()}
@@ -356,7 +356,7 @@ class Trainer:
         return results
 
     def _refuse_changed_images(self) -> None:
-        """Refuses images that changed during the run, which may have seen both states: it cannot be resumed either."""
+        """Refuses images that changed during the run, which then cannot be resumed either."""
         if self.origin is None:
             return
         try:
@@ -368,7 +368,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ kill and restart
 
     def _save_state(self) -> None:
-        """Everything a restart needs; batches, augmentation and dropout follow from (seed, epoch)."""
+        """Saves the state for a restart; batches, augmentation and dropout follow from (seed, epoch)."""
         state = {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
@@ -397,7 +397,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _board(folder: Path | None, done: int):
-    """A function that sends a row to TensorBoard, or does nothing; rows past the resume point are hidden."""
+    """Yields a function that writes a row to TensorBoard, or does nothing; rows after the resumed epoch are hidden."""
     if folder is None:
         yield lambda row, epoch: None
         return
