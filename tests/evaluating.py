@@ -30,7 +30,7 @@ def write_judge(
 
     model, normalisation = make_model(BACKBONE, len(names), side)
     normalise = Normaliser(normalisation.mean, normalisation.std, torch.device("cpu"))
-    store = ImageStore(images.__getitem__, len(images), resized_side(side), budget=0, cache="off")
+    store = ImageStore(images.__getitem__, len(images), resized_side(side), cache="off")
     with torch.inference_mode():
         parts = [
             model.eval().forward_head(

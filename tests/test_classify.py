@@ -15,7 +15,7 @@ from PIL import Image
 
 import tiny
 from semantic_aug import meta_csv, tensors
-from semantic_aug.classify import data, mixing, models, trainer
+from semantic_aug.classify import data, inference, mixing, models, trainer
 from semantic_aug.classify.config import LossSettings, MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
 from semantic_aug.classify.losses import make_criterion, one_hot, smooth
@@ -146,6 +146,14 @@ def test_a_weight_file_says_how_its_images_were_normalised(tmp_path):
         models.make_model("resnet18", 3, 32, str(tmp_path / f"{n}.safetensors"))[1].mean for n in ("plain", "other")
     ]
     assert means == [(0.485, 0.456, 0.406), (0.1, 0.2, 0.3)]
+
+
+@pytest.mark.parametrize("record", ["", "model: resnet18\n", "- model\n"])
+def test_a_classifier_with_an_incomplete_record_is_refused(record, tmp_path):
+    (tmp_path / "args.yaml").write_text(record)
+    tensors.save_tensors(tmp_path / "model.safetensors", {"fc.bias": torch.zeros(2)}, {"classes": ["a", "b"]})
+    with pytest.raises(UserError, match="args.yaml is damaged or not train_cls.py's"):
+        inference.load_run(tmp_path)
 
 
 def test_the_stepped_schedule_is_ldam_drws():

@@ -52,7 +52,7 @@ class ImageStore:
         read: function from an index to a PIL RGB image.
         count: number of images.
         side: side of the squares in pixels; the whole image is resized to a square, bicubic.
-        budget: bytes of memory for decoded images.
+        budget: bytes of memory for decoded images, unless ``cache`` is ``off``.
         workers: decoding threads.
         cache: location of decoded images, one of ``semantic_aug.datasets.cache.MODES`` or
             ``semantic_aug.classify.config.ON_DEVICE``.
@@ -65,7 +65,7 @@ class ImageStore:
         read: Callable[[int], Image.Image],
         count: int,
         side: int,
-        budget: int,
+        budget: int = 0,
         *,
         workers: int | None = None,
         cache: str = "auto",
@@ -210,7 +210,7 @@ class TrainBatches:
         side, budget = resized_side(resolution), budget if budget is not None else int(available_memory() * RAM_SHARE)
         self.whole = augmentation == "resized_crop"
         if self.whole:
-            budget, cache = -1, "off"
+            cache = "off"
         k = len(real.class_names)
         self.real = ImageStore(real.image, len(real), side, budget, cache=cache, identity=real.signature())
         self.labels = real.labels

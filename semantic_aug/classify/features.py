@@ -84,7 +84,7 @@ class Extractor:
         path = cache_folder() / f"features-{sha256_text(f'{VERSION} {self.identity} {identity}')[:32]}.npy"
         if self.keep and identity is not None and (kept := _load(path, count)) is not None:
             return kept
-        store, rows = ImageStore(read, count, self.resolution, budget=0, cache="off"), []
+        store, rows = ImageStore(read, count, self.resolution, cache="off"), []
         with tqdm(total=count, desc="features", unit="image", mininterval=1.0, leave=False) as bar:
             for start in range(0, count, batch_size):
                 pixels = torch.from_numpy(store.batch(np.arange(start, min(count, start + batch_size))))

@@ -74,9 +74,7 @@ class Classifier:
             UserError: the model's outputs are not finite.
         """
         # images are decoded when needed and not cached
-        store = ImageStore(
-            read, count, resized_side(self.resolution), budget=-1, cache="off", keep_aspect=self.keep_aspect
-        )
+        store = ImageStore(read, count, resized_side(self.resolution), cache="off", keep_aspect=self.keep_aspect)
         for start in range(0, count, size):
             rows = range(start, min(count, start + size))
             pixels = torch.from_numpy(centre(store.batch(np.asarray(rows)), self.resolution))
@@ -198,8 +196,12 @@ def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
     """Loads the classifier of a finished ``train_cls.py`` run. Raises UserError: not the folder of a finished run."""
     folder = Path(folder)
     check_run(folder)
-    arguments, path = runs.load_arguments(folder), folder / MODEL_FILE
+    arguments, path = runs.load_arguments(folder) or {}, folder / MODEL_FILE
     names = metadata_of(path).get("classes")
+    if not {"model", "resolution"} <= arguments.keys():
+        raise UserError(
+            f"{folder / runs.ARGS_FILE} is damaged or not train_cls.py's (no model and resolution): restore it"
+        )
     if names is None:
         raise UserError(f"{path} is damaged or not train_cls.py's (it names no classes): run train_cls.py again")
     return _load(path, "--classifier", arguments["model"], int(arguments["resolution"]), names, torch.device(device))
