@@ -204,3 +204,7 @@ def test_cross_validation_leaves_four_times_the_shots(shots):
 def test_a_wrong_number_of_images_is_refused():
     with pytest.raises(UserError, match="--pool_per_class 0: expected a number of images, or -1 for all"):
         headroom.HeadroomSettings(pool_per_class=0)
+
+
+def test_a_draw_counts_once():
+    assert headroom.HeadroomSettings(seeds=(3, 3, 1)).seeds == (3, 1)

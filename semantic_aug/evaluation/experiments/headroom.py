@@ -68,6 +68,7 @@ class HeadroomSettings:
         for name in ("examples_per_class", "pool_per_class", "val_examples_per_class"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise UserError(f"--{name} {getattr(self, name)}: expected a number of images, or -1 for all")
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))  # a draw counts once
 
 
 @dataclass(frozen=True)
