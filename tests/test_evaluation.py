@@ -395,7 +395,7 @@ def test_subsets_must_be_given_once_and_the_judge_must_know_the_classes(tmp_path
         measure.main([*bare, "--syndata_dir", str(subset), str(subset)])
     images = [tiny.picture(label, k) for label in range(3) for k in range(4)]
     other = evaluating.write_judge(tmp_path / "judge", images, [0] * 4 + [1] * 4 + [2] * 4, ("cat", "dog", "cow"), 32)
-    with pytest.raises(UserError, match="--classifier knows 3 classes that are not the 3 of animals"):
+    with pytest.raises(UserError, match="--classifier has 3 classes, which differ from the 3 of animals"):
         measure.main([*argv, "--classifier", str(other)])
 
 

@@ -80,7 +80,7 @@ class ModelSettings:
     trainable_layers: str = cli.setting(
         "all",
         metavar="PARTS",
-        help="all, or parts joined by +, the rest being frozen: linear, stages4+linear, stages3+stages4+linear, ...",
+        help="trained parts: all, or some joined by + (linear, stages4+linear, stages3+stages4+linear, ...); others are frozen",
     )
 
 
@@ -101,7 +101,7 @@ class TrainSettings:
     )
     batch_size: int = cli.setting(32, type=cli.whole(1), help="images per step, over all processes")
     gradient_accumulation_steps: int = cli.setting(
-        1, type=cli.whole(1), help="parts in which a step's images go through the model, to save memory", result=False
+        1, type=cli.whole(1), help="parts into which the images of a step are divided, to save memory", result=False
     )
     augmentation: str = cli.setting(
         "crop",
@@ -129,7 +129,7 @@ class TrainSettings:
         "weights",
         choices=("weights", "all"),
         absent="weights",
-        help="what decays: weights (not biases and normalisation), or all parameters",
+        help="parameters with weight decay: weights (without biases and normalisation), or all",
     )
     warmup_epochs: float = cli.setting(
         5, type=cli.number(0), metavar="N", help="epochs of linear warm-up, at most a tenth of the run"
@@ -138,9 +138,8 @@ class TrainSettings:
         "cosine",
         choices=("cosine", "scaled_cosine", "step"),
         absent="cosine",
-        help="learning rate after the warm-up; cosine: down to 0; scaled_cosine: of the whole run, and the warm-up multiplies "
-        "it; step: divided by 100 once 0.8 and by 10,000 once 0.9 of the "
-        "epochs are done, as in LDAM-DRW's code",
+        help="learning rate after the warm-up; cosine: falls to 0; scaled_cosine: a cosine over the whole run, times the "
+        "warm-up; step: divided by 100 after 0.8 and by 10,000 after 0.9 of the epochs, as in LDAM-DRW's code",
     )
     amp: str = cli.setting(
         "auto", choices=("auto", "no", "fp16", "bf16"), help="mixed precision; auto: bf16 on a GPU, no on the CPU"
@@ -150,9 +149,9 @@ class TrainSettings:
         0.0,
         type=cli.number(0, 0.9999999),
         metavar="D",
-        help="decay per step of a moving average of the weights that is evaluated and kept instead of them; 0: none",
+        help="decay per step of a moving average of the weights, which is evaluated and saved in their place; 0: none",
     )
-    compile: bool = cli.setting(False, help="compile the training step (pays on a GPU)", result=False)
+    compile: bool = cli.setting(False, help="compile the training step (faster on a GPU)", result=False)
     patience: int = cli.setting(
         0, type=cli.whole(0), help="stop after N evaluations on validation without a better score; 0: never"
     )
@@ -280,8 +279,8 @@ class PlacementSettings:
         "auto",
         choices=CACHES,
         help="where decoded and resized images are kept: in memory, in outputs/cache (shared by runs; DIFFMIX_CACHE names "
-        "another folder, DIFFMIX_CACHE_GB its bound), or nowhere; auto: by size; device: on the GPU, which then cuts the "
-        "batches",
+        "another folder, DIFFMIX_CACHE_GB its bound), or nowhere; auto: by size; device: on the GPU, where batches are "
+        "cropped",
         result=False,
     )
     output_dir: Path | None = cli.setting(

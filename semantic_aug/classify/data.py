@@ -159,11 +159,6 @@ class DevicePixels:
         return self.pixels[tuple(torch.from_numpy(index).to(self.pixels.device) for index in indices)]
 
 
-def views(store: ImageStore, rows: np.ndarray) -> Sequence[np.ndarray]:
-    """Some images of a store, uint8 ``(S, S, 3)`` each; decoded images are not copied."""
-    return [store.pixels[row] for row in rows] if store.pixels is not None else store.batch(rows)
-
-
 def share_of(batch: int, part: int, parts: int) -> np.ndarray:
     """The positions in a batch that belong to one of several parts, ascending.
 
@@ -225,8 +220,8 @@ class TrainBatches:
             )
             # soft labels y = (1 - s^gamma) onehot(source) + s^gamma onehot(target)
             self.targets = torch.cat([self.targets, torch.from_numpy(synthetic.labels(settings.gamma, k))])
-        stores = [store for store in (self.real, self.synthetic) if store is not None]
-        self.on_device = DevicePixels(stores, device) if cache == ON_DEVICE else None
+        self.stores = [store for store in (self.real, self.synthetic) if store is not None]
+        self.on_device = DevicePixels(self.stores, device) if cache == ON_DEVICE else None
         targets, strengths = (synthetic.target, synthetic.strength) if self.synthetic else (None, None)
         options = {"counts": real.counts(), "strengths": strengths, "epochs": epochs}
         self.draws = EpochDraws(len(real), targets, settings, batch_size, seed, **options)
@@ -271,9 +266,8 @@ class TrainBatches:
         crops = ResizedCrops(len(items), rng)
 
         def augmented(position: int) -> np.ndarray:
-            item = int(items[position])
-            image = self.real.read(item) if item < self.real.count else self.synthetic.read(item - self.real.count)
-            return crops.apply(image, position, self.resolution)
+            store, row = self._source(int(items[position]))
+            return crops.apply(store.read(row), position, self.resolution)
 
         return np.stack(list(self.real.pool.map(augmented, positions.tolist())))
 
@@ -283,16 +277,18 @@ class TrainBatches:
         flips, items = (rng.random(len(items)) < 0.5)[positions], items[positions]
         if self.on_device is not None:
             return self.on_device.windows(items, tops, lefts, self.resolution, flips)
-        images: list[np.ndarray] = [None] * len(items)
-        for store, first, chosen in (
-            (self.real, 0, items < self.real.count),
-            (self.synthetic, self.real.count, items >= self.real.count),
-        ):
-            rows = np.flatnonzero(chosen)
-            if len(rows):
-                for row, image in zip(rows, views(store, items[rows] - first), strict=True):
-                    images[row] = image
+        decoded = all(store.pixels is not None for store in self.stores)
+        images = list((map if decoded else self.real.pool.map)(self._square, items.tolist()))
         return crop(images, tops, lefts, self.resolution, flips)
+
+    def _source(self, item: int) -> tuple[ImageStore, int]:
+        """The store of an item, and its row there."""
+        return (self.real, item) if item < self.real.count else (self.synthetic, item - self.real.count)
+
+    def _square(self, item: int) -> np.ndarray:
+        """The resized image of an item, uint8 ``(S, S, 3)``; a decoded image is not copied."""
+        store, row = self._source(item)
+        return store.decode(row) if store.pixels is None else store.pixels[row]
 
 
 class EvalBatches:

@@ -57,67 +57,69 @@ class SyntheticSettings:
         "strength",
         choices=SOFT_LABELS,
         absent="strength",
-        help="strength: by --gamma; teacher: from classifiers of the real training images that have not seen the image's "
-        "recorded sources, which are trained first, as this run is, and kept; mixed: a mean of both",
+        help="strength: by --gamma; teacher: predictions of classifiers trained on real images without the image's recorded "
+        "sources (trained first with the settings of this run, and reused); mixed: a mean of both",
     )
     teacher_weight: float = cli.setting(
         0.5,
         type=cli.number(0, 1),
         metavar="W",
         absent=0.5,
-        help="the teacher's share of the labels of --soft_labels mixed",
+        help="weight of the teacher's labels in --soft_labels mixed",
     )
     teacher_temperature: float = cli.setting(
         1.0,
         type=cli.number(0, open_low=True),
         metavar="T",
         absent=1.0,
-        help="temperature of the teacher's probabilities q, whose labels are q^(1/T), normalised; above 1 flatter",
+        help="temperature of the teacher's labels q^(1/T), normalised, from its probabilities q; above 1 flatter",
     )
     teacher_classes: str = cli.setting(
         "all",
         choices=("all", "pair"),
         absent="all",
-        help="classes with a share of a teacher's label: all, or source and target (pair)",
+        help="classes in a teacher's label: all, or pair (source and target)",
     )
     teacher_folds: int = cli.setting(
         5,
         type=cli.whole(2),
         absent=5,
-        help="folds into which the training images are dealt; each teacher leaves out one, or two where images have two "
+        help="folds of the training images; each teacher is trained without one fold, or without two if images have two "
         "sources",
     )
     synthetic_prob: float | str = cli.setting(
         0.1,
         type=cli.schedule(0, 1),
         metavar="P|P:P",
-        help="chance that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]; "
+        help="probability that a training item is synthetic (ratio: share of every batch; not used by concat), in [0, 1]; "
         "FIRST:LAST changes it linearly from the first to the last epoch",
         record=False,
     )
     synthetic_mode: str = cli.setting(
         "item",
         choices=SYNTHETIC_MODES,
-        help="item: each item with chance p; ratio: a fixed share p of every batch; concat: real and synthetic images "
-        "alike, once an epoch",
+        help="item: each item with probability p; ratio: a fixed share p of every batch; concat: every real and synthetic "
+        "image once per epoch",
         record=False,
     )
     synthetic_balanced: bool = cli.setting(
-        False, help="draw a target class first, all equally often, then one of its synthetic images", record=False
+        False,
+        help="draw a target class first, all with equal probability, then one of its synthetic images",
+        record=False,
     )
     synthetic_draw: str = cli.setting(
         "images",
         choices=("images", "inverse_frequency"),
         absent="images",
-        help="images: all synthetic images alike; inverse_frequency: a target class first, with chances in proportion to "
+        help="images: all synthetic images with equal probability; inverse_frequency: first a target class, in proportion to "
         "1 / (n + 1) for n real training images, then one of its synthetic images",
     )
     curriculum: str = cli.setting(
         "none",
         choices=("none", "strength"),
         absent="none",
-        help="strength: the chance of each synthetic image changes over the epochs with the rank of its strength, "
-        "linearly; over the whole run all are drawn equally often",
+        help="strength: the probability of each synthetic image changes linearly over the epochs, by the rank of its "
+        "strength; over the whole run all are drawn equally often",
     )
     curriculum_order: str = cli.setting(
         "strong_first",

@@ -203,7 +203,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Classifier:
             f"{folder / runs.ARGS_FILE} is damaged or not train_cls.py's (no model and resolution): restore it"
         )
     if names is None:
-        raise UserError(f"{path} is damaged or not train_cls.py's (it names no classes): run train_cls.py again")
+        raise UserError(f"{path} is damaged or not train_cls.py's (no class names): run train_cls.py again")
     return _load(path, "--classifier", arguments["model"], int(arguments["resolution"]), names, torch.device(device))
 
 

@@ -51,16 +51,16 @@ class Meter:
         """Adds a batch: logits ``(B, K)``, labels ``(B,)``, and the images' rows in the split ``(B,)`` for predictions."""
         logits = logits.float()
         best = logits.topk(min(5, self.k), dim=-1).indices
-        right = best[:, 0] == labels
+        correct = best[:, 0] == labels
         self.confusion += torch.bincount(labels * self.k + best[:, 0], minlength=self.k * self.k)
         self.top5 += (best == labels[:, None]).any(-1).sum()
         self.loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
-        # calibration: images, confidences and hits of each confidence bin
+        # calibration: images, sum of confidences and correct predictions of each bin
         confidence = logits.softmax(-1).amax(-1).double()
         bins = (torch.ceil(confidence * BINS) - 1).long().clamp(0, BINS - 1)
-        self.bins.index_add_(0, bins, torch.stack([torch.ones_like(confidence), confidence, right.double()], -1))
+        self.bins.index_add_(0, bins, torch.stack([torch.ones_like(confidence), confidence, correct.double()], -1))
         if rows is not None:
-            self.correct[rows] = right.long()
+            self.correct[rows] = correct.long()
             self.predicted[rows] = best[:, 0]
 
     def combine(self, add_up: Callable[[Tensor], Tensor]) -> None:
@@ -124,8 +124,8 @@ class Scores:
             counts: ``(K,)`` training images of each class.
             thresholds: many-shot classes have more images than the first, few-shot classes fewer than the second.
         """
-        accuracies = {name: self.per_class[classes] for name, classes in class_groups(counts, *thresholds).items()}
-        return {name: float(np.nanmean(of)) for name, of in accuracies.items() if not np.isnan(of).all()}
+        groups = {name: self.per_class[classes] for name, classes in class_groups(counts, *thresholds).items()}
+        return {name: float(np.nanmean(group)) for name, group in groups.items() if not np.isnan(group).all()}
 
     def by_group(self, groups: np.ndarray | None) -> dict[str, float]:
         """Worst and average accuracy over groups (Sagawa et al. 2020); ``groups`` ``(N,)`` of the split's images, empty

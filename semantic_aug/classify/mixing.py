@@ -24,10 +24,10 @@ class MixSettings:
 
     TITLE = "loss and mixing"
     use_cutmix: bool = cli.setting(False, help="CutMix over real and synthetic images", record=False)
-    use_mixup: bool = cli.setting(False, help="mixup; of several kinds of mixing, each batch takes one", record=False)
+    use_mixup: bool = cli.setting(False, help="mixup; with several kinds of mixing, each batch uses one", record=False)
     use_cmo: bool = cli.setting(
         False,
-        help="CMO: boxes of images drawn in favour of rare classes are pasted into the batch, by --cutmix_alpha",
+        help="CMO: boxes of other images, in which rare classes are oversampled, are pasted, by --cutmix_alpha",
         record=False,
     )
     cutmix_alpha: float = cli.setting(
@@ -55,7 +55,7 @@ class MixSettings:
         "batch",
         choices=("batch", "item"),
         absent="batch",
-        help="batch: one box for the whole batch; item: each image with chance --mix_prob, in a box of its own",
+        help="batch: one box for the whole batch; item: one box per image, with probability --mix_prob",
     )
     unmixed_epochs: tuple[int, int] = cli.setting(
         (0, 0),

@@ -77,15 +77,6 @@ def make_model(name: str, num_classes: int, resolution: int, weights: str = "aut
     return model, normalisation_of(model, None if weights in WEIGHTS else weight_file(resolve_path(weights)))
 
 
-def make_skeleton(name: str, num_classes: int, resolution: int) -> nn.Module:
-    """A classifier without pre-trained weights, on the meta device (shapes without values) where timm supports it."""
-    try:
-        with torch.device("meta"):
-            return make_model(name, num_classes, resolution, "none")[0]
-    except RuntimeError:  # a network (RegNet) whose shapes follow from values
-        return make_model(name, num_classes, resolution, "none")[0]
-
-
 def check_resolution(name: str, resolution: int) -> None:
     """Refuses a resolution that a model does not support, before its weights are loaded.
 
@@ -191,12 +182,12 @@ def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> lis
         UserError: the classifier has other classes, or two classes with one name.
     """
     positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
-    only_here = [name for row, name in enumerate(names) if row not in positions]
-    only_here += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
-    if only_here:
+    unmatched = [name for row, name in enumerate(names) if row not in positions]
+    unmatched += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
+    if unmatched:
         raise UserError(
-            f"{where} knows {len(names)} classes that are not the {len(positions)} of {dataset.name} ('{only_here[0]}' is one "
-            "that only one of them has): give the --dataset it was trained on"
+            f"{where} has {len(names)} classes, which differ from the {len(positions)} of {dataset.name} "
+            f"('{unmatched[0]}' is in only one of the two): give the --dataset it was trained on"
         )
     return positions
 

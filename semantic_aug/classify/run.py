@@ -31,7 +31,6 @@ from semantic_aug.classify.models import (
     check_resolution,
     freeze,
     make_model,
-    make_skeleton,
     timm_lines,
     weights_identity,
 )
@@ -61,7 +60,7 @@ def run(config: ClassifyConfig) -> int:
         config, dataset, synthetic = resolve(config)
     say(dataset.describe())
     if config.use.eval_only or config.use.predict:
-        return use(config, dataset)
+        return use_classifier(config, dataset)
     images = f"{len(synthetic)} images of {', '.join(config.syndata)}" if synthetic else "none (real only)"
     say(f"synthetic: {images}")
     say(runs.arguments_text(config.record()), end="")
@@ -91,7 +90,7 @@ def run(config: ClassifyConfig) -> int:
     return 0
 
 
-def use(config: ClassifyConfig, dataset: LoadedDataset) -> int:
+def use_classifier(config: ClassifyConfig, dataset: LoadedDataset) -> int:
     """``--eval_only`` and ``--predict``: evaluates or predicts with a trained classifier."""
     images = inference.images_to_predict(config.use.predict) if config.use.predict else {}
     classifier = inference.load(config, dataset)
@@ -280,21 +279,22 @@ def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
         UserError: a part that cannot be created.
         WouldDownload: the weights are not on this machine; raised after all other checks.
     """
-    absent, classifier, training = None, config.classifier, config.training
+    missing, classifier, training = None, config.classifier, config.training
     classes, resolution = len(dataset.class_names), classifier.res_mode
     try:
         with no_downloads(True):
             model, _ = make_model(classifier.model, classes, resolution, classifier.weights)
     except WouldDownload as error:
-        absent, model = error, make_skeleton(classifier.model, classes, resolution)
+        missing = error
+        model, _ = make_model(classifier.model, classes, resolution, "none")
     freeze(model, classifier.trainable_layers)
     parts = launched() * training.gradient_accumulation_steps
     Processes(config.device).check(min(training.batch_size, len(dataset.train)), parts)
     make_criterion(config.loss, dataset.train.counts(), torch.device("cpu"))
     make_optimizer(model, training)
     check_disk(config, model)
-    if absent is not None:
-        raise absent
+    if missing is not None:
+        raise missing
 
 
 def check_folder(
@@ -349,14 +349,14 @@ def train(
     """
     processes, folder = Processes(config.device), config.output_dir
     origin = origin or origin_of(config, dataset, synthetic)
-    with contextlib.ExitStack() as held:
-        known = True
+    with contextlib.ExitStack() as stack:
+        exists = True
         if processes.main:
-            held.enter_context(files.no_trace(folder, BEFORE_RESULTS))
-            held.enter_context(lock_folder(folder, "--output_dir"))
-            known = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin, absent=ABSENT)
+            stack.enter_context(files.no_trace(folder, BEFORE_RESULTS))
+            stack.enter_context(lock_folder(folder, "--output_dir"))
+            exists = runs.claim(folder, config.record(), "--output_dir", MAY_CHANGE, origin=origin, absent=ABSENT)
         processes.wait()  # all processes read the results after the main one has claimed the folder, before it trains
-        results = results_of(folder) if known else None
+        results = results_of(folder) if exists else None
         processes.wait()
         if results is not None:
             log.info("%s is finished already", folder)

@@ -190,13 +190,9 @@ class Teachers:
         config, dataset = self.config, self.dataset
         training = replace(config.training, seeds=None, patience=0, select_by="top1", eval_every=1, report_to="none")
         evaluation = replace(config.evaluation, test_dataset=None, shot_thresholds=tuple(dataset.spec.shot_thresholds))
-        settings = {
-            "training": training,
-            "evaluation": evaluation,
-            "synthetic": SyntheticSettings(),
-            "use": UseSettings(),
-        }
-        return replace(config, syndata=(), **settings).with_seed(dataset.setting.subset_seed, folder)
+        request = replace(config, training=training, evaluation=evaluation, use=UseSettings())
+        request = replace(request, syndata=(), synthetic=SyntheticSettings())
+        return request.with_seed(dataset.setting.subset_seed, folder)
 
     def run_folder(self, teacher: tuple[int, ...]) -> Path:
         """Folder of a teacher's run."""
@@ -277,9 +273,6 @@ class SubsetLabels:
         """The saved labels, or the teachers and labels still to be computed."""
         if self.kept() is not None:
             return f"teacher labels of {self.shown}: {self.path.name}"
-        return self._description()
-
-    def _description(self) -> str:
         missing = [teacher for teacher in self.teachers if results_of(self.ensemble.run_folder(teacher)) is None]
         images, rest = len(self.images), int((~self.labelling.any(axis=1)).sum())
         seen = [len(self.ensemble.rows(teacher)) for teacher in self.teachers]
@@ -316,23 +309,23 @@ class SubsetLabels:
                 processes, which cannot wait.
         """
         processes, folder = Processes(self.ensemble.config.device), self.ensemble.folder
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             probabilities = None
             if processes.main:
                 try:
                     waiting = "another run that makes the same teacher labels"
                     lock = files.locked(folder / files.LOCK_FILE, wait=processes.count == 1, waiting_for=waiting)
-                    held.enter_context(lock)
+                    stack.enter_context(lock)
                 except files.LockHeld as other:
                     raise UserError(
-                        f"{folder}: another run ({other.holder()}) makes the same teacher labels; start this one again once it "
-                        "has them"
+                        f"{folder}: another run ({other.holder()}) makes the same teacher labels; start this one again when "
+                        "they are finished"
                     ) from None
                 probabilities = self.kept()
             if processes.add_up(torch.tensor(int(probabilities is not None), device=processes.device)):
                 return self._sum(probabilities, processes)
             if processes.main:
-                log.info("%s", self._description())
+                log.info("%s", self.describe())
                 self.ensemble.remove_spoiled()
             processes.wait()
             for teacher in self.teachers:
