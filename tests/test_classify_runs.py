@@ -748,7 +748,7 @@ def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_fol
         ({"eval_only": True, "weights": seed1, "model": "resnet18"}, "does not fit resnet18 .*--model and --res_mode"),
         (
             {"eval_only": True, "weights": seed1, "dataset": f"folder:{others}"},
-            "not the 3 of others.* .'blue jay' is one that",
+            "differ from the 3 of others.* .'blue jay' is in only one",
         ),
         ({"predict": tmp_path / "none", "weights": seed1}, "--predict .*: not a folder or file"),
         ({"predict": tmp_path / "empty", "weights": seed1}, "--predict .*: no image there"),

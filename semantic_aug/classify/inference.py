@@ -98,14 +98,12 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
     flag, path = classifier_file(config)
     names = metadata_of(path).get("classes", dataset.source_names)
     order = class_order(names, dataset, f"{flag} {path}")
-    classifier = _load(
-        path, flag, config.classifier.model, config.classifier.res_mode, names, Processes(config.device).device
-    )
+    model_name, resolution = config.classifier.model, config.classifier.res_mode
+    classifier = _load(path, flag, model_name, resolution, names, Processes(config.device).device)
     model = classifier.model if order == sorted(order) else Reordered(classifier.model, order).eval()
-    side = _record_of(path).get("resolution", config.classifier.res_mode)
-    if side != config.classifier.res_mode:
-        text = "%s was trained at --res_mode %s and is used at %d"
-        log.warning(text, shown_path(path), side, config.classifier.res_mode)
+    side = _record_of(path).get("resolution", resolution)
+    if side != resolution:
+        log.warning("%s was trained at --res_mode %s and is used at %d", shown_path(path), side, resolution)
     # the memory layout of training, which gives the same scores to the last digit
     model = model.to(memory_format=torch.channels_last)
     return replace(classifier, model=model, class_names=dataset.source_names, amp=config.training.amp)

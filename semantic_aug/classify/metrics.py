@@ -252,10 +252,8 @@ def report(results: dict, say: Callable[[str], None]) -> None:
         if results[split]:
             numbers = {name: value for name, value in results[split].items() if name not in ("epoch", "loss")}
             scores = ", ".join(f"{name} {100 * value:.2f} %" for name, value in numbers.items())
-            say(
-                f"{split}: {scores}"
-                + (f" (best epoch {results['epoch']})" if split == "val" and "epoch" in results else "")
-            )
+            epoch = f" (best epoch {results['epoch']})" if split == "val" and "epoch" in results else ""
+            say(f"{split}: {scores}{epoch}")
     if groups := results.get("test_groups"):
         say("test: " + ", ".join(f"{name} {100 * share:.2f} %" for name, share in groups.items()))
 

@@ -166,11 +166,10 @@ class Trainer:
         self.processes.wait()  # the state is overwritten only after all processes have read it
         call = self.processes.prepare(torch.compile(self.model) if training.compile else self.model)
         epochs = runs.MetricsCsv(folder / EPOCHS_FILE, COLUMNS, keep_below=self.epoch) if main else None
+        board = folder / BOARD_FOLDER if main and training.report_to == "tensorboard" else None
         began = time.monotonic()
         with (
-            _board(
-                folder / BOARD_FOLDER if main and training.report_to == "tensorboard" else None, self.epoch
-            ) as report,
+            _board(board, self.epoch) as report,
             tqdm(
                 total=self.total_steps,
                 initial=self.epoch * self.steps_per_epoch,
@@ -345,10 +344,12 @@ class Trainer:
             for split, predictions in predicted.items():
                 write_predictions(getattr(dataset, split), predictions, dataset.class_names, folder, split)
             metadata = {"model": config.classifier.model, "classes": dataset.source_names}
-            metadata |= {"keep_aspect": True} if config.training.keep_aspect else {}
-            normalisation = {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)}
+            if config.training.keep_aspect:
+                metadata["keep_aspect"] = True
+            normalisation = {name: list(values) for name, values in self.normalisation._asdict().items()}
             usual = {name: list(self.evaluated.pretrained_cfg[name]) for name in normalisation}
-            metadata |= normalisation if config.classifier.weights == "torchvision" or normalisation != usual else {}
+            if config.classifier.weights == "torchvision" or normalisation != usual:
+                metadata |= normalisation
             tensors.save_tensors(folder / MODEL_FILE, self.evaluated.state_dict(), metadata)
             files.write_json(folder / RESULTS_FILE, results)
             (folder / STATE_FILE).unlink(missing_ok=True)
@@ -403,15 +404,10 @@ def _board(folder: Path | None, done: int):
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=done + 1)
-
     def report(row: dict[str, float], epoch: int) -> None:
         for name, value in row.items():
-            writer.add_scalar(
-                name.replace("val_", "val/", 1) if name.startswith("val_") else f"train/{name}", value, epoch
-            )
+            tag = f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}"
+            writer.add_scalar(tag, value, epoch)
 
-    try:
+    with SummaryWriter(str(folder), purge_step=done + 1) as writer:
         yield report
-    finally:
-        writer.close()
