@@ -561,6 +561,14 @@ def test_in_a_browser_the_report_shows_intervals_without_a_mouse_and_loads_nothi
     assert number >= 2 and not outside and not browser.get_log("browser")
 
 
+def test_a_damaged_request_is_one_line(tmp_path):
+    results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1], ["real-only"])
+    (file,) = results.requests_in(tmp_path)
+    file.write_text("settings: [5shot")
+    with pytest.raises(UserError, match=f"{file.name} is damaged"):
+        results.collect(tmp_path)
+
+
 def test_requests_add_up_and_another_budget_is_refused(partial):
     results.save_request(partial, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "cutmix", "diff-mix"])
     results.save_request(partial, ["--seeds", "3"], ["5shot", "10shot"], [3], ["real-only"])

@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 EVAL_FOLDER = "evaluation"
 PREDICTIONS_FILE = "predictions.csv"
-SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
-"""Names of the splits in messages."""
 
 
 @dataclass
@@ -132,9 +130,9 @@ def refuse_seen_images(
     if same_dataset and setting == dataset.setting and "train" not in splits and not test_dataset:
         return
     trained = _training_data(record, setting, config)
-    for split in splits:
+    for split in splits if trained is not None else ():
         table = getattr(dataset, split)
-        if trained is None or table is None:
+        if table is None:
             continue
         if same_dataset and not (split == "test" and test_dataset):
             shared = sorted(set(trained.train.keys).intersection(table.keys))
@@ -147,8 +145,9 @@ def refuse_seen_images(
             advice = "give images that it was not trained on"
         if shared:
             raise UserError(
-                f"{flag}: {len(shared)} {SPLIT_WORDS[split]} images ('{shared[0]}') are training images of the classifier "
-                f"{shown_path(path)}{f' ({how})' if how else ''}: {advice if flag == '--eval_only' else 'give other --weights'}"
+                f"{flag}: {len(shared)} {runs.SPLIT_TITLES.get(split, 'training')} images ('{shared[0]}') are training images "
+                f"of the classifier {shown_path(path)}{f' ({how})' if how else ''}: "
+                f"{advice if config.use.eval_only else 'give other --weights'}"
             )
 
 

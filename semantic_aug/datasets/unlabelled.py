@@ -16,6 +16,7 @@ from semantic_aug.datasets.readers.listing import PARQUET
 from semantic_aug.datasets.settings import DATASET, HUB, POOLS, check_unlabelled
 from semantic_aug.datasets.table import ImageTable, missing_files, refuse_missing, table_of_files
 from semantic_aug.errors import UserError
+from semantic_aug.runs import SPLIT_TITLES
 
 CLASS = "unlabelled"
 """Class name of images that have none."""
@@ -86,7 +87,7 @@ def without_labelled(images: ImageTable, dataset: LoadedDataset, path: Path | st
     """
     hashes = [value.tobytes() for value in hash_images(images).values]
     left_out = set(by_content(dataset.train))
-    for split, name in (("test", "test"), ("val", "validation")):
+    for split, name in SPLIT_TITLES.items():
         table = getattr(dataset, split)
         labelled = by_content(table) if table is not None else {}
         if str(path).startswith(DATASET):

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import yaml
 
 from semantic_aug import files, registry, runs
 from semantic_aug.errors import UserError
@@ -137,7 +136,7 @@ def requests_in(folder: Path) -> list[Path]:
 
 def collect(folder: Path) -> Comparison:
     """Reads a comparison's folder. Raises UserError: it holds none."""
-    requests = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in requests_in(folder)]
+    requests = [runs.load_arguments(file.parent, file.name) for file in requests_in(folder)]
     settings = list(dict.fromkeys(setting for request in requests for setting in request["settings"]))
     recipes = {setting: runs.load_arguments(folder / setting, RECIPE_FILE) or {} for setting in settings}
     comparison = Comparison(settings, commands=[request["command"] for request in requests], recipes=recipes)
