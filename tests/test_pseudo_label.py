@@ -98,7 +98,7 @@ class Judge(Classifier):
 
 def test_confident_images_become_a_subset_with_hard_labels(pool, animals, tmp_path):
     images = read_unlabelled(pool)
-    counts = pseudo_label.label(images, Judge(), 0.95, tmp_path / "subset", NAMES)
+    counts = pseudo_label.label(images, Judge(), 0.95, tmp_path / "subset", [0, 1, 2], NAMES)
     assert counts.tolist() == [2, 2, 2]
     subset = read_subset(tmp_path / "subset", animals)
     labels = subset.labels(gamma=0.5, num_classes=3)
@@ -106,9 +106,11 @@ def test_confident_images_become_a_subset_with_hard_labels(pool, animals, tmp_pa
     assert np.array_equal(np.asarray(subset.image(4)), np.asarray(images.image(4)))
     with pytest.raises(UserError, match="1 unlabelled sources are validation images of animals.*'batch0/2.png'"):
         read_subset(tmp_path / "subset", replace(animals, val=images.take([images.keys.index("batch0/2.png")])))
-    assert pseudo_label.label(images, Judge(), 0.5, tmp_path / "more", NAMES).sum() == 9
+    other = tmp_path / "other"  # of a classifier that has the last class first
+    assert pseudo_label.label(images, Judge(), 0.5, other, [1, 2, 0], NAMES).sum() == 9
+    assert read_subset(other, animals).labels(gamma=0.5, num_classes=3).argmax(1).tolist() == [2, 0, 1] * 3
     with pytest.raises(UserError, match=r"--pseudo_threshold 0.995: none of 9 .* reaches it \(the best has 0.990\)"):
-        pseudo_label.label(images, Judge(), 0.995, tmp_path / "none", NAMES)
+        pseudo_label.label(images, Judge(), 0.995, tmp_path / "none", [0, 1, 2], NAMES)
 
 
 def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path, monkeypatch, capsys):

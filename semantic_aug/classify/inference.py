@@ -21,12 +21,13 @@ from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
 from semantic_aug.classify.config import MODEL_FILE, ClassifyConfig, check_run, classifier_file
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
-from semantic_aug.classify.models import class_order, make_model, normalisation_of
+from semantic_aug.classify.models import make_model, normalisation_of
 from semantic_aug.classify.processes import Processes
 from semantic_aug.classify.trainer import RESULTS_FILE
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, data_identity, hash_images, shared_images
 from semantic_aug.datasets.images import open_image
+from semantic_aug.datasets.origin import class_order
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError, WouldDownload, no_downloads

@@ -5,7 +5,6 @@ import copy
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from semantic_aug.classify.config import TORCHVISION_NAMES, WEIGHTS, ModelSettin
 from semantic_aug.classify.torchvision_weights import SWAG_URL, swag_vit, tagged_name
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import files_digest
+from semantic_aug.datasets.origin import class_order
 from semantic_aug.errors import UserError, WouldDownload, downloads_allowed, unknown
-from semantic_aug.prompts import ClassIndex
 from semantic_aug.registry import resolve_path
 from semantic_aug.tensors import load_pickle
 
@@ -170,26 +169,6 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     if dropped := [key for key in wanted if key not in fitting]:
         log.info("--weights %s: the head is new (the file's '%s' is not one of these classes)", path, dropped[0])
     model.load_state_dict(fitting, strict=False)
-
-
-def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> list[int]:
-    """The classifier's output for each of the data set's ``K`` classes; spellings may differ.
-
-    Args:
-        names: the classifier's classes, in the order of its outputs.
-
-    Raises:
-        UserError: the classifier has other classes, or two classes with one name.
-    """
-    positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
-    unmatched = [name for row, name in enumerate(names) if row not in positions]
-    unmatched += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
-    if unmatched:
-        raise UserError(
-            f"{where} has {len(names)} classes, which differ from the {len(positions)} of {dataset.name} "
-            f"('{unmatched[0]}' is in only one of the two): give the --dataset it was trained on"
-        )
-    return positions
 
 
 def initial_model(settings: ModelSettings, dataset: LoadedDataset) -> tuple[nn.Module, Normalisation]:

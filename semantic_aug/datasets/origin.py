@@ -16,6 +16,7 @@ from semantic_aug.datasets.fingerprint import ContentHashes
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
 from semantic_aug.errors import UserError
+from semantic_aug.prompts import ClassIndex
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,26 @@ class RunOrigin:
                 f"{len(changed)} images changed during the run ('{changed[0]}' the first), so that its result "
                 f"is of neither the old nor the new ones: {kept}"
             )
+
+
+def class_order(names: Sequence[str], dataset: LoadedDataset, where: str) -> list[int]:
+    """The classifier's output for each of the data set's ``K`` classes; spellings may differ.
+
+    Args:
+        names: the classifier's classes, in the order of its outputs.
+
+    Raises:
+        UserError: the classifier has other classes, or two classes with one name.
+    """
+    positions = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=where)
+    unmatched = [name for row, name in enumerate(names) if row not in positions]
+    unmatched += [name for name, row in zip(dataset.source_names, positions, strict=True) if row is None]
+    if unmatched:
+        raise UserError(
+            f"{where} has {len(names)} classes, which differ from the {len(positions)} of {dataset.name} "
+            f"('{unmatched[0]}' is in only one of the two): give the --dataset it was trained on"
+        )
+    return positions
 
 
 def check_classifier(run: Path, dataset: LoadedDataset) -> dict[str, str]:

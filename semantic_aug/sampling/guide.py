@@ -23,7 +23,7 @@ from tqdm import tqdm
 from semantic_aug import registry, runs
 from semantic_aug.datasets import ImageTable, LoadedDataset
 from semantic_aug.datasets.fingerprint import files_digest, hash_images, split_identity
-from semantic_aug.datasets.origin import check_classifier
+from semantic_aug.datasets.origin import check_classifier, class_order
 from semantic_aug.errors import UserError
 from semantic_aug.files import atomic_path
 from semantic_aug.prompts import ClassIndex
@@ -94,7 +94,7 @@ def make_guide(
         return Guide()
     run = registry.resolve_path(settings.classifier)
     classifier = load_classifier(run, device)
-    order = _class_order(classifier.class_names, dataset, run)
+    order = class_order(classifier.class_names, dataset, f"--classifier {run}")
     origin = check_classifier(run, dataset) | {"classifier": files_digest([classifier.path])}
     if pool is not None:
         origin["unlabelled"] = pool_identity(pool)
@@ -226,19 +226,6 @@ def read_confusions(run: Path, dataset: LoadedDataset) -> np.ndarray:
     for (true, predicted), count in pairs.items():
         table[position[true], position[predicted]] += count
     return table
-
-
-def _class_order(names: tuple[str, ...] | list[str], dataset: LoadedDataset, run: Path) -> list[int]:
-    """Index of each class of the data set among the classifier's."""
-    order = ClassIndex(names).match(dataset.source_names, dataset.class_names, where=f"--classifier {run}")
-    missing = [name for name, position in zip(dataset.source_names, order, strict=True) if position is None]
-    if missing or len(names) != len(order):
-        other = missing or [name for row, name in enumerate(names) if row not in order]
-        raise UserError(
-            f"--classifier {run} has other classes than {dataset.name} ('{other[0]}' is one that only one of them has): give a "
-            "run of train_cls.py on this data set"
-        )
-    return order
 
 
 # ---------------------------------------------------------------------------------------------------------- its file

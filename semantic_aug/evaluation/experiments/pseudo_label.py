@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from semantic_aug import cli, files, meta_csv, registry, runs
 from semantic_aug.classify.config import PlacementSettings, check_run
 from semantic_aug.datasets import ImageTable, LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash_images
-from semantic_aug.datasets.origin import RunOrigin, check_classifier
+from semantic_aug.datasets.origin import RunOrigin, check_classifier, class_order
 from semantic_aug.datasets.settings import DatasetName, Pool, check_unlabelled
 from semantic_aug.datasets.synthetic import DATA, UNLABELLED_FILE, write_sources
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
@@ -67,14 +68,17 @@ def read_pool(
     return without_labelled(read_unlabelled(settings.unlabelled, config_dir), dataset, settings.unlabelled)
 
 
-def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: tuple[str, ...]) -> np.ndarray:
+def label(
+    pool: ImageTable, classifier, threshold: float, folder: Path, order: Sequence[int], names: tuple[str, ...]
+) -> np.ndarray:
     """Writes the subset: links to the confident images, and ``meta.csv``, which comes last.
 
     Args:
         pool: unlabelled images, decoded as they come.
         classifier: a :class:`semantic_aug.classify.inference.Classifier`.
         threshold: least probability.
-        names: K class names, in the classifier's order.
+        order: ``(K,)``, the classifier's output for each class.
+        names: K class names.
 
     Returns:
         ``(K,)`` images of each class.
@@ -82,7 +86,7 @@ def label(pool: ImageTable, classifier, threshold: float, folder: Path, names: t
     Raises:
         UserError: no image reaches the threshold.
     """
-    probabilities = classifier.probabilities(pool.image, len(pool))
+    probabilities = classifier.probabilities(pool.image, len(pool))[:, order]
     classes, confidence = probabilities.argmax(1), probabilities.max(1)
     rows, slugs, lines = np.flatnonzero(confidence >= threshold).tolist(), meta_csv.slugs(names), []
     if not rows:
@@ -127,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     check_unlabelled(settings.unlabelled)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
     classifier = load_run(request.classifier, device_of(request.gpu))
-    if classifier.class_names != dataset.source_names:
-        raise UserError(f"--classifier {request.classifier} was trained on other classes than those of {dataset.name}")
+    order = class_order(classifier.class_names, dataset, f"--classifier {request.classifier}")
     check_classifier(request.classifier, dataset)
     pool, folder = read_pool(settings, dataset, args.config_dir), registry.resolve_path(request.output_dir)
     print(f"{dataset.describe()}; unlabelled {len(pool)}")
@@ -147,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_sources(folder, pool.keys, hash_images(pool).values, UNLABELLED_FILE)
             log.info("%s is finished already", folder)
             return 0
-        counts = label(pool, classifier, settings.pseudo_threshold, folder, dataset.source_names)
+        counts = label(pool, classifier, settings.pseudo_threshold, folder, order, dataset.source_names)
     print(f"{counts.sum()} of {len(pool)} unlabelled images have a pseudo-label: ", end="")
     print(", ".join(f"{name} {count}" for name, count in zip(dataset.class_names, counts, strict=True)))
     print(f"to use it: train_cls.py --syndata_dir '{registry.shown_path(folder)}'")

@@ -17,7 +17,7 @@ from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
-from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.origin import RunOrigin, class_order
 from semantic_aug.datasets.settings import ABSENT, DatasetName, Setting, add_shared
 from semantic_aug.datasets.synthetic import SyntheticImages, is_pseudo_labelled, locate, read_subset
 from semantic_aug.devices import device_of
@@ -175,7 +175,6 @@ class Inputs:
         if self.models.classifier is None:
             return None
         from semantic_aug.classify.inference import load_run
-        from semantic_aug.classify.models import class_order
 
         classifier = load_run(registry.resolve_path(self.models.classifier), self.device)
         class_order(classifier.class_names, self.dataset, "--classifier")
@@ -192,8 +191,6 @@ class Inputs:
 
     def class_probabilities(self, images: SyntheticImages) -> np.ndarray:
         """Class probabilities ``(M, K)`` of synthetic images under ``--classifier``, classes in the data set's order."""
-        from semantic_aug.classify.models import class_order
-
         order = class_order(self.classifier.class_names, self.dataset, "--classifier")
         return self.classifier.probabilities(images.image, len(images))[:, order]
 
