@@ -636,6 +636,20 @@ def test_a_run_does_not_start_from_weights_that_have_seen_its_validation_images(
     train(data, tmp_path / "new", weights=weights, dry_run=True, **setting)
 
 
+def test_weights_of_a_run_that_began_from_others_are_followed_back(recorded_run, other_set, tmp_path):
+    data, first, _ = recorded_run
+    second = shutil.copytree(first, tmp_path / "second")
+    record = yaml.safe_load((first / "args.yaml").read_text())
+    record |= {"dataset": f"folder:{other_set}", "setting": Setting().record(), "weights": str(first)}
+    (second / "args.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(
+        UserError, match=r"--weights: \d+ validation images .* of the classifier .*/run/model.safetensors"
+    ):
+        train(data, tmp_path / "new", weights=second, val_fraction=0.3, dry_run=True)
+    (first / "args.yaml").write_text(yaml.safe_dump(record | {"weights": str(second)}))  # each from the other
+    train(data, tmp_path / "new", weights=second, val_fraction=0.3, dry_run=True)
+
+
 @pytest.fixture
 def other_set(image_folder, tmp_path):
     """Another data set of the same classes: new training and validation images, and the animals' own test images."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from semantic_aug import cli, files, runs
 from semantic_aug.classify.activation import activation_maps
 from semantic_aug.classify.checkpoints import metadata_of, misfit, read_state
-from semantic_aug.classify.config import MODEL_FILE, ClassifyConfig, check_run, classifier_file
+from semantic_aug.classify.config import MODEL_FILE, WEIGHTS, ClassifyConfig, check_run, classifier_file, weight_file
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, centre, resized_side
 from semantic_aug.classify.metrics import autocast, evaluate, groups_of, test_groups, write_predictions, write_scores
 from semantic_aug.classify.models import make_model, normalisation_of
@@ -31,7 +31,7 @@ from semantic_aug.datasets.origin import class_order
 from semantic_aug.datasets.readers.folder import EXPECTED, Walk, text_of
 from semantic_aug.divergence import check_outputs
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
-from semantic_aug.registry import shown_path
+from semantic_aug.registry import resolve_path, shown_path
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,10 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
 def refuse_seen_images(
     path: Path, config: ClassifyConfig, dataset: LoadedDataset, flag: str, splits: Sequence[str] = ("test", "val")
 ) -> None:
-    """Refuses weights of a run that was trained on images of some splits, according to the run's record.
+    """Refuses weights of a run that was trained on images of some splits, or that began from weights of such a run.
 
-    The splits of the run's data set are compared by image name, the splits of another data set by content.
+    The training images are those of the runs' records. The splits of the run's data set are compared by image name, the
+    splits of another data set by content.
 
     Args:
         path: weight file.
@@ -123,6 +124,25 @@ def refuse_seen_images(
     Raises:
         UserError: names a shared image and the settings that differ.
     """
+    for file in _lineage(path):
+        _refuse_seen_by(file, config, dataset, flag, splits)
+
+
+def _lineage(path: Path) -> list[Path]:
+    """A weight file, that from which its run began, and so on back, as far as records and files are there."""
+    lineage: list[Path] = []
+    while path not in lineage:
+        lineage.append(path)
+        word = str(_record_of(path).get("weights", "none"))
+        if word not in WEIGHTS:
+            with contextlib.suppress(UserError):
+                path = weight_file(resolve_path(word))
+    return lineage
+
+
+def _refuse_seen_by(
+    path: Path, config: ClassifyConfig, dataset: LoadedDataset, flag: str, splits: Sequence[str]
+) -> None:
     record, test_dataset = _record_of(path), config.evaluation.test_dataset
     if not isinstance(record.get("setting"), Mapping):
         return
