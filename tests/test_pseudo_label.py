@@ -19,7 +19,7 @@ from semantic_aug.datasets.settings import unlabelled_images
 from semantic_aug.datasets.synthetic import UNLABELLED_FILE, read_subset
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, run_main
-from semantic_aug.evaluation.experiments import compare, pseudo_label
+from semantic_aug.evaluation.experiments import checks, compare, pseudo_label
 from semantic_aug.evaluation.experiments.commands import LABEL_STEP
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
 from semantic_aug.registry import CONFIG_DIR
@@ -203,6 +203,7 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
     [
         "pseudo-label/meta.csv",
         "classify/pseudo-label/results.json",
+        "classify/diff-mix+unlabelled+pseudo-label/results.json",
         "aug_samples/diff-mix+unlabelled/frogs/subset/meta.csv",
         "classify/diff-mix+unlabelled/results.json",  # which stays where the images are removed
     ],
@@ -231,7 +232,7 @@ def test_a_setting_keeps_the_pool_of_its_first_results_and_the_threshold_of_its_
         claim(0.95)  # translations have no threshold
     shutil.copy(dataset.train.encoded(int(dataset.train.rows[0])), pool / "known.png")  # labelled under this seed alone
     with pytest.raises(UserError, match=r"other arguments \(unlabelled: '\w+' -> '\w+'\).*choose another --output_dir"):
-        claim(0.95 if "diff" in result else 0.5)
+        claim(0.5 if "pseudo-label" in result else 0.95)
 
 
 def test_the_arguments_of_the_label_step_are_checked_before_it(image_folder, pool, tmp_path):
@@ -256,7 +257,7 @@ def test_the_other_training_images_of_a_data_set_are_a_pool(image_folder, tmp_pa
     assert np.array_equal(np.asarray(images.image(1)), np.asarray(whole.train.image(1)))
 
 
-@pytest.mark.parametrize("method", ["pseudo-label", "diff-mix+unlabelled"])
+@pytest.mark.parametrize("method", ["pseudo-label", "diff-mix+unlabelled", "diff-mix+unlabelled+pseudo-label"])
 def test_the_pool_and_the_method_need_each_other(image_folder, pool, tmp_path, method):
     with pytest.raises(UserError, match=rf"--methods {re.escape(method)} uses unlabelled images: give --unlabelled"):
         compare.jobs_of(parsed(image_folder, "--methods", "real-only", method), tmp_path)
@@ -272,6 +273,23 @@ def test_unlabelled_sources_get_the_pool_and_the_classifier_of_their_seed(image_
     assert flags["--sources"] == "unlabelled" and flags["--unlabelled"] == str(pool)
     assert flags["--classifier"] == str(job.pair.folder / "classify" / "real-only")
     assert set(sample.needs) == {"classify real-only", "ti_db"} and LABEL_STEP not in job.pair.steps
+
+
+def test_pseudo_labels_and_translations_are_one_pool_made_once(image_folder, pool, tmp_path):
+    methods = ["pseudo-label", "diff-mix+unlabelled", "diff-mix+unlabelled+pseudo-label"]
+    (job,) = compare.jobs_of(parsed(image_folder, "--methods", *methods, "--unlabelled", pool), tmp_path / "out")
+    steps = job.pair.steps
+    assert [name for name in steps if not name.startswith("classify")] == [
+        LABEL_STEP,
+        "ti_db",
+        "sample diff-mix+unlabelled",
+    ]
+    both = steps["classify diff-mix+unlabelled+pseudo-label"]
+    flags = dict(zip(both.arguments, both.arguments[1:], strict=False))
+    assert set(both.needs) == {"sample diff-mix+unlabelled", LABEL_STEP} and both.arguments.count("--gamma") == 1
+    assert flags["--syndata_key"] == "diff-mix+unlabelled"
+    assert flags["--syndata_dir"] == str(job.pair.folder / "pseudo-label")
+    checks.check_flags([both], CONFIG_DIR)
 
 
 def test_the_unlabelled_settings_have_the_papers_threshold():

@@ -15,7 +15,7 @@ from semantic_aug.augmentations import strategies
 from semantic_aug.classify import config as classify
 from semantic_aug.classify.draws import NEED_SYNTHETIC
 from semantic_aug.errors import UserError, WouldDownload
-from semantic_aug.evaluation.experiments.commands import SCRIPTS, StageCommands, Step
+from semantic_aug.evaluation.experiments.commands import PSEUDO_LABEL, SCRIPTS, StageCommands, Step
 from semantic_aug.evaluation.experiments.runner import LOGS, Pair, last_line, prepare_config, run_command
 from semantic_aug.finetune import config as finetune
 from semantic_aug.sampling import settings as sampling
@@ -96,7 +96,8 @@ def _check_classify(arguments: Sequence[str]) -> None:
     config = classify.read_config(classify.build_parser("").parse_args(arguments))
     classify.check_paths(config)
     if config.synthetic.syndata_dir:  # of pseudo-labels, which are still to be made
-        config = replace(config, synthetic=replace(config.synthetic, syndata_dir=None, syndata_key=("pseudo-label",)))
+        keys = (*(config.synthetic.syndata_key or ()), PSEUDO_LABEL)
+        config = replace(config, synthetic=replace(config.synthetic, syndata_dir=None, syndata_key=keys))
     check(config)
 
 

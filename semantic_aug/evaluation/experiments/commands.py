@@ -14,6 +14,8 @@ from semantic_aug.augmentations import strategies
 SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
 """Stage -> its entry script."""
 
+PSEUDO_LABEL = "pseudo-label"
+"""Name of the method and of its subset's folder."""
 LABEL_STEP = "label unlabelled"
 """Name of the step that makes pseudo-labels."""
 
@@ -39,8 +41,9 @@ class Method:
 
     @property
     def subset(self) -> str | None:
-        """The key of its synthetic images: of the strategy, or its own where their flags are."""
-        return self.name if self.sample else self.strategy
+        """The key of its synthetic images: of the strategy, or its own where their flags are; a method with pseudo-labels has
+        those of the same method without."""
+        return self.name.removesuffix(f"+{PSEUDO_LABEL}") if self.sample else self.strategy
 
     @property
     def unlabelled(self) -> bool:
@@ -60,13 +63,14 @@ def finetuning_of(strategy: str) -> str | None:
 
 
 REAL_ONLY, UNLABELLED = "folder of the real-only classifier", "unlabelled images"
+UNLABELLED_SOURCES = {"sources": "unlabelled", "unlabelled": UNLABELLED, "classifier": REAL_ONLY}
 METHODS = {
     method.name: method
     for method in (
         Method("real-only"),
         Method("mixup", classify={"use_mixup": True}),
         Method("cutmix", classify={"use_cutmix": True}),
-        Method("pseudo-label", pseudo=True),
+        Method(PSEUDO_LABEL, pseudo=True),
         *(Method(name, name) for name in strategies.STRATEGIES),
         Method("diff-mix+cutmix", "diff-mix", classify={"use_cutmix": True}),
         Method("diff-mix+mixup", "diff-mix", classify={"use_mixup": True}),
@@ -75,11 +79,8 @@ METHODS = {
         Method("diff-mix+curriculum", "diff-mix", {"strength_strategy": "uniform"}, {"curriculum": "strength"}),
         Method("diff-mix+confusion", "diff-mix", {"pairing": "confusion", "classifier": REAL_ONLY}),
         Method("diff-mix+hard", "diff-mix", {"sources": "hard", "classifier": REAL_ONLY}),
-        Method(
-            "diff-mix+unlabelled",
-            "diff-mix",
-            {"sources": "unlabelled", "unlabelled": UNLABELLED, "classifier": REAL_ONLY},
-        ),
+        Method("diff-mix+unlabelled", "diff-mix", UNLABELLED_SOURCES),
+        Method(f"diff-mix+unlabelled+{PSEUDO_LABEL}", "diff-mix", UNLABELLED_SOURCES, pseudo=True),
         Method("diff-mix+contexts", "diff-mix", {"contexts": "captions"}),
     )
 }
@@ -261,23 +262,24 @@ class StageCommands:
         """Every step of some of :data:`METHODS` by name, each after what it needs."""
         steps: dict[str, Step] = {}
         for method in [METHODS[name] for name in names]:
+            before, changes, needs = [], dict(method.classify), ()
+            if method.strategy:
+                before += self.subset_steps(method)
             if method.pseudo:
-                of_method = self.pseudo_label_steps(method.name)
-            else:
-                of_method = self.subset_steps(method) if method.strategy else []
-                of_method.append(self.classify(method.name, self.subset_seed, method.subset, **method.classify))
-            for step in of_method:
+                before += self.pseudo_label_steps()
+                folder = registry.shown_path(self.folder / PSEUDO_LABEL)
+                changes, needs = {**changes, "syndata_dir": folder, **self.recipe.synthetic}, (LABEL_STEP,)
+            classify = self.classify(method.name, self.subset_seed, method.subset, **changes)
+            for step in (*before, replace(classify, needs=(*classify.needs, *needs))):
                 steps.setdefault(step.name, step)
         return steps
 
-    def pseudo_label_steps(self, name: str) -> list[Step]:
-        """The real-only classifier, its labels for the unlabelled images, and the classifier trained on both."""
-        (teacher, run), folder = self.real_only(), registry.shown_path(self.folder / "pseudo-label")
+    def pseudo_label_steps(self) -> list[Step]:
+        """The real-only classifier, and its labels for the unlabelled images."""
+        (teacher, run), folder = self.real_only(), registry.shown_path(self.folder / PSEUDO_LABEL)
         flags = {**self.shared, **self.recipe.pseudo, "classifier": run, "gpu": self.gpu, "output_dir": folder}
         arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
-        labels = Step(LABEL_STEP, 3, arguments, (teacher.name,), "pseudo-label/meta.csv", {})
-        student = self.classify(name, self.subset_seed, syndata_dir=folder, **self.recipe.synthetic)
-        return [teacher, labels, replace(student, needs=(labels.name,))]
+        return [teacher, Step(LABEL_STEP, 3, arguments, (teacher.name,), f"{PSEUDO_LABEL}/meta.csv", {})]
 
     def subset_steps(self, method: Method) -> list[Step]:
         """The steps that make the synthetic images of a method."""

@@ -24,6 +24,7 @@ from semantic_aug.evaluation.experiments.commands import (
     DEFAULT_METHODS,
     LABEL_STEP,
     METHODS,
+    PSEUDO_LABEL,
     REAL_ONLY,
     UNLABELLED,
     Method,
@@ -254,7 +255,7 @@ def _checked_samples(commands: StageCommands, methods: Sequence[Method]) -> list
     trained."""
     pool = commands.recipe.pseudo.get("unlabelled")
     steps = checks.sample_checks(commands, [method.strategy for method in methods if method.strategy])
-    for method in methods:
+    for method in {method.subset: method for method in methods}.values():
         if UNLABELLED in method.sample.values():
             options = {"sources": method.sample["sources"], "unlabelled": pool}
             steps.append(commands.sample("real-mix", method.name, **options))
@@ -340,19 +341,19 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
         "unlabelled": content_digest(hash_images(images).hex()),
     }
 
-    def has_results(method: Method) -> bool:
-        """Whether a seed of the setting has a classifier of the method, or what it trains on, made of unlabelled images."""
-        steps, classifier = job.commands.method_steps([method.name]).values(), method.step_names[3]
-        made = [step.result for step in steps if "--unlabelled" in step.arguments or step.name == classifier]
-        return any(any(root.glob(f"seed*/{result}")) for result in made)
-
-    used = [method for method in METHODS.values() if method.unlabelled and has_results(method)]
-    labelled = any(method.pseudo for method in used)
-    if used:
+    users = {method.step_names[3]: method for method in METHODS.values() if method.unlabelled}
+    steps = job.commands.method_steps([method.name for method in users.values()])
+    made = {  # of the unlabelled images, by any seed of the setting: pseudo-labels, translations, classifiers
+        step.name
+        for step in steps.values()
+        if (step.name in users or "--unlabelled" in step.arguments) and any(root.glob(f"seed*/{step.result}"))
+    }
+    labelled = made & {LABEL_STEP, *(name for name, method in users.items() if method.pseudo)}
+    if made:
         ignored = () if labelled else ("pseudo_threshold",)
-        runs.claim(root / "pseudo-label", record, "--output_dir", ignored, dry_run=dry_run)
+        runs.claim(root / PSEUDO_LABEL, record, "--output_dir", ignored, dry_run=dry_run)
     if not labelled and not dry_run:  # another threshold may be chosen, and where nothing is made of it, another pool
-        files.write_text(root / "pseudo-label" / runs.ARGS_FILE, runs.arguments_text(record))
+        files.write_text(root / PSEUDO_LABEL / runs.ARGS_FILE, runs.arguments_text(record))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -140,7 +140,11 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
     if users:
         blocks.append(
             f"Unlabelled images are used by {' and '.join(users)}; of the others at most the base model saw them."
-            + (" pseudo-label has as many as reach its threshold." if "pseudo-label" in users else "")
+            + (
+                " Pseudo-labels are as many as reach their threshold."
+                if any(METHODS[name].pseudo for name in users)
+                else ""
+            )
         )
     if comparison.score_names:
         blocks.append(f"![scores by method]({CHART})")
