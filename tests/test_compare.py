@@ -488,6 +488,23 @@ def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
     assert "Validation chooses the epoch, test is evaluated once." in text and "no test split" not in text
 
 
+def test_the_worst_class_is_read_from_the_predictions(partial):
+    for method, seed, predicted in (("real-only", 1, "aaaa"), ("real-only", 2, "aaab"), ("diff-mix", 1, "aabb")):
+        rows = [f"{number},{right},{word}" for number, (right, word) in enumerate(zip("aabb", predicted, strict=True))]
+        path = partial / "5shot" / f"seed{seed}" / "classify" / method / "test_predictions.csv"
+        path.write_text("\n".join(["file,class,predicted", *rows]) + "\n")
+    report.write_comparison(partial)
+    rows = list(csv.DictReader((partial / "results.csv").open()))
+    assert [row["worst_class"] for row in rows] == ["0", "0.5", "", "1", ""]  # two are of an earlier version
+    text = (partial / "report.md").read_text()
+    assert "| method | seeds | test top1 | test macro | test worst_class | validation top1 | steps |" in text
+    assert "| real-only | 2 | 51.00 ± 1.41 | 42.00 ± 2.83 | 25.00 ± 35.36 | 50.00 ± 1.41 | 8 |" in text
+    assert (
+        "| diff-mix | +11.00 [-1.71, 23.71] | +5.00 (one seed) | +11.00 [-1.71, 23.71] | +5.00 (one seed) | +100.00"
+        in text
+    )
+
+
 def test_scores_on_validation_are_called_so(tmp_path):
     results.claim_setting(tmp_path, recipe())
     results.save_request(tmp_path, ["--dataset", "elpv"], ["5shot"], [1, 2], ["real-only", "mixup"])

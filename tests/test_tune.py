@@ -300,6 +300,7 @@ def test_shares_add_up_to_each_score(tmp_path):
     run = results.read_predictions(tmp_path)
     assert run.files == ("1", "2", "3", "4") and run.right.tolist() == [True, False, True, False]
     assert run.shares("top1").sum() == 0.5 and run.shares("macro").sum() == pytest.approx(1 / 3)
+    assert run.worst_class == 0
     assert run.shares("worst_group").sum() == 0.5 and run.strata("worst_group").tolist() == [0, 0, 1, 1]
     rows[2] = "3,a,b,1"
     (tmp_path / "val_predictions.csv").write_text("\n".join(["file,class,predicted,group", *rows]) + "\n")

@@ -20,7 +20,9 @@ from semantic_aug.evaluation.experiments.statistics import Difference, differenc
 REPORT, RESULTS, CHART, COMMANDS = "report.md", "results.csv", "report.png", "commands.sh"
 BASELINES = ("real-only", "cutmix")
 SHOWN_MISSING = 20
-TITLES = {"top1": "top-1", "macro": "macro (mean over classes)", "worst_group": "worst group"}
+TITLES = {
+    "top1": "top-1", "macro": "macro (mean over classes)", "worst_class": "worst class", "worst_group": "worst group"
+}  # fmt: skip
 BAR, DOT, REAL = "#5b8db8", "#1f2d3a", "#b0b7bd"
 
 

@@ -5,6 +5,7 @@ requests/*.yaml                 what was asked for, one file per distinct comman
 {setting}/seed{seed}/           ti_db, ti, aug_samples, classify, config (a registry), logs, steps.json
 """
 
+import contextlib
 import csv
 import itertools
 import shlex
@@ -22,7 +23,7 @@ from semantic_aug.evaluation.experiments.runner import read_records
 from semantic_aug.evaluation.experiments.settings import budget_defaults
 
 REQUESTS, RECIPE_FILE = "requests", "recipe.yaml"
-SCORES = ("top1", "macro", "worst_group")
+SCORES = ("top1", "macro", "worst_class", "worst_group")
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,21 @@ def collect(folder: Path) -> Comparison:
         if results is None:
             comparison.missing.append((setting, method, seed))
             continue
-        split, val = runs.judged_split(results), results["val"] or {}
-        scores = {name: value for name, value in (results.get(split) or {}).items() if name in SCORES}
+        split, val = runs.judged_split(results), _scores(pair / "classify" / method, results, "val")
+        scores = _scores(pair / "classify" / method, results, split)
         names = METHODS[method].step_names if method in METHODS else {3: f"classify {method}"}
         seconds = {3: 0.0} | {stage: records[name]["seconds"] for stage, name in names.items() if name in records}
         taken = {"steps": results["steps"], "seconds": seconds}
         comparison.rows.append(Row(setting, method, seed, scores=scores, split=split, val=val, **taken))
     return comparison
+
+
+def _scores(run: Path, results: Mapping, split: str | None) -> dict[str, float]:
+    """The scores :data:`SCORES` of a finished run on a split; empty without it."""
+    scores = {name: value for name, value in (results.get(split) or {}).items() if name in SCORES}
+    with contextlib.suppress(UserError):  # a run of an earlier version has no predictions
+        scores |= {"worst_class": read_predictions(run, split).worst_class} if scores else {}
+    return scores
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,11 @@ class Predictions:
     right: np.ndarray
     classes: np.ndarray
     groups: np.ndarray | None
+
+    @property
+    def worst_class(self) -> float:
+        """The lowest accuracy of a class."""
+        return float((np.bincount(self.classes, self.right) / np.bincount(self.classes)).min())
 
     def strata(self, score: str) -> np.ndarray:
         """``(N,)`` the part of the images that a score averages over by itself: for ``macro`` the class, for
