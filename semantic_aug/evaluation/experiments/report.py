@@ -141,7 +141,7 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
     ]
     if users:
         blocks.append(
-            f"Unlabelled images are used by {' and '.join(users)}; of the others at most the base model saw them."
+            f"Unlabelled images are used by {', '.join(users)}; of the others at most the base model saw them."
             + (
                 " Pseudo-labels are as many as reach their threshold."
                 if any(METHODS[name].pseudo for name in users)
