@@ -305,6 +305,10 @@ def test_shares_add_up_to_each_score(tmp_path):
     rows[2] = "3,a,b,1"
     (tmp_path / "val_predictions.csv").write_text("\n".join(["file,class,predicted,group", *rows]) + "\n")
     assert results.read_predictions(tmp_path).shares("worst_group").sum() == 0
+    for damaged in (b"", b"file,class,predicted\n", b"file,class\n1,a\n", b"file,class,predicted\n1,a\n", b"\xff\xfe"):
+        (tmp_path / "val_predictions.csv").write_bytes(damaged)
+        with pytest.raises(UserError, match="val_predictions.csv is damaged: remove that folder"):
+            results.read_predictions(tmp_path)
 
 
 def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):

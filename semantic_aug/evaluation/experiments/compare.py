@@ -343,13 +343,13 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
 
     users = {method.step_names[3]: method for method in METHODS.values() if method.unlabelled}
     steps = job.commands.method_steps([method.name for method in users.values()])
-    made = {  # of the unlabelled images, by any seed of the setting: pseudo-labels, translations, classifiers
+    existing = {  # results of the unlabelled images, of any seed: pseudo-labels, translations, classifiers
         step.name
         for step in steps.values()
         if (step.name in users or "--unlabelled" in step.arguments) and any(root.glob(f"seed*/{step.result}"))
     }
-    labelled = made & {LABEL_STEP, *(name for name, method in users.items() if method.pseudo)}
-    if made:
+    labelled = existing & {LABEL_STEP, *(name for name, method in users.items() if method.pseudo)}
+    if existing:
         ignored = () if labelled else ("pseudo_threshold",)
         runs.claim(root / PSEUDO_LABEL, record, "--output_dir", ignored, dry_run=dry_run)
     if not labelled and not dry_run:  # another threshold may be chosen, and where nothing is made of it, another pool

@@ -214,7 +214,7 @@ class Predictions:
 
 
 def read_predictions(folder: Path, split: str = "val") -> Predictions:
-    """The predictions of a finished run of ``train_cls.py``. Raises UserError: the run's folder holds none."""
+    """The predictions of a finished run of ``train_cls.py``. Raises UserError: the run's folder holds none, or damaged ones."""
     path = folder / f"{split}_predictions.csv"
     try:
         with open(path, newline="", encoding="utf-8") as lines:
@@ -223,9 +223,13 @@ def read_predictions(folder: Path, split: str = "val") -> Predictions:
         raise UserError(
             f"{folder} has no {path.name} (an earlier version made it): remove that folder and run the same command again"
         ) from None
+    except UnicodeDecodeError:
+        rows = []
+    if not rows or not {"file", "class", "predicted"} <= rows[0].keys() or any(None in row.values() for row in rows):
+        raise UserError(f"{path} is damaged: remove that folder and run the same command again")
     names = tuple(row["file"] for row in rows)
     right = np.asarray([row["class"] == row["predicted"] for row in rows], bool)
-    groups = _numbered([row["group"] for row in rows]) if rows and "group" in rows[0] else None
+    groups = _numbered([row["group"] for row in rows]) if "group" in rows[0] else None
     return Predictions(names, right, _numbered([row["class"] for row in rows]), groups)
 
 
