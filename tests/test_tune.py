@@ -71,13 +71,14 @@ def test_a_search_keeps_its_grid(tmp_path):
     assert former == settings_of("--gammas", "0.3", "0.8", "--probs", "0.1", "0.3", "0.5", "--labels", "strength")
 
 
-def test_every_strategy_that_starts_from_images_can_be_searched(tmp_path):
-    names = ["diff-mix", "da-fusion", "diff-aug", *(n for n, s in STRATEGIES.items() if s.start == "inversion")]
+def test_every_strategy_can_be_searched(tmp_path):
+    names, without_strength = list(STRATEGIES), {"diff-gen", "real-gen", "da-fusion", "diff-ii"}
     argv = ["--strategy", *names, "--strengths", "0.7", "--probs", "0.3", "--multipliers", "5"]
     result = settings_of(*argv).candidates(0)
     of = {name: [c for c in result if c.strategy == name] for name in names[1:]}
-    # da-fusion draws its own strengths, and a label of one class does not depend on gamma
-    assert sorted(c.name for c in of["da-fusion"]) == ["da-fusion-g0.5-p0.3-m5", "da-fusion-g0.5-p0.3-m5-teacher"]
+    # a start from noise has no strength, da-fusion draws its own, and a label of one class does not depend on gamma
+    for name in ("diff-gen", "da-fusion"):
+        assert sorted(c.name for c in of[name]) == [f"{name}-g0.5-p0.3-m5", f"{name}-g0.5-p0.3-m5-teacher"]
     assert sorted(c.name for c in of["diff-aug"]) == [
         "diff-aug-s0.7-g0.5-p0.3-m5",
         "diff-aug-s0.7-g0.5-p0.3-m5-teacher",
@@ -88,7 +89,7 @@ def test_every_strategy_that_starts_from_images_can_be_searched(tmp_path):
             args = sample_mp.build_parser().parse_args(list(step.arguments[1:]))
             assert name == f"sample {args.register_key}" and args.register_key in {c.subset for c in result}
             assert args.register_key.startswith(args.sample_strategy) or args.register_key == "s0.7"
-            assert ("--aug_strength" in step.arguments) == (not STRATEGIES[args.sample_strategy].strengths)
+            assert ("--aug_strength" in step.arguments) == (args.sample_strategy not in without_strength)
     assert len({s.name for s in tuning.pair.steps.values() if s.stage == 2}) == len(names)
 
 
@@ -145,8 +146,8 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
     [
         (["--seeds", "1"], "--seeds 1: expected two or more"),
         (["--trials", "5"], "--trials 5: the smallest search has 6 runs"),
-        (["--strategy", "diff-gen"], "argument --strategy: invalid choice: 'diff-gen'"),
-        (["--strategy", "da-fusion"], "--strategy da-fusion: it draws its own strengths; name one first"),
+        (["--strategy", "diff-gen"], "--strategy diff-gen: it takes no --strengths; name one first that does"),
+        (["--strategy", "da-fusion"], "--strategy da-fusion: it takes no --strengths; name one first that does"),
         (["--strengths", "1.5"], "1.5: expected a number in (0, 1]"),
         (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for each run already"),
     ],

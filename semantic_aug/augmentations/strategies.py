@@ -31,6 +31,11 @@ class Strategy:
     pairing: str
     strengths: tuple[float, ...] | None = None
 
+    @property
+    def takes_strength(self) -> bool:
+        """Whether ``--aug_strength`` holds, which it does not from noise or where the strategy has its own strengths."""
+        return self.start != "noise" and not self.strengths
+
 
 STRATEGIES = {
     row.name: row

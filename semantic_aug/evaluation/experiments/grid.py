@@ -84,7 +84,7 @@ class GridSettings:
     )
     strategy: tuple[str, ...] = cli.setting(
         ("diff-mix",),
-        choices=[row.name for row in strategies.STRATEGIES.values() if row.start != "noise"],
+        choices=list(strategies.STRATEGIES),
         nargs="+",
         metavar="STRATEGY",
         help="strategies of the synthetic images, each with subsets of its own; the default candidate has the first, which "
@@ -92,9 +92,9 @@ class GridSettings:
     )
 
     def __post_init__(self):
-        if strategies.find(self.strategy[0]).strengths:
+        if not strategies.find(self.strategy[0]).takes_strength:
             raise UserError(
-                f"--strategy {self.strategy[0]}: it draws its own strengths; name one first that takes --strengths, as diff-mix"
+                f"--strategy {self.strategy[0]}: it takes no --strengths; name one first that does, as diff-mix"
             )
 
     def resumed(self, folder: Path) -> GridSettings:
@@ -132,10 +132,10 @@ class GridSettings:
     def _candidate(
         self, strength: float, gamma: float, probability: float, multiplier: float, labels: str, strategy: str
     ) -> Candidate:
-        """A candidate; values without effect are replaced by one: strength where the strategy draws its own, gamma where labels
+        """A candidate; values without effect are replaced by one: strength where the strategy takes none, gamma where labels
         do not depend on it."""
         row = strategies.find(strategy)
-        strength = None if row.strengths else strength
+        strength = strength if row.takes_strength else None
         gamma = DEFAULT["gamma"] if labels == "teacher" or row.pairing == "same" else gamma
         other = strategy if strategy != self.strategy[0] else ""
         return Candidate(strength, gamma, probability, multiplier, labels, other)
