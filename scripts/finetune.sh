@@ -31,11 +31,12 @@ finetune() {
             return 2
             ;;
     esac
+    # ${A:+--flag} ${A:+"$A"} are two words in zsh too, which does not split ${A:+--flag "$A"}
     set -- "$DIFFMIX_ROOT/train_lora.py" --dataset "$dataset" --finetune_strategy "$strategy" \
         --recipe "$(_diffmix_recipe "$dataset")" --resume_from_checkpoint latest \
         --examples_per_class "$examples" --max_train_steps "$steps" \
         --pretrained_model_name_or_path "${MODEL_NAME:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \
-        ${MIXED_PRECISION:+--mixed_precision "$MIXED_PRECISION"} "$@"
+        ${MIXED_PRECISION:+--mixed_precision} ${MIXED_PRECISION:+"$MIXED_PRECISION"} "$@"
     if [ "$processes" -gt 1 ]; then
         "$(_diffmix_python)" -m accelerate.commands.accelerate_cli launch --quiet --multi_gpu --num_machines 1 \
             --num_processes "$processes" --mixed_precision "${MIXED_PRECISION:-no}" --dynamo_backend no "$@"

@@ -45,5 +45,5 @@ _diffmix_sample() {
     "$(_diffmix_python)" "$DIFFMIX_ROOT/sample_mp.py" --dataset "$dataset" --recipe "$(_diffmix_recipe "$dataset")" \
         --finetune_model_key "$key" --sample_strategy "$strategy" --examples_per_class "$examples" \
         --syn_dataset_multiplier "${MULTIPLIER:-5}" \
-        ${MODEL_NAME:+--model_path "$MODEL_NAME"} "$@"
+        ${MODEL_NAME:+--model_path} ${MODEL_NAME:+"$MODEL_NAME"} "$@"
 }

@@ -11,21 +11,21 @@ ROOT = Path(__file__).resolve().parents[1]
 ECHO = "echo program"
 
 
-@pytest.fixture
-def shell(tmp_path):
-    """Runs lines in bash (or zsh) with a python that prints its arguments and ends with the status in $STATUS."""
+@pytest.fixture(params=[kind for kind in ("bash", "zsh") if shutil.which(kind)])
+def shell(request, tmp_path):
+    """Runs lines in bash, and in zsh, with a python that prints its arguments and ends with the status in $STATUS."""
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\nprintf "[%s] " "$@"; echo; exit ${STATUS:-0}\n')
     program.chmod(0o755)
 
-    def run(lines: str, kind: str = "bash", **env) -> subprocess.CompletedProcess:
+    def run(lines: str, **env) -> subprocess.CompletedProcess:
         base = {
             k: v
             for k, v in os.environ.items()
             if k not in ("MODEL_NAME", "GPU_IDS", "CUDA_VISIBLE_DEVICES", "MULTIPLIER")
         }
         return subprocess.run(
-            [kind, "-c", lines],
+            [request.param, "-c", lines],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -44,14 +44,9 @@ def flag(result: list[str], name: str, count: int = 1) -> list[str]:
     return result[position + 1 : position + 1 + count]
 
 
-KINDS = [kind for kind in ("bash", "zsh") if shutil.which(kind)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_finetune_as_printed(shell, kind):
-    call = "finetune" if kind == "zsh" else "bash finetune"
+def test_finetune_as_printed(shell):
     result = command_line(
-        shell(f"source scripts/finetune.sh\n{call} 'cub' 'ti_db' 5 35000 --rank 4 --prompt 'a b'", kind)
+        shell("source scripts/finetune.sh\nbash finetune 'cub' 'ti_db' 5 35000 --rank 4 --prompt 'a b'")
     )
     assert result[0].endswith("train_lora.py")
     assert flag(result, "--dataset") == ["cub"] and flag(result, "--finetune_strategy") == ["ti_db"]
@@ -70,13 +65,9 @@ def test_several_gpus_go_through_accelerate(shell):
     assert flag(result, "--pretrained_model_name_or_path") == ["my base"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ids", ["GPU_IDS=(0 0 1)", "GPU_IDS='0 0 1'", "export GPU_IDS=(0 0 1)"])
-def test_sample_takes_gpu_ids_as_array_or_string(shell, kind, ids):
-    call = "sample" if kind == "zsh" else "bash sample"
-    if kind == "zsh":
-        ids = ids.replace("export ", "")
-    result = command_line(shell(f"source scripts/sample.sh\n{ids}\n{call} 'cub' 'ti_db_latest' 'diff-mix' 0.7", kind))
+def test_sample_takes_gpu_ids_as_array_or_string(shell, ids):
+    result = command_line(shell(f"source scripts/sample.sh\n{ids}\nbash sample 'cub' 'ti_db_latest' 'diff-mix' 0.7"))
     assert result[0].endswith("sample_mp.py") and flag(result, "--gpu_ids", 3) == ["0", "0", "1"]
     assert flag(result, "--finetune_model_key") == ["ti_db_latest"] and flag(result, "--aug_strength") == ["0.7"]
     assert flag(result, "--syn_dataset_multiplier") == ["5"] and flag(result, "--examples_per_class") == ["-1"]
@@ -99,10 +90,21 @@ def test_sample_fewshot_as_printed(shell):
     assert "--gpu_ids" not in command_line(shell("source scripts/sample.sh; sample cub k diff-mix 0.7"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_main_cls_as_printed(shell, kind):
+def test_variables_become_flags_of_their_own(shell):
+    result = command_line(
+        shell("source scripts/finetune.sh; finetune cub ti_db 5 9", MODEL_NAME="my base", MIXED_PRECISION="fp16")
+    )
+    assert flag(result, "--mixed_precision") == ["fp16"]
+    assert flag(result, "--pretrained_model_name_or_path") == ["my base"]
+    result = command_line(
+        shell("source scripts/sample.sh; sample cub k diff-mix 0.7", MODEL_NAME="my base", MULTIPLIER="2")
+    )
+    assert flag(result, "--model_path") == ["my base"] and flag(result, "--syn_dataset_multiplier") == ["2"]
+
+
+def test_main_cls_as_printed(shell):
     lines = "source scripts/classification.sh\nmain_cls 'cub' '0' 2020 'resnet50' '224' 120 'diffmix_0.7' 0.5 0.1 --use_cutmix"
-    result = command_line(shell(lines, kind))
+    result = command_line(shell(lines))
     expected = {
         "--dataset": "cub",
         "--gpu": "0",
@@ -119,10 +121,10 @@ def test_main_cls_as_printed(shell, kind):
         and {k: flag(result, k)[0] for k in expected} == expected
         and result[-1] == "--use_cutmix"
     )
-    chosen = command_line(shell(f"{lines} --gpu cpu", kind))
+    chosen = command_line(shell(f"{lines} --gpu cpu"))
     assert [chosen[i + 1] for i, word in enumerate(chosen) if word == "--gpu"] == ["0", "cpu"]  # the last one wins
     few = command_line(
-        shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1", kind)
+        shell("source scripts/classification.sh; main_cls_fewshot 5 cub 0 2020 resnet50 224 120 None 0.5 0.1")
     )
     assert flag(few, "--examples_per_class") == ["5"] and flag(few, "--syndata_key") == ["None"]
 
@@ -135,7 +137,6 @@ def test_several_gpus_train_one_classifier_through_accelerate(shell):
     assert flag(result, "--num_processes") == ["3"] and flag(result, "--res_mode") == ["224"] and result[-1] == "0.9"
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("wrapper", "first", "flags"),
     [
@@ -146,10 +147,9 @@ def test_several_gpus_train_one_classifier_through_accelerate(shell):
         ("main_cls_imb", "0.01", {"--task": "imbalanced", "--imbalance_factor": "0.01", "--examples_per_class": "-1"}),
     ],
 )
-def test_every_setting_has_a_wrapper_with_main_cls_order(shell, kind, wrapper, first, flags):
-    prefix = "bash " if kind == "bash" else ""
-    call = f"{prefix}{wrapper} {first} elpv cpu 2021 vit_b_16 384 30 'a key' 0.8 0.3 --nepoch 2 --seeds 1 2"
-    result = command_line(shell(f"source scripts/classification.sh; {call}", kind))
+def test_every_setting_has_a_wrapper_with_main_cls_order(shell, wrapper, first, flags):
+    call = f"bash {wrapper} {first} elpv cpu 2021 vit_b_16 384 30 'a key' 0.8 0.3 --nepoch 2 --seeds 1 2"
+    result = command_line(shell(f"source scripts/classification.sh; {call}"))
     fixed = {"--dataset": "elpv", "--gpu": "cpu", "--seed": "2021", "--model": "vit_b_16", "--res_mode": "384"}
     fixed |= {"--syndata_key": "a key", "--gamma": "0.8", "--synthetic_prob": "0.3", "--seeds": "1"}
     assert result[0].endswith("train_cls.py") and {k: flag(result, k)[0] for k in fixed} == fixed
@@ -158,14 +158,13 @@ def test_every_setting_has_a_wrapper_with_main_cls_order(shell, kind, wrapper, f
     last = len(result) - 1 - result[::-1].index("--nepoch")
     assert result[last + 1] == "2" and result.index("--nepoch") < last  # a flag given after the words wins
     assert max(result.index(name) for name in flags) < last
-    few = shell(f"source scripts/classification.sh; {wrapper} {first} elpv cpu", kind)
+    few = shell(f"source scripts/classification.sh; {wrapper} {first} elpv cpu")
     assert few.returncode == 2 and few.stderr.startswith(f"error: {wrapper} needs {10 if first else 9} arguments")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_on_waterbirds_is_chosen_by_the_worst_group(shell, kind):
+def test_training_on_waterbirds_is_chosen_by_the_worst_group(shell):
     call = "main_cls_waterbird waterbird 0 2020 resnet50 224 120 None 0.5 0.1"
-    result = command_line(shell(f"source scripts/classification.sh; {call}", kind))
+    result = command_line(shell(f"source scripts/classification.sh; {call}"))
     assert flag(result, "--select_by") == ["worst_group"] and "--test_dataset" not in result
 
 
@@ -182,7 +181,6 @@ def test_a_wrapper_returns_the_programs_status_and_the_shell_lives_on(shell, scr
     assert done.stdout.split("\n")[:2] == ["status 2", "alive"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("script", "call"),
     [
@@ -191,9 +189,9 @@ def test_a_wrapper_returns_the_programs_status_and_the_shell_lives_on(shell, scr
         ("classification", "main_cls DATA 0 1 resnet50 224 1 k 0.5 0.1"),
     ],
 )
-def test_the_papers_data_sets_take_its_recipe_unless_told_otherwise(shell, kind, script, call):
+def test_the_papers_data_sets_take_its_recipe_unless_told_otherwise(shell, script, call):
     for dataset, recipe in {"cub": "paper", "pascal": "paper", "elpv": "default", "folder:/cub": "default"}.items():
-        result = command_line(shell(f"source scripts/{script}.sh; {call.replace('DATA', dataset)} --recipe mine", kind))
+        result = command_line(shell(f"source scripts/{script}.sh; {call.replace('DATA', dataset)} --recipe mine"))
         assert flag(result, "--recipe") == [recipe] and "mine" in result[result.index("--recipe") + 2 :]
 
 
@@ -219,12 +217,11 @@ def test_sourcing_works_from_anywhere(shell, tmp_path):
     assert str(ROOT / "sample_mp.py") in done.stdout
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_search_path_for_cd_changes_nothing(shell, kind, tmp_path):
+def test_a_search_path_for_cd_changes_nothing(shell, tmp_path):
     """With CDPATH, cd prints where it goes, and prefers another folder of the same name."""
     (tmp_path / "scripts").mkdir()
     for search in (".", tmp_path):
-        done = shell(f"CDPATH={search}\nsource scripts/sample.sh\nsample cub k diff-mix 0.7; echo $CDPATH", kind)
+        done = shell(f"CDPATH={search}\nsource scripts/sample.sh\nsample cub k diff-mix 0.7; echo $CDPATH")
         assert command_line(done)[0] == str(ROOT / "sample_mp.py") and done.stdout.endswith(f"\n{search}\n")
 
 
@@ -245,19 +242,17 @@ def test_a_search_path_for_cd_leads_no_script_elsewhere(script, tmp_path):
     assert done.stdout == f"{tmp_path / 'repository'}\n"
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "ids", ["GPU_IDS=$(printf '0\\n1\\n2')", "IFS=$'\\n'; GPU_IDS=(0 1 2)", "IFS=,; GPU_IDS=(0 1 2)"]
 )
-def test_gpu_ids_on_several_lines_are_all_taken(shell, kind, ids):
-    result = command_line(shell(f"source scripts/sample.sh\n{ids}\nsample cub k diff-mix 0.7", kind))
+def test_gpu_ids_on_several_lines_are_all_taken(shell, ids):
+    result = command_line(shell(f"source scripts/sample.sh\n{ids}\nsample cub k diff-mix 0.7"))
     assert flag(result, "--gpu_ids", 4) == ["0", "1", "2", "--aug_strength"]
 
 
 MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\\nNVML library version: 535.161\\n"
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("says", "status", "visible", "count"),
     [
@@ -268,15 +263,13 @@ MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\\nNVML li
         ("", 9, None, 1),
     ],
 )
-def test_finetune_counts_the_gpus_there_are(shell, kind, tmp_path, says, status, visible, count):
+def test_finetune_counts_the_gpus_there_are(shell, tmp_path, says, status, visible, count):
     """A driver that fails prints its message where the list of GPUs would stand."""
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{says}'; exit {status}\n")
     program.chmod(0o755)
     lines = "" if visible is None else f"export CUDA_VISIBLE_DEVICES={visible}\n"
-    done = shell(
-        f"set -euo pipefail\nPATH={tmp_path}:$PATH\n{lines}source scripts/finetune.sh; finetune cub ti_db 5 9", kind
-    )
+    done = shell(f"set -euo pipefail\nPATH={tmp_path}:$PATH\n{lines}source scripts/finetune.sh; finetune cub ti_db 5 9")
     result = command_line(done)
     assert done.returncode == 0 and done.stderr == ""
     assert (flag(result, "--num_processes") == ["2"]) if count == 2 else result[0].endswith("train_lora.py")
