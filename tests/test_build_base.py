@@ -148,16 +148,24 @@ def test_more_images_continue_and_finished_stages_are_not_repeated(built, pool, 
     shutil.rmtree(tmp_path / "model")
     build(pool, tmp_path / "model", "--denoiser_images", "32", "--export_only")
     assert tiny.read_json(tmp_path / "model" / "recipe.json")["denoiser_images"] == 24  # exported as it was
+    for larger in (["--autoencoder_images", "20"], ["--budget", "9"]):  # the denoiser's autoencoder is kept
+        build(pool, tmp_path / "model", "--denoiser_images", "24", *larger)
+        assert state.stat().st_mtime_ns == before
+    other = torch.load(state, weights_only=True)
+    torch.save({**other, "ema": {name: value + 1 for name, value in other["ema"].items()}}, state)
     with pytest.raises(UserError, match="denoiser.pt was trained on another autoencoder"):
-        build(pool, tmp_path / "model", "--autoencoder_images", "20")
+        build(pool, tmp_path / "model")
     with pytest.raises(UserError, match=r"holds a run with other arguments \(latent_channels: 2 -> 4"):
         build(pool, tmp_path / "other", "--work_dir", str(tmp_path / "model-training"), "--latent_channels", "4")
 
 
-def test_budget_of_time_ends_both_stages(pool, tmp_path):
-    build(pool, tmp_path / "model", "--budget", "0.0001", "--until", "denoiser")
+def test_budget_of_time_ends_both_stages_and_the_card_has_the_steps_that_were_done(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("base_model.training.LOG_EVERY", 50)  # no row is due
+    build(pool, tmp_path / "model", "--budget", "0.0001")
+    record = tiny.read_json(tmp_path / "model" / "recipe.json")
     for stage in ("autoencoder", "denoiser"):
         assert torch.load(tmp_path / "model-training" / f"{stage}.pt", weights_only=True)["step"] == 1
+        assert (record[f"{stage}_steps"], record[f"{stage}_images"]) == (1, 4)
 
 
 def test_greyscale_is_detected_and_captions_have_no_colour(pool, tmp_path):

@@ -65,8 +65,11 @@ def run_stages(
     enlarged = images.pixel_file(pool.train, recipe.size, channels, folder / "enlarged.npy", images.ENLARGEMENT)
     kept_out = images.pixel_file(pool.kept_out, recipe.size, channels, folder / "kept_out.npy")
 
-    seconds = _seconds(config)
-    budget = Budget(recipe.autoencoder_images, recipe.autoencoder_batch, seconds and AUTOENCODER_SHARE * seconds)
+    seconds, begun = _seconds(config), (folder / "denoiser.pt").exists()
+    if begun:
+        log.info("%s: the autoencoder stays as it was when the denoiser began", folder)
+    share = 0.0 if begun else seconds and AUTOENCODER_SHARE * seconds
+    budget = Budget(recipe.autoencoder_images, recipe.autoencoder_batch, share)
     perceptual = None if backbone is None else Perceptual(backbone)
     vae = train_autoencoder(pixels, enlarged, kept_out, recipe, budget, folder, perceptual, machine)
     if config.until == "autoencoder":

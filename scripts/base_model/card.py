@@ -21,6 +21,7 @@ from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.files import write_json, write_text
 from semantic_aug.pictures import Cell, grid
 from semantic_aug.seeding import numpy_rng, torch_rng
+from semantic_aug.tensors import load_pickle
 
 RECORD = "recipe.json"
 """In the finished model's folder: how it was trained and what was measured."""
@@ -149,15 +150,15 @@ def _millions(model: BaseModel) -> float:
 
 
 def _log(folder: Path, recipe: Recipe) -> dict:
-    """Steps and seconds of both stages, and the validation losses of the last row that has them."""
+    """Steps and seconds of both stages' states, and the last validation losses up to there."""
     result: dict = {}
     for stage, batch in (("autoencoder", recipe.autoencoder_batch), ("denoiser", recipe.denoiser_batch)):
-        with open(folder / f"{stage}.csv", newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
-        last = rows[-1]
-        result |= {f"{stage}_steps": int(last["images"]) // batch, f"{stage}_batch": batch}
-        result |= {f"{stage}_images": int(last["images"]), f"{stage}_seconds": round(float(last["seconds"]))}
-    validated = [row for row in rows if row["kept_out_loss"]]
+        state = load_pickle(folder / f"{stage}.pt", "run the training again")
+        images = state["step"] * batch
+        result |= {f"{stage}_steps": state["step"], f"{stage}_batch": batch}
+        result |= {f"{stage}_images": images, f"{stage}_seconds": round(state["seconds"])}
+    with open(folder / "denoiser.csv", newline="", encoding="utf-8") as lines:
+        validated = [row for row in csv.DictReader(lines) if row["kept_out_loss"] and int(row["images"]) <= images]
     if validated:
         losses = [float(row["kept_out_loss"]) for row in validated]
         result["kept_out_loss"], result["seen_loss"] = losses[-1], float(validated[-1]["seen_loss"])
