@@ -25,6 +25,7 @@ from semantic_aug.classify.models import initial_model, make_model
 from semantic_aug.datasets import Setting, find_spec, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.diffusion import convert, tokens
+from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings, make_scheduler
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import export, export_formats
@@ -364,6 +365,17 @@ def test_tokens_of_da_fusion(tiny_base, tmp_path, merged):
     before, changed = Weights.of(files), next(path for path in sorted(folder.rglob("*.*")) if path.is_file())
     torch.save({name: 2 * vector for name, vector in torch.load(changed, weights_only=True).items()}, changed)
     assert Weights.of(files).tokens != before.tokens
+
+
+def test_placeholders_that_differ_in_letter_case_are_tokens_of_their_own(tiny_base, tmp_path):
+    save_file({"<É>": vectors(2)[0], "<é>": vectors(2)[1]}, tmp_path / "letters.safetensors")
+    learned, model = tokens.load_tokens(tmp_path / "letters.safetensors"), load_base(str(tiny_base))
+    first = len(model.tokenizer)
+    tokens.install(learned, model.tokenizers, model.text_encoders)
+    ids = [model.tokenizer(f"a photo of a {placeholder} sign").input_ids for placeholder in ("<É>", "<é>")]
+    looked_up = [model.text_encoder.get_input_embeddings()(torch.tensor(row))[row.index(max(row))] for row in ids]
+    assert [max(row) for row in ids] == [first + learned.class_names.index(name) for name in "Éé"]
+    assert all(map(torch.equal, looked_up, vectors(2)))
 
 
 def test_tokens_of_da_fusion_that_do_not_belong_together(tmp_path):

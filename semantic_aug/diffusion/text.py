@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from semantic_aug.diffusion.tokens import ClassTokens
+from semantic_aug.diffusion.tokens import ClassTokens, add_placeholders
 from semantic_aug.errors import UserError
 from semantic_aug.prompts import SAMPLING_TEMPLATE, class_phrase, fill
 
@@ -159,7 +159,7 @@ def check_prompts(
     starts = [prompt[: prompt.index(phrase) + len(phrase)] for prompt, phrase, _ in prompts]
     for part in tokenizers:
         tokenizer = load_tokenizer(folder / part)
-        tokenizer.add_tokens(list(placeholders))
+        add_placeholders(tokenizer, placeholders)
         for row, ids in enumerate(tokenizer(starts, verbose=False).input_ids if starts else []):
             if len(ids) > tokenizer.model_max_length:
                 prompt, phrase, origin = prompts[row]

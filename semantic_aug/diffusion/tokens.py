@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import AddedToken, CLIPTextModel, CLIPTokenizer
 
 from semantic_aug.divergence import non_finite
 from semantic_aug.errors import UserError
@@ -181,11 +181,16 @@ def _install(
             f"the base model's tokenizer has {first_id} tokens, its text encoder {table.num_embeddings}: "
             "the folder is damaged"
         )
-    tokenizer.add_tokens(list(tokens.names))
+    add_placeholders(tokenizer, tokens.names)
     vectors = vectors.detach().clone().to(table.weight.device, torch.float32)
     vectors = nn.Parameter(vectors) if trainable else vectors.to(table.weight.dtype)
     text_encoder.set_input_embeddings(SplicedEmbedding(table, first_id, vectors))
     return vectors
+
+
+def add_placeholders(tokenizer: CLIPTokenizer, names: Sequence[str]) -> None:
+    """Teaches a tokenizer placeholders as they are spelled: normalised, ``<A>`` and ``<a>`` would be one token."""
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
 
 
 def _encoders(count: int) -> str:
