@@ -599,6 +599,7 @@ def test_piecewise_constant_rates():
         ),
         ({"random_crops": True, "crops": 3}, "--random_crops with --crops 3"),
         ({"report_to": "wandb"}, "--report_to wandb needs the package wandb"),
+        ({"prediction_type": "v_prediction"}, "scheduler_config.json of the base model says epsilon, by which stage 2"),
         ({"use_8bit_adam": True}, "--use_8bit_adam needs the package bitsandbytes"),
     ],
 )

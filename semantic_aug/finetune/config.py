@@ -185,7 +185,9 @@ class TrainSettings:
         "then 0.01",
     )
     prediction_type: str | None = cli.setting(
-        None, choices=PREDICTION_TYPES, help="what the U-Net predicts (default: the base model's)"
+        None,
+        choices=PREDICTION_TYPES,
+        help="what the U-Net predicts; another one than the base model's is refused (default: the base model's)",
     )
     snr_gamma: float | None = cli.setting(
         None,

@@ -17,7 +17,13 @@ from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import with_unlabelled
 from semantic_aug.devices import launched
 from semantic_aug.diffusion import lora, tokens
-from semantic_aug.diffusion.base import find_base, load_skeleton, networks_without_weights, read_geometry
+from semantic_aug.diffusion.base import (
+    find_base,
+    load_skeleton,
+    networks_without_weights,
+    read_geometry,
+    read_scheduler_config,
+)
 from semantic_aug.diffusion.families import LORA_TARGETS, family_of
 from semantic_aug.diffusion.license import license_of, warn_of_license
 from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
@@ -65,6 +71,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     check_flags(config)
     with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed
         resolution_of(config, folder := find_base(name))
+        check_prediction(config, folder)
         if model.trains_lora and model.lora_targets != LORA_TARGETS:
             lora.add_lora(networks_without_weights(folder)["unet"], 1, targets=model.lora_targets)
     dataset, folder = all_local(
@@ -73,6 +80,7 @@ def resolve(config: FinetuneConfig) -> tuple[FinetuneConfig, LoadedDataset]:
     if images.unlabelled is not None:
         dataset = with_unlabelled(dataset, images.unlabelled, config.run.config_dir)
         images = replace(images, unlabelled_share=images.unlabelled_share or UNLABELLED_SHARE)
+    check_prediction(config, folder)
     resolution, vectors = resolution_of(config, folder), model.num_vectors if model.trains_tokens else None
     check_training_prompts(dataset, folder, name, vectors, images)
     scale = config.effective_batch(launched()) if config.train.scale_lr else 1
@@ -138,6 +146,18 @@ def resolution_of(config: FinetuneConfig, folder: Path) -> int:
             "--crops K"
         )
     return resolution
+
+
+def check_prediction(config: FinetuneConfig, folder: Path) -> None:
+    """Refuses a ``--prediction_type`` that is not the base model's, by which stage 2 and the picture grids denoise. Raises
+    UserError: it is another."""
+    given, file = config.train.prediction_type, "scheduler/scheduler_config.json"
+    own = read_scheduler_config(folder, config.model.pretrained_model_name_or_path).get("prediction_type", "epsilon")
+    if given not in (None, own):
+        raise UserError(
+            f"--prediction_type {given}: {file} of the base model says {own}, by which stage 2 would denoise: leave the flag "
+            f"out, or correct {file} in a copy of the base model"
+        )
 
 
 def describe_unlabelled(config: FinetuneConfig, dataset: LoadedDataset, processes: int) -> str:
