@@ -133,6 +133,16 @@ def test_plain_diffusers_makes_the_same_image_and_so_does_the_engine(trained):
     ).abs().max() > 1e-4  # the text encoders' too
 
 
+def test_the_pooled_prompt_of_xl_is_read_at_the_end_and_not_at_the_class_token(bases):
+    model = load_base(str(bases["sdxl"]))
+    tokens.install(
+        tokens.initial_tokens(CLASSES, CLASSES, "", "class_name", model.tokenizers, model.text_encoders),
+        model.tokenizers, model.text_encoders,
+    )  # fmt: skip
+    pooled = model.encode(["a photo of a <class_0>", "a photo of a <class_0>, in the snow"], 32).added["text_embeds"]
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-3
+
+
 def test_stage_2_translates_in_one_batch_as_alone(trained):
     engine = Engine(trained[3], NAMES, SolverSettings(4, 5.0), tiny.RESOLUTION)
     moments = engine.encode([tiny.picture(i, 0, (tiny.RESOLUTION,) * 2) for i in range(2)])

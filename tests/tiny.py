@@ -150,7 +150,8 @@ def write_sdxl(folder: Path, seed: int = 2, zeros_for_empty_prompt: bool = True)
         ),
         text_encoder=CLIPTextModel(_text_config(first)),
         text_encoder_2=CLIPTextModelWithProjection(
-            _text_config(second, hidden_act="gelu", num_hidden_layers=3, projection_dim=projection)
+            # the end token as published, which is not the tokenizer's
+            _text_config(second, hidden_act="gelu", num_hidden_layers=3, projection_dim=projection, eos_token_id=2)
         ),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(pad_token="!"),

@@ -185,6 +185,8 @@ def _install(
     vectors = vectors.detach().clone().to(table.weight.device, torch.float32)
     vectors = nn.Parameter(vectors) if trainable else vectors.to(table.weight.dtype)
     text_encoder.set_input_embeddings(SplicedEmbedding(table, first_id, vectors))
+    # where the published configurations have 2, the pooled prompt would be read at the largest id, a class token
+    getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
     return vectors
 
 
