@@ -341,6 +341,15 @@ def test_values_that_are_not_finite_are_refused_by_file_and_tensor(tiny_base, ch
             read(tmp_path / source.name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_lora_in_low_precision_is_read(checkpoint, tmp_path, dtype):
+    whole = load_file(checkpoint[0])
+    save_file({name: value.to(dtype) for name, value in whole.items()}, tmp_path / "low.safetensors")
+    pairs, wanted = lora.read_lora(tmp_path / "low.safetensors"), lora.read_lora(checkpoint[0])
+    assert pairs.keys() == wanted.keys() and all(pair.down.dtype == torch.float32 for pair in pairs.values())
+    assert all(torch.equal(pairs[name].up, wanted[name].up.to(dtype).float()) for name in wanted)
+
+
 def test_damaged_and_foreign_lora_files(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0")
     torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "other.bin")
