@@ -476,6 +476,13 @@ def test_weights_from_files(tmp_path):
     torch.save(donor.state_dict(), tmp_path / "w.pth")
     model, _ = models.make_model("resnet18", 3, 64, str(tmp_path / "w.pth"))
     assert torch.equal(model.layer1[0].conv1.weight, donor.layer1[0].conv1.weight) and model.fc.out_features == 3
+    former = {key: value for key, value in donor.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(former, tmp_path / "former.pth")  # as PyTorch before 0.4.1 wrote it
+    model, _ = models.make_model("resnet18", 3, 64, str(tmp_path / "former.pth"))
+    assert torch.equal(model.layer4[1].bn2.running_var, donor.layer4[1].bn2.running_var)
+    names = tuple(map(str, range(1000)))
+    loaded = inference._load(tmp_path / "former.pth", "--weights", "resnet18", 64, names, torch.device("cpu"))
+    assert torch.equal(loaded.model.fc.weight, donor.fc.weight)
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="do not fit resnet18 .*missing.*the file seems to hold a ResNet of b"):
         models.make_model("resnet18", 3, 64, str(tmp_path / "other.safetensors"))

@@ -145,8 +145,11 @@ def misfit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], allowed: t
         state: tensors of the file, under the model's names.
         target: the model's state dict.
         allowed: prefixes of names that may be missing or have another shape.
+
+    Counts of batches, which files of PyTorch before 0.4.1 and of other frameworks lack, may be missing: no layer uses them.
     """
     wanted = [key for key in target if not (allowed and key.startswith(allowed))]
+    wanted = [key for key in wanted if key in state or not key.endswith(".num_batches_tracked")]
     missing = [key for key in wanted if key not in state]
     other = [key for key in wanted if key in state and state[key].shape != target[key].shape]
     if not missing and not other:

@@ -235,7 +235,7 @@ def _load(
         raise UserError(
             f"{flag} {path} does not fit {model_name} ({reason}: give the --model and --res_mode it was trained with"
         )
-    model.load_state_dict({key: state[key] for key in wanted})
+    model.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
     normalise = Normaliser(*normalisation_of(model, path), device)
     keep_aspect = metadata_of(path).get("keep_aspect", False)
     return Classifier(path, model.to(device).eval(), tuple(class_names), normalise, resolution, keep_aspect=keep_aspect)

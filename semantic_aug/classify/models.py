@@ -161,12 +161,12 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         UserError: a file that is missing, unreadable, of another architecture, or not finite.
     """
     path = weight_file(path)
-    wanted = model.state_dict()
+    wanted, head = model.state_dict(), _head_prefixes(model)
     state = read_state(path, wanted)
-    if reason := misfit(state, wanted, _head_prefixes(model)):
+    if reason := misfit(state, wanted, head):
         raise UserError(f"--weights {path} do not fit {name} ({reason}")
     fitting = {key: value for key, value in state.items() if key in wanted and wanted[key].shape == value.shape}
-    if dropped := [key for key in wanted if key not in fitting]:
+    if dropped := [key for key in wanted if key not in fitting and key.startswith(head)]:
         log.info("--weights %s: the head is new (the file's '%s' is not one of these classes)", path, dropped[0])
     model.load_state_dict(fitting, strict=False)
 
