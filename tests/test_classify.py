@@ -19,7 +19,7 @@ from semantic_aug.classify import data, inference, mixing, models, trainer
 from semantic_aug.classify.config import LossSettings, MixSettings, SyntheticSettings, TrainSettings
 from semantic_aug.classify.data import EvalBatches, ImageStore, Normaliser, TrainBatches, crop
 from semantic_aug.classify.losses import make_criterion, one_hot, smooth
-from semantic_aug.classify.metrics import Meter
+from semantic_aug.classify.metrics import Meter, write_scores
 from semantic_aug.classify.optimizer import learning_rate, learning_rate_at
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.fingerprint import hash_images
@@ -123,6 +123,13 @@ def test_metrics_by_hand():
     assert scores.top1 == 0.75 and scores.top5 == 0.75  # the third's true class is the sixth best
     assert scores.confusion[5, 0] == 1 and scores.confusion[5, 5] == 1
     assert scores.macro == pytest.approx((1 + 1 + 0.5) / 3) and np.isnan(scores.per_class[2])
+
+
+def test_class_names_with_dollars_are_no_formulas(tmp_path):
+    meter = Meter(2, torch.device("cpu"))
+    meter.add(torch.eye(2), torch.tensor([0, 1]))
+    write_scores(meter.result(), ("$5 (10%) to $10", r"a $\frac$"), tmp_path, "test")
+    assert (tmp_path / "test_confusion.png").stat().st_size
 
 
 def test_warm_up_and_cosine():
