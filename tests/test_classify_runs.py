@@ -23,10 +23,19 @@ import tiny
 import train_cls
 from semantic_aug import cli
 from semantic_aug.classify import models, trainer
-from semantic_aug.classify.config import GROUPS, ClassifyConfig, EvaluationSettings, LossSettings, MixSettings
+from semantic_aug.classify.config import (
+    GROUPS,
+    ClassifyConfig,
+    EvaluationSettings,
+    LossSettings,
+    MixSettings,
+    build_parser,
+    read_config,
+)
 from semantic_aug.classify.data import Normaliser, TrainBatches
 from semantic_aug.classify.draws import SyntheticSettings
 from semantic_aug.classify.losses import effective_number_weights
+from semantic_aug.classify.run import resolve
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
@@ -588,6 +597,17 @@ def test_evaluation_alone_gives_the_runs_scores(three_seeds, image_folder, tmp_p
     train(image_folder, tmp_path / "other", eval_only=True, weights=three_seeds / "seed1")
     assert f"test: top1 {100 * wanted['test']['top1']:.2f} %" in capsys.readouterr().out
     assert (tmp_path / "other" / "evaluation" / "test_per_class.csv").exists()
+
+
+def test_evaluations_of_weights_take_no_folder_of_a_training(three_seeds, image_folder):
+    def default_folder(**changes):
+        argv = classify_arguments(image_folder, "none", **SMALL, **changes)
+        request = read_config(build_parser("").parse_args([str(word) for word in argv]))
+        return resolve(request.with_seed(1, None))[0].output_dir
+
+    runs = [three_seeds / name for name in ("seed1", "seed2")]
+    folders = {default_folder(eval_only=True, weights=run) for run in runs} | {default_folder()}
+    assert len(folders) == 3 and default_folder(predict=[image_folder], weights=runs[0]) in folders
 
 
 def test_confusions_on_validation_are_told_by_a_run_that_was_tested(three_seeds, image_folder):

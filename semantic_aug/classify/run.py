@@ -46,6 +46,7 @@ from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
 from semantic_aug.devices import device_of, launched
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
+from semantic_aug.meta_csv import hashed_slug
 from semantic_aug.registry import DEFAULT_RECIPE
 from semantic_aug.run_lock import lock_folder
 
@@ -239,11 +240,17 @@ def check_flags(config: ClassifyConfig) -> None:
 
 
 def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
-    """The default name of a run's folder, without the seed: the settings that differ from the defaults."""
+    """The default name of a run's folder, without the seed: the settings that differ from the defaults.
+
+    The results of ``--weights PATH`` with ``--eval_only`` or ``--predict`` are named after the file, apart from any training's.
+    """
     synthetic, classifier, loss = config.synthetic, config.classifier, config.loss
     recipe = config.run.recipe.partition(":")[0]
     parts = [classifier.model, str(classifier.res_mode), *([recipe] if recipe != DEFAULT_RECIPE else [])]
-    if keys:
+    if (config.use.eval_only or config.use.predict) and classifier.weights not in WEIGHTS:
+        file = classifier_file(config)[1]
+        parts.append(hashed_slug(f"{file.parent.name}-{file.stem}", str(file)))
+    elif keys:
         parts += ["+".join(keys).replace("#", "."), f"g{synthetic.gamma:g}"]
         parts += [synthetic.synthetic_mode] if synthetic.synthetic_mode != "item" else []
         weight = f"{synthetic.teacher_weight:g}" if synthetic.soft_labels == "mixed" else ""
