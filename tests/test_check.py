@@ -193,6 +193,7 @@ def test_list_and_info(capsys, monkeypatch, tmp_path):
     assert run_main(command.main, ["list"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{out}" for name in ("cub", "flower", "waterbird", "elpv"))
+    assert "elpv_shortcut solar cell  package" in out
     assert run_main(command.main, ["info", "waterbird"]) == 0
     out = capsys.readouterr().out
     assert "WATERBIRD_ROOT" in out and "land bird on water" in out and "Sagawa" in out and "not readable here" in out

@@ -15,6 +15,7 @@ from helpers import start
 
 import tiny
 from semantic_aug.datasets import Setting, load_dataset
+from semantic_aug.datasets import __main__ as command
 from semantic_aug.datasets.readers.hub import read_hub_id
 from semantic_aug.errors import UserError
 
@@ -145,6 +146,14 @@ def test_files_that_would_be_passed_over_are_refused_by_name(tmp_path):
         read_hub_id(str(tmp_path))
     (tmp_path / "train.parquet").unlink()
     assert len(read_hub_id(str(tmp_path))["train"]) == COUNTS["test"]  # one split altogether
+
+
+def test_a_local_copy_is_counted_and_its_images_need_no_file_ending(tmp_path, capsys):
+    hub.DatasetDict({split: rows(split) for split in COUNTS}).save_to_disk(tmp_path / "copy")
+    assert command.main(["info", f"hf:{tmp_path / 'copy'}"]) == 0
+    assert "2 classes, images: train 6, val 2, test 4" in capsys.readouterr().out
+    assert command.main(["check", f"hf:{tmp_path / 'copy'}", "--output_dir", str(tmp_path / "out")]) == 0
+    assert "ending" not in capsys.readouterr().out
 
 
 def test_configurations(tmp_path):

@@ -4,14 +4,13 @@
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from semantic_aug import cli, console, files, registry
 from semantic_aug.datasets import catalog, download
 from semantic_aug.datasets.readers.notes import collected
-from semantic_aug.errors import UserError, run_main
+from semantic_aug.errors import UserError, WouldDownload, no_downloads, run_main
 
 OUTPUT = Path("outputs/check")
 SHOWN = 5
@@ -58,7 +57,7 @@ def show_list(config_dir: Path) -> int:
     """Names, super-classes and where each comes from."""
     for name in catalog.known_names(config_dir):
         spec = catalog.find_spec(name, config_dir)
-        source = ", ".join((*spec.variables[:1], *spec.hub[:1])) or ("package" if name == "elpv" else registry.DATASETS)
+        source = ", ".join((*spec.variables[:1], *spec.hub[:1])) or ("package" if spec.about else registry.DATASETS)
         first = spec.about.split("\n")[0] if spec.about else ""
         _say(f"{name:<11} {spec.super_class or '-':<11} {source}" + (f"\n{'':<11} {first}" if first else ""))
     _say("", "One's own: --dataset folder:PATH | csv:PATH | hf:ID, or an entry of config/datasets.yaml")
@@ -84,11 +83,11 @@ def show_info(word: str, config_dir: Path) -> int:
     _say(*(f"{name:<13} {value}" for name, value in rows.items() if value))
     if spec.about:
         _say("", spec.about.strip())
-    if spec.hub and not any(map(os.environ.get, spec.variables)):
-        _say("", "counts: not shown, reading them would download the hub's copy; check does")
-        return 0
     try:
-        _say("", catalog.load_dataset(word, config_dir=config_dir).describe())
+        with no_downloads(True):
+            _say("", catalog.load_dataset(word, config_dir=config_dir).describe())
+    except WouldDownload:
+        _say("", "counts: not shown, reading them would download the hub's copy; check does")
     except UserError as error:
         _say("", f"not readable here: {error}")
     return 0

@@ -77,7 +77,8 @@ class Report:
 
 
 def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str, ...]:
-    """Unusual properties of an image of upright size (width, height), by how a file of this name stores it."""
+    """Unusual properties of an image of upright size (width, height), by how a file of this name stores it; no name: it is no
+    file of its own."""
     oddities = []
     if stored.mode in ("1", "L"):
         oddities.append("greyscale")
@@ -95,7 +96,7 @@ def oddities(stored: Stored, size: tuple[int, int], name: str = "") -> tuple[str
         oddities.append("damaged metadata (it is passed over)")
     ending = PurePath(name).suffix.lower()
     expected = {"MPO": "JPEG"}.get(stored.format, stored.format)
-    if expected and Image.registered_extensions().get(ending) != expected:
+    if name and expected and Image.registered_extensions().get(ending) != expected:
         oddities.append(f"{expected} file with {f'the ending {ending}' if ending else 'no ending'}")
     short, long = sorted(size)
     if short < SMALL_SIDE:
