@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, ROWS, classify_arguments, contents, exchange, start, write_subset
+from helpers import ROOT, ROWS, classify_arguments, contents, exchange, refused, run_here, start, write_subset
 from safetensors.torch import load_file
 
 import tiny
@@ -859,6 +859,21 @@ def test_bad_requests_raise_one_line_that_names_the_flag(image_folder, tmp_path,
     with pytest.raises(UserError) as caught:
         train_cls.main([str(word) for word in argv])
     assert re.search(message, str(caught.value)), caught.value
+
+
+def test_a_dry_run_judges_the_batches_as_the_run_does(image_folder, tmp_path):
+    subset = write_subset(tmp_path / "s", ROWS)
+    for changes, message in (
+        ({"model": "resnet10t", "batch_size": 1}, "error: a part of a training batch is a single image"),
+        # 3 real images are too few for 4 parts, with 4 synthetic ones there are enough
+        (
+            {**SMALL, "examples_per_class": 1, "batch_size": 9, "gradient_accumulation_steps": 4},
+            "too small for 4 parts",
+        ),
+    ):
+        argv = classify_arguments(image_folder, tmp_path / "run", **changes)
+        assert all(message in refused("train_cls.py", *argv, *further) for further in (["--dry_run"], []))
+    run_here("train_cls.py", *argv, "--syndata_dir", subset, "--synthetic_mode", "concat", "--dry_run")
 
 
 def test_a_damaged_subset_ends_the_program_with_status_2(image_folder, tmp_path, capsys):

@@ -36,7 +36,7 @@ from semantic_aug.classify.models import (
 )
 from semantic_aug.classify.optimizer import make_optimizer
 from semantic_aug.classify.processes import Processes, is_main, leave
-from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, results_of
+from semantic_aug.classify.trainer import BEFORE_RESULTS, Trainer, check_disk, check_parts, results_of
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.fingerprint import refuse_known_images
@@ -44,7 +44,7 @@ from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
-from semantic_aug.devices import device_of, launched
+from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError, WouldDownload, no_downloads
 from semantic_aug.meta_csv import hashed_slug
 from semantic_aug.registry import DEFAULT_RECIPE
@@ -67,7 +67,7 @@ def run(config: ClassifyConfig) -> int:
     say(runs.arguments_text(config.record()), end="")
     seeds = list(dict.fromkeys(config.training.seeds or ()))
     if config.run.dry_run:
-        check_start(config, dataset)
+        check_start(config, dataset, synthetic)
     labels = teacher.subset_labels(config, dataset)
     if config.run.dry_run or labels:  # output folders are checked before teachers are trained
         for request in [seeded(config, seed) for seed in seeds] or [config]:
@@ -129,7 +129,9 @@ def resolve(config: ClassifyConfig) -> tuple[ClassifyConfig, LoadedDataset, Synt
         inference.refuse_seen_images(classifier_file(config)[1], config, dataset, "--weights")
     folders = subset_folders(synthetic, dataset, config.run.config_dir)
     images = load_synthetic(folders, dataset, synthetic)
-    resolved = replace(with_derived(config, dataset), syndata=folders, carried=carries_over(config, dataset, images))
+    resolved = replace(
+        with_derived(config, dataset), syndata=folders, carried=draws_of(config, dataset, images).carried
+    )
     check(resolved, dataset)
     folder = placement.output_dir
     if folder is None:
@@ -185,14 +187,12 @@ def load_synthetic(
     return images
 
 
-def carries_over(config: ClassifyConfig, dataset: LoadedDataset, images: SyntheticImages | None) -> bool:
-    """Whether the synthetic images of an epoch depend on the earlier ones, see :attr:`EpochDraws.carried`."""
-    if images is None:
-        return False
-    training, options = config.training, {"counts": dataset.train.counts(), "strengths": images.strength}
-    options |= {"epochs": training.nepoch}
-    draws = EpochDraws(len(dataset.train), images.target, config.synthetic, training.batch_size, config.seed, **options)
-    return draws.carried
+def draws_of(config: ClassifyConfig, dataset: LoadedDataset, images: SyntheticImages | None) -> EpochDraws:
+    """The items of every batch of a training."""
+    training, options = config.training, {"counts": dataset.train.counts(), "epochs": config.training.nepoch}
+    targets, strengths = (None, None) if images is None else (images.target, images.strength)
+    options |= {"strengths": strengths}
+    return EpochDraws(len(dataset.train), targets, config.synthetic, training.batch_size, config.seed, **options)
 
 
 def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
@@ -279,8 +279,8 @@ def run_name(config: ClassifyConfig, keys: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------- the dry run
 
 
-def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
-    """Creates the model, its optimiser and its loss, and checks the batch size and the disk space.
+def check_start(config: ClassifyConfig, dataset: LoadedDataset, synthetic: SyntheticImages | None) -> None:
+    """Creates the model, its optimiser and its loss, and checks the batches and the disk space.
 
     Raises:
         UserError: a part that cannot be created.
@@ -294,9 +294,8 @@ def check_start(config: ClassifyConfig, dataset: LoadedDataset) -> None:
     except WouldDownload as error:
         missing = error
         model, _ = make_model(classifier.model, classes, resolution, "none")
-    freeze(model, classifier.trainable_layers)
-    parts = launched() * training.gradient_accumulation_steps
-    Processes(config.device).check(min(training.batch_size, len(dataset.train)), parts)
+    frozen = freeze(model, classifier.trainable_layers)
+    check_parts(model, frozen, config, Processes(config.device), draws_of(config, dataset, synthetic).batch_size)
     make_criterion(config.loss, dataset.train.counts(), torch.device("cpu"))
     make_optimizer(model, training)
     check_disk(config, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,33 @@ def check_disk(config: ClassifyConfig, model: nn.Module) -> None:
     files.check_space(config.output_dir, copies * size, "--output_dir")
 
 
+def training_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    """Sets training mode, but evaluation mode for frozen modules, which keep their running statistics."""
+    model.train()
+    for module in frozen:
+        module.eval()
+
+
+def check_parts(
+    model: nn.Module, frozen: Sequence[nn.Module], config: ClassifyConfig, processes: Processes, size: int
+) -> None:
+    """Refuses batches of ``size`` images with an empty part, or with a part too small for BatchNorm, unless BatchNorm is
+    synchronised over GPUs."""
+    classifier, training = config.classifier, config.training
+    parts = processes.count * training.gradient_accumulation_steps
+    processes.check(size, parts)
+    if processes.count > 1 and processes.device.type == "cuda":
+        return
+    training_mode(model, frozen)
+    advice = (
+        f"batches of {size} (--batch_size {training.batch_size}, at most the number of training images) in {parts} part(s), "
+        f"{classifier.model} at --res_mode {classifier.res_mode}: give a larger --batch_size or --res_mode, fewer "
+        "--gradient_accumulation_steps, or a model without BatchNorm"
+    )
+    smallest = min(len(share_of(size, part, parts)) for part in range(parts))
+    check_batch_norm(model, classifier.res_mode, smallest, advice)
+
+
 class Trainer:
     """One training run of a classifier.
 
@@ -113,8 +140,7 @@ class Trainer:
             epochs=training.nepoch,
         )
         self.parts = self.processes.count * training.gradient_accumulation_steps
-        self.processes.check(self.train_batches.batch_size, self.parts)
-        self._check_batch_norm()
+        check_parts(self.model, self.frozen, config, self.processes, self.train_batches.batch_size)
         self.counts = dataset.train.counts()
         self.criterion = make_criterion(config.loss, self.counts, self.device)
         # test images are opened here, so that an unreadable one is reported before training
@@ -136,26 +162,6 @@ class Trainer:
         size, resolution = 2 * self.config.training.batch_size, self.config.classifier.res_mode
         options = {"device": self.device, "keep_aspect": self.config.training.keep_aspect}
         return EvalBatches(table, resolution, size, cache=self.config.placement.cache, **options)
-
-    def _check_batch_norm(self) -> None:
-        """Refuses batches with a part too small for BatchNorm, unless BatchNorm is synchronised over GPUs."""
-        if self.processes.count > 1 and self.device.type == "cuda":
-            return
-        size, classifier = self.train_batches.batch_size, self.config.classifier
-        self._training_mode()
-        advice = (
-            f"batches of {size} (--batch_size {self.config.training.batch_size}, at most the number of training images) in "
-            f"{self.parts} part(s), {classifier.model} at --res_mode {classifier.res_mode}: give a larger --batch_size or "
-            "--res_mode, fewer --gradient_accumulation_steps, or a model without BatchNorm"
-        )
-        smallest = min(len(share_of(size, part, self.parts)) for part in range(self.parts))
-        check_batch_norm(self.model, classifier.res_mode, smallest, advice)
-
-    def _training_mode(self) -> None:
-        """Sets training mode, but evaluation mode for frozen modules, which keep their running statistics."""
-        self.model.train()
-        for module in self.frozen:
-            module.eval()
 
     # ------------------------------------------------------------------------------------------------- one run
 
@@ -206,7 +212,7 @@ class Trainer:
     def _train_epoch(self, call: nn.Module, bar: tqdm) -> dict[str, float]:
         training, began, rank = self.config.training, time.monotonic(), self.processes.rank
         torch.manual_seed(derive_seed(self.config.seed, "classify", "dropout", self.epoch, *([rank] if rank else [])))
-        self._training_mode()
+        training_mode(self.model, self.frozen)
         loss_log, total = LossLog(self.device, CHECK_STEPS, self.processes.add_up), 0.0
         for step, parts in enumerate(self._epoch_parts()):
             done = self.epoch * self.steps_per_epoch + step
