@@ -131,7 +131,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (UserError, OSError, Interrupted, KeyboardInterrupt) as error:
+    except (UserError, OSError, UnicodeEncodeError, Interrupted, KeyboardInterrupt) as error:
         line, status = _outcome(error)
         if os.environ.get("DIFFMIX_DEBUG", "") not in ("", "0"):
             traceback.print_exception(error)
@@ -145,6 +145,10 @@ def _outcome(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", EXIT_USER_ERROR
     if isinstance(error, OSError):
         return f"error: {os_error_line(error)}", EXIT_USER_ERROR
+    if isinstance(error, UnicodeEncodeError):  # libraries take paths of UTF-8 alone
+        text = error.object[max(0, error.start - 200) : error.end + 100]
+        shown = " ".join(text.encode(errors="surrogateescape").decode(errors="backslashreplace").split())
+        return f"error: '{shown}' is not UTF-8 text: rename the file or folder", EXIT_USER_ERROR
     if isinstance(error, Interrupted):
         return str(error), EXIT_INTERRUPTED
     return "interrupted; the same command resumes from what is on disk", EXIT_INTERRUPTED

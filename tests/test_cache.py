@@ -205,7 +205,7 @@ def test_below_outputs_without_the_variable(monkeypatch):
 def test_synthetic_images_have_a_signature_too(tmp_path):
     from semantic_aug.datasets.synthetic import SyntheticImages
 
-    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    paths = [tmp_path / "a.png", tmp_path / os.fsdecode(b"caf\xe9.png")]  # a name that is no UTF-8
     for i, path in enumerate(paths):
         tiny.picture(0, i).save(path)
     images = SyntheticImages(paths, np.array([0, 1]), np.array([1, 0]), np.array([0.7, 0.7]))

@@ -58,6 +58,11 @@ def test_a_full_disk_and_an_interruption_are_one_line(capsys):
     assert run_main(stop) == 130
 
 
+def test_a_path_that_a_library_cannot_take_is_one_line(capsys):
+    assert run_main(lambda _: os.fsdecode(b"/data/caf\xe9").encode()) == 2
+    assert capsys.readouterr().err == "error: '/data/caf\\xe9' is not UTF-8 text: rename the file or folder\n"
+
+
 def test_a_programming_error_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda _: 1 // 0)

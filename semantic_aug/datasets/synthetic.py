@@ -124,7 +124,7 @@ class SyntheticImages:
         """SHA-256 of paths and stamps of all files: equal signatures mean the same images."""
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(f"{path}\0{file_stamp(path)}\0".encode())
+            digest.update(f"{path}\0{file_stamp(path)}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def labels(self, gamma: float, num_classes: int) -> np.ndarray:
