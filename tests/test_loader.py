@@ -13,7 +13,7 @@ from helpers import ROOT, run_example
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from semantic_aug import SoftLabelDataset
+from semantic_aug import SoftLabelDataset, runs
 from semantic_aug.classify.config import SyntheticSettings
 from semantic_aug.classify.data import TrainBatches
 from semantic_aug.datasets import load_dataset
@@ -121,6 +121,16 @@ def test_other_splits_come_in_order_with_hard_labels(birds):
     val = SoftLabelDataset(f"folder:{birds[0]}", split="val")
     assert len(val) == 6 and isinstance(val[0][0], Image.Image)
     assert torch.stack([label for _, label in val]).argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_teachers_follow_the_recipes_of_the_same_folder(birds, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFMIX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "recipes.yaml").write_text("default: {train_cls: [{set: {nepoch: 1, batch_size: 7}}]}\n")
+    teacher = "--model test_vit --weights none --res_mode 32 --gpu cpu"
+    options = {"soft_labels": "teacher", "teacher_folds": 2, "teacher": teacher, "config_dir": tmp_path}
+    SoftLabelDataset(**arguments(birds, **options))
+    records = [runs.load_arguments(file.parent) for file in (tmp_path / "cache").rglob("args.yaml")]
+    assert [(record["nepoch"], record["batch_size"]) for record in records] == [(1, 7)] * 2
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ class SoftLabelDataset(Dataset):
         folders = subset_folders(settings, dataset, config_dir)
         self.synthetic = load_synthetic(folders, dataset, settings)
         if settings.soft_labels != "strength" and self.synthetic is not None:
-            request = read_config(build_parser("").parse_args(["--dataset", dataset.name, *shlex.split(teacher)]))
+            flags = ["--dataset", dataset.name, "--config_dir", str(config_dir), *shlex.split(teacher)]
+            request = read_config(build_parser("").parse_args(flags))
             request = replace(request, synthetic=settings, syndata=folders)
             check_resolution(request.classifier.model, request.classifier.res_mode)
             labels = subset_labels(with_derived(request, dataset), dataset)
