@@ -82,7 +82,9 @@ def save_tensors(
     from safetensors.torch import save
 
     entries = {key: json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
-    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, entries)
+    # copies, since the library refuses tensors that share memory, as the shared layers of some networks do
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    content = save(copies, entries)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from semantic_aug import allocator, files, meta_csv, prompts, registry, runs, seeding
 from semantic_aug.errors import UserError, nearest_first, run_main, unknown
 from semantic_aug.run_lock import lock_folder
-from semantic_aug.tensors import read_metadata
+from semantic_aug.tensors import read_metadata, save_tensors
 
 # --------------------------------------------------------------------------------------------------------- errors
 
@@ -504,6 +504,15 @@ def test_saved_tensors_are_the_same_bytes_in_every_process(tmp_path):
         assert read_metadata(content.metadata()) == {"a": "5", "b": "4", "c": "3", "d": "2", "e": "é"}
         assert content.get_tensor("b").tolist() == [0, 1, 2] and content.get_tensor("a").dtype == torch.float16
     assert read_metadata({"model": "5", "classes": '["a"]'}, "classes") == {"model": "5", "classes": ["a"]}
+
+
+def test_layers_that_a_network_shares_are_saved_under_each_name(tmp_path):
+    shared = torch.nn.Linear(2, 2)
+    state = torch.nn.ModuleList([shared, shared]).state_dict()
+    save_tensors(tmp_path / "model.safetensors", state)
+    with safe_open(tmp_path / "model.safetensors", "pt") as content:
+        assert sorted(content.keys()) == sorted(state)
+        assert all(torch.equal(content.get_tensor(name), value) for name, value in state.items())
 
 
 # ------------------------------------------------------------------------------------------------------ allocator
