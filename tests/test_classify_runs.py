@@ -345,6 +345,18 @@ def test_every_family_has_its_stages(name):
     assert sorted(sum(parts.values(), [])) == sorted(n for n, _ in model.named_parameters()) and parts["linear"]
 
 
+@pytest.mark.parametrize("name", ["pit_ti_224", "rdnet_tiny"])
+def test_of_a_network_without_stages_the_head_alone_can_be_trained(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3)
+    models.freeze(model, "linear")
+    assert {parameter.shape[0] for parameter in model.parameters() if parameter.requires_grad} == {3}
+    with pytest.raises(
+        UserError, match="'stages4' is no part of this model; expected all, or some of linear joined by"
+    ):
+        models.freeze(model, "stages4")
+
+
 def test_frozen_layers_and_their_statistics_stay(image_folder, tmp_path):
     train(image_folder, tmp_path / "run", model="resnet10t", trainable_layers="stages4+linear", nepoch=1)
     torch.manual_seed(trainer.derive_seed(2020, "classify", "weights"))

@@ -283,12 +283,13 @@ def stages_of(model: nn.Module) -> dict[str, list[str]]:
     """Names of the parameters of each part, from the input to the output: ``stem``, ``stages1``, ..., ``linear``.
 
     timm's ``group_matcher`` defines the stages: ``layer1`` to ``layer4`` of a ResNet, each block of a vision transformer,
-    each stage of a Swin or ConvNeXt.
+    each stage of a Swin or ConvNeXt. Of a network that has none (MetaFormer, PiT, RDNet), the head alone is known.
     """
     from timm.models._manipulate import group_parameters
 
-    head = _head_prefixes(model)
-    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=False)
+    head, groups = _head_prefixes(model), {}
+    with contextlib.suppress(AttributeError, AssertionError):
+        groups = group_parameters(model, model.group_matcher(coarse=True), reverse=False)
     parts: dict[str, list[str]] = {STEM: []}
     inner = [[name for name in names if not name.startswith(head)] for _, names in sorted(groups.items())]
     for number, names in enumerate(names for names in inner if names):
@@ -324,10 +325,11 @@ def freeze(model: nn.Module, trainable: str) -> list[nn.Module]:
         name = re.sub(r"^(?:stages?|layers?)\.?(\d+)$", r"stages\1", word.strip())
         if name not in parts or not parts[name]:
             stages = [part for part in parts if part not in (HEAD, STEM)]
-            known = f"{stages[0]} to {stages[-1]} (the last)" if len(stages) > 1 else ", ".join(stages)
+            stages = [f"{stages[0]} to {stages[-1]} (the last)"] if len(stages) > 1 else stages
+            known = ", ".join([HEAD, *([STEM] if parts[STEM] else []), *stages])
             raise UserError(
-                f"--trainable_layers {trainable}: '{word}' is no part of this model; expected {ALL}, or some of "
-                f"{HEAD}, {STEM}, {known} joined by +"
+                f"--trainable_layers {trainable}: '{word}' is no part of this model; expected {ALL}, or some of {known} "
+                "joined by +"
             )
         wanted.update(parts[name])
     for name, parameter in model.named_parameters():
