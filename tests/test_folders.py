@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 import tiny
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.fingerprint import data_identity
-from semantic_aug.datasets.readers.folder import LITTER, read_folder
+from semantic_aug.datasets.readers.folder import LITTER, MASKS_INSIDE, read_folder
 from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError
 
@@ -112,6 +112,14 @@ def test_every_file_that_is_left_out_is_named(animals, caplog):
     read_folder(animals)  # a line each on the log, where nobody collects them
     assert len(caplog.records) == len(notes)
     assert "files left out: no images [.mp4 1, .txt 1]: 2 ('owl/film.mp4', 'owl/notes.txt')" in caplog.messages
+
+
+def test_masks_below_the_classes_are_read_as_images_and_named(animals):
+    for name in ("owl", "toad"):
+        (animals / name / "masks").mkdir()
+        picture(animals / name / "masks" / "0.png")
+    splits, notes = read(animals)
+    assert len(splits["train"]) == len(PLAIN) + 2 and notes == {MASKS_INSIDE: ["owl/masks", "toad/masks"]}
 
 
 def test_a_class_whose_files_are_all_left_out_says_why(animals):

@@ -66,6 +66,9 @@ LEFT_OUT = {
 """Endings of files that are not opened to see whether they are images -> the reason."""
 MASKS = "masks"
 """Folder of the masks of a folder's images."""
+MASKS_INSIDE = (
+    f"folders of masks in class folders are read as images: move them to {MASKS}/CLASS beside the class folders"
+)
 
 
 def read_folder(folder: str | os.PathLike) -> Splits:
@@ -210,13 +213,16 @@ def _class_name(folder: os.DirEntry) -> str:
 
 
 def _class_images(walk: Walk, folder: os.DirEntry, split: str, name: str) -> list[str]:
-    inside = [word for word in walk.folder_names(folder) if split_of(word)]
+    folders = walk.folder_names(folder)
+    inside = [word for word in folders if split_of(word)]
     if len(set(map(split_of, inside))) > 1:
         raise UserError(
             f"class folder {folder.path} holds the split folders {', '.join(inside)}: expected the splits above the "
             f"classes ({inside[0]}/{folder.name})"
         )
     note("folders named like a split are read as part of their class", [f"{walk.name_of(folder)}/{w}" for w in inside])
+    if masks := [f"{walk.name_of(folder)}/{word}" for word in folders if word.casefold() in ("mask", MASKS)]:
+        walk.left_out[MASKS_INSIDE] += masks  # one line for all classes
     return walk.images(folder, split, name)
 
 
