@@ -41,17 +41,17 @@ def test_every_step_is_a_command_that_its_program_accepts(name, smoke):
     assert len({flags[flags.index("--output_dir") + 1] for flags in steps.values() if "--output_dir" in flags}) == 4
 
 
-def test_a_step_whose_result_was_removed_is_run_again(tmp_path, monkeypatch):
+def test_a_step_whose_result_was_removed_or_damaged_is_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     quickstart = run.Quickstart(TASKS["elpv"])
     monkeypatch.setattr(quickstart, "commands", lambda: {"real only": quickstart.classify("real only", (), ())})
     results = tmp_path / quickstart.result_folder("real only") / "results.json"
     results.parent.mkdir(parents=True)
     (tmp_path / "train_cls.py").write_text(f"open({str(results)!r}, 'w').write('{{}}')")
-    for _ in range(2):
+    for damage in (results.unlink, lambda: results.write_text('{"test": '), lambda: None):
         quickstart.run_steps()
-        assert results.exists() and quickstart.times["real only"]["done"]
-        results.unlink()
+        assert results.read_text() == "{}" and quickstart.times["real only"]["done"]
+        damage()
 
 
 def test_the_picture_of_cells_goes_to_the_other_type_and_the_opposite_level():

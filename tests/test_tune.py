@@ -198,13 +198,14 @@ def search(tmp_path, tiny_base, monkeypatch):
             good = (args.gamma == 0.8) + (args.syndata_max is None)
             score = {"top1": 0.5 + 0.1 * good, "macro": 0.3}
             position = pair.folder / "classify" / name.removeprefix("classify ")
-            position.mkdir(parents=True)
+            position.mkdir(parents=True, exist_ok=True)
             (position / "results.json").write_text(json.dumps({"val": score, "test": score, "steps": 4}))
             if images:
                 write_predictions(position, round(images * score["top1"]), images)
         elif step.stage == 2:
             position = pair.folder / "aug_samples" / name.removeprefix("sample ") / "elpv" / "subset"
-            position.mkdir(parents=True)
+            (position / "data" / "fox").mkdir(parents=True)
+            (position / "data" / "fox" / "0.png").touch()
             (position / "meta.csv").write_text("")
             (position / "config.yaml").write_text(yaml.safe_dump({"images": 200, "arguments": {}}))
         else:
@@ -293,6 +294,26 @@ def test_runs_without_predictions_are_one_line(search, capsys):
     assert search("--trials", "6", val_images=0)[0] == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("error: ") and "has no val_predictions.csv" in err and "remove that folder" in err
+
+
+def test_a_run_whose_results_are_damaged_is_run_again(search, tmp_path):
+    argv = [
+        "--strengths",
+        "0.7",
+        "--gammas",
+        "0.5",
+        "0.8",
+        "--probs",
+        "0.3",
+        "--multipliers",
+        "5",
+        "--labels",
+        "strength",
+    ]
+    assert search(*argv)[0] == 0
+    (folder,) = (tmp_path / "5shot" / "classify").glob("s0.7-g0.8-*-seed2")
+    (folder / "results.json").write_text('{"val": {"top1"')
+    assert search(*argv) == (0, [f"classify {folder.name}"])
 
 
 def test_shares_add_up_to_each_score(tmp_path):

@@ -126,10 +126,10 @@ class Quickstart:
         print(process.stdout.partition("\n")[0], flush=True)
 
     def has_result(self, argv: Sequence[str]) -> bool:
-        """Whether the result of a command exists, which may have been removed since it was run."""
+        """Whether the result of a command exists and is whole; it may have been removed or damaged since it was run."""
         if argv[0] not in RESULTS:
             return bool(self.subsets)
-        return (ROOT / argv[argv.index("--output_dir") + 1] / RESULTS[argv[0]]).is_file()
+        return files.read_json(ROOT / argv[argv.index("--output_dir") + 1] / RESULTS[argv[0]]) is not None
 
     def run_steps(self) -> None:
         """Runs what is not done yet.

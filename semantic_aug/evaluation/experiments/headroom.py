@@ -162,8 +162,8 @@ def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, P
     origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
     with files.no_trace(folder, (runs.ARGS_FILE,)):
         known = runs.claim(folder, record, "--output_dir", origin=origin, absent=cli.absent_values(HeadroomSettings))
-        if known and (folder / SUMMARY).is_file():
-            return files.read_json_object(folder / SUMMARY)["sentence"], folder
+        if known and (summary := files.read_json(folder / SUMMARY)):
+            return summary["sentence"], folder
         headroom = measure(settings, dataset)
         write(headroom, folder)
     return headroom.sentence, folder

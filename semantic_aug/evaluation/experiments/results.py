@@ -135,9 +135,16 @@ def requests_in(folder: Path) -> list[Path]:
     return requests
 
 
+def _read_request(file: Path) -> dict:
+    request = runs.load_arguments(file.parent, file.name)
+    if not request.keys() >= {"command", "settings", "seeds", "methods"}:
+        raise UserError(f"{file} is damaged: remove it, and run the command that wrote it again")
+    return request
+
+
 def collect(folder: Path) -> Comparison:
     """Reads a comparison's folder. Raises UserError: it holds none."""
-    requests = [runs.load_arguments(file.parent, file.name) for file in requests_in(folder)]
+    requests = [_read_request(file) for file in requests_in(folder)]
     settings = list(dict.fromkeys(setting for request in requests for setting in request["settings"]))
     recipes = {setting: runs.load_arguments(folder / setting, RECIPE_FILE) or {} for setting in settings}
     comparison = Comparison(settings, commands=[request["command"] for request in requests], recipes=recipes)
@@ -225,10 +232,14 @@ def read_predictions(folder: Path, split: str = "val") -> Predictions:
         ) from None
     except UnicodeDecodeError:
         rows = []
+    damaged = UserError(f"{path} is damaged: remove that folder and run the same command again")
     if not rows or not {"file", "class", "predicted"} <= rows[0].keys() or any(None in row.values() for row in rows):
-        raise UserError(f"{path} is damaged: remove that folder and run the same command again")
+        raise damaged
     names = tuple(row["file"] for row in rows)
     right = np.asarray([row["class"] == row["predicted"] for row in rows], bool)
+    recorded = ((files.read_json(folder / "results.json") or {}).get(split) or {}).get("top1", right.mean())
+    if abs(right.mean() - recorded) * len(rows) > 0.5:  # rows are missing, or the last one is cut off
+        raise damaged
     groups = _numbered([row["group"] for row in rows]) if "group" in rows[0] else None
     return Predictions(names, right, _numbered([row["class"] for row in rows]), groups)
 

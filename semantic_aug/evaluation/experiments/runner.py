@@ -15,6 +15,7 @@ from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.synthetic import DATA
 from semantic_aug.errors import EXIT_INTERRUPTED, Interrupted, UserError, end_with_parent, signals_to
 from semantic_aug.evaluation.experiments.commands import SCRIPTS, StageCommands, Step
 
@@ -126,9 +127,9 @@ class Pair:
         return read_records(self.folder)
 
     def done(self, name: str) -> bool:
-        """Whether a step was run to its end and its result still exists."""
+        """Whether a step was run to its end and its result still exists and is whole."""
         result = self.steps[name].result
-        return self.records.get(name, {}).get("done", False) and any(self.folder.glob(result))
+        return self.records.get(name, {}).get("done", False) and any(map(_is_whole, self.folder.glob(result)))
 
     def missing(self) -> list[str]:
         """The steps still to run: classifiers without a result, and what they need."""
@@ -168,6 +169,14 @@ class Pair:
         before = 0.0 if entry["done"] else entry["seconds"]
         entry.update(seconds=round(before + seconds, 1), done=done, command=str(step))
         files.write_json(self.folder / STEPS_FILE, records)
+
+
+def _is_whole(result: Path) -> bool:
+    """Whether a step's result can be read: JSON, or a list of images, which may be links to a pool that was moved."""
+    if result.suffix == ".json":
+        return files.read_json(result) is not None
+    image = next((result.parent / DATA).glob("*/*"), None)
+    return image is not None and image.exists()
 
 
 def claim_data(commands: StageCommands, config_dir: Path, dry_run: bool = False) -> LoadedDataset:
