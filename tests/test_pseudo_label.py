@@ -132,6 +132,10 @@ def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path,
     assert (out / UNLABELLED_FILE).is_file()
     assert run_main(pseudo_label.main, [*argv, "--pseudo_threshold", "0.6"]) == 2
     assert "pseudo_threshold: 0.5 -> 0.6" in capsys.readouterr().err
+    pool = pool.rename(tmp_path / "moved")  # which leaves the links of the subset without their files
+    argv[argv.index("--unlabelled") + 1] = str(pool)
+    assert pseudo_label.main(argv) == 0 and (out / "meta.csv").read_bytes() == before
+    assert all(image.exists() for image in (out / "data").glob("*/*"))
     (pool / "more.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
     assert run_main(pseudo_label.main, argv) == 2
     assert "made from other data (unlabelled:" in capsys.readouterr().err

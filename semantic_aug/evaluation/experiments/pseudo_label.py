@@ -110,6 +110,12 @@ def label(
     return np.bincount(classes[rows], minlength=len(names))
 
 
+def _is_complete(folder: Path) -> bool:
+    """Whether a subset has its list and all images, which are links: a pool that was moved leaves them without their files."""
+    file = folder / meta_csv.FILE_NAME
+    return file.is_file() and all((folder / DATA / path).exists() for path in meta_csv.read(file).path)
+
+
 def build_parser() -> cli.Parser:
     """All flags of ``pseudo-label``."""
     parser = cli.Parser(prog="python -m semantic_aug.evaluation pseudo-label", description=__doc__)
@@ -145,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {"dataset": dataset.name, "pseudo_threshold": settings.pseudo_threshold}
     with files.no_trace(folder, (runs.ARGS_FILE,)):
         known = runs.claim(folder, record, "--output_dir", origin=origin)
-        if known and (folder / meta_csv.FILE_NAME).is_file():
+        if known and _is_complete(folder):
             if not (folder / UNLABELLED_FILE).is_file():  # of an earlier version
                 write_sources(folder, pool.keys, hash_images(pool).values, UNLABELLED_FILE)
             log.info("%s is finished already", folder)
