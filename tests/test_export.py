@@ -13,6 +13,7 @@ import yaml
 from helpers import run_example
 from PIL import Image, PngImagePlugin
 
+import tiny
 from semantic_aug import files, runs
 from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.fingerprint import hash_images
@@ -137,6 +138,19 @@ def test_webdataset_and_timm_read_the_shards(exports, animals, expected):
     assert [s["json"]["synthetic"] for s in samples] != sorted(s["json"]["synthetic"] for s in samples)  # mixed
     assert created[0]["png"].size == (64, 64) and created[0]["json"]["label"] == animals.source_names[expected[0][0]]
     assert create_dataset("wds/", root=str(folder), split="val", batch_size=2).reader.num_samples == 6
+
+
+def test_timm_reads_every_sample_whatever_the_endings_of_the_photographs(subset, tmp_path):
+    from timm.data import create_dataset
+
+    folder = tiny.write_image_folder(tmp_path / "animals", train=1, val=3, extension="jpeg")
+    for file in list((folder / "val").glob("*/val000.jpeg")):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    argv = command_line(folder, subset, tmp_path / "out", format="webdataset", with_real=True, allow_other_sources=True)
+    assert export.main(argv) == 0
+    read = create_dataset("wds/", root=str(tmp_path / "out"), split="val", batch_size=1)
+    assert sorted(label for _, label in read) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_the_list_is_a_data_set_of_ours_again(exports, animals, expected):

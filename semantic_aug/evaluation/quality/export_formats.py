@@ -32,6 +32,8 @@ ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF"
 """File ending of each format that torchvision's ImageFolder lists; images of other formats are stored as PNG."""
 
 FILE_ENDINGS = {*ENDINGS.values(), ".jpeg", ".tif", ".ppm", ".pgm"}
+WEBDATASET_ENDINGS = (".jpg", ".png", ".webp")
+"""File endings of the images in tar shards: timm's reader passes over a sample with any other."""
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES}
 """Error numbers of file systems, or pairs of them, between which files cannot be hard-linked."""
 
@@ -137,6 +139,10 @@ class SplitImages:
         """The name of an image without its ending, unique in its split."""
         return f"real-{row:06d}" if row < self.reals else f"synthetic-{row - self.reals:06d}"
 
+    def image(self, row: int) -> Image.Image:
+        """An image, decoded, PIL RGB."""
+        return self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)
+
     def content(self, row: int) -> tuple[Path | bytes, str]:
         """The file of an image, or its encoded bytes where the source holds no file, and its ending.
 
@@ -153,7 +159,7 @@ class SplitImages:
             ending = Path(stored).suffix.lower() if stored is not None else ""
         if ending in FILE_ENDINGS and reads_alike(stored):
             return stored if isinstance(stored, bytes) else Path(stored), ending
-        return _as_png(self.real.image(row) if row < self.reals else self.synthetic.image(row - self.reals)), ".png"
+        return _as_png(self.image(row)), ".png"
 
     def metadata(self, row: int) -> dict[str, Any]:
         """Hard label, both classes with their weights, and the image's origin; no source class where it may be any."""
@@ -274,7 +280,7 @@ def write_original(target: Target, splits: Sequence[SplitImages], bar: tqdm) -> 
         strength = float(split.strengths[row])
         path = meta_csv.relative_path(target.class_folders[a], target.class_folders[b], row, strength)
         content, ending = split.content(row)
-        target.put(content if ending == ".png" else _as_png(split.synthetic.image(row)), f"data/{path}")
+        target.put(content if ending == ".png" else _as_png(split.image(row)), f"data/{path}")
         rows.append((names[a], names[b], row, meta_csv.strength_text(strength), path))
         bar.update()
     meta_csv.write(target.folder / meta_csv.FILE_NAME, rows, ())
@@ -390,6 +396,9 @@ def write_webdataset(target: Target, splits: Sequence[SplitImages], bar: tqdm) -
 
 def _add_sample(tar: tarfile.TarFile, split: SplitImages, row: int, soft: np.ndarray) -> None:
     content, ending = split.content(row)
+    ending = {".jpeg": ".jpg"}.get(ending, ending)
+    if ending not in WEBDATASET_ENDINGS:
+        content, ending = _as_png(split.image(row)), ".png"
     metadata = {**split.metadata(row), "soft_label": [float(f"{weight:.8g}") for weight in soft]}
     parts = {
         ending: _bytes(content),
