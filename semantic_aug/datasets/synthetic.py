@@ -305,7 +305,7 @@ def _paths(data: Path, relative: Sequence[str], file: Path) -> list[Path]:
             raise UserError(f"{file} row {row + 2}: path '{relative[row]}' leads outside {data}")
     if missing := missing_paths(paths.__getitem__, len(paths)):
         raise UserError(
-            f"{file} row {missing[0] + 2}: image {paths[missing[0]]} is missing; run the subset's sample_mp.py command "
+            f"{file} row {missing[0] + 2}: image {paths[missing[0]]} is missing; run the command that made the subset "
             "again, or remove the row"
         )
     return list(map(Path, paths))
