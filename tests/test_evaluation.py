@@ -242,12 +242,12 @@ def test_measure_tells_strengths_apart_and_writes_everything(
     assert any("frechet distance of mixed: 12 synthetic" in note for note in content["notes"])
     whole = {"subset": "mixed", "strength": "all", "target_class": "all"}
     total = next(row for row in content["rows"] if whole.items() <= row.items())
-    shares = measure.read_images(out / "images.csv", "mixed")
+    shares = measure.read_images(out / "images.csv", "mixed", sorted((subset / "data").rglob("*.png")))
     target, source = (shares[f"{name}_probability"][:6].sum() for name in ("target", "source"))  # of s = 0.3
     fitting = float(low["fitting_gamma"])
     assert fitting == pytest.approx(np.log(target / (target + source)) / np.log(0.3), rel=1e-3)
     assert float(high["fitting_gamma"]) < 1 < fitting  # at 0.9 images look like the target, at 0.3 like the source
-    values = measure.read_images(out / "images.csv", "mixed")["source_distance"]
+    values = shares["source_distance"]
     interval = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
     assert total["intervals"]["source_distance"] == pytest.approx(interval, rel=1e-4)
     text = f"95 % interval: {interval[0]:.3g} to {interval[1]:.3g}"

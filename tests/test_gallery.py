@@ -209,6 +209,16 @@ def test_values_of_a_classifier_of_clip_and_of_measure(animals, image_folder, ju
     mean = float(next(row for row in table if row["target_class"] == "all")["target_probability"])
     assert np.isclose(np.mean(scores["target_probability"]["values"]), mean, atol=1e-4)
     assert "target probability, lowest first" in (tmp_path / "a" / "index.html").read_text()
+    lines = (measures / "images.csv").read_text().splitlines()
+    for changed in (
+        lines[:-1],
+        [lines[0], *sorted(lines[1:], key=lambda line: line[-3:])],
+        [*lines[:-1], lines[-1][:20]],
+        [],
+    ):
+        (measures / "images.csv").write_text("\n".join(changed))
+        with pytest.raises(UserError, match="images.csv is damaged, or was edited: run `measure` into .* again"):
+            command.main(arguments(image_folder, [subset], tmp_path / "c", "--measures", measures))
     with Image.open(subset / "data" / "images" / "000000.png") as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(subset / "data" / "images" / "000000.png")
     with pytest.raises(UserError, match="is not about the images of subset subset as they are now .*run `measure`"):

@@ -317,11 +317,14 @@ def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Map
                 writer.writerow([subset.name, file.name, *(report.value_text(v, 6) if v == v else "" for v in row)])
 
 
-def read_images(path: Path, subset: str) -> dict[str, np.ndarray]:
-    """The values of a subset that :func:`write_images` wrote: ``(M,)`` by column, NaN where an image has none."""
-    with open(path, newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["subset"] == subset]
-    columns = [name for name in rows[0] if name in IMAGE_COLUMNS] if rows else []
+def read_images(path: Path, subset: str, images: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The values of a subset's ``images`` that :func:`write_images` wrote: ``(M,)`` by column, NaN where an image has none.
+    Raises UserError: the file does not list these images in this order."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("subset") == subset]
+    if [row.get("file") for row in rows] != [image.name for image in images] or None in rows[-1].values():
+        raise UserError(f"{path} is damaged, or was edited: run `measure` into {path.parent} again")
+    columns = [name for name in rows[0] if name in IMAGE_COLUMNS]
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
 
 
@@ -340,7 +343,7 @@ def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) ->
             f"--measures {folder} is not about the images of subset {subset.name} as they are now (it is about "
             f"{', '.join(record['subsets'])}): run `measure` on it"
         )
-    return read_images(folder / IMAGES_FILE, name)
+    return read_images(folder / IMAGES_FILE, name, subset.images.paths)
 
 
 def main(argv: list[str] | None = None) -> int:
