@@ -641,14 +641,15 @@ def test_a_setting_keeps_what_recipes_set_in_its_stages(tmp_path):
     results.claim_setting(tmp_path / "old", job.commands.recipe, checks.recipes_in_effect(job.commands, tmp_path))
 
 
-def test_a_pair_takes_corrected_registry_files_until_it_has_finished_a_step(tmp_path):
-    pair, copy = tmp_path / "pair", tmp_path / "pair" / "config" / "datasets.yaml"
+def test_a_pair_takes_corrected_recipes_until_it_has_finished_a_step_and_follows_data_sets(tmp_path):
+    pair, copy = tmp_path / "pair", tmp_path / "pair" / "config" / "recipes.yaml"
     for text, done, wanted in (("a: 1", None, "a: 1"), ("a: 2", False, "a: 2"), ("a: 3", True, "a: 2")):
-        (tmp_path / "datasets.yaml").write_text(text)
+        for name in ("datasets.yaml", "recipes.yaml"):
+            (tmp_path / name).write_text(text)
         if done is not None:
             (pair / runner.STEPS_FILE).write_text(json.dumps({"ti_db": {"stage": 1, "seconds": 1.0, "done": done}}))
         runner.prepare_config(pair, tmp_path)
-        assert copy.read_text() == wanted
+        assert copy.read_text() == wanted and copy.with_name("datasets.yaml").read_text() == text  # moved ones
 
 
 def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeypatch):

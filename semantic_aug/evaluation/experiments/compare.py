@@ -328,8 +328,6 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
     writes nothing. Raises UserError: some are validation or test images, or the setting has results of other images or another
     threshold."""
     settings, root = UnlabelledSettings(**job.commands.recipe.pseudo), folder / job.setting
-    if runner.has_finished_step(job.pair.folder) and (job.pair.folder / "config" / registry.DATASETS).is_file():
-        config_dir = job.pair.folder / "config"  # which it keeps
     # the labelled ones, which differ from seed to seed, among them
     images = read_unlabelled(settings.unlabelled, config_dir)
     without_labelled(images, dataset, settings.unlabelled)

@@ -211,18 +211,13 @@ def claim_base(commands: StageCommands, dataset: LoadedDataset, dry_run: bool = 
 
 
 def prepare_config(folder: Path, config_dir: Path) -> None:
-    """Writes a pair's registry folder with the user's data sets and recipes; a pair that has finished a step keeps those of its
-    first start."""
-    kept = has_finished_step(folder)
+    """Writes a pair's registry folder with the user's data sets, which may have moved and are compared by content, and recipes;
+    a pair that has finished a step keeps the recipes of its first start."""
+    kept = any(entry["done"] for entry in read_records(folder).values())
     for name in COPIED:
         target = folder / "config" / name
-        if (config_dir / name).is_file() and not (kept and target.exists()):
+        if (config_dir / name).is_file() and not (kept and name == registry.RECIPES and target.exists()):
             files.write_text(target, (config_dir / name).read_text(encoding="utf-8"))
-
-
-def has_finished_step(folder: Path) -> bool:
-    """Whether a step of a pair was run to its end."""
-    return any(entry["done"] for entry in read_records(folder).values())
 
 
 def read_records(folder: Path) -> dict[str, dict]:
