@@ -23,6 +23,7 @@ from helpers import ROOT, exchange, main_here
 import sample_mp
 import train_cls
 import train_lora
+from semantic_aug import registry
 from semantic_aug.augmentations.strategies import STRATEGIES
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as dispatcher
@@ -650,6 +651,21 @@ def test_a_pair_takes_corrected_recipes_until_it_has_finished_a_step_and_follows
             (pair / runner.STEPS_FILE).write_text(json.dumps({"ti_db": {"stage": 1, "seconds": 1.0, "done": done}}))
         runner.prepare_config(pair, tmp_path)
         assert copy.read_text() == wanted and copy.with_name("datasets.yaml").read_text() == text  # moved ones
+
+
+def test_a_pair_that_was_moved_finds_its_own_files(tmp_path):
+    former, base = tmp_path / "former" / "5shot" / "seed1", tmp_path / "base"
+    subset, tokens = former / "aug_samples/real-mix/elpv/subset", former / "ti/learned_embeds.safetensors"
+    for folder in (subset, tokens, base):
+        folder.mkdir(parents=True)
+    registry.register(registry.SUBSETS, "elpv", "real-mix", str(subset), former / "config")
+    entry = {"model_path": str(base), "lora_path": None, "embed_path": str(tokens)}
+    registry.register(registry.CHECKPOINTS, "elpv", "ti", entry, former / "config")
+    pair = (tmp_path / "former").rename(tmp_path / "moved") / "5shot" / "seed1"
+    runner.prepare_config(pair, tmp_path)
+    assert registry.subsets("elpv", "real-mix", pair / "config") == [str(pair / "aug_samples/real-mix/elpv/subset")]
+    checkpoint = registry.look_up("elpv", "ti", registry.CHECKPOINTS, pair / "config", "", "")
+    assert checkpoint == {**entry, "embed_path": str(pair / "ti/learned_embeds.safetensors")}
 
 
 def test_stage_3_checks_every_new_setting_before_the_first_run(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
@@ -218,6 +219,18 @@ def prepare_config(folder: Path, config_dir: Path) -> None:
         target = folder / "config" / name
         if (config_dir / name).is_file() and not (kept and name == registry.RECIPES and target.exists()):
             files.write_text(target, (config_dir / name).read_text(encoding="utf-8"))
+    for name in (registry.CHECKPOINTS, registry.SUBSETS):
+        entries = registry.read_yaml(folder / "config" / name)
+        if (present := _inside(entries, folder)) != entries:
+            files.write_text(folder / "config" / name, registry.to_yaml(present))
+
+
+def _inside(entry: Any, folder: Path) -> Any:
+    """Entries of a pair's registries with the present places of its own files, whose folder may have been moved."""
+    if isinstance(entry, dict):
+        return {name: _inside(value, folder) for name, value in entry.items()}
+    _, mark, rest = str(entry).rpartition(f"/{folder.name}/")
+    return registry.shown_path(folder / rest) if mark and (folder / rest).exists() else entry
 
 
 def read_records(folder: Path) -> dict[str, dict]:
