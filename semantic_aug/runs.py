@@ -149,10 +149,12 @@ def claim(
         UserError: the folder holds a run with other arguments or of another origin (says what differs), one that cannot be
             resumed, or other files.
     """
+    # looked at first: another process that begins the same run may write its record meanwhile
+    occupied = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
     if load_arguments(folder, file) is not None:
         refuse_other_run(folder, arguments, flag, ignored, file=file, origin=origin, absent=absent)
         return True
-    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if occupied:
         raise UserError(f"{folder} is not empty and holds no {file}: nothing was touched; choose another {flag}")
     if not dry_run:
         made_from = {MADE_FROM: origin.describe()} if origin else {}

@@ -434,6 +434,19 @@ def test_differences_name_the_value_that_holds():
     assert runs.differences(old, new, ("nested", "loss", "clip"), absent) == []
 
 
+def test_two_processes_may_begin_the_same_run_at_once(tmp_path, monkeypatch):
+    load = runs.load_arguments
+
+    def load_before_the_other_writes(folder, file):
+        kept = load(folder, file)
+        (folder / file).write_text("lr: 0.1\n")
+        return kept
+
+    monkeypatch.setattr(runs, "load_arguments", load_before_the_other_writes)
+    assert not runs.claim(tmp_path, {"lr": 0.1}, "--output_dir")
+    assert load(tmp_path) == {"lr": 0.1}
+
+
 def test_a_claimed_folder_keeps_what_its_run_was_made_from(tmp_path):
     class Weights:
         def __init__(self, name):
