@@ -150,6 +150,7 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
         (["--strategy", "da-fusion"], "--strategy da-fusion: it takes no --strengths; name one first that does"),
         (["--strengths", "1.5"], "1.5: expected a number in (0, 1]"),
         (["--stage3_args", "--output_dir x"], "--stage3_args: --output_dir is set for each run already"),
+        (["--stage2_args", "--strength_strategy uniform"], "--strength_strategy would replace each of --strengths"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):

@@ -21,7 +21,14 @@ from semantic_aug.evaluation.experiments.commands import StageCommands, Step
 from semantic_aug.evaluation.experiments.grid import PLAN_FILE, Candidate, GridSettings
 from semantic_aug.evaluation.experiments.results import read_predictions
 from semantic_aug.evaluation.experiments.runner import Pair, duration
-from semantic_aug.evaluation.experiments.settings import Parser, Placement, add_shared, budget_defaults, recipe_of
+from semantic_aug.evaluation.experiments.settings import (
+    ExtraArguments,
+    Parser,
+    Placement,
+    add_shared,
+    budget_defaults,
+    recipe_of,
+)
 from semantic_aug.evaluation.experiments.statistics import Difference, crossed_difference
 
 log = logging.getLogger(__name__)
@@ -243,7 +250,10 @@ def trials_within(tuning: Tuning, budget: BudgetSettings, seconds: float) -> int
 
 
 def tuning_of(args: argparse.Namespace, folder: Path) -> Tuning:
-    """The search of parsed arguments. Raises UserError: the folder holds a search among other values."""
+    """The search of parsed arguments. Raises UserError: the folder holds a search among other values, or stage 2 would draw its
+    own strengths."""
+    if "strength_strategy" in cli.read_settings(ExtraArguments, args).flags(2):
+        raise UserError("--stage2_args: --strength_strategy would replace each of --strengths; leave it out")
     grid = cli.read_settings(GridSettings, args).resumed(folder)
     commands = StageCommands(recipe_of(args), args.subset_seed, folder, cli.read_settings(Placement, args).gpu_ids)
     return Tuning(commands, grid, args.select_by or "top1")
