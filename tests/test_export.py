@@ -412,4 +412,6 @@ def test_exported_folders_train_in_timm(exports):
 def test_a_card_says_what_stands_for_sources_without_a_label(exports):
     facts, text = json.loads((exports["csv"] / "export.json").read_text()), "images the source has no label"
     assert facts["unlabelled_sources"] == 0 and text not in (exports["csv"] / "README.md").read_text()
-    assert f"Of 3 {text}" in card.write_card(facts | {"unlabelled_sources": 3}, exports["csv"], 1)
+    facts |= {"unlabelled_sources": 3, "class_names": ["a|b", *facts["class_names"][1:]]}
+    written = card.write_card(facts, exports["csv"], 1)
+    assert f"Of 3 {text}" in written and "| 0 | a\\|b |" in written  # a row of three cells
