@@ -277,6 +277,18 @@ def test_measure_tells_strengths_apart_and_writes_everything(
         picture.write_bytes(kept)
 
 
+def test_images_subsets_and_classifier_may_be_moved(tmp_path, image_folder, subset, judge_folder):
+    former = [image_folder, subset, judge_folder]
+    moved = [tmp_path / "elsewhere" / path.name for path in former]
+    (tmp_path / "elsewhere").mkdir()
+    for path, place in zip(former, moved, strict=True):
+        place.symlink_to(path)
+    for data, images, judge in (former, moved):
+        assert measure.main(arguments(data, images, tmp_path / "out", classifier=judge)) == 0
+    with pytest.raises(UserError, match=r"made from other data \(classifier: none now"):
+        measure.main(arguments(image_folder, subset, tmp_path / "out"))
+
+
 def test_a_damaged_image_is_refused_and_may_be_replaced(tmp_path, image_folder, animals, capsys):
     subset = evaluating.write_subset(tmp_path / "subset", translated(animals, strengths=(0.9,)))
     image = next(subset.rglob("*.png"))

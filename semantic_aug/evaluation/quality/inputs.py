@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 REAL = "real"
 """Name of the training images in tables; no subset is shown under this name."""
-NO_PART = ("config_dir",)
-"""Entries of earlier versions' records that do not change the result."""
+NO_PART = ("config_dir", "dataset", "syndata_key", "syndata_dir", "classifier", "measures")
+"""Entries of records that name places, which may move: what lies there is compared by content, or read anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
