@@ -162,6 +162,21 @@ def test_five_columns_and_a_key_of_several_folders(tmp_path, image_folder, anima
     assert registry.subsets(animals.name, "half", config) == [f"{registry.shown_path(f)}#filtered" for f in folders]
     assert registry.subsets(animals.name, "pair#filtered", config) == [f"{f}#filtered" for f in folders]
     assert len(read_subset(f"{folders[1]}#filtered", animals)) == 9
+    evaluating.write_subset(tmp_path / "three", [(rows[-1][0], names[0], names[0], 1.0, "")], evaluating.FIVE)
+    argv = [
+        *argv[:2],
+        "--syndata_dir",
+        folders[0],
+        str(tmp_path / "three"),
+        "--by",
+        "classifier",
+        "--threshold",
+        "0.5",
+    ]
+    argv += ["--min_per_class", "0", "--classifier", str(judge_folder), "--gpu", "cpu", "--name", "strict"]
+    with pytest.raises(UserError, match="keeps none of 1 images of .*three .*: nothing was written"):
+        command.main(argv)
+    assert not (tmp_path / "one" / "meta-strict.csv").exists()
 
 
 def test_a_class_that_would_be_emptied_is_named(image_folder, animals, subset, judge_folder, capsys):

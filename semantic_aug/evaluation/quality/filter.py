@@ -246,18 +246,28 @@ def print_counts(
         )
 
 
-def filter_folder(inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages) -> None:
-    """Scores the images of one folder, writes its list and prints what was kept. Raises UserError: no image would be kept."""
-    root, scores = locate(folder)[0], confidences(inputs, settings, folder, images)
+def choose(inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages) -> tuple[dict, np.ndarray]:
+    """The confidences of the images of one folder, and which of them are kept, bool ``(M,)``. Raises UserError: none is."""
+    scores = confidences(inputs, settings, folder, images)
     confidence = scores["confidence"]
     selected = confidence > 0 if settings.review else kept(confidence, images.target, settings)
     if settings.review and not selected.any():
-        raise UserError(f"--review {settings.review} keeps none of {len(images)} images: nothing was written")
+        raise UserError(
+            f"--review {settings.review} keeps none of {len(images)} images of {folder}: nothing was written"
+        )
     if not selected.any():
         raise UserError(
-            f"--threshold {settings.threshold:g} keeps none of {len(images)} images (the best has {confidence.max():.3f}): "
-            "nothing was written; lower it, or give --keep"
+            f"--threshold {settings.threshold:g} keeps none of {len(images)} images of {folder} (the best has "
+            f"{confidence.max():.3f}): nothing was written; lower it, or give --keep"
         )
+    return scores, selected
+
+
+def filter_folder(
+    inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages, scores: dict, selected: np.ndarray
+) -> None:
+    """Writes the list of one folder and prints what was kept."""
+    root, confidence = locate(folder)[0], scores["confidence"]
     write(inputs, settings, folder, images, scores, selected)
     print_counts(images, selected, confidence, inputs.dataset.class_names, settings)
     print(f"kept {selected.sum()} of {len(images)}: {registry.shown_path(settings.list_path(root))}")
@@ -279,12 +289,15 @@ def main(argv: list[str] | None = None) -> int:
     entry = entries[0] if len(entries) == 1 else entries
     if key:
         registry.check_key(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
+    chosen = []
     for folder, images in parts:
         print(f"synthetic: {folder}, {len(images)} images")
         if not args.dry_run:
-            filter_folder(inputs, settings, folder, images)
+            chosen.append(choose(inputs, settings, folder, images))
         elif settings.review:
             kept_after_review(settings.review, folder, images, dataset.source_names)  # refuses a review of other images
+    for part, choice in zip(parts, chosen, strict=not args.dry_run):  # written where no folder is refused
+        filter_folder(inputs, settings, *part, *choice)
     if key and not args.dry_run:
         registry.register(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
         print(f"registered: {dataset.name}/{key}")
