@@ -259,6 +259,13 @@ def test_the_whole_search_reports_registers_and_goes_on(search, tmp_path, capsys
     assert search(*argv) == (0, [])  # all is done
 
 
+def test_a_key_that_another_subset_has_is_refused_before_the_search(search, tmp_path, capsys):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "synthetic_datasets.yaml").write_text("elpv: {best: outputs/aug_samples/elpv/other}")
+    assert search("--register_key", "best", "--config_dir", str(tmp_path / "config")) == (2, [])
+    assert "already has elpv/best with another entry" in capsys.readouterr().err
+
+
 def test_few_validation_images_do_not_take_the_defaults_place(search, tmp_path, capsys):
     # ahead by ten points under every seed, which is two images of twenty, the same two
     argv = ["--trials", "30", "--register_key", "best", "--config_dir", str(tmp_path / "config")]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify import config as classify
+from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.synthetic import subset_record
 from semantic_aug.errors import UserError, no_downloads
 from semantic_aug.evaluation.experiments import checks, halving, report, runner
@@ -350,14 +351,24 @@ def run(tuning: Tuning, budget: BudgetSettings, config_dir: Path) -> None:
     print(f"to use it:\n{command}")
 
 
+def check_key(tuning: Tuning, key: str, config_dir: Path) -> None:
+    """Refuses a key that cannot be registered, or has an entry that is no subset of this search, before the search."""
+    registry.check_writable(registry.SUBSETS, key, config_dir)
+    section = find_spec(tuning.recipe.shared["dataset"], config_dir).name
+    known = key in registry.keys(section, registry.SUBSETS, config_dir)
+    entries = registry.subsets(section, key, config_dir) if known else []
+    if not all(registry.resolve_path(entry).is_relative_to(tuning.folder) for entry in entries):
+        registry.check_key(registry.SUBSETS, section, key, tuning.folder, config_dir)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses, checks, runs what is missing, reports."""
     args = build_parser().parse_args(argv)
     budget, placement = cli.read_settings(BudgetSettings, args), cli.read_settings(Placement, args)
-    if budget.register_key:
-        registry.check_writable(registry.SUBSETS, budget.register_key, args.config_dir)
     folder = placement.folder("tune", args) / recipe_of(args).name
     tuning = tuning_of(args, folder)
+    if budget.register_key:
+        check_key(tuning, budget.register_key, args.config_dir)
     if args.dry_run:
         print(*tuning.pair.steps.values(), *(candidate.name for candidate in tuning.candidates), sep="\n")
         print(f"{len(tuning.candidates)} candidates, {len(tuning.pair.steps)} runs for the pool")
