@@ -291,11 +291,11 @@ def test_images_subsets_and_classifier_may_be_moved(tmp_path, image_folder, subs
 
 def test_a_damaged_image_is_refused_and_may_be_replaced(tmp_path, image_folder, animals, capsys):
     subset = evaluating.write_subset(tmp_path / "subset", translated(animals, strengths=(0.9,)))
-    image = next(subset.rglob("*.png"))
+    image = sorted(subset.rglob("*.png"))[-1]  # not on the first sheet, which is made before
     whole = image.read_bytes()
     for name, main in (("measure", measure.main), ("pictures", pictures.main)):
         image.write_bytes(whole[:300])
-        argv = arguments(image_folder, subset, tmp_path / name)
+        argv = arguments(image_folder, subset, tmp_path / name, **({"rows": 1} if name == "pictures" else {}))
         assert run_main(main, argv) == 2 and "replace it or remove it" in capsys.readouterr().err
         assert not (tmp_path / name).exists()
         image.write_bytes(whole)

@@ -147,6 +147,18 @@ def test_the_same_command_makes_only_what_is_missing_and_another_is_refused(gall
     assert not list(gallery.rglob("*.tmp"))
 
 
+def test_a_damaged_image_may_be_replaced(photographs, subsets, tmp_path, capsys):
+    subset = Path(shutil.copytree(subsets[0], tmp_path / "subset"))
+    image = sorted(subset.rglob("*.png"))[-1]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    argv = arguments(photographs, [subset], tmp_path / "out", "--processes", 1)
+    assert run_main(command.main, argv) == 2 and "replace it or remove it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    image.write_bytes(whole)
+    assert command.main(argv) == 0
+
+
 def test_a_gallery_of_an_earlier_version_is_continued(photographs, subsets, tmp_path):
     argv = arguments(photographs, subsets[1:], tmp_path / "out")
     assert command.main(argv) == 0

@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"would make a gallery in {registry.shown_path(folder)}")
         return 0
     scores = scores_of(settings, inputs)
-    with inputs.claimed(folder):
+    with inputs.claimed(folder, "thumbnails/*", "images/*"):
         content, pictures = records(inputs, scores, settings)
         write_pictures(pictures, folder, settings)
         write_page(folder, content)

@@ -208,9 +208,14 @@ class Inputs:
         print(self.dataset.describe(), *(f"synthetic: {s.name}, {len(s)} images" for s in self.subsets), sep="\n")
 
     @contextlib.contextmanager
-    def claimed(self, folder: Path) -> Iterator[None]:
+    def claimed(self, folder: Path, *partial: str) -> Iterator[None]:
         """Claims the output folder for results of these settings, training images, subsets and classifier; where the work fails
-        before its first result, no record is left. Raises UserError: the folder holds results of others."""
+        before its first result, as on a damaged image, no record is left that would refuse another image. Raises UserError: the
+        folder holds results of others.
+
+        Args:
+            partial: patterns of files that are no result without the rest.
+        """
         from semantic_aug.classify.trainer import MODEL_FILE
 
         def further() -> dict:
@@ -220,7 +225,7 @@ class Inputs:
             return {"subsets": subsets, "classifier": weights}
 
         origin = RunOrigin(self.dataset, ("train",), further=further)
-        with files.no_trace(folder, (runs.ARGS_FILE,)):
+        with files.no_trace(folder, (runs.ARGS_FILE, *partial)):
             runs.claim(folder, self.record, "--output_dir", NO_PART, origin=origin, absent=self.absent)
             yield
 

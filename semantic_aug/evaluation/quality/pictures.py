@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(f"would draw {', '.join(kinds)} into {registry.shown_path(folder)}")
         return 0
-    with inputs.claimed(folder):
+    with inputs.claimed(folder, "*.png"):
         if "translations" in kinds:
             sheet = translations(inputs, settings, args.seed)
             if sheet is None:
