@@ -349,6 +349,13 @@ def test_a_smaller_multiplier_is_a_part_of_the_pool(search, tmp_path):
     assert tuning.images(Candidate(0.7, 0.5, 0.3, 2.0)) == 80 and tuning.images(DEFAULT) is None
 
 
+def test_a_pool_whose_record_is_damaged_is_one_line(search, tmp_path, capsys):
+    argv = ["--strengths", "0.7", "--gammas", "0.5", "--probs", "0.3", "--labels", "strength"]
+    assert search(*argv)[0] == 0
+    (tmp_path / "5shot" / "aug_samples" / "s0.7" / "elpv" / "subset" / "config.yaml").write_text("arguments: {")
+    assert search(*argv) == (2, []) and "config.yaml is damaged: remove that folder" in capsys.readouterr().err
+
+
 def test_a_budget_in_hours_bounds_the_runs_and_is_fixed_at_the_start(search, tmp_path, capsys):
     # 900 s: the pool takes 4 x 36 s, the teachers 5 x 36 s, 16 classifiers are left
     status, began = search("--budget_hours", "0.25")

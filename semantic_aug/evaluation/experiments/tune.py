@@ -15,7 +15,7 @@ from pathlib import Path
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.classify import config as classify
 from semantic_aug.datasets.catalog import find_spec
-from semantic_aug.datasets.synthetic import subset_record
+from semantic_aug.datasets.synthetic import CONFIG_FILE, subset_record
 from semantic_aug.errors import UserError, no_downloads
 from semantic_aug.evaluation.experiments import checks, halving, report, runner
 from semantic_aug.evaluation.experiments.commands import StageCommands, Step
@@ -122,10 +122,13 @@ class Tuning:
         return next((self.folder / "aug_samples" / candidate.subset).glob("*/*/meta.csv")).parent
 
     def images(self, candidate: Candidate) -> int | None:
-        """Number of images of its subset that a candidate uses, the multiplier's share; None for all."""
+        """Number of images of its subset that a candidate uses, the multiplier's share; None for all. Raises UserError: the
+        record of the subset is damaged."""
         if candidate.multiplier == self.multiplier:
             return None
-        count = subset_record(self.subset_folder(candidate))["images"]
+        folder = self.subset_folder(candidate)
+        if (count := subset_record(folder).get("images")) is None:
+            raise UserError(f"{folder / CONFIG_FILE} is damaged: remove that folder and run the same command again")
         return max(1, round(count * candidate.multiplier / self.multiplier))
 
     def classify_flags(self, candidate: Candidate, images: int | None) -> dict:
