@@ -506,6 +506,22 @@ def test_the_report_has_hand_computed_numbers_and_says_what_is_missing(partial):
     assert "Validation chooses the epoch, test is evaluated once." in text and "no test split" not in text
 
 
+def test_differences_over_fewer_seeds_than_the_method_has_say_so(partial):
+    finished(partial, "5shot", "cutmix", 2, 0.55, 0.47)
+    finished(partial, "5shot", "diff-mix", 3, 0.70, 0.60)
+    for seed in (1, 2, 3):
+        finished(partial, "5shot", "pseudo-label", seed, 0.60 + seed / 100, 0.5 + seed**2 / 100)
+    results.save_request(
+        partial, ["--seeds"], ["5shot"], [1, 2, 3], ["real-only", "cutmix", "diff-mix", "pseudo-label"]
+    )
+    report.write_comparison(partial)
+    text = (partial / "report.md").read_text()
+    # to cutmix 5 and 9 points, to pseudo-labels -1, 2 and 7
+    row = next(line for line in text.splitlines() if line.startswith("| diff-mix | +"))
+    assert "| +7.00 [-18.41, 32.41] (2 seeds) | +2.67 [-7.37, 12.71] |" in row
+    assert "test macro - pseudo-label" in text
+
+
 def test_the_worst_class_is_read_from_the_predictions(partial):
     for method, seed, *right in (("real-only", 1, 25, 0), ("real-only", 2, 12, 14), ("diff-mix", 1, 15, 15)):
         rows = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_aug import files, registry, runs
+from semantic_aug.augmentations import strategies
 from semantic_aug.evaluation import document
 from semantic_aug.evaluation.document import Block, Cell, Report, Table, code, link
 from semantic_aug.evaluation.experiments.commands import METHODS, StageCommands
@@ -18,7 +19,8 @@ from semantic_aug.evaluation.experiments.runner import duration
 from semantic_aug.evaluation.experiments.statistics import Difference, difference_text, mean_interval, paired_difference
 
 REPORT, RESULTS, CHART, COMMANDS = "report.md", "results.csv", "report.png", "commands.sh"
-BASELINES = ("real-only", "cutmix")
+BASELINES = ("real-only", "cutmix", "pseudo-label")
+"""Methods that all others are compared with, where they were run."""
 SHOWN_MISSING = 20
 TITLES = {
     "top1": "top-1", "macro": "macro (mean over classes)", "worst_class": "worst class", "worst_group": "worst group"
@@ -40,9 +42,12 @@ def spread_cell(values: Mapping[int, float]) -> Cell:
 
 
 def difference_cell(difference: Difference | None, first: Mapping[int, float], second: Mapping[int, float]) -> Cell:
-    """A difference with its interval; the detail gives each common seed's."""
+    """A difference with its interval, and the number of common seeds where the first has more; the detail gives each one's."""
     lines = [f"seed {seed}: {100 * (first[seed] - second[seed]):+.2f}" for seed in first if seed in second]
-    return Cell(difference_text(difference), "\n".join(lines) if difference else "")
+    if difference is None:
+        return Cell("")
+    count = f" ({difference.count} seeds)" if 1 < difference.count < len(first) and not difference.flat else ""
+    return Cell(difference_text(difference) + count, "\n".join(lines))
 
 
 def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]], path: str | PathLike) -> None:
@@ -350,7 +355,8 @@ def _candidate_section(result: SearchResult) -> list[Block]:
         how = f"which is the default: {result.best.name} is ahead {how}, but not clearly so"
     rows = []
     for candidate in _ranked(scores):
-        strength = "its own" if candidate.strength is None else f"{candidate.strength:g}"
+        from_noise = strategies.find(candidate.strategy or result.strategy).start == "noise"
+        strength = "1" if from_noise else "its own" if candidate.strength is None else f"{candidate.strength:g}"
         numbers = (candidate.gamma, candidate.probability, candidate.multiplier)
         kinds = [text for kind, text in _kinds(candidate, result).items() if kind in varying]
         score = spread_cell(scores[candidate])
