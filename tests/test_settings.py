@@ -21,6 +21,7 @@ from semantic_aug.datasets import ImageTable, Setting, catalog, load_dataset, se
 from semantic_aug.datasets.readers import hub as sources
 from semantic_aug.datasets.readers.folder import read_folder
 from semantic_aug.datasets.readers.listing import read_listing
+from semantic_aug.datasets.readers.notes import collected
 from semantic_aug.errors import UserError
 
 COUNTS = st.lists(st.integers(1, 400), min_size=2, max_size=30)
@@ -426,3 +427,12 @@ def test_the_registered_names_are_sorted_and_each_says_what_it_is():
         spec = catalog.find_spec(name)
         assert spec.name == name and spec.license != "not stated" and spec.citation and spec.homepage.startswith("http")
         assert len(spec.about.splitlines()) > 2 and (spec.variables or name.startswith("elpv"))
+
+
+def test_a_class_that_loses_all_its_images_to_wrong_labels_is_named():
+    table = table_of([0, 0, 1, 1])
+    setting = Setting(examples_per_class=1, corrupt_prob=1.0)  # of two images, both get another label
+    with collected() as notes:
+        train = subsets.apply_setting(table, setting)
+    lost = [table.class_names[k] for k in (0, 1) if not train.counts()[k]]
+    assert lost and [note.cases for note in notes] == [tuple(lost)] and "--corrupt_prob" in notes[0].line()

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from semantic_aug.datasets.readers.notes import note
 from semantic_aug.datasets.settings import Setting
 from semantic_aug.datasets.spec import SHOT_THRESHOLDS, Splits
 from semantic_aug.datasets.table import ImageTable
@@ -139,9 +140,16 @@ def hold_out(table: ImageTable, fraction: float, seed: int = 0) -> tuple[ImageTa
 
 
 def apply_setting(train: ImageTable, setting: Setting) -> ImageTable:
-    """The training images a setting uses: the long tail first, then the few shots, then the wrong labels."""
+    """The training images a setting uses: the long tail first, then the few shots, then the wrong labels; classes that these
+    leave without an image are noted."""
     if setting.task == "imbalanced":
         counts = long_tail_counts(train.counts(), setting.imbalance_factor, setting.imbalance_profile)
         train = per_class(train, counts, "long-tail", setting.subset_seed)
     train = few_shot(train, setting.examples_per_class, setting.subset_seed)
-    return corrupt_labels(train, setting.corrupt_prob, setting.subset_seed, setting.corrupt_classes)
+    noisy = corrupt_labels(train, setting.corrupt_prob, setting.subset_seed, setting.corrupt_classes)
+    empty = np.flatnonzero((train.counts() > 0) & (noisy.counts() == 0))
+    note(
+        "classes whose training images all got another label by --corrupt_prob",
+        map(train.class_names.__getitem__, empty),
+    )
+    return noisy
