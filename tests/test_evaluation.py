@@ -19,7 +19,7 @@ from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
-from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures
+from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures, report
 from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
 from semantic_aug.evaluation.quality.inputs import Inputs, ModelSettings, open_subset
 
@@ -468,3 +468,11 @@ def test_help_is_quick_and_gives_every_flag_a_text(name):
         assert action.help and len(action.help) > 3, action.option_strings
     code = f"import sys, {command.COMMANDS[name]} as m; m.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, "--help should not wait for torch"
+
+
+def test_names_with_dollars_are_no_formulas_in_the_chart(tmp_path):
+    values = {"target_class": report.ALL, "strength": report.ALL, "source_distance": 0.2, "target_probability": 0.5}
+    report.draw(
+        tmp_path / "x.png", [{"subset": "$5 (10%) to $10", **values}], ("source_distance", "target_probability")
+    )
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -95,7 +95,8 @@ def draw(path: Path, rows: Sequence[Mapping], axes: tuple[str, str]) -> None:
     plot.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
     plot.margins(0.15)
     plot.grid(alpha=0.3)
-    plot.legend(fontsize=8)
+    for text in plot.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)  # a name such as "$5 (10%) to $10" holds no formula
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
