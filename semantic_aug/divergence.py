@@ -49,10 +49,12 @@ def check_losses(losses: np.ndarray, last_step: int, advice: str) -> None:
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds a value that is not finite, or None; waits for the device once."""
-    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    # PyTorch finds no extremes of 8-bit tensors
     named = [
-        (name, tensor.float() if tensor.itemsize == 1 else tensor) for name, tensor in named
-    ]  # 8 bits lack extremes
+        (name, tensor.float() if tensor.itemsize == 1 else tensor)
+        for name, tensor in tensors
+        if tensor.is_floating_point() and tensor.numel()
+    ]
     if not named:
         return None
     # a tensor's extremes are finite only where all of it is, and take a tenth of the time of looking at every value

@@ -83,7 +83,7 @@ def save_tensors(
 
     entries = {key: json.dumps(metadata, sort_keys=True, ensure_ascii=False)} if metadata else None
     # copies, since the library refuses tensors that share memory, as the shared layers of some networks do
-    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     content = save(copies, entries)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)

@@ -152,11 +152,13 @@ def check_prediction(config: FinetuneConfig, folder: Path) -> None:
     """Refuses a ``--prediction_type`` that is not the base model's, by which stage 2 and the picture grids denoise. Raises
     UserError: it is another."""
     given, file = config.train.prediction_type, "scheduler/scheduler_config.json"
-    own = read_scheduler_config(folder, config.model.pretrained_model_name_or_path).get("prediction_type", "epsilon")
-    if given not in (None, own):
+    expected = read_scheduler_config(folder, config.model.pretrained_model_name_or_path).get(
+        "prediction_type", "epsilon"
+    )
+    if given not in (None, expected):
         raise UserError(
-            f"--prediction_type {given}: {file} of the base model says {own}, by which stage 2 would denoise: leave the flag "
-            f"out, or correct {file} in a copy of the base model"
+            f"--prediction_type {given}: {file} of the base model says {expected}, by which stage 2 would denoise: leave "
+            f"the flag out, or correct {file} in a copy of the base model"
         )
 
 

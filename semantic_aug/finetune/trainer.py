@@ -60,7 +60,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model.parameter_groups(config.train), config.train, accelerator.device)
         self.schedule = make_schedule(self.optimizer, config.train)
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
-        self.prediction_type = config.train.prediction_type or self.noise_scheduler.config.prediction_type
+        self.prediction_type = self.noise_scheduler.config.prediction_type
         self.alphas = self.noise_scheduler.alphas_cumprod.to(accelerator.device)
         if not config.output.resume_from_checkpoint:  # else much of it is written already
             trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])

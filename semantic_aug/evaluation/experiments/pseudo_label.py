@@ -21,6 +21,7 @@ from semantic_aug.datasets.fingerprint import content_digest, files_digest, hash
 from semantic_aug.datasets.origin import RunOrigin, check_classifier, class_order
 from semantic_aug.datasets.settings import DatasetName, Pool, check_unlabelled
 from semantic_aug.datasets.synthetic import DATA, UNLABELLED_FILE, write_sources
+from semantic_aug.datasets.table import missing_paths
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.devices import device_of
 from semantic_aug.errors import UserError
@@ -113,7 +114,10 @@ def label(
 def _is_complete(folder: Path) -> bool:
     """Whether a subset has its list and all images, which are links: a pool that was moved leaves them without their files."""
     file = folder / meta_csv.FILE_NAME
-    return file.is_file() and all((folder / DATA / path).exists() for path in meta_csv.read(file).path)
+    if not file.is_file():
+        return False
+    paths = meta_csv.read(file).path
+    return not missing_paths(lambda row: folder / DATA / paths[row], len(paths))
 
 
 def build_parser() -> cli.Parser:
