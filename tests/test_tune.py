@@ -59,16 +59,6 @@ def test_labels_of_one_class_do_not_depend_on_gamma_whoever_gives_them():
     assert {c.gamma for c in result if not c.strategy} == {0.3, 0.5, 0.8}
 
 
-def test_labels_of_one_class_depend_on_gamma_where_a_classifier_has_predicted_it(tmp_path):
-    argv = ["--dataset", "elpv", "--strategy", "diff-aug", "--gammas", "0.3", "0.8", "--stage2_args"]
-    for extra, gammas in (
-        ("--sources hard --classifier run", {0.5}),
-        ("--sources both --unlabelled pool", {0.3, 0.5, 0.8}),
-    ):
-        tuning = tune.tuning_of(tune.build_parser().parse_args([*argv, extra]), tmp_path)
-        assert {c.gamma for c in tuning.candidates if c.labels == "strength"} == gammas
-
-
 def test_a_search_keeps_its_grid(tmp_path):
     grid, plan = settings_of(), tmp_path / PLAN_FILE
     assert grid.resumed(tmp_path) == grid

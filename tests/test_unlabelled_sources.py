@@ -73,24 +73,6 @@ def test_pool_images_take_turns_and_targets_stay_even(sources, size, known, seed
     assert plan.digest != plan_for(labels, guide, sources=sources, pool=[*keys[:-1], "other"], seed=seed).digest
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["predicted", "dry run"])
-def test_within_the_class_a_pool_image_keeps_the_class_predicted_for_it(known):
-    labels, keys = np.repeat(np.arange(4), 5), [f"p{i}" for i in range(6)]
-    classes = np.array([[3, 1], [0, 2], [1, 0], [1, 3], [2, 0], [0, 1]], np.int32)
-    guide = Guide(pool_classes=classes, pool_weights=np.full((6, 2), 5000, np.uint16)) if known else Guide()
-    plan = plan_for(labels, guide, "diff-aug", sources="both", pool=keys)
-    of_pool = plan.source >= 20
-    assert of_pool.sum() == 50 and (plan.target[~of_pool] == labels[plan.source[~of_pool]]).all()
-    if known:
-        assert (plan.target[of_pool] == classes[plan.source[of_pool] - 20, 0]).all()
-        assert (plan.source_class == plan.target).all()
-    else:
-        assert (plan.source_class[of_pool] == 4).all() and set(np.bincount(plan.target[of_pool], minlength=4)) == {
-            12,
-            13,
-        }
-
-
 def test_a_label_is_the_sources_distribution_and_the_target():
     known = np.array([[0.7, 0.3, 0], [1 / 3] * 3, [0, 0, 1]])
     images = SyntheticImages(
@@ -268,11 +250,7 @@ def test_a_pool_of_the_hubs_format_is_read_without_its_labels(pool, animals, tmp
             {"sources": "unlabelled", "unlabelled": "pool", "sample_strategy": "diff-gen"},
             "diff-gen, which starts from noise",
         ),
-        (
-            {"sources": "unlabelled", "unlabelled": "pool", "sample_strategy": "real-aug"},
-            "give --classifier RUN, which pred",
-        ),
-        ({"sources": "both", "unlabelled": "pool", "sample_strategy": "diff-ii"}, "does not translate single images"),
+        ({"sources": "unlabelled", "unlabelled": "pool", "sample_strategy": "real-aug"}, "by a \\*-mix strategy"),
         ({"sources": "both", "unlabelled": "pool", "object_mask": "object"}, "unlabelled images have no masks"),
     ],
 )
@@ -325,21 +303,6 @@ def test_without_a_classifier_a_source_is_of_no_class_of_the_data_set(pool, work
     assert {row["Unlabelled Image"] for row in rows} == set(read_unlabelled(pool).keys)
     assert all(row["Path"].startswith("unlabelled/") and row["Source Image"] == "" for row in rows)
     assert sorted(meta_csv.read(tmp_path / "meta.csv").class_names) == sorted(CLASSES)
-
-
-def test_meta_csv_of_translations_within_a_predicted_class(pool, workshop, image_folder, judge_folder, tmp_path):
-    options = {"sample_strategy": "diff-aug", "sources": "unlabelled", "unlabelled": pool, "classifier": judge_folder}
-    argv = sampling_arguments(workshop, image_folder, tmp_path, **options)
-    subset = plan_subset(*sample_mp.resolve(build_parser().parse_args(list(map(str, argv)))))
-    meta_csv.write(tmp_path / "meta.csv", subset.paths.meta_rows(np.arange(54)), subset.paths.further_columns)
-    judge, images = load_run(judge_folder), read_unlabelled(pool)
-    predicted = judge.probabilities(images.image, 5).argmax(1)
-    of_image = {key: judge.class_names[k] for key, k in zip(images.keys, predicted, strict=True)}
-    with open(tmp_path / "meta.csv", newline="") as lines:
-        for row in csv.DictReader(lines):
-            assert row["First Directory"] == row["Second Directory"] == of_image[row["Unlabelled Image"]]
-            shares = json.loads(row["Source Label"])
-            assert max(shares, key=shares.get) == row["First Directory"]
 
 
 def test_stage_3_refuses_sources_that_another_setting_evaluates_on(pool, image_folder, animals, tmp_path):

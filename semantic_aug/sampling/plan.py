@@ -202,8 +202,7 @@ def _draw_pairs(
     Targets are as even over the classes as the count allows, and mixed pairing never pairs a class with itself where that
     can be avoided. With ``independent`` pairing, targets are drawn uniformly and independently, as the Diff-Mix authors'
     code draws them, so that 1/K of the pairs stay within their class. With ``confusion`` pairing, those of each source
-    class follow the classifier's confusions of it. Same pairing has the sources' classes as targets, which a classifier
-    predicts for unlabelled images.
+    class follow the classifier's confusions of it. Same pairing has the sources' classes as targets.
     """
     seed, strategy = settings.seed, settings.strategy
     if strategy.start == "noise":
@@ -212,12 +211,8 @@ def _draw_pairs(
     source, classes = _draw_sources(count, labels, num_classes, settings), settings.guide.pool_classes
     of_pool = np.full(len(settings.pool), num_classes) if classes is None else classes[:, 0]
     source_class = np.concatenate([labels, of_pool])[source].astype(np.int32)
-    if strategy.pairing == "mixed":
-        return source, source_class, _mixed_targets(source_class, num_classes, settings)
-    unknown = source_class == num_classes  # in a dry run, which predicts nothing
-    target = source_class.copy()
-    target[unknown] = _even(int(unknown.sum()), num_classes, numpy_rng(seed, "plan", "targets"))
-    return source, source_class, target
+    mixed = strategy.pairing == "mixed"
+    return source, source_class, _mixed_targets(source_class, num_classes, settings) if mixed else source_class
 
 
 def _draw_sources(count: int, labels: np.ndarray, num_classes: int, settings: PlanSettings) -> np.ndarray:

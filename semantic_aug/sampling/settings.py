@@ -151,8 +151,8 @@ class ImageSettings:
         type=cli.path,
         metavar="RUN",
         help="output folder of a finished train_cls.py run on the same images, for --pairing confusion, --sources hard, "
-        "--object_mask without boxes or masks, and the class of unlabelled sources and their part of the label (default: none; "
-        "that part is even over all classes)",
+        "--object_mask without boxes or masks, and the part of unlabelled sources in their labels (default: none; that part "
+        "is even over all classes)",
         result=False,
     )
     context_steps: float = cli.setting(
@@ -237,15 +237,10 @@ class ImageSettings:
                     "both"
                 )
             return
-        if self.strategy.start != "image":
+        if (self.strategy.start, self.strategy.pairing) != ("image", "mixed"):
             raise UserError(
-                f"--sources {self.sources} with --sample_strategy {self.sample_strategy}, which does not translate single "
-                "images: choose a strategy that does, such as diff-mix or diff-aug"
-            )
-        if self.strategy.pairing == "same" and self.classifier is None:
-            raise UserError(
-                f"--sources {self.sources} with --sample_strategy {self.sample_strategy}, which keeps every image in its "
-                "class: give --classifier RUN, which predicts the class, or choose a *-mix strategy"
+                f"--sources {self.sources} with --sample_strategy {self.sample_strategy}: an image without a class is "
+                "translated to one by a *-mix strategy that starts from images; choose one of these"
             )
         if self.unlabelled is None:
             raise UserError(

@@ -113,9 +113,8 @@ class GridSettings:
             )
         return self
 
-    def candidates(self, seed: int, unlabelled: bool = False) -> list[Candidate]:
-        """The candidates, the default first and the rest in a drawn order, so that any beginning is a fair sample;
-        ``unlabelled``: whether sources are unlabelled images, whose part of a label is a prediction."""
+    def candidates(self, seed: int) -> list[Candidate]:
+        """The candidates, the default first and the rest in a drawn order, so that any beginning is a fair sample."""
         axes = [
             (*self.strengths, DEFAULT["strength"]),
             (*self.gammas, DEFAULT["gamma"]),
@@ -126,25 +125,17 @@ class GridSettings:
         ]
         default = Candidate(**DEFAULT, multiplier=max(self.multipliers))
         values = itertools.product(*(dict.fromkeys(axis) for axis in axes))
-        grid = list(dict.fromkeys(self._candidate(*of_axes, unlabelled) for of_axes in values))
+        grid = list(dict.fromkeys(self._candidate(*of_axes) for of_axes in values))
         order = numpy_rng(seed, "tune", "order").permutation(len(grid))
         return list(dict.fromkeys([default, *(grid[i] for i in order)]))
 
     def _candidate(
-        self,
-        strength: float,
-        gamma: float,
-        probability: float,
-        multiplier: float,
-        labels: str,
-        strategy: str,
-        unlabelled: bool,
+        self, strength: float, gamma: float, probability: float, multiplier: float, labels: str, strategy: str
     ) -> Candidate:
         """A candidate; values without effect are replaced by one: strength where the strategy takes none, gamma where labels
         do not depend on it."""
         row = strategies.find(strategy)
         strength = strength if row.takes_strength else None
-        of_one_class = row.pairing == "same" and not unlabelled
-        gamma = DEFAULT["gamma"] if labels == "teacher" or of_one_class else gamma
+        gamma = DEFAULT["gamma"] if labels == "teacher" or row.pairing == "same" else gamma
         other = strategy if strategy != self.strategy[0] else ""
         return Candidate(strength, gamma, probability, multiplier, labels, other)

@@ -105,8 +105,7 @@ class Tuning:
     def __post_init__(self) -> None:
         self.folder, self.recipe = self.commands.folder, self.commands.recipe
         self.strategy, self.multiplier = self.grid.strategy[0], max(self.grid.multipliers)
-        unlabelled = any(word.startswith("--unlabelled") for word in self.recipe.extra.get(2, ()))
-        self.candidates = self.grid.candidates(self.commands.subset_seed, unlabelled)
+        self.candidates = self.grid.candidates(self.commands.subset_seed)
         self.default, self.pair = self.candidates[0], Pair(self.folder, self.pool_steps())
 
     def pool_steps(self) -> dict[str, Step]:
