@@ -135,6 +135,8 @@ def test_the_default_is_never_dropped_and_never_beaten_by_what_is_no_better():
     chosen, scores = halving.search(grid(), [1, 2, 3], worse)
     assert chosen.strength == 0.9 and len(scores[DEFAULT]) == 3
     assert halving.search(grid(), [1, 2, 3], lambda one, seed: 0.5)[0] == DEFAULT  # of equals
+    scores = {1: {"default": 0.5, "other": 0.6}, 2: {"default": 0.6, "other": 0.5}}  # equal means, of other orders
+    assert halving.search(["default", "other"], [1, 2], lambda one, seed: scores[seed][one])[0] == "default"
     for seed in range(20):  # at least as good as the default on validation, whatever the noise
         run, _ = planted(None, noise=0.1)
         chosen, scores = halving.search(grid()[:12], [seed, seed + 100], run)

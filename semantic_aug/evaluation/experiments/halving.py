@@ -54,9 +54,10 @@ def search(
     for seed, keep in zip(seeds, sizes, strict=True):
         for candidate in alive:
             scores[candidate][seed] = run(candidate, seed)
-        last, alive = alive, best_first(alive, scores)[:keep]
-        if default not in alive and seed != seeds[-1]:
-            alive = [default, *alive[: keep - 1]]
+        last, best = alive, best_first(alive, scores)[:keep]
+        if default not in best and seed != seeds[-1]:
+            best = [default, *best[: keep - 1]]
+        alive = [candidate for candidate in alive if candidate in best]
     return best_first(last, scores)[0], scores
 
 
