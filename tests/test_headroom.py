@@ -51,6 +51,12 @@ def test_the_gain_is_measured_where_the_images_are_there():
     assert learning_curve.verdict(both, gain) == learning_curve.NOT_WORTH
 
 
+def test_a_gain_is_measured_at_four_times_the_images_and_not_at_the_next_size():
+    curve = power_curve((1, 2, 5, 10, 16, 31), slope=-0.5)  # small classes keep the size 20 at 16 images per class
+    gain = learning_curve.gain_of(curve, 5, 4)
+    assert gain.measured and gain.points == pytest.approx(0.6 * (5**-0.5 - 20**-0.5), abs=0.01)
+
+
 def test_a_gain_extrapolated_from_the_large_classes_alone_says_nothing():
     even = power_curve((1, 2, 5, 10), slope=-0.5, ceiling=0.4, start=0.3)
     uneven = replace(even, available=np.array([10, 10, 10, 2]))

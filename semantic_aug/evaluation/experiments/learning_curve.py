@@ -229,8 +229,9 @@ def gain_of(curve: Curve, present: int, factor: int) -> Gain:
     enough = np.flatnonzero(curve.images >= 0.9 * target)
 
     def later(errors: np.ndarray) -> float:
-        if len(enough):
-            return float(errors[enough[0]])
+        if len(enough):  # between two sizes, on the line in the logarithm of the images
+            images = min(target, curve.images[enough[0]])
+            return float(np.interp(np.log(images), np.log(curve.images), errors))
         # power law through the sizes from an eighth of the present one on
         chosen = curve.images >= curve.images[now] / 8
         if chosen.sum() < 2:
