@@ -77,15 +77,15 @@ def write_clip(folder: Path) -> Path:
 
 
 def write_subset(folder: Path, rows: Sequence[tuple], header: Sequence[str] = HEADER) -> Path:
-    """A subset of given images: rows of (image, source, target, strength, key of the source image)."""
+    """A subset of given images: rows of (image, source, target, strength, key of the source image or others)."""
     (folder / "data" / "images").mkdir(parents=True)
     with open(folder / "meta.csv", "w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(header)
-        for number, (image, source, target, strength, key) in enumerate(rows):
+        for number, (image, source, target, strength, *further) in enumerate(rows):
             path = f"images/{number:06d}.png"
             image.save(folder / "data" / path)
-            writer.writerow([source, target, number, strength, path, key][: len(header)])
+            writer.writerow([source, target, number, strength, path, *further][: len(header)])
     return folder
 
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 import tiny
 import train_cls
-from semantic_aug import SoftLabelDataset, runs
+from semantic_aug import SoftLabelDataset, meta_csv, runs
 from semantic_aug.classify import inference, run, teacher, trainer
 from semantic_aug.classify.config import read_config
 from semantic_aug.classify.draws import SyntheticSettings
-from semantic_aug.datasets.synthetic import SyntheticImages, soft_labels
+from semantic_aug.datasets.fingerprint import hash_bytes
+from semantic_aug.datasets.synthetic import UNLABELLED_FILE, SyntheticImages, soft_labels, write_sources
 from semantic_aug.errors import UserError
 
 CLASSES = ("red fox", "blue jay", "toad")
@@ -280,6 +281,19 @@ def test_images_whose_sources_are_not_recorded_are_counted(animals_folder, tmp_p
     teacher.subset_labels(config, dataset)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "the sources of 2 images are not recorded" in warnings[0]
+
+
+def test_an_unlabelled_source_that_became_a_training_image_is_labelled_by_who_did_not_see_it(animals_folder, tmp_path):
+    rows = [(tiny.picture(0, n), "toad", "red fox", 0.7, f"{n}.png", "even") for n in range(2)]
+    created = evaluating.write_subset(tmp_path / "made", rows, (*evaluating.FIVE, *meta_csv.UNLABELLED_COLUMNS))
+    name = "train/toad/train001.png"  # labelled since the subset was made from it
+    contents = (animals_folder / name).read_bytes(), b"of another photograph"
+    values = np.stack([np.frombuffer(hash_bytes(content), np.uint8) for content in contents])
+    write_sources(created, ["0.png", "1.png"], values, UNLABELLED_FILE)
+    config, dataset, _ = resolved(animals_folder, created, tmp_path)
+    [labels] = teacher.subset_labels(config, dataset)
+    fold = int(labels.ensemble.fold[dataset.train.keys.index(name)])
+    assert labels.teachers == [(0,), (1,)] and labels.labelling.tolist() == [[fold == 0, fold == 1], [True, True]]
 
 
 def test_a_run_of_other_images_is_refused_before_its_labels_are_made():

@@ -38,7 +38,15 @@ from semantic_aug.classify.trainer import results_of
 from semantic_aug.datasets import LoadedDataset, fingerprint
 from semantic_aug.datasets.cache import NoRoom, cache_folder, make_room
 from semantic_aug.datasets.origin import synthetic_identity
-from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subset
+from semantic_aug.datasets.synthetic import (
+    POOL_PREFIX,
+    SOURCES_FILE,
+    UNLABELLED_FILE,
+    SyntheticImages,
+    locate,
+    read_sources,
+    read_subset,
+)
 from semantic_aug.errors import UserError
 from semantic_aug.seeding import numpy_rng
 
@@ -73,6 +81,21 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int, content: np.ndarray 
         return fold
     _, first, image = np.unique(content, axis=0, return_index=True, return_inverse=True)
     return fold[first[image.reshape(-1)]]
+
+
+def present_names(sources: np.ndarray, root: Path, dataset: LoadedDataset) -> np.ndarray:
+    """The sources of a subset, ``(M, S)``, under their present names: a source of another listing, or an unlabelled one of a
+    smaller setting, may have the content of a training image."""
+    recorded = {
+        prefix + key: value.tobytes()
+        for file, prefix in ((SOURCES_FILE, ""), (UNLABELLED_FILE, POOL_PREFIX))
+        for key, value in zip(*(read_sources(root, file) or ((), ())), strict=True)
+    }
+    others = {key: recorded.get(key) for key in set(sources.ravel()) - {"", *dataset.train.keys}}
+    if not any(others.values()):
+        return sources
+    present = fingerprint.by_content(dataset.train)
+    return np.array([present.get(others.get(key), key) for key in sources.ravel()], object).reshape(sources.shape)
 
 
 def source_folds(sources: np.ndarray, fold_of: dict[str, int]) -> np.ndarray:
@@ -238,7 +261,7 @@ class SubsetLabels:
         self.images = read_subset(folder, dataset, config.synthetic.allow_other_sources)
         self.path = root / f"teacher-{table.stem}-{teachers.folder.name[:8]}.safetensors"
         fold_of = dict(zip(dataset.train.keys, teachers.fold.tolist(), strict=True))
-        sources = self.images.sources
+        sources = present_names(self.images.sources, root, dataset)
         of_sources = source_folds(sources, fold_of)
         candidates = left_out(of_sources, teachers.folds)
         # classes in the training images of each teacher, bool (T, K)

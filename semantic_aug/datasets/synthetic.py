@@ -34,6 +34,8 @@ SOURCES_FILE = ".sources.npz"
 """Names and content hashes of the training images that a subset of ours was made from, those of its sources among them."""
 UNLABELLED_FILE = ".unlabelled.npz"
 """Names and content hashes of the unlabelled images."""
+POOL_PREFIX = "unlabelled:"
+"""Stands before the name of an unlabelled source."""
 NOISE_FLAGS = "--corrupt_prob, --corrupt_classes and --subset_seed"
 
 
@@ -72,8 +74,8 @@ class SyntheticImages:
             where it may be any.
         target: int64 ``(M,)``.
         strength: float64 ``(M,)`` in (0, 1].
-        sources: object ``(M, S)``, key of each source image (after ``unlabelled:`` of an unlabelled one), empty where none is
-            recorded; None where nobody asked.
+        sources: object ``(M, S)``, key of each source image (after :data:`POOL_PREFIX` of an unlabelled one), empty where none
+            is recorded; None where nobody asked.
         soft: float32 ``(M, K)``, labels that stand instead of those by strength; None: these.
         source_labels: float32 ``(M, K)``, what is known of the sources' classes, rows summing to one; None where all are known.
     """
@@ -208,7 +210,7 @@ def read_subset(
             sources[:, column] = [str(key) for key in table.further[name]]
     for row, key in enumerate(table.further.get(meta_csv.UNLABELLED_COLUMNS[0], ())):
         if key:
-            sources[row, 0] = f"unlabelled:{key}"
+            sources[row, 0] = f"{POOL_PREFIX}{key}"
     classes, known = (position[table.source], position[table.target]), _source_labels(table, dataset, file)
     return SyntheticImages(paths, *classes, table.strength, sources, source_labels=known)
 
