@@ -107,6 +107,8 @@ def test_the_mask_is_where_the_box_is():
     assert torch.equal(masks.box_mask((10, 40, 30, 80), (80, 160), (16, 16), "background"), ~mask)
     assert masks.box_mask((500, 500, 600, 600), (80, 160), (16, 16)).sum() == 1  # outside: its nearest cell
     assert masks.box_mask((0, 0, 80, 160), (80, 160), (16, 16)).all()
+    # 232 of 448 pixels end the 29th of 56 cells: 232 / 448 * 56 is above 29 in floating point
+    assert masks.box_mask((0, 0, 232, 448), (448, 448), (56, 56)).sum() == 29 * 56
 
 
 @pytest.fixture

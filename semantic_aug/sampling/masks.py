@@ -169,8 +169,8 @@ def box_mask(box: Sequence[float], size: tuple[int, int], latent: tuple[int, int
     """
     spans = []
     for low, high, side, cells in ((box[1], box[3], size[1], latent[0]), (box[0], box[2], size[0], latent[1])):
-        first = min(max(math.floor(low / side * cells), 0), cells - 1)
-        spans.append(slice(first, min(max(math.ceil(high / side * cells), first + 1), cells)))
+        first = min(max(math.floor(low * cells / side), 0), cells - 1)  # exact at the borders of cells
+        spans.append(slice(first, min(max(math.ceil(high * cells / side), first + 1), cells)))
     mask = torch.zeros(1, *latent, dtype=torch.bool)
     mask[:, spans[0], spans[1]] = True
     return mask if part == "object" else ~mask
