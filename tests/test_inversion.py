@@ -317,6 +317,24 @@ def test_a_dry_run_counts_the_inversions(animals, tmp_path):
     assert describe_cost(config, few, 18).endswith("250 to invert 10 training images once")
 
 
+@pytest.mark.parametrize(("scheduler", "each"), [("dpmsolver++", 5), ("pndm", 6), ("heun", 9)])
+def test_a_dry_run_counts_the_half_steps_of_a_solver(animals, tiny_base, tmp_path, scheduler, each):
+    solver, images = SolverSettings(10, 1.0, scheduler), ImageSettings(sample_strategy="real-mix", resolution=32)
+    model, names = ModelFiles(str(tiny_base), tiny_base), Prompts(CLASSES, CLASSES)
+    config = job_of(animals, tmp_path, model=model, prompts=names, solver=solver, images=images).config
+    plan, case, calls = plan_of(config, animals), Case(tiny_base, solver), []
+    plan = replace(plan, strengths=(0.5,), strength_code=plan.strength_code * 0)
+    assert describe_cost(config, plan, 18) == f"U-Net evaluations: {each * len(plan)} to denoise"
+
+    def unet(noisy, *_, **__):
+        calls.append(1)
+        return (torch.zeros_like(noisy),)
+
+    case.sampler = replace(case.sampler, unet=unet)
+    case.ours([0], [0.5])
+    assert len(calls) == each
+
+
 def test_images_that_repeat_another_are_counted():
     plan = plan_for(np.arange(8), "diff-ii", strengths=find("diff-ii").strengths, multiplier=5)
     assert len(plan) == 40 and repeated_tasks(plan, []) == 32  # each class's image is its own partner

@@ -14,7 +14,8 @@ import numpy as np
 from semantic_aug.datasets import LoadedDataset
 from semantic_aug.datasets.fingerprint import ContentHashes, hash_images
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
-from semantic_aug.diffusion.schedulers import first_step
+from semantic_aug.diffusion.base import read_scheduler_config
+from semantic_aug.diffusion.schedulers import evaluations, make_scheduler
 from semantic_aug.meta_csv import EVEN, without_slashes
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
@@ -151,12 +152,15 @@ def describe(subset: PlannedSubset) -> str:
 def describe_cost(config: SampleConfig, plan: Plan, count: int) -> str:
     """The evaluations of the U-Net that a plan of ``count`` training images takes, one image each; guidance takes two a
     step. Sources are inverted in whole blocks."""
-    steps, each = config.solver.num_inference_steps, 2 if config.solver.guidance_scale > 1 else 1
+    solver, model = config.solver, config.model
+    steps, each = solver.num_inference_steps, 2 if solver.guidance_scale > 1 else 1
     images = np.bincount(plan.strength_code, minlength=len(plan.strengths)).tolist()
-    if config.strategy.start == "image":
-        run = sum(n * (steps - first_step(steps, s)) for n, s in zip(images, plan.strengths, strict=True))
-    else:
+    if config.strategy.start == "inversion":
         run = len(plan) * steps
+    else:
+        options = solver.scheduler, solver.final_sigmas_type, solver.timestep_spacing
+        scheduler = make_scheduler(read_scheduler_config(model.folder, model.name), *options)
+        run = sum(n * evaluations(scheduler, steps, s) for n, s in zip(images, plan.strengths, strict=True))
     text = f"U-Net evaluations: {each * run:,} to denoise"
     if plan.partner is not None:
         blocks = np.union1d(plan.source, plan.partner) // BLOCK
