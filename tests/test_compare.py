@@ -522,6 +522,16 @@ def test_differences_over_fewer_seeds_than_the_method_has_say_so(partial):
     assert "test macro - pseudo-label" in text
 
 
+def test_the_report_says_where_methods_took_other_steps(partial):
+    finished(partial, "5shot", "real-only", 3, 0.50, 0.40, steps_taken=9)  # of another draw
+    results.save_request(partial, ["--seeds"], ["5shot"], [1, 2, 3], ["real-only", "cutmix", "diff-mix"])
+    report.write_comparison(partial)
+    assert "all methods have the same optimisation steps and, where" in (partial / "report.md").read_text()
+    finished(partial, "5shot", "cutmix", 2, 0.50, 0.40, steps_taken=6)  # stopped by --patience
+    report.write_comparison(partial)
+    assert "all methods have different optimisation steps (see the tables) and" in (partial / "report.md").read_text()
+
+
 def test_the_worst_class_is_read_from_the_predictions(partial):
     for method, seed, *right in (("real-only", 1, 25, 0), ("real-only", 2, 12, 14), ("diff-mix", 1, 15, 15)):
         rows = [

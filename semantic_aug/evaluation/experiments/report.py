@@ -138,7 +138,7 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
         blocks.append(f"Missing: {', '.join(named)}{f', and {more} more' if more > 0 else ''}.")
     blocks.append(
         "Percent, mean ± standard deviation over seeds. Each seed draws its own training images and has its own stages 1 and "
-        "2; within a setting all methods have the same optimisation steps and, where they use any, as many synthetic images. "
+        f"2; within a setting all methods have {_steps(comparison)} and, where they use any, as many synthetic images. "
         + _judgement(comparison)
     )
     users = [
@@ -166,6 +166,13 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
     }
     blocks += [*_time_section(comparison), *_repeat_sections(comparison)]
     return Report(f"Comparison on {dataset}", [*blocks, *run_section(["setting", "seed"], pairs, folder)])
+
+
+def _steps(comparison: Comparison) -> str:
+    """The steps of the methods of a pair in words; they differ where runs stop early, or epochs hold synthetic images too."""
+    steps = {(row.setting, row.seed, row.steps) for row in comparison.rows}
+    equal = len(steps) == len({(row.setting, row.seed) for row in comparison.rows})
+    return "the same optimisation steps" if equal else "different optimisation steps (see the tables)"
 
 
 def _judgement(comparison: Comparison) -> str:
