@@ -20,7 +20,7 @@ from semantic_aug.datasets.synthetic import UNLABELLED_FILE, read_subset
 from semantic_aug.datasets.unlabelled import read_unlabelled, without_labelled
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.experiments import checks, compare, pseudo_label
-from semantic_aug.evaluation.experiments.commands import LABEL_STEP
+from semantic_aug.evaluation.experiments.commands import LABEL_STEP, METHODS
 from semantic_aug.evaluation.experiments.pseudo_label import UnlabelledSettings
 from semantic_aug.registry import CONFIG_DIR
 
@@ -187,6 +187,30 @@ def test_the_method_labels_by_the_real_only_classifier_of_its_seed(image_folder,
     assert flags["--seed"] == "7" and student.needs == (label.name,) and label.needs == ("classify real-only",)
 
 
+def test_other_classifiers_label_too(image_folder, pool, tmp_path):
+    methods = ["pseudo-label-twice", "pseudo-label-by-diff-aug"]
+    (job,) = compare.jobs_of(parsed(image_folder, "--methods", *methods, "--unlabelled", pool), tmp_path / "out")
+    first = ["classify real-only", "label unlabelled", "classify pseudo-label"]
+    second = ["label unlabelled by pseudo-label", "classify pseudo-label-twice"]
+    generated = ["ti_db", "sample diff-aug", "classify diff-aug", "label unlabelled by diff-aug"]
+    assert list(job.pair.steps) == [*first, *second, *generated, "classify pseudo-label-by-diff-aug"]
+    for labeller, method in (("pseudo-label", "pseudo-label-twice"), ("diff-aug", "pseudo-label-by-diff-aug")):
+        label, student = job.pair.steps[f"label unlabelled by {labeller}"], job.pair.steps[f"classify {method}"]
+        request = pseudo_label.build_parser().parse_args(list(label.arguments[3:]))
+        assert request.classifier == tmp_path / "out" / "2shot" / "seed7" / "classify" / labeller
+        flags = dict(zip(student.arguments, student.arguments[1:], strict=False))
+        assert flags["--syndata_dir"] == str(request.output_dir) and "--syndata_key" not in flags
+        assert label.result == f"{request.output_dir.name}/meta.csv" and student.needs == (label.name,)
+        assert label.needs == (f"classify {labeller}",)
+    checks.check_flags(job.pair.steps.values(), CONFIG_DIR)
+    # its time is that of the synthetic images of its labeller too
+    assert METHODS["pseudo-label-by-diff-aug"].step_names == {
+        1: "ti_db",
+        2: "sample diff-aug",
+        3: "classify pseudo-label-by-diff-aug",
+    }
+
+
 def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_folder, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "check_stages", lambda *_: [])
     shutil.copy(next((image_folder / "test" / "toad").iterdir()), pool / "holiday.png")
@@ -207,6 +231,7 @@ def test_a_comparison_refuses_a_pool_with_test_images_before_it_starts(image_fol
     [
         "pseudo-label/meta.csv",
         "classify/pseudo-label/results.json",
+        "pseudo-label-by-diff-aug/meta.csv",
         "classify/diff-mix+unlabelled+pseudo-label/results.json",
         "aug_samples/diff-mix+unlabelled/frogs/subset/meta.csv",
         "classify/diff-mix+unlabelled/results.json",  # which stays where the images are removed

@@ -15,9 +15,9 @@ SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
 """Stage -> its entry script."""
 
 PSEUDO_LABEL = "pseudo-label"
-"""Name of the method and of its subset's folder."""
+"""Name of the method, and the beginning of the names of the folders with pseudo-labels."""
 LABEL_STEP = "label unlabelled"
-"""Name of the step that makes pseudo-labels."""
+"""The beginning of the names of the steps that make pseudo-labels."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Method:
         sample: flags of stage 2 besides the budget's; the value :data:`REAL_ONLY` stands for the folder of the real-only
             classifier of the same seed, which is trained before, :data:`UNLABELLED` for the unlabelled images.
         classify: flags of stage 3 besides the budget's.
-        pseudo: whether it trains on unlabelled images, labelled by the real-only classifier of its seed.
+        labeller: the method whose classifier of the same seed labels unlabelled images, on which this one trains; empty: none.
     """
 
     name: str
     strategy: str | None = None
     sample: Mapping[str, Any] = field(default_factory=dict)
     classify: Mapping[str, Any] = field(default_factory=dict)
-    pseudo: bool = False
+    labeller: str = ""
 
     @property
     def subset(self) -> str | None:
@@ -48,13 +48,24 @@ class Method:
     @property
     def unlabelled(self) -> bool:
         """Whether it uses unlabelled images."""
-        return self.pseudo or UNLABELLED in self.sample.values()
+        return bool(self.labeller) or UNLABELLED in self.sample.values()
 
     @property
     def step_names(self) -> dict[int, str]:
-        """Stage -> name of the step that the method needs."""
+        """Stage -> name of the step that the method, or else its labeller, needs."""
+        others = METHODS[self.labeller].step_names if self.labeller else {}
         names = {1: self.strategy and finetuning_of(self.strategy), 2: self.subset and f"sample {self.subset}"}
-        return {stage: name for stage, name in {**names, 3: f"classify {self.name}"}.items() if name}
+        return {**others, **{stage: name for stage, name in names.items() if name}, 3: f"classify {self.name}"}
+
+    @property
+    def labels(self) -> str:
+        """Name of the folder with its pseudo-labels."""
+        return PSEUDO_LABEL + (f"-by-{self.labeller}" if self.labeller != REAL else "")
+
+    @property
+    def label_step(self) -> str:
+        """Name of the step that makes them."""
+        return LABEL_STEP + (f" by {self.labeller}" if self.labeller != REAL else "")
 
 
 def finetuning_of(strategy: str) -> str | None:
@@ -62,15 +73,18 @@ def finetuning_of(strategy: str) -> str | None:
     return {"tokens+lora": "ti_db", "tokens": "ti"}.get(strategies.find(strategy).weights)
 
 
+REAL = "real-only"
 REAL_ONLY, UNLABELLED = "folder of the real-only classifier", "unlabelled images"
 UNLABELLED_SOURCES = {"sources": "unlabelled", "unlabelled": UNLABELLED, "classifier": REAL_ONLY}
 METHODS = {
     method.name: method
     for method in (
-        Method("real-only"),
+        Method(REAL),
         Method("mixup", classify={"use_mixup": True}),
         Method("cutmix", classify={"use_cutmix": True}),
-        Method(PSEUDO_LABEL, pseudo=True),
+        Method(PSEUDO_LABEL, labeller=REAL),
+        Method(f"{PSEUDO_LABEL}-twice", labeller=PSEUDO_LABEL),
+        Method(f"{PSEUDO_LABEL}-by-diff-aug", labeller="diff-aug"),
         *(Method(name, name) for name in strategies.STRATEGIES),
         Method("diff-mix+cutmix", "diff-mix", classify={"use_cutmix": True}),
         Method("diff-mix+mixup", "diff-mix", classify={"use_mixup": True}),
@@ -80,7 +94,7 @@ METHODS = {
         Method("diff-mix+confusion", "diff-mix", {"pairing": "confusion", "classifier": REAL_ONLY}),
         Method("diff-mix+hard", "diff-mix", {"sources": "hard", "classifier": REAL_ONLY}),
         Method("diff-mix+unlabelled", "diff-mix", UNLABELLED_SOURCES),
-        Method(f"diff-mix+unlabelled+{PSEUDO_LABEL}", "diff-mix", UNLABELLED_SOURCES, pseudo=True),
+        Method(f"diff-mix+unlabelled+{PSEUDO_LABEL}", "diff-mix", UNLABELLED_SOURCES, labeller=REAL),
         Method("diff-mix+contexts", "diff-mix", {"contexts": "captions"}),
     )
 }
@@ -256,7 +270,7 @@ class StageCommands:
 
     def real_only(self) -> tuple[Step, str]:
         """The classifier trained on real images alone, and its folder."""
-        return self.classify("real-only", self.subset_seed), registry.shown_path(self.folder / "classify" / "real-only")
+        return self.classify(REAL, self.subset_seed), registry.shown_path(self.folder / "classify" / REAL)
 
     def method_steps(self, names: Iterable[str]) -> dict[str, Step]:
         """Every step of some of :data:`METHODS` by name, each after what it needs."""
@@ -265,21 +279,23 @@ class StageCommands:
             before, changes, needs = [], dict(method.classify), ()
             if method.strategy:
                 before += self.subset_steps(method)
-            if method.pseudo:
-                before += self.pseudo_label_steps()
-                folder = registry.shown_path(self.folder / PSEUDO_LABEL)
-                changes, needs = {**changes, "syndata_dir": folder, **self.recipe.synthetic}, (LABEL_STEP,)
+            if method.labeller:
+                before += self.pseudo_label_steps(method)
+                folder = registry.shown_path(self.folder / method.labels)
+                changes, needs = {**changes, "syndata_dir": folder, **self.recipe.synthetic}, (method.label_step,)
             classify = self.classify(method.name, self.subset_seed, method.subset, **changes)
             for step in (*before, replace(classify, needs=(*classify.needs, *needs))):
                 steps.setdefault(step.name, step)
         return steps
 
-    def pseudo_label_steps(self) -> list[Step]:
-        """The real-only classifier, and its labels for the unlabelled images."""
-        (teacher, run), folder = self.real_only(), registry.shown_path(self.folder / PSEUDO_LABEL)
+    def pseudo_label_steps(self, method: Method) -> list[Step]:
+        """The steps of a method's labeller, and its labels for the unlabelled images."""
+        before, folder = self.method_steps([method.labeller]), registry.shown_path(self.folder / method.labels)
+        run = registry.shown_path(self.folder / "classify" / method.labeller)
         flags = {**self.shared, **self.recipe.pseudo, "classifier": run, "gpu": self.gpu, "output_dir": folder}
         arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
-        return [teacher, Step(LABEL_STEP, 3, arguments, (teacher.name,), f"{PSEUDO_LABEL}/meta.csv", {})]
+        needs, result = (f"classify {method.labeller}",), f"{method.labels}/meta.csv"
+        return [*before.values(), Step(method.label_step, 3, arguments, needs, result, {})]
 
     def subset_steps(self, method: Method) -> list[Step]:
         """The steps that make the synthetic images of a method."""

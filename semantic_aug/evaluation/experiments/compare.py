@@ -244,7 +244,9 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, dry_run: b
     for name, (first, *others) in by_setting.items():
         stages = checks.unchecked_stages([job.pair for job in (first, *others)]) - checked
         checked |= {1, 2} if stages & {1, 2} else set()
-        samples = partial(_checked_samples, methods=[METHODS[method] for method in first.methods])
+        methods = [METHODS[name] for name in first.methods]
+        methods += [METHODS[method.labeller] for method in methods if method.labeller]
+        samples = partial(_checked_samples, methods=methods)
         options = {"folder": folder, "config_dir": config_dir, "dry_run": dry_run}
         missing += checks.dry_run_stages(first.commands, stages, steps_of[name], samples, **options)
     return list(dict.fromkeys(missing))
@@ -331,8 +333,9 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
     # the labelled ones, which differ from seed to seed, among them
     images = read_unlabelled(settings.unlabelled, config_dir)
     without_labelled(images, dataset, settings.unlabelled)
-    if LABEL_STEP in job.pair.steps:
-        pseudo_label.build_parser().parse_args(job.pair.steps[LABEL_STEP].arguments[3:])  # before the step's turn comes
+    for name, step in job.pair.steps.items():
+        if name.startswith(LABEL_STEP):
+            pseudo_label.build_parser().parse_args(step.arguments[3:])  # before the step's turn comes
     record = {
         "dataset": dataset.name,
         "pseudo_threshold": settings.pseudo_threshold,
@@ -346,7 +349,7 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
         for step in steps.values()
         if (step.name in users or "--unlabelled" in step.arguments) and any(root.glob(f"seed*/{step.result}"))
     }
-    labelled = existing & {LABEL_STEP, *(name for name, method in users.items() if method.pseudo)}
+    labelled = {name for name in existing if name.startswith(LABEL_STEP) or (name in users and users[name].labeller)}
     if existing:
         ignored = () if labelled else ("pseudo_threshold",)
         runs.claim(root / PSEUDO_LABEL, record, "--output_dir", ignored, dry_run=dry_run)

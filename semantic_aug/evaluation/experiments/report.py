@@ -149,7 +149,7 @@ def comparison_report(comparison: Comparison, folder: Path) -> Report:
             f"Unlabelled images are used by {', '.join(users)}; of the others at most the base model saw them."
             + (
                 " Pseudo-labels are as many as reach their threshold."
-                if any(METHODS[name].pseudo for name in users)
+                if any(METHODS[name].labeller for name in users)
                 else ""
             )
         )
