@@ -204,6 +204,17 @@ def test_card_and_facts_say_what_the_images_are(exports, animals, image_folder, 
     assert not (tmp_path / "no").exists()
 
 
+def test_subsets_of_one_folder_name_are_told_apart_without_their_places(image_folder, subset, tmp_path):
+    folders = [shutil.copytree(subset, tmp_path / name / "made") for name in ("one", "two")]
+    flags = command_line(image_folder, folders[0], tmp_path / "out", format="csv")
+    export.main([*flags, "--syndata_dir", *map(str, folders)])
+    rows = evaluating.read_rows(tmp_path / "out" / "images.csv")
+    assert list(dict.fromkeys(row["subset"] for row in rows)) == ["one/made", "two/made"]
+    assert "**two/made**: 12 images" in (tmp_path / "out" / "README.md").read_text()
+    everything = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file())
+    assert str(tmp_path) not in everything
+
+
 def test_pseudo_labelled_photographs_are_called_so(animals, image_folder, subset, tmp_path, capsys):
     """Unlabelled photographs under a classifier's labels: no model made them."""
     pool, names = animals.train.take(np.arange(4)), animals.source_names

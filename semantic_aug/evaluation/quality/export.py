@@ -1,5 +1,6 @@
 """Exports synthetic and real images for other trainers: class folders, a Hugging Face data set, WebDataset, a list."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +116,15 @@ def collect(dataset: LoadedDataset, subsets: Sequence[Subset], settings: ExportS
     return [replace(train, real=dataset.train), *others]
 
 
+def without_places(subsets: Sequence[Subset]) -> list[Subset]:
+    """The subsets, those named by an absolute path under the end of it in which they differ, since exports are published."""
+    absolute = [subset.name for subset in subsets if Path(subset.name).is_absolute()]
+    if not absolute:
+        return list(subsets)
+    shared = os.path.commonpath([Path(name).parent.parent for name in absolute])
+    return [replace(s, name=os.path.relpath(s.name, shared)) if s.name in absolute else s for s in subsets]
+
+
 def folders_of(dataset: LoadedDataset, format: str) -> tuple[str, ...]:
     """A folder name for each class, in label order."""
     if format == "original":
@@ -172,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = cli.read_settings(ExportSettings, args)
     dataset = load_dataset(args.dataset, cli.read_settings(Setting, args), args.config_dir)
-    subsets = open_subsets(cli.read_settings(SubsetSettings, args), dataset, args.config_dir)
+    subsets = without_places(open_subsets(cli.read_settings(SubsetSettings, args), dataset, args.config_dir))
     splits = collect(dataset, subsets, settings)
     print(dataset.describe())
     for split in splits:
