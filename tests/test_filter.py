@@ -1,6 +1,8 @@
 """The filter: what it drops, what it leaves alone, and that the registry and stage 3 read what it writes."""
 
 import hashlib
+import json
+import shutil
 
 import evaluating
 import numpy as np
@@ -10,11 +12,12 @@ from helpers import classify_arguments
 from PIL import Image
 
 import train_cls
-from semantic_aug import registry
+from semantic_aug import registry, runs
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.datasets.synthetic import read_subset
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation.quality import filter as command
+from semantic_aug.evaluation.quality import review
 
 
 @pytest.fixture
@@ -110,6 +113,45 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
     assert len(read_subset(f"{subset}#best", animals)) == 9
     with pytest.raises(UserError, match="unknown variant .* 'bset': did you mean 'best'. known: best, filtered"):
         read_subset(f"{subset}#bset", animals)
+
+
+def test_images_and_classifier_may_be_moved(tmp_path, image_folder, subset, judge_folder):
+    for data, judge in ((image_folder, judge_folder), (tmp_path / "data", tmp_path / "judge")):
+        if not data.exists():
+            data.symlink_to(image_folder)
+            judge.symlink_to(judge_folder)
+        assert command.main(arguments(data, subset, classifier=judge, keep=0.5)) == 0
+    argv, folder = arguments(image_folder, subset, classifier=judge_folder, keep=0.5), subset / "filter-filtered"
+    record = runs.load_arguments(folder)
+    (folder / runs.ARGS_FILE).write_text(runs.arguments_text({**record, runs.MADE_FROM: {"classifier": "another"}}))
+    with pytest.raises(UserError, match="was made otherwise .made_from.classifier: 'another'"):
+        command.main(argv)
+    del record[runs.MADE_FROM]  # as in records of earlier versions
+    (folder / runs.ARGS_FILE).write_text(runs.arguments_text(record))
+    with pytest.raises(UserError, match="was made otherwise .classifier: "):
+        command.main(argv)
+
+
+def test_a_review_may_be_moved_and_another_one_writes_no_list(tmp_path, image_folder, animals):
+    names, folders, lists = animals.source_names, [], []
+    for seed in range(2):
+        rows = [(evaluating.noise(3 * seed + i), names[i], names[i], 1.0, "") for i in range(3)]
+        folders.append(evaluating.write_subset(tmp_path / f"subset{seed}", rows, evaluating.FIVE))
+        images = read_subset(folders[-1], animals)
+        paths = review.relative_paths(images, str(folders[-1]))
+        identity = review.list_identity(images, names)
+        lists.append({"folder": str(folders[-1]), "list": "meta.csv", **identity, "rejected": paths[:1]})
+    file, moved = tmp_path / "review.json", tmp_path / "elsewhere.json"
+    file.write_text(json.dumps({"format": review.FORMAT, "lists": lists}))
+    shutil.copy(file, moved)
+    for kept in (file, moved):
+        assert command.main(arguments(image_folder, folders[1], by="review", review=kept)) == 0
+    lists[1]["rejected"] = []
+    moved.write_text(json.dumps({"format": review.FORMAT, "lists": lists}))
+    for dry_run in (["--dry_run"], []):
+        with pytest.raises(UserError, match="subset1/meta-reviewed.csv already exists with other images: nothing was"):
+            command.main([*arguments(image_folder, folders, by="review", review=moved), *dry_run])
+    assert not (folders[0] / "meta-reviewed.csv").exists() and len(read_subset(f"{folders[1]}#reviewed", animals)) == 2
 
 
 def test_sources_left_as_they_were_go_only_where_the_target_must_be_seen(

@@ -1,6 +1,7 @@
 """Headroom: curves with known shapes, what more images would win, the verdict's rule, and the command on real images."""
 
 import csv
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -173,6 +174,9 @@ def test_compare_says_first_whether_there_is_anything_to_win(tmp_path, monkeypat
     assert line.startswith("headroom of animals") and "too little data to say" in line
     assert (tmp_path / "headroom" / "2shot" / headroom.REPORT).is_file()
     assert "split" not in runs.load_arguments(tmp_path / "headroom" / "2shot")  # as records of earlier versions
+    moved = shutil.copytree(image_folder, tmp_path / "elsewhere" / image_folder.name)  # has another default name
+    compare.print_headroom(compare.build_parser().parse_args([argv[0], f"folder:{moved}", *argv[2:]]), tmp_path)
+    assert capsys.readouterr().out.splitlines() == [first, line]
     tail = ["--task", "imbalanced"]  # a curve over images per class says nothing of a long tail
     compare.print_headroom(compare.build_parser().parse_args([*argv, *tail]), tmp_path)
     assert capsys.readouterr().out == ""

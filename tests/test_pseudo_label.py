@@ -136,6 +136,8 @@ def test_the_command_labels_by_a_finished_run_once(image_folder, pool, tmp_path,
     argv[argv.index("--unlabelled") + 1] = str(pool)
     assert pseudo_label.main(argv) == 0 and (out / "meta.csv").read_bytes() == before
     assert all(image.exists() for image in (out / "data").glob("*/*"))
+    argv[1] = f"folder:{shutil.copytree(image_folder, tmp_path / 'elsewhere')}"  # has another default name
+    assert pseudo_label.main(argv) == 0 and (out / "meta.csv").read_bytes() == before
     (pool / "more.png").write_bytes((pool / "batch0" / "0.png").read_bytes())
     assert run_main(pseudo_label.main, argv) == 2
     assert "made from other data (unlabelled:" in capsys.readouterr().err

@@ -25,6 +25,8 @@ from semantic_aug.evaluation.experiments.learning_curve import Curve, Gain, Pool
 REPORT, SUMMARY, TABLE = "headroom.md", "headroom.json", "headroom.csv"
 HARD, CHART = "hard_images.csv", "headroom.png"
 SHOWN_PAIRS = 5
+BY_CONTENT = ("dataset", "weights")
+"""Recorded settings that depend on places, which may move: images and weights are compared instead."""
 MIN_VALIDATION = 5
 """Fewest validation images per class; with fewer, cross-validation over all images decides."""
 MOST_SHARED = 0.7
@@ -161,7 +163,8 @@ def run(settings: HeadroomSettings, word: str, config_dir: Path) -> tuple[str, P
     weights = lambda: {"weights": weights_identity(settings.model, settings.weights)}  # noqa: E731
     origin = RunOrigin(dataset, ("train", "val"), (), further=weights, without=("super_class",))
     with files.no_trace(folder, (runs.ARGS_FILE,)):
-        known = runs.claim(folder, record, "--output_dir", origin=origin, absent=cli.absent_values(HeadroomSettings))
+        options = {"origin": origin, "absent": cli.absent_values(HeadroomSettings)}
+        known = runs.claim(folder, record, "--output_dir", BY_CONTENT, **options)
         if known and (summary := files.read_json(folder / SUMMARY)):
             return summary["sentence"], folder
         headroom = measure(settings, dataset)

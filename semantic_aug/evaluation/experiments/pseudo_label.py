@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     origin = RunOrigin(dataset, ("train",), (), further=further, without=("super_class",))
     record = {"dataset": dataset.name, "pseudo_threshold": settings.pseudo_threshold}
     with files.no_trace(folder, (runs.ARGS_FILE,)):
-        known = runs.claim(folder, record, "--output_dir", origin=origin)
+        known = runs.claim(folder, record, "--output_dir", ("dataset",), origin=origin)  # compared by content
         if known and _is_complete(folder):
             if not (folder / UNLABELLED_FILE).is_file():  # of an earlier version
                 write_sources(folder, pool.keys, hash_images(pool).values, UNLABELLED_FILE)

@@ -14,7 +14,7 @@ from semantic_aug import cli, console, files, registry, runs
 from semantic_aug.datasets.synthetic import SyntheticImages, locate
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import faithfulness
-from semantic_aug.evaluation.quality.inputs import Inputs, make_parser, read_inputs
+from semantic_aug.evaluation.quality.inputs import NO_PART, Inputs, make_parser, read_inputs
 from semantic_aug.evaluation.quality.review import kept_after_review, read_review, relative_paths
 from semantic_aug.meta_csv import slug
 from semantic_aug.pictures import Cell, grid
@@ -23,6 +23,8 @@ SCORES_FILE, SHEET_FILE = "scores.csv", "dropped.png"
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIZE = 10, 6, 112
 NOT_RECORDED = ("syndata_key", "syndata_dir", "seed")
 """Settings that have no part in which images of a list are kept."""
+PLACES = (*NO_PART, "review")
+"""Recorded settings that name places, which may move: the kept images and the classifier's weights are compared instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,8 @@ class FilterSettings:
     def record(self, inputs: Inputs, source: Path) -> dict:
         """Settings that decide which images of the list ``source`` are kept."""
         kept = {k: v for k, v in inputs.record.items() if k not in NOT_RECORDED}
-        return {"list": source.name, **kept, "name": self.name}
+        weights = inputs.classifier_digest if self.by in ("classifier", "both") else None
+        return {"list": source.name, **kept, "name": self.name, runs.MADE_FROM: {"classifier": weights}}
 
 
 def build_parser() -> cli.Parser:
@@ -176,15 +179,19 @@ def check(inputs: Inputs, settings: FilterSettings) -> None:
         raise UserError(
             f"--by {by}: data set {dataset.name} has no super-class; give --super_class, such as --super_class bird"
         )
+    for model in reversed(models):
+        getattr(inputs, model)
     for folder in [folder for subset in inputs.subsets for folder in subset.folders]:
         root, source = locate(folder)
         target, old = settings.list_path(root), runs.load_arguments(settings.folder(root))
-        changed = runs.differences(old or {}, settings.record(inputs, source), absent=inputs.absent)
+        record = settings.record(inputs, source)
+        absent = {**inputs.absent, runs.MADE_FROM: record[runs.MADE_FROM]}
+        # records of earlier versions have the classifier's path alone
+        ignored = [name for name in PLACES if name != "classifier" or runs.MADE_FROM in (old or {})]
+        changed = runs.differences(old or {}, record, ignored, absent)
         if target.exists() and (old is None or changed):
             what = f" ({'; '.join(changed[:4])})" if old else ""
             raise UserError(f"{target} was made otherwise{what}: nothing was touched; choose another --name")
-    for model in reversed(models):
-        getattr(inputs, model)
 
 
 def sheet(images: SyntheticImages, confidence: np.ndarray, dropped: np.ndarray, names, title: str) -> Image.Image:
@@ -201,9 +208,7 @@ def write(
 ) -> None:
     """Writes the list, the scores and the sheet of one folder; the list comes last and marks the rest as complete."""
     root, source = locate(folder)
-    text, out, target = kept_lines(source, selected), settings.folder(root), settings.list_path(root)
-    if target.exists() and target.read_text(encoding="utf-8") != text:
-        raise UserError(f"{target} already exists with other images: nothing was touched; choose another --name")
+    out = settings.folder(root)
     files.write_text(out / runs.ARGS_FILE, runs.arguments_text(settings.record(inputs, source)))
     with files.csv_writer(out / SCORES_FILE) as writer:
         writer.writerow(["path", "source", "target", "strength", *scores, "kept"])
@@ -218,7 +223,7 @@ def write(
         with files.atomic_path(out / SHEET_FILE) as temporary:
             picture = sheet(images, scores["confidence"], dropped, inputs.dataset.class_names, title)
             picture.save(temporary, "PNG")
-    files.write_text(target, text)
+    files.write_text(settings.list_path(root), kept_lines(source, selected))
 
 
 def print_counts(
@@ -247,7 +252,8 @@ def print_counts(
 
 
 def choose(inputs: Inputs, settings: FilterSettings, folder: str, images: SyntheticImages) -> tuple[dict, np.ndarray]:
-    """The confidences of the images of one folder, and which of them are kept, bool ``(M,)``. Raises UserError: none is."""
+    """The confidences of the images of one folder, and which of them are kept, bool ``(M,)``. Raises UserError: none is, or the
+    list already exists with others."""
     scores = confidences(inputs, settings, folder, images)
     confidence = scores["confidence"]
     selected = confidence > 0 if settings.review else kept(confidence, images.target, settings)
@@ -260,6 +266,10 @@ def choose(inputs: Inputs, settings: FilterSettings, folder: str, images: Synthe
             f"--threshold {settings.threshold:g} keeps none of {len(images)} images of {folder} (the best has "
             f"{confidence.max():.3f}): nothing was written; lower it, or give --keep"
         )
+    root, source = locate(folder)
+    target = settings.list_path(root)
+    if target.exists() and target.read_text(encoding="utf-8") != kept_lines(source, selected):
+        raise UserError(f"{target} already exists with other images: nothing was touched; choose another --name")
     return scores, selected
 
 
@@ -292,11 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = []
     for folder, images in parts:
         print(f"synthetic: {folder}, {len(images)} images")
-        if not args.dry_run:
+        if settings.review or not args.dry_run:
             chosen.append(choose(inputs, settings, folder, images))
-        elif settings.review:
-            kept_after_review(settings.review, folder, images, dataset.source_names)  # refuses a review of other images
-    for part, choice in zip(parts, chosen, strict=not args.dry_run):  # written where no folder is refused
+    for part, choice in zip(parts, chosen, strict=True) if not args.dry_run else ():  # where no folder is refused
         filter_folder(inputs, settings, *part, *choice)
     if key and not args.dry_run:
         registry.register(registry.SUBSETS, dataset.name, key, entry, args.config_dir)

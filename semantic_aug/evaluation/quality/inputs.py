@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from semantic_aug import cli, files, registry, runs
-from semantic_aug.classify.config import SyntheticSettings
+from semantic_aug.classify.config import MODEL_FILE, SyntheticSettings
 from semantic_aug.datasets import LoadedDataset, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin, class_order
@@ -189,6 +189,12 @@ class Inputs:
 
         return load_clip(self.models.clip, self.device)
 
+    @property
+    def classifier_digest(self) -> str | None:
+        """Digest of the weights of ``--classifier``; None without one."""
+        run = self.models.classifier
+        return files_digest([registry.resolve_path(run) / MODEL_FILE]) if run else None
+
     def class_probabilities(self, images: SyntheticImages) -> np.ndarray:
         """Class probabilities ``(M, K)`` of synthetic images under ``--classifier``, classes in the data set's order."""
         order = class_order(self.classifier.class_names, self.dataset, "--classifier")
@@ -216,13 +222,10 @@ class Inputs:
         Args:
             partial: patterns of files that are no result without the rest.
         """
-        from semantic_aug.classify.trainer import MODEL_FILE
 
         def further() -> dict:
             subsets = {subset.name: list_identity(subset.images, self.dataset.source_names) for subset in self.subsets}
-            run = self.models.classifier
-            weights = files_digest([registry.resolve_path(run) / MODEL_FILE]) if run else None
-            return {"subsets": subsets, "classifier": weights}
+            return {"subsets": subsets, "classifier": self.classifier_digest}
 
         origin = RunOrigin(self.dataset, ("train",), further=further)
         with files.no_trace(folder, (runs.ARGS_FILE, *partial)):
