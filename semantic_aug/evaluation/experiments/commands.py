@@ -14,6 +14,8 @@ from semantic_aug.augmentations import strategies
 SCRIPTS = {1: "train_lora.py", 2: "sample_mp.py", 3: "train_cls.py"}
 """Stage -> its entry script."""
 
+REAL_ONLY = "real-only"
+"""Name of the method without synthetic images."""
 PSEUDO_LABEL = "pseudo-label"
 """Name of the method, and the beginning of the names of the folders with pseudo-labels."""
 LABEL_STEP = "label unlabelled"
@@ -27,7 +29,7 @@ class Method:
     Attributes:
         name: the word given to ``--methods``.
         strategy: of its synthetic images, or None for real images only.
-        sample: flags of stage 2 besides the budget's; the value :data:`REAL_ONLY` stands for the folder of the real-only
+        sample: flags of stage 2 besides the budget's; the value :data:`REAL_ONLY_RUN` stands for the folder of the real-only
             classifier of the same seed, which is trained before, :data:`UNLABELLED` for the unlabelled images.
         classify: flags of stage 3 besides the budget's.
         labeller: the method whose classifier of the same seed labels unlabelled images, on which this one trains; empty: none.
@@ -60,12 +62,12 @@ class Method:
     @property
     def labels(self) -> str:
         """Name of the folder with its pseudo-labels."""
-        return PSEUDO_LABEL + (f"-by-{self.labeller}" if self.labeller != REAL else "")
+        return PSEUDO_LABEL + (f"-by-{self.labeller}" if self.labeller != REAL_ONLY else "")
 
     @property
     def label_step(self) -> str:
         """Name of the step that makes them."""
-        return LABEL_STEP + (f" by {self.labeller}" if self.labeller != REAL else "")
+        return LABEL_STEP + (f" by {self.labeller}" if self.labeller != REAL_ONLY else "")
 
 
 def finetuning_of(strategy: str) -> str | None:
@@ -73,16 +75,15 @@ def finetuning_of(strategy: str) -> str | None:
     return {"tokens+lora": "ti_db", "tokens": "ti"}.get(strategies.find(strategy).weights)
 
 
-REAL = "real-only"
-REAL_ONLY, UNLABELLED = "folder of the real-only classifier", "unlabelled images"
-UNLABELLED_SOURCES = {"sources": "unlabelled", "unlabelled": UNLABELLED, "classifier": REAL_ONLY}
+REAL_ONLY_RUN, UNLABELLED = "folder of the real-only classifier", "unlabelled images"
+UNLABELLED_SOURCES = {"sources": "unlabelled", "unlabelled": UNLABELLED, "classifier": REAL_ONLY_RUN}
 METHODS = {
     method.name: method
     for method in (
-        Method(REAL),
+        Method(REAL_ONLY),
         Method("mixup", classify={"use_mixup": True}),
         Method("cutmix", classify={"use_cutmix": True}),
-        Method(PSEUDO_LABEL, labeller=REAL),
+        Method(PSEUDO_LABEL, labeller=REAL_ONLY),
         Method(f"{PSEUDO_LABEL}-twice", labeller=PSEUDO_LABEL),
         Method(f"{PSEUDO_LABEL}-by-diff-aug", labeller="diff-aug"),
         *(Method(name, name) for name in strategies.STRATEGIES),
@@ -91,10 +92,10 @@ METHODS = {
         Method("diff-mix+teacher", "diff-mix", classify={"soft_labels": "teacher"}),
         Method("diff-mix+mixed-labels", "diff-mix", classify={"soft_labels": "mixed"}),
         Method("diff-mix+curriculum", "diff-mix", {"strength_strategy": "uniform"}, {"curriculum": "strength"}),
-        Method("diff-mix+confusion", "diff-mix", {"pairing": "confusion", "classifier": REAL_ONLY}),
-        Method("diff-mix+hard", "diff-mix", {"sources": "hard", "classifier": REAL_ONLY}),
+        Method("diff-mix+confusion", "diff-mix", {"pairing": "confusion", "classifier": REAL_ONLY_RUN}),
+        Method("diff-mix+hard", "diff-mix", {"sources": "hard", "classifier": REAL_ONLY_RUN}),
         Method("diff-mix+unlabelled", "diff-mix", UNLABELLED_SOURCES),
-        Method(f"diff-mix+unlabelled+{PSEUDO_LABEL}", "diff-mix", UNLABELLED_SOURCES, labeller=REAL),
+        Method(f"diff-mix+unlabelled+{PSEUDO_LABEL}", "diff-mix", UNLABELLED_SOURCES, labeller=REAL_ONLY),
         Method("diff-mix+contexts", "diff-mix", {"contexts": "captions"}),
     )
 }
@@ -270,7 +271,7 @@ class StageCommands:
 
     def real_only(self) -> tuple[Step, str]:
         """The classifier trained on real images alone, and its folder."""
-        return self.classify(REAL, self.subset_seed), registry.shown_path(self.folder / "classify" / REAL)
+        return self.classify(REAL_ONLY, self.subset_seed), registry.shown_path(self.folder / "classify" / REAL_ONLY)
 
     def method_steps(self, names: Iterable[str]) -> dict[str, Step]:
         """Every step of some of :data:`METHODS` by name, each after what it needs."""
@@ -300,7 +301,7 @@ class StageCommands:
     def subset_steps(self, method: Method) -> list[Step]:
         """The steps that make the synthetic images of a method."""
         real_only, folder = self.real_only()
-        meanings = {REAL_ONLY: folder, UNLABELLED: self.recipe.pseudo.get("unlabelled")}
+        meanings = {REAL_ONLY_RUN: folder, UNLABELLED: self.recipe.pseudo.get("unlabelled")}
         flags = {name: meanings.get(value, value) for name, value in method.sample.items()}
         sample = self.sample(method.strategy, method.subset, **flags)
         return self.after_finetuning(sample, *([real_only] if flags != method.sample else []))

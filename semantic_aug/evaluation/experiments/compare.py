@@ -25,7 +25,7 @@ from semantic_aug.evaluation.experiments.commands import (
     LABEL_STEP,
     METHODS,
     PSEUDO_LABEL,
-    REAL_ONLY,
+    REAL_ONLY_RUN,
     UNLABELLED,
     Method,
     StageCommands,
@@ -261,7 +261,7 @@ def _checked_samples(commands: StageCommands, methods: Sequence[Method]) -> list
         if UNLABELLED in method.sample.values():
             options = {"sources": method.sample["sources"], "unlabelled": pool}
             steps.append(commands.sample("real-mix", method.name, **options))
-        elif method.sample and REAL_ONLY not in method.sample.values():
+        elif method.sample and REAL_ONLY_RUN not in method.sample.values():
             steps.append(commands.sample("real-mix", method.name, **method.sample))
     return steps
 
