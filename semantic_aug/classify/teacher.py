@@ -86,13 +86,16 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int, content: np.ndarray 
 def present_names(sources: np.ndarray, root: Path, dataset: LoadedDataset) -> np.ndarray:
     """The sources of a subset, ``(M, S)``, under their present names: a source of another listing, or an unlabelled one of a
     smaller setting, may have the content of a training image."""
+    unknown = set(sources.ravel()) - {"", *dataset.train.keys}
+    if not unknown:
+        return sources
     recorded = {
         prefix + key: value.tobytes()
         for file, prefix in ((SOURCES_FILE, ""), (UNLABELLED_FILE, POOL_PREFIX))
         for key, value in zip(*(read_sources(root, file) or ((), ())), strict=True)
     }
-    others = {key: recorded.get(key) for key in set(sources.ravel()) - {"", *dataset.train.keys}}
-    if not any(others.values()):
+    others = {key: recorded[key] for key in unknown & recorded.keys()}
+    if not others:
         return sources
     present = fingerprint.by_content(dataset.train)
     return np.array([present.get(others.get(key), key) for key in sources.ravel()], object).reshape(sources.shape)

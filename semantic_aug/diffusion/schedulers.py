@@ -166,7 +166,7 @@ def first_step(num_inference_steps: int, strength: float) -> int:
     return num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
 
 
-def evaluations(scheduler: Any, num_inference_steps: int, strength: float = 1.0) -> int:
+def evaluations(scheduler: Any, num_inference_steps: int, strength: float) -> int:
     """The evaluations of the network for one image, guidance aside; solvers with half steps take several a step."""
     scheduler.set_timesteps(num_inference_steps)
     return len(scheduler.timesteps) - first_step(num_inference_steps, strength) * scheduler.order

@@ -171,7 +171,7 @@ def classify_checks(commands: StageCommands, steps: Iterable[Step]) -> list[Step
     subsets = {"--syndata_key", "--syndata_dir"}
     if all(subsets & set(step.arguments) for step in steps if step.arguments[0] == SCRIPTS[3]):
         commands = _without(commands, 3, NEED_SYNTHETIC)
-    return [commands.real_only()[0]]
+    return [commands.real_only()]
 
 
 def _without(commands: StageCommands, stage: int, flags: Collection[str]) -> StageCommands:

@@ -262,16 +262,20 @@ class StageCommands:
             "syndata_key": key,
             **(self.recipe.synthetic if key else {}),
             "gpu": self.gpu,
-            "output_dir": registry.shown_path(self.folder / "classify" / name),
+            "output_dir": self.run_folder(name),
             "seed": seed,
             **changes,
         }
         needs, result = (f"sample {key}",) if key else (), f"classify/{name}/results.json"
         return Step(f"classify {name}", 3, self.command(3, flags), needs, result, {})
 
-    def real_only(self) -> tuple[Step, str]:
-        """The classifier trained on real images alone, and its folder."""
-        return self.classify(REAL_ONLY, self.subset_seed), registry.shown_path(self.folder / "classify" / REAL_ONLY)
+    def run_folder(self, method: str) -> str:
+        """The folder of a method's classifier."""
+        return registry.shown_path(self.folder / "classify" / method)
+
+    def real_only(self) -> Step:
+        """The classifier trained on real images alone."""
+        return self.classify(REAL_ONLY, self.subset_seed)
 
     def method_steps(self, names: Iterable[str]) -> dict[str, Step]:
         """Every step of some of :data:`METHODS` by name, each after what it needs."""
@@ -292,7 +296,7 @@ class StageCommands:
     def pseudo_label_steps(self, method: Method) -> list[Step]:
         """The steps of a method's labeller, and its labels for the unlabelled images."""
         before, folder = self.method_steps([method.labeller]), registry.shown_path(self.folder / method.labels)
-        run = registry.shown_path(self.folder / "classify" / method.labeller)
+        run = self.run_folder(method.labeller)
         flags = {**self.shared, **self.recipe.pseudo, "classifier": run, "gpu": self.gpu, "output_dir": folder}
         arguments = ("-m", "semantic_aug.evaluation", "pseudo-label", *arguments_of(flags))
         needs, result = (f"classify {method.labeller}",), f"{method.labels}/meta.csv"
@@ -300,11 +304,10 @@ class StageCommands:
 
     def subset_steps(self, method: Method) -> list[Step]:
         """The steps that make the synthetic images of a method."""
-        real_only, folder = self.real_only()
-        meanings = {REAL_ONLY_RUN: folder, UNLABELLED: self.recipe.pseudo.get("unlabelled")}
+        meanings = {REAL_ONLY_RUN: self.run_folder(REAL_ONLY), UNLABELLED: self.recipe.pseudo.get("unlabelled")}
         flags = {name: meanings.get(value, value) for name, value in method.sample.items()}
         sample = self.sample(method.strategy, method.subset, **flags)
-        return self.after_finetuning(sample, *([real_only] if flags != method.sample else []))
+        return self.after_finetuning(sample, *([self.real_only()] if flags != method.sample else []))
 
     def after_finetuning(self, sample: Step, *before: Step) -> list[Step]:
         """A step of stage 2 after the fine-tuning that it needs, and after other steps."""

@@ -244,8 +244,8 @@ def check_stages(jobs: Sequence[Job], folder: Path, config_dir: Path, dry_run: b
     for name, (first, *others) in by_setting.items():
         stages = checks.unchecked_stages([job.pair for job in (first, *others)]) - checked
         checked |= {1, 2} if stages & {1, 2} else set()
-        methods = [METHODS[name] for name in first.methods]
-        methods += [METHODS[method.labeller] for method in methods if method.labeller]
+        # the asked ones, and those whose classifiers label for them
+        methods = [method for method in METHODS.values() if method.step_names[3] in first.pair.steps]
         samples = partial(_checked_samples, methods=methods)
         options = {"folder": folder, "config_dir": config_dir, "dry_run": dry_run}
         missing += checks.dry_run_stages(first.commands, stages, steps_of[name], samples, **options)
@@ -349,7 +349,8 @@ def claim_pool(job: Job, folder: Path, dataset: LoadedDataset, config_dir: Path,
         for step in steps.values()
         if (step.name in users or "--unlabelled" in step.arguments) and any(root.glob(f"seed*/{step.result}"))
     }
-    labelled = {name for name in existing if name.startswith(LABEL_STEP) or (name in users and users[name].labeller)}
+    with_labels = [method for method in users.values() if method.labeller]
+    labelled = existing & {name for method in with_labels for name in (method.label_step, method.step_names[3])}
     if existing:
         ignored = () if labelled else ("pseudo_threshold",)
         runs.claim(root / PSEUDO_LABEL, record, "--output_dir", ignored, dry_run=dry_run)

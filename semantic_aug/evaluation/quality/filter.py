@@ -304,10 +304,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"synthetic: {folder}, {len(images)} images")
         if settings.review or not args.dry_run:
             chosen.append(choose(inputs, settings, folder, images))
-    for part, choice in zip(parts, chosen, strict=True) if not args.dry_run else ():  # where no folder is refused
-        filter_folder(inputs, settings, *part, *choice)
-    if key and not args.dry_run:
-        registry.register(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
-        print(f"registered: {dataset.name}/{key}")
+    if not args.dry_run:  # where no folder is refused
+        for part, choice in zip(parts, chosen, strict=True):
+            filter_folder(inputs, settings, *part, *choice)
+        if key:
+            registry.register(registry.SUBSETS, dataset.name, key, entry, args.config_dir)
+            print(f"registered: {dataset.name}/{key}")
     print("to use it: " + " ".join(["train_cls.py --syndata_dir", *(f"'{entry}'" for entry in entries)]))
     return 0
