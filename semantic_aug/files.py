@@ -9,6 +9,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import filecmp
 import fnmatch
 import hashlib
 import itertools
@@ -70,10 +71,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def csv_writer(path: Path) -> Iterator[Any]:
-    """A writer of the rows of a CSV file, which appears whole or not at all."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        yield csv_rows(out)
+def csv_writer(path: Path, keep_earlier: bool = False) -> Iterator[Any]:
+    """A writer of the rows of a CSV file, which appears whole or not at all. With ``keep_earlier``, a file with another content
+    is not replaced but renamed: to the first free of ``STEM-1``, ``STEM-2``, ..."""
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as out:
+            yield csv_rows(out)
+        if keep_earlier and path.exists() and not filecmp.cmp(path, temporary, shallow=False):
+            names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            log.info("the earlier %s is kept as %s", path.name, kept.name)
 
 
 def csv_rows(out: IO[str]) -> Any:

@@ -785,6 +785,30 @@ def test_prediction_passes_over_litter_and_loses_no_run_to_a_broken_file(three_s
     assert [row["class"] for row in rows] == [whole[name]["class"] for name in good[:2]]
 
 
+def test_predictions_do_not_replace_others(three_seeds, image_folder, tmp_path):
+    folder = tmp_path / "out"
+    predict = lambda split: train(  # noqa: E731
+        image_folder, folder, weights=three_seeds / "seed1", predict=image_folder / split
+    )
+    written = []
+    for split in ("test", "val", "val", "train"):
+        predict(split)
+        written.append((folder / "predictions.csv").read_bytes())
+    kept = [(folder / f"predictions-{number}.csv").read_bytes() for number in (1, 2)]
+    assert kept == written[:2] and written[1] == written[2] and not (folder / "predictions-3.csv").exists()
+
+
+def test_an_evaluation_without_a_split_has_no_files_of_an_earlier_one(three_seeds, image_folder, tmp_path):
+    (tmp_path / "classes").mkdir()
+    for name in ("train", "test"):
+        shutil.copytree(image_folder / name, tmp_path / "classes" / name)
+    out = tmp_path / "out"
+    for data in (image_folder, tmp_path / "classes"):
+        train(data, out, eval_only=True, weights=three_seeds / "seed1", val_fraction=0)
+        names = {path.name.partition("_")[0] for path in (out / "evaluation").iterdir()}
+        assert ("val" in names) == (data == image_folder) and "test" in names
+
+
 def test_a_classifier_that_does_not_fit_is_one_clear_line(three_seeds, image_folder, tmp_path):
     others = tiny.write_image_folder(tmp_path / "others", classes=("newt", "owl", "toad"))
     (tmp_path / "empty").mkdir()

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
+from semantic_aug import files
 from semantic_aug.datasets import load_dataset
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.diffusion.base import load_base
@@ -329,6 +330,22 @@ def test_a_result_of_more_steps_is_not_taken_for_one_of_fewer(tiny_base, image_f
     assert "is finished already (4 steps)" in caplog.text
     with pytest.raises(UserError, match="run holds the result of 4 steps, --max_train_steps 2 asks for fewer"):
         take(max_train_steps=2)
+
+
+def test_a_kill_right_after_the_summary_leaves_no_latents(tiny_base, image_folder, tmp_path, monkeypatch):
+    write = files.write_json
+
+    def killed(path, content):
+        write(path, content)
+        if path.name == checkpoints.SUMMARY_FILE:
+            raise KeyboardInterrupt
+
+    running = make_trainer(tiny_base, image_folder, tmp_path, max_train_steps=1)
+    monkeypatch.setattr(files, "write_json", killed)
+    assert list(tmp_path.glob("latents-*"))
+    with pytest.raises(KeyboardInterrupt):
+        running.train()
+    assert checkpoints.finished(tmp_path)["steps"] == 1 and not list(tmp_path.glob("latents-*"))
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("latents", {}), ("pixels", {"random_crops": True})])

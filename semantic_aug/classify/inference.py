@@ -243,14 +243,17 @@ def _load(
 
 def evaluate_splits(classifier: Classifier, config: ClassifyConfig, dataset: LoadedDataset) -> dict:
     """Evaluates on validation and test; writes and returns ``{output_dir}/evaluation/results.json``: the scores ``val`` and
-    ``test`` (None for a split without images) and the identity of the images."""
+    ``test`` (None for a split without images) and the identity of the images. A split without images has no files there."""
     folder = config.output_dir / EVAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     results = {"dataset": dataset.name, "classifier": str(classifier.path), "val": None, "test": None}
     results["data"] = data_identity(dataset, ("val", "test"), ("group",))
     processes = Processes(config.device)
     for split, table in (("val", dataset.val), ("test", dataset.test)):
-        if table is not None:
+        if table is None:
+            for earlier in folder.glob(f"{split}_*"):  # of an evaluation on other images
+                earlier.unlink()
+        else:
             size = 2 * config.training.batch_size
             options = {"device": processes.device, "keep_aspect": classifier.keep_aspect}
             batches = EvalBatches(table, classifier.resolution, size, cache=config.placement.cache, **options)
@@ -290,7 +293,8 @@ def images_to_predict(paths: Sequence[Path]) -> dict[str, str]:
 def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyConfig) -> None:
     """Classifies images; writes ``predictions.csv`` with one probability per class.
 
-    The row of an unreadable image has no class and no probabilities.
+    The row of an unreadable image has no class and no probabilities. Earlier predictions that differ are kept under another
+    name.
 
     Args:
         images: name in the list -> path.
@@ -310,7 +314,7 @@ def predict(classifier: Classifier, images: Mapping[str, str], config: ClassifyC
 
     out, size = config.output_dir / PREDICTIONS_FILE, 2 * config.training.batch_size
     batches = classifier.batches(read, len(paths), size)
-    with files.csv_writer(out) as writer:
+    with files.csv_writer(out, keep_earlier=True) as writer:
         writer.writerow(["file", "class", "probability", *classifier.class_names])
         for rows, probabilities in tqdm(
             batches, total=math.ceil(len(paths) / size), unit="batch", desc="predict", mininterval=1.0

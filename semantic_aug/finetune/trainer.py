@@ -412,8 +412,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._refuse_changed_images()
             checkpoints.save_weights(self.model, self.config.output_dir)
+            self.latents.remove()  # before the summary, with which the run is finished and is not opened again
             files.write_json(self.config.output_dir / checkpoints.SUMMARY_FILE, summary)
-            self.latents.remove()
             checkpoints.remove_leftovers(self.config.output_dir)
             rate = summary["steps_per_second"]
             log.info("%d steps in %.0f s, %s steps/s: %s", steps, seconds, rate, self.config.output_dir)

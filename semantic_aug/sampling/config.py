@@ -41,6 +41,22 @@ COMPILE_IMAGES = 3000
 """Images per process from which compiling (a minute or two on a GPU) is worth it."""
 
 
+@dataclass(frozen=True)
+class RequestedModel:
+    """The model that a request names.
+
+    Attributes:
+        key: checkpoint key that the subset is named after, or None for the base model.
+        resolution: side of the images in pixels.
+    """
+
+    files: ModelFiles
+    key: str | None
+    solver: SolverSettings
+    geometry: Geometry
+    resolution: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """A resolved request for a synthetic subset, with everything that the user left unset derived.
@@ -108,40 +124,39 @@ def resolve(
     if output.register_key:
         registry.check_writable(registry.SUBSETS, output.register_key, run.config_dir)
     few = chosen.few_steps is not None
-    sentences, placement, parts = chosen.texts(), resolve_placement(placement), None
+    sentences, placement, model = chosen.texts(), resolve_placement(placement), None
     with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed; downloaded after that
-        parts = find_model(args, chosen)
-    dataset, parts = all_local(
-        lambda: load_sources(args, images, run.config_dir), lambda: parts or find_model(args, chosen)
+        model = find_model(args, chosen)
+    dataset, model = all_local(
+        lambda: load_sources(args, images, run.config_dir), lambda: model or find_model(args, chosen)
     )
-    model, key, solver, geometry, resolution = parts
     if images.object_mask:
         check_mask(images.object_mask, dataset.train, dataset.name, images.classifier)
         dataset = replace(dataset, train=with_regions(dataset.train, images.object_mask))
         check_regions(dataset.train)
     if placement.gpu_ids is None and placement.engine == "mp":
-        placement = replace(placement, devices=tuple(fitting(placement.devices, model)))
+        placement = replace(placement, devices=tuple(fitting(placement.devices, model.files)))
     if chosen.contexts == CAPTIONS:
         sentences["contexts"] = contexts_of_captions(dataset)
     prompts = Prompts(dataset.source_names, dataset.class_names, dataset.spec.super_class, **sentences)
-    check_model(model, prompts)
-    images = replace(images, resolution=resolution)
+    check_model(model.files, prompts)
+    images = replace(images, resolution=model.resolution)
     root = output.output_root or Path(runs.aug_samples_dir(dataset.setting.suffix))
     config = SampleConfig(
         dataset=args.dataset,
         setting=dataset.setting,
         run=run,
         images=images,
-        key=key,
-        model=model,
+        key=model.key,
+        model=model.files,
         prompts=prompts,
-        solver=solver,
+        solver=model.solver,
         few_steps=few,
         contexts=chosen.contexts,
         placement=placement,
         output=replace(output, output_root=registry.resolve_path(root)),
     )
-    grid = geometry.latent_shape(resolution)[1:]
+    grid = model.geometry.latent_shape(model.resolution)[1:]
     folder = subset_folder(config, dataset)
     if output.register_key:
         entry = registry.shown_path(folder)
@@ -165,15 +180,9 @@ def check_request(args: argparse.Namespace) -> None:
     chosen.texts()
 
 
-def find_model(
-    args: argparse.Namespace, chosen: ModelSettings
-) -> tuple[ModelFiles, str | None, SolverSettings, Geometry, int]:
-    """The model that a request names, known before the images are listed: its files, the checkpoint key that the subset is
-    named after (None: the base model), its solver, its geometry and the side of the images.
-
-    Raises:
-        UserError: there is no such model, it does not fit the strategy, or its solver or resolution does not fit it.
-    """
+def find_model(args: argparse.Namespace, chosen: ModelSettings) -> RequestedModel:
+    """The model that a request names, known before the images are listed. Raises UserError: there is no such model, it does not
+    fit the strategy, or its solver or resolution does not fit it."""
     extra_lora, config_dir = chosen.extra_lora(), args.config_dir
     strategy, spec = strategies.find(args.sample_strategy), find_spec(args.dataset, config_dir)
     section = spec.section(registry.CHECKPOINTS, chosen.finetune_model_key or "", config_dir)
@@ -185,7 +194,7 @@ def find_model(
     geometry = read_geometry(files.folder)
     resolution = args.resolution or geometry.native_resolution
     geometry.check(resolution)
-    return replace(files, extra_lora=extra_lora), key, solver, geometry, resolution
+    return RequestedModel(replace(files, extra_lora=extra_lora), key, solver, geometry, resolution)
 
 
 def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Path) -> LoadedDataset:
