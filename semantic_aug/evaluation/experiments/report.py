@@ -297,8 +297,8 @@ class SearchResult:
 
     Attributes:
         score: of validation, by which was chosen.
-        chosen: ``best`` where its lead is clear, else ``default``.
-        best: on validation.
+        chosen: the best of those whose lead over ``default`` is clear, else ``default``.
+        best: by the mean on validation, clear or not.
         default: the candidate all others are compared to.
         scores: candidate -> seed -> validation score.
         differences: candidate -> how much better than the default it is.
@@ -327,7 +327,7 @@ def write_search(result: SearchResult, commands: StageCommands, command: str, en
         entry: of the registry of subsets, which it reads.
     """
     setting, folder = commands.recipe.name, commands.folder
-    bars = {candidate.name: result.scores[candidate] for candidate in _ranked(result.scores)}
+    bars = {candidate.name: result.scores[candidate] for candidate in ranked(result.scores)}
     draw_bars({setting: {f"validation {result.score}": bars}}, folder / CHART)
     flags = shared_flags(commands.recipe.record(), commands.subset_seed)
     blocks = [
@@ -343,9 +343,15 @@ def write_search(result: SearchResult, commands: StageCommands, command: str, en
     document.write(Report(f"Settings for {commands.recipe.shared['dataset']}, {setting}", blocks), folder / REPORT)
 
 
-def _ranked(scores: Scores) -> list[Candidate]:
+def ranked(scores: Scores) -> list[Candidate]:
     """Candidates by the number of seeds they were tried on, then by mean."""
     return sorted(best_first(list(scores), scores), key=lambda candidate: -len(scores[candidate]))
+
+
+def why_not_best(result: SearchResult) -> str:
+    """Why another candidate than the one with the best mean was chosen."""
+    which = "the default" if result.chosen == result.default else "clearly ahead of the default"
+    return f"{which}; {result.best.name} has a better mean, but its lead is within what chance does"
 
 
 def _kinds(candidate: Candidate, result: SearchResult) -> dict[str, str]:
@@ -359,9 +365,9 @@ def _candidate_section(result: SearchResult) -> list[Block]:
     varying = [kind for kind in kinds_of[0] if len({kinds[kind] for kinds in kinds_of}) > 1]
     how = f"by the mean validation {result.score} over {len(scores[default])} seeds"
     if chosen != result.best:
-        how = f"which is the default: {result.best.name} is ahead {how}, but not clearly so"
+        how = why_not_best(result)
     rows = []
-    for candidate in _ranked(scores):
+    for candidate in ranked(scores):
         from_noise = strategies.find(candidate.strategy or result.strategy).start == "noise"
         strength = "1" if from_noise else "its own" if candidate.strength is None else f"{candidate.strength:g}"
         numbers = (candidate.gamma, candidate.probability, candidate.multiplier)
@@ -382,9 +388,9 @@ def _candidate_section(result: SearchResult) -> list[Block]:
         (
             "Every candidate was tried on the first seed, the better third also on the next, and so on; the default "
             f"({default.name}) was never dropped. Percent; differences to it over common seeds in points, with 95 % "
-            "confidence intervals for other seeds and other images. Only a candidate whose interval lies above zero replaces "
-            "the default: all seeds share the validation images, so a lead on them by chance persists under every seed. The "
-            "best of many is also overestimated: expect less on new images."
+            "confidence intervals for other seeds and other images. Of the candidates whose interval lies above zero, the best "
+            "replaces the default: all seeds share the validation images, so a lead on them by chance persists under every "
+            "seed. The best of many is also overestimated: expect less on new images."
         ),
         Table(columns, rows, texts=len(varying)),
     ]

@@ -317,7 +317,8 @@ def search(tuning: Tuning, budget: BudgetSettings, held: int) -> report.SearchRe
     log.info("%d of %d candidates, %d classifier runs of about %s", first, len(candidates), planned, duration(seconds))
     best, scores = halving.search(candidates[:first], seeds, lambda *trial: tuning.trial(*trial, held))
     differences = tuning.differences(scores)
-    chosen = best if differences[best].clear and differences[best].mean > 0 else default
+    ahead = (each for each in report.ranked(scores) if differences[each].clear and differences[each].mean > 0)
+    chosen = next(ahead, default)
     return report.SearchResult(
         score=tuning.score,
         strategy=tuning.strategy,
@@ -347,7 +348,7 @@ def run(tuning: Tuning, budget: BudgetSettings, config_dir: Path) -> None:
         key = budget.register_key or f"{tuning.recipe.name}_tuned"
         command = tuning.use_command(chosen, key, config_dir)
         report.write_search(result, tuning.commands, command, {section: {key: path}})
-    why = "" if chosen == best else f" (the default; {best.name} is ahead of it, but within what chance does)"
+    why = "" if chosen == best else f" ({report.why_not_best(result)})"
     print(f"chosen: {chosen.name}{why}; report: {registry.shown_path(tuning.folder / report.REPORT)}")
     if budget.register_key and registry.register(registry.SUBSETS, section, key, path, config_dir):
         print(f"registered as {section}/{key}")
