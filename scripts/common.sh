@@ -1,10 +1,11 @@
 # What the wrappers share. Sourced by them; works in bash 4+ and zsh, and never ends the shell it is sourced into.
 
-# The repository, from where this file lies. With a CDPATH, cd would look elsewhere first and print where it went.
+# The repository, from where this file lies. With a CDPATH, cd would look elsewhere first and print where it went; a user's own
+# cd, and in zsh a hook (which -q leaves out), often list the folder.
 if [ -n "${BASH_VERSION:-}" ]; then
-    _diffmix_scripts="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+    _diffmix_scripts="$(CDPATH='' builtin cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 else
-    _diffmix_scripts="$(CDPATH='' cd -- "$(dirname "${(%):-%x}")" && pwd)"
+    _diffmix_scripts="$(CDPATH='' builtin cd -q -- "$(dirname "${(%):-%x}")" && pwd)"
 fi
 DIFFMIX_ROOT="$(dirname "$_diffmix_scripts")"
 
@@ -14,7 +15,8 @@ _diffmix_python() {
         printf '%s\n' "$DIFFMIX_PYTHON"
     elif [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$DIFFMIX_ROOT/.venv/bin/python" ]; then
         printf '%s\n' "$DIFFMIX_ROOT/.venv/bin/python"
-    else
+    else # of an alias, command prints the definition
+        unalias python python3 2>/dev/null || :
         command -v python || command -v python3
     fi
 }

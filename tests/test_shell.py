@@ -225,6 +225,18 @@ def test_a_search_path_for_cd_changes_nothing(shell, tmp_path):
         assert command_line(done)[0] == str(ROOT / "sample_mp.py") and done.stdout.endswith(f"\n{search}\n")
 
 
+@pytest.mark.parametrize("habit", ["cd() { builtin cd \"$@\" && ls; }", "chpwd() { ls; }", "alias cd='echo going; cd'"])
+def test_a_cd_that_lists_the_folder_changes_nothing(shell, habit):
+    done = shell(f"shopt -s expand_aliases 2>/dev/null\n{habit}\nsource scripts/sample.sh\nsample cub k diff-mix 0.7")
+    assert command_line(done)[0] == str(ROOT / "sample_mp.py")
+
+
+def test_an_alias_of_python_is_not_run_as_a_program(shell, tmp_path):
+    lines = f"shopt -s expand_aliases 2>/dev/null\nalias python=python3\nPATH={tmp_path}:$PATH\nsource scripts/finetune.sh\n"
+    done = shell(f"{lines}finetune cub ti_db 5 9; alias python", DIFFMIX_PYTHON="", VIRTUAL_ENV=str(tmp_path))
+    assert command_line(done)[0] == f"{ROOT}/train_lora.py" and "python3" in done.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("script", ["setup", "test", "quickstart"])
 def test_a_search_path_for_cd_leads_no_script_elsewhere(script, tmp_path):
     (tmp_path / "repository" / "scripts").mkdir(parents=True)
