@@ -6,7 +6,8 @@
 #            main_cls_fewshot EXAMPLES_PER_CLASS DATASET GPU ...    the rest as main_cls
 #            main_cls_imb IMBALANCE_FACTOR DATASET GPU ...          the rest as main_cls
 # The data sets of the paper are trained by its recipe (--recipe default: by ours).
-# GPU: a number, several with commas (one process each, through accelerate), or cpu; SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
+# GPU: a number, several with commas (one process each, through accelerate), or cpu; they count the GPUs of CUDA_VISIBLE_DEVICES where
+# that is set. SYNDATA_KEY: of config/synthetic_datasets.yaml, None for real images only.
 
 if [ -n "${BASH_VERSION:-}" ]; then
     . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -47,6 +48,25 @@ main_cls_imb() {
     _diffmix_main_cls --task imbalanced --imbalance_factor "$factor" -- -1 "$@"
 }
 
+# The entries of CUDA_VISIBLE_DEVICES that numbers such as 0,1 stand for; where it is unset, the numbers themselves.
+_diffmix_visible() {
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        printf '%s\n' "$1"
+        return 0
+    fi
+    awk -v numbers="$1" -v visible="$CUDA_VISIBLE_DEVICES" 'BEGIN {
+        present = split(visible, gpus, ",")
+        for (i = 1; i <= split(numbers, wanted, ","); i++) {
+            if (wanted[i] !~ /^[0-9]+$/ || wanted[i] >= present) {
+                print "error: GPU " wanted[i] " of " numbers ": CUDA_VISIBLE_DEVICES=" visible " shows " present ", from 0" > "/dev/stderr"
+                exit 2
+            }
+            chosen = chosen (i > 1 ? "," : "") gpus[wanted[i] + 1]
+        }
+        print chosen
+    }'
+}
+
 # _diffmix_main_cls [flags of the wrapper ...] -- EXAMPLES_PER_CLASS DATASET GPU ... [flags of the user, which win]
 _diffmix_main_cls() {
     local extra
@@ -65,6 +85,7 @@ _diffmix_main_cls() {
         --examples_per_class "$examples" ${extra[@]+"${extra[@]}"} "$@"
     case "$gpu" in
         *,*)
+            gpu="$(_diffmix_visible "$gpu")" || return $?
             CUDA_VISIBLE_DEVICES="$gpu" "$(_diffmix_python)" -m accelerate.commands.accelerate_cli launch --quiet \
                 --multi_gpu --num_machines 1 --num_processes "$(printf '%s\n' "$gpu" | tr ',' '\n' | grep -c .)" \
                 --mixed_precision no --dynamo_backend no "$@"

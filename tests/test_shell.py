@@ -138,6 +138,21 @@ def test_several_gpus_train_one_classifier_through_accelerate(shell):
 
 
 @pytest.mark.parametrize(
+    ("visible", "numbers", "used"),
+    [("4,6,7", "0,2", "4,7"), ("GPU-a,GPU-b", "1,0", "GPU-b,GPU-a"), (None, "0,2", "0,2")],
+)
+def test_gpu_numbers_of_stage_3_count_the_visible_gpus(shell, tmp_path, visible, numbers, used):
+    """As one number does: on a shared machine the others belong to someone else."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho $CUDA_VISIBLE_DEVICES\n")
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    call = f"source scripts/classification.sh; set -euo pipefail; main_cls cub {numbers} 0 resnet50 224 1 None 0.5 0.1"
+    assert shell(call, **env).stdout == f"{used}\n"
+    done = shell(call.replace(numbers, f"{numbers},9"), CUDA_VISIBLE_DEVICES=visible or "")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: GPU ") and f"CUDA_VISIBLE_DEVICES={visible or ''} shows" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("wrapper", "first", "flags"),
     [
         ("main_cls", "", {"--examples_per_class": "-1"}),
