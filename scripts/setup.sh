@@ -19,6 +19,8 @@ done
 wanted="$(cat "$@" config/constraints.txt | sha256sum | cut -d' ' -f1)"
 mark=".venv/installed-$(printf '%s' "$*" | sha256sum | cut -c1-12)"
 if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
+    # an environment whose making was interrupted, or that uv made, has no pip
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
     echo "installing into .venv (a few minutes and some 7 GB the first time) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c config/constraints.txt "${arguments[@]}"
     echo "$wanted" >"$mark"

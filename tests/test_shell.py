@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,21 @@ def test_a_search_path_for_cd_leads_no_script_elsewhere(script, tmp_path):
         text=True,
     )
     assert done.stdout == f"{tmp_path / 'repository'}\n"
+
+
+@pytest.mark.slow
+def test_setup_goes_on_where_an_environment_has_no_pip(tmp_path):
+    """As after Ctrl-C in its first seconds, or on Debian before python3-venv is installed."""
+    for folder in ("scripts", "config"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    for name in ("none.txt", "config/constraints.txt"):
+        (tmp_path / name).write_text("# nothing to install\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=tmp_path, check=True)
+    env = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", "scripts/setup.sh", "none.txt"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and list((tmp_path / ".venv").glob("installed-*")), done.stderr
 
 
 @pytest.mark.parametrize(
