@@ -99,13 +99,15 @@ class Parser(PlainParser):
         return known[flag]
 
     def _holds(self, given: argparse.Namespace, flag: str, accepted: Sequence[str]) -> bool:
-        """Whether a flag has one of the accepted values."""
+        """Whether a flag has one of the accepted values; of several values it has to have no other."""
         action, spelling = self._action(flag), self.spellings.get(flag, lambda value: value)
         try:
             values = [spelling(self._get_value(action, text)) for text in accepted]
         except argparse.ArgumentError as error:
             self.error(str(error))
-        return spelling(getattr(given, flag)) in values
+        value = getattr(given, flag)
+        present = value if isinstance(value, (list, tuple)) else [value]
+        return bool(present) and all(spelling(item) in values for item in present)
 
 
 class _Formatter(argparse.HelpFormatter):

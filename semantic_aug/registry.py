@@ -24,6 +24,7 @@ SUBSETS = "synthetic_datasets.yaml"
 DATASETS = "datasets.yaml"
 RECIPES = "recipes.yaml"
 DEFAULT_RECIPE = "default"
+STAGES = ("train_lora", "sample_mp", "train_cls")
 FORMER_RATES = "learning_rates.yaml"
 NO_KEYS = ("none", "null")
 FILES = (CHECKPOINTS, SUBSETS, DATASETS, RECIPES)
@@ -300,10 +301,10 @@ def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeR
     """The rows that a recipe of ``recipes.yaml`` has for a stage; from the folder's file, else from the repository's.
 
     Args:
-        stage: ``train_lora``, ``sample_mp`` or ``train_cls``.
+        stage: one of :data:`STAGES`.
 
     Raises:
-        UserError: an unknown recipe, or rows that are none.
+        UserError: an unknown recipe, a section of it that is no stage, or rows that are none.
     """
     path, former = config_dir / RECIPES, config_dir / FORMER_RATES
     if former.exists():
@@ -322,6 +323,8 @@ def recipe(name: str, stage: str, config_dir: Path = CONFIG_DIR) -> list[RecipeR
             f"recipe '{name}' of {shown_path(path)} holds {kind_of(stages)}: expected stages with their rows; "
             "correct the file"
         )
+    if other := next((section for section in stages if section not in STAGES), None):
+        raise unknown(f"stage in recipe '{name}' of {shown_path(path)}", other, STAGES, "correct the file")
     rows = stages.get(stage) or []
     return [_recipe_row(row, f"recipe '{name}' of {shown_path(path)}: {stage}") for row in as_list(rows)]
 

@@ -258,6 +258,13 @@ def test_recipes_of_ones_own_stand_beside_ours(tmp_path):
     assert "-mine-" in classify_run_name(config)
 
 
+@pytest.mark.parametrize(("keys", "gamma"), [("a", 3), ("b a", 3), ("a c", 0.5), ("None", 0.5), ("c", 0.5)])
+def test_a_row_may_ask_for_a_flag_of_several_values(tmp_path, keys, gamma):
+    rows = "- set: {lr: 1, gamma: 0.5}\n    - {when: {syndata_key: [a, b]}, set: {gamma: 3}}"
+    argv = write(tmp_path, f"mine:\n  train_cls:\n    {rows}\n")
+    assert stage_3(*argv, "--recipe", "mine", "--syndata_key", *keys.split()).synthetic.gamma == gamma
+
+
 def classify_run_name(config):
     from semantic_aug.classify.run import run_name
 
@@ -291,6 +298,12 @@ def test_a_recipe_without_stages_is_named(tmp_path):
     write(tmp_path, "mine: [lr, 1]\n")
     with pytest.raises(UserError, match="recipe 'mine' of .* holds a list: expected stages with their rows"):
         registry.recipe("mine", "train_cls", tmp_path)
+
+
+def test_a_section_that_is_no_stage_is_named(tmp_path):
+    write(tmp_path, "mine:\n  train-lora:\n    - set: {max_train_steps: 500}\n")
+    with pytest.raises(UserError, match="unknown stage in recipe 'mine' of .*'train-lora': did you mean 'train_lora'"):
+        registry.recipe("mine", "train_lora", tmp_path)
 
 
 def test_a_table_of_learning_rates_of_earlier_versions_is_refused_by_name(tmp_path):
