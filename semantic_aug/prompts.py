@@ -250,13 +250,13 @@ def _read_lines(word: str, flag: str, expected: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
-def caption_prompt(caption: str, phrase: str, name: str) -> str:
-    """An image's own caption, speaking of the class by its phrase, which replaces ``{}`` or the class's name; a caption with
-    neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch"."""
-    if "{}" in caption:
-        return fill(caption, phrase).replace("{}", phrase)
-    named = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", caption, count=1, flags=re.IGNORECASE)
-    return fill(named if "{}" in named else f"{SAMPLING_TEMPLATE}, {caption}", phrase)
+def caption_prompt(caption: str, phrase: str, name: str, super_class: str = "") -> str:
+    """An image's own caption, speaking of the class by its phrase, which replaces ``{}`` or the class's name and a super-class
+    after it; a caption with neither follows :data:`SAMPLING_TEMPLATE`: "a photo of a <class_3> bird, perched on a branch"."""
+    spelled, count = (r"\{\}", 0) if "{}" in caption else (re.escape(name), 1)
+    kind = rf"(?:\s+{re.escape(super_class)})?" if super_class else ""
+    named = re.sub(rf"(?<!\w){spelled}{kind}(?!\w)", "{}", caption, count=count, flags=re.IGNORECASE)
+    return fill(named if "{}" in named else f"{SAMPLING_TEMPLATE}, {caption}", phrase).replace("{}", phrase)
 
 
 # --------------------------------------------------------------------------------------------------------- contexts

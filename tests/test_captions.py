@@ -24,12 +24,15 @@ from semantic_aug.sampling.masks import parse_box
         ("an {} on a stone", "a <class_0> animal on a stone"),
         ("an {} beside another {}", "a <class_0> animal beside another <class_0> animal"),
         ("A Red Fox in snow", "A <class_0> animal in snow"),
+        ("a red fox animal in snow", "a <class_0> animal in snow"),  # the super-class is in the phrase already
+        ("an {} animal and two {}s", "a <class_0> animal and two <class_0> animals"),
+        ("a red fox animalcule", "a <class_0> animal animalcule"),
         ("sleeping in the sun", "a photo of a <class_0> animal, sleeping in the sun"),
         ("red foxes at play", "a photo of a <class_0> animal, red foxes at play"),  # a longer word is not the name
     ],
 )
 def test_the_class_gets_into_a_caption(caption, wanted):
-    assert caption_prompt(caption, "<class_0> animal", "red fox") == wanted
+    assert caption_prompt(caption, "<class_0> animal", "red fox", "animal") == wanted
 
 
 def metadata(folder, rows, header="file_name,caption"):

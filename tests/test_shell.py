@@ -241,7 +241,7 @@ def test_a_search_path_for_cd_changes_nothing(shell, tmp_path):
         assert command_line(done)[0] == str(ROOT / "sample_mp.py") and done.stdout.endswith(f"\n{search}\n")
 
 
-@pytest.mark.parametrize("habit", ["cd() { builtin cd \"$@\" && ls; }", "chpwd() { ls; }", "alias cd='echo going; cd'"])
+@pytest.mark.parametrize("habit", ['cd() { builtin cd "$@" && ls; }', "chpwd() { ls; }", "alias cd='echo going; cd'"])
 def test_a_cd_that_lists_the_folder_changes_nothing(shell, habit):
     done = shell(f"shopt -s expand_aliases 2>/dev/null\n{habit}\nsource scripts/sample.sh\nsample cub k diff-mix 0.7")
     assert command_line(done)[0] == str(ROOT / "sample_mp.py")

@@ -173,7 +173,7 @@ class Captions:
         else:
             lines = [[line.strip() for line in text.splitlines() if line.strip()] for text in column]
             texts = [
-                [caption_prompt(line, self.phrases[label], names[label][1]) for line in captions]
+                [caption_prompt(line, self.phrases[label], names[label][1], super_class) for line in captions]
                 for label, captions in zip(labels, lines, strict=True)
             ]
         if not any(texts):
