@@ -44,9 +44,9 @@ def build_parser() -> cli.Parser:
         help="folders or lists, a test split for example: the training is refused if --images holds one of their files "
         "(default: none)",
     )
-    run.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the finished model")
+    run.add_argument("--output_dir", type=cli.path, required=True, metavar="DIR", help="folder of the finished model")
     run.add_argument(
-        "--work_dir", type=Path, metavar="DIR", help="folder of states and logs (default: OUTPUT_DIR-training)"
+        "--work_dir", type=cli.path, metavar="DIR", help="folder of states and logs (default: OUTPUT_DIR-training)"
     )
     run.add_argument(
         "--budget",
@@ -85,13 +85,12 @@ def parse(argv: list[str] | None = None) -> Config:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = replace(PRESETS[args.preset], **given)
     recipe.check()
-    output_dir = args.output_dir.absolute()
-    work_dir = args.work_dir or output_dir.with_name(f"{output_dir.name}-training")
+    work_dir = args.work_dir or args.output_dir.with_name(f"{args.output_dir.name}-training")
     return Config(
         images=args.images,
         exclude=tuple(args.exclude),
         recipe=recipe,
-        output_dir=output_dir,
+        output_dir=args.output_dir,
         work_dir=work_dir,
         minutes=args.budget,
         until=args.until,

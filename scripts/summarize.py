@@ -21,7 +21,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="output folders of train_cls.py, or folders above them"
     )
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the table here as well")
+    parser.add_argument("--output", type=cli.path, default=None, metavar="FILE", help="write the table here as well")
     parser.add_argument(
         "--scores", nargs="+", default=None, metavar="NAME", help="columns (default: all but top5 and loss)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -241,6 +242,18 @@ def test_folders_are_read_as_data_sets_are(tmp_path):
 )
 def test_settings_that_do_not_fit_are_refused(pool, tmp_path, flags, expected):
     assert expected in refused(tmp_path, pool, *flags.split())
+
+
+def test_the_cards_command_is_read_as_it_was_typed_and_folders_may_begin_at_home():
+    import build_base
+    from base_model.card import command
+
+    typed = ["--subject", "solar cell", "--vocabulary", "mono functional", "it's", "--crops", "0"]
+    config = build_base.parse(["--images", "x", "--output_dir=~/base", "--work_dir=~/states", *typed])
+    assert (config.output_dir, config.work_dir) == (Path.home() / "base", Path.home() / "states")
+    counts = {"autoencoder_images": 5, "denoiser_images": 6}
+    again = build_base.parse(shlex.split(command(config, counts))[2:]).recipe
+    assert again == replace(config.recipe, **counts)
 
 
 def test_output_folder_of_something_else_is_left_alone(pool, tmp_path):
