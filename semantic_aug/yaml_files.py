@@ -177,8 +177,9 @@ def extended(text: str, path: Path, section: str, key: str, entry: Any) -> str:
     except UserError:
         complete = False
     if not complete:
+        line = to_text({key: entry}, flow=True).strip()[1:-1]  # an error is one line
         raise UserError(
-            f"{path} cannot be extended without changing other entries: add {section}/{key} by hand ({to_text({key: entry})})"
+            f"{path} cannot be extended without changing other entries: add to its section {section} by hand: {line}"
         )
     return extension
 

@@ -1,5 +1,7 @@
 """YAML files that people edit: names as written, empty fields, damage in one line, and what is written is read back."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -103,6 +105,14 @@ def test_any_registered_key_is_found_again_or_refused(tmp_path_factory, dataset,
         assert str(error).startswith("--register_key") and not (folder / registry.SUBSETS).exists()
     else:
         assert registry.subsets(dataset, key, folder) == ["outputs/x"]
+
+
+def test_an_entry_to_add_by_hand_is_yaml_in_one_line():
+    text, entry = "base: &base {p: x}\nset: *base\n", {"p": "a folder", "q": None}
+    with pytest.raises(UserError, match="add to its section set by hand: ") as refused:
+        yaml_files.extended(text, Path("x.yaml"), "set", "key", entry)
+    line = str(refused.value).partition("by hand: ")[2]
+    assert yaml_files.parse(line, Path("x.yaml")) == {"key": entry}
 
 
 @pytest.mark.parametrize("key", ["", " a", "a#b", "None", "null", "a\nb"])
