@@ -9,11 +9,12 @@ else
 fi
 DIFFMIX_ROOT="$(dirname "$_diffmix_scripts")"
 
-# The repository's own environment where there is one, else the python on the path.
+# The python of the environment that is active; without one (conda's base is none) the repository's own where there is one, else
+# the python on the path.
 _diffmix_python() {
     if [ -n "${DIFFMIX_PYTHON:-}" ]; then
         printf '%s\n' "$DIFFMIX_PYTHON"
-    elif [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$DIFFMIX_ROOT/.venv/bin/python" ]; then
+    elif [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$DIFFMIX_ROOT/.venv/bin/python" ]; then
         printf '%s\n' "$DIFFMIX_ROOT/.venv/bin/python"
     else # of an alias, command prints the definition
         unalias python python3 2>/dev/null || :

@@ -247,6 +247,26 @@ def test_a_cd_that_lists_the_folder_changes_nothing(shell, habit):
     assert command_line(done)[0] == str(ROOT / "sample_mp.py")
 
 
+@pytest.mark.parametrize(
+    ("active", "own"),
+    [
+        ({}, True),
+        ({"CONDA_DEFAULT_ENV": "base"}, True),
+        ({"CONDA_DEFAULT_ENV": "cells"}, False),
+        ({"VIRTUAL_ENV": "/v"}, False),
+    ],
+)
+def test_an_active_environment_comes_before_the_repositorys_own(shell, tmp_path, active, own):
+    shutil.copytree(
+        ROOT / "scripts", tmp_path / "scripts", ignore=lambda folder, names: {n for n in names if "." not in n}
+    )
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("/bin/echo")
+    lines = f"PATH={tmp_path}:$PATH; source {tmp_path}/scripts/finetune.sh; finetune cub ti_db 5 9"
+    done = shell(lines, **{"DIFFMIX_PYTHON": "", "VIRTUAL_ENV": "", "CONDA_DEFAULT_ENV": "", **active})
+    assert done.stdout.startswith(f"{tmp_path}/train_lora.py" if own else f"[{tmp_path}/train_lora.py]")
+
+
 def test_an_alias_of_python_is_not_run_as_a_program(shell, tmp_path):
     lines = f"shopt -s expand_aliases 2>/dev/null\nalias python=python3\nPATH={tmp_path}:$PATH\nsource scripts/finetune.sh\n"
     done = shell(f"{lines}finetune cub ti_db 5 9; alias python", DIFFMIX_PYTHON="", VIRTUAL_ENV=str(tmp_path))
