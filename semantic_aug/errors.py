@@ -11,6 +11,7 @@ import ctypes
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -67,6 +68,22 @@ def all_local(*steps: Callable[[], Any]) -> list[Any]:
 
 class Interrupted(Exception):
     """Work was stopped by a signal after everything finished so far was made safe; the text says how to resume."""
+
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED")
+
+
+@contextlib.contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """A context in which running out of memory, a GPU's or the machine's, is a user's mistake. Raises UserError: it ran out;
+    gives ``advice``, what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(reason):
+            raise
+        raise UserError(f"out of memory ({reason[:120]}): {advice}") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A run that diverges stops in its tracks: one line, status 2, what was good is kept, nothing is registered."""
 
+import re
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from semantic_aug import meta_csv, registry
 from semantic_aug.classify import inference
 from semantic_aug.diffusion.loop import decode_latents
 from semantic_aug.divergence import LossLog, check_losses, non_finite
-from semantic_aug.errors import UserError
+from semantic_aug.errors import UserError, memory_advice
 from semantic_aug.finetune import checkpoints
 from semantic_aug.finetune.config import parse
 from semantic_aug.finetune.run import make_accelerator, resolve
@@ -104,6 +105,43 @@ def test_stage_1_registers_nothing(tiny_base, image_folder, tmp_path):
     assert "training diverged" in output and "--learning_rate 1e+15" in output and "--max_grad_norm 1" in output
     assert (tmp_path / "config" / "finetuned_ckpts.yaml").read_text() == before
     assert not list((tmp_path / "o").glob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def refuse_memory(*_):
+    return torch.empty(1 << 60)
+
+
+def test_stage_1_out_of_memory_is_one_line_and_leaves_no_trace(tiny_base, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "optimizer_step", refuse_memory)
+    output = run_here("train_lora.py", *finetune_words(tiny_base, image_folder, tmp_path / "o"), status=2)
+    assert re.search(r"\nerror: out of memory \(.*\): lower --train_batch_size .*\n$", output)
+    assert not (tmp_path / "o").exists()
+
+
+def test_stage_3_out_of_memory_is_one_line(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("semantic_aug.classify.trainer.Trainer._moved", refuse_memory)
+    output = run_here("train_cls.py", *classify_arguments(image_folder, tmp_path / "o"), status=2)
+    assert re.search(r"\nerror: out of memory \(.*\): raise --gradient_accumulation_steps.*\n$", output)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_only_errors_of_memory_are_told_so(error, told):
+    with (
+        pytest.raises(UserError if told else RuntimeError, match="lower it" if told else "illegal"),
+        memory_advice("lower it"),
+    ):
+        raise error
 
 
 # -------------------------------------------------------------------------------------------------------------- stage 2

@@ -45,12 +45,17 @@ from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.subsets import class_groups
 from semantic_aug.datasets.synthetic import SyntheticImages, locate, read_subsets
 from semantic_aug.devices import device_of
-from semantic_aug.errors import UserError, WouldDownload, no_downloads
+from semantic_aug.errors import UserError, WouldDownload, memory_advice, no_downloads
 from semantic_aug.meta_csv import hashed_slug
 from semantic_aug.registry import DEFAULT_RECIPE
 from semantic_aug.run_lock import lock_folder
 
 log = logging.getLogger(__name__)
+
+LESS_MEMORY = (
+    "raise --gradient_accumulation_steps, which divides a step's images into parts, give --amp bf16, or lower "
+    "--batch_size or --res_mode"
+)
 
 
 def run(config: ClassifyConfig) -> int:
@@ -367,7 +372,8 @@ def train(
         if results is not None:
             log.info("%s is finished already", folder)
             return results
-        return Trainer(config, dataset, synthetic, origin).run()
+        with memory_advice(LESS_MEMORY):
+            return Trainer(config, dataset, synthetic, origin).run()
 
 
 def seeded(config: ClassifyConfig, seed: int) -> ClassifyConfig:

@@ -26,7 +26,7 @@ from semantic_aug.diffusion.base import (
 )
 from semantic_aug.diffusion.families import LORA_TARGETS, family_of
 from semantic_aug.diffusion.license import license_of, warn_of_license
-from semantic_aug.errors import UserError, WouldDownload, all_local, no_downloads
+from semantic_aug.errors import UserError, WouldDownload, all_local, memory_advice, no_downloads
 from semantic_aug.finetune.batches import check_training_prompts
 from semantic_aug.finetune.checkpoints import check_disk, finished, origin_of, take_folder
 from semantic_aug.finetune.config import UNLABELLED_SHARE, FinetuneConfig
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 BEFORE_RESULTS = (runs.ARGS_FILE, "latents-*", "pixels-*", "logs/*")
 """Files of a run that are removed where it fails before its first result; see :func:`semantic_aug.files.no_trace`."""
+LESS_MEMORY = (
+    "lower --train_batch_size and raise --gradient_accumulation_steps as much, by which a step stays the same, give "
+    "--gradient_checkpointing or --mixed_precision bf16, or lower --resolution or, where a picture grid was due, "
+    "--num_validation_images"
+)
 
 
 def run(config: FinetuneConfig) -> None:
@@ -231,7 +236,8 @@ def train(config: FinetuneConfig, dataset: LoadedDataset, accelerator: Accelerat
             record = runs.plain(config.record(processes))
             flat = {name: value for name, value in record.items() if isinstance(value, (str, int, float, bool))}
             accelerator.init_trackers("finetune", flat)
-        return Trainer(config, dataset, accelerator, origin if main else None).train()
+        with memory_advice(LESS_MEMORY):
+            return Trainer(config, dataset, accelerator, origin if main else None).train()
 
 
 def checkpoint_entry(config: FinetuneConfig) -> dict[str, str | None]:
