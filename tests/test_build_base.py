@@ -230,6 +230,15 @@ def test_folders_are_read_as_data_sets_are(tmp_path):
         images.open_pool(str(folder), [str(tmp_path / "test")], 0.1)
 
 
+def test_a_list_may_be_saved_by_an_editor_of_windows(pool, tmp_path):
+    from base_model import images
+
+    (tmp_path / "list.txt").write_bytes("\ufeff# ours\r\npart 0/000.png\r\npart 1/001.png\r\n".encode())
+    (tmp_path / "part 0").symlink_to(pool / "part 0")
+    (tmp_path / "part 1").symlink_to(pool / "part 1")
+    assert images.open_table(str(tmp_path / "list.txt"), "--images").keys == ["part 0/000.png", "part 1/001.png"]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

@@ -65,7 +65,7 @@ def image_files(path: Path, flag: str) -> list[Path]:
     elif path.is_file():
         wanted = "expected the path of one image a line, absolute or relative to the list's folder"
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except UnicodeDecodeError:
             raise UserError(f"{flag} {path} is not a text file: {wanted}") from None
         files = [path.parent / line for line in lines if line and not line.startswith("#")]
