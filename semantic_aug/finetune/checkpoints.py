@@ -170,9 +170,12 @@ def take_folder(config: FinetuneConfig, origin: RunOrigin, processes: int, dry_r
 
 def check_disk(config: FinetuneConfig, images: int, geometry: Geometry, trained: int) -> None:
     """Refuses a run whose encoded images and checkpoints, with the optimiser's states of ``trained`` values, do not fit on the
-    disk. Raises UserError: less is free."""
+    disk; a resumed run has written most of them. Raises UserError: less is free."""
+    if listed(config.output_dir):
+        return
     channels, height, width = geometry.latent_shape(config.images.resolution)
     views = config.images.crops * (1 if config.images.no_flip else 2)
-    latents = 0 if config.images.random_crops else 4 * images * views * 2 * channels * height * width
+    encoded = config.images.random_crops or any(config.output_dir.glob("latents-*.npy"))
+    latents = 0 if encoded else 4 * images * views * 2 * channels * height * width
     checkpoints = config.output.checkpoints_total_limit + 1 if config.output.checkpointing_steps else 0
     files.check_space(config.output_dir, latents + 4 * trained * (3 * checkpoints + 1), "--output_dir")

@@ -62,9 +62,8 @@ class Trainer:
         self.noise_scheduler = DDPMScheduler.from_config(self.base.scheduler_config)
         self.prediction_type = self.noise_scheduler.config.prediction_type
         self.alphas = self.noise_scheduler.alphas_cumprod.to(accelerator.device)
-        if not config.output.resume_from_checkpoint:  # else much of it is written already
-            trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-            checkpoints.check_disk(config, len(self.images), self.base.geometry, trained)
+        trained = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        checkpoints.check_disk(config, len(self.images), self.base.geometry, trained)
         self.latents = self._encode_images()
         if not config.images.random_crops:  # the images are encoded: until pictures are drawn, no GPU need hold the VAE
             self.base.vae.to("cpu")
