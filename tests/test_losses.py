@@ -110,6 +110,15 @@ def test_effective_numbers_by_hand():
     assert losses.effective_number_weights([0, 5])[0] > 1  # a class without images counts as one
 
 
+def test_classes_without_images_leave_weights_and_margins_of_the_others_alone():
+    """As in a copy of the hub whose list of classes is longer than its images need."""
+    present, counts = np.array(COUNTS), np.array([*COUNTS, *[0] * 90])
+    weights = losses.effective_number_weights(counts, 0.99)
+    assert np.allclose(weights[:5], losses.effective_number_weights(present, 0.99))
+    margins = losses.ldam_margins(counts * 2, 0.5)
+    assert np.allclose(margins[:5], losses.ldam_margins(present * 2, 0.5)) and margins.max() == 0.5
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_class_balanced_equals_torchs_weighted_cross_entropy(soft):
     logits, labels = logits_and_labels()

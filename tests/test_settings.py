@@ -72,6 +72,13 @@ def test_equal_classes_keep_everything_at_imbalance_one():
     assert subsets.long_tail_counts([7, 7, 7], 1.0, "original").tolist() == [7, 7, 7]
 
 
+@pytest.mark.parametrize("profile", ["exponential", "original"])
+def test_classes_without_images_do_not_count_in_the_tail(profile):
+    counts = [50, 40, 50, 30]
+    wanted = subsets.long_tail_counts(counts, 0.1, profile)
+    assert subsets.long_tail_counts([*counts, *[0] * 30], 0.1, profile).tolist() == [*wanted, *[0] * 30]
+
+
 def test_the_profile_marks_the_folder():
     assert Setting(task="imbalanced").suffix == "_imb0.01"
     assert Setting(task="imbalanced", imbalance_profile="original").suffix == "_imb0.01orig"

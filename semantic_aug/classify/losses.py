@@ -87,16 +87,19 @@ def balanced_softmax_terms(logits: Tensor, counts: Tensor) -> Tensor:
 
 
 def ldam_margins(counts: Sequence[int], largest: float) -> np.ndarray:
-    """Margins C / n_k^(1/4) (Cao et al. 2019, eq. 11), ``(K,)``; C gives the rarest class the margin ``largest``."""
-    margins = np.maximum(np.asarray(counts, np.float64), 1) ** -0.25
-    return margins * (largest / margins.max())
+    """Margins C / n_k^(1/4) (Cao et al. 2019, eq. 11), ``(K,)``; C gives the rarest class the margin ``largest``, which a class
+    without images has, too."""
+    counts = np.asarray(counts, np.float64)
+    margins = np.maximum(counts, 1) ** -0.25
+    return np.minimum(margins * (largest / margins[counts > 0].max()), largest)
 
 
 def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> np.ndarray:
-    """Class-balanced weights (Cui et al. 2019, eq. 8): (1 - b) / (1 - b^n_k), scaled to sum to K; ``(K,)``."""
-    counts = np.maximum(np.asarray(counts, np.float64), 1)
-    weights = (1 - beta) / (1 - beta**counts)
-    return weights * (len(weights) / weights.sum())
+    """Class-balanced weights (Cui et al. 2019, eq. 8): (1 - b) / (1 - b^n_k), scaled to a mean of 1 over the classes with
+    images; ``(K,)``."""
+    counts = np.asarray(counts, np.float64)
+    weights = (1 - beta) / (1 - beta ** np.maximum(counts, 1))
+    return weights * ((counts > 0).sum() / weights[counts > 0].sum())
 
 
 @dataclass(frozen=True)

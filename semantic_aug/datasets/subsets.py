@@ -73,16 +73,18 @@ def long_tail_counts(counts: Sequence[int], imbalance_factor: float, profile: st
         profile: ``exponential`` or ``original``.
 
     Returns:
-        ``(K,)`` images to keep: at least 1 of a class that has any, never more than there are.
+        ``(K,)`` images to keep: at least 1 of a class that has any, never more than there are. Classes without images do not
+        count.
     """
     counts = np.asarray(counts, dtype=np.int64)
+    classes = np.count_nonzero(counts)
     order = np.argsort(-counts, kind="stable")
     ranks = np.empty(len(counts), dtype=np.int64)
     ranks[order] = np.arange(len(counts))
     if profile == "original":
-        wanted = np.floor(counts.sum() / max(1, len(counts)) * imbalance_factor ** (ranks / max(1, len(counts) - 2)))
+        wanted = np.floor(counts.sum() / max(1, classes) * imbalance_factor ** (ranks / max(1, classes - 2)))
     else:
-        wanted = np.round(counts.max(initial=0) * imbalance_factor ** (ranks / max(1, len(counts) - 1)))
+        wanted = np.round(counts.max(initial=0) * imbalance_factor ** (ranks / max(1, classes - 1)))
     return np.minimum(counts, np.maximum(wanted.astype(np.int64), 1))
 
 
