@@ -79,6 +79,14 @@ def test_exact_duplicates_within_and_across_splits(good):
     assert report.findings[0].problem and not any("near" in kind for kind in findings)
 
 
+def test_many_equal_images_are_named_across_splits_and_labels(good):
+    """As a placeholder that a photo site serves for missing photographs."""
+    for copy in ("train/owl/a", "train/owl/b", "train/owl/c", "train/owl/d", "train/toad/e", "val/owl/f", "test/owl/g"):
+        shutil.copy(good / "train" / "owl" / "0.png", good / f"{copy}.png")
+    leak = kinds(report_of(good)[0])["exact duplicate across splits (a leak)"]
+    assert leak.cases == ("train/owl/0.png = val/owl/f.png = test/owl/g.png = train/toad/e.png and 4 more",)
+
+
 def test_near_duplicates_within_and_across_splits(good):
     image = Image.open(good / "train" / "owl" / "0.png")
     image.save(good / "train" / "owl" / "again.jpg", quality=70)

@@ -219,6 +219,14 @@ def _name_of(image: Summary) -> str:
     return image.key if image.key.split("/")[0] == image.split else f"{image.split}: {image.key}"
 
 
+def _names_of(group: Sequence[Summary]) -> str:
+    """Names of equal images, four at most: the first of each split, then the first of each label, then others."""
+    splits, labels = ({getattr(image, name): image for image in reversed(group)} for name in ("split", "label"))
+    firsts = *reversed(splits.values()), *reversed(labels.values())
+    names = list(dict.fromkeys(map(_name_of, (*firsts, *group))))
+    return " = ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _duplicates(images: Sequence[Summary]) -> Iterator[Note]:
     by_digest = defaultdict(list)
     for image in images:
@@ -226,7 +234,7 @@ def _duplicates(images: Sequence[Summary]) -> Iterator[Note]:
     exact: dict[str, list[str]] = defaultdict(list)
     for group in by_digest.values():
         if len(group) > 1:
-            exact[_relation(group)].append(" = ".join(map(_name_of, group[:4])))
+            exact[_relation(group)].append(_names_of(group))
     yield Note("exact duplicate across splits (a leak)", tuple(exact["splits"]), True)
     yield Note("exact duplicate under two labels", tuple(exact["labels"]), True)
     yield Note("exact duplicate within a class of a split", tuple(exact["same"]))
