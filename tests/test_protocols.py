@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROWS, classify_arguments, write_subset
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import official_layouts
 import tiny
@@ -173,6 +173,15 @@ def test_a_classifier_of_resized_crops_keeps_the_aspect_of_what_it_sees(image_fo
     assert train_cls.main([*argv, "--eval_only"]) == 0
     again = json.loads((tmp_path / "run/evaluation/results.json").read_text())["test"]
     assert again == pytest.approx(scores)
+    # a file without a record is used as the flags say
+    plain = tmp_path / "plain.safetensors"
+    save_file(load_file(tmp_path / "run" / "model.safetensors"), plain, {"format": "pt"})
+    for augmentation, keeps in (("resized_crop", True), ("crop", False)):
+        flags = ["--weights", str(plain), "--augmentation", augmentation, "--eval_only"]
+        config, dataset, _ = resolve(read_config(build_parser("").parse_args([*argv, *flags])))
+        assert inference.load(config, dataset).keep_aspect == keeps
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train_cls.main(argv) == 0  # a finished run whose weights were removed
 
 
 # -------------------------------------------------------------------------------------------------- the authors' splits

@@ -105,7 +105,9 @@ def load(config: ClassifyConfig, dataset: LoadedDataset) -> Classifier:
         log.warning("%s was trained at --res_mode %s and is used at %d", shown_path(path), side, resolution)
     # the memory layout of training, which gives the same scores to the last digit
     model = model.to(memory_format=torch.channels_last)
-    return replace(classifier, model=model, class_names=dataset.source_names, amp=config.training.amp)
+    keep_aspect = classifier.keep_aspect if "classes" in metadata_of(path) else config.training.keep_aspect
+    options = {"amp": config.training.amp, "keep_aspect": keep_aspect}
+    return replace(classifier, model=model, class_names=dataset.source_names, **options)
 
 
 def refuse_seen_images(

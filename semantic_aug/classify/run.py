@@ -87,10 +87,11 @@ def run(config: ClassifyConfig) -> int:
     else:
         metrics.report(train(config, dataset, synthetic), say)
         model, path = config.classifier, config.output_dir / MODEL_FILE
-        say("the classifier in plain timm:")
-        say(timm_lines(model.model, len(dataset.class_names), model.res_mode, path))
-        if "mean" in (metadata := metadata_of(path)):
-            say(f"# images are normalised by mean {metadata['mean']} and std {metadata['std']}")
+        if path.is_file():  # may have been removed from a finished run
+            say("the classifier in plain timm:")
+            say(timm_lines(model.model, len(dataset.class_names), model.res_mode, path))
+            if "mean" in (metadata := metadata_of(path)):
+                say(f"# images are normalised by mean {metadata['mean']} and std {metadata['std']}")
     leave()
     say(f"results: {registry.shown_path(config.output_dir)}")
     return 0
