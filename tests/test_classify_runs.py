@@ -532,6 +532,15 @@ def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch
     assert "| worst_group | average_group |" in summary.markdown([run])
 
 
+def test_groups_without_a_validation_image_are_told(tmp_path, image_folder, caplog):
+    images = sorted(image_folder.glob("train/*/*.png"))
+    rows = [f"{path},{path.parent.name},{'on snow' if i % 6 == 0 else 'on grass'}" for i, path in enumerate(images)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,group", *rows]))
+    select = {"select_by": "worst_group", "val_examples_per_class": 1, "dry_run": True}
+    train(image_folder, tmp_path / "run", dataset=f"csv:{tmp_path / 'list.csv'}", **select)
+    assert "no validation image is of 'on snow': the worst of the others counts" in caplog.text
+
+
 def test_tensorboard_gets_every_epoch(image_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -206,11 +206,23 @@ def check(config: ClassifyConfig, dataset: LoadedDataset) -> None:
     training = config.training
     if dataset.val is None and training.patience:
         raise UserError(f"--patience {training.patience}: {dataset.name} has no validation images; give --val_fraction")
-    if training.select_by == "worst_group" and (dataset.val is None or metrics.groups_of(dataset.val) is None):
+    if training.select_by == "worst_group":
+        check_groups(dataset)
+    class_groups([], *config.evaluation.shot_thresholds)
+
+
+def check_groups(dataset: LoadedDataset) -> None:
+    """Refuses to select by the worst group where validation images have no groups; warns where they lack groups of the training
+    images."""
+    val, train = (None if t is None else metrics.groups_of(t) for t in (dataset.val, dataset.train))
+    if val is None:
         raise UserError(
             f"--select_by worst_group: the validation images of {dataset.name} have no groups; expected top1 or macro"
         )
-    class_groups([], *config.evaluation.shot_thresholds)
+    if train is not None and (missing := sorted({*train.tolist()} - {*val.tolist()})):
+        names = dict(enumerate(dataset.train.group_names or dataset.spec.group_names))
+        shown = ", ".join(f"'{names.get(group, group)}'" for group in missing)
+        log.warning("--select_by worst_group: no validation image is of %s: the worst of the others counts", shown)
 
 
 def check_flags(config: ClassifyConfig) -> None:
