@@ -532,6 +532,16 @@ def test_groups_are_evaluated_and_can_choose(image_folder, tmp_path, monkeypatch
     assert "| worst_group | average_group |" in summary.markdown([run])
 
 
+@pytest.mark.parametrize("image", ["animals/test/toad/test001.png", "subset/data/red_fox/toad-000003-1.0.png"])
+def test_a_damaged_image_that_is_not_cached_is_refused_before_training(image_folder, tmp_path, image):
+    shutil.copytree(image_folder, tmp_path / "animals")
+    argv = {"syndata_dir": write_subset(tmp_path / "subset", ROWS), "synthetic_prob": 1e-9, "cache": "off"}
+    (tmp_path / image).write_bytes((tmp_path / image).read_bytes()[:50])
+    with pytest.raises(UserError, match=f"{image} cannot be decoded"):
+        train(tmp_path / "animals", tmp_path / "run", **argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_groups_without_a_validation_image_are_told(tmp_path, image_folder, caplog):
     images = sorted(image_folder.glob("train/*/*.png"))
     rows = [f"{path},{path.parent.name},{'on snow' if i % 6 == 0 else 'on grass'}" for i, path in enumerate(images)]

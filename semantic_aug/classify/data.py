@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from semantic_aug.classify.config import ON_DEVICE
 from semantic_aug.classify.crops import ResizedCrops
@@ -23,6 +24,7 @@ from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import open_pixels
 from semantic_aug.datasets.synthetic import SyntheticImages
+from semantic_aug.datasets.table import in_threads
 from semantic_aug.devices import available_memory
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
@@ -77,6 +79,17 @@ class ImageStore:
         content = f"{identity} {'crop' if keep_aspect else 'squash'} bicubic" if identity is not None else None
         cache = "auto" if cache == ON_DEVICE else cache
         self.pixels = open_pixels(self.decode, count, side, content, cache, memory=budget, workers=workers)
+        self.opened = self.pixels is not None  # whether each image has been opened
+
+    def open_all(self, part: int = 0, parts: int = 1) -> None:
+        """Opens every ``parts``-th image, unless all have been decoded. Raises UserError: one that is damaged."""
+        if self.opened:
+            return
+        rows = range(part, self.count, parts)
+        sizes = in_threads(lambda row: self.read(row).size, rows)
+        options = {"desc": "opening", "unit": "image", "leave": False, "disable": None, "delay": 2.0}
+        for _ in tqdm(sizes, total=len(rows), dynamic_ncols=True, **options):
+            pass
 
     def decode(self, index: int) -> np.ndarray:
         """One image, uint8 ``(side, side, 3)``."""
@@ -148,7 +161,7 @@ class DevicePixels:
             for rows in np.split(np.arange(store.count), range(COPIED_IMAGES, store.count, COPIED_IMAGES)):
                 self.pixels[first : first + len(rows)] = torch.from_numpy(store.batch(rows))
                 first += len(rows)
-            store.pixels = None  # no second copy in memory
+            store.pixels, store.opened = None, True  # no second copy in memory
 
     def windows(self, items: np.ndarray, tops: np.ndarray, lefts: np.ndarray, size: int, flips: np.ndarray) -> Tensor:
         """Crops the images ``items`` ``(B,)`` as :func:`crop` does: uint8 ``(B, size, size, 3)`` on the device."""

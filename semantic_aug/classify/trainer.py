@@ -143,9 +143,9 @@ class Trainer:
         check_parts(self.model, self.frozen, config, self.processes, self.train_batches.batch_size)
         self.counts = dataset.train.counts()
         self.criterion = make_criterion(config.loss, self.counts, self.device)
-        # test images are opened here, so that an unreadable one is reported before training
         self.val_batches = self._eval_batches(dataset.val) if dataset.val else None
         self.test_batches = self._eval_batches(dataset.test) if dataset.test is not None else None
+        self._open_images()
         self.optimizer = make_optimizer(self.model, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.steps_per_epoch = self.train_batches.steps_per_epoch
@@ -162,6 +162,14 @@ class Trainer:
         size, resolution = 2 * self.config.training.batch_size, self.config.classifier.res_mode
         options = {"device": self.device, "keep_aspect": self.config.training.keep_aspect}
         return EvalBatches(table, resolution, size, cache=self.config.placement.cache, **options)
+
+    def _open_images(self) -> None:
+        """Opens images that are decoded at each use, so that a damaged one is reported before training and not at its end."""
+        if (self.config.output_dir / STATE_FILE).exists():
+            return
+        evaluated = [batches.store for batches in (self.val_batches, self.test_batches) if batches is not None]
+        for store in (*self.train_batches.stores, *evaluated):
+            store.open_all(self.processes.rank, self.processes.count)
 
     # ------------------------------------------------------------------------------------------------- one run
 
