@@ -331,6 +331,22 @@ def test_the_profile_of_a_long_tail_is_recorded_where_it_is_not_the_default(requ
     assert original == {**plain, "imbalance_profile": "original"} and "split" not in original
 
 
+@pytest.mark.parametrize("strategy", ["diff-gen", "real-gen"])
+def test_a_reader_refuses_images_of_a_model_trained_on_what_evaluates(request_of, tiny_base, tmp_path, strategy):
+    pictures = tiny.write_image_folder(tmp_path / "animals", val=0)
+    base = {"finetune_model_key": None, "model_path": tiny_base} if strategy == "real-gen" else {}
+    config, dataset = request_of(pictures, val_fraction=0, sample_strategy=strategy, **base)
+    folder, held_out = begin(config, dataset, [-1]), load_dataset(f"folder:{pictures}")
+    with running.opened(plan_subset(config, dataset)) as subset:
+        subset.close()
+    assert len(read_subset(folder, dataset)) == 54 == len(read_subset(folder, held_out, allow_other_sources=True))
+    if strategy == "real-gen":  # the base model has seen none of the images
+        assert len(read_subset(folder, held_out)) == 54
+        return
+    with pytest.raises(UserError, match="3 images on which its generator was trained are validation images of animals"):
+        read_subset(folder, held_out)
+
+
 def test_a_reader_refuses_a_subset_of_other_images_under_the_same_names(request_of, pictures, tmp_path):
     config, dataset = request_of(pictures)
     folder = begin(config, dataset, [0, 1])

@@ -137,7 +137,8 @@ class SyntheticSettings:
     )
     allow_other_sources: bool = cli.setting(
         False,
-        help="accept subsets whose source images are not among the training images of this setting",
+        help="accept subsets whose source images are not among the training images of this setting, or whose generator was "
+        "trained on its validation or test images",
         result=False,
         record=False,
     )

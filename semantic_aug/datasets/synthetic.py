@@ -203,6 +203,7 @@ def read_subset(
         _check_labels(recorded_sources, position, dataset, file)
         _check_noise(root, table, dataset, file)
         _check_content(root, recorded_sources, dataset, file)
+        _check_generator(root, dataset, file)
         _check_unlabelled(root, table, dataset, file)
     sources = np.full((len(table), len(meta_csv.SOURCE_COLUMNS)), "", object)
     for column, name in enumerate(meta_csv.SOURCE_COLUMNS):
@@ -391,6 +392,26 @@ def _check_content(root: Path, sources: Sequence[tuple[str, int]], dataset: Load
             f"('{images.keys[int(np.argmax(other))]}' the first): it belongs to another data set, or to an earlier state of "
             "this one; make it again with sample_mp.py, or accept it with --allow_other_sources"
         )
+
+
+def _check_generator(root: Path, dataset: LoadedDataset, file: Path) -> None:
+    """Compares the training images of a fine-tuned model, which images from noise show too, with the images that evaluate."""
+    recorded = read_sources(root)
+    if recorded is None or not any(subset_record(root).get(name) for name in ("lora_sha256", "tokens_sha256")):
+        return
+    trained = {key: value.tobytes() for key, value in zip(*recorded, strict=True)}
+    for split, held in (("validation", dataset.val), ("test", dataset.test)):
+        if held is None:
+            continue
+        images = held.take([row for row, key in enumerate(held.keys) if key in trained])
+        hashes = hash_images(images).values
+        shared = [key for key, value in zip(images.keys, hashes, strict=True) if value.tobytes() == trained[key]]
+        if shared:
+            raise UserError(
+                f"{file}: {len(shared)} images on which its generator was trained are {split} images of {dataset.name}"
+                f"{dataset.setting.suffix} ('{shared[0]}'): give the stages the same --split, --val_fraction and "
+                "--subset_seed, or accept it with --allow_other_sources"
+            )
 
 
 def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
