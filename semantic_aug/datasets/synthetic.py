@@ -19,7 +19,7 @@ from PIL import Image
 
 from semantic_aug import meta_csv, registry, runs
 from semantic_aug.datasets.catalog import LoadedDataset
-from semantic_aug.datasets.fingerprint import hash_images
+from semantic_aug.datasets.fingerprint import by_content, hash_images
 from semantic_aug.datasets.images import open_image
 from semantic_aug.datasets.settings import ABSENT, Setting
 from semantic_aug.datasets.table import file_stamp, missing_paths
@@ -396,22 +396,9 @@ def _check_content(root: Path, sources: Sequence[tuple[str, int]], dataset: Load
 
 def _check_generator(root: Path, dataset: LoadedDataset, file: Path) -> None:
     """Compares the training images of a fine-tuned model, which images from noise show too, with the images that evaluate."""
-    recorded = read_sources(root)
-    if recorded is None or not any(subset_record(root).get(name) for name in ("lora_sha256", "tokens_sha256")):
-        return
-    trained = {key: value.tobytes() for key, value in zip(*recorded, strict=True)}
-    for split, held in (("validation", dataset.val), ("test", dataset.test)):
-        if held is None:
-            continue
-        images = held.take([row for row, key in enumerate(held.keys) if key in trained])
-        hashes = hash_images(images).values
-        shared = [key for key, value in zip(images.keys, hashes, strict=True) if value.tobytes() == trained[key]]
-        if shared:
-            raise UserError(
-                f"{file}: {len(shared)} images on which its generator was trained are {split} images of {dataset.name}"
-                f"{dataset.setting.suffix} ('{shared[0]}'): give the stages the same --split, --val_fraction and "
-                "--subset_seed, or accept it with --allow_other_sources"
-            )
+    recorded, record = read_sources(root), subset_record(root)
+    if recorded is not None and (record.get("lora_sha256") or record.get("tokens_sha256")):
+        _refuse_evaluated(recorded, "images on which its generator was trained", dataset, file)
 
 
 def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedDataset, file: Path) -> None:
@@ -420,23 +407,30 @@ def _check_unlabelled(root: Path, table: meta_csv.MetaTable, dataset: LoadedData
     if not used:
         return
     recorded = read_sources(root, UNLABELLED_FILE)
-    if recorded is None:
-        if not (root / CONFIG_FILE).is_file():  # a subset made elsewhere
-            return
+    if recorded is None and (root / CONFIG_FILE).is_file():  # no subset made elsewhere
         raise UserError(
             f"{file}: {root / UNLABELLED_FILE}, the list of the unlabelled sources, is missing or damaged, so that nothing "
             "shows that none of them is a validation or test image: run the subset's sample_mp.py command again, or accept it "
             "with --allow_other_sources"
         )
-    sources = {value.tobytes(): key for key, value in zip(*recorded, strict=True) if key in used}
+    if recorded is not None:
+        _refuse_evaluated(recorded, "unlabelled sources", dataset, file, used)
+
+
+def _refuse_evaluated(
+    recorded: tuple[list[str], np.ndarray], what: str, dataset: LoadedDataset, file: Path, used: set[str] | None = None
+) -> None:
+    """Refuses recorded images that evaluate, by content: the ``used`` ones under any name, or all under their own names."""
+    names = used or set(recorded[0])
+    known = {value.tobytes(): key for key, value in zip(*recorded, strict=True) if key in names}
     for split, held in (("validation", dataset.val), ("test", dataset.test)):
-        hashes = hash_images(held).values if held is not None else ()
-        shared = [sources[value.tobytes()] for value in hashes if value.tobytes() in sources]
+        if held is not None and used is None:
+            held = held.take([row for row, key in enumerate(held.keys) if key in names])
+        shared = [known[value] for value in (by_content(held) if held is not None else ()) if value in known]
         if shared:
             raise UserError(
-                f"{file}: {len(shared)} unlabelled sources are {split} images of {dataset.name}{dataset.setting.suffix} "
-                f"('{shared[0]}'): give the stages the same --val_fraction and --subset_seed, or accept it with "
-                "--allow_other_sources"
+                f"{file}: {len(shared)} {what} are {split} images of {dataset.name}{dataset.setting.suffix} ('{shared[0]}'): "
+                "give the stages the same --split, --val_fraction and --subset_seed, or accept it with --allow_other_sources"
             )
 
 
