@@ -273,6 +273,20 @@ def test_real_images_come_as_the_stages_see_them(tmp_path):
         assert (folder / line["origin"]).samefile(tmp_path / "out" / line["path"]) == (line["origin"] == "a/plain.png")
 
 
+def test_a_damaged_image_is_refused_before_anything_is_written_and_may_be_replaced(subset, tmp_path, capsys):
+    photographs = tiny.write_image_folder(tmp_path / "animals")
+    made = shutil.copytree(subset, tmp_path / "made")
+    argv = command_line(photographs, made, tmp_path / "out", format="imagefolder", with_real=True)
+    for damaged in (photographs / "test/toad/test001.png", made / "data/images/000011.png"):
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[: len(whole) // 2])  # the header is sound
+        assert run_main(export.main, argv) == 2
+        assert f"error: image {damaged} cannot be decoded" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        damaged.write_bytes(whole)
+    assert export.main(argv) == 0
+
+
 def test_licences_of_base_models():
     nowhere = Path("no such folder")
     assert license_of("stable-diffusion-v1-5/stable-diffusion-v1-5", nowhere) == "CreativeML OpenRAIL-M"
