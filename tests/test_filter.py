@@ -115,6 +115,14 @@ def test_planted_images_are_dropped_and_everything_reads_the_rest(
         read_subset(f"{subset}#bset", animals)
 
 
+def test_two_lists_of_one_folder_get_no_common_name(image_folder, animals, subset, judge_folder):
+    assert command.main(arguments(image_folder, subset, classifier=judge_folder, keep=0.5)) == 0
+    both = arguments(image_folder, [subset, f"{subset}#filtered"], classifier=judge_folder, keep=0.5, name="half")
+    with pytest.raises(UserError, match="planted and .*planted#filtered would both become .*meta-half.csv"):
+        command.main(both)
+    assert not list(subset.glob("*half*"))
+
+
 def test_images_and_classifier_may_be_moved(tmp_path, image_folder, subset, judge_folder):
     for data, judge in ((image_folder, judge_folder), (tmp_path / "data", tmp_path / "judge")):
         if not data.exists():

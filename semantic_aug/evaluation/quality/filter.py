@@ -169,7 +169,7 @@ def confidences(
 
 def check(inputs: Inputs, settings: FilterSettings) -> None:
     """Checks the request before anything is computed, and loads the models. Raises UserError: a model or a super-class is
-    missing, or the list already exists and was made with other settings."""
+    missing, two lists would get one name, or the list already exists and was made with other settings."""
     by, dataset = settings.by, inputs.dataset
     models = [model for model in ("clip", "classifier") if by in (model, "both")]
     for model in models:
@@ -181,9 +181,13 @@ def check(inputs: Inputs, settings: FilterSettings) -> None:
         )
     for model in reversed(models):
         getattr(inputs, model)
+    targets: dict[Path, str] = {}
     for folder in [folder for subset in inputs.subsets for folder in subset.folders]:
         root, source = locate(folder)
         target, old = settings.list_path(root), runs.load_arguments(settings.folder(root))
+        if target in targets:
+            raise UserError(f"{targets[target]} and {folder} would both become {target}: filter one of them alone")
+        targets[target] = folder
         record = settings.record(inputs, source)
         absent = {**inputs.absent, runs.MADE_FROM: record[runs.MADE_FROM]}
         # records of earlier versions have the classifier's path alone
