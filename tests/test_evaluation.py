@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import yaml
 from helpers import ROOT, exchange
 from PIL import Image
 
@@ -19,7 +22,7 @@ from semantic_aug.datasets import Setting, load_dataset
 from semantic_aug.datasets.sets import elpv
 from semantic_aug.errors import UserError, run_main
 from semantic_aug.evaluation import __main__ as command
-from semantic_aug.evaluation.quality import distances, faithfulness, measure, pictures, report
+from semantic_aug.evaluation.quality import distances, faithfulness, gallery, measure, pictures, report
 from semantic_aug.evaluation.quality.clip import clip_score, load_clip, presence
 from semantic_aug.evaluation.quality.inputs import Inputs, ModelSettings, open_subset
 
@@ -275,6 +278,32 @@ def test_measure_tells_strengths_apart_and_writes_everything(
             measure.main(argv)
     finally:
         picture.write_bytes(kept)
+
+
+def test_the_command_for_the_missing_gallery_runs(tmp_path, image_folder, animals):
+    other = [(*row[:4], "elsewhere.png") for row in translated(animals)]
+    made, foreign = (
+        evaluating.write_subset(tmp_path / name, rows)
+        for name, rows in (("made", translated(animals)), ("foreign", other))
+    )
+    (made / "meta-few.csv").write_text("".join((made / "meta.csv").read_text().splitlines(keepends=True)[:7]))
+    (tmp_path / "config").mkdir()
+    registered = {animals.name: {"pair": [f"{made}#few", str(foreign)]}}
+    (tmp_path / "config" / "synthetic_datasets.yaml").write_text(yaml.safe_dump(registered))
+    requests = (
+        {"syndata_dir": f"{made}#few"},
+        {"syndata_dir": foreign, "allow_other_sources": True},
+        {"syndata_key": "pair", "config_dir": tmp_path / "config", "allow_other_sources": True},
+    )
+    for number, request in enumerate(requests):
+        flags = {"res_mode": 32, "gpu": "cpu", "cache": "off", "output_dir": tmp_path / f"measures{number}", **request}
+        given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+        assert measure.main([f"--dataset=folder:{image_folder}", *given]) == 0
+        lines = (tmp_path / f"measures{number}" / "measures.md").read_text().splitlines()
+        words = next(shlex.split(line) for line in lines if "evaluation gallery" in line)
+        assert gallery.main([*words[4:], "--gpu", "cpu"]) == 0
+        for folder in (made, foreign):
+            shutil.rmtree(folder / "gallery", ignore_errors=True)
 
 
 def test_images_subsets_and_classifier_may_be_moved(tmp_path, image_folder, subset, judge_folder):

@@ -138,13 +138,15 @@ def gallery_hint(flags: Mapping[str, Any], subset: Path) -> list[Block]:
     """The command that makes a subset's gallery where reports link it.
 
     Args:
-        flags: that choose the data set and its setting; those without a value are left out.
+        flags: that choose the data set and its setting; those without a value are left out, True is a switch.
+        subset: its folder, a ``#variant`` included.
     """
-    folder = registry.shown_path(subset)
-    flags = {**flags, "syndata_dir": folder, "output_dir": f"{folder}/gallery"}
-    given = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+    name = registry.shown_path(subset)
+    flags = {**flags, "syndata_dir": name, "output_dir": f"{registry.part_variant(name)[0]}/gallery"}
+    given = {f"--{flag}": value for flag, value in flags.items() if value is not None}
+    words = [str(word) for flag, value in given.items() for word in ([flag] if value is True else [flag, value])]
     text = "A gallery is linked here once it exists in the folder of its subset and the report is written again. To make one:"
-    return [text, code(f"python -m semantic_aug.evaluation gallery {shlex.join(given)}")]
+    return [text, code(f"python -m semantic_aug.evaluation gallery {shlex.join(words)}")]
 
 
 def write(report: Report, file: Path) -> None:

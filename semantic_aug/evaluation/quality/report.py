@@ -131,12 +131,15 @@ def write(
 
 def subset_section(subsets: Sequence[Subset], folder: Path, args: argparse.Namespace) -> list[document.Block]:
     """Links to the subsets' folders and galleries, and the command that makes a gallery which is missing."""
-    roots = list(dict.fromkeys(locate(name)[0] for subset in subsets for name in subset.folders))
-    blocks: list[document.Block] = ["## Subsets", document.items(document.subset_links(roots, folder))]
-    new = next((root for root in roots if not document.gallery_of(root).is_file()), None)
+    parts = [(locate(name)[0], name, len(subset.parts)) for subset in subsets for name in subset.folders]
+    links = document.subset_links(dict.fromkeys(root for root, *_ in parts), folder)
+    blocks: list[document.Block] = ["## Subsets", document.items(links)]
+    new = next(((name, count) for root, name, count in parts if not document.gallery_of(root).is_file()), None)
     if new is None:
         return blocks
     fields = {name: field for cls in (Setting, cli.RunSettings) for name, field in cli.settings_of(cls).items()}
     given = {name: getattr(args, name) for name, f in fields.items() if getattr(args, name, f.default) != f.default}
-    flags = {"dataset": args.dataset, **given, "measures": registry.shown_path(folder)}
-    return [*blocks, *document.gallery_hint(flags, new)]
+    flags = {"dataset": args.dataset, **given, "allow_other_sources": args.allow_other_sources or None}
+    if new[1] == 1:  # several folders were measured as one subset
+        flags["measures"] = registry.shown_path(folder)
+    return [*blocks, *document.gallery_hint(flags, registry.resolve_path(new[0]))]
