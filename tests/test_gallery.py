@@ -226,6 +226,7 @@ def test_values_of_a_classifier_of_clip_and_of_measure(animals, image_folder, ju
         lines[:-1],
         [lines[0], *sorted(lines[1:], key=lambda line: line[-3:])],
         [*lines[:-1], lines[-1][:20]],
+        [*lines[:-1], ",".join([*lines[-1].split(",")[:-1], '"0,5"'])],  # as a spreadsheet writes it
         [],
     ):
         (measures / "images.csv").write_text("\n".join(changed))

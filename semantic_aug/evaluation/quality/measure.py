@@ -319,13 +319,17 @@ def write_images(path: Path, subsets: Sequence[Subset], values: Mapping[str, Map
 
 def read_images(path: Path, subset: str, images: Sequence[Path]) -> dict[str, np.ndarray]:
     """The values of a subset's ``images`` that :func:`write_images` wrote: ``(M,)`` by column, NaN where an image has none.
-    Raises UserError: the file does not list these images in this order."""
+    Raises UserError: the file does not list these images in this order, or a value is no number."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as lines:
         rows = [row for row in csv.DictReader(lines) if row.get("subset") == subset]
+    damaged = UserError(f"{path} is damaged, or was edited: run `measure` into {path.parent} again")
     if [row.get("file") for row in rows] != [image.name for image in images] or None in rows[-1].values():
-        raise UserError(f"{path} is damaged, or was edited: run `measure` into {path.parent} again")
+        raise damaged
     columns = [name for name in rows[0] if name in IMAGE_COLUMNS]
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
+    try:
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
+    except ValueError:  # as of "0,63", which a spreadsheet writes
+        raise damaged from None
 
 
 def measured(folder: Path | None, subset: Subset, class_names: Sequence[str]) -> dict[str, np.ndarray]:
