@@ -249,6 +249,15 @@ def test_a_foreign_config_beside_a_subset_is_passed_over(image_folder, subset, t
     assert created["made_with"] == [{"base_model": "not known", "base_model_license": "not known"}]
 
 
+@pytest.mark.parametrize("base", ["~/models/mine", "../models/mine", "/models/mine"])
+def test_no_place_of_a_base_model_is_in_an_export(image_folder, subset, tmp_path, base):
+    made = shutil.copytree(subset, tmp_path / "made")
+    (made / "config.yaml").write_text(yaml.safe_dump({"arguments": {"base_model": base}}))
+    export.main(command_line(image_folder, made, tmp_path / "out", format="csv"))
+    everything = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file())
+    assert "base model mine" in everything and "models/mine" not in everything
+
+
 def test_real_images_come_as_the_stages_see_them(tmp_path):
     """Other trainers know nothing of EXIF, and drop transparency and the upper bits of 16-bit samples."""
     pixels, exif = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8), Image.Exif()

@@ -53,7 +53,9 @@ def _describe_subset(subset: Subset, measures: Path | None, class_names: Sequenc
             continue
         record = subset_record(root)
         name = record["arguments"].get("base_model") if record else None
-        base = Path(name).name if name and Path(name).is_absolute() else name  # an export may be published: no path
+        base = (
+            Path(name).name if name and name.startswith((".", "/", "~")) else name
+        )  # an export may be published: no path
         license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
         origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
