@@ -750,6 +750,22 @@ def test_a_pair_belongs_to_its_images_and_its_base_model(image_folder, tiny_base
         runner.claim_data(StageCommands(budget, 1, tmp_path / "old"), ROOT / "config")
 
 
+def test_a_damaged_image_is_refused_before_a_pair_is_recorded_and_may_be_replaced(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "animals")
+    budget, checked = compare.recipe_of(parsed(["--dataset", f"folder:{tmp_path}/animals"])), set()
+    commands = StageCommands(budget, 1, tmp_path / "pair")
+    image = tmp_path / "animals/test/toad/test000.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])  # the header is sound
+    with pytest.raises(UserError, match="test000.png cannot be decoded .*replace it or remove it"):
+        runner.claim_data(commands, ROOT / "config", True, checked)
+    assert not (tmp_path / "pair").exists()
+    image.write_bytes(whole)
+    for dry_run in (True, False):
+        dataset = runner.claim_data(commands, ROOT / "config", dry_run, checked)
+    assert len(checked) == sum(map(len, (dataset.train, dataset.val, dataset.test)))
+
+
 @pytest.mark.slow
 def test_a_comparison_from_end_to_end_killed_and_gone_on_with(image_folder, tiny_base, tmp_path):
     out = tmp_path / "out"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from semantic_aug.datasets.images import image_size, open_image
 from semantic_aug.errors import UserError
@@ -264,3 +265,10 @@ def refuse_missing(splits: Mapping[str, ImageTable], name: str) -> None:
         f"data set {name}: {len(missing)} of {total} images are not there (the first: {path}, split {split}): restore them "
         f"or remove them from the data set{hint}; check names all of them"
     )
+
+
+def refuse_damaged(read: Reader, rows: Sequence[int]) -> None:
+    """Decodes images, since the header of a file tells nothing of pixels that are cut off. Raises UserError: one is damaged."""
+    options = {"desc": "checking images", "unit": "image", "leave": False, "delay": 2.0, "dynamic_ncols": True}
+    for _ in tqdm(in_threads(lambda row: read(row).size, rows), total=len(rows), **options):
+        pass

@@ -309,14 +309,14 @@ def claim(
 ) -> list[str]:
     """Checks the stages, and records the budgets of all settings and the images, unlabelled images and base models of the
     selected jobs; a dry run writes nothing. Returns what a run would download, a line each. Raises UserError: a stage refuses,
-    or the folder holds runs with another budget or of other data."""
-    missing = check_stages(selected, folder, config_dir, dry_run)
+    an image is damaged, or the folder holds runs with another budget or of other data."""
+    missing, checked = check_stages(selected, folder, config_dir, dry_run), set()
     for dry in (True,) if dry_run else (True, False):  # a refusal leaves no record that would refuse its correction
         for job in {job.setting: job for job in jobs}.values():
             results.claim_setting(folder, job.commands.recipe, checks.recipes_in_effect(job.commands, config_dir), dry)
         for job in selected:
             with checks.noting_downloads(missing):
-                dataset = runner.claim_data(job.commands, config_dir, dry)
+                dataset = runner.claim_data(job.commands, config_dir, dry, checked)
                 refuse_without_validation(job, dataset)
                 if any(METHODS[method].unlabelled for method in job.methods):
                     claim_pool(job, folder, dataset, config_dir, dry)

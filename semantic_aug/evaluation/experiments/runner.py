@@ -16,7 +16,9 @@ from semantic_aug import files, registry, runs
 from semantic_aug.datasets import LoadedDataset, Setting, load_dataset
 from semantic_aug.datasets.fingerprint import files_digest
 from semantic_aug.datasets.origin import RunOrigin
+from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import DATA
+from semantic_aug.datasets.table import refuse_damaged
 from semantic_aug.errors import EXIT_INTERRUPTED, Interrupted, UserError, end_with_parent, signals_to
 from semantic_aug.evaluation.experiments.commands import SCRIPTS, StageCommands, Step
 
@@ -180,10 +182,23 @@ def _is_whole(result: Path) -> bool:
     return image is not None and image.exists()
 
 
-def claim_data(commands: StageCommands, config_dir: Path, dry_run: bool = False) -> LoadedDataset:
-    """Records the images that a pair draws, or compares them with the record; a dry run writes nothing. Returns the data set
-    under the pair's setting. Raises UserError: its steps were made from other images, or by a version that did not record
-    them."""
+def claim_data(
+    commands: StageCommands, config_dir: Path, dry_run: bool = False, checked: set[tuple[str, str]] | None = None
+) -> LoadedDataset:
+    """Records the images that a pair draws, or compares them with the record.
+
+    A dry run writes nothing. Where there is no record, it decodes the images: a damaged one would end a step after hours, and
+    could not be replaced once it is recorded.
+
+    Args:
+        checked: split and name of images decoded for other pairs; those of this pair are added.
+
+    Returns:
+        The data set under the pair's setting.
+
+    Raises:
+        UserError: the steps were made from other images, or by a version that did not record them; or an image is damaged.
+    """
     folder, recipe = commands.folder, commands.recipe
     data_folder = folder / MADE_FROM / "data"
     if read_records(folder) and not data_folder.is_dir():
@@ -194,7 +209,13 @@ def claim_data(commands: StageCommands, config_dir: Path, dry_run: bool = False)
     chosen = {name: value for name, value in recipe.shared.items() if name != "dataset" and value is not None}
     setting = Setting(**chosen, subset_seed=commands.subset_seed)
     dataset = load_dataset(recipe.shared["dataset"], setting, config_dir)
-    runs.claim(data_folder, {}, "--output_dir", origin=RunOrigin(dataset), dry_run=dry_run)
+    known = runs.claim(data_folder, {}, "--output_dir", origin=RunOrigin(dataset), dry_run=dry_run)
+    if dry_run and not known:
+        checked = set() if checked is None else checked
+        for split, table in ((split, getattr(dataset, split)) for split in SPLITS):
+            if table is not None:
+                refuse_damaged(table.image, [row for row, key in enumerate(table.keys) if (split, key) not in checked])
+                checked.update((split, key) for key in table.keys)
     return dataset
 
 

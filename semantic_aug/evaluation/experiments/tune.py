@@ -265,8 +265,8 @@ def tuning_of(args: argparse.Namespace, folder: Path) -> Tuning:
 
 def prepare(tuning: Tuning, config_dir: Path, dry_run: bool = False) -> list[str]:
     """Checks the stages, and records the search, its images and its base model; a dry run writes nothing. Returns what a run
-    would download, a line each. Raises UserError: a stage refuses, the folder holds another search, or there are no validation
-    images."""
+    would download, a line each. Raises UserError: a stage refuses, an image is damaged, the folder holds another search, or
+    there are no validation images."""
     record = {
         **tuning.recipe.record(),
         "strategy": tuning.strategy,

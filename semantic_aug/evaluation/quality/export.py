@@ -16,7 +16,7 @@ from semantic_aug.datasets.origin import RunOrigin
 from semantic_aug.datasets.settings import Setting, add_shared
 from semantic_aug.datasets.spec import SPLITS
 from semantic_aug.datasets.synthetic import SyntheticImages
-from semantic_aug.datasets.table import in_threads
+from semantic_aug.datasets.table import refuse_damaged
 from semantic_aug.errors import UserError
 from semantic_aug.evaluation.quality import card
 from semantic_aug.evaluation.quality.export_formats import (
@@ -160,16 +160,6 @@ def notes(splits: Sequence[SplitImages], settings: ExportSettings) -> list[str]:
     return lines
 
 
-def refuse_damaged(splits: Sequence[SplitImages]) -> None:
-    """Decodes every image, since the header of a file tells nothing of pixels that are cut off, on which another trainer would
-    fail. Raises UserError: an image cannot be read; names it."""
-    options = {"desc": "check images", "unit": "image", "dynamic_ncols": True, "mininterval": 1, "leave": False}
-    with tqdm(total=sum(map(len, splits)), **options) as bar:
-        for split in splits:
-            for _ in in_threads(lambda row, split=split: split.image(row).close(), range(len(split))):
-                bar.update()
-
-
 def write(
     args, settings: ExportSettings, origin: RunOrigin, facts: dict, splits: Sequence, folders: Sequence[str]
 ) -> None:
@@ -179,7 +169,8 @@ def write(
     claim = partial(runs.claim, folder, arguments_of(args, settings), "--output_dir", origin=origin)
     with files.no_trace(folder, BEFORE_RESULTS), lock_folder(folder, "--output_dir"):
         if not claim(dry_run=True):  # the images of an export that goes on were checked when it began
-            refuse_damaged(splits)
+            for split in splits:
+                refuse_damaged(split.image, range(len(split)))
         if claim():
             for leftover in folder.rglob(".*.tmp"):  # of a run that was killed
                 leftover.unlink()
