@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from semantic_aug.classify.config import ON_DEVICE
 from semantic_aug.classify.crops import ResizedCrops
@@ -24,7 +23,7 @@ from semantic_aug.classify.losses import one_hot
 from semantic_aug.datasets import ImageTable
 from semantic_aug.datasets.cache import open_pixels
 from semantic_aug.datasets.synthetic import SyntheticImages
-from semantic_aug.datasets.table import in_threads
+from semantic_aug.datasets.table import refuse_damaged
 from semantic_aug.devices import available_memory
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
@@ -85,11 +84,7 @@ class ImageStore:
         """Opens every ``parts``-th image, unless all have been decoded. Raises UserError: one that is damaged."""
         if self.opened:
             return
-        rows = range(part, self.count, parts)
-        sizes = in_threads(lambda row: self.read(row).size, rows)
-        options = {"desc": "opening", "unit": "image", "leave": False, "disable": None, "delay": 2.0}
-        for _ in tqdm(sizes, total=len(rows), dynamic_ncols=True, **options):
-            pass
+        refuse_damaged(self.read, range(part, self.count, parts))
 
     def decode(self, index: int) -> np.ndarray:
         """One image, uint8 ``(side, side, 3)``."""

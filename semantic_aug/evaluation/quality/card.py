@@ -53,9 +53,8 @@ def _describe_subset(subset: Subset, measures: Path | None, class_names: Sequenc
             continue
         record = subset_record(root)
         name = record["arguments"].get("base_model") if record else None
-        base = (
-            Path(name).name if name and name.startswith((".", "/", "~")) else name
-        )  # an export may be published: no path
+        is_path = name and name.startswith((".", "/", "~"))  # which an export, that may be published, does not tell
+        base = Path(name).name if is_path else name
         license = record.get("base_license") or (license_of(name, registry.resolve_path(name)) if name else NOT_KNOWN)
         settings = {key: record[key] for key in SETTINGS if record.get(key) is not None}
         origins.append({"base_model": base or NOT_KNOWN, "base_model_license": license, **settings})
