@@ -394,6 +394,20 @@ def test_merging_where_there_is_no_subset_makes_none(request_of, pictures, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_machine_without_gpus_merges_what_gpus_have_made(request_of, pictures):
+    config, dataset = request_of(pictures)
+    record = begin(config, dataset, [0]) / store.CONFIG_FILE
+    text = record.read_text()
+    record.write_text(text.replace("device: cpu", "device: cuda").replace("dtype: fp32", "dtype: fp16"))
+    for gpu_ids in (None, ["0", "1"]):
+        with pytest.raises(UserError, match="3 of 54 images exist and are listed"):
+            running.merge(plan_subset(*request_of(pictures, "--merge", gpu_ids=gpu_ids)))
+    with pytest.raises(UserError, match="holds a subset made otherwise .dtype: 'fp16' -> 'bf16'.:"):
+        running.merge(plan_subset(*request_of(pictures, "--merge", "--dtype", "bf16")))
+    with pytest.raises(UserError, match="holds a subset made otherwise .dtype: 'fp16' -> 'fp32'; device: 'cuda' -> 'cpu'"):
+        reopened(*request_of(pictures))
+
+
 # --------------------------------------------------------------------------------------- tasks name their training images
 
 

@@ -124,7 +124,7 @@ def resolve(
     if output.register_key:
         registry.check_writable(registry.SUBSETS, output.register_key, run.config_dir)
     few = chosen.few_steps is not None
-    sentences, placement, model = chosen.texts(), resolve_placement(placement), None
+    sentences, placement, model = chosen.texts(), resolve_placement(placement, output.merge), None
     with contextlib.suppress(WouldDownload), no_downloads(True):  # before the images are listed; downloaded after that
         model = find_model(args, chosen)
     dataset, model = all_local(
@@ -209,9 +209,11 @@ def load_sources(args: argparse.Namespace, images: ImageSettings, config_dir: Pa
     return dataset
 
 
-def resolve_placement(placement: Placement) -> Placement:
-    """The placement with devices and precision resolved. Raises UserError: devices that this machine does not have, or an
-    engine that is not installed."""
+def resolve_placement(placement: Placement, merge: bool = False) -> Placement:
+    """The placement with devices and precision resolved; ``merge`` computes nothing, and needs none of them. Raises UserError:
+    devices that this machine does not have, or an engine that is not installed."""
+    if merge:
+        return replace(placement, devices=(CPU,))
     if placement.engine == "ray":
         if importlib.util.find_spec("ray") is None:
             raise UserError("--engine ray needs the package ray: pip install 'ray>=2.40'")
@@ -314,11 +316,15 @@ def check_disk(config: SampleConfig, dataset: LoadedDataset) -> None:
 def with_batch_size(config: SampleConfig, dataset: LoadedDataset) -> SampleConfig:
     """The request with ``batch_size`` 0 (auto) resolved: the one that an existing folder was begun with, else from memory.
 
-    For a request resolved so before, it is the one with which another shard has begun the folder meanwhile.
+    For a request resolved so before, it is the one with which another shard has begun the folder meanwhile. ``--merge``, which
+    computes nothing, takes the kind of device and a precision that is not given from the folder too.
     """
-    placement = config.placement
+    placement, begun = config.placement, recorded_identity(subset_folder(config, dataset)) or {}
+    if config.output.merge:
+        dtype = begun.get("dtype", "fp32") if placement.dtype == "auto" else placement.dtype
+        placement = replace(placement, devices=(begun.get("device", CPU),), dtype=dtype)
     if placement.batch_size and not placement.automatic_batch:
-        return config
-    begun = (recorded_identity(subset_folder(config, dataset)) or {}).get("batch_size")
-    size = begun or placement.batch_size or automatic_batch_size(placement.devices, config.images.resolution)
+        return replace(config, placement=placement)
+    size = begun.get("batch_size") or placement.batch_size
+    size = size or automatic_batch_size(placement.devices, config.images.resolution)
     return replace(config, placement=replace(placement, batch_size=int(size), automatic_batch=True))

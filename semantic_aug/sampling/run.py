@@ -122,10 +122,8 @@ def run(config: SampleConfig, dataset: LoadedDataset) -> None:
             f"few steps: {solver.scheduler}, {solver.num_inference_steps} steps, guidance {solver.guidance_scale:g}; strengths "
             f"{strengths}"
         )
-    print(
-        f"{len(placement.devices)} process(es): {' '.join(placement.devices)}; {placement.dtype}, batches of "
-        f"{placement.batch_size}"
-    )
+    processes = f"{len(placement.devices)} process(es): {' '.join(placement.devices)}; "
+    print(f"{'' if config.output.merge else processes}{placement.dtype}, batches of {placement.batch_size}")
     warn_of_license(model.name, license_of(model.name, model.folder))
     subset = plan_subset(config, dataset)
     if config.run.dry_run:

@@ -356,6 +356,8 @@ class OutputSettings:
     def __post_init__(self):
         if self.shard_index >= self.num_shards:
             raise UserError(f"--shard_index {self.shard_index}: expected a number below --num_shards {self.num_shards}")
+        if self.merge and self.calibrate:
+            raise UserError("--calibrate times the making of images, of which --merge makes none: give one of them")
         if self.merge and self.num_shards > 1:
             raise UserError("--merge joins all shards: give it without --num_shards and --shard_index")
 
