@@ -130,5 +130,12 @@ def actors_of(gpu_ids: Sequence[str] | None) -> list[str]:
     return [f"cuda:{word}" for word in entries]
 
 
+def stand_in(device: str) -> str:
+    """The device of this machine that stands for an actor's, whose number says only which actors share a GPU; the CPU where
+    there is no GPU."""
+    count = gpu_count()
+    return f"cuda:{int(device.partition(':')[2]) % count}" if device != CPU and count else CPU
+
+
 def _present(count: int) -> str:
     return "this machine has " + (f"GPUs 0 to {count - 1}" if count else "no GPU")

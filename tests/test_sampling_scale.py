@@ -212,6 +212,17 @@ def test_automatic_batch_size_on_the_cpu():
     assert automatic_batch_size(["cpu", "cpu"], 512) == 16
 
 
+def test_automatic_batch_size_on_the_head_of_a_ray_cluster_with_fewer_gpus_than_actors(monkeypatch):
+    """An actor's number says only which actors share a GPU."""
+    memory = [20 * 2**30, 12 * 2**30]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory[torch.device(device).index], 80 * 2**30))
+    for gpu_ids, images in ((["0"], 8), (["0", "0"], 4), (["0", "1", "2", "3"], 4), (["7", "7"], 2)):
+        placement = resolve_placement(Placement(engine="ray", gpu_ids=tuple(gpu_ids)))
+        assert automatic_batch_size(placement.devices, 512) == images
+
+
 @pytest.mark.parametrize("image_format", list(files.FORMATS))
 def test_every_format_carries_its_text_and_the_lossless_ones_every_pixel(image_format, tmp_path):
     pixels, text = np.asarray(tiny.picture(2, 1)), {"source": "Größe", "number": "7", "plan": "x"}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from semantic_aug import cli, files, registry, runs
 from semantic_aug.augmentations import strategies
@@ -21,7 +20,7 @@ from semantic_aug.datasets.catalog import find_spec
 from semantic_aug.datasets.settings import check_unlabelled
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.datasets.unlabelled import with_unlabelled
-from semantic_aug.devices import CPU, actors_of, processes_of
+from semantic_aug.devices import CPU, actors_of, processes_of, stand_in
 from semantic_aug.diffusion.base import DEFAULT_MODEL, Geometry, find_base, read_geometry, read_scheduler_config
 from semantic_aug.diffusion.distilled import effective_strength
 from semantic_aug.diffusion.loop import check_solver
@@ -163,8 +162,7 @@ def resolve(
         registry.check_key(registry.SUBSETS, dataset.name, output.register_key, entry, run.config_dir)
     check_disk(config, dataset)
     config = with_batch_size(config, dataset)
-    # the head of a Ray cluster, which has the images, need not have the GPUs of its actors
-    device = placement.devices[0] if torch.cuda.is_available() else CPU
+    device = stand_in(placement.devices[0])  # the head of a Ray cluster need not have the GPUs of its actors
     predict = output.calibrate or not run.dry_run
     guide = make_guide(images, dataset, device, load_classifier, folder, grid, predict=predict)
     return replace(config, guide=guide), dataset

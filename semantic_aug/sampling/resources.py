@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from semantic_aug.augmentations.model import ModelFiles
-from semantic_aug.devices import available_memory
+from semantic_aug.devices import CPU, available_memory, stand_in
 from semantic_aug.diffusion.base import weight_files
 from semantic_aug.errors import UserError
 from semantic_aug.files import size_text
@@ -50,8 +50,8 @@ def automatic_batch_size(devices: Sequence[str], resolution: int) -> int:
     """A batch that fits: 16 on the CPU; on a GPU a power of two up to 64 from its free memory, shared by its processes."""
     if devices[0] == "cpu":
         return CPU_BATCH
-    if not torch.cuda.is_available():  # the head of a Ray cluster
+    if stand_in(devices[0]) == CPU:  # the head of a Ray cluster
         raise UserError("--batch_size: this machine has no GPU whose memory says how many images fit; give a number")
-    free = min(torch.cuda.mem_get_info(device)[0] / devices.count(device) for device in set(devices))
+    free = min(torch.cuda.mem_get_info(stand_in(device))[0] / devices.count(device) for device in set(devices))
     images = (free - MODEL_BYTES) * 0.8 / (BYTES_PER_IMAGE_512 * (resolution / 512) ** 2)
     return max(1, min(64, 2 ** int(math.log2(max(1.0, images)))))
