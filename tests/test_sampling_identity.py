@@ -404,7 +404,9 @@ def test_a_machine_without_gpus_merges_what_gpus_have_made(request_of, pictures)
             running.merge(plan_subset(*request_of(pictures, "--merge", gpu_ids=gpu_ids)))
     with pytest.raises(UserError, match="holds a subset made otherwise .dtype: 'fp16' -> 'bf16'.:"):
         running.merge(plan_subset(*request_of(pictures, "--merge", "--dtype", "bf16")))
-    with pytest.raises(UserError, match="holds a subset made otherwise .dtype: 'fp16' -> 'fp32'; device: 'cuda' -> 'cpu'"):
+    with pytest.raises(
+        UserError, match="holds a subset made otherwise .dtype: 'fp16' -> 'fp32'; device: 'cuda' -> 'cpu'"
+    ):
         reopened(*request_of(pictures))
 
 

@@ -28,6 +28,7 @@ from helpers import (
 )
 from PIL import Image
 
+import sample_mp
 import tiny
 from semantic_aug import meta_csv
 from semantic_aug.augmentations.engine import EncodedPrompts, Engine
@@ -38,18 +39,21 @@ from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings
 from semantic_aug.diffusion.text import ConditionCache, Conditions
-from semantic_aug.errors import UserError
+from semantic_aug.errors import Interrupted, UserError
 from semantic_aug.sampling import files
 from semantic_aug.sampling import folder as store
+from semantic_aug.sampling import run as running
 from semantic_aug.sampling.config import resolve_placement
 from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
-from semantic_aug.sampling.launcher import Dispatcher
+from semantic_aug.sampling.launcher import Dispatcher, Outcome, Worker
 from semantic_aug.sampling.liveness import STANDSTILL_SECONDS, Liveness, processor_seconds
-from semantic_aug.sampling.plan import PlanSettings, make_plan
+from semantic_aug.sampling.plan import PlanSettings, batches_of_shard, make_plan
 from semantic_aug.sampling.resources import automatic_batch_size
+from semantic_aug.sampling.run import timed_tasks
 from semantic_aug.sampling.settings import ImageSettings, Placement
 from semantic_aug.sampling.sources import BLOCK, SourceImages, SourceMoments
+from semantic_aug.sampling.subset import plan_subset
 from semantic_aug.sampling.worker import BatchMaker
 
 CLASSES = ("blue jay", "red fox", "toad")
@@ -476,6 +480,68 @@ def test_calibration_says_how_long_and_writes_nothing(workshop, image_folder, tm
     out = run_here("sample_mp.py", *argv, "--dry_run", "--calibrate")
     assert "images/s with 1 process(es), saving included" in out and "one of 3 shard(s)" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_encodes_new_sources_as_often_as_the_whole_plan(workshop, image_folder, tmp_path):
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "out", syn_dataset_multiplier=20)
+    subset = plan_subset(*sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv])))
+    tasks = timed_tasks(subset)
+    sources = [task.source for batch in batches_of_shard(subset.plan, 1, 0, 0).tolist() for task in tasks(batch)]
+    assert len(sources) == 360 and sources == np.repeat(range(18), 20).tolist()
+
+
+class _Loading(Dispatcher):
+    """An engine of two processes without networks, of which the second loads while the first could make five batches."""
+
+    AHEAD = 3
+
+    def _start(self, device):
+        return Worker(device=device, life=Liveness(gpu=False))
+
+    def _send(self, worker, batch):
+        worker.current = batch
+
+    def _receive(self):
+        self.rounds = getattr(self, "rounds", 0) + 1
+        for worker, round_loaded in zip(self.workers, (1, 6), strict=True):
+            worker.ready = self.rounds >= round_loaded
+            if worker.held:
+                batch = worker.held.popleft()
+                self.take(worker.device, [(batch, 1, 1)], {})
+
+    def _observe(self, worker, limit):
+        pass
+
+    def _kill(self, worker):
+        pass
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_processes_that_are_timed_together_begin_when_all_have_loaded(together, tmp_path):
+    placement = Placement(devices=("cpu", "another cpu"))
+    job = SimpleNamespace(config=SimpleNamespace(placement=placement), folder=tmp_path)
+    engine = _Loading(job, lambda batch: [], lambda rows: None, 8, 0)
+    engine.together = together
+    engine.run(range(8))
+    shares = {device: len(marks) for device, marks in engine.marks.items()}
+    assert shares == ({"cpu": 4, "another cpu": 4} if together else {"cpu": 8})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "line"),
+    [
+        (Outcome(interrupted=True), Interrupted, "interrupted: nothing was measured"),
+        (Outcome(set_aside={7: "no memory"}), UserError, "nothing was measured: 1 batches failed three times, batch 7"),
+    ],
+)
+def test_a_calibration_that_measured_nothing_does_not_say_that_the_whole_is_done_in_moments(
+    workshop, image_folder, tmp_path, monkeypatch, outcome, error, line
+):
+    argv = sampling_arguments(workshop, image_folder, tmp_path / "out")
+    subset = plan_subset(*sample_mp.resolve(sample_mp.build_parser().parse_args([str(word) for word in argv])))
+    monkeypatch.setattr(running, "make_launcher", lambda *_: SimpleNamespace(run=lambda batches: outcome))
+    with pytest.raises(error, match=line):
+        running.calibrate(subset)
 
 
 @pytest.mark.slow

@@ -114,6 +114,7 @@ class Dispatcher:
         self.workers: list[Worker] = []
         self.attempts: dict[int, int] = {}
         self.failed_starts = self.failures = 0  # in a row
+        self.together = False  # no process begins before all have loaded
         self.outcome = Outcome()
         self.marks: dict[object, list[tuple[float, int]]] = {}
         self.bar: tqdm | None = None
@@ -147,8 +148,9 @@ class Dispatcher:
         """Hands out batches until none is left or :meth:`must_return`."""
         self.workers = [self._start(device) for device in self.placement.devices[: len(self.queue)]]
         while not self.must_return():
-            for worker in self.workers:
-                self._feed(worker)
+            if not self.together or all(worker.ready for worker in self.workers):
+                for worker in self.workers:
+                    self._feed(worker)
             if not any(worker.held or (self.queue and not worker.ready) for worker in self.workers):
                 return
             self._receive()

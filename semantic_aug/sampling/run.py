@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from semantic_aug.sampling import claim as claims
 from semantic_aug.sampling import folder as store
 from semantic_aug.sampling.config import SampleConfig, with_batch_size
 from semantic_aug.sampling.guide import GUIDE_FILE, read_guide
-from semantic_aug.sampling.job import Job
+from semantic_aug.sampling.job import Job, Task
 from semantic_aug.sampling.launcher import STATUS_FILE, Dispatcher, Launcher, Outcome
 from semantic_aug.sampling.plan import batches_of_shard
 from semantic_aug.sampling.sources import block_files
@@ -225,23 +225,43 @@ def calibrate(subset: PlannedSubset) -> str:
     Nothing is written into the subset's folder.
     """
     config, plan = subset.config, subset.plan
-    devices, everything = config.placement.devices, np.ones(len(plan), bool)
+    batches = batches_of_shard(plan, 1, 0, config.run.seed)[: (TIMED + 1) * len(config.placement.devices)]
     with tempfile.TemporaryDirectory(prefix="calibrate-") as temporary:
-        folder = Path(temporary) / "calibration"
-        tasks_of = partial(subset.tasks, missing=everything)
-        launcher = make_launcher(replace(subset.job, folder=folder), tasks_of, lambda rows: None, len(plan), 0)
-        launcher.run(batches_of_shard(plan, 1, 0, config.run.seed)[: (TIMED + 1) * len(devices)])
-        size = sum(path.stat().st_size for path in folder.rglob(f"*.{config.images.image_format}"))
-    rate, written = launcher.steady_rate(), launcher.outcome.written
+        job = replace(subset.job, folder=Path(temporary) / "calibration")
+        launcher = make_launcher(job, timed_tasks(subset), lambda rows: None, len(plan), 0)
+        launcher.together = config.placement.engine == "mp"  # a cluster may have room for some of the actors only
+        outcome = launcher.run(batches)
+        size = sum(path.stat().st_size for path in job.folder.rglob(f"*.{config.images.image_format}"))
+    if outcome.interrupted:
+        raise Interrupted("interrupted: nothing was measured")
+    if outcome.set_aside:
+        raise UserError(f"nothing was measured: {_failed(outcome)}")
+    rate, written = launcher.steady_rate(), outcome.written
     if not rate:
-        return f"too few batches to time ({plan.num_batches} in all): the whole is done in moments"
+        return f"too few batches to time: {written} images of {len(plan)} were made in {outcome.seconds:.0f} s, loading included"
     shards = config.output.num_shards
     shard = -(-len(plan) // shards)
     return (
-        f"measured {rate:.3g} images/s with {len(devices)} process(es), saving included: "
+        f"measured {rate:.3g} images/s with {len(launcher.marks)} process(es), saving included: "
         f"{len(plan) / rate / 3600:.2f} hours for all {len(plan)} images, {shard / rate / 3600:.2f} hours for one of "
         f"{shards} shard(s); {size / written * len(plan) / 1e6:,.0f} MB of disk"
     )
+
+
+def timed_tasks(subset: PlannedSubset) -> Callable[[int], list[Task]]:
+    """The tasks of a batch for :func:`calibrate`.
+
+    Every source is encoded once. So sources come one after the other, new ones as often as in the whole plan; at the beginning
+    of the plan itself, nearly every task would wait for a block of them to be encoded.
+    """
+    plan, count = subset.plan, itertools.count()
+    used = np.unique(plan.source)
+
+    def tasks(batch: int) -> list[Task]:
+        planned = subset.tasks(batch, np.ones(len(plan), bool))
+        return [replace(task, source=int(used[next(count) * len(used) // len(plan) % len(used)])) for task in planned]
+
+    return tasks
 
 
 def make_launcher(job: Job, *arguments) -> Dispatcher:
@@ -268,9 +288,10 @@ def _conclude(run: OpenedSubset, outcome: Outcome) -> Path:
             f"{len(outcome.unreadable)} images could not be made, number {number} the first: {why}; the others are in {folder}"
         )
     if outcome.set_aside:
-        batch, why = next(iter(outcome.set_aside.items()))
-        raise UserError(
-            f"{len(outcome.set_aside)} batches failed three times, batch {batch} the first ({why}); the others are in "
-            f"{folder}; the same command tries them again"
-        )
+        raise UserError(f"{_failed(outcome)}; the others are in {folder}; the same command tries them again")
     return folder
+
+
+def _failed(outcome: Outcome) -> str:
+    batch, why = next(iter(outcome.set_aside.items()))
+    return f"{len(outcome.set_aside)} batches failed three times, batch {batch} the first ({why})"
