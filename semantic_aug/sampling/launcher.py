@@ -10,10 +10,12 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 from tqdm import tqdm
@@ -318,7 +320,12 @@ class Launcher(Dispatcher):
     def _start(self, device: str) -> _Process:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs, self.job, device), daemon=True)
-        process.start()
+        resource_tracker.ensure_running()  # which would unblock the signal
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:  # a process inherits what is blocked: a terminal's Ctrl-C does not end it while it loads either
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         theirs.close()
         return _Process(device=device, life=Liveness(gpu=device != "cpu"), process=process, pipe=ours)
 
