@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from semantic_aug import meta_csv
 from semantic_aug.augmentations.engine import EncodedPrompts, Engine
 from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.augmentations.strategies import find
+from semantic_aug.cli import RunSettings
 from semantic_aug.datasets import load_dataset
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
@@ -46,9 +48,10 @@ from semantic_aug.sampling import run as running
 from semantic_aug.sampling.config import resolve_placement
 from semantic_aug.sampling.folder import Records
 from semantic_aug.sampling.job import Job, Task
-from semantic_aug.sampling.launcher import Dispatcher, Outcome, Worker
+from semantic_aug.sampling.launcher import Dispatcher, Launcher, Outcome, Worker
 from semantic_aug.sampling.liveness import STANDSTILL_SECONDS, Liveness, processor_seconds
 from semantic_aug.sampling.plan import PlanSettings, batches_of_shard, make_plan
+from semantic_aug.sampling.ray_engine import node_variables
 from semantic_aug.sampling.resources import automatic_batch_size
 from semantic_aug.sampling.run import timed_tasks
 from semantic_aug.sampling.settings import ImageSettings, Placement
@@ -490,6 +493,17 @@ def test_calibration_encodes_new_sources_as_often_as_the_whole_plan(workshop, im
     assert len(sources) == 360 and sources == np.repeat(range(18), 20).tolist()
 
 
+def test_an_interruption_does_not_end_a_process_while_it_loads():
+    launcher = Launcher(None, None, None, 1, 0)
+    worker = launcher._start("cpu")
+    try:
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{worker.process.pid}/status").read_text())[1]
+        assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        launcher._kill(worker)
+
+
 class _Loading(Dispatcher):
     """An engine of two processes without networks, of which the second loads while the first could make five batches."""
 
@@ -574,6 +588,21 @@ def test_disturbed_runs_end_as_the_undisturbed_one():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 disturbed runs ended byte for byte as the undisturbed one" in done.stdout
+
+
+def test_actors_of_ray_find_the_data_sets_that_variables_of_this_process_name(monkeypatch, tmp_path):
+    """A node has the variables of the shell that it was started in, and another working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUB_ROOT", "downloads/cub")
+    monkeypatch.setenv("SIGNS_ROOT", "/data/signs")
+    run = RunSettings()
+    for dataset, pool, names in (
+        ("cub", "dataset:signs", ("CUB_ROOT", "SIGNS_ROOT")),
+        ("folder:/data/cells", None, ()),
+    ):
+        config = SimpleNamespace(dataset=dataset, images=SimpleNamespace(unlabelled=pool), run=run)
+        known = {"CUB_ROOT": str(tmp_path / "downloads" / "cub"), "SIGNS_ROOT": "/data/signs"}
+        assert node_variables(config) == {"PYTHONPATH": str(ROOT), **{name: known[name] for name in names}}
 
 
 def test_without_ray_a_dry_run_says_what_to_install(monkeypatch):

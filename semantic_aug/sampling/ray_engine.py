@@ -6,12 +6,16 @@ made again.
 """
 
 import logging
+import os
 from dataclasses import dataclass, field
 
 from semantic_aug.allocator import keep_freed_memory
 from semantic_aug.console import quiet_libraries
+from semantic_aug.datasets.catalog import find_spec
+from semantic_aug.datasets.settings import DATASET
 from semantic_aug.errors import UserError, os_error_line
-from semantic_aug.registry import REPO_ROOT
+from semantic_aug.registry import REPO_ROOT, typed_path
+from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.job import FATAL_ERRNOS, Job, Row, Task
 from semantic_aug.sampling.launcher import WAIT_SECONDS, Dispatcher, Worker
 from semantic_aug.sampling.liveness import Liveness, processor_seconds
@@ -20,6 +24,17 @@ log = logging.getLogger(__name__)
 
 PULSE = "pulse"
 """Concurrency group of the actor's method that answers while it makes a batch."""
+
+
+def node_variables(config: SampleConfig) -> dict[str, str]:
+    """The environment variables that actors need and do not have of this process: the repository's path on the shared file
+    system, from which they import the package, and the folders of the data sets' downloads."""
+    names, pool = [config.dataset], str(config.images.unlabelled)
+    if pool.startswith(DATASET):
+        names.append(pool.removeprefix(DATASET))
+    variables = [variable for name in names for variable in find_spec(name, config.run.config_dir).variables]
+    folders = {name: str(typed_path(os.environ[name])) for name in variables if os.environ.get(name)}
+    return {"PYTHONPATH": str(REPO_ROOT), **folders}
 
 
 class ImageActor:
@@ -80,12 +95,10 @@ class RayLauncher(Dispatcher):
         if self.ray.is_initialized():
             return
         address = self.placement.ray_address
-        # nodes import the package from the repository's path on the shared file system
-        environment = {"env_vars": {"PYTHONPATH": str(REPO_ROOT)}}
         try:
             self.ray.init(
                 address=address,
-                runtime_env=environment,
+                runtime_env={"env_vars": node_variables(self.job.config)},
                 log_to_driver=False,
                 include_dashboard=False if address is None else None,
                 configure_logging=False,
