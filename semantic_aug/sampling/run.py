@@ -238,7 +238,9 @@ def calibrate(subset: PlannedSubset) -> str:
         raise UserError(f"nothing was measured: {_failed(outcome)}")
     rate, written = launcher.steady_rate(), outcome.written
     if not rate:
-        return f"too few batches to time: {written} images of {len(plan)} were made in {outcome.seconds:.0f} s, loading included"
+        return (
+            f"too few batches to time: {written} of {len(plan)} images took {outcome.seconds:.0f} s, loading included"
+        )
     shards = config.output.num_shards
     shard = -(-len(plan) // shards)
     return (
