@@ -388,6 +388,14 @@ def test_a_checkpoint_of_other_images_is_told_in_one_line(request_of, workshop, 
     assert "was trained on other images than these (train: 18 images as before, the same names and" in caplog.text
 
 
+def test_a_class_without_training_images_is_refused_by_name(request_of, pictures):
+    shutil.copytree(pictures / "test" / "toad", pictures / "test" / "newt")
+    with pytest.raises(
+        UserError, match="class 'newt' of animals has no training image, so that none of it can be made"
+    ):
+        plan_subset(*request_of(pictures, finetune_model_key="db"))
+
+
 def test_merging_where_there_is_no_subset_makes_none(request_of, pictures, tmp_path):
     with pytest.raises(UserError, match="--merge: .* holds no subset"):
         running.merge(plan_subset(*request_of(pictures)))

@@ -145,11 +145,11 @@ def make_plan(labels: np.ndarray, keys: Sequence[str], num_classes: int, setting
     """Draws the plan of ``round(multiplier * N)`` tasks for K classes.
 
     Args:
-        labels: ``(N,)`` class of each training image, rows sorted by key.
+        labels: ``(N,)`` class of each training image, rows sorted by key; every class has one.
         keys: ``N`` names of the images, for the digest.
 
     Raises:
-        UserError: no task results, a class without images, or mixed pairing with a single class.
+        UserError: no task results, or mixed pairing with a single class.
     """
     count = _number_of_tasks(labels, num_classes, settings)
     seed, batch_size = settings.seed, settings.batch_size
@@ -184,12 +184,6 @@ def _number_of_tasks(labels: np.ndarray, num_classes: int, settings: PlanSetting
     if strategy.pairing == "mixed" and num_classes < 2:
         raise UserError(
             f"strategy {strategy.name} translates between classes: expected at least two, got {num_classes}"
-        )
-    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
-    if len(empty):
-        raise UserError(
-            f"class number {int(empty[0])} has no training image in this setting: raise --examples_per_class, or lower "
-            "--corrupt_prob"
         )
     return count
 

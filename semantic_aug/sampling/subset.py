@@ -16,6 +16,7 @@ from semantic_aug.datasets.fingerprint import ContentHashes, hash_images
 from semantic_aug.datasets.unlabelled import CLASS as UNLABELLED
 from semantic_aug.diffusion.base import read_scheduler_config
 from semantic_aug.diffusion.schedulers import evaluations, make_scheduler
+from semantic_aug.errors import UserError
 from semantic_aug.meta_csv import EVEN, without_slashes
 from semantic_aug.sampling.config import SampleConfig
 from semantic_aug.sampling.files import TaskPaths
@@ -81,7 +82,12 @@ def plan_subset(config: SampleConfig, dataset: LoadedDataset) -> PlannedSubset:
 
 
 def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
-    """The plan of a request."""
+    """The plan of a request. Raises UserError: a class without training images, or see :func:`make_plan`."""
+    if len(empty := np.flatnonzero(dataset.train.counts() == 0)):
+        raise UserError(
+            f"class '{dataset.source_names[empty[0]]}' of {dataset.name} has no training image, so that none of it can be "
+            "made: add some, remove its validation and test images, or lower --corrupt_prob"
+        )
     settings = PlanSettings(
         strategy=config.strategy,
         strengths=config.strengths,
