@@ -37,6 +37,7 @@ from semantic_aug.augmentations.model import ModelFiles, Prompts
 from semantic_aug.augmentations.strategies import find
 from semantic_aug.cli import RunSettings
 from semantic_aug.datasets import load_dataset
+from semantic_aug.devices import actors_of
 from semantic_aug.diffusion import loop
 from semantic_aug.diffusion.base import load_base
 from semantic_aug.diffusion.schedulers import SolverSettings
@@ -226,8 +227,7 @@ def test_automatic_batch_size_on_the_head_of_a_ray_cluster_with_fewer_gpus_than_
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory[torch.device(device).index], 80 * 2**30))
     for gpu_ids, images in ((["0"], 8), (["0", "0"], 4), (["0", "1", "2", "3"], 4), (["7", "7"], 2)):
-        placement = resolve_placement(Placement(engine="ray", gpu_ids=tuple(gpu_ids)))
-        assert automatic_batch_size(placement.devices, 512) == images
+        assert automatic_batch_size(actors_of(gpu_ids), 512) == images
 
 
 @pytest.mark.parametrize("image_format", list(files.FORMATS))
