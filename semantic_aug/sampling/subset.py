@@ -86,7 +86,7 @@ def plan_of(config: SampleConfig, dataset: LoadedDataset) -> Plan:
     if len(empty := np.flatnonzero(dataset.train.counts() == 0)):
         raise UserError(
             f"class '{dataset.source_names[empty[0]]}' of {dataset.name} has no training image, so that none of it can be "
-            "made: add some, remove its validation and test images, or lower --corrupt_prob"
+            "made: add some, leave the class out of the data set, or lower --corrupt_prob"
         )
     settings = PlanSettings(
         strategy=config.strategy,
