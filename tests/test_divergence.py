@@ -128,7 +128,7 @@ def test_stage_3_out_of_memory_is_one_line(image_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "advised"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
@@ -136,9 +136,9 @@ def test_stage_3_out_of_memory_is_one_line(image_folder, tmp_path, monkeypatch):
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
-def test_only_errors_of_memory_are_told_so(error, told):
+def test_only_errors_of_memory_get_advice(error, advised):
     with (
-        pytest.raises(UserError if told else RuntimeError, match="lower it" if told else "illegal"),
+        pytest.raises(UserError if advised else RuntimeError, match="lower it" if advised else "illegal"),
         memory_advice("lower it"),
     ):
         raise error

@@ -282,16 +282,16 @@ def test_measure_tells_strengths_apart_and_writes_everything(
 
 def test_the_command_for_the_missing_gallery_runs(tmp_path, image_folder, animals):
     other = [(*row[:4], "elsewhere.png") for row in translated(animals)]
-    made, foreign = (
+    known, foreign = (
         evaluating.write_subset(tmp_path / name, rows)
-        for name, rows in (("made", translated(animals)), ("foreign", other))
+        for name, rows in (("known", translated(animals)), ("foreign", other))
     )
-    (made / "meta-few.csv").write_text("".join((made / "meta.csv").read_text().splitlines(keepends=True)[:7]))
+    (known / "meta-few.csv").write_text("".join((known / "meta.csv").read_text().splitlines(keepends=True)[:7]))
     (tmp_path / "config").mkdir()
-    registered = {animals.name: {"pair": [f"{made}#few", str(foreign)]}}
+    registered = {animals.name: {"pair": [f"{known}#few", str(foreign)]}}
     (tmp_path / "config" / "synthetic_datasets.yaml").write_text(yaml.safe_dump(registered))
     requests = (
-        {"syndata_dir": f"{made}#few"},
+        {"syndata_dir": f"{known}#few"},
         {"syndata_dir": foreign, "allow_other_sources": True},
         {"syndata_key": "pair", "config_dir": tmp_path / "config", "allow_other_sources": True},
     )
@@ -300,9 +300,9 @@ def test_the_command_for_the_missing_gallery_runs(tmp_path, image_folder, animal
         given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
         assert measure.main([f"--dataset=folder:{image_folder}", *given]) == 0
         lines = (tmp_path / f"measures{number}" / "measures.md").read_text().splitlines()
-        words = next(shlex.split(line) for line in lines if "evaluation gallery" in line)
-        assert gallery.main([*words[4:], "--gpu", "cpu"]) == 0
-        for folder in (made, foreign):
+        arguments = next(shlex.split(line) for line in lines if "evaluation gallery" in line)
+        assert gallery.main([*arguments[4:], "--gpu", "cpu"]) == 0
+        for folder in (known, foreign):
             shutil.rmtree(folder / "gallery", ignore_errors=True)
 
 

@@ -251,9 +251,9 @@ def test_a_foreign_config_beside_a_subset_is_passed_over(image_folder, subset, t
 
 @pytest.mark.parametrize("base", ["~/models/mine", "../models/mine", "/models/mine"])
 def test_no_place_of_a_base_model_is_in_an_export(image_folder, subset, tmp_path, base):
-    made = shutil.copytree(subset, tmp_path / "made")
-    (made / "config.yaml").write_text(yaml.safe_dump({"arguments": {"base_model": base}}))
-    export.main(command_line(image_folder, made, tmp_path / "out", format="csv"))
+    copy = shutil.copytree(subset, tmp_path / "copy")
+    (copy / "config.yaml").write_text(yaml.safe_dump({"arguments": {"base_model": base}}))
+    export.main(command_line(image_folder, copy, tmp_path / "out", format="csv"))
     everything = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file())
     assert "base model mine" in everything and "models/mine" not in everything
 
@@ -284,9 +284,9 @@ def test_real_images_come_as_the_stages_see_them(tmp_path):
 
 def test_a_damaged_image_is_refused_before_anything_is_written_and_may_be_replaced(subset, tmp_path, capsys):
     photographs = tiny.write_image_folder(tmp_path / "animals")
-    made = shutil.copytree(subset, tmp_path / "made")
-    argv = command_line(photographs, made, tmp_path / "out", format="imagefolder", with_real=True)
-    for damaged in (photographs / "test/toad/test001.png", made / "data/images/000011.png"):
+    copy = shutil.copytree(subset, tmp_path / "copy")
+    argv = command_line(photographs, copy, tmp_path / "out", format="imagefolder", with_real=True)
+    for damaged in (photographs / "test/toad/test001.png", copy / "data/images/000011.png"):
         whole = damaged.read_bytes()
         damaged.write_bytes(whole[: len(whole) // 2])  # the header is sound
         assert run_main(export.main, argv) == 2

@@ -176,8 +176,8 @@ def command(config: Config, record: dict) -> str:
         f.name: getattr(recipe, f.name) for f in fields(Recipe) if getattr(recipe, f.name) != getattr(preset, f.name)
     }
     flags = {"preset": config.preset, **changed, **counts}
-    words = [(f"--{name}", *map(str, v if isinstance(v, tuple) else (v,))) for name, v in flags.items()]
-    return f"python scripts/build_base.py --images IMAGES --output_dir FOLDER {' '.join(map(shlex.join, words))}"
+    arguments = [(f"--{name}", *map(str, v if isinstance(v, tuple) else (v,))) for name, v in flags.items()]
+    return f"python scripts/build_base.py --images IMAGES --output_dir FOLDER {' '.join(map(shlex.join, arguments))}"
 
 
 def card(record: dict, config: Config, material: Material) -> str:

@@ -144,9 +144,9 @@ def gallery_hint(flags: Mapping[str, Any], subset: Path) -> list[Block]:
     name = registry.shown_path(subset)
     flags = {**flags, "syndata_dir": name, "output_dir": f"{registry.part_variant(name)[0]}/gallery"}
     given = {f"--{flag}": value for flag, value in flags.items() if value is not None}
-    words = [str(word) for flag, value in given.items() for word in ([flag] if value is True else [flag, value])]
+    arguments = [str(part) for flag, value in given.items() for part in ([flag] if value is True else [flag, value])]
     text = "A gallery is linked here once it exists in the folder of its subset and the report is written again. To make one:"
-    return [text, code(f"python -m semantic_aug.evaluation gallery {shlex.join(words)}")]
+    return [text, code(f"python -m semantic_aug.evaluation gallery {shlex.join(arguments)}")]
 
 
 def write(report: Report, file: Path) -> None:
